@@ -1,0 +1,19 @@
+"""The one error a user's mistake ends in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StditError(ValueError):
+    """Something a user can mend: the message names the value, the place it came from and the way out.
+
+    The commands print its message without a traceback and exit with status 1.
+    """
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,119 @@
+"""All arithmetic of strides, patches and causal frames: pixels → latents → tokens."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from stdit.errors import StditError
+
+
+@dataclass(frozen=True, order=True)
+class TokenGrid:
+    """Tokens of one clip: frames × height × width of patches."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True, order=True)
+class LatentShape:
+    """Latents of one clip (without channels): T' × H' × W'."""
+
+    frames: int
+    height: int
+    width: int
+
+    def grid(self, patch: tuple[int, int, int]) -> TokenGrid:
+        """The token grid under a patch (pt, ph, pw), all of which must divide."""
+        sizes = (self.frames, self.height, self.width)
+        if any(size % p for size, p in zip(sizes, patch)):
+            raise StditError(
+                f"latents of {sizes[0]}×{sizes[1]}×{sizes[2]} (frames×height×width) "
+                f"are not divisible by the patch {patch}."
+            )
+        return TokenGrid(*(size // p for size, p in zip(sizes, patch)))
+
+
+@dataclass(frozen=True, order=True)
+class VideoShape:
+    """A shape bucket: frames, height and width in pixels. An image has one frame. Written WIDTHxHEIGHTxFRAMES."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+    @classmethod
+    def parse(cls, text: str) -> VideoShape:
+        """Reads "WIDTHxHEIGHTxFRAMES" ("832x480x81") or "WIDTHxHEIGHT" (an image)."""
+        match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)(?:\s*[x×]\s*(\d+))?\s*", text)
+        if not match or "0" in (match[1], match[2], match[3]):
+            raise StditError(
+                f"{text!r} is not a shape. Write WIDTHxHEIGHTxFRAMES, such as 832x480x81, or WIDTHxHEIGHT for images."
+            )
+        return cls(frames=int(match[3] or 1), height=int(match[2]), width=int(match[1]))
+
+    @property
+    def is_image(self) -> bool:
+        return self.frames == 1
+
+    def latent(self, stride: tuple[int, int, int]) -> LatentShape:
+        """Latents under a causal VAE of stride (t, h, w): 1 + (frames − 1)/t frames. Raises if not divisible."""
+        t, h, w = stride
+        if (self.frames - 1) % t:
+            low, high = nearest_frames(self.frames, t)
+            raise StditError(
+                f"{self.frames} frames: a causal VAE of temporal stride {t} takes 1+{t}k frames; "
+                f"nearest are {low} and {high}."
+            )
+        check_size(self.width, self.height, (w, h))
+        return LatentShape(1 + (self.frames - 1) // t, self.height // h, self.width // w)
+
+    def grid(self, stride: tuple[int, int, int], patch: tuple[int, int, int]) -> TokenGrid:
+        """Token grid under a VAE stride and a patch; sizes must be multiples of stride × patch."""
+        check_size(self.width, self.height, (stride[2] * patch[2], stride[1] * patch[1]))
+        return self.latent(stride).grid(patch)
+
+
+def nearest_frames(frames: int, temporal_stride: int) -> tuple[int, int]:
+    """The largest 1+k·stride ≤ frames and the smallest ≥ frames."""
+    low = 1 + (max(frames, 1) - 1) // temporal_stride * temporal_stride
+    return (low, low) if low == frames else (low, low + temporal_stride)
+
+
+def frames_for(seconds: float, fps: float, temporal_stride: int) -> int:
+    """The number of frames 1+k·stride nearest to a duration (the shorter one on a tie)."""
+    low, high = nearest_frames(int(seconds * fps), temporal_stride)
+    high = max(high, low + temporal_stride)
+    return low if seconds * fps - low <= high - seconds * fps else high
+
+
+def check_size(width: int, height: int, multiple: tuple[int, int]) -> None:
+    """Raises unless width and height are positive multiples of `multiple` (width's, height's), naming the nearest."""
+    if width > 0 and height > 0 and width % multiple[0] == 0 and height % multiple[1] == 0:
+        return
+
+    def around(size: int, step: int) -> list[int]:
+        return sorted({max(step, size // step * step), max(step, -(-size // step) * step)})
+
+    near = " or ".join(f"{w}x{h}" for w in around(width, multiple[0]) for h in around(height, multiple[1]))
+    raise StditError(
+        f"size {width}x{height}: width must be a multiple of {multiple[0]} and height of {multiple[1]} "
+        f"(the VAE's stride times the patch). Nearest: {near}."
+    )
+
+
+def size_for(aspect: float, short_side: int, multiple: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of legal multiples with the short side near `short_side` and width/height near `aspect`."""
+    if aspect <= 0 or short_side <= 0:
+        raise StditError(f"aspect {aspect} and short side {short_side} must be positive.")
+    width, height = (short_side * aspect, short_side) if aspect >= 1 else (short_side, short_side / aspect)
+    return max(1, round(width / multiple[0])) * multiple[0], max(1, round(height / multiple[1])) * multiple[1]
