@@ -17,3 +17,14 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Interrupted(Exception):
+    """A signal stopped a run after it had saved its state. The message says how to go on.
+
+    `status` is the exit status: 75 after SIGTERM (requeue me), 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, status: int = 75) -> None:
+        super().__init__(message)
+        self.status = status

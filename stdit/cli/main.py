@@ -1,0 +1,134 @@
+"""The `stdit` command: its sub-commands, and how any command ends.
+
+Exit status 0 done, 1 failed, 2 wrong arguments, 75 saved after a signal (requeue me), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from stdit.cli.lazy import as_command, lazy_group
+from stdit.errors import Interrupted, StditError
+
+COMMANDS = {
+    "data": ("stdit.cli.data", "Scan, plan and encode clips; render the embedded toy clips."),
+    "train": ("stdit.cli.train", "Train a VAE or a diffusion transformer, alone or under torchrun."),
+    "sample": ("stdit.cli.sample", "Text (and known frames) to video, at any shape."),
+    "weights": ("stdit.cli.weights", "Inspect and convert weights."),
+    "eval": ("stdit.cli.eval", "Measure a trained model."),
+}
+HELP = """Spacetime-patch diffusion transformers for text-to-video: pretrain, fine-tune and sample any shape.
+
+Example: stdit train configs/toy.yaml run=runs/toy
+"""
+app = lazy_group(COMMANDS, name="stdit", help=HELP)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from stdit import __version__
+
+        print(f"stdit {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before the sub-command."""
+
+
+def main() -> None:
+    """The entry point `stdit`."""
+    sys.exit(run_command(app, prog="stdit"))
+
+
+def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] | None = None, prog: str = "") -> int:
+    """Runs a typer app, or a function with typer's annotations, and returns the exit status.
+
+    What a user can mend is one message on stderr. An exception that is none of theirs keeps its traceback: it is our
+    bug. A command that returns an integer returns its exit status.
+    """
+    prog = prog or os.path.basename(sys.argv[0])
+    try:
+        result = as_command(command, prog).main(args=args, prog_name=prog, standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort) as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
+        return _say("interrupted" if interrupted else "stopped", 130 if interrupted else 1)
+    except Interrupted as error:
+        return _say(str(error), error.status)
+    except StditError as error:
+        return _say(f"error: {error}", 1)
+    except BrokenPipeError:
+        return _silence_stdout()
+    except SystemExit as error:
+        if error.code == 1 and isinstance(error.__context__, BrokenPipeError):
+            return _silence_stdout()
+        raise
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's
+            return _usage_error(error)
+        if message := _mendable(error):
+            return _say(f"error: {message}", 1)
+        raise
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _say(message: str, status: int) -> int:
+    try:
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+    except OSError:  # the reader of our output is gone, or its disk is full: the exit status still tells
+        _silence_stdout()
+    return status
+
+
+def _usage_error(error: Any) -> int:
+    """Wrong arguments: the usage, and what is wrong. With no arguments at all, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return error.exit_code
+    lines = [f"error: {error.format_message()}"]
+    if context := getattr(error, "ctx", None):
+        lines = [context.get_usage(), *lines, f"Try: {context.command_path} --help"]
+    return _say("\n".join(lines), error.exit_code)
+
+
+def _silence_stdout() -> int:
+    """The reader closed the pipe (`stdit … | head`): nothing more to say, at interpreter exit neither."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _mendable(error: BaseException) -> str:
+    """What to say of an error of the system that a user can mend, else ''.
+
+    Libraries wrap a full disk in errors of their own, so the text counts too, and the cause.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        place = f"{seen.filename}: " if isinstance(seen, OSError) and seen.filename else ""
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
+            return (
+                f"{place}no space left on the disk ({error}). Free some, or write elsewhere, and run the same command "
+                "again: what was finished before is kept."
+            )
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{place}{os.strerror(number)}. Change its permissions, or choose another path."
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+if __name__ == "__main__":
+    main()
