@@ -1,0 +1,300 @@
+"""Declarative key maps: how one dialect's tensors become our own, and back, bit for bit.
+
+A `KeyMap` is a list of rules between *native* names (ours) and *foreign* ones (another program's). It is only ever
+read from the native side: our names and shapes give the foreign ones, so both directions, and every check, come from the
+same `Table`:
+
+    keymap = KeyMap(
+        Rule("blocks.{i}.self_attn.{p:q|k|v}.{leaf}", "blocks.{i}.attn1.to_{p}.{leaf}"),       # a rename
+        Rule("patch_embedding.weight", "patch_embedding.weight", Unflatten(1, (16, 1, 2, 2))),    # Linear to Conv3d
+        Rule(("a.q.{leaf}", "a.k.{leaf}"), "a.qk.{leaf}"),                                        # fused over there
+        Rule("a.kv.{leaf}", ("a.k.{leaf}", "a.v.{leaf}")),                                        # split over there
+        ignored=("rope.freqs",),                                     # over there, may be present, holds no weights
+    )
+    table = keymap.table({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    table.check(shapes_in_the_file, place="model.safetensors")          # before a single tensor is read
+    native = dict(table.to_native(read_foreign))                        # read_foreign: name -> tensor
+    foreign = dict(table.to_foreign(native.__getitem__))
+
+In a template `{i}` (one letter) stands for a number, `{leaf}` (any longer name) for one part of a name without a dot,
+`{p:q|k|v}` for one of these words, and `{rest}` for anything, dots included. The first rule that matches a native name
+is the one that counts. Rules that depend on sizes are built by a function of the config.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+from stdit.errors import StditError, nearest_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Step(Protocol):
+    """One reversible move of a tensor's elements, told from the native side."""
+
+    def shape(self, native: Shape) -> Shape: ...
+
+    def to_foreign(self, tensor: Tensor) -> Tensor: ...
+
+    def to_native(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Unflatten:
+    """One native dimension is several foreign ones: a Linear over (c, pt, ph, pw) is a Conv3d's flattened weight."""
+
+    dim: int
+    sizes: Shape
+
+    def shape(self, native: Shape) -> Shape:
+        return (*native[: self.dim], *self.sizes, *native[self.dim + 1 :])
+
+    def to_foreign(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(self.dim, self.sizes)
+
+    def to_native(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten(self.dim, self.dim + len(self.sizes) - 1)
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Foreign dimension k is native dimension `dims[k]`."""
+
+    dims: Shape
+
+    def shape(self, native: Shape) -> Shape:
+        return tuple(native[dim] for dim in self.dims)
+
+    def to_foreign(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(self.dims)
+
+    def to_native(self, tensor: Tensor) -> Tensor:
+        return tensor.permute([self.dims.index(dim) for dim in range(len(self.dims))])
+
+
+@dataclass(frozen=True)
+class Take:
+    """Foreign entry k along `dim` is native entry `index[k]`; the index is a permutation of all entries."""
+
+    index: Shape
+    dim: int = 0
+
+    def shape(self, native: Shape) -> Shape:
+        return native
+
+    def to_foreign(self, tensor: Tensor) -> Tensor:
+        return tensor.index_select(self.dim, tensor.new_tensor(self.index, dtype=_int64()))
+
+    def to_native(self, tensor: Tensor) -> Tensor:
+        back = sorted(range(len(self.index)), key=self.index.__getitem__)
+        return tensor.index_select(self.dim, tensor.new_tensor(back, dtype=_int64()))
+
+
+def _int64():
+    import torch
+
+    return torch.int64
+
+
+def half_split_heads(heads: int, head_dim: int) -> Take:
+    """Interleaved rotary rows here, half-split rotary rows (first halves, then second halves of the pairs) there."""
+    order = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
+    return Take(tuple(head * head_dim + row for head in range(heads) for row in order))
+
+
+_FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
+
+
+def _pattern(template: str) -> str:
+    """A template as a regular expression over whole names; a field named twice must be the same both times."""
+    pattern, end, seen = "", 0, set()
+    for found in _FIELD.finditer(template):
+        name, words = found[1], found[2]
+        pattern += re.escape(template[end : found.start()])
+        inner = words or (".+" if name == "rest" else r"\d+" if len(name) == 1 else r"[^.]+")
+        pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{inner})"
+        seen.add(name)
+        end = found.end()
+    return pattern + re.escape(template[end:])
+
+
+def _fill(template: str, fields: Mapping[str, str]) -> str:
+    return _FIELD.sub(lambda found: fields[found[1]], template)
+
+
+class Rule:
+    """Native tensors ↔ foreign tensors: concatenated along `dim` on the side that has several, then moved by `steps`.
+
+    Several foreign tensors are equal parts of the joined one. One side must be a single tensor.
+    """
+
+    def __init__(self, native: str | tuple[str, ...], foreign: str | tuple[str, ...], *steps: Step, dim: int = 0):
+        self.native = (native,) if isinstance(native, str) else native
+        self.foreign = (foreign,) if isinstance(foreign, str) else foreign
+        self.steps, self.dim = steps, dim
+        assert min(len(self.native), len(self.foreign)) == 1, (native, foreign)
+        self._patterns = [re.compile(_pattern(template)) for template in self.native]
+
+    def match(self, name: str) -> dict[str, str] | None:
+        """The template's fields where `name` is one of the native names, else None."""
+        for pattern in self._patterns:
+            if found := pattern.fullmatch(name):
+                return found.groupdict()
+        return None
+
+    def move(self, fields: Mapping[str, str], shapes: Mapping[str, Shape]) -> Move:
+        native = tuple(_fill(template, fields) for template in self.native)
+        foreign = tuple(_fill(template, fields) for template in self.foreign)
+        absent = [name for name in native if name not in shapes]
+        assert not absent, f"key map: the model has no {absent}, which go with {native}"
+        sizes = tuple(shapes[name][self.dim] if len(native) > 1 else 0 for name in native)
+        shape = shapes[native[0]]
+        if len(native) > 1:
+            shape = (*shape[: self.dim], sum(sizes), *shape[self.dim + 1 :])
+        for step in self.steps:
+            assert len(shape) > 0 and math.prod(step.shape(shape)) == math.prod(shape), f"{native}: {step} of {shape}"
+            shape = step.shape(shape)
+        if len(foreign) > 1:
+            assert shape[self.dim] % len(foreign) == 0, f"{native}: {shape} in {len(foreign)} parts"
+            shape = (*shape[: self.dim], shape[self.dim] // len(foreign), *shape[self.dim + 1 :])
+        return Move(self, native, foreign, sizes, shape)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A rule applied to particular names: these native tensors are those foreign ones."""
+
+    rule: Rule
+    native: tuple[str, ...]
+    foreign: tuple[str, ...]
+    native_sizes: tuple[int, ...]
+    foreign_shape: Shape
+
+    def to_native(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        tensor = _join(tensors, self.rule.dim)
+        for step in reversed(self.rule.steps):
+            tensor = step.to_native(tensor)
+        return [tensor] if len(self.native) == 1 else list(tensor.split(self.native_sizes, self.rule.dim))
+
+    def to_foreign(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        tensor = _join(tensors, self.rule.dim)
+        for step in self.rule.steps:
+            tensor = step.to_foreign(tensor)
+        return [tensor] if len(self.foreign) == 1 else list(tensor.chunk(len(self.foreign), self.rule.dim))
+
+
+class KeyMap:
+    """Rules, first match wins, and the foreign names that may be there and hold no weights (`ignored` templates)."""
+
+    def __init__(self, *rules: Rule, ignored: tuple[str, ...] = ()):
+        self.rules, self.ignored = rules, ignored
+
+    def table(self, native: Mapping[str, Shape]) -> Table:
+        """Applies the rules to a model's tensors. Every native tensor takes part once; so does every foreign one."""
+        moves: dict[tuple[str, ...], Move] = {}
+        for name in native:
+            for rule in self.rules:
+                if (fields := rule.match(name)) is not None:
+                    move = rule.move(fields, native)
+                    moves[move.native] = move
+                    break
+            else:
+                raise AssertionError(f"key map: no rule for our tensor {name}")
+        for side in ("native", "foreign"):
+            names = [name for move in moves.values() for name in getattr(move, side)]
+            assert len(names) == len(set(names)), (
+                f"key map: two rules for {sorted({n for n in names if names.count(n) > 1})}"
+            )
+        return Table(tuple(moves.values()), tuple(re.compile(_pattern(template)) for template in self.ignored))
+
+
+IDENTITY = KeyMap(Rule("{rest}", "{rest}"))
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What a file holds against what a table wants, in foreign names."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)  # name: (found, wanted)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshaped)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.missing:
+            hint = (
+                nearest_name(self.missing[0], self.unexpected).replace("Did you mean", "Is it")
+                if self.unexpected
+                else ""
+            )
+            lines.append(f"missing: {_list(self.missing)}.{hint}")
+        if self.unexpected:
+            lines.append(f"unexpected: {_list(self.unexpected)}.")
+        if self.misshaped:
+            shapes = [f"{name} is {found}, should be {wanted}" for name, (found, wanted) in self.misshaped.items()]
+            lines.append(f"misshaped: {_list(shapes)}.")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A key map applied to one model: which native tensors are which foreign ones, with all shapes."""
+
+    moves: tuple[Move, ...]
+    ignored: tuple[re.Pattern[str], ...] = ()
+
+    @cached_property
+    def foreign_shapes(self) -> dict[str, Shape]:
+        return {name: move.foreign_shape for move in self.moves for name in move.foreign}
+
+    def differences(self, found: Mapping[str, Shape]) -> Differences:
+        """Compares names and shapes only, so it costs nothing and can be asked of any file."""
+        wanted = self.foreign_shapes
+        surplus = [name for name in found if name not in wanted]
+        return Differences(
+            [name for name in wanted if name not in found],
+            [name for name in surplus if not any(pattern.fullmatch(name) for pattern in self.ignored)],
+            {n: (tuple(found[n]), wanted[n]) for n in wanted if n in found and tuple(found[n]) != wanted[n]},
+        )
+
+    def check(self, found: Mapping[str, Shape], place: object, hint: str = "") -> None:
+        """Raises StditError that names every kind of difference, and the file or folder `place`."""
+        if differences := self.differences(found):
+            raise StditError(
+                f"{place}: the tensors are not those of this model.\n{differences}" + (f"\n{hint}" if hint else "")
+            )
+
+    def to_native(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(native name, tensor) of everything; `read` gives a foreign tensor by name, each one once."""
+        for move in self.moves:
+            yield from zip(move.native, move.to_native([read(name) for name in move.foreign]))
+
+    def to_foreign(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(foreign name, tensor) of everything; `read` gives a native tensor by name, each one once."""
+        for move in self.moves:
+            yield from zip(move.foreign, move.to_foreign([read(name) for name in move.native]))
+
+
+def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    import torch
+
+    return torch.cat(list(tensors), dim)
+
+
+def _list(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
