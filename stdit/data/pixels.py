@@ -1,0 +1,165 @@
+"""One picture's pixels: orientation, scaling to cover a size, colour, and image files. Errors with names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace, Interpolation
+
+from stdit.errors import StditError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one read may cost. `seconds` is wall-clock time, checked between packets."""
+
+    pixels: int = 8192 * 8192  # of one frame
+    frames: int = 100_000  # decoded for one read
+    packets: int = 2_000_000
+    seconds: float = 60.0
+
+
+LIMITS = Limits()
+
+
+class VideoError(StditError):
+    """A file, or the part asked for, that cannot be read. `reason` is one word a program may read.
+
+    Reasons: missing, unreadable, empty, not_media, no_video, undecodable, no_frames, too_large, too_long, too_short,
+    damaged, timeout, and (from the probing processes) crashed.
+    """
+
+    def __init__(self, path: str, reason: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path, self.reason, self.message = path, reason, message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.reason, self.message)
+
+
+def is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def plain(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def check_file(path: str) -> None:
+    if "://" in path:
+        return
+    try:
+        size = os.stat(path).st_size
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError as error:
+        raise VideoError(path, "missing", "no such file.") from error
+    except (OSError, ValueError) as error:
+        raise VideoError(path, "unreadable", f"cannot be opened ({plain(error)}).") from error
+    if size == 0:
+        raise VideoError(path, "empty", "is an empty file.")
+
+
+def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """(transpose, then flip horizontally, then flip vertically) that the display matrix asks for."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()  # x' = a·x + c·y, y' = b·x + d·y
+            if abs(b) + abs(c) > abs(a) + abs(d):
+                return True, c < 0, b < 0
+            return False, a < 0, d < 0
+    return False, False, False
+
+
+def displayed_size(frame: av.VideoFrame, pixel_aspect: float) -> tuple[int, int]:
+    width, height = max(1, round(frame.width * pixel_aspect)), frame.height
+    return (height, width) if orientation(frame)[0] else (width, height)
+
+
+def covering_size(have: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (width, height) with the aspect ratio of `have` that covers `size`."""
+    scale = max(size[0] / have[0], size[1] / have[1])
+    return max(size[0], round(have[0] * scale)), max(size[1], round(have[1] * scale))
+
+
+def cut(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -> np.ndarray:
+    height, width = frame.shape[:2]
+    left, top = round((width - size[0]) * crop[0]), round((height - size[1]) * crop[1])
+    return frame[top : top + size[1], left : left + size[0]]
+
+
+def to_rgb(
+    frame: av.VideoFrame, pixel_aspect: float, size: tuple[int, int] | None, crop: tuple[float, float]
+) -> np.ndarray:
+    """(H, W, 3) uint8 as displayed: swscale scales (bicubic, widened when shrinking) and converts in one pass."""
+    transpose, flip_x, flip_y = orientation(frame)
+    width, height = displayed_size(frame, pixel_aspect)
+    if size is not None:
+        width, height = covering_size((width, height), size)
+    if transpose:
+        width, height = height, width
+    # where the file does not say, HD is BT.709 and less is BT.601, as players assume
+    unspecified = frame.colorspace in (0, 2) and frame.format.name != "rgb24"
+    guess = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unspecified else None
+    rgb = frame.reformat(
+        width,
+        height,
+        "rgb24",
+        src_colorspace=guess,
+        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+        threads=1,
+    ).to_ndarray()
+    if transpose:
+        rgb = rgb.transpose(1, 0, 2)
+    if flip_x:
+        rgb = rgb[:, ::-1]
+    if flip_y:
+        rgb = rgb[::-1]
+    return np.ascontiguousarray(rgb if size is None else cut(rgb, size, crop))
+
+
+def decode_image(path: str, limits: Limits) -> np.ndarray:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with _open_bytes(path) as file, Image.open(file) as image:
+            if image.width * image.height > limits.pixels:
+                raise VideoError(
+                    path, "too_large", f"is {image.width}x{image.height}; the limit is {limits.pixels} pixels."
+                )
+            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except VideoError:
+        raise
+    except UnidentifiedImageError as error:
+        raise VideoError(path, "not_media", "is not an image that can be opened.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise VideoError(path, "damaged", f"cannot be decoded ({plain(error)}).") from error
+
+
+def _open_bytes(path: str) -> Any:
+    if "://" in path:
+        import fsspec
+
+        return fsspec.open(path, "rb").open()
+    return open(path, "rb")
+
+
+def cover(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -> np.ndarray:
+    from PIL import Image
+
+    wanted = covering_size((frame.shape[1], frame.shape[0]), size)
+    if wanted != (frame.shape[1], frame.shape[0]):
+        frame = np.array(Image.fromarray(frame).resize(wanted, Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(cut(frame, size, crop))

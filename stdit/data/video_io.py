@@ -1,0 +1,355 @@
+"""Reading and writing of video and image files: frames by time, as a player shows them, or a named reason why not.
+
+Importing this module is cheap (no torch): the processes that probe files import nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from stdit.data.pixels import (
+    IMAGE_SUFFIXES,
+    LIMITS,
+    Limits,
+    VideoError,
+    check_file,
+    cover,
+    decode_image,
+    displayed_size,
+    is_image,
+    plain,
+    to_rgb,
+)
+from stdit.data.video_write import contact_sheet, write_video
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "LIMITS",
+    "VIDEO_SUFFIXES",
+    "Limits",
+    "Probe",
+    "VideoError",
+    "contact_sheet",
+    "is_image",
+    "probe",
+    "read_frames",
+    "read_image",
+    "write_video",
+]
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".3g2", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
+    | {".ogv", ".flv", ".wmv", ".asf", ".gif", ".mxf", ".y4m", ".ivf"}
+)
+# Containers of pictures only: playlists and scripts (HLS, concat, …) could make a file open other files.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,ogg,asf,gif,mxf,h264,hevc,ivf,yuv4mpegpipe,nut"
+)
+
+VERIFY_PIXELS = 3_000_000_000  # what `probe` decodes of a file at most: ~10,000 frames of 640×480, ~360 of 4K
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a player shows: size after rotation and with square pixels, frames and seconds that can be decoded.
+
+    `start` is the time of the first frame after the stream's own start (almost always 0); `end` is when the last frame
+    ends. `damage` says where decoding stopped, if it did; `verified` whether all frames were decoded.
+    """
+
+    width: int
+    height: int
+    fps: float
+    frames: int
+    start: float
+    end: float
+    codec: str
+    image: bool = False
+    verified: bool = True
+    damage: str | None = None
+
+    @property
+    def duration(self) -> float:
+        return self.end - self.start
+
+
+def probe(path: str, verify_pixels: int = VERIFY_PIXELS, limits: Limits = LIMITS) -> Probe:
+    """Size, frame rate, frames and duration of a file, by demuxing it whole and decoding up to `verify_pixels` of it.
+
+    Raises VideoError if not one frame can be decoded. A file damaged further in is described up to the damage.
+    """
+    check_file(path)
+    if is_image(path):
+        frame = decode_image(path, limits)
+        return Probe(frame.shape[1], frame.shape[0], 1.0, 1, 0.0, 0.0, Path(path).suffix[1:].lower(), image=True)
+    with _open(path, limits) as source:
+        return source.probe(verify_pixels)
+
+
+def read_frames(
+    path: str,
+    count: int,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+    start: float = 0.0,
+    crop: tuple[float, float] = (0.5, 0.5),
+    limits: Limits = LIMITS,
+) -> np.ndarray:
+    """`count` frames at start, start + 1/fps, …: uint8 RGB (T, H, W, 3), each the source frame nearest in time.
+
+    size: (width, height); frames are scaled with antialiasing to cover it, then cropped at `crop`, the share of the
+    surplus that is cut off on the left and on top (0.5 is the centre). None keeps the displayed size. fps None takes
+    the source's frames one after another. Rotation, mirroring and pixel aspect ratio are applied. Raises VideoError.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}, must be at least 1.")
+    check_file(path)
+    if is_image(path):
+        if count > 1:
+            raise VideoError(path, "too_short", f"is an image; {count} frames were asked for.")
+        frame = decode_image(path, limits)
+        return (frame if size is None else cover(frame, size, crop))[None]
+    with _open(path, limits) as source:
+        if fps is not None and start > 1.0:
+            frames = source.read(count, size, fps, start, crop, seek=True)
+            if frames is not None:
+                return frames
+    with _open(path, limits) as source:  # from the beginning: also where seeking lands too late
+        frames = source.read(count, size, fps, start, crop, seek=False)
+        assert frames is not None
+        return frames
+
+
+def read_image(path: str, limits: Limits = LIMITS) -> np.ndarray:
+    """An image file as uint8 RGB (1, H, W, 3), EXIF rotation applied, transparency on white."""
+    check_file(path)
+    return decode_image(path, limits)[None]
+
+
+# ---------------------------------------------------------------------------------------------------------- videos
+
+
+class _Source:
+    """One opened video stream. Times are seconds after the stream's own start."""
+
+    def __init__(self, path: str, container: av.container.InputContainer, limits: Limits) -> None:
+        self.path, self.container, self.limits = path, container, limits
+        streams = [s for s in container.streams.video if not _is_cover_art(s)]
+        if not streams:
+            raise VideoError(path, "no_video", "has no video stream.")
+        self.stream = streams[0]
+        codec = self.stream.codec_context
+        if codec is None:
+            raise VideoError(path, "undecodable", "has a video stream of a codec that this FFmpeg does not decode.")
+        self._check_size(codec.width, codec.height)
+        codec.thread_count = 1  # workers run side by side; one thread each keeps memory and results the same
+        self.origin = float((self.stream.start_time or 0) * (self.stream.time_base or 0))
+        self.deadline = time.monotonic() + limits.seconds
+        rate = self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
+        self.period = float(1 / rate) if rate else 1 / 25  # nominal, until timestamps say otherwise
+        ratio = float(self.stream.sample_aspect_ratio or 1)
+        self.pixel_aspect = ratio if 0.1 <= ratio <= 10 else 1.0
+        self.packet_times: list[float] = []
+        # AVI stores no presentation times; what FFmpeg makes up for reordered frames goes back and forth
+        self.timed = container.format.name != "avi"
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.limits.pixels:
+            raise VideoError(
+                self.path, "too_large", f"is {width}x{height} pixels a frame; the limit is {self.limits.pixels} pixels."
+            )
+
+    def packets(self) -> Iterator[av.Packet]:
+        packets = self.container.demux(self.stream)
+        for _ in range(self.limits.packets):
+            if time.monotonic() > self.deadline:
+                raise VideoError(self.path, "timeout", f"took longer than {self.limits.seconds:g} s to read.")
+            packet = next(packets, None)
+            if packet is None:
+                return
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if packet.size and stamp is not None and not packet.is_discard:
+                self.packet_times.append(float(stamp * packet.time_base) - self.origin)
+            yield packet
+        raise VideoError(self.path, "too_long", f"has more than {self.limits.packets} packets.")
+
+    def frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """(time, frame) in order; raises VideoError('damaged') where decoding fails."""
+        last, decoded = None, 0
+        try:
+            for packet in self.packets():
+                for frame in packet.decode():
+                    self._check_size(frame.width, frame.height)
+                    decoded += 1
+                    if decoded > self.limits.frames:
+                        raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
+                    now = (
+                        float(frame.pts * frame.time_base) - self.origin
+                        if self.timed and frame.pts is not None
+                        else None
+                    )
+                    if last is not None and (now is None or now <= last):
+                        now = last + self.period  # no timestamp, or one that goes back
+                    last = 0.0 if now is None else now
+                    yield last, frame
+        except av.FFmpegError as error:
+            # av's errors are OSErrors too; what is not about the data is about the disk or the network
+            if isinstance(error, av.InvalidDataError | av.EOFError | av.PatchWelcomeError | av.ExternalError):
+                message = f"cannot be decoded after {decoded} frames ({plain(error)})."
+                raise VideoError(self.path, "damaged" if decoded else "undecodable", message) from error
+            raise VideoError(self.path, "unreadable", f"reading failed ({plain(error)}).") from error
+
+    def read(
+        self,
+        count: int,
+        size: tuple[int, int] | None,
+        fps: float | None,
+        start: float,
+        crop: tuple[float, float],
+        seek: bool,
+    ) -> np.ndarray | None:
+        """As `read_frames`; None if the stream could not be sought to before `start`."""
+        if seek:
+            if not self.timed:
+                return None
+            try:
+                offset = int((start + self.origin) / float(self.stream.time_base or Fraction(1, 1000)))
+                self.container.seek(offset, stream=self.stream, backward=True)
+            except av.FFmpegError:
+                return None
+        out: list[np.ndarray] = []
+        previous: tuple[float, av.VideoFrame] | None = None
+        converted: np.ndarray | None = None
+
+        def take_previous() -> None:
+            nonlocal converted
+            assert previous is not None
+            if converted is None:
+                converted = to_rgb(previous[1], self.pixel_aspect, size, crop)
+            out.append(converted)
+
+        def wanted() -> float:
+            return start + len(out) / fps if fps is not None else start
+
+        try:
+            for now, frame in self.frames():
+                if seek and previous is None and (frame.pts is None or now > start):
+                    return None
+                if fps is None:  # every frame from `start` on
+                    if now >= start - 1e-6:
+                        previous, converted = (now, frame), None
+                        take_previous()
+                elif previous is not None:
+                    while len(out) < count and wanted() <= (previous[0] + now) / 2 + 1e-9:
+                        take_previous()
+                if len(out) == count:
+                    return np.stack(out)
+                previous, converted = (now, frame), None
+        except VideoError as error:
+            # what was decoded before the damage is good, and the last such frame stands for half its own period
+            if error.reason != "damaged":
+                raise
+            damage: VideoError | None = error
+        else:
+            damage = None
+        if previous is None:
+            raise damage or VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
+        # The last frame is shown for its own duration; half of it, or of a requested period, is within tolerance.
+        tolerance = max(self.period, float((previous[1].duration or 0) * previous[1].time_base), 1 / (fps or 1e9)) / 2
+        while fps is not None and len(out) < count and wanted() <= previous[0] + tolerance + 1e-3:
+            take_previous()
+        if len(out) == count:
+            return np.stack(out)
+        if damage is not None:
+            raise damage
+        rate = "" if fps is None else f" at {fps:g} fps"
+        raise VideoError(
+            self.path,
+            "too_short",
+            f"its last frame is at {previous[0]:.3f} s; {count} frames{rate} from {start:.3f} s need more.",
+        )
+
+    def probe(self, verify_pixels: int) -> Probe:
+        times: list[float] = []
+        shown: tuple[int, int] | None = None
+        last_duration, budget, damage, verified = 0.0, verify_pixels, None, True
+        frames = self.frames()
+        try:
+            for now, frame in frames:
+                shown = shown or displayed_size(frame, self.pixel_aspect)
+                times.append(now)
+                last_duration = float((frame.duration or 0) * frame.time_base)
+                budget -= frame.width * frame.height
+                if budget <= 0:
+                    verified = False
+                    break
+        except VideoError as error:
+            if error.reason != "damaged":
+                raise
+            damage = error.message
+        finally:
+            frames.close()
+        if not times or shown is None:
+            raise VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
+        if not verified:  # the rest is counted, not decoded
+            try:
+                for _ in self.packets():
+                    pass
+            except av.FFmpegError as error:
+                damage = f"cannot be read after {len(self.packet_times)} packets ({plain(error)})."
+            times += sorted(t for t in self.packet_times if t > times[-1] + 1e-6)
+        return self._describe(times, shown, last_duration, verified, damage)
+
+    def _describe(
+        self, times: list[float], shown: tuple[int, int], last_duration: float, verified: bool, damage: str | None
+    ) -> Probe:
+        first, last, count = times[0], times[-1], len(times)
+        measured = (count - 1) / (last - first) if count > 1 and last > first else 1 / self.period
+        declared = float(self.stream.average_rate or 0)
+        # the container's rational rate is exact where it agrees with the timestamps
+        fps = declared if declared and abs(declared / measured - 1) < 0.01 else measured
+        if damage is not None or not 0 < last_duration < 4 / fps:
+            last_duration = 1 / fps
+        return Probe(
+            *shown, fps, count, first, last + last_duration, self.stream.codec_context.name, False, verified, damage
+        )
+
+
+def _is_cover_art(stream: av.VideoStream) -> bool:
+    return bool(stream.disposition & type(stream.disposition).attached_pic)
+
+
+@contextmanager
+def _open(path: str, limits: Limits) -> Iterator[_Source]:
+    """The file's first video stream. A path of any fsspec scheme ("s3://…") is read through fsspec."""
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    remote = None
+    try:
+        if "://" in path:
+            import fsspec
+
+            try:
+                remote = fsspec.open(path, "rb").open()
+            except FileNotFoundError as error:
+                raise VideoError(path, "missing", "no such file.") from error
+            except (OSError, ValueError, ImportError) as error:
+                raise VideoError(path, "unreadable", f"cannot be opened ({plain(error)}).") from error
+            options.pop("protocol_whitelist")
+        try:
+            container = av.open(remote or f"file:{path}", options=options, metadata_errors="replace")
+        except (av.FFmpegError, ValueError) as error:
+            message = f"is not a video file that can be opened ({plain(error)})."
+            raise VideoError(path, "not_media", message) from error
+        with container:
+            yield _Source(path, container, limits)
+    finally:
+        if remote is not None:
+            remote.close()

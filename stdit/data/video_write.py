@@ -1,0 +1,77 @@
+"""Writing clips: H.264 files that play in a browser, and contact sheets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace
+
+from stdit.errors import StditError
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18, threads: int = 1) -> None:
+    """Frames (T, H, W, 3) uint8 as an H.264 file that plays in a browser (yuv420p, BT.709, index in front)."""
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
+        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}.")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise StditError(
+            f"{path}: {width}x{height} cannot be written as H.264 (4:2:0 needs even sizes). "
+            f"Nearest: {width // 2 * 2 or 2}x{height // 2 * 2 or 2}."
+        )
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads)}
+            codec = stream.codec_context
+            codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
+            codec.color_range = 1  # limited
+            for rgb in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+            container.mux(stream.encode())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def contact_sheet(
+    clips: Sequence[np.ndarray],
+    path: str | Path,
+    labels: Sequence[str] | None = None,
+    columns: int = 8,
+    side: int = 128,
+) -> None:
+    """A PNG with one row a clip (T, H, W, 3): up to `columns` frames, first and last among them, `side` pixels high."""
+    from PIL import Image, ImageDraw
+
+    rows, text = [], 14 if labels else 0
+    for clip in clips:
+        clip = np.asarray(clip)
+        picks = np.unique(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int))
+        width = max(1, round(clip.shape[2] * side / clip.shape[1]))
+        rows.append([Image.fromarray(clip[i]).resize((width, side), Image.Resampling.BICUBIC) for i in picks])
+    if not rows:
+        raise ValueError("a contact sheet needs at least one clip.")
+    total = max(sum(image.width + 2 for image in row) for row in rows)
+    sheet = Image.new("RGB", (max(total, 2), len(rows) * (side + text + 2)), "white")
+    for i, row in enumerate(rows):
+        top, left = i * (side + text + 2), 0
+        if labels:
+            ImageDraw.Draw(sheet).text((2, top + 1), labels[i], fill="black")
+        for image in row:
+            sheet.paste(image, (left, top + text))
+            left += image.width + 2
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    sheet.save(partial, format="PNG")
+    os.replace(partial, path)
