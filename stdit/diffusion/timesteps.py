@@ -1,0 +1,102 @@
+"""Which noise levels training draws, and how they move with the number of tokens.
+
+A level is logit-normal or uniform, then moved towards 1 by a shift. Levels are drawn in fp64 and stratified over the
+clips of a global step: position p of a step of n clips gets one of n equal strata, under a permutation keyed by
+(seed, epoch, step), so the levels of a step cover [0, 1] evenly whatever the plan's order, and do not depend on ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stdit.errors import StditError
+from stdit.keyed import keyed_generator, keyed_uniform
+
+
+@dataclass(frozen=True)
+class TimestepConfig:
+    """The distribution of noise levels in training.
+
+    shift moves every level (1 leaves it); shift_tokens, if set, multiplies the shift by √(tokens / shift_tokens), so a
+    clip of shift_tokens tokens has the shift as written and larger clips see more noise.
+    """
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    shift_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.distribution not in ("logit_normal", "uniform"):
+            raise StditError(f"noise levels: distribution {self.distribution!r} is not known; logit_normal or uniform.")
+        if self.std <= 0 or self.shift <= 0 or (self.shift_tokens is not None and self.shift_tokens <= 0):
+            raise StditError(
+                f"noise levels: std {self.std}, shift {self.shift} and shift_tokens {self.shift_tokens} must be > 0."
+            )
+
+
+def shift_noise_level(t: Tensor, shift: float | Tensor) -> Tensor:
+    """Moves noise levels towards 1 for clips with many tokens (Esser et al. 2024, eq. 23).
+
+    t: (…,) in [0, 1]. shift: > 0, 1 leaves t as it is. Returns the same shape.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def shift_by_tokens(tokens: int, base: int) -> float:
+    """The shift √(tokens / base), which keeps the uncertainty about a constant clip equal at both token counts.
+
+    Esser et al. 2024, section 5.3.2 (eq. 23 with m = tokens, n = base), read for spacetime tokens. Flux interpolates
+    log(shift) linearly between two counts instead; the square root needs one number, and is right at every count.
+    """
+    return math.sqrt(tokens / base)
+
+
+@lru_cache(maxsize=8)
+def _strata(count: int, seed: int, epoch: int, step: int) -> tuple[int, ...]:
+    return tuple(torch.randperm(count, generator=keyed_generator(seed, "strata", epoch, step)).tolist())
+
+
+def stratified_uniform(positions: Sequence[int], count: int, *, seed: int, epoch: int, step: int) -> Tensor:
+    """One number in (0, 1) for each position of a step of `count` clips, exactly one in each of `count` equal strata.
+
+    Keyed by (seed, epoch, step, position): any rank draws the same for a position. Returns (len(positions),) fp64.
+    """
+    strata = _strata(count, seed, epoch, step)
+    jitter = [keyed_uniform(seed, "noise level", epoch, step, position) + 2.0**-54 for position in positions]  # never 0
+    return torch.tensor([(strata[p] + j) / count for p, j in zip(positions, jitter)], dtype=torch.float64)
+
+
+def levels_from_uniform(u: Tensor, config: TimestepConfig) -> Tensor:
+    """Quantiles of the unshifted distribution: u (…,) in (0, 1), fp64, to levels of the same shape."""
+    if config.distribution == "uniform":
+        return u
+    return torch.sigmoid(config.mean + config.std * torch.special.ndtri(u))
+
+
+def noise_levels(
+    positions: Sequence[int],
+    count: int,
+    tokens: Sequence[int],
+    config: TimestepConfig,
+    *,
+    seed: int,
+    epoch: int,
+    step: int,
+) -> Tensor:
+    """The noise level of each of some clips of a step.
+
+    positions: where the clips stand in the global step. count: clips in the global step. tokens: tokens of each clip.
+    Returns (len(positions),) fp64 in (0, 1).
+    """
+    t = levels_from_uniform(stratified_uniform(positions, count, seed=seed, epoch=epoch, step=step), config)
+    shifts = [config.shift * (shift_by_tokens(n, config.shift_tokens) if config.shift_tokens else 1.0) for n in tokens]
+    return shift_noise_level(t, torch.tensor(shifts, dtype=torch.float64))

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stdit.diffusion import flow
+from stdit.diffusion.guidance import guide, needs_unconditional
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 4, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+def test_ends_are_exact(pair):
+    x0, noise = pair
+    assert torch.equal(flow.interpolate(x0, noise, 0.0), x0)
+    assert torch.equal(flow.interpolate(x0, noise, 1.0), noise)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.437, 1.0])
+def test_velocity_gives_both_ends_back_and_is_the_derivative(pair, t):
+    x0, noise = pair
+    x_t, v = flow.interpolate(x0, noise, t), flow.velocity(x0, noise)
+    torch.testing.assert_close(flow.x0_from_velocity(x_t, v, t), x0, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(flow.noise_from_velocity(x_t, v, t), noise, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((flow.interpolate(x0, noise, t + 1e-3) - x_t) / 1e-3, v, rtol=1e-9, atol=1e-9)
+
+
+def test_known_frames_at_level_0_stay_clean(pair):
+    x0, noise = pair
+    t = flow.levels_over_frames(torch.tensor([0.0, 0.5]), x0)  # two patch frames of two latent frames each
+    x_t = flow.interpolate(x0, noise, t)
+    assert torch.equal(x_t[:, :2], x0[:, :2])
+    torch.testing.assert_close(x_t[:, 2:], (x0 + noise)[:, 2:] / 2)
+    with pytest.raises(ValueError, match="do not fit 4"):
+        flow.levels_over_frames(torch.zeros(3), x0)
+
+
+def test_guidance():
+    cond, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
+    assert guide(cond, uncond, 5).tolist() == [5.0, -6.0]
+    assert torch.equal(guide(cond, uncond, 1), cond)
+    assert torch.equal(guide(cond, uncond, 0), uncond)
+    assert needs_unconditional(1.5) and not needs_unconditional(1.0)
