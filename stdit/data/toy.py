@@ -1,0 +1,360 @@
+"""The embedded data set: a grammar of moving shapes, rendered to real video files with captions.
+
+"a large red circle moving left on a black background": colour × shape × size × direction × background. Every shape
+crosses the frame once from the clip's first frame to its last, whatever the duration, so that motion is several tokens
+long even at 64 × 64. Twelve of the 72 combinations of colour, shape and direction are never trained on (HELD_OUT).
+
+`make_toy(folder)` writes
+
+    folder/train/clip-000000.mp4 …, captions.csv       what to scan and train on (a share are still PNG images)
+    folder/held_out/clip-000000.mp4 …, captions.csv    the combinations left out: to measure a VAE on, never to train on
+    folder/toy.json                                    the settings, and whether the folder is complete
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from stdit.errors import StditError, nearest_name
+from stdit.keyed import keyed_seed, keyed_uniform
+from stdit.shapes import VideoShape
+
+# Six hues some 55° apart, all far more colourful than any background.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 45, 45),
+    "yellow": (240, 205, 40),
+    "green": (45, 175, 65),
+    "cyan": (50, 200, 210),
+    "blue": (45, 65, 225),
+    "magenta": (215, 60, 195),
+}
+SHAPES = ("circle", "square", "triangle")
+SIZES: dict[str, float] = {"small": 0.34, "large": 0.53}  # width over √(frame area): similar in pixels in every bucket
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
+BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # colour at the top, at the bottom
+    "black": ((20, 20, 24), (20, 20, 24)),
+    "white": ((230, 230, 226), (230, 230, 226)),
+    "dusk": ((64, 56, 92), (136, 104, 100)),
+}
+TRAVEL = (0.15, 0.85)  # the centre's first and last place along the direction, as a share of the frame
+
+# (colour, shape, direction) never trained. Each (shape, direction) is left out once and each colour twice, each other
+# pair at most once: every value and every pair stays frequent in training, only the triple is new.
+HELD_OUT: frozenset[tuple[str, str, str]] = frozenset(
+    (tuple(COLOURS)[k % 6], SHAPES[k // 4], tuple(DIRECTIONS)[k % 4]) for k in range(12)
+)
+
+
+@dataclass(frozen=True, order=True)
+class ToySpec:
+    """What one clip shows. direction is "none" in a still image."""
+
+    colour: str
+    shape: str
+    size: str
+    direction: str
+    background: str
+
+    @property
+    def caption(self) -> str:
+        motion = "" if self.direction == "none" else f" moving {self.direction}"
+        return f"a {self.size} {self.colour} {self.shape}{motion} on a {self.background} background"
+
+    @property
+    def held_out(self) -> bool:
+        return (self.colour, self.shape, self.direction) in HELD_OUT
+
+    @classmethod
+    def parse(cls, caption: str) -> ToySpec:
+        """The spec a caption of the grammar describes. Raises a StditError that names the word that is not one."""
+        example = "A toy caption reads 'a large red circle moving left on a black background'."
+        match = re.fullmatch(r"a (\w+) (\w+) (\w+)(?: moving (\w+))? on a (\w+) background", caption.strip())
+        if not match:
+            raise StditError(f"{caption!r} is not a caption of the toy grammar. {example}")
+        size, colour, shape, direction, background = match.groups()
+        spec = cls(colour, shape, size, direction or "none", background)
+        known = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "background": BACKGROUNDS}
+        for attribute, values in (known | {"direction": (*DIRECTIONS, "none")}).items():
+            value = getattr(spec, attribute)
+            if value not in values:
+                raise StditError(
+                    f"{caption!r}: the toy grammar has no {attribute} {value!r}.{nearest_name(value, values)} {example}"
+                )
+        return spec
+
+
+def all_specs(held_out: bool) -> list[ToySpec]:
+    """Every moving spec of the training set (360), or of the held-out set (72), in a fixed order."""
+    specs = (
+        ToySpec(colour, shape, size, direction, background)
+        for colour in COLOURS
+        for shape in SHAPES
+        for direction in DIRECTIONS
+        for size in SIZES
+        for background in BACKGROUNDS
+    )
+    return [spec for spec in specs if spec.held_out == held_out]
+
+
+def still_specs() -> list[ToySpec]:
+    """Every spec of a still image (108)."""
+    return sorted({ToySpec(s.colour, s.shape, s.size, "none", s.background) for s in all_specs(held_out=False)})
+
+
+def training_captions() -> list[str]:
+    """Every caption of the training set, moving and still: what a tokenizer is built from."""
+    return [spec.caption for spec in all_specs(held_out=False) + still_specs()]
+
+
+def held_out_prompts(n: int = 64, seed: int = 0) -> list[str]:
+    """n different captions never trained, in a keyed order. There are 72."""
+    specs = all_specs(held_out=True)
+    if not 1 <= n <= len(specs):
+        raise StditError(f"{n} held-out prompts asked for; the toy grammar has 1 to {len(specs)}.")
+    return [spec.caption for spec in _shuffled(specs, keyed_seed(seed, "toy held-out prompts"))[:n]]
+
+
+def _shuffled(specs: list[ToySpec], seed: int) -> list[ToySpec]:
+    return [specs[i] for i in np.random.default_rng(seed).permutation(len(specs))]
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """How one clip differs from others of its spec, as shares: of the frame (places), of the size, of 255 (colour)."""
+
+    start: float = 0.0
+    end: float = 0.0
+    across: float = 0.0
+    size: float = 0.0
+    colour: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @classmethod
+    def keyed(cls, seed: int) -> Jitter:
+        draw = np.random.default_rng(seed).uniform(-1, 1, 7)
+        return cls(draw[0] * 0.04, draw[1] * 0.04, draw[2] * 0.10, draw[3] * 0.05, tuple(draw[4:] * 0.03))
+
+
+def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter | None = None) -> np.ndarray:
+    """A clip of a spec, edges anti-aliased: uint8 (T, H, W, 3).
+
+    The shape crosses the frame once, at constant speed, from the first frame to the last; a single frame or a still
+    spec shows it about the middle.
+    """
+    jitter = jitter or Jitter()
+    half = SIZES[spec.size] * (1 + jitter.size) * np.sqrt(width * height) / 2
+    x, y = _path(spec, width, height, frames, jitter)
+    dy = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - y[:, None, None]  # (T, H, 1)
+    dx = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - x[:, None, None]  # (T, 1, W)
+    coverage = np.clip(0.5 - _distance(spec.shape, dx, dy, np.float32(half)), 0, 1)[..., None]  # (T, H, W, 1)
+
+    top, bottom = (np.array(colour, np.float32) for colour in BACKGROUNDS[spec.background])
+    down = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / height
+    background = (top + (bottom - top) * down)[None, :, None, :]  # (1, H, 1, 3)
+    colour = np.clip(np.array(COLOURS[spec.colour], np.float32) + 255 * np.array(jitter.colour, np.float32), 0, 255)
+    return (background + coverage * (colour - background) + 0.5).astype(np.uint8)
+
+
+def _path(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter) -> tuple[np.ndarray, np.ndarray]:
+    """The centre's x and y in pixels, (T,) each."""
+    step_x, step_y = DIRECTIONS.get(spec.direction, (0, 0))
+    moment = np.linspace(0, 1, frames, dtype=np.float32) if frames > 1 else np.full(1, 0.5, np.float32)
+    first, last = TRAVEL[0] + jitter.start, TRAVEL[1] + jitter.end
+    along = first + (last - first) * moment - 0.5  # (T,) from the middle
+    if not (step_x or step_y):
+        x, y = np.full(frames, jitter.start * 3), np.full(frames, jitter.across)
+    else:
+        x = along * step_x if step_x else np.full(frames, jitter.across)
+        y = along * step_y if step_y else np.full(frames, jitter.across)
+    return ((0.5 + x) * width).astype(np.float32), ((0.5 + y) * height).astype(np.float32)
+
+
+def _distance(shape: str, dx: np.ndarray, dy: np.ndarray, half: np.float32) -> np.ndarray:
+    """Signed distance in pixels to the shape's outline, negative inside; all shapes are 2·half wide and high."""
+    if shape == "circle":
+        return np.sqrt(dx * dx + dy * dy) - half
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - half
+    return np.maximum(dy - half, (2 * np.abs(dx) - dy - half) / np.float32(5**0.5))  # an upright triangle
+
+
+@dataclass(frozen=True)
+class ToySettings:
+    """What `make_toy` renders. Clip i depends on (seed, i) alone, so a folder can grow."""
+
+    clips: int = 1000
+    held_out: int = 48
+    seed: int = 0
+    shapes: tuple[str, ...] = ("64x64", "80x48", "48x80")  # WIDTHxHEIGHT
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0)  # files are this much larger than the shapes
+    seconds: tuple[float, ...] = (1.25, 2.25)  # a little more than 9 and 17 frames at 8 fps
+    fps: tuple[int, ...] = (16, 24, 30)
+    image_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        for shape in self.shapes:
+            VideoShape.parse(shape)
+        if self.clips < 1 or self.held_out < 0:
+            raise StditError(f"clips={self.clips} must be 1 or more, held_out={self.held_out} 0 or more.")
+        if not (self.shapes and self.scales and self.seconds and self.fps):
+            raise StditError("shapes, scales, seconds and fps of the toy set each need at least one value.")
+        if not 0 <= self.image_share <= 1:
+            raise StditError(f"image_share={self.image_share} is not between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class ToyFile:
+    """One file to render."""
+
+    name: str
+    spec: ToySpec
+    width: int
+    height: int
+    frames: int
+    fps: int
+    jitter: Jitter
+
+
+def toy_file(settings: ToySettings, part: str, index: int) -> ToyFile:
+    """File `index` of "train" or "held_out": a function of the seed and the index alone."""
+
+    def choose(purpose: str, values: tuple):
+        return values[int(keyed_uniform(settings.seed, f"toy {purpose}", part, index) * len(values))]
+
+    still = part == "train" and keyed_uniform(settings.seed, "toy still", part, index) < settings.image_share
+    specs = still_specs() if still else all_specs(held_out=part == "held_out")
+    deal, place = divmod(index, len(specs))  # every spec once before any comes again
+    spec = _shuffled(specs, keyed_seed(settings.seed, "toy deal", part, deal))[place]
+    shape, scale = VideoShape.parse(choose("shape", settings.shapes)), choose("scale", settings.scales)
+    fps = choose("fps", settings.fps)
+    return ToyFile(
+        name=f"clip-{index:06d}.{'png' if still else 'mp4'}",
+        spec=spec,
+        width=2 * round(shape.width * scale / 2),  # yuv420p needs even sizes
+        height=2 * round(shape.height * scale / 2),
+        frames=1 if still else max(2, round(choose("seconds", settings.seconds) * fps)),
+        fps=fps,
+        jitter=Jitter.keyed(keyed_seed(settings.seed, "toy jitter", part, index)),
+    )
+
+
+def make_toy(
+    folder: str | Path, settings: ToySettings | None = None, progress: Callable[[int, int], None] | None = None
+) -> dict[str, int | bool]:
+    """Renders the toy set into a folder; one that was interrupted is completed, a complete one is left alone.
+
+    progress(done, total) is called after every file. Returns counts: train, held_out, rendered (0: it was complete).
+    Raises a StditError if the folder holds another toy set (other settings than more clips) or something else.
+    """
+    folder, settings = Path(folder), settings or ToySettings()
+    _claim(folder, settings)
+    parts = {"train": settings.clips, "held_out": settings.held_out}
+    files = {part: [toy_file(settings, part, index) for index in range(count)] for part, count in parts.items()}
+    missing = [
+        (folder / part / file.name, file)
+        for part in parts
+        for file in files[part]
+        if not (folder / part / file.name).exists()
+    ]
+    try:
+        for part in parts:
+            (folder / part).mkdir(exist_ok=True)
+            rows = io.StringIO()
+            csv.writer(rows, lineterminator="\n").writerows(
+                [("path", "caption"), *((file.name, file.spec.caption) for file in files[part])]
+            )
+            _publish(folder / part / "captions.csv", rows.getvalue())
+        # Threads: numpy and the encoder release the interpreter lock for nearly all of the work.
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            jobs = [pool.submit(_write, path, file) for path, file in missing]
+            try:
+                for done, job in enumerate(as_completed(jobs), 1):
+                    job.result()
+                    if progress:
+                        progress(done, len(missing))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        _write_settings(folder, settings, complete=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise StditError(f"{folder}: the disk is full. Free space, then run the same command to go on.") from error
+        raise
+    return {"train": settings.clips, "held_out": settings.held_out, "rendered": len(missing)}
+
+
+def _claim(folder: Path, settings: ToySettings) -> None:
+    """Makes the folder this set's, or raises if it is another's."""
+    path = folder / "toy.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StditError(f"{path} is not readable ({error}). Delete the folder or name another.") from error
+        wanted = json.loads(json.dumps(asdict(settings)))
+        differing = [
+            f"{name} {found.get(name)} there, {wanted[name]} asked for"
+            for name in wanted
+            if found.get(name) != wanted[name]
+            and not (name in ("clips", "held_out") and (found.get(name) or 0) < wanted[name])
+        ]
+        if differing:
+            raise StditError(
+                f"{folder} holds another toy set: {'; '.join(differing)}. Delete it or name another folder."
+            )
+        if found != wanted:  # it grows
+            _write_settings(folder, settings, complete=False)
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StditError(f"{folder} exists and is no toy set (it has no toy.json). Name an empty or new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_settings(folder, settings, complete=False)
+
+
+def _write_settings(folder: Path, settings: ToySettings, complete: bool) -> None:
+    content = {"format": 1, "complete": complete, "settings": asdict(settings)}
+    _publish(folder / "toy.json", json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: Path, file: ToyFile) -> None:
+    frames = render(file.spec, file.width, file.height, file.frames, file.jitter)
+    part = path.with_name(f".{path.name}.part")
+    if file.frames == 1:
+        from PIL import Image
+
+        Image.fromarray(frames[0]).save(part, "png")
+    else:
+        _write_mp4(part, frames, file.fps)
+    part.replace(path)
+
+
+def _publish(path: Path, text: str) -> None:
+    """Writes a file that is either absent or whole."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="")
+    part.replace(path)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: int, crf: int = 16) -> None:
+    """H.264, yuv420p, the index in front: what phones and browsers write and play."""
+    import av
+
+    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf), "preset": "veryfast"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
