@@ -25,9 +25,11 @@ from stdit.errors import StditError
 from stdit.keyed import keyed_seed
 
 FORMAT = 1  # part of the plan's hash: raise it when the same inputs would give other steps
-GOOD_BALANCE = 0.995  # `split` stops looking for a better deal above this
-MORE_MICRO_STEPS = 4  # how many numbers of micro-steps `split` tries
-WORTH_A_MICRO_STEP = 0.005  # a further micro-step has to buy this much balance
+GOOD_BALANCE = 0.99  # `split` stops looking for a better deal above this
+WORTH_A_MICRO_STEP = 0.003  # a further micro-step has to buy this much balance
+HEIGHTS = (1, 1.15, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 6)  # of a micro-step, in work of its largest clip
+EVEN = 0.995  # of even micro-steps `split` takes the highest
+HOPELESS = 0.9  # and looks for none higher than one less even than this
 
 
 @dataclass
@@ -55,7 +57,8 @@ class PlanItem(NamedTuple):
     position: int  # in the global step; the same for any number of ranks, and unrelated to the bucket
 
 
-Split = list[list[list[PlanItem]]]  # micro-steps of groups of items
+Packs = list[list[PlanItem]]  # one micro-step: what each group computes
+Split = list[Packs]  # the micro-steps of a step
 
 
 class Plan:
@@ -207,8 +210,12 @@ def split(step: Sequence[PlanItem], groups: int, token_bound: int) -> Split:
     """Deals a step to groups of ranks: a list over micro-steps of a list over groups of items.
 
     In every micro-step all groups have nearly the same work, and none more than `token_bound` tokens. All groups have
-    the same number of micro-steps, as few as the bound allows unless one more buys balance. A group that has nothing
-    to do in a micro-step has an empty list. Items of a pack are sorted by (bucket, row), so equal shapes are adjacent.
+    the same number of micro-steps, and a further one has to buy balance. A group that has nothing to do in a micro-step
+    has an empty list. Items of a pack are sorted by (bucket, row), so that equal shapes are adjacent.
+
+    Work per token grows with a clip's tokens, so under a tight bound a pack of images cannot have a long video's work.
+    Hence micro-steps of different height: each takes from the largest clips what fills all groups to the same work, the
+    small ones closing the gaps, and what is left goes on. The end is wherever a plain deal of the rest comes out best.
     """
     if groups < 1:
         raise StditError(f"a step cannot be split over {groups} groups.")
@@ -217,26 +224,26 @@ def split(step: Sequence[PlanItem], groups: int, token_bound: int) -> Split:
         raise StditError(
             f"row {largest.row} has {largest.tokens} tokens, a pack at most {token_bound}: raise plan.tokens_per_pack."
         )
-    items = sorted(step, key=lambda item: (-item.work, item.bucket, item.row, item.occurrence))
-    tokens = sum(item.tokens for item in items)
-    best: Split = []
+    ideal = _work(step) / groups
+    best: list[Packs] = []
     best_balance = 0.0
-    tried = 0
-    micro_steps = max(1, -(-tokens // (groups * token_bound)))
-    while tried < MORE_MICRO_STEPS and best_balance < GOOD_BALANCE:
-        packs = _deal(items, groups * micro_steps, token_bound)
-        micro_steps += 1
-        if packs is None:
-            continue
-        tried += 1
-        # Groups are alike, so any pack may go to any group: packs of nearly equal work share a micro-step.
-        packs.sort(key=_work, reverse=True)
-        found = [_level(packs[i : i + groups], token_bound) for i in range(0, len(packs), groups)]
-        found = [packs for packs in found if any(packs)]
-        if balance(found) > best_balance + (WORTH_A_MICRO_STEP if best else 0):
-            best, best_balance = found, balance(found)
-        if groups * micro_steps > 2 * len(items) + groups:
-            break
+    done: list[Packs] = []
+    spent = 0  # Σ of the largest group's work over `done`
+    rest = sorted(step, key=_falling)
+    while rest and ideal > best_balance * spent:
+        packs, left = _deal(rest, groups, token_bound)
+        if not left:
+            found = ideal / (spent + max(map(_work, packs)))
+            if found > best_balance + (WORTH_A_MICRO_STEP if best else 0):
+                best, best_balance = [*done, packs], found
+            if best_balance >= GOOD_BALANCE:
+                break
+        packs, rest = _even_micro_step(rest, groups, token_bound)
+        done.append(packs)
+        spent += max(map(_work, packs))
+    else:
+        if not rest and ideal > best_balance * spent:
+            best = done
     return [[sorted(pack, key=lambda i: (i.bucket, i.row, i.occurrence)) for pack in packs] for packs in best]
 
 
@@ -254,36 +261,59 @@ def _work(pack: Iterable[PlanItem]) -> int:
     return sum(item.work for item in pack)
 
 
-def _deal(items: Sequence[PlanItem], bins: int, token_bound: int) -> list[list[PlanItem]] | None:
-    """Longest-processing-time first: each item to the bin with the least work that has room. None if one has none.
+def _falling(item: PlanItem) -> tuple[int, int, int, int]:
+    return -item.work, item.bucket, item.row, item.occurrence
 
-    items: sorted by falling work, and so by falling tokens.
+
+def _even_micro_step(items: list[PlanItem], groups: int, token_bound: int) -> tuple[Packs, list[PlanItem]]:
+    """The highest of several micro-steps that are even, or the most even one; and the items left for later."""
+    total = _work(items)
+    best: tuple[float, Packs, list[PlanItem]] = (0.0, [], items)
+    for factor in HEIGHTS:
+        height = int(items[0].work * factor)
+        if factor > 1 and height * groups > total:
+            break
+        packs, left = _deal(items, groups, token_bound, height)
+        work = [_work(pack) for pack in packs]
+        even = min(EVEN, sum(work) / (groups * max(work)))
+        if even >= best[0]:
+            best = (even, packs, left)
+        elif even < HOPELESS:
+            break
+    return best[1], best[2]
+
+
+def _deal(
+    items: Sequence[PlanItem], groups: int, token_bound: int, height: int | None = None
+) -> tuple[Packs, list[PlanItem]]:
+    """Longest-processing-time first: each item to the group with the least work that has room for its tokens.
+
+    items: by falling work, and so by falling tokens. height: no group gets more work. Returns packs, and what had no
+    room; without a height it stops at the first item that has none.
     """
-    packs: list[list[PlanItem]] = [[] for _ in range(bins)]
-    ready = [(0, b) for b in range(bins)]  # heap of (work, bin)
-    full: list[tuple[int, int, int]] = []  # heap of (−room, work, bin): too full for the items that came so far
-    room = [token_bound] * bins
+    packs: Packs = [[] for _ in range(groups)]
+    ready = [(0, g) for g in range(groups)]  # heap of (work, group)
+    full: list[tuple[int, int, int]] = []  # heap of (−room, work, group): no room for the items that came so far
+    room = [token_bound] * groups
+    left = []
     for item in items:
-        while full and -full[0][0] >= item.tokens:
-            _, work, b = heapq.heappop(full)
-            heapq.heappush(ready, (work, b))
-        while ready and room[ready[0][1]] < item.tokens:
-            work, b = heapq.heappop(ready)
-            heapq.heappush(full, (-room[b], work, b))
-        if not ready:
-            return None
-        work, b = ready[0]
-        packs[b].append(item)
-        room[b] -= item.tokens
-        heapq.heapreplace(ready, (work + item.work, b))
-    return packs
-
-
-def _level(packs: list[list[PlanItem]], token_bound: int) -> list[list[PlanItem]]:
-    """The packs of one micro-step, dealt again among themselves if that lowers the largest."""
-    items = sorted((item for pack in packs for item in pack), key=lambda i: (-i.work, i.bucket, i.row, i.occurrence))
-    again = _deal(items, len(packs), token_bound)
-    return again if again is not None and max(map(_work, again)) < max(map(_work, packs)) else packs
+        tokens, item_work = item.tokens, item.work
+        while full and -full[0][0] >= tokens:
+            _, work, g = heapq.heappop(full)
+            heapq.heappush(ready, (work, g))
+        while ready and room[ready[0][1]] < tokens:
+            work, g = heapq.heappop(ready)
+            heapq.heappush(full, (-room[g], work, g))
+        if not ready or (height is not None and ready[0][0] + item_work > height):
+            left.append(item)
+            if height is None:
+                break
+            continue
+        work, g = ready[0]
+        packs[g].append(item)
+        room[g] -= tokens
+        heapq.heapreplace(ready, (work + item_work, g))
+    return packs, left
 
 
 def _shuffle(count: int, key: int) -> np.ndarray:
