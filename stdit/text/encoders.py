@@ -1,0 +1,221 @@
+"""Text encoders: T5-like encoders and their tokenizers from local folders, and a small one to train along.
+
+`TextEncoder` returns what diffusers' WanPipeline gets before it pads: the last hidden states of the valid positions of
+each text, the end token included. Nothing here is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import NFKC, Lowercase
+from tokenizers.normalizers import Sequence as Normalizers
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    MT5EncoderModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from stdit.errors import StditError
+
+ENCODERS: dict[str, type[PreTrainedModel]] = {"umt5": UMT5EncoderModel, "t5": T5EncoderModel, "mt5": MT5EncoderModel}
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
+
+
+def clean_prompt(text: str) -> str:
+    """Mends broken Unicode, unescapes HTML twice and folds white space, as diffusers' WanPipeline does."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class TextEncoder(nn.Module):
+    """An encoder and its tokenizer. Trains like any module; has no dropout.
+
+    max_length: texts are cut to this many tokens, the end token included.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, tokenizer: Any, max_length: int = 512) -> None:
+        super().__init__()
+        if tokenizer.pad_token_id is None:
+            raise StditError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json.")
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise StditError(
+                f"the tokenizer has {len(tokenizer)} tokens, the text encoder {encoder.config.vocab_size} embeddings. "
+                "Do the two folders belong together?"
+            )
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    @property
+    def dim(self) -> int:
+        """Width D of the embeddings."""
+        return int(self.encoder.config.d_model)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Cleaned texts to token ids, the end token included, without padding."""
+        if not texts:
+            return []
+        cleaned = [clean_prompt(text) for text in texts]
+        return self.tokenizer(cleaned, truncation=True, max_length=self.max_length, add_special_tokens=True).input_ids
+
+    def forward(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Token ids of several texts to their embeddings: one (L, D) a text, L its number of ids. Keeps gradients."""
+        if not ids:
+            return []
+        device = self.encoder.get_input_embeddings().weight.device
+        longest = max(len(one) for one in ids)
+        padded = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros(len(ids), longest, dtype=torch.long)
+        for row, one in enumerate(ids):
+            padded[row, : len(one)] = torch.tensor(one, dtype=torch.long)
+            mask[row, : len(one)] = 1
+        hidden = self.encoder(padded.to(device), mask.to(device)).last_hidden_state  # (texts, longest, D)
+        return [hidden[row, : len(one)] for row, one in enumerate(ids)]
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        """Texts to embeddings without gradients: one (L, D) a text."""
+        return self(self.tokenize(texts))
+
+    def save(self, text_encoder: str | Path, tokenizer: str | Path) -> None:
+        """Writes both folders of a model folder; transformers opens them."""
+        self.encoder.save_pretrained(text_encoder)
+        self.tokenizer.save_pretrained(tokenizer)
+
+
+def load_text_encoder(
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    max_length: int = 512,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> TextEncoder:
+    """A T5, mT5 or UMT5 encoder from a local folder.
+
+    folder: a model folder with text_encoder/ and tokenizer/, or a folder transformers reads. tokenizer: its folder;
+    by default the encoder's own, or the one beside it. dtype None keeps the stored one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StditError(
+            f"{folder} is not a folder. Text encoders are read from local folders, nothing is downloaded: "
+            "download it first (hf download NAME --local-dir FOLDER) and give that folder."
+        )
+    if (folder / "text_encoder").is_dir():
+        tokenizer = tokenizer or folder / "tokenizer"
+        folder = folder / "text_encoder"
+    if tokenizer is None:
+        names = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+        places = (folder, folder.parent / "tokenizer")
+        tokenizer = next((place for place in places if any((place / name).is_file() for name in names)), None)
+    if tokenizer is None or not Path(tokenizer).is_dir():
+        raise StditError(f"{folder}: no tokenizer in it or beside it ({tokenizer or folder.parent / 'tokenizer'}).")
+    return TextEncoder(_load_encoder(folder, dtype).to(device), load_tokenizer(tokenizer), max_length)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """A tokenizer from a local folder, whatever class transformers' AutoTokenizer takes it for."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise StditError(f"{folder}: transformers cannot read a tokenizer there: {error}") from error
+
+
+def _load_encoder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise StditError(f"{folder}: transformers cannot read config.json there: {error}") from error
+    if config.model_type not in ENCODERS:
+        raise StditError(
+            f"{folder / 'config.json'}: model_type {config.model_type!r} is no text encoder known here "
+            f"({', '.join(ENCODERS)})."
+        )
+    config.dropout_rate = 0.0  # an unkeyed dropout could not be resumed
+    try:
+        model, info = ENCODERS[config.model_type].from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StditError(f"{folder}: the text encoder's weights cannot be read: {error}") from error
+    lost = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
+    if lost:
+        raise StditError(f"{folder}: the text encoder's weights do not fit its config.json: {lost}.")
+    return model.eval()
+
+
+def build_word_tokenizer(captions: Iterable[str], max_words: int = 32_000) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a word or run of punctuation of the captions, lower-cased; the end token is appended.
+
+    Words come by falling frequency, then alphabetically, so equal captions give equal ids. Saved, it opens with
+    AutoTokenizer.
+    """
+    normalizer, splitter = Normalizers([NFKC(), Lowercase()]), Whitespace()
+    counts: dict[str, int] = {}
+    for caption in captions:
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(clean_prompt(caption))):
+            counts[word] = counts.get(word, 0) + 1
+    words = sorted(counts, key=lambda word: (-counts[word], word))[:max_words]
+    vocabulary = {word: index for index, word in enumerate([PAD, END, UNKNOWN, *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, vocabulary[END])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def small_umt5(vocab_size: int, dim: int, layers: int, heads: int, seed: int = 0) -> UMT5EncoderModel:
+    """A fresh UMT5 encoder without dropout, to be trained along; equal seeds give equal weights.
+
+    The global generator is left as it was.
+    """
+    if dim % heads:
+        raise StditError(f"text encoder: width {dim} is not divisible by {heads} heads.")
+    config = UMT5Config(
+        vocab_size=vocab_size,
+        d_model=dim,
+        d_kv=dim // heads,
+        d_ff=4 * dim,
+        num_layers=layers,
+        num_heads=heads,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UMT5EncoderModel(config)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
+
+from stdit.errors import StditError
+from stdit.text.encoders import TextEncoder, build_word_tokenizer, clean_prompt, load_text_encoder, small_umt5
+
+CAPTIONS = ["A red circle moves left, slowly.", "a blue square moves right", "A small green triangle moves up"]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    tokenizer = build_word_tokenizer(CAPTIONS)
+    return TextEncoder(small_umt5(len(tokenizer), 32, 2, 4), tokenizer, max_length=16)
+
+
+def test_words_are_tokens_and_the_saved_tokenizer_is_the_same(tmp_path):
+    tokenizer = build_word_tokenizer(CAPTIONS)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    text = "A  BLUE circle, moves sideways."
+    for one in (tokenizer, again):
+        ids = one(text).input_ids
+        assert one.convert_ids_to_tokens(ids) == ["a", "blue", "circle", ",", "moves", "<unk>", ".", "</s>"]
+        assert one("").input_ids == [1]
+        assert (one.pad_token_id, one.eos_token_id, one.unk_token_id) == (0, 1, 2)
+        padded = one([text, ""], padding="max_length", max_length=10, truncation=True)
+        assert padded.attention_mask == [[1] * 8 + [0] * 2, [1] + [0] * 9]
+        assert one(text, truncation=True, max_length=3).input_ids[-1] == 1  # the end survives the cut
+
+
+def test_the_vocabulary_does_not_depend_on_the_order_of_captions():
+    assert build_word_tokenizer(CAPTIONS).get_vocab() == build_word_tokenizer(CAPTIONS[::-1]).get_vocab()
+
+
+def test_prompts_are_cleaned_as_wan_pipeline_does():
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    for text in [" a \n b\tc ", "caf\u00c3\u00a9 &amp;amp; bar", "&lt;b&gt;bold", "\u201cquotes\u201d  x", ""]:
+        assert clean_prompt(text) == prompt_clean(text)
+
+
+def test_a_batch_equals_each_text_alone(encoder):
+    texts = [*CAPTIONS, "", "a"]
+    together = encoder.encode(texts)
+    assert [len(one) for one in together] == [len(ids) for ids in encoder.tokenize(texts)]
+    for text, found in zip(texts, together):
+        torch.testing.assert_close(found, encoder.encode([text])[0], rtol=1e-5, atol=1e-6)
+    assert encoder.encode([]) == []
+
+
+def test_agrees_with_wan_pipeline_before_padding(encoder):
+    from diffusers import WanPipeline
+
+    wan = WanPipeline.__new__(WanPipeline)
+    wan.tokenizer, wan.text_encoder = encoder.tokenizer, encoder.encoder
+    with torch.no_grad():
+        theirs = wan._get_t5_prompt_embeds(list(CAPTIONS), max_sequence_length=16, device=torch.device("cpu"))
+    for ours, row in zip(encoder.encode(CAPTIONS), theirs):
+        torch.testing.assert_close(ours, row[: len(ours)], rtol=1e-5, atol=1e-6)
+        assert not row[len(ours) :].any()
+
+
+def test_trains_and_padding_gets_no_gradient(encoder):
+    ids = encoder.tokenize(["a red circle", "a"])
+    encoder.zero_grad()
+    encoder.train()
+    sum(one.square().sum() for one in encoder(ids)).backward()
+    grad = encoder.encoder.shared.weight.grad
+    used = {token for one in ids for token in one}
+    assert {row for row in range(len(grad)) if grad[row].any()} == used
+    assert 0 not in used
+    first, second = encoder(ids), encoder(ids)  # no dropout in training mode either
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    encoder.zero_grad()
+
+
+@pytest.mark.parametrize(("dim", "layers", "heads"), [(96, 2, 4), (32, 1, 2)])
+def test_a_fresh_encoder_tells_words_apart(dim, layers, heads):
+    """Fresh outputs: changing a word changes its own position most, and about as much as two random vectors differ."""
+    tokenizer = build_word_tokenizer(CAPTIONS)
+    encoder = TextEncoder(small_umt5(len(tokenizer), dim, layers, heads), tokenizer)
+    red, blue = encoder.encode(["a red circle moves left", "a blue circle moves left"])
+    assert 0.5 < red.std() < 2  # the final RMSNorm
+    change = (red - blue).norm(dim=1) / red.norm(dim=1)  # √2 for independent vectors
+    assert change.argmax() == 1 and change[1] > 1
+    swapped = encoder.encode(["circle red a moves left"])[0]
+    assert (swapped[2] - red[0]).norm() < (swapped[2] - red[2]).norm()  # "a" is nearer to "a" than to "circle"
+
+
+def test_the_seed_decides_and_the_global_generator_is_untouched():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one, two, other = small_umt5(9, 16, 1, 2), small_umt5(9, 16, 1, 2), small_umt5(9, 16, 1, 2, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.shared.weight, two.shared.weight)
+    assert not torch.equal(one.shared.weight, other.shared.weight)
+
+
+def test_saved_folders_open_here_and_in_transformers(encoder, tmp_path):
+    encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    assert (tmp_path / "text_encoder" / "model.safetensors").is_file()
+    theirs = UMT5EncoderModel.from_pretrained(tmp_path / "text_encoder")
+    expected = encoder.encode(CAPTIONS)
+    for folder in (tmp_path, tmp_path / "text_encoder"):
+        for a, b in zip(load_text_encoder(folder, max_length=16).encode(CAPTIONS), expected):
+            assert torch.equal(a, b)
+    assert torch.equal(theirs.shared.weight, encoder.encoder.shared.weight)
+
+
+def test_t5_opens_and_loses_its_dropout(tmp_path):
+    tokenizer = build_word_tokenizer(CAPTIONS)
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encoder = load_text_encoder(tmp_path).train()
+    ids = encoder.tokenize(CAPTIONS)
+    assert encoder.dim == 16
+    assert all(torch.equal(a, b) for a, b in zip(encoder(ids), encoder(ids)))
+
+
+def test_errors_say_what_to_do(encoder, tmp_path):
+    with pytest.raises(StditError, match="nothing is downloaded"):
+        load_text_encoder("google/umt5-xxl")
+    encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    config = tmp_path / "text_encoder" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "num_layers": 3}))
+    with pytest.raises(StditError, match=r"encoder\.block\.2"):
+        load_text_encoder(tmp_path)
+    config.write_text(json.dumps({**settings, "model_type": "bert"}))
+    with pytest.raises(StditError, match="'bert'"):
+        load_text_encoder(tmp_path)
+    (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
+    with pytest.raises(StditError, match="no tokenizer"):
+        load_text_encoder(tmp_path)
+    with pytest.raises(StditError, match="belong together"):
+        TextEncoder(small_umt5(5, 16, 1, 2), encoder.tokenizer)
