@@ -1,0 +1,186 @@
+"""The layers of the causal video VAE: convolutions that see the past only, norm, resampling, attention per frame.
+
+Names of parameters are those of the Wan 2.1 VAE release (Wan-Video/Wan2.1, wan/modules/vae.py); so are the numbers.
+
+Everything runs on a whole clip at once, or chunk by chunk with a `Past`, with the same result: each causal layer keeps
+there the last frames it saw. On a CPU the tensors are channels-last (T·H·W·C in memory), which halves a training step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Past = dict[nn.Module, Tensor]
+"""What the causal layers remember between the chunks of one clip: layer -> its last input frames (B, C, ≤2, H, W).
+
+Empty before the first chunk; never shared by two clips, nor by an encoder's and a decoder's pass.
+"""
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3-D convolution, stride 1, of which frame i of the output sees no frame of the input after i.
+
+    Before the first frame stand k_t − 1 zero frames, or the frames of the chunk before. Space is zero-padded.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]):
+        super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.memory = kernel[0] - 1
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """(B, C_in, T, H, W) -> (B, C_out, T, H, W)."""
+        if self.memory:
+            x = with_past(x, self.memory, self, past)         # (B, C_in, memory + T, H, W)
+        return super().forward(x)
+
+
+def with_past(x: Tensor, frames: int, layer: nn.Module, past: Past | None) -> Tensor:
+    """`x` with the `frames` frames that came before it in front, zeros where the clip had not begun."""
+    before = None if past is None else past.get(layer)
+    missing = frames - (0 if before is None else before.shape[2])
+    if before is not None:
+        x = torch.cat([before, x], dim=2)
+    if past is not None:
+        past[layer] = x[:, :, -frames:].clone()
+    return F.pad(x, (0, 0, 0, 0, missing, 0))
+
+
+class RMSNorm(nn.Module):
+    """x / ‖x‖₂ · √C · gamma over the channels of (B, C, …), in fp32 at least. `gamma` is (C, 1, 1[, 1]) as in the release."""
+
+    def __init__(self, channels: int, dims: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = x.shape[1]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        # The release divides by max(‖x‖, 1e-12); 1e-24 under the root is that for every ‖x‖ that is not zero.
+        y = F.rms_norm(wide.movedim(1, -1), (c,), eps=1e-24 / c).movedim(-1, 1)
+        return y.to(x.dtype) * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), two causal 3×3×3 convolutions; `residual` is indexed as the release's."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            RMSNorm(in_channels, 3),
+            nn.SiLU(inplace=True),
+            CausalConv3d(in_channels, out_channels, (3, 3, 3)),
+            RMSNorm(out_channels, 3),
+            nn.SiLU(inplace=True),
+            nn.Identity(),  # the release's dropout, which it never uses
+            CausalConv3d(out_channels, out_channels, (3, 3, 3)),
+        )
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, (1, 1, 1))
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        norm1, silu, conv1, norm2, _, _, conv2 = self.residual
+        y = conv1(silu(norm1(x)), past)                       # (B, C_out, T, H, W)
+        y = conv2(silu(norm2(y)), past)
+        return y + self.shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """x + attention among the H·W positions of each frame, one head over all channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, 2)
+        self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        b, c, t, h, w = x.shape
+        frames = to_frames(x)                                 # (B·T, C, H, W)
+        qkv = self.to_qkv(self.norm(frames))                  # (B·T, 3C, H, W)
+        qkv = qkv.permute(0, 2, 3, 1).reshape(b * t, 1, h * w, 3 * c)
+        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        y = y.reshape(b * t, h, w, c).permute(0, 3, 1, 2)     # (B·T, C, H, W)
+        return x + to_clips(self.proj(y), b)
+
+
+class Downsample(nn.Module):
+    """Half the height and width, and with `temporal` half the frames after the first: 1+2k frames become 1+k.
+
+    The first frame passes the temporal convolution by, so that an image is a clip of one frame; every other output
+    frame sees three frames of the input, the last of which is its own.
+    """
+
+    def __init__(self, channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = to_clips(self.resample(to_frames(x)), x.shape[0])  # (B, C, T, H/2, W/2)
+        if self.time_conv is None:
+            return x
+        before = None if past is None else past.get(self)     # the last frame of the chunk before
+        if past is not None:
+            past[self] = x[:, :, -1:].clone()
+        if before is not None:
+            return self.time_conv(torch.cat([before, x], dim=2))
+        if x.shape[2] == 1:
+            return x
+        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width and half the channels, and with `temporal` twice the frames after the first.
+
+    The first frame passes the temporal convolution by, and the others do not see it there (the release starts the
+    convolution's memory from zeros at the second frame). Each frame becomes two: the halves of 2C channels.
+    """
+
+    def __init__(self, channels: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"),
+            nn.Conv2d(channels, channels // 2, 3, padding=1),
+        )
+        self.time_conv = nn.Conv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        b = x.shape[0]
+        if self.time_conv is not None:
+            started = past is not None and self in past
+            first, rest = (x[:, :, :0], x) if started else (x[:, :, :1], x[:, :, 1:])
+            if past is not None and not started:
+                past[self] = x[:, :, :0]
+            if rest.shape[2]:
+                rest = self.time_conv(with_past(rest, 2, self, past))  # (B, 2C, T, H, W)
+                rest = rest.unflatten(1, (2, -1))             # (B, 2, C, T, H, W)
+                rest = rest.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # (B, C, 2T, H, W)
+            x = torch.cat([first, rest], dim=2)
+        return to_clips(self.resample(to_frames(x)), b)       # (B, C/2, T', 2H, 2W)
+
+
+def to_frames(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B·T, C, H, W); no copy where x is channels-last."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def to_clips(x: Tensor, clips: int) -> Tensor:
+    """(B·T, C, H, W) -> (B, C, T, H, W), the inverse of `to_frames`."""
+    return x.unflatten(0, (clips, -1)).transpose(1, 2)
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C, T, H, W) -> (B, C·p·p, T, H/p, W/p), channels in the order (c, x, y) of Wan 2.2's VAE; channels-last."""
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c, t, h // patch, patch, w // patch, patch)
+    x = x.permute(0, 2, 3, 5, 1, 6, 4).reshape(b, t, h // patch, w // patch, c * patch * patch)
+    return x.permute(0, 4, 1, 2, 3)
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C·p·p, T, H, W) -> (B, C, T, H·p, W·p), the inverse of `patchify`; contiguous."""
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c // patch**2, patch, patch, t, h, w).permute(0, 1, 4, 5, 3, 6, 2)
+    return x.reshape(b, c // patch**2, t, h * patch, w * patch)
