@@ -128,7 +128,7 @@ def decode_image(path: str, limits: Limits) -> np.ndarray:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with _open_bytes(path) as file, Image.open(file) as image:
+        with open_bytes(path) as file, Image.open(file) as image:
             if image.width * image.height > limits.pixels:
                 raise VideoError(
                     path, "too_large", f"is {image.width}x{image.height}; the limit is {limits.pixels} pixels."
@@ -148,7 +148,7 @@ def decode_image(path: str, limits: Limits) -> np.ndarray:
         raise VideoError(path, "damaged", f"cannot be decoded ({plain(error)}).") from error
 
 
-def _open_bytes(path: str) -> Any:
+def open_bytes(path: str) -> Any:
     if "://" in path:
         import fsspec
 

@@ -1,0 +1,186 @@
+"""Shape buckets: which shape every clip is cut to, or the reason why it is cut to none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from stdit.data.manifest import Manifest
+from stdit.errors import StditError
+from stdit.shapes import VideoShape
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how clips are cut.
+
+    manifest: the manifest file.
+    shapes: WIDTHxHEIGHTxFRAMES (WIDTHxHEIGHT for images); clips go to exactly one of them.
+    fps: frames a second that videos are read at. Sources of fewer than 0.9·fps would show frames twice: they are
+        left out unless `repeat_frames`.
+    max_crop: the share of a frame's area that cutting to another aspect ratio may cost.
+    upscale: also take clips smaller than the shape.
+    start: "random" (keyed by seed, epoch and clip) or "first": where in a longer source the clip starts.
+    crop: "random" (keyed) or "centre": which part of a frame of another aspect ratio is kept.
+    mirror: flip half of the clips horizontally (keyed). Wrong wherever a caption or a sign says left or right.
+    cache: the folder that `stdit data encode` wrote; latents then come from there and nothing is decoded.
+    cache_dtype: float32, bfloat16 or float16, what the cache's tensors are stored as.
+    workers: threads that read ahead (0: none); batches are the same for any number.
+    prefetch: how many micro-steps they read ahead.
+    """
+
+    manifest: str = ""
+    shapes: list[str] = field(default_factory=list)
+    fps: float = 16.0
+    repeat_frames: bool = False
+    max_crop: float = 0.5
+    upscale: bool = False
+    start: str = "random"
+    crop: str = "random"
+    mirror: bool = False
+    cache: str | None = None
+    cache_dtype: str = "float32"
+    workers: int = 2
+    prefetch: int = 4
+
+    def video_shapes(self) -> tuple[VideoShape, ...]:
+        """The shapes, parsed and checked; raises StditError naming the value."""
+        shapes = tuple(VideoShape.parse(text) for text in self.shapes)
+        if not shapes:
+            raise StditError("data.shapes is empty. List the shapes to train, such as [832x480x81, 480x832x81].")
+        twice = next((str(s) for i, s in enumerate(shapes) if s in shapes[:i]), None)
+        if twice:
+            raise StditError(f"data.shapes names {twice} twice.")
+        return shapes
+
+    def check(self) -> None:
+        self.video_shapes()
+        for name, allowed in (
+            ("start", ("random", "first")),
+            ("crop", ("random", "centre")),
+            ("cache_dtype", ("float32", "bfloat16", "float16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise StditError(f"data.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
+        if not self.fps > 0:
+            raise StditError(f"data.fps is {self.fps}; it must be positive.")
+        if not 0 <= self.max_crop < 1:
+            raise StditError(f"data.max_crop is {self.max_crop}; it is a share of the area, from 0 up to below 1.")
+        if self.workers < 0 or self.prefetch < 1:
+            raise StditError(
+                f"data.workers is {self.workers} (at least 0), data.prefetch {self.prefetch} (at least 1)."
+            )
+
+
+# A clip's reason is the first of these conditions, in this order, that no shape meets together with those before.
+REASONS = {
+    "kind": "an image, and no shape has one frame; or a video, and every shape has one frame",
+    "fps": "the source has fewer frames a second than asked for (data.repeat_frames allows it)",
+    "short": "shorter than every shape's duration",
+    "small": "smaller than every shape that is short enough (data.upscale allows it)",
+    "aspect": "cutting to the nearest aspect ratio would lose more than data.max_crop of the area",
+}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which shape every row goes to.
+
+    bucket: (rows,) int32 index into shapes, −1 for a clip in none.
+    reason: (rows,) int8 index into REASONS, −1 for a clip that has a shape.
+    lost: (rows,) float32 share of the frame's area that is cut off (0 where the clip has no bucket).
+    """
+
+    bucket: np.ndarray
+    shapes: tuple[VideoShape, ...]
+    reason: np.ndarray
+    lost: np.ndarray
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(shapes,) clips in each."""
+        return np.bincount(self.bucket[self.bucket >= 0], minlength=len(self.shapes))
+
+    @cached_property
+    def reasons(self) -> dict[str, int]:
+        """How many clips each reason left out; reasons that left out none are absent."""
+        counts = np.bincount(self.reason[self.reason >= 0], minlength=len(REASONS))
+        return {name: int(n) for name, n in zip(REASONS, counts) if n}
+
+    def reason_of(self, row: int) -> str | None:
+        """Why a row is in no bucket, in words."""
+        code = int(self.reason[row])
+        return None if code < 0 else list(REASONS.values())[code]
+
+
+def slack(start: np.ndarray, end: np.ndarray, source_fps: np.ndarray, frames: int, fps: float) -> np.ndarray:
+    """Seconds by which a clip of `frames` at `fps` can be moved inside [start, end]; negative: it does not fit.
+
+    The last frame asked for may lie up to half a source frame after the last source frame, which is shown at
+    end − 1/source_fps.
+    """
+    return (end - start) - 0.5 / source_fps - (frames - 1) / fps + 1e-6
+
+
+def lost_area(aspect: np.ndarray, shape: VideoShape) -> np.ndarray:
+    """The share of the area that cutting a frame of `aspect` (width/height) to the shape's costs."""
+    ratio = aspect * shape.height / shape.width
+    return 1 - np.minimum(ratio, 1 / ratio)
+
+
+def assign(manifest: Manifest, config: DataConfig) -> Assignment:
+    """Every clip to exactly one shape or to a named reason.
+
+    Among the shapes that fit: the nearest aspect ratio (in log), then the most frames, then the largest area. Images go
+    to shapes of one frame, videos to the others. Nothing is looped; nothing is upscaled unless `config.upscale`.
+    """
+    config.check()
+    columns = {name: manifest.column(name) for name in ("frames", "fps", "width", "height", "start", "end")}
+    return assign_columns(**columns, shapes=config.video_shapes(), config=config)
+
+
+def assign_columns(
+    frames: np.ndarray,
+    fps: np.ndarray,
+    width: np.ndarray,
+    height: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+    shapes: Sequence[VideoShape],
+    config: DataConfig,
+) -> Assignment:
+    """`assign` on the columns alone, (rows,) each. Memory is a few bytes a row, whatever the number of shapes."""
+    rows = len(frames)
+    image = frames == 1
+    aspect = width / height
+    bucket = np.full(rows, -1, np.int32)
+    lost = np.zeros(rows, np.float32)
+    passed = np.zeros(rows, np.int8)  # the most conditions that one shape meets
+    best = np.full(rows, np.inf)  # distance of the chosen aspect ratio
+    # From the best to the worst by the later criteria, so that a nearer aspect ratio alone replaces a choice.
+    order = sorted(range(len(shapes)), key=lambda i: (-shapes[i].frames, -shapes[i].height * shapes[i].width, i))
+    for index in order:
+        shape = shapes[index]
+        cost = lost_area(aspect, shape)
+        conditions = (
+            image == shape.is_image,
+            image | (fps >= 0.9 * config.fps) | config.repeat_frames,
+            image | (slack(start, end, fps, shape.frames, config.fps) >= 0),
+            ((width >= shape.width) & (height >= shape.height)) | config.upscale,
+            cost <= config.max_crop + 1e-9,
+        )
+        meets = np.ones(rows, bool)
+        for number, condition in enumerate(conditions, 1):
+            meets &= condition
+            np.maximum(passed, np.where(meets, number, 0).astype(np.int8), out=passed)
+        distance = np.abs(np.log(aspect) - math.log(shape.width / shape.height))
+        better = meets & (distance < best - 1e-12)
+        bucket[better] = index
+        best[better] = distance[better]
+        lost[better] = cost[better]
+    reason = np.where(bucket >= 0, -1, passed).astype(np.int8)
+    return Assignment(bucket, tuple(shapes), reason, lost)

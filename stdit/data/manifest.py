@@ -1,0 +1,302 @@
+"""The manifest: one row a clip. Parquet (JSONL and CSV are read too), and `scan`, which makes it from a folder.
+
+Columns: `id` (sha256 of the file's sha256 with start and end, not of the path), `path`, `captions` (list of {text,
+weight}), `frames`, `fps`, `width`, `height` (as displayed), `start`, `end` (seconds; both 0 for an image), `sha256`.
+A path inside the manifest's folder is stored relative to it, so the folder can be moved as a whole; others are
+absolute, or URLs of any fsspec scheme. Further columns are kept.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stdit.errors import StditError, nearest_name
+
+FORMAT = 1
+
+_TEXT = pa.large_string()  # offsets of 64 bits: ten million captions exceed 2 GB
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("path", _TEXT),
+        ("captions", pa.large_list(pa.struct([("text", _TEXT), ("weight", pa.float64())]))),
+        ("frames", pa.int32()),
+        ("fps", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("sha256", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Caption:
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row. `path` is ready to be opened."""
+
+    id: str
+    path: str
+    captions: tuple[Caption, ...]
+    frames: int
+    fps: float
+    width: int
+    height: int
+    start: float
+    end: float
+    sha256: str
+
+    @property
+    def image(self) -> bool:
+        return self.frames == 1
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that did not become a clip: `reason` is one word for programs, `message` says it in full."""
+
+    file: str
+    reason: str
+    message: str
+
+
+def clip_id(sha256: str, start: float, end: float) -> str:
+    """What identifies a clip: the file's content and the cut, in milliseconds."""
+    return hashlib.sha256(f"{sha256}:{start:.3f}:{end:.3f}".encode()).hexdigest()
+
+
+class Manifest:
+    """Clips as an Arrow table: ten million rows are a few gigabytes, read column by column as numpy arrays."""
+
+    def __init__(self, table: pa.Table, folder: str | Path = ".", source: str = "manifest") -> None:
+        self.table = _checked(table, source)
+        self.folder = Path(folder)
+        self.source = source
+
+    @classmethod
+    def of(cls, clips: Sequence[Clip], folder: str | Path = ".") -> Manifest:
+        columns: dict[str, list[Any]] = {name: [getattr(clip, name) for clip in clips] for name in SCHEMA.names}
+        columns["captions"] = [[asdict(caption) for caption in clip.captions] for clip in clips]
+        return cls(pa.table(columns, schema=SCHEMA), folder)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, row: int) -> Clip:
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self.source} has {len(self)} clips; there is no row {row}.")
+        values = {name: self.table.column(name)[int(row)].as_py() for name in SCHEMA.names}
+        values["captions"] = tuple(Caption(c["text"], c["weight"]) for c in values["captions"])
+        values["path"] = self._resolve(values["path"])
+        return Clip(**values)
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (self[row] for row in range(len(self)))
+
+    def _resolve(self, path: str) -> str:
+        return path if "://" in path or os.path.isabs(path) else str(self.folder / path)
+
+    def column(self, name: str) -> np.ndarray:
+        """(rows,) of a column of numbers."""
+        if name not in self.table.column_names:
+            raise StditError(f"{self.source} has no column {name!r}.{nearest_name(name, self.table.column_names)}")
+        return self.table.column(name).to_numpy()
+
+    @cached_property
+    def ids(self) -> pa.ChunkedArray:
+        return self.table.column("id")
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of every row's content in order. Where the files lie is not part of it: a folder can be moved."""
+        digest = hashlib.sha256(f"manifest {FORMAT} {len(self)}".encode())
+        for name in sorted(set(SCHEMA.names) - {"path"}):
+            digest.update(name.encode())
+            _digest(digest, self.table.column(name))
+        return digest.hexdigest()
+
+
+def _digest(digest: Any, column: pa.ChunkedArray) -> None:
+    """Feeds a column's values, however it is cut into chunks."""
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        digest.update(pc.binary_length(column).to_numpy().astype("<i8").tobytes())
+        for chunk in filter(len, column.chunks):
+            offsets = np.frombuffer(chunk.buffers()[1], "<i8" if pa.types.is_large_string(kind) else "<i4")
+            offsets = offsets[chunk.offset : chunk.offset + len(chunk) + 1]
+            if offsets[-1] > offsets[0]:
+                digest.update(memoryview(chunk.buffers()[2])[int(offsets[0]) : int(offsets[-1])])
+    elif pa.types.is_large_list(kind):
+        digest.update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
+        flat = pc.list_flatten(column)
+        for index in range(kind.value_type.num_fields):
+            _digest(digest, pc.struct_field(flat, [index]))
+    else:
+        digest.update(column.to_numpy().tobytes())
+
+
+def _checked(table: pa.Table, source: str) -> pa.Table:
+    """The table with the schema's types, or what is wrong with which row."""
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise StditError(
+            f"{source} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
+            f"`stdit data scan FOLDER --out MANIFEST` writes complete ones."
+        )
+    extra = [name for name in table.column_names if name not in SCHEMA.names]
+    arrays = []
+    for field in SCHEMA:
+        try:
+            column = table.column(field.name).cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise StditError(f"{source}: column {field.name} cannot be read as {field.type}: {error}") from error
+        if column.null_count:
+            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise StditError(f"{source}: row {row} has no {field.name}.")
+        arrays.append(column)
+    checked = pa.table(arrays, schema=SCHEMA)
+    for name in extra:
+        checked = checked.append_column(name, table.column(name))
+    ids = checked.column("id")
+    if len(pc.unique(ids)) != len(ids):
+        counts = pc.value_counts(ids)
+        twice = next(c["values"].as_py() for c in counts if c["counts"].as_py() > 1)
+        rows = [i for i, value in enumerate(ids.to_pylist()) if value == twice]
+        raise StditError(f"{source}: rows {rows[0]} and {rows[1]} have the same id {twice}. Remove one of them.")
+    for name in ("frames", "fps", "width", "height"):
+        values = checked.column(name).to_numpy()
+        bad = np.flatnonzero(~(values > 0) | ~np.isfinite(values))
+        if len(bad):
+            raise StditError(f"{source}: row {bad[0]} has {name} {values[bad[0]]}; it must be positive.")
+    return checked
+
+
+# ------------------------------------------------------------------------------------------------ reading and writing
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """A manifest file: .parquet, .jsonl or .csv."""
+    path = Path(path)
+    if not path.is_file():
+        raise StditError(f"{path}: no such manifest. `stdit data scan FOLDER --out {path}` makes one.")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StditError(f"{path} cannot be read as Parquet: {error}") from error
+        version = (table.schema.metadata or {}).get(b"stdit_manifest", b"1")
+        if version != str(FORMAT).encode():
+            raise StditError(f"{path} has manifest format {version.decode()}; this stdit reads {FORMAT}.")
+    elif suffix in (".jsonl", ".csv"):
+        table = _from_rows(path, list(_jsonl(path) if suffix == ".jsonl" else _csv(path)))
+    else:
+        raise StditError(f"{path}: a manifest is a .parquet, .jsonl or .csv file.")
+    return Manifest(table, path.parent, str(path))
+
+
+def write_manifest(manifest: Manifest, path: str | Path) -> None:
+    """Writes Parquet: a new file is renamed into place, so a reader sees the old one or the new one."""
+    path = Path(path)
+    if path.suffix.lower() != ".parquet":
+        raise StditError(f"{path}: manifests are written as Parquet; name it {path.with_suffix('.parquet').name}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(os.path.abspath(path.parent))
+    stored = [_stored(p, folder) for p in (manifest._resolve(p) for p in manifest.table.column("path").to_pylist())]
+    table = manifest.table.set_column(manifest.table.column_names.index("path"), "path", pa.array(stored, _TEXT))
+    table = table.replace_schema_metadata({"stdit_manifest": str(FORMAT)})
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        pq.write_table(table, partial, compression="zstd")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _stored(path: str, folder: Path) -> str:
+    if "://" in path:
+        return path
+    absolute = Path(os.path.abspath(path))
+    return absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise StditError(f"{path}, line {number} is not JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise StditError(f"{path}, line {number} is {row!r}, not an object of columns.")
+                yield number, row
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                raise StditError(f"{path}, line {reader.line_num} has another number of fields than the first line.")
+            if row.get("captions"):
+                try:
+                    row["captions"] = json.loads(row["captions"])
+                except json.JSONDecodeError as error:
+                    raise StditError(
+                        f"{path}, line {reader.line_num}: captions is not JSON ({error}). "
+                        "A single caption goes into a column named caption."
+                    ) from error
+            yield reader.line_num, row
+
+
+def _from_rows(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> pa.Table:
+    kinds: dict[str, Callable[[Any], Any]] = {"frames": int, "width": int, "height": int}
+    kinds |= {"fps": float, "start": float, "end": float, "id": str, "sha256": str, "path": str}
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for number, row in rows:
+        row = dict(row)
+        captions = row.get("captions") or ([row["caption"]] if row.get("caption") else [])
+        row["captions"] = [
+            {"weight": 1.0, **c} if isinstance(c, dict) else {"text": c, "weight": 1.0} for c in captions
+        ]
+        try:
+            row.setdefault("start", 0.0)
+            if row.get("end") in (None, "") and row.get("frames") and row.get("fps"):
+                single = int(row["frames"]) == 1
+                row["end"] = 0.0 if single else float(row["start"]) + int(row["frames"]) / float(row["fps"])
+            if not row.get("id") and row.get("sha256"):
+                row["id"] = clip_id(row["sha256"], float(row["start"]), float(row["end"]))
+            for name in SCHEMA.names:
+                if row.get(name) in (None, ""):
+                    raise StditError(
+                        f"{path}, line {number} has no {name}. `stdit data scan` finds it out and writes a manifest."
+                    )
+                columns[name].append(kinds[name](row[name]) if name in kinds else row[name])
+        except (TypeError, ValueError) as error:
+            if isinstance(error, StditError):
+                raise
+            raise StditError(f"{path}, line {number}: {name} is {row.get(name)!r} ({error}).") from error
+    try:
+        return pa.table(columns, schema=SCHEMA)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise StditError(f"{path} cannot be read as a manifest: {error}") from error
