@@ -14,7 +14,6 @@ long even at 64 × 64. Twelve of the 72 combinations of colour, shape and direct
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import os
@@ -22,11 +21,12 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from stdit.data.video_write import write_video
 from stdit.errors import StditError, nearest_name
 from stdit.keyed import keyed_seed, keyed_uniform
 from stdit.shapes import VideoShape
@@ -95,7 +95,8 @@ class ToySpec:
         return spec
 
 
-def all_specs(held_out: bool) -> list[ToySpec]:
+@cache
+def all_specs(held_out: bool) -> tuple[ToySpec, ...]:
     """Every moving spec of the training set (360), or of the held-out set (72), in a fixed order."""
     specs = (
         ToySpec(colour, shape, size, direction, background)
@@ -105,12 +106,13 @@ def all_specs(held_out: bool) -> list[ToySpec]:
         for size in SIZES
         for background in BACKGROUNDS
     )
-    return [spec for spec in specs if spec.held_out == held_out]
+    return tuple(spec for spec in specs if spec.held_out == held_out)
 
 
-def still_specs() -> list[ToySpec]:
+@cache
+def still_specs() -> tuple[ToySpec, ...]:
     """Every spec of a still image (108)."""
-    return sorted({ToySpec(s.colour, s.shape, s.size, "none", s.background) for s in all_specs(held_out=False)})
+    return tuple(sorted({ToySpec(s.colour, s.shape, s.size, "none", s.background) for s in all_specs(held_out=False)}))
 
 
 def training_captions() -> list[str]:
@@ -126,8 +128,9 @@ def held_out_prompts(n: int = 64, seed: int = 0) -> list[str]:
     return [spec.caption for spec in _shuffled(specs, keyed_seed(seed, "toy held-out prompts"))[:n]]
 
 
-def _shuffled(specs: list[ToySpec], seed: int) -> list[ToySpec]:
-    return [specs[i] for i in np.random.default_rng(seed).permutation(len(specs))]
+@cache
+def _shuffled(specs: tuple[ToySpec, ...], seed: int) -> tuple[ToySpec, ...]:
+    return tuple(specs[i] for i in np.random.default_rng(seed).permutation(len(specs)))
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,14 @@ class Jitter:
 
     @classmethod
     def keyed(cls, seed: int) -> Jitter:
-        draw = np.random.default_rng(seed).uniform(-1, 1, 7)
-        return cls(draw[0] * 0.04, draw[1] * 0.04, draw[2] * 0.10, draw[3] * 0.05, tuple(draw[4:] * 0.03))
+        draw = np.random.default_rng(seed).uniform(-1, 1, 7).tolist()
+        return cls(
+            draw[0] * 0.04,
+            draw[1] * 0.04,
+            draw[2] * 0.10,
+            draw[3] * 0.05,
+            (draw[4] * 0.03, draw[5] * 0.03, draw[6] * 0.03),
+        )
 
 
 def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter | None = None) -> np.ndarray:
@@ -157,7 +166,7 @@ def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter |
     x, y = _path(spec, width, height, frames, jitter)
     dy = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - y[:, None, None]  # (T, H, 1)
     dx = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - x[:, None, None]  # (T, 1, W)
-    coverage = np.clip(0.5 - _distance(spec.shape, dx, dy, np.float32(half)), 0, 1)[..., None]  # (T, H, W, 1)
+    coverage = np.clip(0.5 - outline_distance(spec.shape, dx, dy, np.float32(half)), 0, 1)[..., None]  # (T, H, W, 1)
 
     top, bottom = (np.array(colour, np.float32) for colour in BACKGROUNDS[spec.background])
     down = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / height
@@ -180,7 +189,7 @@ def _path(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter) -
     return ((0.5 + x) * width).astype(np.float32), ((0.5 + y) * height).astype(np.float32)
 
 
-def _distance(shape: str, dx: np.ndarray, dy: np.ndarray, half: np.float32) -> np.ndarray:
+def outline_distance(shape: str, dx: np.ndarray, dy: np.ndarray, half: np.float32) -> np.ndarray:
     """Signed distance in pixels to the shape's outline, negative inside; all shapes are 2·half wide and high."""
     if shape == "circle":
         return np.sqrt(dx * dx + dy * dy) - half
@@ -267,30 +276,25 @@ def make_toy(
         for file in files[part]
         if not (folder / part / file.name).exists()
     ]
-    try:
-        for part in parts:
-            (folder / part).mkdir(exist_ok=True)
-            rows = io.StringIO()
-            csv.writer(rows, lineterminator="\n").writerows(
-                [("path", "caption"), *((file.name, file.spec.caption) for file in files[part])]
-            )
-            _publish(folder / part / "captions.csv", rows.getvalue())
-        # Threads: numpy and the encoder release the interpreter lock for nearly all of the work.
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            jobs = [pool.submit(_write, path, file) for path, file in missing]
-            try:
-                for done, job in enumerate(as_completed(jobs), 1):
-                    job.result()
-                    if progress:
-                        progress(done, len(missing))
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        _write_settings(folder, settings, complete=True)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise StditError(f"{folder}: the disk is full. Free space, then run the same command to go on.") from error
-        raise
+    for part in parts:
+        (folder / part).mkdir(exist_ok=True)
+        rows = io.StringIO()
+        csv.writer(rows, lineterminator="\n").writerows(
+            [("path", "caption"), *((file.name, file.spec.caption) for file in files[part])]
+        )
+        _publish(folder / part / "captions.csv", rows.getvalue())
+    # Threads: numpy and the encoder release the interpreter lock for nearly all of the work.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        jobs = [pool.submit(_write, path, file) for path, file in missing]
+        try:
+            for done, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                if progress:
+                    progress(done, len(missing))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    _write_settings(folder, settings, complete=True)
     return {"train": settings.clips, "held_out": settings.held_out, "rendered": len(missing)}
 
 
@@ -329,13 +333,13 @@ def _write_settings(folder: Path, settings: ToySettings, complete: bool) -> None
 
 def _write(path: Path, file: ToyFile) -> None:
     frames = render(file.spec, file.width, file.height, file.frames, file.jitter)
-    part = path.with_name(f".{path.name}.part")
-    if file.frames == 1:
-        from PIL import Image
+    if file.frames > 1:
+        write_video(path, frames, file.fps, crf=16)
+        return
+    from PIL import Image
 
-        Image.fromarray(frames[0]).save(part, "png")
-    else:
-        _write_mp4(part, frames, file.fps)
+    part = path.with_name(f".{path.name}.part")
+    Image.fromarray(frames[0]).save(part, "png")
     part.replace(path)
 
 
@@ -344,17 +348,3 @@ def _publish(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8", newline="")
     part.replace(path)
-
-
-def _write_mp4(path: Path, frames: np.ndarray, fps: int, crf: int = 16) -> None:
-    """H.264, yuv420p, the index in front: what phones and browsers write and play."""
-    import av
-
-    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf), "preset": "veryfast"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())

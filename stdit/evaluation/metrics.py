@@ -1,0 +1,59 @@
+"""How near two clips are, and how sure a share of right answers is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from stdit.errors import StditError
+
+
+def psnr(clip: np.ndarray, reference: np.ndarray, peak: float = 255.0) -> float:
+    """Peak signal-to-noise ratio of one clip in dB: 10·log10(peak² / MSE), the MSE over all frames, pixels, channels.
+
+    This is scikit-image's `peak_signal_noise_ratio(reference, clip, data_range=peak)` on the whole array. Papers that
+    average over frames get a slightly higher number. Equal clips give infinity.
+    """
+    clip, reference = np.asarray(clip), np.asarray(reference)
+    if clip.shape != reference.shape:
+        raise StditError(f"PSNR compares clips of one shape, not {clip.shape} with {reference.shape}.")
+    mse = np.mean((clip.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    return math.inf if mse == 0 else float(10 * np.log10(peak**2 / mse))
+
+
+def mean_psnr(clips: Sequence[np.ndarray], references: Sequence[np.ndarray], peak: float = 255.0) -> float:
+    """The mean over clips of each clip's own PSNR; a clip reproduced exactly counts as 100 dB."""
+    if len(clips) != len(references) or not clips:
+        raise StditError(
+            f"PSNR of {len(clips)} clips against {len(references)} references: give the same number, not 0."
+        )
+    return float(np.mean([min(psnr(clip, reference, peak), 100.0) for clip, reference in zip(clips, references)]))
+
+
+def binomial_p(right: int, total: int, chance: float) -> float:
+    """The probability of `right` or more of `total` by chance alone (exact, one-sided)."""
+    if not 0 <= right <= total or not 0 < chance < 1:
+        raise ValueError(f"right={right} must be in 0..{total} and chance={chance} strictly between 0 and 1.")
+    if right == 0:
+        return 1.0
+    logs = [
+        math.lgamma(total + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(total - k + 1)
+        + k * math.log(chance)
+        + (total - k) * math.log1p(-chance)
+        for k in range(right, total + 1)
+    ]
+    return min(1.0, math.fsum(math.exp(value) for value in logs))
+
+
+def wilson_interval(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927): within [0, 1], and right for small counts, which p ± z·σ is not."""
+    if total < 1 or not 0 <= right <= total:
+        raise ValueError(f"right={right} must be in 0..{total}, and total at least 1.")
+    share, z2 = right / total, z * z
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = z * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total)) / (1 + z2 / total)
+    return max(0.0, centre - half), min(1.0, centre + half)

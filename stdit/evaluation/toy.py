@@ -1,0 +1,219 @@
+"""Reads what a clip of the toy grammar shows from its pixels alone, and counts how often that is what was asked for.
+
+Nothing here is learned. The reader fits the background (a colour for the top of the frame and one for the bottom),
+takes the most different pixels for the shape's colour, and mixes every pixel of the two: a matte. Direction is how the
+matte's centroid moves; shape is which ideal outline of the matte's own area and centroid overlaps it most. That
+survives a blurry autoencoder, which an outline or a corner count would not.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from stdit.data.toy import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, ToySpec, outline_distance
+from stdit.errors import StditError
+from stdit.evaluation.metrics import binomial_p, wilson_interval
+
+NONE = "none"
+CHANCE = {
+    "colour": 1 / len(COLOURS),
+    "shape": 1 / len(SHAPES),
+    "size": 1 / len(SIZES),
+    "direction": 1 / len(DIRECTIONS),
+    "background": 1 / len(BACKGROUNDS),
+}
+
+_NEUTRAL = 70  # max − min over RGB: backgrounds stay below 50, colours are above 130
+_CONTRAST = 45  # a shape's colour is at least this far from the background
+_MOTION = 0.12  # of the frame, over the whole clip; a rendered clip moves by more than 0.5
+_OVERLAP = 0.55  # of the ideal outline with the matte; less is no shape
+
+
+@dataclass(frozen=True)
+class ToyReading:
+    """What a clip shows, each attribute as the grammar's word or "none"; the numbers behind the words."""
+
+    colour: str
+    shape: str
+    size: str
+    direction: str
+    background: str
+    overlap: float = 0.0  # of the best outline, intersection over union
+    motion: tuple[float, float] = (0.0, 0.0)  # of the frame over the clip: right, down
+
+    def right(self, spec: ToySpec) -> dict[str, bool]:
+        """Which attributes are what the spec asks for. A still spec asks for no direction."""
+        return {
+            name: getattr(self, name) == getattr(spec, name)
+            for name in CHANCE
+            if not (name == "direction" and spec.direction == NONE)
+        }
+
+
+def read_clip(frames: np.ndarray) -> ToyReading:
+    """Colour, shape, size, direction and background of any clip, uint8 (T, H, W, 3)."""
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise StditError(f"a clip to read is uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}.")
+    pixels = frames.astype(np.float32)
+    background = _fit_background(pixels)
+    if background is None:
+        return ToyReading(NONE, NONE, NONE, NONE, NONE)
+    name = _nearest_background(background)
+    down = ((np.arange(frames.shape[1], dtype=np.float32) + 0.5) / frames.shape[1])[:, None]
+    field = (background[0] + (background[1] - background[0]) * down)[None, :, None, :]  # (1, H, 1, 3)
+    core = _core_colour(pixels - field, pixels)
+    if core is None:
+        return ToyReading(NONE, NONE, NONE, NONE, name)
+    toward = core - field
+    matte = np.clip(((pixels - field) * toward).sum(-1) / np.maximum((toward**2).sum(-1), 1.0), 0, 1)  # (T, H, W)
+    matte = np.where(matte > 0.25, matte, 0)  # what is left of the background's noise
+    shape, size, overlap = _read_outline(matte)
+    direction, motion = _read_motion(matte)
+    return ToyReading(_nearest_colour(core), shape, size, direction, name, overlap, motion)
+
+
+def _fit_background(pixels: np.ndarray) -> np.ndarray | None:
+    """(2, 3): the colours at the top and at the bottom of a linear fit to the neutral pixels of all frames."""
+    frames, height, width, _ = pixels.shape
+    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[None, :, None], (frames, height, width))
+    keep = pixels.max(-1) - pixels.min(-1) < _NEUTRAL
+    fit = None
+    for _ in range(3):  # each time without what is far from the last fit: edges, shadows of a blurry decoder
+        if keep.sum() < max(8, 0.05 * keep.size):
+            return None
+        y, values = down[keep], pixels[keep]
+        design = np.stack([1 - y, y], 1)
+        fit = np.linalg.solve(design.T @ design + 1e-6 * np.eye(2), design.T @ values)
+        residual = np.abs(pixels - (fit[0] + (fit[1] - fit[0]) * down[..., None])).max(-1)
+        keep = residual < max(12.0, 3 * float(np.median(residual[keep])))
+    return None if fit is None else fit.astype(np.float32)
+
+
+def _nearest_background(fit: np.ndarray) -> str:
+    return min(BACKGROUNDS, key=lambda name: float(((fit - np.array(BACKGROUNDS[name])) ** 2).sum()))
+
+
+def _core_colour(difference: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
+    """The mean colour of the pixels that differ most from the background, or None if none differs enough."""
+    distance = np.sqrt((difference**2).sum(-1))
+    far = float(np.quantile(distance, 0.985))  # a small shape covers 4 to 9 % of the frame
+    if far < _CONTRAST:
+        return None
+    return pixels[distance > 0.8 * far].mean(0)
+
+
+def _nearest_colour(core: np.ndarray) -> str:
+    """By hue, which a decoder keeps better than brightness."""
+    hue, saturation, _ = colorsys.rgb_to_hsv(*(core / 255).tolist())
+    if saturation < 0.3:
+        return NONE
+
+    def away(name: str) -> float:
+        other = colorsys.rgb_to_hsv(*(value / 255 for value in COLOURS[name]))[0]
+        return min(abs(hue - other), 1 - abs(hue - other))
+
+    return min(COLOURS, key=away)
+
+
+def _read_motion(matte: np.ndarray) -> tuple[str, tuple[float, float]]:
+    """The direction of a line through the centroids over time, weighted by how much of the shape each frame shows."""
+    frames, height, width = matte.shape
+    area = matte.sum((1, 2))
+    seen = area > 0.005 * height * width
+    if seen.sum() < max(2, frames / 2):
+        return NONE, (0.0, 0.0)
+    x = (matte.sum(1) @ (np.arange(width) + 0.5))[seen] / area[seen] / width
+    y = (matte.sum(2) @ (np.arange(height) + 0.5))[seen] / area[seen] / height
+    moment = np.linspace(0, 1, frames)[seen]
+    weight = np.sqrt(np.minimum(area[seen] / np.median(area[seen]), 1))
+    right, down = (float(np.polyfit(moment, place, 1, w=weight)[0]) for place in (x, y))
+    if max(abs(right), abs(down)) < _MOTION:
+        return NONE, (right, down)
+    if abs(right) > abs(down):
+        return ("right" if right > 0 else "left"), (right, down)
+    return ("down" if down > 0 else "up"), (right, down)
+
+
+def _read_outline(matte: np.ndarray) -> tuple[str, str, float]:
+    """Shape, size and overlap, from the frames that show the shape whole (all that show it, if none does)."""
+    frames, height, width = matte.shape
+    area = matte.sum((1, 2))
+    seen = np.flatnonzero(area > 0.005 * height * width)
+    if len(seen) < max(1, frames / 3):
+        return NONE, NONE, 0.0
+    edge = np.concatenate(
+        [matte[seen][:, [0, -1]].reshape(len(seen), -1), matte[seen][:, :, [0, -1]].reshape(len(seen), -1)], 1
+    )
+    whole = seen[(edge > 0.5).sum(1) == 0]
+    chosen = whole if len(whole) else seen
+    rows, columns = np.arange(height, dtype=np.float32) + 0.5, np.arange(width, dtype=np.float32) + 0.5
+    overlap: dict[str, list[float]] = {shape: [] for shape in SHAPES}
+    halves: dict[str, list[float]] = {shape: [] for shape in SHAPES}
+    for index in chosen:
+        alpha, mass = matte[index], area[index]
+        x, y = float(alpha.sum(0) @ columns / mass), float(alpha.sum(1) @ rows / mass)
+        for shape in SHAPES:
+            half = float(np.sqrt(mass / {"circle": np.pi, "square": 4, "triangle": 2}[shape]))
+            centre = y - half / 3 if shape == "triangle" else y  # a triangle's centroid is below its middle
+            ideal = np.clip(
+                0.5 - outline_distance(shape, columns[None, :] - x, rows[:, None] - centre, np.float32(half)), 0, 1
+            )
+            overlap[shape].append(float(np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()))
+            halves[shape].append(half)
+    best = max(SHAPES, key=lambda shape: float(np.mean(overlap[shape])))
+    score = float(np.mean(overlap[best]))
+    if score < _OVERLAP:
+        return NONE, NONE, score
+    relative = 2 * float(np.median(halves[best])) / np.sqrt(height * width)
+    return best, ("small" if relative < np.sqrt(SIZES["small"] * SIZES["large"]) else "large"), score
+
+
+# ------------------------------------------------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often an attribute was right: the share, its 95 % interval, and the probability of it by chance."""
+
+    right: int
+    total: int
+    share: float
+    low: float
+    high: float
+    chance: float
+    p: float
+
+    @classmethod
+    def of(cls, right: int, total: int, chance: float) -> Accuracy:
+        return cls(
+            right, total, right / total, *wilson_interval(right, total), chance, binomial_p(right, total, chance)
+        )
+
+
+def score_readings(prompts: Sequence[str], readings: Sequence[ToyReading]) -> dict[str, Accuracy]:
+    """Accuracy of each attribute over clips and the prompts they were made for, and of "all" of a clip's together."""
+    if len(prompts) != len(readings) or not prompts:
+        raise StditError(f"{len(readings)} clips and {len(prompts)} prompts: give one clip for each prompt, not 0.")
+    answers = [reading.right(ToySpec.parse(prompt)) for prompt, reading in zip(prompts, readings)]
+    result = {}
+    for name, chance in CHANCE.items():
+        asked = [answer[name] for answer in answers if name in answer]
+        if asked:
+            result[name] = Accuracy.of(sum(asked), len(asked), chance)
+    together = [all(answer.values()) for answer in answers]
+    result["all"] = Accuracy.of(sum(together), len(together), float(np.prod(list(CHANCE.values()))))
+    return result
+
+
+def score(prompts: Sequence[str], clips: Sequence[np.ndarray]) -> dict[str, Accuracy]:
+    """`score_readings` of the clips' readings."""
+    return score_readings(prompts, [read_clip(clip) for clip in clips])
+
+
+def as_json(accuracies: dict[str, Accuracy]) -> dict[str, dict[str, float]]:
+    return {name: asdict(accuracy) for name, accuracy in accuracies.items()}
