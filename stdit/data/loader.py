@@ -1,0 +1,221 @@
+"""Clips of the plan as tensors, from files or from the cache; the same for any number of workers, ranks, restarts."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stdit.data.buckets import Assignment, DataConfig, slack
+from stdit.data.cache import Cache, latent_key, text_key
+from stdit.data.manifest import Clip, Manifest
+from stdit.data.video_io import VideoError, read_frames
+from stdit.errors import StditError
+from stdit.keyed import keyed_uniform
+from stdit.shapes import VideoShape
+
+RETRIES = 4  # of a read over the network, after 1, 2, 4 and 8 seconds
+
+
+class Item(Protocol):
+    """What the loader reads of the planner's PlanItem."""
+
+    @property
+    def row(self) -> int: ...
+    @property
+    def occurrence(self) -> int: ...
+    @property
+    def bucket(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One clip, cut to its shape.
+
+    weight: 1, or 0 where the clip could not be read; its tensors are then zeros and `failure` says why.
+    frames: (T, H, W, 3) uint8, or None where latents come from the cache.
+    latents: (C, T', H', W') normalised fp32, from the cache.
+    text: (L, D) embedding of the caption, where the cache has text.
+    """
+
+    clip_id: str
+    row: int
+    occurrence: int
+    epoch: int
+    shape: VideoShape
+    weight: float
+    caption: str
+    frames: Tensor | None = None
+    latents: Tensor | None = None
+    text: Tensor | None = None
+    failure: str | None = None
+
+    @property
+    def video(self) -> Tensor:
+        """(3, T, H, W) fp32 in [−1, 1], what the VAE takes."""
+        assert self.frames is not None, "latents came from the cache"
+        return to_video(self.frames)
+
+
+def to_video(frames: Tensor) -> Tensor:
+    """uint8 frames (T, H, W, 3) as (3, T, H, W) fp32 in [−1, 1]."""
+    return frames.permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
+
+
+class Loader:
+    """Reads the clips of batches.
+
+    Start, crop, mirroring and caption are keyed by (seed, epoch, clip id, occurrence). A clip that cannot be read keeps
+    its place with weight 0. Reads over the network are retried, then stop the run. Workers are threads: decoding and
+    scaling leave Python's lock free. `reader` is `video_io.read_frames` or what isolates it.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        assignment: Assignment,
+        config: DataConfig,
+        seed: int,
+        cache: Cache | None = None,
+        text_cache: Cache | None = None,
+        workers: int | None = None,
+        reader: Callable[..., np.ndarray] = read_frames,
+    ) -> None:
+        self.manifest, self.assignment, self.config, self.seed = manifest, assignment, config, seed
+        self.cache, self.text_cache, self.reader = cache, text_cache, reader
+        self.workers = config.workers if workers is None else workers
+        if cache is not None:
+            self._check_policies(cache)
+            self.positions = self._positions(cache)
+
+    def fetch(self, items: Sequence[Item], epoch: int) -> list[Example]:
+        """The examples of one batch, in its order."""
+        return [self._example(item, epoch) for item in items]
+
+    def iterate(self, batches: Iterable[Sequence[Item]], epoch: int) -> Iterator[list[Example]]:
+        """The examples of each batch in order; `config.prefetch` batches are read ahead by the workers."""
+        if self.workers == 0:
+            for items in batches:
+                yield self.fetch(items, epoch)
+            return
+        waiting: deque[list[Future[Example]]] = deque()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="stdit-loader")
+        try:
+            for items in batches:
+                waiting.append([pool.submit(self._example, item, epoch) for item in items])
+                if len(waiting) > self.config.prefetch:
+                    yield [future.result() for future in waiting.popleft()]
+            while waiting:
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    # ------------------------------------------------------------------------------------------------------ one clip
+
+    def _example(self, item: Item, epoch: int) -> Example:
+        clip = self.manifest[item.row]
+        shape = self.assignment.shapes[item.bucket]
+        key = (epoch, clip.id, item.occurrence)
+        caption = choose_caption(clip, keyed_uniform(self.seed, "caption", *key))
+        text = None if self.text_cache is None else embedding(self.text_cache, caption)
+        frames = latents = failure = None
+        if self.cache is not None:
+            latents, failure = self._latents(item)
+        else:
+            try:
+                frames = torch.from_numpy(self._read(clip, shape, key))
+            except VideoError as error:
+                failure = str(error)
+                frames = torch.zeros(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
+        weight = 0.0 if failure else 1.0
+        return Example(
+            clip.id, item.row, item.occurrence, epoch, shape, weight, caption, frames, latents, text, failure
+        )
+
+    def _read(self, clip: Clip, shape: VideoShape, key: tuple[int, str, int]) -> np.ndarray:
+        start = clip.start
+        if self.config.start == "random" and not clip.image:
+            room = max(0.0, float(slack(clip.start, clip.end, clip.fps, shape.frames, self.config.fps)))
+            start += keyed_uniform(self.seed, "start", *key) * room
+        crop = (0.5, 0.5)
+        if self.config.crop == "random":
+            crop = (keyed_uniform(self.seed, "crop x", *key), keyed_uniform(self.seed, "crop y", *key))
+        size = (shape.width, shape.height)
+        for attempt in range(RETRIES + 1):
+            try:
+                frames = self.reader(clip.path, shape.frames, size, self.config.fps, start, crop)
+                break
+            except VideoError as error:
+                if error.reason != "unreadable" or "://" not in clip.path:
+                    raise
+                if attempt == RETRIES:
+                    raise StditError(f"{error} {attempt + 1} tries failed. Is the storage reachable?") from error
+                time.sleep(2**attempt)
+        if self.config.mirror and keyed_uniform(self.seed, "mirror", *key) < 0.5:
+            frames = np.ascontiguousarray(frames[:, :, ::-1])
+        return frames
+
+    # ----------------------------------------------------------------------------------------------------- the cache
+
+    def _latents(self, item: Item) -> tuple[Tensor, str | None]:
+        assert self.cache is not None
+        position = int(self.positions[item.row])
+        failure = self.cache.failure(position)
+        if failure is None:
+            return self.cache.tensor(position), None
+        for row in np.flatnonzero(self.assignment.bucket == item.bucket):  # one of the same shape, for its zeros
+            if self.cache.failure(self.positions[row]) is None:
+                return torch.zeros_like(self.cache.tensor(self.positions[row])), failure
+        shape = self.assignment.shapes[item.bucket]
+        raise StditError(
+            f"{self.cache.folder}: every clip of shape {shape} failed to encode, the first with: {failure}"
+        )
+
+    def _check_policies(self, cache: Cache) -> None:
+        for name in ("start", "crop", "fps"):
+            wanted, held = getattr(self.config, name), cache.settings[name]
+            if wanted != held:
+                raise StditError(
+                    f"data.{name} is {wanted}, but the cache was encoded with {held}: set data.{name}={held}."
+                )
+        if self.config.mirror:
+            raise StditError("data.mirror cannot be had from cached latents: set data.mirror=false or data.cache=null.")
+
+    def _positions(self, cache: Cache) -> np.ndarray:
+        """(rows,) where the cache has each clip's latents; every clip that has a shape must be there."""
+        positions = np.full(len(self.manifest), -1, np.int64)
+        missing = 0
+        for index, shape in enumerate(self.assignment.shapes):
+            rows = np.flatnonzero(self.assignment.bucket == index)
+            keys = [latent_key(clip_id, shape) for clip_id in self.manifest.ids.take(rows).to_pylist()]
+            positions[rows] = cache.find(keys)
+            missing += int((positions[rows] < 0).sum())
+        if missing:
+            raise StditError(
+                f"{cache.folder} lacks the latents of {missing} of {int((self.assignment.bucket >= 0).sum())} clips. "
+                f"Run `stdit data encode {self.manifest.source} --config CFG --out {cache.folder.parent}`."
+            )
+        return positions
+
+
+def choose_caption(clip: Clip, uniform: float) -> str:
+    """One of the clip's captions by weight; `uniform` in [0, 1) decides. "" for a clip without any."""
+    if not clip.captions:
+        return ""
+    ends = np.cumsum([caption.weight for caption in clip.captions])
+    return clip.captions[min(int(np.searchsorted(ends, uniform * ends[-1], "right")), len(ends) - 1)].text
+
+
+def embedding(cache: Cache, text: str) -> Tensor:
+    """The cached embedding (L, D) of a text; "" is always there."""
+    position = cache.position(text_key(text))
+    if position < 0:
+        raise StditError(f"{cache.folder} has no embedding of the caption {text!r}. Run `stdit data encode` again.")
+    return cache.tensor(position)

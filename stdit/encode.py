@@ -1,0 +1,186 @@
+"""Clips to cached latents and captions to cached embeddings, once each, stopped and continued at will."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stdit.data.buckets import Assignment, DataConfig
+from stdit.data.cache import Cache, latent_key, latent_settings, text_key, text_settings
+from stdit.data.loader import Example, Loader
+from stdit.data.manifest import Manifest
+from stdit.data.probing import file_sha256
+from stdit.errors import StditError
+
+CLIPS_PER_SHARD = 64
+TEXTS_PER_SHARD = 1024
+BATCH = 4
+
+
+class Vae(Protocol):
+    """(B, 3, T, H, W) in [−1, 1] to normalised latents (B, C, T', H', W')."""
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Texts to their embeddings, (L, D) each."""
+
+    def encode(self, texts: list[str]) -> Sequence[Tensor]: ...
+
+
+class _Item(NamedTuple):
+    row: int
+    occurrence: int
+    bucket: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one call did: clips and texts encoded now, those that were there already, and clips that failed."""
+
+    clips: int
+    reused: int
+    texts: int
+    failures: tuple[tuple[str, str], ...]  # (clip id, why)
+
+
+def identity(folder: str | Path) -> str:
+    """SHA-256 of a model folder's (or file's) weights and configuration: what a cached tensor depends on."""
+    folder = Path(folder)
+    files = (
+        [folder] if folder.is_file() else sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".json"))
+    )
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise StditError(f"{folder} holds no .safetensors file, so nothing says which weights these are.")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\0{file_sha256(str(path))}\0".encode())
+    return digest.hexdigest()
+
+
+def encode_manifest(
+    manifest: Manifest,
+    assignment: Assignment,
+    config: DataConfig,
+    vae: Vae,
+    text_encoder: TextEncoder | None,
+    out: str | Path,
+    *,
+    vae_identity: str,
+    text_identity: str | None = None,
+    device: str | torch.device = "cpu",
+    batch: int = BATCH,
+    clips_per_shard: int = CLIPS_PER_SHARD,
+    rank: int = 0,
+    ranks: int = 1,
+    retry_failed: bool = False,
+    on_start: Callable[[int], None] = lambda _: None,
+    on_clips: Callable[[int], None] = lambda _: None,
+) -> Encoded:
+    """Latents of every clip that has a shape, and embeddings of every caption (and of "") if there is a text encoder.
+
+    Clips start at their first frame and are cropped at the centre. A shard is one fixed list of clips, encoded in fixed
+    batches and published whole; so a call that was killed is continued by the same call, and the files are the same,
+    byte for byte, as those of a call that was not. Ranks share out the shards. A clip that cannot be read is recorded
+    as failed (`retry_failed` tries those shards again).
+    """
+    cache = Cache.create(out, latent_settings(config, vae_identity))
+    todo = list(_shards(cache, manifest, assignment, clips_per_shard, retry_failed))
+    reused = int((assignment.bucket >= 0).sum()) - sum(len(items) for _, items in todo)
+    todo = todo[rank::ranks]
+    texts = [] if text_encoder is None or rank else _texts(manifest, assignment)
+    on_start(sum(len(items) for _, items in todo))
+    reading = replace(config, start="first", crop="centre", mirror=False, cache=None)
+    loader = Loader(manifest, assignment, reading, seed=0)
+    batches = [items[i : i + batch] for _, items in todo for i in range(0, len(items), batch)]
+    examples = loader.iterate(batches, epoch=0)
+    failures: list[tuple[str, str]] = []
+    dtype = getattr(torch, config.cache_dtype)
+    for name, items in todo:
+        tensors: dict[str, Tensor] = {}
+        failed: dict[str, str] = {}
+        for _ in range(0, len(items), batch):
+            got = next(examples)
+            good = [example for example in got if example.failure is None]
+            for example, latents in zip(good, _encode(vae, good, device)):
+                tensors[latent_key(example.clip_id, example.shape)] = latents.to(dtype)
+            for example in got:
+                if example.failure is not None:
+                    failed[latent_key(example.clip_id, example.shape)] = example.failure
+                    failures.append((example.clip_id, example.failure))
+            on_clips(len(got))
+        cache.write_shard(name, tensors, failed)
+    new = 0
+    if text_encoder is not None and texts:
+        if text_identity is None:
+            raise ValueError("text_identity is needed with a text encoder.")
+        new = _encode_texts(texts, text_encoder, Cache.create(out, text_settings(config, text_identity)), dtype, batch)
+    return Encoded(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
+
+
+def _encode(vae: Vae, examples: Sequence[Example], device: str | torch.device) -> list[Tensor]:
+    if not examples:
+        return []
+    video = torch.stack([example.video for example in examples]).to(device)  # (B, 3, T, H, W)
+    with torch.no_grad():
+        latents = vae.encode(video)  # (B, C, T', H', W')
+    if not torch.isfinite(latents).all():
+        raise StditError(
+            f"the VAE gives latents that are not finite, for a clip among {[e.clip_id for e in examples]}."
+        )
+    return list(latents.cpu())
+
+
+def _shards(
+    cache: Cache, manifest: Manifest, assignment: Assignment, clips_per_shard: int, retry_failed: bool
+) -> Iterator[tuple[str, list[_Item]]]:
+    """(name, clips) of the shards that are still to be made. A shard's name follows from its clips."""
+    for bucket, shape in enumerate(assignment.shapes):
+        rows = np.flatnonzero(assignment.bucket == bucket)
+        ids = manifest.ids.take(rows).to_pylist()
+        positions = cache.find([latent_key(clip_id, shape) for clip_id in ids])
+        for first in range(0, len(rows), clips_per_shard):
+            part = slice(first, first + clips_per_shard)
+            name = f"{shape}-{hashlib.sha256(' '.join(ids[part]).encode()).hexdigest()[:16]}"
+            there = positions[part]
+            if cache.has_shard(name):
+                if not retry_failed or all(cache.failure(p) is None for p in there[there >= 0]):
+                    continue
+                there = np.full_like(there, -1)
+            # clips that another shard has (the manifest has grown since) are not encoded again
+            items = [_Item(int(row), 0, bucket) for row, at in zip(rows[part], there) if at < 0]
+            if items:
+                yield name, items
+
+
+def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
+    rows = np.flatnonzero(assignment.bucket >= 0)
+    captions = manifest.table.column("captions").take(rows).to_pylist()
+    return sorted({"", *(caption["text"] for row in captions for caption in row)})
+
+
+def _encode_texts(texts: list[str], encoder: TextEncoder, cache: Cache, dtype: torch.dtype, batch: int) -> int:
+    new = 0
+    known = cache.find([text_key(text) for text in texts])
+    for first in range(0, len(texts), TEXTS_PER_SHARD):
+        part = slice(first, first + TEXTS_PER_SHARD)
+        name = f"text-{hashlib.sha256(''.join(map(text_key, texts[part])).encode()).hexdigest()[:16]}"
+        todo = [text for text, at in zip(texts[part], known[part]) if at < 0]
+        if cache.has_shard(name) or not todo:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for i in range(0, len(todo), batch):
+            with torch.no_grad():
+                embeddings = encoder.encode(todo[i : i + batch])
+            tensors.update((text_key(t), e.detach().cpu().to(dtype)) for t, e in zip(todo[i : i + batch], embeddings))
+        cache.write_shard(name, tensors, {})
+        new += len(todo)
+    return new
