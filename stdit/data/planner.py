@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,10 @@ class PlanItem(NamedTuple):
     position: int  # in the global step; the same for any number of ranks, and unrelated to the bucket
 
 
+_WORK = attrgetter("work")
+_PLACE = attrgetter("bucket", "row", "occurrence")
+_SIZE = attrgetter("tokens", "bucket", "row", "occurrence")  # work grows with tokens
+
 Packs = list[list[PlanItem]]  # one micro-step: what each group computes
 Split = list[Packs]  # the micro-steps of a step
 
@@ -72,9 +77,9 @@ class Plan:
     source: the manifest's hash, for the plan's.
 
     Steps are keyed by (seed, epoch) and have nearly equal work, total / num_steps, where num_steps = total /
-    work_per_step to the nearest integer, at least 1. Each has nearly the same mixture of buckets: from the most to the
-    least work, clips go to the step that has the least, so images fill the gaps between videos. Every (row, occurrence)
-    is in exactly one step. All epochs have equally many steps.
+    work_per_step to the nearest integer, at least 1 and at most one a clip. Each has nearly the same mixture of
+    buckets: from the most to the least work, clips go to the step that has the least, so images fill the gaps between
+    videos. Every (row, occurrence) is in exactly one step. All epochs have equally many steps.
     """
 
     def __init__(
@@ -116,7 +121,8 @@ class Plan:
         self.counts = np.bincount(self.bucket[self._rows], minlength=len(self.tokens))  # (buckets,)
         self.total_work = sum(int(count) * work for count, work in zip(self.counts, self.work))
         self.work_per_step = self._work_per_step()
-        self.num_steps = max(1, (2 * self.total_work + self.work_per_step) // (2 * self.work_per_step))
+        steps = max(1, (2 * self.total_work + self.work_per_step) // (2 * self.work_per_step))  # to the nearest
+        self.num_steps = min(steps, len(self._rows))
         self._order, self._ends = self._cut()
 
     def __len__(self) -> int:
@@ -201,7 +207,10 @@ class Plan:
             taken = _fill(load, work, int(self.counts[b]))  # (steps,)
             load += taken * work
             step_of[by_bucket[begins[b] : begins[b] + self.counts[b]]] = np.repeat(names, taken)
-        order = shuffled[np.argsort(step_of, kind="stable")].astype(np.int32)
+        step_of[shuffled] = step_of.copy()  # (items,), from shuffled to their own order
+        # A second shuffle: by the first, the clips of a rare bucket would come first or last in their step.
+        order = _shuffle(len(self._rows), keyed_seed(self.seed, "plan positions", self.epoch)).astype(np.int32)
+        order = order[np.argsort(step_of[order], kind="stable")]
         ends = np.concatenate([[0], np.cumsum(np.bincount(step_of, minlength=self.num_steps))])
         return order, ends
 
@@ -229,7 +238,7 @@ def split(step: Sequence[PlanItem], groups: int, token_bound: int) -> Split:
     best_balance = 0.0
     done: list[Packs] = []
     spent = 0  # Σ of the largest group's work over `done`
-    rest = sorted(step, key=_falling)
+    rest = sorted(step, key=_SIZE, reverse=True)
     while rest and ideal > best_balance * spent:
         packs, left = _deal(rest, groups, token_bound)
         if not left:
@@ -244,7 +253,7 @@ def split(step: Sequence[PlanItem], groups: int, token_bound: int) -> Split:
     else:
         if not rest and ideal > best_balance * spent:
             best = done
-    return [[sorted(pack, key=lambda i: (i.bucket, i.row, i.occurrence)) for pack in packs] for packs in best]
+    return [[sorted(pack, key=_PLACE) for pack in packs] for packs in best]
 
 
 def balance(*splits: Split) -> float:
@@ -258,11 +267,7 @@ def balance(*splits: Split) -> float:
 
 
 def _work(pack: Iterable[PlanItem]) -> int:
-    return sum(item.work for item in pack)
-
-
-def _falling(item: PlanItem) -> tuple[int, int, int, int]:
-    return -item.work, item.bucket, item.row, item.occurrence
+    return sum(map(_WORK, pack))
 
 
 def _even_micro_step(items: list[PlanItem], groups: int, token_bound: int) -> tuple[Packs, list[PlanItem]]:
