@@ -1,8 +1,7 @@
 """Declarative key maps: how one dialect's tensors become our own, and back, bit for bit.
 
-A `KeyMap` is a list of rules between *native* names (ours) and *foreign* ones (another program's). It is only ever
-read from the native side: our names and shapes give the foreign ones, so both directions, and every check, come from the
-same `Table`:
+A `KeyMap` is a list of rules between *native* names (ours) and *foreign* ones (another program's). It is only read from
+the native side: our names and shapes give the foreign ones, so both directions, and every check, come from one `Table`:
 
     keymap = KeyMap(
         Rule("blocks.{i}.self_attn.{p:q|k|v}.{leaf}", "blocks.{i}.attn1.to_{p}.{leaf}"),       # a rename
@@ -280,6 +279,16 @@ class Table:
         """(native name, tensor) of everything; `read` gives a foreign tensor by name, each one once."""
         for move in self.moves:
             yield from zip(move.native, move.to_native([read(name) for name in move.foreign]))
+
+    def native_reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """A function that gives one native tensor by name, reading (again) what it is made of."""
+        moves = {name: move for move in self.moves for name in move.native}
+
+        def read_native(name: str) -> Tensor:
+            move = moves[name]
+            return move.to_native([read(foreign) for foreign in move.foreign])[move.native.index(name)]
+
+        return read_native
 
     def to_foreign(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(foreign name, tensor) of everything; `read` gives a native tensor by name, each one once."""

@@ -1,9 +1,11 @@
-"""One small file per family of open weights. Each says, in both directions, how the family's config becomes ours and how its
-keys do:
+"""One small file per family of open weights: how its config becomes ours, and how its keys do, in both directions.
 
-    config_from(found: dict, shapes: dict[str, shape]) -> our config     # any dialect's config.json, our own among them;
-                                                                         # `shapes`: the file's tensors, where {} must do
-    config_to_diffusers(config) -> dict                                  # config.json as diffusers wants it
-    dialect_of(shapes) -> "original" | "diffusers"                       # by the names alone
-    keymap(config, dialect) -> KeyMap                                    # native names ↔ that dialect's
+FAMILY, DIFFUSERS_CLASS              what messages call it, and the class that diffusers' config.json names
+config_from(found, shapes, place)    our config of a config.json in any dialect, our own too; where `found` is {}, of
+                                     the tensors' shapes alone; `place` is for errors
+config_to_diffusers(config)          config.json as diffusers wants it
+config_to_original(config)           as the original release has it (where it has one)
+dialect_of(shapes)                   "original" or "diffusers", by the names alone, "" for another family's
+keymap(config, dialect)              a KeyMap, our names ↔ that dialect's
+build(config)                        the module
 """

@@ -1,0 +1,270 @@
+"""Tensor files as untrusted input: safetensors, whole or in shards, and pickles only when asked.
+
+A safetensors header is read and checked here, every offset against the file's size, before memory is taken; a tensor
+is then read straight into memory of its own. (A memory map would keep a second copy of the weights in the resident
+set, and kill the process when the file is cut short under it.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stdit.errors import StditError
+from stdit.weights.keymap import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+MAX_JSON = 50_000_000  # bytes of a config.json or an index
+PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
+DTYPES = {  # safetensors' name: (torch's, bits)
+    "F64": ("float64", 64),
+    "F32": ("float32", 32),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "I64": ("int64", 64),
+    "I32": ("int32", 32),
+    "I16": ("int16", 16),
+    "I8": ("int8", 8),
+    "U8": ("uint8", 8),
+    "BOOL": ("bool", 8),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its file, its place there, and what it is."""
+
+    path: Path
+    dtype: str  # torch's name
+    shape: Shape
+    start: int
+    stop: int
+
+
+@dataclass
+class TensorFiles:
+    """The tensors of one file, or of the shards of one model, by name. Nothing is read until `read`."""
+
+    path: Path  # what to name in errors: the file, or the index of the shards
+    entries: dict[str, Entry]
+    metadata: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""  # before every name in the file
+    loaded: dict[str, Tensor] | None = None  # of a trusted pickle
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({entry.path for entry in self.entries.values()})
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own, in its stored dtype."""
+        entry = self.entries[name]
+        if self.loaded is not None:
+            return self.loaded[name]
+        import torch
+
+        tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        if tensor.numel():
+            with open(entry.path, "rb") as file:
+                file.seek(entry.start)
+                if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != entry.stop - entry.start:
+                    raise StditError(f"{entry.path}: the file ends inside the tensor {self.prefix}{name}.")
+        return tensor
+
+    def without_prefix(self, prefixes: tuple[str, ...]) -> TensorFiles:
+        """The same, with names freed of a prefix that all of them have (single files from other programs)."""
+        for prefix in prefixes:
+            if self.entries and all(name.startswith(prefix) for name in self.entries):
+                entries = {name.removeprefix(prefix): entry for name, entry in self.entries.items()}
+                loaded = self.loaded and {name.removeprefix(prefix): t for name, t in self.loaded.items()}
+                return TensorFiles(self.path, entries, self.metadata, prefix, loaded)
+        return self
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises StditError naming the file."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise StditError(f"{path}: {path.stat().st_size} bytes is more than a JSON file of weights can need.")
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise StditError(f"{path}: no such file.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise StditError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise StditError(f"{path}: holds {type(found).__name__} where a JSON object is wanted.")
+    return found
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata, checked against the file's size. Reads no tensor."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise StditError(f"{path}: {size} bytes is too short for a safetensors file. Is the download complete?")
+        (length,) = struct.unpack("<Q", start)
+        if length > MAX_HEADER:
+            raise StditError(
+                f"{path}: its header would be {length} bytes, more than the {MAX_HEADER} that safetensors allows. "
+                "Is it a safetensors file?"
+            )
+        if length > size - 8:
+            raise StditError(f"{path}: the file ends inside its header ({size} of {length + 8} bytes).")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise StditError(f"{path}: its header is damaged ({error}).") from None
+    if not isinstance(header, dict):
+        raise StditError(f"{path}: its header is not a JSON object.")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise StditError(f"{path}: __metadata__ in its header is not a JSON object.")
+    entries = {name: _entry(path, name, found, 8 + length, size) for name, found in header.items()}
+    _no_overlap(path, entries)
+    return entries, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _entry(path: Path, name: str, found: Any, base: int, size: int) -> Entry:
+    def natural(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**62
+
+    try:
+        dtype, shape, (start, stop) = found["dtype"], found["shape"], found["data_offsets"]
+        assert isinstance(shape, list) and all(natural(n) for n in (*shape, start, stop)) and len(shape) < 16
+    except (KeyError, TypeError, ValueError, AssertionError):
+        raise StditError(f"{path}: the header's entry of {name} is damaged.") from None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise StditError(f"{path}: {name} has the dtype {dtype!r}; stdit reads {', '.join(DTYPES)}.")
+    name_of, bits = DTYPES[dtype]
+    if math.prod(shape) * bits // 8 != stop - start:
+        raise StditError(
+            f"{path}: {name} is {dtype} of shape {tuple(shape)} in {stop - start} bytes, which does not fit."
+        )
+    if base + stop > size:
+        raise StditError(
+            f"{path}: the file ends at byte {size}, inside or before the tensor {name} (bytes {base + start} to "
+            f"{base + stop}). It is cut short: copy or download it again."
+        )
+    return Entry(path, name_of, tuple(shape), base + start, base + stop)
+
+
+def _no_overlap(path: Path, entries: Mapping[str, Entry]) -> None:
+    end, before = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.stop > entry.start and entry.start < end:
+            raise StditError(f"{path}: the tensors {before} and {name} overlap.")
+        if entry.stop > end:
+            end, before = entry.stop, name
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:
+    """A safetensors file, a shard index (.index.json), or, only with `trust_pickle`, a pickle of tensors."""
+    if not path.is_file():
+        raise StditError(f"{path}: no such file.")
+    if path.name.endswith(".index.json"):
+        return open_index(path)
+    if path.suffix.lower() in PICKLES:
+        return _open_pickle(path, trust_pickle)
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        raise StditError(f"{path}: not a file of weights. stdit reads .safetensors files, and folders that hold them.")
+    entries, metadata = read_header(path)
+    return TensorFiles(path, entries, metadata)
+
+
+def open_index(path: Path) -> TensorFiles:
+    """The shards named by a `*.safetensors.index.json`. Every shard must be in its folder and hold what is said."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StditError(f"{path}: has no weight_map.")
+    shards: dict[str, dict[str, Entry]] = {}
+    metadata: dict[str, str] = {}
+    entries = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard or "\\" in shard:
+            raise StditError(
+                f"{path}: puts {name} in {shard!r}, which is not the plain name of a file beside the index."
+            )
+        if shard not in shards:
+            file = path.parent / shard
+            if file.suffix != ".safetensors":
+                raise StditError(f"{path}: puts {name} in {shard}, which is not a safetensors file.")
+            if not file.is_file():
+                count = sum(other == shard for other in weight_map.values())
+                raise StditError(
+                    f"{file}: this shard is missing; {path.name} puts {count} tensors in it, such as {name}."
+                )
+            shards[shard], more = read_header(file)
+            metadata |= more
+        if name not in shards[shard]:
+            raise StditError(f"{path.parent / shard}: has no tensor {name}, which {path.name} puts there.")
+        entries[name] = shards[shard][name]
+    for shard, found in shards.items():
+        if surplus := [name for name in found if name not in weight_map]:
+            raise StditError(f"{path.parent / shard}: holds {surplus[0]}, which {path.name} does not name.")
+    return TensorFiles(path, entries, metadata)
+
+
+def open_folder(
+    folder: Path, trust_pickle: bool = False, wanted: Callable[[str], bool] = lambda name: True
+) -> TensorFiles:
+    """The one set of weights of a folder: an index with its shards, or a single file. `wanted` filters file names."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and wanted(entry.name))
+    whole = [name for name in names if name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    whole += [name for name in names if name.endswith(".safetensors.index.json")]
+    files = [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
+    for choice in (whole, files, pickles):
+        if len(choice) == 1:
+            return open_file(folder / choice[0], trust_pickle)
+        if len(choice) > 1:
+            why = " and no index that says which belong together" if choice is files else ""
+            raise StditError(
+                f"{folder}: holds {len(choice)} files of weights{why}: {', '.join(choice[:4])}"
+                f"{', …' if len(choice) > 4 else ''}. Name the one to load."
+            )
+    raise StditError(f"{folder}: holds no .safetensors file.")
+
+
+def _open_pickle(path: Path, trust: bool) -> TensorFiles:
+    if not trust:
+        raise StditError(
+            f"{path}: is a pickle, which can run code when it is opened, and is refused. Convert it to safetensors, or "
+            "(if you trust where it is from) ask for it by trust_pickle=True (--trust-pickle). Only tensors are read."
+        )
+    import pickle
+
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise StditError(f"{path}: cannot be read as a file of tensors alone ({str(error).splitlines()[0]}).") from None
+    for key in ("state_dict", "model_state", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+        raise StditError(f"{path}: does not hold a dictionary of tensors.")
+    entries = {n: Entry(path, str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, 0) for n, t in found.items()}
+    return TensorFiles(path, entries, {}, "", found)

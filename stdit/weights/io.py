@@ -1,0 +1,308 @@
+"""Transformers and VAEs from strangers' files and to them, whole or not at all.
+
+Every name and shape is checked against the model before a tensor is read; then each tensor is read once, straight to
+its device and dtype, into a model that was built without memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from stdit.errors import StditError
+from stdit.weights.files import Entry, TensorFiles, open_file, open_folder, read_json
+from stdit.weights.keymap import Table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from stdit.models.transformer import STDiT
+    from stdit.vae.autoencoder import CausalVAE
+
+LAYOUTS = ("diffusers", "original")
+SHARD_BYTES = 5_000_000_000
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.")
+_STEM = "diffusion_pytorch_model"
+_VAE_STEM = "Wan2.1_VAE"  # original releases keep it beside the transformer
+_OTHERS = re.compile(r"t5|clip|text_encoder|tokenizer|lora|adapter", re.IGNORECASE)
+_VAE = re.compile(r"vae", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model found on the disk: config read, files opened, names compared; no tensor read yet."""
+
+    kind: str  # "transformer" or "vae"
+    family: ModuleType
+    files: TensorFiles
+    config: Any
+    config_path: Path | None
+    dialect: str
+    table: Table
+
+    @property
+    def parameters(self) -> int:
+        return sum(_count(entry.shape) for entry in self.files.entries.values())
+
+
+def load_transformer(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_pickle: bool = False,
+) -> STDiT:
+    """A transformer from a model folder (stdit's or diffusers'), its transformer/, an original Wan release, or a file.
+
+    dtype: None keeps each tensor's stored dtype. trust_pickle: allows .pth and .bin files, tensors only.
+    Raises StditError that names the file and the tensors where anything is missing, unexpected, misshaped or damaged,
+    and the variant where the weights are of a kind that stdit does not run.
+    """
+    return load(find("transformer", path, trust_pickle), dtype, device)
+
+
+def load_vae(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_pickle: bool = False,
+) -> CausalVAE:
+    """A causal VAE from a model folder, its vae/, an original Wan release, or a file; otherwise as load_transformer."""
+    return load(find("vae", path, trust_pickle), dtype, device)
+
+
+def save_transformer(
+    model: STDiT, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes config.json and safetensors into `folder`, in shards above shard_bytes.
+
+    layout: "diffusers" opens with WanTransformer3DModel.from_pretrained(folder), "original" is a Wan release's. Files
+    are written beside and renamed, so what was there before stays whole until the new one is.
+    """
+    _save("transformer", model, Path(folder), layout, shard_bytes)
+
+
+def save_vae(
+    vae: CausalVAE, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """As save_transformer. "diffusers" opens with AutoencoderKLWan.from_pretrained(folder); "original" is one file,
+    Wan2.1_VAE.safetensors, which carries our config in its metadata."""
+    _save("vae", vae, Path(folder), layout, shard_bytes)
+
+
+def family_of(kind: str) -> ModuleType:
+    if kind == "transformer":
+        from stdit.weights.families import wan
+
+        return wan
+    from stdit.weights.families import wan_vae
+
+    return wan_vae
+
+
+def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, strict: bool = True) -> Source:
+    """Opens a transformer or VAE without reading a tensor. strict: raise if its tensors are not those of its config."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise StditError(f"{place}: no such file or folder.")
+    folder, files = (
+        (place.parent, open_file(place, trust_pickle)) if place.is_file() else _in_folder(kind, place, trust_pickle)
+    )
+    files = files.without_prefix(PREFIXES)
+    family = family_of(kind)
+    found, config_path = _config(kind, family, folder, files)
+    dialect = family.dialect_of(files.shapes)
+    if not dialect:
+        raise StditError(f"{files.path}: not a {family.FAMILY}: its tensors are named {_some(files.entries)}.")
+    config = family.config_from(found, files.shapes, config_path or files.path)
+    table = family.keymap(config, dialect).table(_shapes(_on_meta(family, config)))
+    if strict:
+        table.check(files.shapes, files.path, f"The config is {config_path}." if config_path else "")
+    return Source(kind, family, files, config, config_path, dialect, table)
+
+
+def load(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+    """Reads a source's tensors into its model. Peak memory is the model and one tensor."""
+    model = _on_meta(source.family, source.config)
+    tensors = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in source.table.to_native(source.files.read)
+    }
+    model.load_state_dict(tensors, strict=True, assign=True)
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    assert not left, f"{type(model).__name__}: {left} are neither in the state dict nor made when used"
+    return model
+
+
+def convert(source: Source, folder: str | os.PathLike[str], layout: str, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a source in another layout, a shard in memory at a time."""
+    place = source.table.native_reader(source.files.read)
+    entries = source.files.entries
+    dtypes = {name: entries[move.foreign[0]].dtype for move in source.table.moves for name in move.native}
+    _write(source.kind, source.config, place, dtypes, Path(folder), layout, shard_bytes)
+
+
+def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
+    """The folder that holds a model of this kind, and its files."""
+    if (folder / kind).is_dir():
+        if (folder / f"{kind}_2").is_dir():
+            raise StditError(f"{folder}: holds two models, {kind}/ and {kind}_2/ (Wan 2.2 A14B). Name one of them.")
+        return folder / kind, open_folder(folder / kind, trust_pickle)
+    if (folder / "model_index.json").is_file():
+        raise StditError(f"{folder}: is a model folder without {kind}/.")
+    if kind == "transformer" and (folder / "high_noise_model").is_dir():
+        raise StditError(
+            f"{folder}: holds two models, high_noise_model/ and low_noise_model/ (Wan 2.2). Name one of them."
+        )
+    if kind == "transformer":
+        return folder, open_folder(folder, trust_pickle, lambda name: not (_VAE.search(name) or _OTHERS.search(name)))
+    named = any(_VAE.search(entry.name) and entry.is_file() for entry in folder.iterdir())
+    return folder, open_folder(folder, trust_pickle, lambda name: bool(_VAE.search(name)) or not named)
+
+
+def _config(kind: str, family: ModuleType, folder: Path, files: TensorFiles) -> tuple[dict[str, Any], Path | None]:
+    """The config.json beside the weights, or what the weights' own metadata carries, or nothing."""
+    path = folder / "config.json"
+    other = family_of("vae" if kind == "transformer" else "transformer")
+    if path.is_file():
+        found = read_json(path)
+        theirs = (other.DIFFUSERS_CLASS, getattr(other, "ORIGINAL_CLASS", None))
+        if found.get("_class_name") not in theirs or kind == "transformer":
+            return found, path
+    if carried := files.metadata.get("stdit_config"):
+        try:
+            found = json.loads(carried)
+        except json.JSONDecodeError as error:
+            raise StditError(f"{files.path}: stdit_config in its metadata is not valid JSON ({error}).") from None
+        if isinstance(found, dict):
+            return found, None
+    return {}, None
+
+
+def _on_meta(family: ModuleType, config: Any) -> nn.Module:
+    import torch
+
+    with torch.device("meta"):
+        return family.build(config)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _save(kind: str, model: nn.Module, folder: Path, layout: str, shard_bytes: int) -> None:
+    state = model.state_dict()
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
+    _write(kind, model.config, state.__getitem__, dtypes, folder, layout, shard_bytes)
+
+
+def _write(
+    kind: str,
+    config: Any,
+    read: Callable[[str], Tensor],
+    dtypes: Mapping[str, str],
+    folder: Path,
+    layout: str,
+    shard_bytes: int,
+) -> None:
+    """Writes a model whose native tensors `read` gives; see save_transformer."""
+    import torch
+    from safetensors.torch import save_file
+
+    if layout not in LAYOUTS:
+        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
+    family = family_of(kind)
+    table = family.keymap(config, layout).table(_shapes(_on_meta(family, config)))
+    diffusers_config = family.config_to_diffusers(config)
+    metadata = {"format": "pt", "stdit_config": json.dumps(diffusers_config, sort_keys=True)}
+    stem = _VAE_STEM if (kind, layout) == ("vae", "original") else _STEM
+    moves = {name: move for move in table.moves for name in move.foreign}
+    sizes = {
+        name: _count(move.foreign_shape) * getattr(torch, dtypes[move.native[0]]).itemsize
+        for name, move in moves.items()
+    }
+    shards = _shards(sizes, shard_bytes)
+    names = (
+        [f"{stem}.safetensors"]
+        if len(shards) == 1
+        else [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shard in zip(names, shards):
+        tensors: dict[str, Tensor] = {}
+        for foreign in shard:
+            if foreign not in tensors:
+                made = dict(
+                    zip(moves[foreign].foreign, moves[foreign].to_foreign([read(n) for n in moves[foreign].native]))
+                )
+                tensors |= {n: t.detach().to("cpu").contiguous() for n, t in made.items() if n in shard}
+        _replace(folder / name, partial(save_file, tensors, metadata=metadata))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {foreign: name for name, shard in zip(names, shards) for foreign in sorted(shard)},
+        }
+        _write_json(folder / f"{stem}.safetensors.index.json", index)
+    if stem != _VAE_STEM:
+        _write_json(
+            folder / "config.json", diffusers_config if layout == "diffusers" else family.config_to_original(config)
+        )
+    stale = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    kept = {*names, f"{stem}.safetensors.index.json"} if len(shards) > 1 else {*names}
+    for entry in folder.iterdir():  # what an earlier, differently sharded save left
+        if stale.fullmatch(entry.name) and entry.name not in kept:
+            entry.unlink()
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[set[str]]:
+    """Names dealt in order to shards of at most `limit` bytes (or one tensor)."""
+    shards: list[set[str]] = [set()]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append(set())
+            filled = 0
+        shards[-1].add(name)
+        filled += size
+    return shards
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    _replace(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
+
+
+def _replace(path: Path, write: Callable[[str], object]) -> None:
+    """Lets `write` make a file beside `path` and puts it in its place, or leaves nothing behind."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _some(entries: Mapping[str, Entry]) -> str:
+    return ", ".join(list(entries)[:3]) + (", …" if len(entries) > 3 else "") if entries else "(none)"
