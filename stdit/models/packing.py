@@ -1,0 +1,224 @@
+"""Clips and texts as packs: their tokens one after another, no padding, no batch dimension."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stdit.errors import StditError
+from stdit.models.positions import grid_positions
+from stdit.shapes import LatentShape, TokenGrid
+
+Patch = tuple[int, int, int]
+
+
+@dataclass
+class Segments:
+    """Where each of S segments begins and ends among packed tokens.
+
+    offsets: (S+1,) int32 on the tokens' device, for kernels. lengths: the same on the host, for grouping.
+    host: (S+1,) int64 on the CPU, what the attention operator reads (a tensor, so compiled code has no guard on it).
+    """
+
+    offsets: Tensor
+    lengths: tuple[int, ...]
+    host: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise StditError(f"segments of lengths {self.lengths}: there must be at least one, and none may be empty.")
+        self.host = torch.tensor([0, *self.lengths]).cumsum(0)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        lengths = tuple(int(length) for length in lengths)
+        offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        return cls(offsets.to(device, non_blocking=True), lengths)
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    def to(self, device: torch.device | str) -> Segments:
+        return Segments(self.offsets.to(device, non_blocking=True), self.lengths)
+
+
+@dataclass
+class LevelIndex:
+    """Which of K noise levels each of N tokens has.
+
+    level_of: (N,) int64 on the tokens' device. The runs of equal level are on the host: run r covers tokens
+    run_bounds[r] to run_bounds[r+1] and has level run_levels[r]; (R+1,) and (R,) int64 on the CPU.
+    """
+
+    level_of: Tensor
+    run_bounds: Tensor = field(init=False, repr=False)
+    run_levels: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        host = self.level_of.cpu()
+        starts = torch.cat([host.new_zeros(1), torch.nonzero(host[1:] != host[:-1]).flatten() + 1])
+        self.run_levels = host[starts].contiguous()
+        self.run_bounds = torch.cat([starts, starts.new_tensor([len(host)])])
+
+    def to(self, device: torch.device | str) -> LevelIndex:
+        moved = object.__new__(LevelIndex)
+        moved.level_of = self.level_of.to(device, non_blocking=True)
+        moved.run_bounds, moved.run_levels = self.run_bounds, self.run_levels
+        return moved
+
+
+@dataclass
+class TokenPack:
+    """The clips of one micro-step on one rank.
+
+    tokens: (N, C·pt·ph·pw). levels: (K,) distinct noise levels t in [0, 1], fp32 or fp64. level_of: (N,) int64, the
+    level of each token. positions: (N, 3) frame, row and column for the rotary embedding. segments: one a clip.
+    grids: one a clip; tokens of a segment beyond its grid are condition only and are not unpacked.
+    """
+
+    tokens: Tensor
+    levels: Tensor
+    level_of: Tensor
+    positions: Tensor
+    segments: Segments
+    grids: tuple[TokenGrid, ...]
+    level_index: LevelIndex = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.levels.dtype not in (torch.float32, torch.float64):
+            raise StditError(f"noise levels are {self.levels.dtype}; they must be float32 or float64.")
+        if not len(self.tokens) == len(self.level_of) == len(self.positions) == self.segments.total:
+            raise StditError(
+                f"a pack of {len(self.tokens)} tokens has {len(self.level_of)} level indices, {len(self.positions)} "
+                f"positions and segments of {self.segments.total} tokens in all."
+            )
+        self.level_index = LevelIndex(self.level_of)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TokenPack:
+        """Moves to a device; dtype is the tokens' only (levels and positions keep theirs)."""
+        device = self.tokens.device if device is None else device
+        moved = object.__new__(TokenPack)
+        moved.tokens = self.tokens.to(device, dtype, non_blocking=True)
+        moved.levels = self.levels.to(device, non_blocking=True)
+        moved.positions = self.positions.to(device, non_blocking=True)
+        moved.level_index = self.level_index.to(device)
+        moved.level_of = moved.level_index.level_of
+        moved.segments, moved.grids = self.segments.to(device), self.grids
+        return moved
+
+    def with_tokens(self, tokens: Tensor) -> TokenPack:
+        """The same pack with other token vectors (N, …), nothing recomputed."""
+        same = object.__new__(TokenPack)
+        same.__dict__.update(self.__dict__, tokens=tokens)
+        return same
+
+
+@dataclass
+class TextPack:
+    """The text tokens of one micro-step.
+
+    tokens: (M, D_text). multiplicity: (M,) fp32, how many equal padding positions each token stands for, or None
+    when all are 1; it stays on the CPU, where the attention operator reads it. segments: one a clip.
+    """
+
+    tokens: Tensor
+    multiplicity: Tensor | None
+    segments: Segments
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextPack:
+        device = self.tokens.device if device is None else device
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.to(device, dtype, non_blocking=True),
+            segments=self.segments.to(device),
+        )
+
+
+def patchify(latents: Tensor, patch: Patch) -> Tensor:
+    """Cuts latents (C, T, H, W) into tokens (n, C·pt·ph·pw), features in a flattened Conv3d weight's order."""
+    (pt, ph, pw), (c, t, h, w) = patch, latents.shape
+    grid = LatentShape(t, h, w).grid(patch)
+    x = latents.reshape(c, grid.frames, pt, grid.height, ph, grid.width, pw)
+    return x.permute(1, 3, 5, 0, 2, 4, 6).reshape(grid.tokens, c * pt * ph * pw)
+
+
+def unpatchify(tokens: Tensor, grid: TokenGrid, patch: Patch) -> Tensor:
+    """Puts output tokens (n, pt·ph·pw·C), features in Wan's output order, back to (C, T, H, W)."""
+    pt, ph, pw = patch
+    x = tokens.reshape(grid.frames, grid.height, grid.width, pt, ph, pw, -1).permute(6, 0, 3, 1, 4, 2, 5)
+    return x.reshape(x.shape[0], grid.frames * pt, grid.height * ph, grid.width * pw)
+
+
+def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) -> TokenPack:
+    """Packs latents (C, T, H, W) of any shapes.
+
+    levels: for each clip its noise level t: () for the clip, (T/pt,) per patch frame, or (n,) per token; fp32 or fp64
+    in [0, 1]. They may be on the CPU while the clips are on a GPU, which avoids a wait. Equal levels are found.
+    """
+    if not clips or len(clips) != len(levels):
+        raise StditError(f"{len(clips)} clips with {len(levels)} noise levels cannot be packed.")
+    if len({(clip.ndim, clip.shape[0]) for clip in clips}) > 1 or clips[0].ndim != 4:
+        raise StditError(f"latents to pack must be (C, T, H, W) with one C: {[tuple(c.shape) for c in clips]}.")
+    device = clips[0].device
+    grids = tuple(LatentShape(*clip.shape[1:]).grid(patch) for clip in clips)
+    entries, repeats = [], []
+    for number, (level, grid) in enumerate(zip(levels, grids)):
+        level = torch.as_tensor(level).detach().cpu()
+        each = {(): grid.tokens, (grid.frames,): grid.tokens // grid.frames, (grid.tokens,): 1}.get(tuple(level.shape))
+        if each is None:
+            raise StditError(
+                f"clip {number} has noise levels of shape {tuple(level.shape)}; its grid of {grid.frames}×"
+                f"{grid.height}×{grid.width} tokens takes (), ({grid.frames},) per patch frame or ({grid.tokens},) per token."
+            )
+        if level.dtype not in (torch.float32, torch.float64) or not ((level >= 0) & (level <= 1)).all():
+            raise StditError(
+                f"clip {number} has noise levels {level.dtype} from {level.min().item():g} to {level.max().item():g}; "
+                "they must be float32 or float64 in [0, 1] (1 is noise), not timesteps up to 1000."
+            )
+        entries.append(level.reshape(-1))
+        repeats.append(torch.full((level.numel(),), each))
+    dtype = torch.promote_types(entries[0].dtype, max((e.dtype for e in entries), key=lambda d: d.itemsize))
+    distinct, index = torch.unique(torch.cat([e.to(dtype) for e in entries]), return_inverse=True)
+    level_index = LevelIndex(index.repeat_interleave(torch.cat(repeats)))
+    pack = object.__new__(TokenPack)
+    pack.tokens = torch.cat([patchify(clip, patch) for clip in clips])
+    pack.levels = distinct.to(device, non_blocking=True)
+    pack.level_index = level_index.to(device)
+    pack.level_of = pack.level_index.level_of
+    pack.positions = torch.cat([grid_positions(grid) for grid in grids]).to(device, non_blocking=True)
+    pack.segments, pack.grids = Segments.of([grid.tokens for grid in grids], device), grids
+    return pack
+
+
+def unpack_clips(tokens: Tensor, pack: TokenPack, patch: Patch) -> list[Tensor]:
+    """Output tokens (N, pt·ph·pw·C_out) of a pack as its clips (C_out, T, H, W)."""
+    parts = tokens.split(pack.segments.lengths)
+    return [unpatchify(part[: grid.tokens], grid, patch) for part, grid in zip(parts, pack.grids)]
+
+
+def pack_texts(texts: Sequence[Tensor], padding: int) -> TextPack:
+    """Packs text embeddings (L, D_text).
+
+    padding: 0 attends to the texts as they are; n stands for texts zero-padded to n positions, unmasked, as Wan does.
+    All padding positions of a clip are equal, so they are kept as one zero token with multiplicity n − L: exact.
+    """
+    if not texts:
+        raise StditError("no texts to pack.")
+    parts, counts = [], []
+    for number, text in enumerate(texts):
+        length = len(text)
+        if padding and length > padding:
+            raise StditError(f"text {number} has {length} tokens, more than text_padding {padding}. Truncate it.")
+        if not padding and not length:
+            raise StditError(f"text {number} is empty and text_padding is 0: there is nothing to attend to.")
+        missing = max(padding - length, 0)
+        parts.append(torch.cat([text, text.new_zeros(1, text.shape[1])]) if missing else text)
+        counts.append([1.0] * length + [float(missing)] * (missing > 0))
+    flat = [count for text in counts for count in text]
+    multiplicity = torch.tensor(flat) if any(count != 1 for count in flat) else None
+    return TextPack(torch.cat(parts), multiplicity, Segments.of([len(c) for c in counts], texts[0].device))
