@@ -94,10 +94,18 @@ class TextEncoder(nn.Module):
         """Texts to embeddings without gradients: one (L, D) a text."""
         return self(self.tokenize(texts))
 
+    @property
+    def tokenizer_class(self) -> str:
+        """The tokenizer's class by the name that transformers 4 and 5 both know."""
+        name = type(self.tokenizer).__name__
+        return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+
     def save(self, text_encoder: str | Path, tokenizer: str | Path) -> None:
         """Writes both folders of a model folder; transformers opens them."""
         self.encoder.save_pretrained(text_encoder)
         self.tokenizer.save_pretrained(tokenizer)
+        config = Path(tokenizer) / "tokenizer_config.json"
+        config.write_text(config.read_text().replace('"TokenizersBackend"', f'"{self.tokenizer_class}"'))
 
 
 def load_text_encoder(

@@ -1,0 +1,377 @@
+"""Prompts and known frames in, frames out; and the model folder that this is loaded from and saved to.
+
+A model folder is in the layout of diffusers' WanPipeline: what is saved here opens there, with the same result for the
+same noise, and a folder saved there opens here. `stdit.json` beside it holds what diffusers has no place for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stdit.diffusion.guidance import guide, needs_unconditional
+from stdit.diffusion.solvers import Solver, make_solver, named_config, read_scheduler, write_scheduler
+from stdit.diffusion.tasks import Task, frame_levels
+from stdit.errors import StditError, nearest_name
+from stdit.keyed import keyed_generator
+from stdit.models.packing import TextPack, pack_clips, pack_texts, unpack_clips
+from stdit.models.transformer import STDiT
+from stdit.shapes import LatentShape, VideoShape
+from stdit.text.encoders import TextEncoder, load_text_encoder
+from stdit.vae.autoencoder import CausalVAE
+from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
+
+FORMAT = 1  # of stdit.json
+DIFFUSERS_VERSION = "0.36.0"  # the first whose WanPipeline reads every key that is written here
+Known = Mapping[str, Any]  # {"image": (H, W, 3)} or {"video": (T, H, W, 3)}, uint8
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a model folder says beyond its weights, in stdit.json: the defaults of sampling.
+
+    fps: frames a second it was trained at. shapes: what it was trained at, WIDTHxHEIGHTxFRAMES; the first is the
+    default. text_padding: positions that texts are padded to; None: as the transformer's config says.
+    """
+
+    fps: float = 16.0
+    shapes: tuple[str, ...] = ("832x480x81",)
+    text_padding: int | None = None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> ModelSettings:
+        """From a model folder; Wan's where it has no stdit.json."""
+        path = Path(folder) / "stdit.json"
+        if not path.is_file():
+            return cls()
+        found = _read_json(path)
+        if found.pop("format", None) != FORMAT:
+            raise StditError(f"{path}: its format is not {FORMAT}, the one this version of stdit reads.")
+        for key in found:
+            if key not in cls.__dataclass_fields__:
+                raise StditError(f"{path}: unknown key {key!r}.{nearest_name(key, cls.__dataclass_fields__)}")
+        found["shapes"] = tuple(found.get("shapes", cls.shapes))
+        if not found["shapes"]:
+            raise StditError(f"{path}: shapes is empty.")
+        return cls(**found)
+
+    def write(self, folder: str | Path) -> None:
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        (Path(folder) / "stdit.json").write_text(text)
+
+    @property
+    def shape(self) -> VideoShape:
+        """The default shape."""
+        return VideoShape.parse(self.shapes[0])
+
+
+class Pipeline:
+    """A model folder in memory: a transformer, a VAE, a text encoder and a scheduler's config."""
+
+    def __init__(
+        self,
+        transformer: STDiT,
+        vae: CausalVAE,
+        text_encoder: TextEncoder,
+        scheduler: Mapping[str, Any],
+        settings: ModelSettings | None = None,
+    ) -> None:
+        config = transformer.config
+        if config.out_channels != vae.config.z_dim or config.in_channels != vae.config.z_dim:
+            raise StditError(
+                f"the transformer takes {config.in_channels} and gives {config.out_channels} channels, "
+                f"the VAE's latents have {vae.config.z_dim}."
+            )
+        if config.text_dim != text_encoder.dim:
+            raise StditError(
+                f"the transformer takes texts of width {config.text_dim}, the text encoder gives {text_encoder.dim}."
+            )
+        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        self.scheduler = dict(scheduler)
+        self.settings = settings or ModelSettings()
+
+    @property
+    def text_padding(self) -> int:
+        """Positions that texts are zero-padded to; 0 for none."""
+        padding = self.settings.text_padding
+        return self.transformer.config.text_padding if padding is None else padding
+
+    @property
+    def multiple(self) -> tuple[int, int]:
+        """(width, height) are multiples of these."""
+        (_, h, w), (_, ph, pw) = self.vae.config.stride, self.transformer.config.patch
+        return w * pw, h * ph
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.patch_embedding.weight.device
+
+    def to(self, device: str | torch.device) -> Pipeline:
+        for module in (self.transformer, self.vae, self.text_encoder):
+            module.to(device)
+        return self
+
+    # ---- sampling ----
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        steps: int = 30,
+        guidance: float = 5.0,
+        negative_prompt: str = "",
+        seed: int = 0,
+        noise: Tensor | None = None,
+        known: Known | Sequence[Known | None] | None = None,
+        solver: str | Mapping[str, Any] | None = None,
+        *,
+        shift: float | None = None,
+        tokens_per_pack: int = 65_536,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
+        """Frames for a prompt, uint8 (T, H, W, 3), or a list of such for a list of prompts.
+
+        size: (width, height) and frames; by default those of the first shape the model was trained at. fps: the rate
+        the frames are meant for; Wan's block knows none, so only the model's own (or None) is accepted. guidance:
+        classifier-free, on above 1. noise: (1 or prompts, C, T', H', W') in place of the seed's. known: frames given
+        as condition, {"image": the first frame} or {"video": the first 1+k·stride frames}, one for all prompts or
+        one each. solver: None for the folder's own, "euler", "unipc", or a diffusers scheduler's config. shift: in
+        place of the scheduler's static one. tokens_per_pack: the most video tokens in one forward (never less than a
+        clip). progress: called with (steps done, steps in all).
+        """
+        if fps is not None and fps != self.settings.fps:
+            raise StditError(
+                f"fps {fps:g}: this model makes clips of {self.settings.fps:g} frames a second, and knows no others. "
+                "Leave fps out, and play the frames at the rate you like."
+            )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        latents = self.sample_latents(
+            prompts, size, frames, steps, guidance, negative_prompt, seed, noise, known, solver,
+            shift=shift, tokens_per_pack=tokens_per_pack, progress=progress,
+        )  # fmt: skip
+        clips = [self.decode(one) for one in latents]
+        return clips[0] if isinstance(prompt, str) else clips
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        steps: int = 30,
+        guidance: float = 5.0,
+        negative_prompt: str = "",
+        seed: int = 0,
+        noise: Tensor | None = None,
+        known: Known | Sequence[Known | None] | None = None,
+        solver: str | Mapping[str, Any] | None = None,
+        *,
+        shift: float | None = None,
+        tokens_per_pack: int = 65_536,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Tensor]:
+        """As the call, but the normalised latents (C, T', H', W') fp32, before the VAE."""
+        if not prompts:
+            raise StditError("there is no prompt.")
+        shape = self.shape(size, frames)
+        grid = shape.grid(self.vae.config.stride, self.transformer.config.patch)
+        latent = shape.latent(self.vae.config.stride)
+        noises = self._noise(len(prompts), latent, seed, noise)
+        if known is None or isinstance(known, Mapping):
+            known = [known] * len(prompts)
+        if len(known) != len(prompts):
+            raise StditError(f"{len(known)} known for {len(prompts)} prompts: give one for all, or one each.")
+        given = [self._encode_known(one, shape) for one in known]
+        guided = needs_unconditional(guidance)
+        texts = self._encode_texts([*prompts, negative_prompt] if guided else prompts)
+        negative = [texts.pop()] if guided else []
+
+        together = max(1, tokens_per_pack // (grid.tokens * (1 + len(negative))))
+        parts = [slice(start, start + together) for start in range(0, len(prompts), together)]
+        results: list[Tensor] = []
+        for number, part in enumerate(parts):
+            count = len(texts[part])
+            text = pack_texts([*texts[part], *negative * count], self.text_padding)
+            steps_done = number * steps
+
+            def report(index: int, done: int = steps_done) -> None:
+                if progress is not None:
+                    progress(done + index, len(parts) * steps)
+
+            results += self._denoise(
+                noises[part], given[part], text, self._solver(solver, steps, shift), guidance, report
+            )
+        return results
+
+    def _denoise(
+        self,
+        x: Tensor,
+        known: Sequence[Tensor | None],
+        text: TextPack,
+        solver: Solver,
+        guidance: float,
+        report: Callable[[int], None],
+    ) -> list[Tensor]:
+        """x: noise (clips, C, T', H', W') fp32. known: (C, k, H', W') of each, or None. text: of the clips, and where
+        guidance asks for it as many negative ones after them: two segments of one pack for each clip."""
+        patch = self.transformer.config.patch
+        copies = len(text.segments.lengths) // len(x)
+        masks = [Task("known", 0 if one is None else one.shape[1]).mask(x.shape[2]) for one in known]
+
+        def impose(x: Tensor) -> Tensor:
+            for clip, one in zip(x, known):
+                if one is not None:
+                    clip[:, : one.shape[1]] = one
+            return x
+
+        x = impose(x.clone())
+        report(0)
+        for index, t in enumerate(solver.levels):
+            level = torch.tensor(t, dtype=torch.float64)
+            levels = [frame_levels(mask, level, patch[0]) if mask.any() else level for mask in masks]
+            pack = pack_clips([*x] * copies, levels * copies, patch)
+            v = torch.stack(unpack_clips(self.transformer(pack, text), pack, patch)).float()
+            if copies == 2:
+                v = guide(v[: len(x)], v[len(x) :], guidance)
+            x = impose(solver.step(index, v, x))
+            report(index + 1)
+        return [*x]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Normalised latents (C, T', H', W') of a clip to frames, uint8 (T, H, W, 3), rounded as diffusers does."""
+        weight = next(self.vae.parameters())
+        video = self.vae.decode(latents[None].to(weight))[0]  # (3, T, H, W)
+        frames = (video * 0.5 + 0.5).clamp(0, 1).float().permute(1, 2, 3, 0)
+        return (frames * 255).round().to(torch.uint8).cpu().numpy()
+
+    def shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> VideoShape:
+        """The shape to sample, defaults filled in. Raises where strides and patch do not divide it."""
+        default = self.settings.shape
+        width, height = size or (default.width, default.height)
+        shape = VideoShape(default.frames if frames is None else frames, height, width)
+        if shape.frames < 1:
+            raise StditError(f"frames must be at least 1, not {frames}.")
+        shape.grid(self.vae.config.stride, self.transformer.config.patch)
+        return shape
+
+    def _noise(self, count: int, latent: LatentShape, seed: int, noise: Tensor | None) -> Tensor:
+        wanted = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
+        if noise is None:
+            drawn = [torch.randn(wanted, generator=keyed_generator(seed, "sample", index)) for index in range(count)]
+            return torch.stack(drawn).to(self.device)
+        if tuple(noise.shape) not in {(1, *wanted), (count, *wanted)}:
+            raise StditError(f"noise has shape {tuple(noise.shape)}; this size and length need {(count, *wanted)}.")
+        return noise.to(self.device, torch.float32).expand(count, -1, -1, -1, -1)
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """(L, D) each; equal texts are encoded once."""
+        distinct = list(dict.fromkeys(texts))
+        before = self.text_encoder.max_length
+        if self.text_padding:
+            self.text_encoder.max_length = self.text_padding
+        try:
+            encoded = dict(zip(distinct, self.text_encoder.encode(distinct)))
+        finally:
+            self.text_encoder.max_length = before
+        return [encoded[text].to(self.device) for text in texts]
+
+    def _encode_known(self, known: Known | None, shape: VideoShape) -> Tensor | None:
+        """Known frames to their own latents (C, k, H', W'): encoded alone, so that they know nothing of the rest."""
+        if known is None:
+            return None
+        if set(known) not in ({"image"}, {"video"}):
+            raise StditError(f'known must be {{"image": (H, W, 3)}} or {{"video": (T, H, W, 3)}}, not {sorted(known)}.')
+        name, frames = next(iter(known.items()))
+        frames = torch.as_tensor(np.asarray(frames))
+        frames = frames[None] if name == "image" and frames.ndim == 3 else frames
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise StditError(
+                f"known {name} must be uint8 frames (T, H, W, 3), not {frames.dtype} {tuple(frames.shape)}."
+            )
+        found = VideoShape(frames.shape[0], frames.shape[1], frames.shape[2])
+        if (found.width, found.height) != (shape.width, shape.height):
+            raise StditError(
+                f"known {name} is {found.width}x{found.height}, the clip {shape.width}x{shape.height}: scale it first."
+            )
+        if found.latent(self.vae.config.stride).frames >= shape.latent(self.vae.config.stride).frames:
+            raise StditError(
+                f"known {name} has {found.frames} frames, the clip {shape.frames}: nothing is left to generate."
+            )
+        weight = next(self.vae.parameters())
+        video = frames.permute(3, 0, 1, 2)[None].to(weight) / 127.5 - 1  # (1, 3, T, H, W)
+        return self.vae.encode(video)[0].to(self.device, torch.float32)
+
+    def _solver(self, solver: str | Mapping[str, Any] | None, steps: int, shift: float | None) -> Solver:
+        if solver is None:
+            solver = self.scheduler
+        elif isinstance(solver, str):
+            solver = named_config(solver, self.scheduler)
+        return make_solver(solver, steps, shift)
+
+    # ---- the model folder ----
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:
+        """From a model folder. dtype: of the transformer and the text encoder; None keeps the stored ones."""
+        folder = Path(folder)
+        path = folder / "model_index.json"
+        if not path.is_file():
+            raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
+        index = _read_json(path)
+        if index.get("_class_name") != "WanPipeline":
+            raise StditError(f"{path}: a {index.get('_class_name')} is not supported; WanPipeline is.")
+        if index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ()):
+            raise StditError(f"{path}: models of two transformers (Wan2.2-A14B) are not supported.")
+        settings = ModelSettings.read(folder)
+        pipeline = cls(
+            load_transformer(folder, dtype=dtype, device=device).eval(),
+            load_vae(folder, device=device).eval(),
+            load_text_encoder(folder, dtype=dtype, device=device),
+            read_scheduler(folder / "scheduler"),
+            settings,
+        )
+        return pipeline
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a model folder that diffusers' WanPipeline and `Pipeline.load` open."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_transformer(self.transformer, folder / "transformer")
+        save_vae(self.vae, folder / "vae")
+        self.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
+        write_scheduler(self.scheduler, folder / "scheduler")
+        ModelSettings(self.settings.fps, self.settings.shapes, self.text_padding).write(folder)
+        index = {
+            "_class_name": "WanPipeline",
+            "_diffusers_version": DIFFUSERS_VERSION,
+            "boundary_ratio": None,
+            "expand_timesteps": False,
+            "scheduler": ["diffusers", self.scheduler["_class_name"]],
+            "text_encoder": ["transformers", type(self.text_encoder.encoder).__name__],
+            "tokenizer": ["transformers", self.text_encoder.tokenizer_class],
+            "transformer": ["diffusers", "WanTransformer3DModel"],
+            "transformer_2": [None, None],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StditError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise StditError(f"{path} is not a JSON object.")
+    return found
