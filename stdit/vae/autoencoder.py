@@ -50,7 +50,7 @@ class VaeConfig:
     z_dim: latent channels.
     patch_size: pixels p×p are folded into channels before the encoder and unfolded after the decoder (Wan 2.2).
     residual: Wan 2.2's averaging shortcuts around a level. Not built yet: True is an error.
-    latents_mean, latents_std: of the raw latents, a channel; None is 0 and 1. Latents are normalised by them.
+    latents_mean, latents_std: of the raw latents, a channel; 0 and 1 are kept as None. Latents are normalised by them.
     """
 
     base_dim: int = 96
@@ -69,6 +69,10 @@ class VaeConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))  # YAML and JSON give lists
+        if self.latents_mean is not None and not any(self.latents_mean):
+            object.__setattr__(self, "latents_mean", None)
+        if self.latents_std is not None and all(std == 1 for std in self.latents_std):
+            object.__setattr__(self, "latents_std", None)
         for name in ("base_dim", "num_res_blocks", "z_dim", "patch_size"):
             if getattr(self, name) < 1:
                 raise StditError(f"VAE: {name} is {getattr(self, name)}, it must be at least 1.")
@@ -80,6 +84,11 @@ class VaeConfig:
             raise StditError(
                 f"VAE: temporal_downsample {self.temporal_downsample} has {len(self.temporal_downsample)} entries; "
                 f"{len(self.dim_mult)} levels in dim_mult have {len(self.dim_mult) - 1} downsamplings between them."
+            )
+        if sum(self.temporal_downsample) > 2:
+            raise StditError(
+                f"VAE: temporal_downsample {self.temporal_downsample} makes a temporal stride of {self.stride[0]}; "
+                f"diffusers and every program that reads Wan's VAEs run at most 4."
             )
         for mult in self.dim_mult[1:]:
             if mult * (self.decoder_base_dim or self.base_dim) % 2:
@@ -179,9 +188,7 @@ class Decoder(nn.Module):
 
 
 def middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)
-    )
+    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
 
 
 def head(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -218,7 +225,7 @@ class CausalVAE(nn.Module):
         return self.normalise(draw(mean, logvar, generator) if sample else mean)
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), clamped to [−1, 1] unless training (clamp=False)."""
+        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes)."""
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
             raise StditError(
                 f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
@@ -233,8 +240,8 @@ class CausalVAE(nn.Module):
         has 1+k·stride frames, the others k·stride. The chunks' latents are those of the whole clip.
         """
         self._check(video, more=bool(past))
-        x = patchify(video, self.config.patch_size)           # (B, 3·p·p, T, H/p, W/p)
-        x = self.conv1(self.encoder(x, past))                 # (B, 2z, T', H', W')
+        x = patchify(video, self.config.patch_size)  # (B, 3·p·p, T, H/p, W/p)
+        x = self.conv1(self.encoder(x, past))  # (B, 2z, T', H', W')
         mean, logvar = x.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 

@@ -32,7 +32,7 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         """(B, C_in, T, H, W) -> (B, C_out, T, H, W)."""
         if self.memory:
-            x = with_past(x, self.memory, self, past)         # (B, C_in, memory + T, H, W)
+            x = with_past(x, self.memory, self, past)  # (B, C_in, memory + T, H, W)
         return super().forward(x)
 
 
@@ -48,7 +48,7 @@ def with_past(x: Tensor, frames: int, layer: nn.Module, past: Past | None) -> Te
 
 
 class RMSNorm(nn.Module):
-    """x / ‖x‖₂ · √C · gamma over the channels of (B, C, …), in fp32 at least. `gamma` is (C, 1, 1[, 1]) as in the release."""
+    """x / ‖x‖₂ · √C · gamma over the channels of (B, C, …), in fp32 at least; `gamma` is (C, 1, …)."""
 
     def __init__(self, channels: int, dims: int):
         super().__init__()
@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), two causal 3×3×3 convolutions; `residual` is indexed as the release's."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), two causal 3×3×3 convolutions."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -81,7 +81,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         norm1, silu, conv1, norm2, _, _, conv2 = self.residual
-        y = conv1(silu(norm1(x)), past)                       # (B, C_out, T, H, W)
+        y = conv1(silu(norm1(x)), past)  # (B, C_out, T, H, W)
         y = conv2(silu(norm2(y)), past)
         return y + self.shortcut(x)
 
@@ -97,11 +97,11 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         b, c, t, h, w = x.shape
-        frames = to_frames(x)                                 # (B·T, C, H, W)
-        qkv = self.to_qkv(self.norm(frames))                  # (B·T, 3C, H, W)
+        frames = to_frames(x)  # (B·T, C, H, W)
+        qkv = self.to_qkv(self.norm(frames))  # (B·T, 3C, H, W)
         qkv = qkv.permute(0, 2, 3, 1).reshape(b * t, 1, h * w, 3 * c)
         y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        y = y.reshape(b * t, h, w, c).permute(0, 3, 1, 2)     # (B·T, C, H, W)
+        y = y.reshape(b * t, h, w, c).permute(0, 3, 1, 2)  # (B·T, C, H, W)
         return x + to_clips(self.proj(y), b)
 
 
@@ -121,7 +121,7 @@ class Downsample(nn.Module):
         x = to_clips(self.resample(to_frames(x)), x.shape[0])  # (B, C, T, H/2, W/2)
         if self.time_conv is None:
             return x
-        before = None if past is None else past.get(self)     # the last frame of the chunk before
+        before = None if past is None else past.get(self)  # the last frame of the chunk before
         if past is not None:
             past[self] = x[:, :, -1:].clone()
         if before is not None:
@@ -155,10 +155,10 @@ class Upsample(nn.Module):
                 past[self] = x[:, :, :0]
             if rest.shape[2]:
                 rest = self.time_conv(with_past(rest, 2, self, past))  # (B, 2C, T, H, W)
-                rest = rest.unflatten(1, (2, -1))             # (B, 2, C, T, H, W)
+                rest = rest.unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
                 rest = rest.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # (B, C, 2T, H, W)
             x = torch.cat([first, rest], dim=2)
-        return to_clips(self.resample(to_frames(x)), b)       # (B, C/2, T', 2H, 2W)
+        return to_clips(self.resample(to_frames(x)), b)  # (B, C/2, T', 2H, 2W)
 
 
 def to_frames(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class VaeLoss(NamedTuple):
-    """`total` is what trains; all are scalars or (B,) as asked. `reconstruction` and `kl` are means, without weights."""
+    """`total` is what trains; `reconstruction` and `kl` are without weights. Scalars, or (B,)."""
 
     total: Tensor
     reconstruction: Tensor
@@ -26,7 +26,7 @@ def vae_loss(
     elements, in nats; so both mean the same at any shape. reduce: the mean over clips, else one value a clip (B,).
     """
     reconstruction = F.l1_loss(output.float(), video.float(), reduction="none").flatten(1).mean(1)  # (B,)
-    kl = kl_to_normal(mean, logvar).flatten(1).mean(1)        # (B,)
+    kl = kl_to_normal(mean, logvar).flatten(1).mean(1)  # (B,)
     total = reconstruction + kl_weight * kl
     loss = VaeLoss(total, reconstruction, kl)
     return VaeLoss(*(part.mean() for part in loss)) if reduce else loss

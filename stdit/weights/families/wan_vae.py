@@ -1,0 +1,224 @@
+"""Wan 2.1's causal video VAE (Wan-Video/Wan2.1, wan/modules/vae.py), and what stdit trains itself.
+
+Our names are the release's, so the original dialect is the identity. diffusers' `AutoencoderKLWan` renames modules and
+nests the decoder's levels. The release has no config.json: its config is read from the tensors' shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stdit.errors import StditError, nearest_name
+from stdit.vae.autoencoder import PRESETS, WAN21_MEAN, WAN21_STD, CausalVAE, VaeConfig
+from stdit.weights.keymap import KeyMap, Rule, Shape
+
+FAMILY = "Wan causal video VAE"
+DIFFUSERS_CLASS = "AutoencoderKLWan"
+ORIGINAL_CLASS = "WanVAE_"
+FORMAT = 1  # of what we add to config.json, under "_stdit"
+
+# The names that other programs give to fields of VaeConfig; the spelling of "temperal" is theirs.
+_DIFFUSERS_FIELDS = {
+    "base_dim": "base_dim",
+    "decoder_base_dim": "decoder_base_dim",
+    "z_dim": "z_dim",
+    "dim_mult": "dim_mult",
+    "num_res_blocks": "num_res_blocks",
+    "temperal_downsample": "temporal_downsample",
+    "latents_mean": "latents_mean",
+    "latents_std": "latents_std",
+    "patch_size": "patch_size",
+    "is_residual": "residual",
+}
+_ORIGINAL_FIELDS = {
+    "dim": "base_dim",
+    "z_dim": "z_dim",
+    "dim_mult": "dim_mult",
+    "num_res_blocks": "num_res_blocks",
+    "temperal_downsample": "temporal_downsample",
+}
+_OWN = ("decoder_base_dim", "patch_size", "latents_mean", "latents_std")  # no argument of the release's class
+_RESIDUAL = re.compile(  # Wan 2.2's: levels nested in the encoder too
+    r"(en|de)coder\.(down_blocks\.\d+\.resnets|up_blocks\.\d+\.upsampler|(down|up)samples\.\d+\.(down|up)samples)\."
+)
+
+
+def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json") -> VaeConfig:
+    """Our config of a config.json in any dialect, or, where `found` is empty, of the tensors' shapes alone.
+
+    Raises StditError for another class, an unknown key, what is not supported (attention at other scales, Wan 2.2's
+    residual shortcuts) and bad values, always with `place`.
+    """
+    kind = found.get("_class_name")
+    if kind not in (None, DIFFUSERS_CLASS, ORIGINAL_CLASS):
+        raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {FAMILY}s ({DIFFUSERS_CLASS}).")
+    if any(_RESIDUAL.match(name) for name in shapes):
+        raise StditError(
+            f"{place}: its levels have averaging shortcuts, as Wan 2.2's VAE has, which is not supported yet; "
+            "stdit runs VAEs in Wan 2.1's layout."
+        )
+    if not found:
+        values = _values_from_shapes(shapes, place)
+    elif kind == DIFFUSERS_CLASS or {"base_dim", "temperal_downsample"} <= set(found):
+        values = _values_from_diffusers(found, place)
+    elif kind == ORIGINAL_CLASS or "dim" in found:
+        values = _checked_keys(found, _ORIGINAL_FIELDS, place)
+    else:
+        values = _checked_keys(found, {f.name: f.name for f in dataclasses.fields(VaeConfig)}, place)
+    try:
+        return VaeConfig(**values)
+    except (StditError, TypeError) as error:
+        raise StditError(f"{place}: {error}") from None
+
+
+def config_to_diffusers(config: VaeConfig) -> dict[str, Any]:
+    """config.json as diffusers' AutoencoderKLWan.save_pretrained writes it, every value explicit."""
+    values = {theirs: getattr(config, ours) for theirs, ours in _DIFFUSERS_FIELDS.items()}
+    return {
+        "_class_name": DIFFUSERS_CLASS,
+        "_diffusers_version": "0.36.0",
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+        "attn_scales": [],
+        "dropout": 0.0,
+        "in_channels": 3 * config.patch_size**2,
+        "latents_mean": list(config.latents_mean or (0.0,) * config.z_dim),
+        "latents_std": list(config.latents_std or (1.0,) * config.z_dim),
+        "out_channels": 3 * config.patch_size**2,
+        "patch_size": config.patch_size if config.patch_size > 1 else None,
+        "scale_factor_spatial": config.stride[1],
+        "scale_factor_temporal": config.stride[0],
+    }
+
+
+def config_to_original(config: VaeConfig) -> dict[str, Any]:
+    """A config.json of the arguments of the release's class; the release itself has none."""
+    values = {theirs: getattr(config, ours) for theirs, ours in _ORIGINAL_FIELDS.items()}
+    own = {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}}
+    return {"_class_name": ORIGINAL_CLASS, "_stdit": _listed(own), **_listed(values)}
+
+
+def dialect_of(names: Mapping[str, Shape]) -> str:
+    """ "diffusers" or "original", by the names alone; "" for another family's."""
+    if "quant_conv.weight" in names and any(name.startswith("encoder.mid_block.") for name in names):
+        return "diffusers"
+    return "original" if any(name.startswith("encoder.middle.") for name in names) else ""
+
+
+def keymap(config: VaeConfig, dialect: str) -> KeyMap:
+    """Our names ↔ that dialect's."""
+    if dialect == "original":
+        return KeyMap(Rule("{rest}", "{rest}"))
+    rules = [
+        Rule("conv1.{leaf}", "quant_conv.{leaf}"),
+        Rule("conv2.{leaf}", "post_quant_conv.{leaf}"),
+        Rule("{side:encoder|decoder}.conv1.{leaf}", "{side}.conv_in.{leaf}"),
+        Rule("{side:encoder|decoder}.head.0.gamma", "{side}.norm_out.gamma"),
+        Rule("{side:encoder|decoder}.head.2.{leaf}", "{side}.conv_out.{leaf}"),
+        *_residual_block("{side:encoder|decoder}.middle.0", "{side}.mid_block.resnets.0"),
+        Rule("{side:encoder|decoder}.middle.1.{rest}", "{side}.mid_block.attentions.0.{rest}"),
+        *_residual_block("{side:encoder|decoder}.middle.2", "{side}.mid_block.resnets.1"),
+        *_residual_block("encoder.downsamples.{i}", "encoder.down_blocks.{i}"),
+        Rule("encoder.downsamples.{i}.{rest}", "encoder.down_blocks.{i}.{rest}"),  # resample.1, time_conv
+    ]
+    blocks = config.num_res_blocks + 1
+    for level in range(len(config.dim_mult)):  # a flat list of blocks here, levels there
+        first, theirs = level * (blocks + 1), f"decoder.up_blocks.{level}"
+        for block in range(blocks):
+            rules += _residual_block(f"decoder.upsamples.{first + block}", f"{theirs}.resnets.{block}")
+        rules.append(Rule(f"decoder.upsamples.{first + blocks}.{{rest}}", f"{theirs}.upsamplers.0.{{rest}}"))
+    return KeyMap(*rules)
+
+
+def build(config: VaeConfig) -> CausalVAE:
+    return CausalVAE(config)
+
+
+def _residual_block(ours: str, theirs: str) -> list[Rule]:
+    return [
+        Rule(f"{ours}.residual.0.gamma", f"{theirs}.norm1.gamma"),
+        Rule(f"{ours}.residual.2.{{leaf}}", f"{theirs}.conv1.{{leaf}}"),
+        Rule(f"{ours}.residual.3.gamma", f"{theirs}.norm2.gamma"),
+        Rule(f"{ours}.residual.6.{{leaf}}", f"{theirs}.conv2.{{leaf}}"),
+        Rule(f"{ours}.shortcut.{{leaf}}", f"{theirs}.conv_shortcut.{{leaf}}"),
+    ]
+
+
+def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str, Any]:
+    for name, only in (("attn_scales", []), ("dropout", 0.0)):
+        if found.get(name, only) != only:
+            raise StditError(f"{place}: {name} is {found[name]!r}; stdit's VAE supports {only!r} only.")
+    apart = ("attn_scales", "dropout", "in_channels", "out_channels", "scale_factor_spatial", "scale_factor_temporal")
+    values = _checked_keys({k: v for k, v in found.items() if k not in apart}, _DIFFUSERS_FIELDS, place)
+    values["patch_size"] = values.get("patch_size") or 1
+    values.setdefault("latents_mean", WAN21_MEAN)  # diffusers' defaults, whatever z_dim is
+    values.setdefault("latents_std", WAN21_STD)
+    for name in ("in_channels", "out_channels"):
+        if found.get(name, 3) != 3 * values["patch_size"] ** 2:
+            raise StditError(
+                f"{place}: {name} is {found.get(name, 3)!r}; for RGB with patch_size {values['patch_size']} it must be "
+                f"{3 * values['patch_size'] ** 2}."
+            )
+    return values
+
+
+def _checked_keys(found: Mapping[str, Any], fields: Mapping[str, str], place: object) -> dict[str, Any]:
+    """found's values under our names. Unknown keys are an error; those with an underscore are notes of a program."""
+    values = {}
+    for name, value in found.items():
+        if name in fields:
+            values[fields[name]] = value
+        elif not name.startswith("_"):
+            raise StditError(f"{place}: unknown key {name!r}.{nearest_name(name, fields)}")
+    own = found.get("_stdit", {})
+    if own and own.get("format") != FORMAT:
+        raise StditError(f"{place}: _stdit has format {own.get('format')!r}; this version of stdit reads {FORMAT}.")
+    return values | {name: own[name] for name in _OWN if name in own}
+
+
+def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
+    """A config of the tensors alone. Latents of weights shaped as Wan 2.1's are normalised as Wan 2.1's."""
+    diffusers = dialect_of(shapes) == "diffusers"
+    down = "encoder.down_blocks" if diffusers else "encoder.downsamples"
+    conv_in = "conv_in" if diffusers else "conv1"
+    names = {
+        "first": f"encoder.{conv_in}.weight",
+        "last": f"decoder.{'norm_out' if diffusers else 'head.0'}.gamma",
+        "z": f"{'post_quant_conv' if diffusers else 'conv2'}.weight",
+    }
+    if absent := [name for name in names.values() if len(shapes.get(name, ())) < 4]:
+        raise StditError(f"{place}: not a {FAMILY}: there is no config.json, and no {absent[0]} to tell the size by.")
+    block_out = re.compile(rf"{re.escape(down)}\.(\d+)\.(?:conv2|residual\.6|resample\.1)\.weight")
+    layers = {int(match[1]): name for name in shapes if (match := block_out.fullmatch(name))}
+    base, channels = shapes[names["first"]][:2]
+    widths, temporal, blocks = [], [], 0
+    for index in sorted(layers):
+        if layers[index].endswith("resample.1.weight"):
+            temporal.append(f"{down}.{index}.time_conv.weight" in shapes)
+            widths.append(shapes[layers[index]][0])
+        else:
+            blocks += 1
+            width = shapes[layers[index]][0]
+    if not blocks or any(width % base for width in widths) or channels % 3:
+        raise StditError(f"{place}: not a {FAMILY}: its encoder's {len(layers)} blocks do not make levels.")
+    widths.append(width)
+    values = {
+        "base_dim": base,
+        "dim_mult": tuple(width // base for width in widths),
+        "num_res_blocks": blocks // len(widths),
+        "temporal_downsample": tuple(temporal),
+        "z_dim": shapes[names["z"]][0],
+        "patch_size": round((channels // 3) ** 0.5),
+    }
+    decoder_base = shapes[names["last"]][0] // values["dim_mult"][0]
+    if decoder_base != base:
+        values["decoder_base_dim"] = decoder_base
+    if values == {name: getattr(PRESETS["wan2.1"], name) for name in values}:
+        values |= {"latents_mean": WAN21_MEAN, "latents_std": WAN21_STD}
+    return values
+
+
+def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,125 @@
+"""The VAE's key map and configs in both dialects."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import stdit
+from stdit.errors import StditError
+from stdit.vae.autoencoder import PRESETS, CausalVAE, VaeConfig
+from stdit.weights.families import wan_vae
+
+SMALL = VaeConfig(
+    base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=3, patch_size=2,
+    decoder_base_dim=6, latents_mean=(0.5, 1, 2), latents_std=(1, 2, 3),
+)  # fmt: skip
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def test_wan21_equals_diffusers_key_for_key():
+    """diffusers' defaults are the released Wan 2.1 VAE; built without memory, every name and shape agrees."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        ours, theirs = CausalVAE(PRESETS["wan2.1"]), diffusers.AutoencoderKLWan()
+    table = wan_vae.keymap(ours.config, "diffusers").table(shapes_of(ours))
+    assert not table.differences(shapes_of(theirs))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 126_892_531
+    assert wan_vae.config_from(dict(theirs.config), shapes_of(theirs)) == PRESETS["wan2.1"]
+    assert wan_vae.config_from({}, shapes_of(theirs)) == PRESETS["wan2.1"]
+
+
+def test_wan21_has_the_names_of_the_release():
+    """A few of Wan2.1_VAE.pth's tensors, where its numbering is easy to get wrong."""
+    with torch.device("meta"):
+        shapes = shapes_of(CausalVAE(PRESETS["wan2.1"]))
+    assert len(shapes) == 194
+    for name, shape in {
+        "encoder.conv1.weight": (96, 3, 3, 3, 3),
+        "encoder.downsamples.0.residual.0.gamma": (96, 1, 1, 1),
+        "encoder.downsamples.2.resample.1.weight": (96, 96, 3, 3),
+        "encoder.downsamples.5.time_conv.weight": (192, 192, 3, 1, 1),
+        "encoder.downsamples.8.time_conv.bias": (384,),
+        "encoder.downsamples.10.residual.6.weight": (384, 384, 3, 3, 3),
+        "encoder.middle.1.norm.gamma": (384, 1, 1),
+        "encoder.middle.1.to_qkv.weight": (1152, 384, 1, 1),
+        "encoder.head.2.bias": (32,),
+        "conv1.weight": (32, 32, 1, 1, 1),
+        "conv2.weight": (16, 16, 1, 1, 1),
+        "decoder.conv1.weight": (384, 16, 3, 3, 3),
+        "decoder.upsamples.3.time_conv.weight": (768, 384, 3, 1, 1),
+        "decoder.upsamples.4.shortcut.weight": (384, 192, 1, 1, 1),
+        "decoder.upsamples.7.resample.1.weight": (192, 384, 3, 3),
+        "decoder.upsamples.11.resample.1.bias": (96,),
+        "decoder.upsamples.14.residual.2.weight": (96, 96, 3, 3, 3),
+        "decoder.head.2.weight": (3, 96, 3, 3, 3),
+    }.items():
+        assert shapes[name] == shape, name
+
+
+@pytest.mark.parametrize("config", [SMALL, PRESETS["toy"], PRESETS["wan2.1"]], ids=["small", "toy", "wan2.1"])
+def test_configs_return_from_every_dialect(config):
+    with torch.device("meta"):
+        ours = shapes_of(CausalVAE(config))
+    for dialect, written in [
+        ("diffusers", wan_vae.config_to_diffusers(config)),
+        ("original", wan_vae.config_to_original(config)),
+    ]:
+        theirs = wan_vae.keymap(config, dialect).table(ours).foreign_shapes
+        assert wan_vae.dialect_of(theirs) == dialect
+        assert wan_vae.config_from(json.loads(json.dumps(written)), theirs) == config
+        bare = wan_vae.config_from({}, theirs)
+        assert dataclasses.replace(bare, latents_mean=None, latents_std=None) == dataclasses.replace(
+            config, latents_mean=None, latents_std=None
+        )
+    assert wan_vae.config_from(json.loads(json.dumps(dataclasses.asdict(config))), {}) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(_class_name="AutoencoderKLCogVideoX"), "CogVideoX"),
+        (dict(is_residual=True), "Wan 2.2"),
+        (dict(attn_scales=[1.0]), "attn_scales"),
+        (dict(in_channels=4), "in_channels"),
+        (dict(base_dims=4), "base_dim"),
+        (dict(z_dim=8), "z_dim is 8"),
+        (dict(base_dim="96"), "config.json"),
+    ],
+)
+def test_config_errors(change, words):
+    found = {**wan_vae.config_to_diffusers(PRESETS["wan2.1"]), **change}
+    with pytest.raises(StditError, match=words):
+        wan_vae.config_from(found, {})
+
+
+def test_wan22_weights_are_refused_by_name():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKLWan(is_residual=True, patch_size=2, in_channels=12, out_channels=12)
+    for found in ({}, dict(theirs.config)):
+        with pytest.raises(StditError, match=r"Wan 2\.2"):
+            wan_vae.config_from(found, shapes_of(theirs))
+
+
+@torch.no_grad()
+def test_saved_and_loaded_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    vae = CausalVAE(SMALL)
+    for layout in ("diffusers", "original"):
+        stdit.save_vae(vae, tmp_path / layout, layout=layout)
+        loaded = stdit.load_vae(tmp_path / layout)
+        assert loaded.config == SMALL
+        assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in vae.state_dict().items())
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.AutoencoderKLWan.from_pretrained(tmp_path / "diffusers")
+    video = torch.rand(1, 3, 5, 8, 12) * 2 - 1
+    torch.testing.assert_close(
+        vae.encode_moments(video)[0], theirs.encode(video).latent_dist.mean, atol=1e-5, rtol=1e-5
+    )
