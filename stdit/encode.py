@@ -18,6 +18,7 @@ from stdit.data.loader import Example, Loader
 from stdit.data.manifest import Manifest
 from stdit.data.probing import file_sha256
 from stdit.errors import StditError
+from stdit.weights.identity import folder_identity
 
 CLIPS_PER_SHARD = 64
 TEXTS_PER_SHARD = 1024
@@ -52,17 +53,20 @@ class Encoded:
     failures: tuple[tuple[str, str], ...]  # (clip id, why)
 
 
-def identity(folder: str | Path) -> str:
-    """SHA-256 of a model folder's (or file's) weights and configuration: what a cached tensor depends on."""
-    folder = Path(folder)
-    files = (
-        [folder] if folder.is_file() else sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".json"))
-    )
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise StditError(f"{folder} holds no .safetensors file, so nothing says which weights these are.")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{file_sha256(str(path))}\0".encode())
+def vae_identity(path: str | Path) -> str:
+    """SHA-256 of a VAE's weights and config: of its folder, of a model folder's vae/, or of one file."""
+    path = Path(path)
+    return folder_identity(path / "vae" if (path / "vae").is_dir() else path)
+
+
+def text_identity(path: str | Path, max_length: int = 512) -> str:
+    """SHA-256 of a text encoder's weights and config, its tokenizer's files, and where texts are cut."""
+    path = Path(path)
+    encoder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    digest = hashlib.sha256(f"{folder_identity(encoder)} {max_length}".encode())
+    for file in sorted((encoder.parent / "tokenizer").glob("*")):
+        if file.is_file():
+            digest.update(f"{file.name}\0{file_sha256(str(file))}\0".encode())
     return digest.hexdigest()
 
 
@@ -74,8 +78,8 @@ def encode_manifest(
     text_encoder: TextEncoder | None,
     out: str | Path,
     *,
-    vae_identity: str,
-    text_identity: str | None = None,
+    vae_id: str,
+    text_id: str | None = None,
     device: str | torch.device = "cpu",
     batch: int = BATCH,
     clips_per_shard: int = CLIPS_PER_SHARD,
@@ -87,12 +91,14 @@ def encode_manifest(
 ) -> Encoded:
     """Latents of every clip that has a shape, and embeddings of every caption (and of "") if there is a text encoder.
 
+    vae_id, text_id: what the encoders' weights are, such as `vae_identity` and `text_identity` of their folders.
+
     Clips start at their first frame and are cropped at the centre. A shard is one fixed list of clips, encoded in fixed
     batches and published whole; so a call that was killed is continued by the same call, and the files are the same,
     byte for byte, as those of a call that was not. Ranks share out the shards. A clip that cannot be read is recorded
     as failed (`retry_failed` tries those shards again).
     """
-    cache = Cache.create(out, latent_settings(config, vae_identity))
+    cache = Cache.create(out, latent_settings(config, vae_id))
     todo = list(_shards(cache, manifest, assignment, clips_per_shard, retry_failed))
     reused = int((assignment.bucket >= 0).sum()) - sum(len(items) for _, items in todo)
     todo = todo[rank::ranks]
@@ -120,9 +126,9 @@ def encode_manifest(
         cache.write_shard(name, tensors, failed)
     new = 0
     if text_encoder is not None and texts:
-        if text_identity is None:
-            raise ValueError("text_identity is needed with a text encoder.")
-        new = _encode_texts(texts, text_encoder, Cache.create(out, text_settings(config, text_identity)), dtype, batch)
+        if text_id is None:
+            raise ValueError("text_id is needed with a text encoder.")
+        new = _encode_texts(texts, text_encoder, Cache.create(out, text_settings(config, text_id)), dtype, batch)
     return Encoded(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
 
 

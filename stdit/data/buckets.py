@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -39,11 +40,11 @@ class DataConfig:
     repeat_frames: bool = False
     max_crop: float = 0.5
     upscale: bool = False
-    start: str = "random"
-    crop: str = "random"
+    start: Literal["random", "first"] = "random"
+    crop: Literal["random", "centre"] = "random"
     mirror: bool = False
     cache: str | None = None
-    cache_dtype: str = "float32"
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     workers: int = 2
     prefetch: int = 4
 
@@ -59,12 +60,8 @@ class DataConfig:
 
     def check(self) -> None:
         self.video_shapes()
-        for name, allowed in (
-            ("start", ("random", "first")),
-            ("crop", ("random", "centre")),
-            ("cache_dtype", ("float32", "bfloat16", "float16")),
-        ):
-            if getattr(self, name) not in allowed:
+        for name, kind in get_type_hints(DataConfig).items():
+            if (allowed := get_args(kind)) and get_origin(kind) is Literal and getattr(self, name) not in allowed:
                 raise StditError(f"data.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
         if not self.fps > 0:
             raise StditError(f"data.fps is {self.fps}; it must be positive.")

@@ -27,7 +27,9 @@ def read_captions(path: Path, folder: Path) -> dict[str, list[Caption]]:
             name = row.get("file") or row.get("path")
             if not isinstance(name, str):
                 raise StditError(f"{path}, line {line} names no file.")
-            found.setdefault(_relative(name, path.parent, folder), []).extend(_of(row, f"{path}, line {line}"))
+            relative = _relative(name, path.parent, folder)
+            if not relative.startswith("../"):  # a file elsewhere, of a table that captions more than this folder
+                found.setdefault(relative, []).extend(_of(row, f"{path}, line {line}"))
     except UnicodeDecodeError as error:
         raise StditError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
     return found

@@ -76,7 +76,7 @@ def scan(
             skipped.append(Skipped(file, result.reason or "undecodable", result.message or "cannot be read."))
             continue
         if not texts[file] and not uncaptioned:
-            skipped.append(Skipped(file, "no_caption", "has no caption (--allow-uncaptioned keeps it)."))
+            skipped.append(Skipped(file, "no_caption", "has no caption."))
             continue
         clip = _clip(result, texts[file])
         if result.probe["damage"]:

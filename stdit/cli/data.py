@@ -1,0 +1,19 @@
+"""`stdit data …`: from a folder of files to what training reads."""
+
+from __future__ import annotations
+
+from stdit.cli.lazy import lazy_group
+
+app = lazy_group(
+    {
+        "scan": ("stdit.cli.data_scan", "Probe every file of a folder and write the manifest."),
+        "plan": ("stdit.cli.data_plan", "What training will do: buckets, packs, balance, drops, memory."),
+        "encode": ("stdit.cli.data_encode", "Latents and text embeddings of a manifest, resumable."),
+        "toy": ("stdit.cli.data_toy", "Render the embedded toy clips."),
+    },
+    name="data",
+    help="""Scan, plan and encode clips; render the embedded toy clips.
+
+Example: stdit data scan videos --out videos/manifest.parquet
+""",
+)

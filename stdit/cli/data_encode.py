@@ -1,0 +1,89 @@
+"""`stdit data encode`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def encode(
+    manifest: Annotated[Path, typer.Argument(help="The manifest to encode.")],
+    config: Annotated[Path, typer.Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
+    out: Annotated[Path, typer.Option(help="The cache's folder; what it already holds is kept.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value to change in the config.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Clips the VAE encodes at once.")] = 4,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "",
+    retry_failed: Annotated[bool, typer.Option(help="Try clips again that could not be read before.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> int:
+    """Encode the latents of a manifest's clips and the embeddings of its captions, each once.
+
+    Killed and started again it goes on where it was. Under torchrun, the ranks share the work.
+
+    Example: stdit data encode videos/manifest.parquet --config configs/toy.yaml --out videos/cache
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from stdit.config import load_config
+    from stdit.data.buckets import assign
+    from stdit.data.manifest import read_manifest
+    from stdit.encode import encode_manifest, text_identity, vae_identity
+    from stdit.errors import StditError
+    from stdit.text.encoders import load_text_encoder
+    from stdit.weights.io import load_vae
+
+    run = load_config(config, overrides or [])
+    if run.vae.path is None:
+        raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
+    clips = read_manifest(manifest)
+    assignment = assign(clips, run.data)
+    wanted = int((assignment.bucket >= 0).sum())
+    left_out = ", ".join(f"{n} {reason}" for reason, n in assignment.reasons.items())
+    if not wanted:
+        raise StditError(f"{manifest}: no clip fits one of data.shapes ({left_out or 'it is empty'}).")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    vae = load_vae(run.vae.path, dtype=torch.float32, device=device or local).eval()
+    text_encoder = text_id = None
+    if run.text.path:
+        text_encoder = load_text_encoder(run.text.path, dtype=torch.float32, device=device or local).eval()
+        text_id = text_identity(run.text.path, text_encoder.max_length)
+    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as progress:
+        task = progress.add_task("", total=None)
+        done = encode_manifest(
+            clips,
+            assignment,
+            run.data,
+            vae,
+            text_encoder,
+            out,
+            vae_id=vae_identity(run.vae.path),
+            text_id=text_id,
+            device=device or local,
+            batch=batch,
+            rank=rank,
+            ranks=ranks,
+            retry_failed=retry_failed,
+            on_start=lambda total: progress.update(task, total=total),
+            on_clips=lambda count: progress.advance(task, count),
+        )
+    if as_json:
+        failures = [{"id": clip_id, "failure": failure} for clip_id, failure in done.failures]
+        answer = {"cache": str(out), "clips": done.clips, "reused": done.reused, "texts": done.texts}
+        print(json.dumps({**answer, "failures": failures, "left_out": assignment.reasons}, ensure_ascii=False))
+        return 0
+    for _, failure in done.failures:
+        print(f"skipped: {failure}")
+    print(
+        f"{out}: {done.clips} clips encoded, {done.reused} were there, {done.texts} texts, {len(done.failures)} failed"
+        + (f"; left out: {left_out}" if left_out else "")
+        + "."
+    )
+    return 0

@@ -1,0 +1,114 @@
+"""`stdit data scan`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from stdit.data.manifest import Skipped
+    from stdit.data.scan import Scan
+
+SHOWN = 40  # rows of a table; the file beside the manifest has all
+
+
+def scan(
+    folder: Annotated[Path, typer.Argument(help="Folder of videos and images, read with its subfolders.")],
+    out: Annotated[Path, typer.Option(metavar="MANIFEST", help="The manifest to write (.parquet).")],
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV (file,caption[,weight]) or JSONL. Without: captions.csv or captions.jsonl in FOLDER, "
+            "else .txt files beside the videos, a caption a line."
+        ),
+    ] = None,
+    allow_uncaptioned: Annotated[
+        bool, typer.Option("--allow-uncaptioned", help="Keep files without a caption.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Decode only the first frame; damage is not found.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Probing processes; one a core if not given.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a file may take.")] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> int:
+    """Probe every file of a folder, write the manifest, and say what was skipped and why.
+
+    Example: stdit data scan videos --out videos/manifest.parquet
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from stdit.data.scan import scan as scan_folder
+    from stdit.data.scan import skipped_path
+    from stdit.errors import StditError
+
+    if out.suffix.lower() != ".parquet":
+        raise StditError(f"--out {out}: manifests are written as Parquet; name it {out.with_suffix('.parquet').name}.")
+    columns = (TextColumn("probing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+        result = scan_folder(
+            folder,
+            captions,
+            out,
+            uncaptioned=allow_uncaptioned,
+            verify=not quick,
+            workers=workers,
+            timeout=timeout,
+            on_start=lambda total: progress.update(task, total=total),
+            on_file=lambda _: progress.advance(task),
+        )
+    if as_json:
+        print(json.dumps(_summary(result, out), ensure_ascii=False))
+    else:
+        console = Console()
+        _table(console, "Skipped", result.skipped)
+        _table(console, "Damaged, used up to there", result.damaged)
+        if any(s.reason == "no_caption" for s in result.skipped):
+            console.print("--allow-uncaptioned keeps files without a caption.")
+        images = sum(clip.image for clip in result.manifest)
+        console.print(
+            f"{out}: {len(result.manifest) - images} videos, {images} images; {len(result.skipped)} files skipped"
+            + (f" (all in {skipped_path(out)})" if result.skipped else "")
+            + (f"; {result.ignored} files of other types" if result.ignored else "")
+            + ".",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if not len(result.manifest):
+        raise StditError(
+            f"{folder} gives no clip: {len(result.skipped)} files were skipped"
+            + (", see above." if result.skipped else ", and none is a video or an image.")
+        )
+    return 0
+
+
+def _summary(result: Scan, out: Path) -> dict[str, object]:
+    return {
+        "manifest": str(out),
+        "clips": len(result.manifest),
+        "hash": result.manifest.hash,
+        "skipped": [asdict(s) for s in result.skipped],
+        "damaged": [asdict(s) for s in result.damaged],
+        "ignored": result.ignored,
+    }
+
+
+def _table(console, title: str, rows: Sequence[Skipped]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not rows:
+        return
+    counts = ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in rows).most_common())
+    table = Table("file", "reason", "what happened", title=f"{title}: {len(rows)} ({counts})", title_justify="left")
+    for row in rows[:SHOWN]:
+        table.add_row(escape(row.file), row.reason, escape(row.message))
+    if len(rows) > SHOWN:
+        table.add_row("…", "", f"and {len(rows) - SHOWN} more")
+    console.print(table)

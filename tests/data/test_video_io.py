@@ -1,0 +1,260 @@
+"""Files as players show them, against PyAV's own frames, and a named reason for every file that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from stdit.data.video_io import (
+    Limits,
+    VideoError,
+    contact_sheet,
+    probe,
+    read_frames,
+    read_image,
+    write_video,
+)
+from stdit.errors import StditError
+
+NO_CLIP = {
+    "mixed/sample_malformed_free_box.mp4": "not_media",
+    "mixed/chunk_out_of_range.mp4": "not_media",
+    "mixed/sample_audio_only.mp4": "no_video",
+    "mixed/result.webm": "empty",
+}
+# From the files' matrices by hand: what PyAV's `rotation` says, with the flip that it does not know.
+TURNS = {
+    "nasa_13013_rotated.mp4": lambda f: np.rot90(f, 1),
+    "ftyp3gp5.mp4": lambda f: np.rot90(f, -1),
+    "fire2.mp4": lambda f: np.rot90(f, 2),
+    "video_90.mov": lambda f: np.rot90(f, -1),
+    "video_270.mov": lambda f: np.rot90(f, 1),
+    "sample_rotate_and_reflect.mp4": lambda f: f.transpose(1, 0, 2),
+}
+PIXEL_ASPECT = {"mixed/carphone_pristine.mp4": (193, 144), "mixed/video_desks.3gp": (384, 288)}
+
+
+def decoded(path, count=10**9):
+    """(times after the stream's start, frames) straight from PyAV."""
+    times, frames = [], []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for frame in container.decode(stream):
+            times.append(frame.time - float((stream.start_time or 0) * stream.time_base))
+            frames.append(frame)
+            if len(frames) == count:
+                break
+    return np.array(times), frames
+
+
+def moving(frames=24, width=64, height=48):
+    """Frames whose mean grows by 8 a frame, so that a mean tells which frame it is."""
+    ramp = (np.arange(frames, dtype=np.uint8) * 8 + 20)[:, None, None, None]
+    return np.broadcast_to(ramp, (frames, height, width, 3)).copy()
+
+
+def test_every_file_is_described_or_named(videos):
+    for entry in json.loads((videos / "videos.json").read_text()):
+        name = entry["file"]
+        if name in NO_CLIP:
+            with pytest.raises(VideoError) as error:
+                probe(str(videos / name))
+            assert error.value.reason == NO_CLIP[name], name
+            continue
+        budget = 40_000_000 if name.endswith("long_4k_av1.mp4") else 3_000_000_000
+        found = probe(str(videos / name), budget)
+        if "coded_width" in entry:
+            size = (entry["coded_width"], entry["coded_height"])
+            turned = entry["rotation_deg"][0] % 180 == 90
+            assert (found.width, found.height) == PIXEL_ASPECT.get(name, size[::-1] if turned else size), name
+        if name.endswith("long_4k_av1.mp4"):
+            assert not found.verified and found.frames == entry["declared_frames"]
+        elif "decoded_frames" in entry:
+            assert found.frames == entry["decoded_frames"] and found.verified, name
+            assert bool(found.damage) == ("decode_error" in entry), name
+            assert found.fps == pytest.approx(float(Fraction(entry["average_fps"])), rel=0.02), name
+            if "duration_s" in entry and not found.damage:
+                assert found.duration == pytest.approx(entry["duration_s"], abs=0.05), name
+
+
+@pytest.mark.parametrize("name", ["asl/again.mkv", "mixed/FLIR_Thermal.mp4", "mixed/fire2.mp4"])
+def test_frames_are_the_nearest_in_time(videos, name):
+    """Within half a source frame, constant and variable frame rates, from the beginning and after seeking."""
+    path = str(videos / name)
+    times, _ = decoded(path)
+    everything = read_frames(path, len(times), (16, 12))  # counted, not timed
+    for fps, start in [(8.0, 0.0), (24.0, 0.0), (30.0, 1.13)]:
+        wanted = start + np.arange(5) / fps
+        for time, frame in zip(wanted, read_frames(path, 5, (16, 12), fps, start)):
+            distance = np.abs(times - time)
+            near = np.flatnonzero(distance <= distance.min() + 1e-6)  # two, where the time is halfway between them
+            gap = np.diff(times)[max(0, near[0] - 1) : near[0] + 1].max()
+            assert distance.min() <= gap / 2 + 1e-6
+            assert any(np.array_equal(frame, everything[i]) for i in near)
+
+
+def test_seeking_changes_nothing(videos):
+    path = str(videos / "mixed/bikes.mp4")
+    times, _ = decoded(path)
+    everything = read_frames(path, len(times), (16, 12))
+    assert np.array_equal(read_frames(path, 5, (16, 12), 25.0, 8.0), everything[200:205])
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_rotation_and_mirror(videos, name):
+    path = str(videos / "mixed" / name)
+    got = read_frames(path, 1)[0]
+    frame = decoded(path, 1)[1][0]
+    plain = TURNS[name](frame.to_ndarray(format="rgb24")).astype(int)
+    assert got.shape == plain.shape
+    # another interpolation of the colour planes (and the matrix guessed for HD), so not the same bits
+    assert np.abs(got.astype(int) - plain).mean() < 6
+    for wrong in (plain[::-1], plain[:, ::-1], plain[::-1, ::-1]):
+        assert np.abs(got.astype(int) - wrong).mean() > 2 * np.abs(got.astype(int) - plain).mean()
+
+
+def test_a_matrix_of_zeros_turns_nothing(videos):
+    assert read_frames(str(videos / "mixed/no_timescale.mp4"), 1).shape == (1, 240, 320, 3)
+
+
+def test_covering_keeps_the_aspect_ratio_and_crops_where_told(tmp_path):
+    """Left half red, right half blue, 2:1, to a square: the crop decides what is seen."""
+    frame = np.zeros((1, 64, 128, 3), np.uint8)
+    frame[:, :, :64, 0] = 255
+    frame[:, :, 64:, 2] = 255
+    Image.fromarray(frame[0]).save(tmp_path / "halves.png")
+    write_video(tmp_path / "halves.mp4", frame, 8)
+    for name in ("halves.png", "halves.mp4"):
+        for x, red in [(0.0, 255), (0.5, 127), (1.0, 0)]:
+            got = read_frames(str(tmp_path / name), 1, (32, 32), 8.0, crop=(x, 0.5))
+            assert got.shape == (1, 32, 32, 3)
+            assert got[..., 0].mean() == pytest.approx(red, abs=8)
+
+
+def test_shrinking_is_antialiased(tmp_path):
+    """A one-pixel checkerboard shrinks to its mean, not to stripes."""
+    board = ((np.indices((96, 128)).sum(0) % 2) * 255).astype(np.uint8)
+    frame = np.repeat(board[None, :, :, None], 3, -1)
+    write_video(tmp_path / "board.mp4", frame, 8, crf=0)
+    Image.fromarray(frame[0]).save(tmp_path / "board.png")
+    for name in ("board.mp4", "board.png"):
+        got = read_frames(str(tmp_path / name), 1, (32, 24), 8.0)
+        assert np.abs(got.astype(int) - 127).max() < 12
+
+
+@pytest.mark.parametrize("fps", [8.0, 24.0, 30000 / 1001])
+def test_written_video_reads_back(tmp_path, fps):
+    frames = moving()
+    write_video(tmp_path / "clip.mp4", frames, fps)
+    found = probe(str(tmp_path / "clip.mp4"))
+    assert (found.width, found.height, found.frames, found.codec) == (64, 48, 24, "h264")
+    assert found.fps == pytest.approx(fps, rel=1e-4) and found.duration == pytest.approx(24 / fps, abs=1e-3)
+    got = read_frames(str(tmp_path / "clip.mp4"), 24, None, fps)
+    assert np.abs(got.astype(int) - frames).max() <= 3
+    assert (tmp_path / "clip.mp4").read_bytes().find(b"moov") < (tmp_path / "clip.mp4").read_bytes().find(b"mdat")
+
+
+def test_colours_survive_writing_and_reading(tmp_path):
+    """Range and matrix agree: flat primaries come back within 4:2:0's rounding, also in HD."""
+    for height in (48, 720):
+        for colour in [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40)]:
+            frames = np.broadcast_to(np.array(colour, np.uint8), (1, height, 64, 3))
+            write_video(tmp_path / "flat.mp4", frames, 8)
+            got = read_frames(str(tmp_path / "flat.mp4"), 1)
+            assert np.abs(got.astype(int) - frames).max() <= 4, (height, colour)
+
+
+def test_odd_sizes_are_refused_by_name(tmp_path):
+    with pytest.raises(StditError, match=r"63x48.*Nearest: 62x48"):
+        write_video(tmp_path / "odd.mp4", np.zeros((1, 48, 63, 3), np.uint8), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_before_the_damage_are_used(videos):
+    path = str(videos / "mixed/corrupted.mp4")  # 10 fps, damaged after 28 frames
+    assert read_frames(path, 28, (32, 16), 10.0).shape == (28, 16, 32, 3)
+    with pytest.raises(VideoError) as error:
+        read_frames(path, 31, (32, 16), 10.0)
+    assert error.value.reason == "damaged" and "28 frames" in str(error.value)
+
+
+def test_too_short_says_so(tmp_path):
+    write_video(tmp_path / "clip.mp4", moving(8), 8)
+    with pytest.raises(VideoError, match=r"last frame is at 0\.875 s") as error:
+        read_frames(str(tmp_path / "clip.mp4"), 17, (32, 24), 8.0)
+    assert error.value.reason == "too_short"
+
+
+def test_limits(tmp_path, videos):
+    write_video(tmp_path / "clip.mp4", moving(24), 8)
+    path = str(tmp_path / "clip.mp4")
+    for limits, reason in [
+        (Limits(pixels=1000), "too_large"),
+        (Limits(frames=5), "too_long"),
+        (Limits(packets=5), "too_long"),
+        (Limits(seconds=-1), "timeout"),
+    ]:
+        with pytest.raises(VideoError) as error:
+            read_frames(path, 20, (32, 24), 8.0, limits=limits)
+        assert error.value.reason == reason
+    with pytest.raises(VideoError) as error:
+        read_frames(str(tmp_path / "none.mp4"), 1)
+    assert error.value.reason == "missing"
+    assert read_frames(str(videos / "mixed/long_4k_av1.mp4"), 2, (32, 16), 16.0).shape == (2, 16, 32, 3)
+
+
+def test_a_playlist_opens_no_other_file(tmp_path):
+    write_video(tmp_path / "secret.mp4", moving(4), 8)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    with pytest.raises(VideoError) as error:
+        probe(str(tmp_path / "list.mp4"))
+    assert error.value.reason == "not_media"
+
+
+def test_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "lossless.webp", lossless=True)
+    image.convert("RGBA").save(tmp_path / "clear.png")
+    clear = np.dstack([pixels, np.zeros((20, 30), np.uint8)])
+    Image.fromarray(clear).save(tmp_path / "transparent.png")
+    assert np.array_equal(read_image(str(tmp_path / "turned.png"))[0], np.rot90(pixels, -1))
+    assert np.array_equal(read_frames(str(tmp_path / "lossless.webp"), 1)[0], pixels)
+    assert (read_image(str(tmp_path / "transparent.png")) == 255).all()
+    found = probe(str(tmp_path / "turned.png"))
+    assert (found.width, found.height, found.frames, found.image) == (20, 30, 1, True)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:400])
+    (tmp_path / "text.jpg").write_text("not an image")
+    for name, reason in [("cut.png", "damaged"), ("text.jpg", "not_media")]:
+        with pytest.raises(VideoError) as error:
+            probe(str(tmp_path / name))
+        assert error.value.reason == reason
+    with pytest.raises(VideoError, match="an image; 5 frames"):
+        read_frames(str(tmp_path / "turned.png"), 5)
+
+
+def test_contact_sheet(tmp_path):
+    clips = [moving(9), moving(2, 48, 64)]
+    contact_sheet(clips, tmp_path / "sheet.png", labels=["nine frames", "two"], columns=4, side=32)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * (43 + 2), 2 * (32 + 14 + 2))
+        assert sheet.getpixel((20, 30)) == (20, 20, 20)  # the first frame
+        assert sheet.getpixel((3 * 45 + 20, 30)) == (84, 84, 84)  # the last
+
+
+def test_importing_it_is_cheap():
+    code = (
+        "import sys, stdit.data.video_io, stdit.data.probing; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]
