@@ -7,7 +7,7 @@ same noise, and a folder saved there opens here. `stdit.json` beside it holds wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -179,8 +179,8 @@ class Pipeline:
         shift: float | None = None,
         tokens_per_pack: int = 65_536,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Tensor]:
-        """As the call, but the normalised latents (C, T', H', W') fp32, before the VAE."""
+    ) -> Iterator[Tensor]:
+        """As the call, but gives each clip's normalised latents (C, T', H', W') fp32 as soon as its pack is done."""
         if not prompts:
             raise StditError("there is no prompt.")
         shape = self.shape(size, frames)
@@ -198,7 +198,6 @@ class Pipeline:
 
         together = max(1, tokens_per_pack // (grid.tokens * (1 + len(negative))))
         parts = [slice(start, start + together) for start in range(0, len(prompts), together)]
-        results: list[Tensor] = []
         for number, part in enumerate(parts):
             count = len(texts[part])
             text = pack_texts([*texts[part], *negative * count], self.text_padding)
@@ -208,10 +207,9 @@ class Pipeline:
                 if progress is not None:
                     progress(done + index, len(parts) * steps)
 
-            results += self._denoise(
+            yield from self._denoise(
                 noises[part], given[part], text, self._solver(solver, steps, shift), guidance, report
             )
-        return results
 
     def _denoise(
         self,

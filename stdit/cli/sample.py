@@ -1,0 +1,249 @@
+"""`stdit sample`: prompts and known frames to MP4 files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stdit.errors import StditError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stdit.pipeline import Pipeline
+    from stdit.shapes import VideoShape
+
+
+def sample(
+    model: Annotated[Path, typer.Option(help="Model folder (a run's, or one in diffusers' WanPipeline layout).")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
+    aspect: Annotated[str | None, typer.Option(help="WIDTH:HEIGHT, such as 16:9, with --resolution.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Short side in pixels.")] = None,
+    duration: Annotated[str | None, typer.Option(help="Seconds, such as 3s; goes to the nearest legal frames.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames; 1 makes an image.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second; the model's own by default.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 30,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Decides the noise.")] = 0,
+    solver: Annotated[str | None, typer.Option(help="euler or unipc; the model folder's own by default.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Shift of the noise levels, in place of the scheduler's.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image file: the first frame.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Video file to extend: its end becomes the beginning.")] = None,
+    video_frames: Annotated[int | None, typer.Option(help="How many of its last frames to take.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Samples clips from text, and from known frames.
+
+    Sizes are width×height; what does not divide is an error that names the nearest, and a duration goes to the nearest
+    legal number of frames. For each prompt NAME.mp4 (H.264), NAME.png (a contact sheet) and NAME.json (all settings).
+
+    Example: stdit sample --model runs/toy/model --prompt "a red circle moves left" --duration 2s --out clips
+    """
+    texts = _prompts(prompt, prompts)
+    if image is not None and video is not None:
+        raise StditError("--image and --video are two ways to say how the clip begins: give one.")
+    if video_frames is not None and video is None:
+        raise StditError("--video-frames says how much of --video to take: give --video.")
+    import torch
+
+    from stdit.pipeline import Pipeline
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise StditError(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
+    pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    fps = pipeline.settings.fps if fps is None else fps
+    if fps <= 0:
+        raise StditError(f"--fps {fps:g} must be positive.")
+    shape = _shape(pipeline, size, aspect, resolution, duration, frames, fps, image or video)
+    known = _known(pipeline, shape, fps, image, video, video_frames)
+    known_frames = 0 if known is None else 1 if "image" in known else len(known["video"])
+    if not as_json:
+        print(_chosen(shape, fps, pipeline.settings.fps, len(texts), known_frames))
+    settings = {
+        "model": str(model), "negative": negative, "size": f"{shape.width}x{shape.height}", "frames": shape.frames,
+        "fps": fps, "steps": steps, "guidance": guidance, "seed": seed, "solver": solver or pipeline.scheduler,
+        "shift": shift, "image": str(image) if image else None, "video": str(video) if video else None,
+        "known_frames": known_frames, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    with _progress(len(texts), hidden=as_json) as (step_done, clip_done):
+        latents = pipeline.sample_latents(
+            texts, (shape.width, shape.height), shape.frames, steps, guidance, negative, seed,
+            known=known, solver=solver, shift=shift, progress=step_done,
+        )  # fmt: skip
+        for index, (text, one) in enumerate(zip(texts, latents)):
+            written.append(_write(out, _name(index, text), pipeline.decode(one), text, index, fps, settings))
+            clip_done()
+    if as_json:
+        print(json.dumps({"clips": [clip.__dict__ for clip in written], "settings": settings}, indent=2))
+    else:
+        for clip in written:
+            print(f"{clip.video or clip.image}  {clip.prompt}")
+
+
+@dataclass
+class Written:
+    prompt: str
+    video: str | None  # None for an image
+    image: str  # the contact sheet, or the image itself
+    settings: str
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise StditError("give either --prompt TEXT or --prompts FILE.")
+    if prompt is not None:
+        return [prompt]
+    assert file is not None
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (FileNotFoundError, IsADirectoryError):
+        raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt a line.") from None
+    except UnicodeDecodeError as error:
+        raise StditError(f"{file} is not UTF-8 text: {error}.") from None
+    if not lines:
+        raise StditError(f"{file} is empty: it should hold one prompt a line.")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise StditError(f"{file}, line {number} is empty. Every line is a prompt: write one there or delete it.")
+    return [line.strip() for line in lines]
+
+
+def _shape(
+    pipeline: Pipeline,
+    size: str | None,
+    aspect: str | None,
+    resolution: int | None,
+    duration: str | None,
+    frames: int | None,
+    fps: float,
+    source: Path | None,
+) -> VideoShape:
+    """The shape asked for: exact for --size and --frames, nearest for --aspect, --resolution and --duration."""
+    from stdit.shapes import VideoShape, frames_for, size_for
+
+    default = pipeline.settings.shape
+    if size is not None and (aspect is not None or resolution is not None):
+        raise StditError("--size says it all: leave out --aspect and --resolution.")
+    if frames is not None and duration is not None:
+        raise StditError("--frames and --duration say the same thing: give one.")
+    if size is not None:
+        wanted = VideoShape.parse(size)
+        if len(re.findall(r"\d+", size)) != 2:
+            raise StditError(f"--size {size!r}: write WIDTHxHEIGHT; frames are given by --frames or --duration.")
+        width, height = wanted.width, wanted.height
+    elif aspect is not None or resolution is not None or source is not None:
+        ratio = _ratio(aspect) if aspect else _source_ratio(source) if source else default.width / default.height
+        width, height = size_for(ratio, resolution or min(default.width, default.height), pipeline.multiple)
+    else:
+        width, height = default.width, default.height
+    if duration is not None:
+        frames = frames_for(_seconds(duration), fps, pipeline.vae.config.stride[0])
+    return pipeline.shape((width, height), frames)
+
+
+def _ratio(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/x]\s*(\d+(?:\.\d+)?)", text.strip())
+    if not match or not float(match[1]) or not float(match[2]):
+        raise StditError(f"--aspect {text!r}: write WIDTH:HEIGHT, such as 16:9.")
+    return float(match[1]) / float(match[2])
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*s?", text.strip())
+    if not match or not float(match[1]):
+        raise StditError(f"--duration {text!r}: write seconds, such as 3s or 2.5.")
+    return float(match[1])
+
+
+def _source_ratio(source: Path) -> float:
+    from stdit.data.video_io import probe
+
+    found = probe(str(source))
+    return found.width / found.height
+
+
+def _known(
+    pipeline: Pipeline, shape: VideoShape, fps: float, image: Path | None, video: Path | None, count: int | None
+) -> dict[str, np.ndarray] | None:
+    """The known frames, scaled to cover the clip and cropped at the centre."""
+    from stdit.data.video_io import probe, read_frames
+
+    size = (shape.width, shape.height)
+    if image is not None:
+        return {"image": read_frames(str(image), 1, size)[0]}
+    if video is None:
+        return None
+    from stdit.shapes import nearest_frames
+
+    stride = pipeline.vae.config.stride[0]
+    found = probe(str(video))
+    there = max(1, int(found.duration * fps + 1e-6))  # frames at this rate
+    if count is None:  # about half of the clip, if the video is that long
+        count = nearest_frames(min(there, 1 + (shape.frames - 1) // 2), stride)[0]
+    elif count > there:
+        raise StditError(f"{video} has {there} frames at {fps:g} fps, not the {count} of --video-frames.")
+    start = max(found.start, found.end - 1 / found.fps - (count - 1) / fps)  # the last one is the video's last
+    return {"video": read_frames(str(video), count, size, fps, start)}
+
+
+def _chosen(shape: VideoShape, fps: float, trained: float, clips: int, known: int) -> str:
+    """One line for a person: what is about to be sampled."""
+    many = f"{clips} clips, " if clips > 1 else ""
+    if shape.frames == 1:
+        return f"{many}{shape.width}x{shape.height}, an image"
+    line = f"{many}{shape.width}x{shape.height}, {shape.frames} frames at {fps:g} fps, {shape.frames / fps:.2f} s"
+    if known:
+        line += f", the first {known} known" if known > 1 else ", the first frame known"
+    if fps != trained:
+        line += f" (trained at {trained:g} fps: motion plays {fps / trained:.2g} times as fast)"
+    return line
+
+
+def _name(index: int, prompt: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return f"{index:03d}-{words[:60].rstrip('-')}".rstrip("-")
+
+
+def _write(
+    out: Path, name: str, frames: np.ndarray, prompt: str, index: int, fps: float, settings: dict[str, Any]
+) -> Written:
+    from stdit.data.video_io import contact_sheet, write_video
+
+    still, note = out / f"{name}.png", out / f"{name}.json"
+    clip = None if len(frames) == 1 else out / f"{name}.mp4"
+    if clip is None:
+        from PIL import Image
+
+        Image.fromarray(frames[0]).save(still)
+    else:
+        write_video(clip, frames, fps)
+        contact_sheet([frames], still)
+    note.write_text(json.dumps({"prompt": prompt, "index": index, **settings}, indent=2, ensure_ascii=False) + "\n")
+    return Written(prompt, str(clip) if clip else None, str(still), str(note))
+
+
+@contextmanager
+def _progress(clips: int, hidden: bool) -> Iterator[tuple[Callable[[int, int], None], Callable[[], None]]]:
+    """Two bars on stderr, gone when done: steps of the solver, and clips written."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        steps, written = bar.add_task("steps", total=None), bar.add_task("clips", total=clips)
+        yield lambda done, total: bar.update(steps, completed=done, total=total), lambda: bar.advance(written)
