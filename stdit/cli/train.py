@@ -1,0 +1,43 @@
+"""`stdit train`, and `train.py` in a clone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's config, YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value to change in it; run=PATH names the run.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and do nothing.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> int:
+    """Train a VAE or a diffusion transformer, alone or under torchrun or deepspeed.
+
+    The same command goes on where a run was stopped; a finished run says so. Ctrl-C and SIGTERM save first.
+
+    Examples:
+
+    stdit train configs/toy.yaml run=runs/toy
+
+    torchrun --nproc-per-node 2 train.py configs/toy.yaml run=runs/toy parallel.deepspeed=deepspeed_configs/zero2.json
+    """
+    from stdit.config import load_config
+    from stdit.training.parallel import join_world, leave_world
+    from stdit.training.run import dry_run as describe
+    from stdit.training.run import run
+
+    settings = load_config(config, overrides or [])
+    world = join_world()
+    try:
+        if dry_run:
+            describe(settings, world)
+        else:
+            run(settings, world)
+    finally:
+        leave_world()
+    return 0

@@ -1,0 +1,176 @@
+"""From a run's config to its parts: clips, plan, models, objective. What can be wrong is said here, early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from stdit.data.buckets import Assignment, assign
+from stdit.data.cache import Cache, latent_settings, text_settings
+from stdit.data.loader import Loader
+from stdit.data.manifest import Manifest, read_manifest
+from stdit.data.planner import Plan
+from stdit.encode import text_identity, vae_identity
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.shapes import VideoShape
+from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
+from stdit.training.engine import PRECISIONS, zero_stage
+from stdit.training.objective import FlowObjective, Objective, VaeObjective
+from stdit.training.parallel import World
+from stdit.training.settings import RunConfig
+from stdit.vae.autoencoder import CausalVAE, VaeConfig
+from stdit.vae.autoencoder import preset as vae_preset
+from stdit.weights.io import load_transformer, load_vae
+
+
+@dataclass
+class Parts:
+    """What a run works on."""
+
+    manifest: Manifest
+    assignment: Assignment
+    objective: Objective
+    loader: Loader
+    plan: Plan  # of epoch 0
+    config: RunConfig
+
+    def plan_of(self, epoch: int) -> Plan:
+        """The plan of an epoch; the last few are kept."""
+        return self.plan if epoch == 0 else self._plan(epoch)
+
+    def __post_init__(self) -> None:
+        self._plan = lru_cache(maxsize=2)(
+            lambda epoch: make_plan(self.manifest, self.assignment, self.objective, self.config, epoch)
+        )
+
+    @property
+    def shapes(self) -> list[VideoShape]:
+        """Those that have clips, the largest first."""
+        used = [shape for shape, count in zip(self.assignment.shapes, self.assignment.counts) if count]
+        return sorted(used, key=lambda shape: (-shape.frames * shape.height * shape.width, shape))
+
+
+def build(config: RunConfig, world: World) -> Parts:
+    """Reads the data, builds the models with their starting weights (the same on all ranks)."""
+    if not config.data.manifest:
+        raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
+    manifest = read_manifest(config.data.manifest)
+    assignment = assign(manifest, config.data)
+    torch.manual_seed(config.run.seed)
+    objective = make_objective(config, manifest, world)
+    plan = make_plan(manifest, assignment, objective, config, 0)
+    cache, text_cache = open_caches(config)
+    loader = Loader(manifest, assignment, config.data, config.run.seed, cache, text_cache)
+    return Parts(manifest, assignment, objective, loader, plan, config)
+
+
+def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, config: RunConfig, epoch: int) -> Plan:
+    return Plan(
+        assignment.bucket,
+        [objective.tokens(shape) for shape in assignment.shapes],
+        objective.cost,
+        config.plan,
+        config.run.seed,
+        epoch,
+        names=assignment.shapes,
+        source=manifest.hash,
+    )
+
+
+def make_objective(config: RunConfig, manifest: Manifest, world: World) -> Objective:
+    dtype = PRECISIONS[config.run.precision]
+    if config.objective.kind == "vae":
+        if world.size > 1 and zero_stage(config.parallel.deepspeed) > 1:
+            raise StditError(
+                "a VAE trains under ZeRO 0 or 1: images and videos run different layers, which stages 2 and 3 "
+                "cannot. Use parallel.deepspeed=deepspeed_configs/zero1.json."
+            )
+        return VaeObjective(config.objective, make_vae(config), device=world.device, dtype=dtype, ranks=world.size)
+    if not config.vae.path:
+        raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")
+    vae = load_vae(config.vae.path, dtype=dtype, device=world.device).eval()
+    text_encoder = make_text_encoder(config, manifest)
+    if config.text.path:
+        text_encoder.requires_grad_(False).to(world.device, dtype)
+    transformer = make_transformer(config, vae.config.z_dim, text_encoder.dim)
+    return FlowObjective(
+        config.objective,
+        transformer,
+        vae,
+        text_encoder,
+        train_text=config.text.path is None,
+        text_padding=config.text.padding,
+        device=world.device,
+        dtype=dtype,
+    )
+
+
+def make_vae(config: RunConfig) -> CausalVAE:
+    """The VAE to train: a fresh one, or `vae.path` as a start."""
+    if config.vae.path is None:
+        base = vae_preset(config.vae.preset)
+        return CausalVAE(VaeConfig(**(vars(base) | config.vae.overrides)))
+    vae = load_vae(config.vae.path, dtype=torch.float32)
+    for name, value in config.vae.overrides.items():
+        if getattr(vae.config, name) != value:
+            raise StditError(f"vae.{name} is {value}, but {config.vae.path} has {getattr(vae.config, name)}.")
+    return vae
+
+
+def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
+    """The frozen encoder of `text.path`, or a fresh one whose words are the manifest's."""
+    length = config.text.padding or 512
+    if config.text.path:
+        return load_text_encoder(config.text.path, max_length=length)
+    if config.text.trained is None:
+        raise StditError("text.path or text.trained must be set: a folder with text_encoder/, or one to train along.")
+    trained = config.text.trained
+    tokenizer = build_word_tokenizer(caption["text"] for caption in _captions(manifest))
+    encoder = small_umt5(len(tokenizer), trained.dim, trained.layers, trained.heads, seed=config.run.seed)
+    return TextEncoder(encoder.train(), tokenizer, max_length=length)
+
+
+def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
+    """The preset with its changes, fitted to the VAE and the text encoder; or `model.weights` as a start."""
+    follow = {"in_channels": channels, "out_channels": channels, "text_dim": text_dim}
+    follow["text_padding"] = config.text.padding
+    for name, value in follow.items():
+        if config.model.overrides.get(name, value) != value:
+            raise StditError(
+                f"model.{name} is {config.model.overrides[name]}, but the VAE and the text encoder make it {value}. "
+                f"Leave it out."
+            )
+    if config.model.weights is None:
+        model = STDiT(TransformerConfig.preset(config.model.preset, **(config.model.overrides | follow)))
+    else:
+        model = load_transformer(config.model.weights, dtype=torch.float32)
+        for name, value in (config.model.overrides | follow).items():
+            if name != "text_padding" and getattr(model.config, name) != value:
+                raise StditError(f"{config.model.weights}: {name} is {getattr(model.config, name)}, not {value}.")
+    model.checkpoint_blocks = config.model.checkpoint_blocks
+    return model
+
+
+def open_caches(config: RunConfig) -> tuple[Cache | None, Cache | None]:
+    """The latents' and, where a frozen encoder's texts are cached, the texts'."""
+    if config.data.cache is None or config.objective.kind == "vae":
+        return None, None
+    assert config.vae.path is not None
+    latents = Cache.open(config.data.cache, latent_settings(config.data, vae_identity(config.vae.path)))
+    if config.text.path is None:
+        return latents, None
+    settings = text_settings(config.data, text_identity(config.text.path, config.text.padding or 512))
+    try:
+        return latents, Cache.open(config.data.cache, settings)
+    except StditError:  # the encoder is there anyway, for dropped captions and for samples
+        return latents, None
+
+
+def _captions(manifest: Manifest) -> Iterable[dict[str, Any]]:
+    for captions in manifest.table.column("captions"):
+        yield from captions.as_py()

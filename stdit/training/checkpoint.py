@@ -1,0 +1,254 @@
+"""Checkpoints: fp32 masters, moments and averages as safetensors shards that any number of ranks can read.
+
+    checkpoints/step-00000200/manifest.json          format, state of the run, the shapes of parameters
+    checkpoints/step-00000200/rank-00000.safetensors  "master/blocks.0.ffn.0.weight@0", "exp_avg/…", "ema/…", …
+
+A tensor's name says which numbers of the flattened parameter it holds: from `@offset` on. A checkpoint is written under
+a name that no reader looks at, synced, and renamed: a killed process leaves the earlier checkpoint and a stray folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stdit.errors import StditError
+from stdit.training.ema import Ema
+from stdit.training.engine import Engine
+from stdit.training.parallel import World
+
+FORMAT = 1
+
+
+@dataclass
+class CheckpointConfig:
+    """every: steps between checkpoints; the last step and a signal always write one. keep: how many stay, 0 for all."""
+
+    every: int = 500
+    keep: int = 2
+
+
+def save(
+    folder: Path, step: int, engine: Engine, ema: Ema | None, state: dict[str, Any], keep: int, world: World
+) -> Path:
+    """Publishes `checkpoints/step-N` of a run folder, then removes all but the last `keep`. Called on every rank.
+
+    state: what else the run needs to go on (JSON). Raises StditError on a full disk; earlier checkpoints are kept.
+    """
+    folder = folder / "checkpoints"
+    final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
+    with _disk_errors(temporary):
+        error: Exception | None = None
+        try:
+            if world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        except OSError as found:
+            error = found
+        world.all_succeeded(error)
+        try:
+            if world.is_main or not engine.replicated:
+                shard = temporary / f"rank-{world.rank:05d}.safetensors"
+                save_file(dict(_tensors(engine, ema)), shard)
+                _sync(shard)
+        except Exception as found:  # safetensors raises its own type on a full disk
+            error = found
+        world.all_succeeded(error)
+        shapes = world.gather({piece.name: piece.shape for pieces in engine.pieces for piece in pieces})
+        try:
+            if world.is_main:
+                parameters = {name: list(shape) for rank in shapes for name, shape in rank.items()}
+                files = 1 if engine.replicated else world.size
+                about = {"format": FORMAT, "step": step, "shards": files, "parameters": parameters, "state": state}
+                manifest = temporary / "manifest.json"
+                manifest.write_text(json.dumps(about, indent=1))
+                _sync(manifest)
+                _sync(temporary)
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                _sync(folder)
+        except OSError as found:
+            error = found
+        world.all_succeeded(error)
+    if world.is_main and keep > 0:
+        for old in published(folder.parent)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def published(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted((path for path in found if (path / "manifest.json").exists()), key=lambda path: int(path.name[5:]))
+
+
+def remove_strays(folder: Path) -> None:
+    """What a killed process left half-written."""
+    for path in (folder / "checkpoints").glob(".tmp-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Checkpoint:
+    """A published checkpoint, read piece by piece."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.about = json.loads((path / "manifest.json").read_text())
+        if self.about["format"] != FORMAT:
+            raise StditError(f"{path} has checkpoint format {self.about['format']}; this stdit reads {FORMAT}.")
+        self.step: int = self.about["step"]
+        self.state: dict[str, Any] = self.about["state"]
+
+    @classmethod
+    def latest(cls, folder: Path) -> Checkpoint | None:
+        found = published(folder)
+        return cls(found[-1]) if found else None
+
+    @cached_property
+    def _index(self) -> dict[str, list[tuple[int, int, Path]]]:
+        """Key without offset → (offset, numel, file), one for every shard that has some of it."""
+        index: dict[str, list[tuple[int, int, Path]]] = {}
+        for rank in range(self.about["shards"]):
+            file = self.path / f"rank-{rank:05d}.safetensors"
+            if not file.exists():
+                raise StditError(f"{self.path} lacks {file.name}. Remove the folder to go on from the one before.")
+            with safe_open(file, "pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 (not a dict)
+                    name, _, offset = key.rpartition("@")
+                    numel = math.prod(shard.get_slice(key).get_shape())
+                    index.setdefault(name, []).append((int(offset), numel, file))
+        return index
+
+    def read(self, key: str, offset: int, numel: int) -> Tensor:
+        """`numel` numbers from `offset` on of e.g. "master/head.head.weight", flattened, whoever wrote them."""
+        result: Tensor | None = None
+        found = 0
+        for begin, length, file in self._index.get(key, []):
+            low, high = max(offset, begin), min(offset + numel, begin + length)
+            if low >= high:
+                continue
+            with safe_open(file, "pt") as shard:
+                part = shard.get_slice(f"{key}@{begin}")[low - begin : high - begin]
+            if result is None:
+                result = torch.empty(numel, dtype=part.dtype)
+            result[low - offset : high - offset] = part
+            found += high - low
+        if result is None or found != numel:
+            raise StditError(f"{self.path} has {found} of the {numel} numbers of {key} from {offset} on.")
+        return result
+
+    def weights(self, kind: str = "master") -> dict[str, Tensor]:
+        """All parameters in fp32: kind master, or ema."""
+        return {
+            name: self.read(f"{kind}/{name}", 0, math.prod(shape)).reshape(shape)
+            for name, shape in self.about["parameters"].items()
+        }
+
+    @property
+    def has_ema(self) -> bool:
+        return any(key.startswith("ema/") for key in self._index)
+
+    @torch.no_grad()
+    def load_weights(self, module: nn.Module) -> None:
+        """Into a module before its engine is made; strict in names and shapes."""
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        shapes = {name: list(p.shape) for name, p in parameters.items()}
+        if shapes != self.about["parameters"]:
+            names = {name for name in shapes.keys() | self.about["parameters"].keys()}
+            wrong = sorted(name for name in names if shapes.get(name) != self.about["parameters"].get(name))
+            raise StditError(f"{self.path} does not fit the model: {', '.join(wrong[:5])} differ.")
+        for name, weight in self.weights().items():
+            parameters[name].copy_(weight)
+
+    @torch.no_grad()
+    def load_state(self, engine: Engine, ema: Ema | None) -> None:
+        """Masters, the optimizer's state and averages into the pieces of this rank."""
+        kinds = {key.split("/", 1)[0] for key in self._index}
+        cut = {kind for kind in kinds if "." not in kind} - {"master", "ema"}  # the optimizer's, cut like the masters
+        for index, (flat, pieces) in enumerate(zip(engine.flats, engine.pieces)):
+            targets = {"master": flat.detach()}
+            if ema is not None:
+                targets["ema"] = ema.averages[index]
+            for kind in cut:
+                if any(f"{kind}/{piece.name}" in self._index for piece in pieces):
+                    targets[kind] = engine.optimizer.state[flat][kind] = torch.zeros_like(flat, requires_grad=False)
+            for piece in pieces:
+                for kind, target in targets.items():
+                    numbers = self.read(f"{kind}/{piece.name}", piece.offset, piece.numel)
+                    target.view(-1)[piece.start : piece.start + piece.numel].copy_(numbers)
+            for kind in kinds - cut - {"master", "ema"}:
+                if pieces and (value := self._whole(f"{kind}/{pieces[0].name}")) is not None:
+                    kept, _, name = kind.partition(".")
+                    engine.optimizer.state[flat][name] = value.item() if kept == "number" else value
+
+    def _whole(self, key: str) -> Tensor | None:
+        if key not in self._index:
+            return None
+        offset, _, file = self._index[key][0]  # every shard has the same
+        with safe_open(file, "pt") as shard:
+            return shard.get_tensor(f"{key}@{offset}")
+
+
+def _tensors(engine: Engine, ema: Ema | None) -> Iterator[tuple[str, Tensor]]:
+    """What a rank writes: tensors cut like the masters under their kind, other state whole, once for every piece."""
+    for index, (flat, pieces) in enumerate(zip(engine.flats, engine.pieces)):
+        cut: dict[str, Tensor] = {"master": flat}
+        if ema is not None:
+            cut["ema"] = ema.averages[index]
+        whole: dict[str, Tensor] = {}
+        for kind, value in engine.optimizer.state.get(flat, {}).items():
+            if isinstance(value, Tensor) and value.shape == flat.shape and value.numel() > 1:
+                cut[kind] = value
+            elif isinstance(value, Tensor):
+                whole[f"tensor.{kind}"] = value
+            elif isinstance(value, int | float):
+                whole[f"number.{kind}"] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+            elif value is not None:
+                raise StditError(f"the optimizer keeps {kind} as {type(value).__name__}, which no checkpoint holds.")
+        for piece in pieces:
+            place = f"{piece.name}@{piece.offset}"
+            for kind, value in cut.items():
+                numbers = value.detach().reshape(-1)[piece.start : piece.start + piece.numel]
+                yield f"{kind}/{place}", numbers.cpu().clone()
+            for kind, value in whole.items():
+                yield f"{kind}/{place}", value.detach().cpu().clone()
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turns what a full disk raises, here or inside safetensors, into an error that says so."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "os error 28" in str(error):
+            with suppress(OSError):
+                shutil.rmtree(path, ignore_errors=True)
+            raise StditError(
+                f"the disk of {path.parent} is full: this checkpoint was not written, earlier ones are kept. Make room "
+                f"and run the same command again."
+            ) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

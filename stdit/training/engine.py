@@ -1,0 +1,350 @@
+"""How a module is trained: gradients, the optimizer step, and who holds which piece of the fp32 state.
+
+Two engines with one interface. `TorchEngine` is plain PyTorch on one rank. `DeepSpeedEngine` shards over ranks with
+ZeRO; this file is the only one that imports DeepSpeed. Both train fp32 masters; with precision bf16 the module computes
+in bf16 copies of them.
+
+The fp32 state of a rank is a list of `flats`, tensors that the optimizer updates in place, and of the pieces of
+parameters that lie in each. Checkpoints and the moving average need to know no more than that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stdit.errors import StditError, nearest_name
+from stdit.training.ema import EmaConfig
+from stdit.training.parallel import World
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What ZeRO may cut anywhere: optimizers whose update of one number needs no other number of the tensor.
+ELEMENTWISE = {"sgd", "momentum", "nesterov", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "adabelief"}
+ELEMENTWISE |= {"lion", "adan", "adanw", "adopt", "adoptw", "laprop", "rmsprop", "rmsproptf", "adagrad"}
+
+# What the run's config decides, and a DeepSpeed JSON therefore must not.
+OURS = {
+    "train_batch_size": "plan",
+    "train_micro_batch_size_per_gpu": "plan",
+    "gradient_accumulation_steps": "plan",
+    "managed_gradient_accumulation": "plan",
+    "gradient_allreduce_op": "plan",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "run.precision",
+    "fp16": "run.precision",
+    "data_types": "run.precision",
+    "amp": "run.precision",
+    "torch_autocast": "run.precision",
+    "zero_allow_untested_optimizer": "optimizer.name",
+}
+
+
+@dataclass
+class OptimizerConfig:
+    """name: adamw (torch's) or any of timm's (sgd, lion, muon, …). clip: of the gradient's global norm, 0 for none.
+
+    weight_decay acts on matrices only: not on biases, norms and modulation tables. options: further arguments of the
+    optimizer, by its own names.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ParallelConfig:
+    """deepspeed: a DeepSpeed JSON, needed on more than one rank. sequence_parallel: ranks that share a clip."""
+
+    deepspeed: str | None = None
+    sequence_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`numel` numbers of the parameter `name` (flattened) from `offset` on, which lie in a flat from `start` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    start: int
+    numel: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.offset == 0 and self.numel == math.prod(self.shape)
+
+
+class Engine:
+    """What both engines are: see `TorchEngine` for each method's meaning."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer  # its state is keyed by flats
+    flats: list[Tensor]
+    pieces: list[list[Piece]]  # of each flat
+    replicated = False  # every rank holds all pieces
+
+    def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
+        raise NotImplementedError
+
+    def step(self, lr: float) -> float:
+        raise NotImplementedError
+
+    def gradients(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class TorchEngine(Engine):
+    """Plain PyTorch on one rank."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig, precision: str, world: World) -> None:
+        if world.size > 1:
+            raise StditError(
+                f"{world.size} ranks need a DeepSpeed config: parallel.deepspeed=deepspeed_configs/zero1.json "
+                f"(or zero2, zero3), and `pip install stdit[train]`."
+            )
+        self.clip = config.clip
+        names = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.module = module.to(world.device)
+        masters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._copies: list[nn.Parameter] = []
+        if PRECISIONS[precision] is not torch.float32:
+            masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in masters.items()}
+            self.module.to(PRECISIONS[precision])
+            trained = dict(self.module.named_parameters())
+            self._copies = [trained[name] for name in names]
+        self.flats = [masters[name] for name in names]
+        self.pieces = [[Piece(name, tuple(p.shape), 0, 0, p.numel())] for name, p in masters.items()]
+        self.optimizer = make_optimizer(masters, config)
+        self._groups = [list(group["params"]) for group in self.optimizer.param_groups]
+
+    def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
+        """Adds the gradient of scale · module(batch) to the step's. last: the step's last micro-step.
+
+        The module returns a sum over clips, scale is 1 / the step's total weight over all ranks. Returns the sum.
+        """
+        total = self.module(batch)
+        (total * scale).backward()
+        for master, copy in zip(self.flats, self._copies):  # gradients add up in fp32
+            if copy.grad is not None:
+                master.grad = copy.grad.float() if master.grad is None else master.grad.add_(copy.grad)
+                copy.grad = None
+        return total.detach()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The step's whole gradients by parameter in fp32, before clipping; after the last micro-step's backward."""
+        found = {}
+        for flat, (piece,) in zip(self.flats, self.pieces):
+            found[piece.name] = torch.zeros_like(flat) if flat.grad is None else flat.grad.detach().clone()
+        return found
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Clips, updates masters and weights, forgets the gradients. Returns the norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        gradients = [flat.grad for flat in self.flats if flat.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.flats, self.clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self.flats)
+        return float(norm)
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO stage 0 to 3 by a DeepSpeed JSON."""
+
+    def __init__(
+        self, module: nn.Module, config: OptimizerConfig, parallel: ParallelConfig, precision: str, world: World
+    ) -> None:
+        assert parallel.deepspeed is not None
+        settings, stage = _read_json(Path(parallel.deepspeed), precision)
+        if stage > 0 and config.name not in ELEMENTWISE:
+            raise StditError(
+                f"optimizer.name={config.name} looks at whole matrices, and ZeRO stage {stage} cuts them. Use one of "
+                f"{', '.join(sorted(ELEMENTWISE))}, or one rank without parallel.deepspeed."
+            )
+        deepspeed = _import_deepspeed()
+        settings |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # the boundary is set by hand: steps differ in their micro-steps
+            "gradient_clipping": config.clip,
+            "bf16": {"enabled": precision == "bf16"},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_allow_untested_optimizer": True,
+        }
+        names = {id(p): name for name, p in module.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # Some of DeepSpeed's optimizers take a step when they are made: at lr 0 it changes nothing.
+        client = make_optimizer(trained, config, lr=0.0)
+        self.scale = world.size  # the engine averages over ranks, our loss is a sum
+        self.stage = stage
+        self._deepspeed, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        self.module = self._deepspeed.module
+        self.optimizer = client
+        self.optimizer.state.clear()
+        self.replicated = stage == 0
+        self._parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
+        self.flats, self.pieces = self._find_pieces(shapes, world)
+        self._safe_get_full_grad = deepspeed.utils.safe_get_full_grad
+
+    def _find_pieces(self, shapes: dict[str, tuple[int, ...]], world: World) -> tuple[list[Tensor], list[list[Piece]]]:
+        zero = self._deepspeed.optimizer
+        if self.stage == 0:
+            items = self._parameters.items()
+            return [p for _, p in items], [[Piece(n, shapes[n], 0, 0, p.numel())] for n, p in items]
+        if self.stage == 3:
+            flats = list(zero.fp32_partitioned_groups_flat)
+        elif hasattr(zero, "single_partition_of_fp32_groups"):
+            flats = list(zero.single_partition_of_fp32_groups)
+        else:  # bf16 with fp32 accumulation at stage 1
+            flats = list(zero.fp32_groups_flat_partition)
+        pieces: list[list[Piece]] = [[] for _ in flats]
+        for name, p in self._parameters.items():
+            if self.stage == 3:
+                flat, start, numel = zero.grad_position[zero.get_param_id(p)]
+                offset = world.rank * numel
+                numel = min(numel, math.prod(shapes[name]) - offset)  # the last rank's piece is padded
+            elif p._hp_mapping is None:
+                continue
+            else:
+                here, there = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
+                flat, start, offset, numel = p._hp_mapping.param_group_index, here.start, there.start, here.numel
+            if numel > 0:
+                pieces[flat].append(Piece(name, shapes[name], offset, start, numel))
+        return flats, pieces
+
+    def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        total = self._deepspeed(batch)
+        self._deepspeed.backward(total * (scale * self.scale))
+        return total.detach()
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {}
+        for name, p in self._parameters.items():
+            gradient = self._safe_get_full_grad(p)
+            assert gradient is not None, f"no gradient of {name}"
+            found[name] = gradient.detach().float().cpu().clone()
+        return found
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._deepspeed.step()
+        return float(self._deepspeed.get_global_grad_norm() or 0.0)
+
+
+def make_engine(
+    module: nn.Module, optimizer: OptimizerConfig, parallel: ParallelConfig, precision: str, world: World
+) -> Engine:
+    """The engine that the config asks for. The module holds its starting weights, in fp32."""
+    if parallel.sequence_parallel != 1:
+        raise StditError(f"parallel.sequence_parallel={parallel.sequence_parallel}: only 1 is supported so far.")
+    if parallel.deepspeed is None:
+        return TorchEngine(module, optimizer, precision, world)
+    return DeepSpeedEngine(module, optimizer, parallel, precision, world)
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], config: OptimizerConfig, lr: float | None = None
+) -> torch.optim.Optimizer:
+    """Torch's AdamW, or timm's optimizer of that name, over two groups: with weight decay and without."""
+    decayed = [p for name, p in parameters.items() if decays(name, p)]
+    plain = [p for name, p in parameters.items() if not decays(name, p)]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    lr = config.lr if lr is None else lr
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, **config.options)
+    import timm.optim
+
+    known = timm.optim.list_optimizers()
+    if config.name not in known:
+        raise StditError(f"optimizer.name {config.name!r} is not known.{nearest_name(config.name, known)}")
+    arguments: dict[str, Any] = {"momentum": 0.0} if config.name == "sgd" else {}
+    defaults = timm.optim.get_optimizer_class(config.name, bind_defaults=False)
+    if "betas" in _arguments_of(defaults):
+        arguments["betas"] = config.betas
+    try:
+        return timm.optim.create_optimizer_v2(groups, opt=config.name, lr=lr, **(arguments | config.options))
+    except TypeError as error:
+        raise StditError(f"optimizer {config.name} with options {config.options}: {error}") from error
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay acts on a parameter: matrices and kernels, not biases, norms and modulation tables."""
+    return parameter.ndim >= 2 and name.endswith("weight")
+
+
+def zero_stage(path: str | None) -> int:
+    """The ZeRO stage of a DeepSpeed JSON; 0 without one."""
+    return 0 if path is None else _read_json(Path(path), "fp32")[1]
+
+
+def _read_json(path: Path, precision: str) -> tuple[dict[str, Any], int]:
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise StditError(f"parallel.deepspeed={path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise StditError(f"{path} is not JSON: {error}") from error
+    for key, owner in OURS.items():
+        if key in settings:
+            raise StditError(f"{path} sets {key!r}, which the run's config owns ({owner}). Take it out of the JSON.")
+    zero = settings.get("zero_optimization", {})
+    stage = int(zero.get("stage", 0))
+    if stage == 0 and precision == "bf16":
+        raise StditError(f"{path}: ZeRO stage 0 in bf16 keeps no fp32 masters. Use stage 1 or precision fp32.")
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device") == "nvme":
+            raise StditError(f"{path}: {name} to nvme is not supported; cpu is.")
+    return settings, stage
+
+
+def _import_deepspeed() -> Any:
+    # DeepSpeed compiles with ninja, which lies beside python in a virtual environment that nobody activated.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise StditError(f"parallel.deepspeed needs DeepSpeed: pip install 'stdit[train]' ({error}).") from error
+    import logging
+
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    deepspeed.init_distributed(dist_init_required=None)
+    return deepspeed
+
+
+def _arguments_of(function: Callable[..., Any]) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(function).parameters)

@@ -1,0 +1,154 @@
+"""What comes out of a run while it goes and at its end: averaged weights, validation samples, the model folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stdit.data.buckets import assign
+from stdit.data.loader import Example, Loader
+from stdit.data.manifest import read_manifest
+from stdit.data.planner import PlanItem
+from stdit.data.video_write import write_video
+from stdit.diffusion.solvers import unipc_config
+from stdit.evaluation.metrics import mean_psnr
+from stdit.pipeline import ModelSettings, Pipeline
+from stdit.shapes import VideoShape
+from stdit.training.build import Parts
+from stdit.training.ema import Ema
+from stdit.training.engine import Engine
+from stdit.training.objective import FlowModule, FlowObjective, VaeModule, to_video
+from stdit.training.parallel import World
+from stdit.vae.autoencoder import CausalVAE, measure_latents
+from stdit.weights.io import save_vae
+
+VAE_CLIPS = 256  # at most as many measure the latents' mean and deviation
+
+
+def averaged_weights(engine: Engine, ema: Ema | None, world: World) -> dict[str, Tensor] | None:
+    """All averaged weights (without an average: the masters) in fp32 on rank 0's CPU, None elsewhere."""
+    weights: dict[str, Tensor] = {}
+    for flat, pieces in zip(ema.averages if ema is not None else engine.flats, engine.pieces):
+        numbers = flat.detach().reshape(-1)
+        mine = [(piece, numbers[piece.start : piece.start + piece.numel].cpu()) for piece in pieces]
+        gathered = [mine] if engine.replicated else world.gather_on_main(mine)
+        for piece, part in (one for rank in gathered or [] for one in rank):
+            if piece.name not in weights:
+                weights[piece.name] = torch.empty(piece.shape)
+            weights[piece.name].view(-1)[piece.offset : piece.offset + piece.numel] = part
+    return weights if world.is_main else None
+
+
+@torch.no_grad()
+def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A module of `Objective.fresh` filled with all its weights."""
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+    return module
+
+
+def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pipeline:
+    """What samples with these weights, at the run's precision on this rank's device."""
+    objective, config = parts.objective, parts.config
+    assert isinstance(objective, FlowObjective)
+    module = with_weights(objective.fresh(), weights)
+    assert isinstance(module, FlowModule)
+    module.to(world.device, objective.dtype)
+    shapes = [shape for shape in parts.shapes if not shape.is_image] or parts.shapes
+    settings = ModelSettings(config.data.fps, tuple(map(str, shapes)), config.text.padding)
+    scheduler = unipc_config(config.objective.flow.noise_levels.shift)
+    return Pipeline(
+        module.transformer, objective.vae, module.text_encoder or objective.text_encoder, scheduler, settings
+    )
+
+
+def sample(pipeline: Pipeline, parts: Parts, step: int) -> list[str]:
+    """Writes the validation prompts' clips to samples/step-N/; returns their paths within the run folder."""
+    settings, run = parts.config.eval, Path(parts.config.run.path)
+    size = None
+    if settings.size:
+        shape = VideoShape.parse(settings.size)
+        size = (shape.width, shape.height)
+    clips = pipeline(
+        settings.prompts, size, settings.frames,
+        steps=settings.steps, guidance=settings.guidance, seed=settings.seed,
+    )  # fmt: skip
+    folder = run / "samples" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    about = []
+    for index, (prompt, frames) in enumerate(zip(settings.prompts, clips)):
+        words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:40]
+        path = folder / f"{index:02d}-{words}.mp4"
+        write_video(path, frames, parts.config.data.fps)
+        about.append({"file": str(path.relative_to(run)), "prompt": prompt})
+    (folder / "samples.json").write_text(json.dumps({"step": step, "samples": about}, indent=1, ensure_ascii=False))
+    return [one["file"] for one in about]
+
+
+@torch.no_grad()
+def vae_psnr(vae: CausalVAE, parts: Parts, world: World) -> float:
+    """Mean PSNR in dB of reconstructed clips: of eval.manifest (held out) if set, else of training clips."""
+    clips, references = [], []
+    for example in _clips(parts, parts.config.eval.manifest, parts.config.eval.clips):
+        video = to_video([example]).to(world.device, next(vae.parameters()).dtype)
+        output = vae.decode(vae.normalise(vae.encode_moments(video)[0]))[0]
+        frames = ((output.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
+        clips.append(frames.cpu().numpy())
+        assert example.frames is not None
+        references.append(example.frames.numpy())
+    return mean_psnr(clips, references)
+
+
+def export(parts: Parts, weights: dict[str, Tensor], world: World) -> dict[str, float]:
+    """Writes run/model, whole or not at all. Returns what was measured on the way (a VAE's PSNR)."""
+    run = Path(parts.config.run.path)
+    final, temporary = run / "model", run / ".tmp-model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    measured: dict[str, float] = {}
+    if isinstance(parts.objective, FlowObjective):
+        make_pipeline(parts, weights, world).save(temporary)
+    else:
+        module = with_weights(parts.objective.fresh(), weights)
+        assert isinstance(module, VaeModule)
+        vae = module.vae.to(world.device)
+        videos = (to_video([one]).to(world.device) for one in _clips(parts, None, VAE_CLIPS))
+        mean, std = measure_latents(vae, videos)
+        vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
+        measured["psnr"] = vae_psnr(vae, parts, world)
+        save_vae(vae, temporary / "vae")
+        ModelSettings(parts.config.data.fps, tuple(map(str, parts.shapes)), None).write(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    return measured
+
+
+def _clips(parts: Parts, manifest_path: str | None, count: int) -> Iterator[Example]:
+    """Up to `count` clips spread over a manifest, each cut to its shape from the start and the centre."""
+    data = replace(parts.config.data, start="first", crop="centre", mirror=False, cache=None)
+    manifest, assignment = parts.manifest, parts.assignment
+    if manifest_path is not None:
+        manifest = read_manifest(manifest_path)
+        assignment = assign(manifest, data)
+    rows = [int(row) for row in (assignment.bucket >= 0).nonzero()[0]]
+    rows = rows[:: max(1, len(rows) // count)][:count]
+    loader = Loader(manifest, assignment, data, seed=0)
+    batches = [[PlanItem(row, 0, int(assignment.bucket[row]), 0, 0, 0)] for row in rows]
+    for (example,) in loader.iterate(batches, epoch=0):
+        if example.failure is None:
+            yield example
+
+
+def about(parts: Parts) -> dict[str, Any]:
+    """Numbers of a run that do not change while it goes."""
+    parameters = sum(p.numel() for p in parts.objective.module.parameters() if p.requires_grad)
+    return {"parameters": parameters, "clips": parts.plan.num_items, "steps_per_epoch": parts.plan.num_steps}

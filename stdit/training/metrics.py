@@ -1,0 +1,97 @@
+"""What a run says of itself: metrics.jsonl (see metrics_schema.json), TensorBoard, the machine's peak rate."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = Path(__file__).with_name("metrics_schema.json")
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl of a run folder, and their numbers to TensorBoard.
+
+    step: where the run goes on; lines of later steps, which a killed process wrote, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
+        self._file = path.open("a")
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line; numbers that are not finite become null."""
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **{k: _plain(v) for k, v in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in line.items():
+                if name not in ("kind", "step", "time") and isinstance(value, int | float):
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a run folder's metrics.jsonl, of one kind if given. A line cut off by a crash is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if kind is None or found.get("kind") == kind:
+            lines.append(found)
+    return lines
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of this process's matrix products, the best of what fits into `seconds`: what MFU is measured against."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+
+    def once() -> float:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    best, end = once(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, once())
+    return 2 * size**3 / best
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf

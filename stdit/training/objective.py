@@ -1,0 +1,355 @@
+"""What a clip's loss is, for the transformer (flow matching) and for the VAE, behind one small interface.
+
+An objective turns the clips of a micro-step into a batch (`prepare`) and holds the one module of everything that
+trains; `module(batch)` returns Σ_c w_c · loss_c over the batch's clips. Divided by Σ_c w_c over the whole step, on all
+ranks and micro-steps, the sums add up to the step's exact loss. Everything random is keyed by the clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stdit.data.loader import Example
+from stdit.data.planner import PlanItem
+from stdit.diffusion.flow import interpolate, levels_over_frames, velocity
+from stdit.diffusion.tasks import check_weights, draw_task, frame_levels
+from stdit.diffusion.timesteps import TimestepConfig, noise_levels
+from stdit.errors import StditError
+from stdit.keyed import keyed_generator, keyed_uniform
+from stdit.models.packing import TextPack, TokenPack, pack_clips, pack_texts
+from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
+from stdit.shapes import VideoShape
+from stdit.text.encoders import TextEncoder
+from stdit.vae.autoencoder import CausalVAE
+from stdit.vae.losses import vae_loss
+
+
+@dataclass
+class FlowConfig:
+    """caption_dropout: the share of clips trained with an empty caption, for guidance. tasks: their weights."""
+
+    noise_levels: TimestepConfig = field(default_factory=TimestepConfig)
+    caption_dropout: float = 0.1
+    tasks: dict[str, float] = field(default_factory=lambda: {"text_to_video": 1.0})
+
+    def __post_init__(self) -> None:
+        check_weights(self.tasks)
+        if not 0 <= self.caption_dropout <= 1:
+            raise StditError(f"caption_dropout {self.caption_dropout} must be in [0, 1].")
+
+
+@dataclass
+class VaeLossConfig:
+    """kl: weight of the KL beside the L1."""
+
+    kl: float = 1e-6
+
+
+@dataclass
+class ObjectiveConfig:
+    """kind: flow trains the transformer (and a text encoder), vae the VAE.
+
+    token_power p: a clip weighs (its own weight) × (unknown tokens)^p; 1 counts every token alike, 0 every clip.
+    """
+
+    kind: Literal["flow", "vae"] = "flow"
+    token_power: float = 1.0
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    vae: VaeLossConfig = field(default_factory=VaeLossConfig)
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What a step's random draws are keyed by: position-stratified levels need the number of clips in the step."""
+
+    seed: int
+    epoch: int
+    step: int  # in the epoch
+    clips: int
+
+
+class Batch(Protocol):
+    weight: float  # Σ_c w_c
+    flops: int  # forward and backward
+
+
+class Objective(Protocol):
+    module: nn.Module
+
+    def tokens(self, shape: VideoShape) -> int: ...
+
+    @property
+    def cost(self) -> tuple[int, int]: ...
+
+    def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> Batch: ...
+
+    def fresh(self) -> nn.Module:
+        """A module like `module` on the CPU with weights of its own, to be filled; no ZeRO in it."""
+        ...
+
+
+@dataclass
+class FlowBatch:
+    """pack: noisy tokens; target: (N, pt·ph·pw·C) velocities; token_weights: (N,), 0 where known.
+
+    text: packed embeddings, or None where `text_ids` (token ids a clip) go through an encoder that trains along.
+    """
+
+    pack: TokenPack
+    target: Tensor
+    token_weights: Tensor
+    text: TextPack | None
+    text_ids: list[list[int]] | None
+    weight: float
+    flops: int
+
+
+class FlowModule(nn.Module):
+    """Everything that trains: the transformer, and the text encoder if it trains along."""
+
+    def __init__(self, transformer: STDiT, text_encoder: TextEncoder | None, text_padding: int) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.text_padding = text_padding
+
+    def forward(self, batch: FlowBatch) -> Tensor:
+        text = batch.text
+        if text is None:
+            assert self.text_encoder is not None and batch.text_ids is not None
+            text = pack_texts(self.text_encoder(batch.text_ids), self.text_padding)
+        prediction = self.transformer(batch.pack, text)  # (N, pt·ph·pw·C)
+        errors = (prediction.float() - batch.target).square().sum(1)  # (N,)
+        return (errors * batch.token_weights).sum()
+
+
+class FlowObjective:
+    """Flow matching: the network predicts v = ε − x_0 of the unknown tokens (Lipman et al. 2022)."""
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        transformer: STDiT,
+        vae: CausalVAE,
+        text_encoder: TextEncoder,
+        *,
+        train_text: bool,
+        text_padding: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.vae = vae.requires_grad_(False)
+        self.text_encoder = text_encoder
+        self.train_text = train_text
+        self.text_padding = text_padding
+        self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding)
+        self.model_config = transformer.config
+        self._ids: dict[str, list[int]] = {}
+        self._texts: dict[str, Tensor] = {}
+
+    def tokens(self, shape: VideoShape) -> int:
+        return shape.grid(self.vae.config.stride, self.model_config.patch).tokens
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        return cost_coefficients(self.model_config)
+
+    def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:
+        if not examples:
+            return self._nothing()
+        patch, flow = self.model_config.patch, self.config.flow
+        latents = self._latents(examples)
+        levels = noise_levels(
+            [item.position for item in items], key.clips, [item.tokens for item in items], flow.noise_levels,
+            seed=key.seed, epoch=key.epoch, step=key.step,
+        )  # fmt: skip
+        noisy, clip_levels, targets, token_weights, captions = [], [], [], [], []
+        total = 0.0
+        for example, x0, t in zip(examples, latents, levels):
+            about = (key.epoch, example.clip_id, example.occurrence)
+            generator = keyed_generator(key.seed, "noise", *about)
+            noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+            task = draw_task(
+                flow.tasks, x0.shape[1],
+                seed=key.seed, epoch=key.epoch, clip_id=example.clip_id, occurrence=example.occurrence,
+            )  # fmt: skip
+            level = frame_levels(task.mask(x0.shape[1]), t, patch[0]) if task.known_frames else t
+            noisy.append(interpolate(x0, noise, levels_over_frames(level, x0)))
+            clip_levels.append(level)
+            target = output_tokens(velocity(x0, noise), patch)  # (n, pt·ph·pw·C)
+            targets.append(target)
+
+            known = task.known_frames // patch[0] * (len(target) * patch[0] // x0.shape[1])  # the first tokens
+            unknown = len(target) - known
+            weight = example.weight * unknown**self.config.token_power
+            total += weight
+            each = torch.full((len(target),), weight / (unknown * target.shape[1]))
+            each[:known] = 0
+            token_weights.append(each)
+            dropped = keyed_uniform(key.seed, "caption dropout", *about) < flow.caption_dropout
+            captions.append("" if dropped else example.caption)
+        pack = pack_clips(noisy, clip_levels, patch).to(self.device, self.dtype)
+        text, ids = self._text(captions, examples)
+        if ids is None:
+            lengths = text.segments.lengths
+        else:  # padding is one token
+            lengths = tuple(len(one) + (len(one) < self.text_padding) for one in ids)
+        flops = 3 * transformer_flops(self.model_config, pack.segments.lengths, lengths)
+        return FlowBatch(
+            pack,
+            torch.cat(targets).float().to(self.device),
+            torch.cat(token_weights).to(self.device),
+            text,
+            ids,
+            total,
+            flops,
+        )
+
+    def fresh(self) -> FlowModule:
+        with torch.random.fork_rng(devices=[]):
+            encoder = None
+            if self.train_text:
+                inner = type(self.text_encoder.encoder)(self.text_encoder.encoder.config)
+                encoder = TextEncoder(inner, self.text_encoder.tokenizer, self.text_encoder.max_length)
+            return FlowModule(STDiT(self.model_config), encoder, self.text_padding).eval()
+
+    def _nothing(self) -> FlowBatch:
+        """One token of weight 0: a rank without clips runs every module that the others run."""
+        channels, patch = self.model_config.in_channels, self.model_config.patch
+        clip = torch.zeros(channels, *patch)
+        pack = pack_clips([clip], [torch.ones((), dtype=torch.float64)], patch).to(self.device, self.dtype)
+        text, ids = self._text([""], [None])
+        return FlowBatch(
+            pack, output_tokens(clip, patch).to(self.device), torch.zeros(1, device=self.device), text, ids, 0.0, 0
+        )
+
+    @torch.no_grad()
+    def _latents(self, examples: Sequence[Example]) -> list[Tensor]:
+        """(C, T', H', W') each, normalised: from the cache, or encoded now, equal shapes together."""
+        latents = [example.latents for example in examples]
+        missing: dict[VideoShape, list[int]] = {}
+        for index, (example, found) in enumerate(zip(examples, latents)):
+            if found is None:
+                missing.setdefault(example.shape, []).append(index)
+        for indices in missing.values():
+            video = to_video([examples[i] for i in indices]).to(self.device, self.dtype)
+            for i, z in zip(indices, self.vae.encode(video)):
+                latents[i] = z
+        return [z.float() for z in latents if z is not None]
+
+    def _text(self, captions: Sequence[str], examples: Sequence[Example | None]) -> tuple[TextPack | None, list | None]:
+        if self.train_text:
+            return None, [self._cached(self._ids, caption, self._tokenize) for caption in captions]
+        texts = []
+        for caption, example in zip(captions, examples):
+            if example is not None and example.text is not None and caption == example.caption:
+                texts.append(example.text.to(self.device, self.dtype))
+            else:
+                texts.append(self._cached(self._texts, caption, self._encode))
+        return pack_texts(texts, self.text_padding), None
+
+    def _tokenize(self, caption: str) -> list[int]:
+        return self.text_encoder.tokenize([caption])[0]
+
+    def _encode(self, caption: str) -> Tensor:
+        return self.text_encoder.encode([caption])[0].to(self.device, self.dtype)
+
+    @staticmethod
+    def _cached(cache: dict, caption: str, make: Callable) -> list[int] | Tensor:
+        if caption not in cache:
+            if len(cache) >= 10_000:
+                cache.pop(next(iter(cache)))
+            cache[caption] = make(caption)
+        return cache[caption]
+
+
+@dataclass
+class VaeBatch:
+    """groups: clips of equal shape, (video (B,3,T,H,W), noise (B,z,T',H',W'), clip weights (B,))."""
+
+    groups: list[tuple[Tensor, Tensor, Tensor]]
+    weight: float
+    flops: int
+
+
+class VaeModule(nn.Module):
+    def __init__(self, vae: CausalVAE, config: VaeLossConfig, touch_all: bool) -> None:
+        super().__init__()
+        self.vae = vae
+        self.config = config
+        self.touch_all = touch_all
+
+    def forward(self, batch: VaeBatch) -> Tensor:
+        total = torch.zeros((), device=next(self.parameters()).device)
+        for video, noise, weights in batch.groups:
+            mean, logvar = self.vae.encode_moments(video)
+            output = self.vae.decode_raw(mean + (0.5 * logvar).exp() * noise.to(mean))
+            loss = vae_loss(output, video, mean, logvar, self.config.kl, reduce=False)
+            total = total + (loss.total * weights).sum()
+        if self.touch_all:  # images leave temporal layers out: every rank must have every gradient
+            total = total + 0.0 * sum(p.float().sum() for p in self.parameters())
+        return total
+
+
+class VaeObjective:
+    """L1 and KL. Tokens of a clip are its pixels."""
+
+    def __init__(
+        self, config: ObjectiveConfig, vae: CausalVAE, *, device: torch.device, dtype: torch.dtype, ranks: int
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.vae = vae
+        self.module = VaeModule(vae, config.vae, touch_all=ranks > 1)
+
+    def tokens(self, shape: VideoShape) -> int:
+        shape.latent(self.vae.config.stride)
+        return shape.frames * shape.height * shape.width
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        return 1, 0
+
+    def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> VaeBatch:
+        by_shape: dict[VideoShape, list[Example]] = {}
+        for example in examples:
+            by_shape.setdefault(example.shape, []).append(example)
+        groups = []
+        total = 0.0
+        for shape, alike in by_shape.items():
+            latent = shape.latent(self.vae.config.stride)
+            size = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
+            noise = [
+                torch.randn(size, generator=keyed_generator(key.seed, "noise", key.epoch, one.clip_id, one.occurrence))
+                for one in alike
+            ]
+            weights = [one.weight * self.tokens(shape) ** self.config.token_power for one in alike]
+            total += sum(weights)
+            groups.append((
+                to_video(alike).to(self.device, self.dtype),
+                torch.stack(noise).to(self.device, self.dtype),
+                torch.tensor(weights, dtype=torch.float32, device=self.device),
+            ))  # fmt: skip
+        return VaeBatch(groups, total, 0)
+
+    def fresh(self) -> VaeModule:
+        with torch.random.fork_rng(devices=[]):
+            return VaeModule(CausalVAE(self.vae.config), self.config.vae, touch_all=False).eval()
+
+
+def to_video(examples: Sequence[Example]) -> Tensor:
+    """Frames of clips of one shape, (B, 3, T, H, W) in [−1, 1] on the CPU."""
+    frames = torch.stack([torch.as_tensor(example.frames) for example in examples])  # (B, T, H, W, 3)
+    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def output_tokens(clip: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """A clip (C, T, H, W) as the network puts it out: tokens (n, pt·ph·pw·C), the inverse of `unpatchify`."""
+    (pt, ph, pw), (c, t, h, w) = patch, clip.shape
+    x = clip.reshape(c, t // pt, pt, h // ph, ph, w // pw, pw)
+    return x.permute(1, 3, 5, 2, 4, 6, 0).reshape(t // pt * (h // ph) * (w // pw), pt * ph * pw * c)

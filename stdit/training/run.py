@@ -1,0 +1,85 @@
+"""A run from outside: train it to its end, or say what it would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stdit.data.planner import balance, split
+from stdit.errors import StditError
+from stdit.training import export
+from stdit.training.build import Parts, build
+from stdit.training.checkpoint import remove_strays
+from stdit.training.engine import zero_stage
+from stdit.training.parallel import World
+from stdit.training.settings import RunConfig, save_config
+from stdit.training.trainer import Trainer
+
+
+def run(config: RunConfig, world: World) -> None:
+    """Trains to the last step, from the last checkpoint if there is one; a finished run only says so."""
+    if not config.run.path:
+        raise StditError("the run has no folder: add run=PATH, such as run=runs/toy.")
+    folder = Path(config.run.path)
+    trainer = Trainer(config, world)
+    if trainer.is_finished:
+        trainer.say(
+            f"{folder} is finished after {trainer.step} steps: {folder / 'model'}. Raise schedule.steps to go on."
+        )
+        return
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_strays(folder)
+        save_config(config, folder / "config.yaml")
+    world.barrier()
+    trainer.prepare()
+    trainer.train()
+    if world.is_main:
+        from stdit.evaluation.report import write_report
+
+        trainer.say(f"report: {write_report(folder)}")
+    world.barrier()
+
+
+def dry_run(config: RunConfig, world: World) -> None:
+    """Prints the plan, the shapes and the memory that training would take, and trains nothing."""
+    parts = build(config, world)
+    if not world.is_main:
+        return
+    for line in description(config, parts, world.size):
+        print(line)
+
+
+def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
+    plan = parts.plan
+    numbers = export.about(parts)
+    bound = plan.token_bound()
+    splits = [split(plan.step(i), ranks, bound) for i in range(min(plan.num_steps, 32))]
+    micro_steps = sum(map(len, splits)) / len(splits)
+    epochs = config.schedule.steps / plan.num_steps
+    lines = [
+        f"{config.objective.kind}: {numbers['parameters']:,} parameters that train",
+        f"{plan.num_items:,} clips, {plan.num_steps:,} steps an epoch, {config.schedule.steps:,} steps "
+        f"({epochs:.3g} epochs), {plan.num_items / plan.num_steps:.4g} clips a step",
+        f"{ranks} rank(s): {micro_steps:.3g} micro-steps a step, packs of at most {bound:,} tokens, balance "
+        f"{balance(*splits):.3f}",
+    ]
+    for shape, count, tokens in zip(parts.assignment.shapes, parts.assignment.counts, plan.tokens):
+        lines.append(f"  {shape}: {int(count):,} clips of {tokens:,} tokens")
+    for reason, count in parts.assignment.reasons.items():
+        lines.append(f"  left out, {reason}: {count:,} clips")
+    lines.append(memory(config, numbers["parameters"], ranks))
+    return lines
+
+
+def memory(config: RunConfig, parameters: int, ranks: int) -> str:
+    """Bytes of weights and training state on a rank; activations come on top, and grow with plan.tokens_per_pack."""
+    stage = zero_stage(config.parallel.deepspeed)
+    low = config.run.precision == "bf16"
+    weights = parameters * (2 if low else 4) / (ranks if stage == 3 else 1)
+    gradients = parameters * 4 / (ranks if stage >= 2 else 1)
+    state = parameters * (4 * low + 8 + 4 * (config.optimizer.ema.decay > 0)) / (ranks if stage >= 1 else 1)
+    total = weights + gradients + state
+    return (
+        f"memory of weights, gradients, masters, moments and average a rank: {total / 2**30:.2f} GiB "
+        f"(ZeRO stage {stage}, {config.run.precision}); activations come on top"
+    )

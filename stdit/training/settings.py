@@ -1,0 +1,174 @@
+"""The sections of a run's config that belong to no other module, and `RunConfig`, which composes all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from stdit.data.buckets import DataConfig
+from stdit.data.planner import PlanConfig
+from stdit.errors import StditError
+from stdit.training.checkpoint import CheckpointConfig
+from stdit.training.engine import OptimizerConfig, ParallelConfig
+from stdit.training.objective import ObjectiveConfig
+from stdit.training.schedule import ScheduleConfig
+
+# On resume only these may differ: nothing in them changes what is computed.
+MAY_DIFFER = (
+    "log.", "eval.", "checkpoint.", "parallel.", "run.path", "schedule.steps", "data.workers", "data.prefetch"
+)  # fmt: skip
+
+# A field with the metadata "rest_of": "module:Class" holds those settings of its section that belong to that class.
+
+
+@dataclass
+class RunSettings:
+    """path: the run folder. deterministic: bit for bit on a GPU too, slower."""
+
+    path: str = ""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = False
+
+
+@dataclass
+class ModelSettings:
+    """preset: a size of `stdit.models.transformer`, whose settings may be changed one by one (`model.layers=4`).
+
+    weights: a model folder or file to start from instead of fresh weights. checkpoint_blocks: recompute the blocks in
+    backward to save memory. Channels and text width follow from the VAE and the text encoder.
+    """
+
+    preset: str = "toy"
+    weights: str | None = None
+    checkpoint_blocks: bool = False
+    overrides: dict[str, Any] = field(
+        default_factory=dict, metadata={"rest_of": "stdit.models.transformer:TransformerConfig"}
+    )
+
+
+@dataclass
+class VaeSettings:
+    """path: a VAE folder; for a VAE's own training it starts there. Else preset and its settings: a fresh one."""
+
+    path: str | None = None
+    preset: str = "toy"
+    overrides: dict[str, Any] = field(default_factory=dict, metadata={"rest_of": "stdit.vae.autoencoder:VaeConfig"})
+
+
+@dataclass
+class TrainedText:
+    """A small UMT5 encoder, trained along; its words come from the captions."""
+
+    dim: int = 128
+    layers: int = 2
+    heads: int = 4
+
+
+@dataclass
+class TextSettings:
+    """path: a folder with text_encoder/ and tokenizer/, frozen; or `trained`. padding: positions of a text, 0: none."""
+
+    path: str | None = None
+    trained: TrainedText | None = None
+    padding: int = 512
+
+    def __post_init__(self) -> None:
+        if self.path and self.trained:
+            raise StditError("path and trained are both set: either a frozen encoder or one trained along.")
+        if self.padding < 0:
+            raise StditError(f"padding {self.padding} must not be negative.")
+
+
+@dataclass
+class EvalSettings:
+    """every: steps between validations, 0 for none. A transformer samples `prompts` (size WIDTHxHEIGHT and frames:
+    unset, the largest shape's); a VAE reconstructs up to `clips` clips of `manifest` (held out; unset: training clips).
+    """
+
+    every: int = 0
+    prompts: list[str] = field(default_factory=list)
+    size: str | None = None
+    frames: int | None = None
+    steps: int = 20
+    guidance: float = 4.0
+    seed: int = 0
+    manifest: str | None = None
+    clips: int = 32
+
+
+@dataclass
+class LogSettings:
+    """every: steps between lines of metrics.jsonl."""
+
+    every: int = 10
+    tensorboard: bool = True
+    progress: bool = True
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    vae: VaeSettings = field(default_factory=VaeSettings)
+    text: TextSettings = field(default_factory=TextSettings)
+    data: DataConfig = field(default_factory=DataConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """What `from_dict` reads back, in plain lists and mappings."""
+    result: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if "rest_of" in entry.metadata:
+            result |= {key: _plain(one) for key, one in value.items()}
+        else:
+            result[entry.name] = to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
+    return result
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lines "optimizer.lr: 0.001 → 0.002" for what a resumed run must not change."""
+    old, new = _flatten(then), _flatten(now)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [
+        f"{key}: {old.get(key, '(unset)')} → {new.get(key, '(unset)')}"
+        for key in changed
+        if not key.startswith(MAY_DIFFER)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,309 @@
+"""Training: plan → clips → objective → engine, and everything around a step that keeps a run alive and watched."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stdit
+from stdit.errors import Interrupted, StditError
+from stdit.training import checkpoint, export
+from stdit.training.build import Parts, build
+from stdit.training.checkpoint import Checkpoint
+from stdit.training.ema import Ema
+from stdit.training.engine import PRECISIONS, Engine, make_engine
+from stdit.training.feed import Feed, Step
+from stdit.training.metrics import MetricsLog, measure_peak
+from stdit.training.objective import StepKey
+from stdit.training.parallel import World
+from stdit.training.progress import Progress
+from stdit.training.settings import RunConfig, differences, to_dict
+
+
+class Trainer:
+    """One run from its first or its last saved step to its end."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.folder = Path(config.run.path)
+        self.say: Callable[[str], None] = (lambda text: print(text, flush=True)) if world.is_main else (lambda _: None)
+        self.resumed = Checkpoint.latest(self.folder)
+        if self.resumed is not None:
+            changed = differences(self.resumed.state["config"], to_dict(config))
+            if changed:
+                raise StditError(
+                    f"{self.resumed.path} belongs to another config:\n  " + "\n  ".join(changed) + "\n"
+                    "Put these back, or choose another run=PATH. Only log, eval, checkpoint, parallel, schedule.steps, "
+                    "data.workers and data.prefetch may change."
+                )
+        self.step = self.resumed.step if self.resumed else 0  # optimizer steps done
+        self.failures: dict[str, dict[str, Any]] = {}  # by clip id, of all ranks up to the last checkpoint
+        self.window: list[Tensor] = []  # this rank's share of the losses since the last line of metrics
+        self.stop_signal: int | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.config.schedule.steps and (self.folder / "model" / "stdit.json").exists()
+
+    def prepare(self) -> None:
+        """Builds everything, and takes up the state of the last checkpoint."""
+        config, world = self.config, self.world
+        _set_deterministic(config.run.deterministic)
+        self.parts: Parts = build(config, world)
+        module = self.parts.objective.module
+        if self.resumed is not None:
+            if self.resumed.state["plan"] != self.parts.plan.hash:
+                raise StditError(
+                    f"{self.resumed.path} was made with other data: {config.data.manifest} has changed since, so its "
+                    f"steps would be others. Restore the manifest, or choose another run=PATH."
+                )
+            self.resumed.load_weights(module)
+        self.engine: Engine = make_engine(module, config.optimizer, config.parallel, config.run.precision, world)
+        ema = config.optimizer.ema
+        self.ema = Ema(self.engine.flats, ema) if ema.decay > 0 else None
+        if self.resumed is not None:
+            self.resumed.load_state(self.engine, self.ema)
+            self.failures = dict(self.resumed.state["failures"])
+            loss = self.resumed.state["window"]
+            self.window = [torch.tensor(one if world.is_main else 0.0, dtype=torch.float64) for one in loss]
+        module.train()
+        self.peak = measure_peak(world.device, PRECISIONS[config.run.precision])
+
+    def train(self) -> None:
+        """To the last step; saves and raises `Interrupted` after a signal."""
+        config, world = self.config, self.world
+        parts = self.parts
+        log = self._open_log()
+        feed = Feed(parts.plan_of, parts.loader, world.rank, world.size, self.step)
+        progress = Progress(self.step, config.schedule.steps, config.log.progress and world.is_main)
+        clock = _Clock()
+        restore = self._catch_signals()
+        saved = self.step
+        try:
+            while self.step < config.schedule.steps:
+                step = next(feed.steps)
+                clock.waited()
+                loss, norm, rate, tokens, flops, stop = self._take(step)
+                self.window.append(loss)
+                clock.count(tokens, flops)
+                if self.step % config.log.every == 0 or self.step == config.schedule.steps:
+                    self._log(log, progress, clock, step, norm, rate)
+                progress.advance(self.step)
+                if stop or self.step % config.checkpoint.every == 0 or self.step == config.schedule.steps:
+                    self._save()
+                    saved = self.step
+                if stop:
+                    raise self._interrupted(stop)
+                if config.eval.every and self.step % config.eval.every == 0 and self.step < config.schedule.steps:
+                    self._evaluate(log)
+                clock.start()
+            if saved != self.step:
+                self._save()
+            self._finish(log)
+        finally:
+            restore()
+            feed.close()
+            progress.close()
+            if log is not None:
+                log.close()
+
+    def _take(self, step: Step) -> tuple[Tensor, Any, float, int, int, int]:
+        """One optimizer step. Returns this rank's share of its loss, norm, rate, tokens, FLOPs, and a signal or 0."""
+        config, world, objective = self.config, self.world, self.parts.objective
+        key = StepKey(config.run.seed, step.epoch, step.index, step.clips)
+        batches = [objective.prepare(e, i, key) for e, i in zip(step.examples, step.items)]
+        self._note_failures(step)
+        tokens = sum(item.tokens for items in step.items for item in items)
+        flops = sum(batch.flops for batch in batches)
+        signals = [self.stop_signal == signal.SIGINT, self.stop_signal not in (None, signal.SIGINT)]
+        sums = torch.tensor([sum(batch.weight for batch in batches), tokens, flops, *signals], dtype=torch.float64)
+        weight, tokens, flops, interrupted, ended = world.sum_(sums).tolist()
+        if weight == 0:
+            reasons = [example.failure for examples in step.examples for example in examples if example.failure]
+            raise StditError(
+                f"step {self.step + 1}: none of its {step.clips} clips could be read: there is nothing to learn from. "
+                f"{reasons[0] if reasons else ''} The run can go on from its last checkpoint."
+            )
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        for number, batch in enumerate(batches):
+            total += self.engine.backward(batch, 1 / weight, last=number == len(batches) - 1).double()
+        rate = config.optimizer.lr * config.schedule.factor(self.step)
+        norm = self.engine.step(rate)
+        stop = int(signal.SIGTERM) if ended else int(signal.SIGINT) if interrupted else 0
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
+        return total / weight, norm, rate, int(tokens), int(flops), stop
+
+    def _log(
+        self, log: MetricsLog | None, progress: Progress, clock: _Clock, step: Step, norm: Any, rate: float
+    ) -> None:
+        loss = float(self.world.sum_(torch.stack([one.cpu() for one in self.window]).sum())) / len(self.window)
+        self.window = []
+        norm = float(norm)
+        if loss != loss or norm != norm:
+            raise StditError(
+                f"step {self.step}: the loss is {loss}, the gradient's norm {norm}. Lower optimizer.lr, set "
+                f"optimizer.clip, or try run.precision=fp32. The last checkpoint is from before."
+            )
+        values = clock.rates(self.peak * self.world.size)
+        progress.show(loss=loss, tokens_per_second=values["tokens_per_second"], mfu=values["mfu"])
+        if log is not None:
+            log.write(
+                "train", self.step, epoch=step.epoch, loss=loss, grad_norm=norm, lr=rate, clips=step.clips,
+                failed=len(self.failures), **values,
+            )  # fmt: skip
+
+    def _open_log(self) -> MetricsLog | None:
+        if not self.world.is_main:
+            return None
+        log = MetricsLog(self.folder, self.step, self.config.log.tensorboard)
+        numbers = export.about(self.parts)
+        log.write(
+            "start", self.step, objective=self.config.objective.kind, ranks=self.world.size,
+            steps=self.config.schedule.steps, peak_flops=self.peak, device=_device_name(self.world.device),
+            torch=torch.__version__, stdit=stdit.__version__, **numbers,
+        )  # fmt: skip
+        self.say(
+            f"{self.folder}: {numbers['parameters']:,} parameters, {numbers['clips']:,} clips, "
+            f"{numbers['steps_per_epoch']:,} steps an epoch, {self.world.size} rank(s), this machine's matrix products "
+            f"{self.peak / 1e9:,.0f} GFLOP/s a rank" + (f"; goes on after step {self.step}" if self.step else "")
+        )
+        return log
+
+    def _note_failures(self, step: Step) -> None:
+        for example in (one for examples in step.examples for one in examples):
+            if example.failure and example.clip_id not in self.failures:
+                found = {"row": example.row, "epoch": example.epoch, "failure": example.failure}
+                self.failures[example.clip_id] = found
+                print(f"clip {example.row} left out of training: {example.failure}", flush=True)
+
+    def _save(self) -> None:
+        failures: dict[str, Any] = {}
+        for found in self.world.gather(self.failures):
+            failures |= found
+        self.failures = dict(sorted(failures.items()))
+        window = self.world.sum_(torch.stack([one.cpu() for one in self.window])) if self.window else torch.zeros(0)
+        if self.window:  # the sum is rank 0's from here on, as after a resume
+            self.window = [one if self.world.is_main else torch.zeros_like(one) for one in window]
+        epoch, index = divmod(self.step, self.parts.plan.num_steps)
+        state = {
+            "epoch": epoch,
+            "epoch_step": index,
+            "plan": self.parts.plan.hash,
+            "window": window.tolist(),
+            "failures": self.failures,
+            "config": to_dict(self.config),
+        }
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self.folder, self.step, self.engine, self.ema, state, keep, self.world)
+
+    def _evaluate(self, log: MetricsLog | None) -> None:
+        weights = export.averaged_weights(self.engine, self.ema, self.world)
+        if weights is not None and log is not None:
+            if self.config.objective.kind == "vae":
+                module: Any = export.with_weights(self.parts.objective.fresh(), weights)
+                psnr = export.vae_psnr(module.vae.to(self.world.device), self.parts, self.world)
+                log.write("eval", self.step, psnr=psnr)
+                self.say(f"step {self.step}: PSNR {psnr:.2f} dB")
+            elif self.config.eval.prompts:
+                pipeline = export.make_pipeline(self.parts, weights, self.world)
+                log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
+        self.world.barrier()
+
+    def _finish(self, log: MetricsLog | None) -> None:
+        weights = export.averaged_weights(self.engine, self.ema, self.world)
+        if weights is not None and log is not None:
+            measured = export.export(self.parts, weights, self.world)
+            if self.config.objective.kind == "flow" and self.config.eval.prompts:
+                pipeline = export.make_pipeline(self.parts, weights, self.world)
+                log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
+            elif measured:
+                log.write("eval", self.step, **measured)
+                self.say(", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
+            log.write("end", self.step, model="model")
+            self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
+        self.world.barrier()
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """The first signal is noted and acted on after the step; a second Ctrl-C stops at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.say(f"{signal.Signals(number).name}: saving after this step" + " …")
+
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        before = [signal.signal(number, note) for number in wanted]
+
+        def restore() -> None:
+            for number, handler in zip(wanted, before):
+                signal.signal(number, handler)
+
+        return restore
+
+    def _interrupted(self, number: int) -> Interrupted:
+        told = f"saved after step {self.step} in {self.folder / 'checkpoints'}; the same command goes on from there"
+        return Interrupted(told if self.world.is_main else "", 130 if number == signal.SIGINT else 75)
+
+
+class _Clock:
+    """Times, tokens and FLOPs since the last line of metrics, without what lies between steps (saving, sampling)."""
+
+    def __init__(self) -> None:
+        self.reset()
+        self.start()
+
+    def reset(self) -> None:
+        self.seconds = self.waiting = 0.0
+        self.tokens = self.flops = self.steps = 0
+
+    def start(self) -> None:
+        self.begun = time.perf_counter()
+
+    def waited(self) -> None:
+        self.waiting += time.perf_counter() - self.begun
+
+    def count(self, tokens: int, flops: int) -> None:
+        self.seconds += time.perf_counter() - self.begun
+        self.tokens += tokens
+        self.flops += flops
+        self.steps += 1
+
+    def rates(self, peak: float) -> dict[str, Any]:
+        values = {
+            "tokens": self.tokens // self.steps,
+            "step_seconds": round(self.seconds / self.steps, 6),
+            "wait_seconds": round(self.waiting / self.steps, 6),
+            "tokens_per_second": round(self.tokens / self.seconds, 3),
+            "mfu": round(self.flops / self.seconds / peak, 6) if self.flops else None,
+        }
+        self.reset()
+        return values
+
+
+def _set_deterministic(wanted: bool) -> None:
+    if wanted:
+        import os
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
