@@ -31,7 +31,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18,
         with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads)}
+            # mbtree is off since with it x264 gives other bytes for the same frames, about once in twenty times
+            stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads), "x264-params": "mbtree=0"}
             codec = stream.codec_context
             codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
             codec.color_range = 1  # limited
