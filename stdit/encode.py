@@ -99,9 +99,10 @@ def encode_manifest(
     as failed (`retry_failed` tries those shards again).
     """
     cache = Cache.create(out, latent_settings(config, vae_id))
-    todo = list(_shards(cache, manifest, assignment, clips_per_shard, retry_failed))
-    reused = int((assignment.bucket >= 0).sum()) - sum(len(items) for _, items in todo)
-    todo = todo[rank::ranks]
+    shards = list(_shards(cache, manifest, assignment, clips_per_shard, retry_failed))
+    reused = int((assignment.bucket >= 0).sum()) - sum(len(items) for _, items in shards)
+    # by number among all shards, done or not: what other ranks have finished by now must not change who does what
+    todo = [(name, items) for number, (name, items) in enumerate(shards) if items and number % ranks == rank]
     texts = [] if text_encoder is None or rank else _texts(manifest, assignment)
     on_start(sum(len(items) for _, items in todo))
     reading = replace(config, start="first", crop="centre", mirror=False, cache=None)
@@ -148,7 +149,7 @@ def _encode(vae: Vae, examples: Sequence[Example], device: str | torch.device) -
 def _shards(
     cache: Cache, manifest: Manifest, assignment: Assignment, clips_per_shard: int, retry_failed: bool
 ) -> Iterator[tuple[str, list[_Item]]]:
-    """(name, clips) of the shards that are still to be made. A shard's name follows from its clips."""
+    """(name, clips to encode) of all shards; no clips for one that is there. A shard's name follows from its clips."""
     for bucket, shape in enumerate(assignment.shapes):
         rows = np.flatnonzero(assignment.bucket == bucket)
         ids = manifest.ids.take(rows).to_pylist()
@@ -158,13 +159,10 @@ def _shards(
             name = f"{shape}-{hashlib.sha256(' '.join(ids[part]).encode()).hexdigest()[:16]}"
             there = positions[part]
             if cache.has_shard(name):
-                if not retry_failed or all(cache.failure(p) is None for p in there[there >= 0]):
-                    continue
-                there = np.full_like(there, -1)
+                redo = retry_failed and any(cache.failure(p) is not None for p in there[there >= 0])
+                there = np.full_like(there, -1 if redo else 0)
             # clips that another shard has (the manifest has grown since) are not encoded again
-            items = [_Item(int(row), 0, bucket) for row, at in zip(rows[part], there) if at < 0]
-            if items:
-                yield name, items
+            yield name, [_Item(int(row), 0, bucket) for row, at in zip(rows[part], there) if at < 0]
 
 
 def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:

@@ -1,0 +1,140 @@
+"""Every clip goes to one bucket or to a named reason; against a plain loop over clips and shapes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stdit.data.buckets import REASONS, DataConfig, assign, assign_columns, slack
+from stdit.data.manifest import Caption, Clip, Manifest
+from stdit.data.video_io import probe, read_frames, write_video
+from stdit.errors import StditError
+from stdit.shapes import VideoShape
+
+SHAPES = ["64x64x1", "64x64x17", "96x64x17", "64x96x9", "128x128x5", "192x128x33", "96x64x1"]
+
+
+def columns(clips):
+    """(frames, fps, width, height) a clip."""
+    frames, fps, width, height = (np.array(c, float) for c in zip(*clips))
+    end = np.where(frames == 1, 0.0, frames / fps)
+    return {"frames": frames.astype(int), "fps": fps, "width": width, "height": height, "start": 0 * end, "end": end}
+
+
+def by_hand(clip, config):
+    """The rule in words, one clip at a time."""
+    frames, fps, width, height = clip
+    best = None
+    for index, shape in enumerate(config.video_shapes()):
+        if (frames == 1) != (shape.frames == 1):
+            continue
+        if frames > 1 and (fps < 0.9 * config.fps or (shape.frames - 1) / config.fps > (frames - 0.5) / fps + 1e-6):
+            continue
+        if not config.upscale and (width < shape.width or height < shape.height):
+            continue
+        kept = min(width / height, shape.width / shape.height) / max(width / height, shape.width / shape.height)
+        if 1 - kept > config.max_crop + 1e-9:
+            continue
+        rank = (round(-math.log(kept), 9), -shape.frames, -shape.width * shape.height)
+        if best is None or rank < best[0]:
+            best = (rank, index)
+    return -1 if best is None else best[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.just(1), st.integers(2, 90)),
+            st.sampled_from([7.0, 8.0, 24.0, 29.97, 30.0]),
+            st.integers(40, 400),
+            st.integers(40, 400),
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+    st.lists(st.sampled_from(SHAPES), min_size=1, max_size=7, unique=True),
+    st.booleans(),
+    st.sampled_from([0.0, 0.2, 0.6]),
+)
+def test_assignment_is_the_rule(clips, shapes, upscale, max_crop):
+    config = DataConfig(shapes=shapes, fps=8.0, upscale=upscale, max_crop=max_crop)
+    found = assign_columns(**columns(clips), shapes=config.video_shapes(), config=config)
+    assert found.bucket.tolist() == [by_hand(clip, config) for clip in clips]
+    assert ((found.bucket < 0) == (found.reason >= 0)).all()
+    assert found.counts.sum() + sum(found.reasons.values()) == len(clips)
+    assert (found.lost <= max_crop + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("clip", "shapes", "reason"),
+    [
+        ((1, 1.0, 64, 64), ["64x64x17"], "kind"),
+        ((40, 16.0, 64, 64), ["64x64"], "kind"),
+        ((40, 12.0, 64, 64), ["64x64x17"], "fps"),
+        ((15, 16.0, 64, 64), ["64x64x17"], "short"),
+        ((40, 16.0, 60, 64), ["64x64x17"], "small"),
+        ((40, 16.0, 200, 64), ["64x64x17"], "aspect"),
+        ((15, 16.0, 200, 64), ["64x64x17", "96x96x5"], "small"),  # the furthest that one shape gets counts
+        ((17, 16.0, 64, 64), ["64x64x17"], None),
+        ((31, 30.0, 640, 480), ["64x48x17"], None),  # its last frame is at 1 s, like the seventeenth at 16 fps
+        ((30, 30.0, 640, 480), ["64x48x17"], "short"),  # and this one's more than half a source frame before
+    ],
+)
+def test_reasons(clip, shapes, reason):
+    config = DataConfig(shapes=shapes, fps=16.0)
+    found = assign_columns(**columns([clip]), shapes=config.video_shapes(), config=config)
+    assert found.reasons == ({} if reason is None else {reason: 1})
+    assert found.reason_of(0) == (None if reason is None else REASONS[reason])
+
+
+def test_frame_repeats_and_upscaling_when_asked():
+    config = DataConfig(shapes=["64x64x17"], fps=16.0, repeat_frames=True, upscale=True)
+    found = assign_columns(**columns([(40, 8.0, 32, 32)]), shapes=config.video_shapes(), config=config)
+    assert found.bucket.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("frames", "source", "fps"), [(17, 24.0, 24.0), (30, 30.0, 16.0), (9, 12.5, 12.0), (20, 25, 8.0)]
+)
+def test_whatever_is_assigned_can_be_read(tmp_path, frames, source, fps):
+    """The longest clip that `slack` allows can be decoded, at its latest start; one frame more is refused."""
+    write_video(tmp_path / "clip.mp4", np.zeros((frames, 16, 16, 3), np.uint8), source)
+    found = probe(str(tmp_path / "clip.mp4"))
+    args = (np.array([found.start]), np.array([found.end]), np.array([found.fps]))
+    longest = max(n for n in range(1, 200) if slack(*args, n, fps)[0] >= 0)
+    room = slack(*args, longest, fps)[0]
+    assert len(read_frames(str(tmp_path / "clip.mp4"), longest, (16, 16), fps, found.start + room)) == longest
+    if source == fps:
+        assert longest == frames
+
+
+def test_assign_of_a_manifest_and_wrong_configs():
+    clip = Clip("i", "p", (Caption("c"),), 34, 16.0, 130, 70, 0.0, 34 / 16, "s")
+    found = assign(Manifest.of([clip]), DataConfig(shapes=["128x64x33", "64x64x33"]))
+    assert found.bucket.tolist() == [0] and found.shapes[0] == VideoShape(33, 64, 128)
+    for config, says in [
+        (DataConfig(), r"data\.shapes is empty"),
+        (DataConfig(shapes=["64x64x5", "64×64×5"]), "names 64x64x5 twice"),
+        (DataConfig(shapes=["64"]), "'64' is not a shape"),
+        (DataConfig(shapes=["64x64"], fps=0), r"data\.fps is 0"),
+        (DataConfig(shapes=["64x64"], crop="center"), r"data\.crop is 'center'; it is one of random, centre"),
+        (DataConfig(shapes=["64x64"], max_crop=1), r"data\.max_crop is 1"),
+    ]:
+        with pytest.raises(StditError, match=says):
+            assign(Manifest.of([clip]), config)
+
+
+def test_a_million_clips_take_seconds():
+    rng = np.random.default_rng(0)
+    n = 1_000_000
+    frames = rng.integers(1, 300, n)
+    values = {"frames": frames, "fps": rng.choice([24.0, 30.0], n), "width": rng.integers(100, 2000, n)}
+    values |= {"height": rng.integers(100, 2000, n), "start": np.zeros(n), "end": frames / values["fps"]}
+    config = DataConfig(shapes=SHAPES, fps=8.0)
+    found = assign_columns(**values, shapes=config.video_shapes(), config=config)
+    assert found.counts.sum() + sum(found.reasons.values()) == n

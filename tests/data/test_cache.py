@@ -1,0 +1,76 @@
+"""The cache: settings never mix, shards appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from stdit.data.buckets import DataConfig
+from stdit.data.cache import Cache, latent_key, latent_settings, text_key
+from stdit.errors import StditError
+from stdit.shapes import VideoShape
+
+CONFIG = DataConfig(fps=8.0)
+SETTINGS = latent_settings(CONFIG, "vae-one")
+
+
+def keys(*names):
+    return [text_key(name) for name in names]
+
+
+def test_what_was_written_is_read(tmp_path):
+    cache = Cache.create(tmp_path, SETTINGS)
+    tensors = {key: torch.randn(2, 3, 4, 5) for key in keys("a", "b", "c")}
+    cache.write_shard("one", tensors, {})
+    cache.write_shard("two", {text_key("d"): torch.ones(2, dtype=torch.bfloat16)}, {text_key("e"): "cannot be read"})
+    read = Cache.open(tmp_path, SETTINGS)
+    assert len(read) == 5
+    positions = read.find(keys("c", "nowhere", "e", "a"))
+    assert (positions >= 0).tolist() == [True, False, True, True]
+    assert [read.position(key) for key in keys("c", "nowhere", "e", "a")] == positions.tolist()
+    for name in "abc":
+        assert torch.equal(read.tensor(read.position(text_key(name))), tensors[text_key(name)])
+    d = read.tensor(read.position(text_key("d")))
+    assert d.dtype == torch.float32 and d.tolist() == [1, 1]
+    assert read.failure(positions[2]) == "cannot be read" and read.failure(positions[0]) is None
+
+
+def test_keys_that_share_a_prefix_are_told_apart(tmp_path):
+    cache = Cache.create(tmp_path, SETTINGS)
+    clip = hashlib.sha256(b"clip").hexdigest()
+    shapes = [VideoShape(5, 8, 8), VideoShape(1, 8, 8)]
+    cache.write_shard("one", {latent_key(clip, shape): torch.tensor(float(shape.frames)) for shape in shapes}, {})
+    cache.reload()
+    assert [cache.tensor(cache.position(latent_key(clip, shape))).item() for shape in shapes] == [5.0, 1.0]
+    assert cache.position(latent_key(clip, VideoShape(9, 8, 8))) == -1
+
+
+def test_another_vae_is_an_error_that_names_both(tmp_path):
+    Cache.create(tmp_path, SETTINGS)
+    with pytest.raises(StditError, match="vae vae-one there, vae-two wanted"):
+        Cache.open(tmp_path, latent_settings(CONFIG, "vae-two"))
+    with pytest.raises(StditError, match=r"fps 8\.0 there, 16\.0 wanted"):
+        Cache.open(tmp_path, latent_settings(DataConfig(fps=16.0), "vae-one"))
+    with pytest.raises(StditError, match="holds no latents"):
+        Cache.open(tmp_path / "elsewhere", SETTINGS)
+    Cache.create(tmp_path, latent_settings(CONFIG, "vae-two"))  # side by side they do no harm
+    assert Cache.open(tmp_path, SETTINGS).settings["vae"] == "vae-one"
+
+
+def test_a_shard_without_its_index_is_not_there(tmp_path):
+    cache = Cache.create(tmp_path, SETTINGS)
+    cache.write_shard("one", {text_key("a"): torch.zeros(1)}, {})
+    (cache.folder / "one.parquet").unlink()
+    cache.reload()
+    assert len(cache) == 0 and not cache.has_shard("one")
+
+
+def test_a_damaged_shard_says_what_to_do(tmp_path):
+    cache = Cache.create(tmp_path, SETTINGS)
+    cache.write_shard("one", {text_key("a"): torch.zeros(100)}, {})
+    path = cache.folder / "one.safetensors"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(StditError, match=r"one\.safetensors cannot be read.*Remove one\.parquet"):
+        Cache.open(tmp_path, SETTINGS).tensor(0)

@@ -1,0 +1,183 @@
+"""Examples are a function of (seed, epoch, clip, occurrence), however they are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from stdit.data import loader as loader_module
+from stdit.data.buckets import DataConfig, assign
+from stdit.data.cache import Cache, latent_settings, text_key, text_settings
+from stdit.data.loader import Loader, choose_caption, to_video
+from stdit.data.manifest import Caption, Clip, Manifest, clip_id
+from stdit.data.video_io import VideoError, read_frames, write_video
+from stdit.errors import StditError
+
+
+class Item(NamedTuple):
+    row: int
+    occurrence: int
+    bucket: int
+
+
+CONFIG = DataConfig(shapes=["16x16x5", "32x16x5", "16x16"], fps=8.0, max_crop=0.7)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Four clips of growing brightness, one of them gone; the third has two captions."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = []
+    for number, (width, height) in enumerate([(16, 16), (48, 16), (24, 20), (16, 16)]):
+        sha256 = f"{number:064x}"
+        across = np.arange(width, dtype=np.uint8)[None, None, :, None] * 2
+        values = np.arange(16, dtype=np.uint8)[:, None, None, None] * 8 + 10 * number
+        frames = np.broadcast_to(values + across, (16, height, width, 3))
+        write_video(folder / f"{number}.mp4", frames, 8)
+        captions = (Caption(f"clip {number}"), Caption("another", 3.0)) if number == 2 else (Caption(f"clip {number}"),)
+        path = str(folder / f"{number}.mp4")
+        rows.append(Clip(clip_id(sha256, 0, 2), path, captions, 16, 8.0, width, height, 0.0, 2.0, sha256))
+    (folder / "3.mp4").unlink()
+    return Manifest.of(rows, folder)
+
+
+def items(manifest, repeats=1):
+    bucket = assign(manifest, CONFIG).bucket
+    return [Item(row, n, int(bucket[row])) for n in range(repeats) for row in range(len(manifest))]
+
+
+def same(a, b):
+    fields = ("clip_id", "row", "occurrence", "epoch", "shape", "weight", "caption", "failure")
+    return all(getattr(a, f) == getattr(b, f) for f in fields) and torch.equal(a.frames, b.frames)
+
+
+def test_any_number_of_workers_gives_the_same(clips):
+    assignment = assign(clips, CONFIG)
+    wanted = items(clips, repeats=3)
+    batches = [wanted[:5], [], wanted[5:6], wanted[6:]]
+    results = []
+    for workers in (0, 2, 5):
+        loader = Loader(clips, assignment, CONFIG, seed=7, workers=workers)
+        results.append(list(loader.iterate(batches, epoch=1)))
+    assert [len(batch) for batch in results[0]] == [5, 0, 1, 6]
+    for other in results[1:]:
+        for left, right in zip(results[0], other):
+            assert len(left) == len(right) and all(map(same, left, right))
+    alone = Loader(clips, assignment, CONFIG, seed=7).fetch([wanted[9]], epoch=1)[0]  # out of order, on its own
+    assert same(alone, results[0][3][3])
+
+
+def test_start_crop_and_caption_vary_and_stay_inside(clips):
+    loader = Loader(clips, assign(clips, CONFIG), CONFIG, seed=7)
+    wanted = [Item(2, n, 0) for n in range(30)]
+    examples = loader.fetch(wanted, epoch=0)
+    again = Loader(clips, assign(clips, CONFIG), CONFIG, seed=8).fetch(wanted, epoch=0)
+    later = loader.fetch(wanted, epoch=1)
+    firsts = [int(e.frames[0].float().mean().item()) for e in examples]
+    assert len(set(firsts)) > 5
+    assert sum(map(same, examples, again)) < 5 and sum(map(same, examples, later)) < 5
+    counts = Counter(e.caption for e in examples)
+    assert set(counts) == {"clip 2", "another"} and counts["another"] > counts["clip 2"]
+    assert all(e.weight == 1 and e.failure is None and e.frames.shape == (5, 16, 16, 3) for e in examples)
+    steps = torch.stack([e.frames.float().mean((1, 2, 3)).diff() for e in examples])
+    assert (steps - 8).abs().max() < 2  # consecutive source frames, whatever the start
+
+
+def test_first_and_centre_are_the_plain_read(clips):
+    config = DataConfig(shapes=CONFIG.shapes, fps=8.0, max_crop=0.7, start="first", crop="centre")
+    example = Loader(clips, assign(clips, config), config, seed=0).fetch([Item(1, 0, 1)], epoch=4)[0]
+    assert np.array_equal(example.frames.numpy(), read_frames(clips[1].path, 5, (32, 16), 8.0))
+    assert example.video.shape == (3, 5, 16, 32)
+    assert torch.allclose((example.video[0] + 1) * 127.5, example.frames[..., 0].float(), atol=1e-4)
+    assert to_video(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1)).flatten().tolist() == [-1, 1]
+    mirrored = DataConfig(**{**config.__dict__, "mirror": True})
+    loader = Loader(clips, assign(clips, mirrored), mirrored, seed=0)
+    flips = [torch.equal(e.frames, example.frames.flip(2)) for e in loader.fetch([Item(1, n, 1) for n in range(20)], 0)]
+    assert 4 < sum(flips) < 16
+
+
+def test_a_missing_clip_keeps_its_place_with_weight_0(clips):
+    loader = Loader(clips, assign(clips, CONFIG), CONFIG, seed=0, workers=2)
+    examples = next(loader.iterate([items(clips)], epoch=0))
+    assert [e.weight for e in examples] == [1, 1, 1, 0]
+    assert "3.mp4: no such file" in examples[3].failure
+    assert examples[3].frames.shape == (5, 16, 16, 3) and not examples[3].frames.any()
+
+
+def test_the_network_is_tried_again_then_stops_the_run(clips, monkeypatch):
+    slept = []
+    monkeypatch.setattr(loader_module.time, "sleep", slept.append)
+    remote = Manifest.of([Clip(**{**clips[0].__dict__, "path": "s3://bucket/0.mp4"})])
+    failures = [2]
+
+    def reader(path, *args):
+        if failures[0]:
+            failures[0] -= 1
+            raise VideoError(path, "unreadable", "reading failed (503).")
+        return read_frames(clips[0].path, *args)
+
+    loader = Loader(remote, assign(remote, CONFIG), CONFIG, seed=0, reader=reader)
+    assert loader.fetch([Item(0, 0, 0)], 0)[0].weight == 1 and slept == [1, 2]
+    failures[0] = 100
+    with pytest.raises(StditError, match="5 tries failed"):
+        loader.fetch([Item(0, 0, 0)], 0)
+
+
+def test_a_bug_in_a_worker_is_not_hidden(clips):
+    def reader(*args):
+        raise RuntimeError("a bug")
+
+    loader = Loader(clips, assign(clips, CONFIG), CONFIG, seed=0, workers=2, reader=reader)
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(loader.iterate([items(clips)] * 20, epoch=0))
+
+
+def test_reading_ahead_is_bounded(clips):
+    config = DataConfig(**{**CONFIG.__dict__, "prefetch": 2})
+    taken = []
+
+    def batches():
+        for number in range(20):
+            taken.append(number)
+            yield [Item(0, number, 0)]
+
+    iterator = Loader(clips, assign(clips, config), config, seed=0, workers=2).iterate(batches(), epoch=0)
+    next(iterator)
+    assert len(taken) <= 3
+    iterator.close()
+
+
+def test_captions_are_drawn_by_weight(clips):
+    clip = clips[2]
+    drawn = Counter(choose_caption(clip, u) for u in np.linspace(0, 1, 4000, endpoint=False))
+    assert drawn["another"] == pytest.approx(3000, abs=2)
+    assert choose_caption(Clip(**{**clip.__dict__, "captions": ()}), 0.5) == ""
+
+
+def test_from_the_cache(clips, tmp_path):
+    config = DataConfig(**{**CONFIG.__dict__, "start": "first", "crop": "centre"})
+    assignment = assign(clips, config)
+    settings = latent_settings(config, "vae")
+    cache = Cache.create(tmp_path, settings)
+    latents = {f"{clips[row].id}/{assignment.shapes[b]}": torch.randn(4, 2, 4, 4) for row, _, b in items(clips)[:3]}
+    cache.write_shard("one", latents, {})
+    with pytest.raises(StditError, match="lacks the latents of 1 of 4 clips"):
+        Loader(clips, assignment, config, 0, cache=Cache.open(tmp_path, settings))
+    cache.write_shard("two", {}, {f"{clips[3].id}/{assignment.shapes[0]}": "gone"})
+    text = Cache.create(tmp_path, text_settings(config, "text"))
+    text.write_shard("t", {text_key(c): torch.ones(n + 1, 3) for n, c in enumerate(["clip 0", "clip 1", "clip 2"])}, {})
+    text.reload()
+    loader = Loader(clips, assignment, config, 0, cache=Cache.open(tmp_path, settings), text_cache=text)
+    first = loader.fetch(items(clips)[:2], epoch=0)
+    assert all(torch.equal(e.latents, latents[f"{e.clip_id}/{e.shape}"]) and e.frames is None for e in first)
+    assert [e.text.shape for e in first] == [(1, 3), (2, 3)]
+    with pytest.raises(StditError, match="no embedding of the caption 'clip 3'"):
+        loader.fetch(items(clips)[3:], epoch=0)
+    failed = Loader(clips, assignment, config, 0, cache=Cache.open(tmp_path, settings)).fetch(items(clips)[3:], 0)[0]
+    assert failed.weight == 0 and failed.failure == "gone" and not failed.latents.any()
+    with pytest.raises(StditError, match=r"set data\.start=first"):
+        Loader(clips, assignment, CONFIG, 0, cache=Cache.open(tmp_path, settings))

@@ -1,0 +1,210 @@
+"""Scanning folders, and manifests in every format that is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from stdit.data.manifest import SCHEMA, Caption, Clip, Manifest, clip_id, read_manifest, write_manifest
+from stdit.data.probing import probe_files
+from stdit.data.scan import scan, skipped_path
+from stdit.data.video_io import write_video
+from stdit.errors import StditError
+
+
+def clip(number: int, **changes) -> Clip:
+    sha256 = f"{number:064x}"
+    values = {
+        "id": clip_id(sha256, 0.0, 2.0),
+        "path": f"/videos/{number}.mp4",
+        "captions": (Caption(f"clip {number}"), Caption("é" * number, 0.5)),
+        "frames": 20 + number,
+        "fps": 10.0,
+        "width": 64,
+        "height": 48,
+        "start": 0.0,
+        "end": 2.0,
+        "sha256": sha256,
+    }
+    return Clip(**{**values, **changes})
+
+
+def small_video(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, np.full((4, 16, 16, 3), value, np.uint8), 8)
+
+
+def test_scan_of_real_files_names_the_broken_ones(videos, tmp_path):
+    """Captioned ones become clips; the broken and the uncaptioned are named, each with its reason."""
+    names = ["asl/yes.mkv", "mixed/video_90.mov", "mixed/corrupted.mp4", "mixed/sample_with_invalid_nalu.mp4"]
+    broken = {
+        "mixed/result.webm": "empty",
+        "mixed/sample_audio_only.mp4": "no_video",
+        "mixed/chunk_out_of_range.mp4": "not_media",
+        "mixed/sample_malformed_free_box.mp4": "not_media",
+    }
+    for name in [*names, *broken]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(videos / name, tmp_path / name)
+    captions = [f"{name},caption of {name}\n" for name in [*names[:3], *broken, "mixed/gone.mp4"]]
+    (tmp_path / "captions.csv").write_text("file,caption\n" + "".join(captions))
+    result = scan(tmp_path, out=tmp_path / "manifest.parquet", workers=2)
+    assert {s.file: s.reason for s in result.skipped} == {
+        **broken,
+        "mixed/gone.mp4": "missing",
+        "mixed/sample_with_invalid_nalu.mp4": "no_caption",
+    }
+    assert [s.file for s in result.damaged] == ["mixed/corrupted.mp4"]
+    by_path = {row.path.removeprefix(str(tmp_path) + "/"): row for row in result.manifest}
+    assert list(by_path) == sorted(names[:3])
+    assert (by_path["mixed/video_90.mov"].width, by_path["mixed/video_90.mov"].height) == (320, 568)
+    assert by_path["mixed/corrupted.mp4"].frames == 28 and by_path["mixed/corrupted.mp4"].end == pytest.approx(2.8)
+    listed = [json.loads(line) for line in skipped_path(tmp_path / "manifest.parquet").read_text().splitlines()]
+    assert [row["file"] for row in listed] == [s.file for s in result.skipped]
+
+
+def test_a_moved_folder_keeps_ids_hash_and_paths(tmp_path):
+    small_video(tmp_path / "one" / "sub" / "a.mp4", 10)
+    small_video(tmp_path / "one" / "b.mp4", 200)
+    for name in ("sub/a", "b"):
+        (tmp_path / "one" / f"{name}.txt").write_text(f"first of {name}\n\nsecond of {name}\n")
+    before = scan(tmp_path / "one", out=tmp_path / "one" / "m.parquet").manifest
+    assert pq.read_table(tmp_path / "one" / "m.parquet").column("path").to_pylist() == ["b.mp4", "sub/a.mp4"]
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "b.mp4").rename(tmp_path / "two" / "z.mp4")
+    (tmp_path / "two" / "b.txt").rename(tmp_path / "two" / "z.txt")
+    moved = read_manifest(tmp_path / "two" / "m.parquet")
+    assert moved.hash == before.hash
+    assert moved[1].path == str(tmp_path / "two" / "sub" / "a.mp4")
+    assert moved[1].captions == (Caption("first of sub/a"), Caption("second of sub/a"))
+    again = scan(tmp_path / "two").manifest
+    assert sorted(again.ids.to_pylist()) == sorted(before.ids.to_pylist())
+
+
+def test_equal_files_become_one_clip_with_both_captions(tmp_path):
+    small_video(tmp_path / "a.mp4")
+    shutil.copyfile(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    Image.new("RGB", (20, 30)).save(tmp_path / "c.png")
+    rows = [{"file": "a.mp4", "captions": ["one", {"text": "two", "weight": 3}]}, {"file": "b.mp4", "caption": "three"}]
+    rows += [{"file": "c.png", "caption": "an image"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = scan(tmp_path)
+    assert [(s.file, s.reason) for s in result.skipped] == [("b.mp4", "duplicate")]
+    assert result.manifest[0].captions == (Caption("one"), Caption("two", 3.0), Caption("three"))
+    assert result.manifest[1].image and (result.manifest[1].width, result.manifest[1].height) == (20, 30)
+
+
+def test_captions_of_a_larger_folder_serve_a_part_of_it(tmp_path):
+    small_video(tmp_path / "part" / "a.mp4")
+    small_video(tmp_path / "other" / "b.mp4", 9)
+    (tmp_path / "all.csv").write_text('\ufefffile,caption,weight\npart/a.mp4,"red, left",2\nother/b.mp4,blue,\n')
+    result = scan(tmp_path / "part", tmp_path / "all.csv")
+    assert [c.captions for c in result.manifest] == [(Caption("red, left", 2.0),)] and not result.skipped
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("c.csv", "name,text\na.mp4,x\n", "must name the columns file and caption"),
+        ("c.csv", "file,caption\na.mp4,red, left\n", "line 2 has more fields"),
+        ("c.csv", "file,caption,weight\na.mp4,red,-1\n", "positive weight"),
+        ("c.jsonl", '{"file": "a.mp4"\n', "line 1 is not JSON"),
+        ("c.jsonl", '{"caption": "x"}\n', "line 1 names no file"),
+        ("c.txt", "x", "a .csv or a .jsonl"),
+    ],
+)
+def test_a_wrong_captions_file_is_an_error_with_its_line(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(StditError, match=says) as error:
+        scan(tmp_path, tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_a_crash_or_a_hang_costs_one_file(tmp_path, monkeypatch):
+    """The probing process is replaced by one that dies on `crash` and sleeps on `hang`."""
+    fake = tmp_path / "fake"
+    (fake / "stdit" / "data").mkdir(parents=True)
+    (fake / "stdit" / "__init__.py").touch()
+    (fake / "stdit" / "data" / "__init__.py").touch()
+    (fake / "stdit" / "data" / "probing.py").write_text(
+        "import json, os, sys, time\n"
+        "for line in sys.stdin:\n"
+        "    path = json.loads(line)['path']\n"
+        "    if path == 'crash': os.abort()\n"
+        "    if path == 'hang': time.sleep(60)\n"
+        "    print(json.dumps({'probe': {'path': path}, 'sha256': 'x'}), flush=True)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(fake))
+    monkeypatch.chdir(fake)
+    paths = ["a", "crash", "b", "hang", "c"]
+    for workers in (1, 3):
+        results = probe_files(paths, workers, 0, timeout=2.0)
+        assert [r.path for r in results] == paths
+        assert [r.reason for r in results] == [None, "crashed", None, "timeout", None]
+
+
+def test_parquet_round_trip_keeps_everything(tmp_path):
+    manifest = Manifest.of([clip(i) for i in range(5)])
+    manifest.table = manifest.table.append_column("motion", pa.array(np.arange(5.0)))
+    write_manifest(manifest, tmp_path / "m.parquet")
+    back = read_manifest(tmp_path / "m.parquet")
+    assert list(back) == list(manifest) and back.hash == manifest.hash
+    assert back.column("motion").tolist() == [0, 1, 2, 3, 4]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.parquet"]
+    with pytest.raises(StditError, match=r"no column 'motoin'\. Did you mean 'motion'"):
+        back.column("motoin")
+
+
+def test_the_hash_is_of_content_alone(tmp_path):
+    clips = [clip(i) for i in range(6)]
+    whole = Manifest.of(clips)
+    chunked = Manifest(pa.concat_tables([Manifest.of(clips[:2]).table, Manifest.of(clips[1:]).table.slice(1)]))
+    assert chunked.hash == whole.hash
+    moved = [clip(i, path=f"/elsewhere/{i}.mp4") for i in range(6)]
+    assert Manifest.of(moved).hash == whole.hash
+    for change in ({"fps": 11.0}, {"captions": (Caption("clip 3"), Caption("ééé", 0.25))}, {"captions": ()}):
+        assert Manifest.of([*clips[:3], clip(3, **change), *clips[4:]]).hash != whole.hash
+    assert Manifest.of(clips[::-1]).hash != whole.hash
+    assert Manifest.of([]).hash == Manifest(SCHEMA.empty_table()).hash
+
+
+def test_jsonl_and_csv_are_read(tmp_path):
+    sha256 = "ab" * 32
+    row = {"path": "a.mp4", "frames": 20, "fps": 10, "width": 64, "height": 48, "sha256": sha256}
+    (tmp_path / "m.jsonl").write_text(json.dumps({**row, "captions": ["x", {"text": "y", "weight": 2}]}) + "\n")
+    (tmp_path / "m.csv").write_text(
+        ",".join([*row, "caption"]) + "\n" + ",".join([*map(str, row.values()), "x"]) + "\n"
+    )
+    for name, captions in [("m.jsonl", (Caption("x"), Caption("y", 2.0))), ("m.csv", (Caption("x"),))]:
+        found = read_manifest(tmp_path / name)[0]
+        assert (found.start, found.end, found.captions) == (0.0, 2.0, captions)
+        assert found.id == clip_id(sha256, 0.0, 2.0) and found.path == str(tmp_path / "a.mp4")
+
+
+def test_wrong_manifests_say_where(tmp_path):
+    with pytest.raises(StditError, match="no such manifest"):
+        read_manifest(tmp_path / "m.parquet")
+    (tmp_path / "m.parquet").write_text("not parquet")
+    with pytest.raises(StditError, match="cannot be read as Parquet"):
+        read_manifest(tmp_path / "m.parquet")
+    with pytest.raises(StditError, match="lacks the columns fps, sha256"):
+        Manifest(Manifest.of([clip(1)]).table.drop_columns(["fps", "sha256"]))
+    with pytest.raises(StditError, match="rows 0 and 2 have the same id"):
+        Manifest.of([clip(1), clip(2), clip(1)])
+    with pytest.raises(StditError, match="row 1 has width 0"):
+        Manifest.of([clip(1), clip(2, width=0)])
+    (tmp_path / "m.jsonl").write_text('{"path": "a.mp4", "fps": "fast"}\n')
+    with pytest.raises(StditError, match="line 1 has no id"):
+        read_manifest(tmp_path / "m.jsonl")
+    table = Manifest.of([clip(1)]).table.replace_schema_metadata({"stdit_manifest": "99"})
+    pq.write_table(table, tmp_path / "new.parquet")
+    with pytest.raises(StditError, match="manifest format 99"):
+        read_manifest(tmp_path / "new.parquet")
+    with pytest.raises(StditError, match="written as Parquet"):
+        write_manifest(Manifest.of([clip(1)]), tmp_path / "m.csv")

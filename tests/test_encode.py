@@ -1,0 +1,145 @@
+"""Encoding: every clip once, killed or not the same bytes, and the latents of the plain frames."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stdit.data.buckets import DataConfig, assign
+from stdit.data.cache import Cache, latent_key, latent_settings, text_settings
+from stdit.data.loader import embedding, to_video
+from stdit.data.manifest import Caption, Clip, Manifest, clip_id
+from stdit.data.video_io import read_frames, write_video
+from stdit.encode import encode_manifest, text_identity, vae_identity
+from stdit.errors import StditError
+
+CONFIG = DataConfig(shapes=["16x16x5", "32x16x5"], fps=8.0, max_crop=0.7, prefetch=2)
+
+
+class FakeVae:
+    """Averages over 4×4×4 after the first frame, like a causal VAE of that stride; may die at a call."""
+
+    def __init__(self, die_at=None):
+        self.calls, self.die_at = 0, die_at
+
+    def encode(self, video):
+        self.calls += 1
+        if self.calls == self.die_at:
+            raise KeyboardInterrupt
+        video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)
+        return torch.nn.functional.avg_pool3d(video, 4)
+
+
+class FakeText:
+    def encode(self, texts):
+        return [torch.full((len(text) + 1, 3), float(len(text))) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    rows = []
+    for number in range(11):
+        width = 16 if number % 3 else 48
+        frames = np.random.default_rng(number).integers(0, 256, (6, 16, width, 3), dtype=np.uint8)
+        write_video(folder / f"{number}.mp4", frames, 8)
+        sha256 = f"{number:064x}"
+        captions = (Caption(f"clip {number}"), Caption("shared"))
+        path = str(folder / f"{number}.mp4")
+        rows.append(Clip(clip_id(sha256, 0, 1), path, captions, 6, 8.0, width, 16, 0.0, 0.75, sha256))
+    (folder / "5.mp4").write_bytes(b"broken")
+    return Manifest.of(rows, folder)
+
+
+def encode(clips, out, vae=None, rows=None, **options):
+    manifest = clips if rows is None else Manifest.of([clips[i] for i in rows])
+    options = {"batch": 2, "clips_per_shard": 3, "vae_id": "vae", "text_id": "text", **options}
+    return encode_manifest(manifest, assign(manifest, CONFIG), CONFIG, vae or FakeVae(), FakeText(), out, **options)
+
+
+def files(folder):
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_latents_are_those_of_the_plain_frames(clips, tmp_path):
+    seen = []
+    done = encode(clips, tmp_path, on_clips=seen.append)
+    assert (done.clips, done.reused, done.texts, sum(seen)) == (10, 0, 13, 11)
+    assert [clip for clip, _ in done.failures] == [clips[5].id] and "5.mp4" in done.failures[0][1]
+    cache = Cache.open(tmp_path, latent_settings(CONFIG, "vae"))
+    assignment = assign(clips, CONFIG)
+    for row in (0, 1, 10):
+        shape = assignment.shapes[assignment.bucket[row]]
+        frames = torch.from_numpy(read_frames(clips[row].path, 5, (shape.width, shape.height), 8.0))
+        wanted = FakeVae().encode(to_video(frames)[None])[0]
+        assert torch.equal(cache.tensor(cache.position(latent_key(clips[row].id, shape))), wanted)
+    text = Cache.open(tmp_path, text_settings(CONFIG, "text"))
+    assert len(text) == 13  # eleven clips, the shared caption once, and the empty one
+    assert embedding(text, "").shape == (1, 3) and embedding(text, "shared").shape == (7, 3)
+    again = encode(clips, tmp_path)
+    assert (again.clips, again.reused, again.texts) == (0, 11, 0)
+
+
+def test_killed_and_continued_gives_the_same_bytes(clips, tmp_path):
+    encode(clips, tmp_path / "whole")
+    for die_at in (1, 2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            encode(clips, tmp_path / "killed", FakeVae(die_at))
+    encode(clips, tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_two_ranks_give_the_same_bytes(clips, tmp_path):
+    encode(clips, tmp_path / "one")
+    done = [encode(clips, tmp_path / "two", rank=rank, ranks=2) for rank in (0, 1)]
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert sum(d.clips for d in done) <= 10
+
+
+def test_a_grown_manifest_encodes_only_what_is_new(clips, tmp_path):
+    encode(clips, tmp_path, rows=range(7))
+    done = encode(clips, tmp_path)
+    assert (done.clips, done.reused) == (4, 7)
+    index = Cache.open(tmp_path, latent_settings(CONFIG, "vae")).index.column("key").to_pylist()
+    assert len(index) == len(set(index)) == 11
+
+
+def test_failed_clips_are_tried_again_when_asked(clips, tmp_path):
+    encode(clips, tmp_path)
+    broken = Path(clips[5].path).read_bytes()
+    try:
+        write_video(clips[5].path, np.zeros((6, 16, 16, 3), np.uint8), 8)
+        assert encode(clips, tmp_path).clips == 0
+        done = encode(clips, tmp_path, retry_failed=True)
+    finally:
+        Path(clips[5].path).write_bytes(broken)
+    assert done.clips == 3 and not done.failures  # its shard
+    cache = Cache.open(tmp_path, latent_settings(CONFIG, "vae"))
+    assert len(cache) == 11 and all(cache.failure(i) is None for i in range(11))
+
+
+def test_latents_that_are_not_finite_stop_it(clips, tmp_path):
+    class Broken:
+        def encode(self, video):
+            return torch.full((len(video), 1, 1, 1, 1), float("nan"))
+
+    with pytest.raises(StditError, match="not finite"):
+        encode(clips, tmp_path, Broken())
+
+
+def test_identities_follow_the_content(tmp_path):
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    assert vae_identity(tmp_path) == vae_identity(tmp_path / "vae")
+    first = (vae_identity(tmp_path), text_identity(tmp_path))
+    (tmp_path / "tokenizer" / "config.json").write_text("{}")
+    assert vae_identity(tmp_path) == first[0] and text_identity(tmp_path) != first[1]
+    (tmp_path / "vae" / "model.safetensors").write_bytes(b"other")
+    assert vae_identity(tmp_path) != first[0]
