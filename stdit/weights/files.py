@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from stdit.errors import StditError
 from stdit.weights.keymap import Shape
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -177,6 +179,38 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a name is there twice")
     return found
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    entries: Mapping[str, tuple[torch.dtype, Shape]],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file of these tensors, `read` one at a time; the same tensors give the same bytes.
+
+    (The library writes metadata in an order that changes from run to run, and caches are addressed by content.)
+    """
+    import torch
+
+    names = {getattr(torch, name): theirs for theirs, (name, _) in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))  # aligned, for readers that map
+    stop = 0
+    for name in order:
+        dtype, shape = entries[name]
+        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            tensor = read(name).detach().to("cpu").contiguous()
+            assert (tensor.dtype, tuple(tensor.shape)) == entries[name], f"{name}: {tensor.dtype}, {tensor.shape}"
+            file.write(tensor.view(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:

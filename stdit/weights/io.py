@@ -7,18 +7,18 @@ its device and dtype, into a model that was built without memory.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
-from stdit.weights.files import Entry, TensorFiles, open_file, open_folder, read_json
+from stdit.weights.files import Entry, TensorFiles, open_file, open_folder, read_json, write_tensors
 from stdit.weights.keymap import Table
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        return sum(_count(entry.shape) for entry in self.files.entries.values())
+        return sum(math.prod(entry.shape) for entry in self.files.entries.values())
 
 
 def load_transformer(
@@ -120,9 +120,9 @@ def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, st
     family = family_of(kind)
     found, config_path = _config(kind, family, folder, files)
     dialect = family.dialect_of(files.shapes)
-    if not dialect:
+    config = family.config_from(found, files.shapes, config_path or files.path) if found or dialect else None
+    if config is None or not dialect:
         raise StditError(f"{files.path}: not a {family.FAMILY}: its tensors are named {_some(files.entries)}.")
-    config = family.config_from(found, files.shapes, config_path or files.path)
     table = family.keymap(config, dialect).table(_shapes(_on_meta(family, config)))
     if strict:
         table.check(files.shapes, files.path, f"The config is {config_path}." if config_path else "")
@@ -138,16 +138,20 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     }
     model.load_state_dict(tensors, strict=True, assign=True)
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    assert not left, f"{type(model).__name__}: {left} are neither in the state dict nor made when used"
+    assert not left or str(device) == "meta", (
+        f"{type(model).__name__}: {left} are neither in the state dict nor made when used"
+    )
     return model
 
 
 def convert(source: Source, folder: str | os.PathLike[str], layout: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a source in another layout, a shard in memory at a time."""
-    place = source.table.native_reader(source.files.read)
+    """Writes a source in another layout, a tensor in memory at a time."""
+    import torch
+
     entries = source.files.entries
-    dtypes = {name: entries[move.foreign[0]].dtype for move in source.table.moves for name in move.native}
-    _write(source.kind, source.config, place, dtypes, Path(folder), layout, shard_bytes)
+    dtypes = {n: getattr(torch, entries[move.foreign[0]].dtype) for move in source.table.moves for n in move.native}
+    read = source.table.native_reader(source.files.read)
+    _write(source.kind, source.config, read, dtypes, Path(folder), layout, shard_bytes)
 
 
 def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
@@ -200,7 +204,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _save(kind: str, model: nn.Module, folder: Path, layout: str, shard_bytes: int) -> None:
     state = model.state_dict()
-    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
     _write(kind, model.config, state.__getitem__, dtypes, folder, layout, shard_bytes)
 
 
@@ -208,53 +212,37 @@ def _write(
     kind: str,
     config: Any,
     read: Callable[[str], Tensor],
-    dtypes: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype],
     folder: Path,
     layout: str,
     shard_bytes: int,
 ) -> None:
-    """Writes a model whose native tensors `read` gives; see save_transformer."""
-    import torch
-    from safetensors.torch import save_file
-
+    """Writes a model whose native tensors `read` gives, a tensor in memory at a time; see save_transformer."""
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
     family = family_of(kind)
     table = family.keymap(config, layout).table(_shapes(_on_meta(family, config)))
-    diffusers_config = family.config_to_diffusers(config)
-    metadata = {"format": "pt", "stdit_config": json.dumps(diffusers_config, sort_keys=True)}
+    described = family.config_to_diffusers(config) if layout == "diffusers" else family.config_to_original(config)
+    metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
     stem = _VAE_STEM if (kind, layout) == ("vae", "original") else _STEM
-    moves = {name: move for move in table.moves for name in move.foreign}
-    sizes = {
-        name: _count(move.foreign_shape) * getattr(torch, dtypes[move.native[0]]).itemsize
-        for name, move in moves.items()
-    }
+    entries = {name: (dtypes[move.native[0]], move.foreign_shape) for move in table.moves for name in move.foreign}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
     shards = _shards(sizes, shard_bytes)
-    names = (
-        [f"{stem}.safetensors"]
-        if len(shards) == 1
-        else [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    )
+    names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    names = [f"{stem}.safetensors"] if len(shards) == 1 else names
     folder.mkdir(parents=True, exist_ok=True)
+    read_foreign = table.foreign_reader(read)
     for name, shard in zip(names, shards):
-        tensors: dict[str, Tensor] = {}
-        for foreign in shard:
-            if foreign not in tensors:
-                made = dict(
-                    zip(moves[foreign].foreign, moves[foreign].to_foreign([read(n) for n in moves[foreign].native]))
-                )
-                tensors |= {n: t.detach().to("cpu").contiguous() for n, t in made.items() if n in shard}
-        _replace(folder / name, partial(save_file, tensors, metadata=metadata))
+        held = {foreign: entries[foreign] for foreign in shard}
+        _replace(folder / name, lambda place, held=held: write_tensors(place, held, read_foreign, metadata))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {foreign: name for name, shard in zip(names, shards) for foreign in sorted(shard)},
+            "weight_map": {foreign: name for name, shard in zip(names, shards) for foreign in shard},
         }
         _write_json(folder / f"{stem}.safetensors.index.json", index)
     if stem != _VAE_STEM:
-        _write_json(
-            folder / "config.json", diffusers_config if layout == "diffusers" else family.config_to_original(config)
-        )
+        _write_json(folder / "config.json", described)
     stale = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     kept = {*names, f"{stem}.safetensors.index.json"} if len(shards) > 1 else {*names}
     for entry in folder.iterdir():  # what an earlier, differently sharded save left
@@ -262,15 +250,15 @@ def _write(
             entry.unlink()
 
 
-def _shards(sizes: Mapping[str, int], limit: int) -> list[set[str]]:
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names dealt in order to shards of at most `limit` bytes (or one tensor)."""
-    shards: list[set[str]] = [set()]
+    shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > limit:
-            shards.append(set())
+            shards.append([])
             filled = 0
-        shards[-1].add(name)
+        shards[-1].append(name)
         filled += size
     return shards
 
@@ -286,8 +274,6 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
     os.close(handle)
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
@@ -295,13 +281,6 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _some(entries: Mapping[str, Entry]) -> str:

@@ -281,7 +281,7 @@ class Table:
             yield from zip(move.native, move.to_native([read(name) for name in move.foreign]))
 
     def native_reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-        """A function that gives one native tensor by name, reading (again) what it is made of."""
+        """A function that gives any one native tensor by name, reading (again) what it is made of."""
         moves = {name: move for move in self.moves for name in move.native}
 
         def read_native(name: str) -> Tensor:
@@ -289,6 +289,16 @@ class Table:
             return move.to_native([read(foreign) for foreign in move.foreign])[move.native.index(name)]
 
         return read_native
+
+    def foreign_reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """A function that gives any one foreign tensor by name, reading (again) what it is made of."""
+        moves = {name: move for move in self.moves for name in move.foreign}
+
+        def read_foreign(name: str) -> Tensor:
+            move = moves[name]
+            return move.to_foreign([read(native) for native in move.native])[move.foreign.index(name)]
+
+        return read_foreign
 
     def to_foreign(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(foreign name, tensor) of everything; `read` gives a native tensor by name, each one once."""

@@ -90,9 +90,14 @@ def config_from(
     for name, value in values.items():
         if _WORDS.fullmatch(name) and not (type(value) is int and 0 < value < 2**31):
             raise StditError(f"{place}: {name} is {value!r}, not a positive whole number.")
-    if isinstance(values.get("patch"), list):
-        values["patch"] = tuple(values["patch"])
-    config = TransformerConfig(**values)
+        if name in ("eps", "rope_theta") and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise StditError(f"{place}: {name} is {value!r}, not a positive number.")
+        if name in ("qk_norm", "cross_norm") and type(value) is not bool:
+            raise StditError(f"{place}: {name} is {value!r}, not true or false.")
+    try:
+        config = TransformerConfig(**values)
+    except (StditError, TypeError, ValueError) as error:
+        raise StditError(f"{place}: {error}") from None
     blocks = _blocks(shapes)
     if shapes and blocks != config.layers:
         raise StditError(
@@ -227,9 +232,9 @@ def _checked_keys(found: Mapping[str, Any], fields: Mapping[str, str], place: ob
             values[fields[name]] = value
         elif not (name.startswith("_") or name == "model_type" or (name, value) == ("window_size", [-1, -1])):
             raise StditError(f"{place}: unknown key {name!r}.{nearest_name(name, fields)}")
-    own = found.get("_stdit", {})
-    if own and own.get("format") != FORMAT:
-        raise StditError(f"{place}: _stdit has format {own.get('format')!r}; this version of stdit reads {FORMAT}.")
+    own = found.get("_stdit", {"format": FORMAT})
+    if not isinstance(own, dict) or own.get("format") != FORMAT:
+        raise StditError(f"{place}: _stdit is {own!r}; this version of stdit reads format {FORMAT} of it.")
     return values | {name: value for name, value in own.items() if name != "format"}
 
 
