@@ -63,8 +63,9 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
         result = as_command(command, prog).main(args=args, prog_name=prog, standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort) as error:
+        # Newer typer returns 130 by itself, older ones abort.
         interrupted = isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
-        return _say("interrupted" if interrupted else "stopped", 130 if interrupted else 1)
+        return 130 if interrupted else _say("stopped", 1)
     except Interrupted as error:
         return _say(str(error), error.status)
     except StditError as error:

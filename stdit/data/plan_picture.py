@@ -33,6 +33,7 @@ class Measures:
     fullest: list[int]  # tokens of the pack that has the most
     balance: list[float]
     total_balance: float  # mean work / Σ of the largest group's, over all these steps
+    best_balance: float  # what no deal can surpass: a clip cannot be divided among groups
 
 
 def measure_plan(
@@ -46,7 +47,7 @@ def measure_plan(
     count = min(most or plan.num_steps, plan.num_steps)
     steps = [i * plan.num_steps // count for i in range(count)]
     found: list[tuple[int, int, int, int, int, float]] = []
-    ideal = slowest = 0.0
+    ideal = slowest = fastest = 0.0
     for index in track(steps):
         step = plan.step(index)
         packs = split(step, groups, token_bound)
@@ -54,13 +55,20 @@ def measure_plan(
         value = balance(packs)
         ideal += work / groups
         slowest += work / groups / value
+        fastest += max(work / groups, max(item.work for item in step))
         fullest = max(sum(item.tokens for item in pack) for micro in packs for pack in micro)
         found.append((len(step), sum(item.tokens for item in step), work, len(packs), fullest, value))
-    return Measures(steps, *map(list, zip(*found)), total_balance=ideal / slowest)
+    return Measures(steps, *map(list, zip(*found)), total_balance=ideal / slowest, best_balance=ideal / fastest)
 
 
 def draw_plan(
-    plan: Plan, shapes: Sequence[VideoShape], groups: int, token_bound: int, path: str | Path, measures: Measures
+    plan: Plan,
+    shapes: Sequence[VideoShape],
+    groups: int,
+    token_bound: int,
+    path: str | Path,
+    measures: Measures,
+    work_unit: str = "FLOP",
 ) -> None:
     """Writes a PNG: the shapes to scale, packs on the first groups as a time line, balance over the steps."""
     from matplotlib import colormaps
@@ -83,14 +91,12 @@ def draw_plan(
     figure = Figure(figsize=(14, 11), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     top, middle, bottom = figure.subplots(3, 1, height_ratios=[3.2, 4, 2.2])
-    figure.suptitle(
-        f"Plan: {plan.num_items:,} clips in {plan.num_steps:,} {_plural('step', plan.num_steps)} an epoch, on {groups} "
-        f"{_plural('group', groups)}; balance {measures.total_balance:.3f}",
-        fontsize=15,
-        fontweight="bold",
+    counts = (
+        f"{_count(plan.num_items, 'clip')} in {_count(plan.num_steps, 'step')} an epoch, on {_count(groups, 'group')}"
     )
+    figure.suptitle(f"Plan: {counts}; balance {measures.total_balance:.3f}", fontsize=15, fontweight="bold")
     _draw_shapes(top, plan, shapes, present, colours)
-    _draw_packs(middle, splits, groups, colours)
+    _draw_packs(middle, splits, groups, colours, work_unit)
     _draw_balance(bottom, measures, token_bound, plan.num_steps)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +125,7 @@ def _draw_shapes(
             axes.add_patch(Rectangle((x + shift, shift), shape.width, shape.height, fc=colours[b], ec="white", lw=0.8))
         label = (
             f"{shape.width}×{shape.height}\n{'image' if shape.is_image else f'{shape.frames} frames'}\n"
-            f"{plan.counts[b]:,} {_plural('clip', int(plan.counts[b]))}\n{plan.tokens[b]:,} tok\n"
+            f"{_count(int(plan.counts[b]), 'clip')}\n{plan.tokens[b]:,} tok\n"
             f"{work[b] / plan.total_work:.1%} of work"
         )
         axes.text((column + 0.5) * cell, -0.006 * total, label, ha="center", va="top", fontsize=8.5, linespacing=1.25)
@@ -131,12 +137,12 @@ def _draw_shapes(
     axes.set_title(f"Shape buckets, to scale{more}", loc="left", fontsize=12)
 
 
-def _draw_packs(axes: Axes, splits: list[Split], groups: int, colours: dict[int, Any]) -> None:
+def _draw_packs(axes: Axes, splits: list[Split], groups: int, colours: dict[int, Any], work_unit: str) -> None:
     """A row a group, work from left to right: a micro-step ends for all when its largest pack does."""
     from matplotlib.patches import Rectangle
 
     rows = min(groups, GROUPS_SHOWN)
-    scale, unit = _unit(max(1.0, float(sum(max(_works(micro)) for steps in splits for micro in steps))))
+    scale, prefix = _prefix(max(1.0, float(sum(max(_works(micro)) for steps in splits for micro in steps))))
     x = 0.0
     for index, steps in enumerate(splits):
         begin = x
@@ -164,7 +170,7 @@ def _draw_packs(axes: Axes, splits: list[Split], groups: int, colours: dict[int,
     axes.set_xlim(0, x)
     axes.set_ylim(rows - 0.4, -0.4 - 0.1 * rows)
     axes.set_yticks(range(rows), [f"group {g}" for g in range(rows)])
-    axes.set_xlabel(f"work, {unit} forward")
+    axes.set_xlabel(f"work, {prefix}{work_unit} forward")
     axes.spines[["top", "right"]].set_visible(False)
     some = f" (the first {rows} of {groups} groups)" if rows < groups else ""
     axes.set_title(
@@ -196,13 +202,19 @@ def _works(micro: list[list[Any]]) -> list[int]:
     return [sum(item.work for item in pack) for pack in micro]
 
 
-def _unit(flops: float) -> tuple[float, str]:
-    """A scale that makes FLOPs readable, and its name."""
-    for power, name in ((18, "EFLOP"), (15, "PFLOP"), (12, "TFLOP"), (9, "GFLOP"), (6, "MFLOP")):
-        if flops >= 10**power:
+def _prefix(work: float) -> tuple[float, str]:
+    """A power of ten that makes a number readable, and its prefix."""
+    for power, name in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if work >= 10**power:
             return 10.0**power, name
-    return 1.0, "FLOP"
+    return 1.0, ""
 
 
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else word + "s"
+def readable_work(work: float, unit: str = "FLOP") -> str:
+    """ "12.9 PFLOP"."""
+    scale, prefix = _prefix(work)
+    return f"{work / scale:.3g} {prefix}{unit}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")

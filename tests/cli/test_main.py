@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from typing import Annotated
+
+import pytest
+import typer
+
+from stdit import __version__
+from stdit.cli.lazy import as_command, load_command
+from stdit.cli.main import COMMANDS, app, run_command
+from stdit.errors import Interrupted, StditError
+
+
+def every_command(command, path: tuple[str, ...] = ("stdit",)):
+    """(path, command) of a group and of all below it, each imported."""
+    yield path, command
+    names = command.list_commands(None) if hasattr(command, "list_commands") else []
+    for name in names:
+        context = typer.Context(command, info_name=path[-1])
+        yield from every_command(command.resolve_command(context, [name])[1], (*path, name))
+
+
+def test_every_command_is_there_and_helps_with_an_example(capsys):
+    seen = []
+    for path, command in every_command(as_command(app)):
+        with pytest.raises(SystemExit) as end:
+            command.main(args=["--help"], prog_name=" ".join(path))
+        assert end.value.code == 0
+        help_text = " ".join(capsys.readouterr().out.split())
+        assert "Example: " in help_text, f"{' '.join(path)} --help has no example"
+        example = help_text.split("Example: ", 1)[1]
+        known = ("stdit ", f"python {path[-1]}.py", f"{path[-1]}.py", "torchrun ")
+        assert example.startswith(known), f"{' '.join(path)}: {example[:60]}"
+        seen.append(path[1:])
+    assert {path[0] for path in seen if path} == set(COMMANDS)
+    assert {("data", "scan"), ("data", "plan"), ("data", "encode"), ("data", "toy")} <= set(seen)
+
+
+def test_help_imports_no_command():
+    code = (
+        "import sys; sys.argv = ['stdit', '--help']\nfrom stdit.cli.main import main\n"
+        "try: main()\nexcept SystemExit as e: assert e.code == 0\n"
+        "print([n for n in sys.modules if n.startswith(('torch', 'numpy', 'av', 'transformers', 'stdit.cli.data'))])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.rstrip().endswith("[]")
+    assert all(name in run.stdout for name in COMMANDS)
+
+
+def test_version(capsys):
+    assert run_command(app, ["--version"], prog="stdit") == 0
+    assert capsys.readouterr().out == f"stdit {__version__}\n"
+
+
+def raising(error: BaseException):
+    def command() -> None:
+        """Example: stdit nothing"""
+        raise error
+
+    return command
+
+
+class Wrapped(Exception):
+    """As safetensors and pyarrow wrap what the system says."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (StditError("lr: 3 is too much.\nTake less."), 1, "error: lr: 3 is too much.\nTake less.\n"),
+        (Interrupted("saved step 7; run it again"), 75, "saved step 7; run it again\n"),
+        (Interrupted("saved", status=130), 130, "saved\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (typer.Abort(), 1, "stopped\n"),
+        (typer.Exit(3), 3, ""),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a.safetensors"), 1, "runs/a.safetensors: no space"),
+        (Wrapped("Error while serializing: I/O error: No space left on device (os error 28)"), 1, "no space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1, "error: /root/x: Permission denied"),
+    ],
+)
+def test_how_a_command_ends(error, status, message, capsys):
+    assert run_command(raising(error), []) == status
+    found = capsys.readouterr()
+    assert found.out == "" and "Traceback" not in found.err
+    assert found.err.startswith(message) or message in found.err
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), AssertionError("ours"), FileNotFoundError(2, "none", "x")])
+def test_our_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)) as caught:
+        run_command(raising(error), [])
+    assert caught.value is error
+
+
+def test_a_cause_that_is_a_full_disk_counts(capsys):
+    def command() -> None:
+        """Example: none"""
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "shard-3")
+        except OSError as error:
+            raise RuntimeError("writing failed") from error
+
+    assert run_command(command, []) == 1
+    assert "shard-3: no space left on the disk (writing failed)" in capsys.readouterr().err
+
+
+def test_arguments_of_a_function(capsys):
+    def command(steps: int, name: Annotated[str, typer.Option()] = "a", rest: list[str] | None = None) -> None:
+        print(json.dumps([steps, name, rest]))
+
+    assert run_command(command, ["3", "--name", "b"], prog="train.py") == 0
+    assert json.loads(capsys.readouterr().out) == [3, "b", None]
+    for args, message in (([], "Missing argument"), (["x"], "integer"), (["3", "--nam=b"], "--nam")):
+        assert run_command(command, args, prog="train.py") == 2
+        error = capsys.readouterr().err
+        assert "Usage: train.py" in error and "error: " in error and message in error
+
+
+def test_a_returned_integer_is_the_status():
+    assert run_command(lambda: 75, []) == 75
+    assert run_command(lambda: True, []) == 0
+    assert run_command(lambda: None, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["dta"], "No such command 'dta'"), (["--nope"], "No such option"), (["data", "plann"], "No such command")],
+)
+def test_wrong_arguments_are_status_2(args, message, capsys):
+    assert run_command(app, args, prog="stdit") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_arguments_print_the_help(capsys):
+    assert run_command(app, [], prog="stdit") == 2
+    text = "".join(capsys.readouterr())
+    assert all(name in text for name in COMMANDS)
+
+
+def test_a_module_may_hold_a_function_or_an_app(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mod_function.py").write_text("def do_it(n: int) -> int:\n    return n\n")
+    (tmp_path / "mod_app.py").write_text(
+        "import typer\napp = typer.Typer()\n@app.command()\ndef one(n: int) -> int:\n    return n\n"
+    )
+    assert run_command(load_command("do-it", "mod_function"), ["4"]) == 4
+    assert run_command(load_command("mod", "mod_app"), ["5"]) == 5
+
+
+def test_a_closed_pipe_is_quiet():
+    code = (
+        "import sys\nfrom stdit.cli.main import run_command\n"
+        "def command() -> None:\n    [print('x' * 99) for _ in range(100_000)]\n"
+        "sys.exit(run_command(command, []))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "x" * 99 + "\n"
+    run.stdout.close()
+    assert run.stderr.read() == ""
+    assert run.wait() == 1
+
+
+def test_a_users_mistake_in_a_real_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "stdit.cli.main", "data", "scan", "/no/such/folder", "--out", "x.parquet"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert run.stderr.count("error: ") == 1 and "/no/such/folder" in run.stderr and "Traceback" not in run.stderr
