@@ -52,23 +52,43 @@ def sample(
 
     Example: stdit sample --model runs/toy/model --prompt "a red circle moves left" --duration 2s --out clips
     """
-    texts = _prompts(prompt, prompts)
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give either --prompt TEXT or --prompts FILE.")
     if image is not None and video is not None:
-        raise StditError("--image and --video are two ways to say how the clip begins: give one.")
+        raise typer.BadParameter("--image and --video are two ways to say how the clip begins: give one.")
     if video_frames is not None and video is None:
-        raise StditError("--video-frames says how much of --video to take: give --video.")
+        raise typer.BadParameter("--video-frames says how much of --video to take: give --video.")
+    if size is not None and (aspect is not None or resolution is not None):
+        raise typer.BadParameter("--size says it all: leave out --aspect and --resolution.")
+    if frames is not None and duration is not None:
+        raise typer.BadParameter("--frames and --duration say the same thing: give one.")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
+    if fps is not None and fps <= 0:
+        raise typer.BadParameter(f"--fps {fps:g} must be positive.")
+    wanted = _size(size) if size is not None else None
+    ratio = _ratio(aspect) if aspect is not None else None
+    seconds = _seconds(duration) if duration is not None else None
+    texts = [prompt] if prompt is not None else _read_prompts(prompts)
+    source = image or video
+    if source is not None and not source.is_file():
+        raise StditError(f"{source} is not a file.")
     import torch
 
+    from stdit.diffusion.solvers import named_config
     from stdit.pipeline import Pipeline
+    from stdit.shapes import frames_for
 
+    if solver is not None:
+        named_config(solver, {})  # an unknown name is an error before minutes of loading
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise StditError(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
     fps = pipeline.settings.fps if fps is None else fps
-    if fps <= 0:
-        raise StditError(f"--fps {fps:g} must be positive.")
-    shape = _shape(pipeline, size, aspect, resolution, duration, frames, fps, image or video)
+    if ratio is None and wanted is None and source is not None:
+        ratio = _source_ratio(source)
+    if seconds is not None:
+        frames = frames_for(seconds, fps, pipeline.vae.config.stride[0])
+    shape = pipeline.shape(wanted or _nearest_size(pipeline, ratio, resolution), frames)
     known = _known(pipeline, shape, fps, image, video, video_frames)
     known_frames = 0 if known is None else 1 if "image" in known else len(known["video"])
     if not as_json:
@@ -104,11 +124,7 @@ class Written:
     settings: str
 
 
-def _prompts(prompt: str | None, file: Path | None) -> list[str]:
-    if (prompt is None) == (file is None):
-        raise StditError("give either --prompt TEXT or --prompts FILE.")
-    if prompt is not None:
-        return [prompt]
+def _read_prompts(file: Path | None) -> list[str]:
     assert file is not None
     try:
         lines = file.read_text("utf-8").splitlines()
@@ -124,50 +140,35 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def _shape(
-    pipeline: Pipeline,
-    size: str | None,
-    aspect: str | None,
-    resolution: int | None,
-    duration: str | None,
-    frames: int | None,
-    fps: float,
-    source: Path | None,
-) -> VideoShape:
-    """The shape asked for: exact for --size and --frames, nearest for --aspect, --resolution and --duration."""
-    from stdit.shapes import VideoShape, frames_for, size_for
+def _nearest_size(pipeline: Pipeline, ratio: float | None, resolution: int | None) -> tuple[int, int] | None:
+    """The legal size nearest to an aspect ratio and a short side, each the model's own where not given."""
+    from stdit.shapes import size_for
 
+    if ratio is None and resolution is None:
+        return None
     default = pipeline.settings.shape
-    if size is not None and (aspect is not None or resolution is not None):
-        raise StditError("--size says it all: leave out --aspect and --resolution.")
-    if frames is not None and duration is not None:
-        raise StditError("--frames and --duration say the same thing: give one.")
-    if size is not None:
-        wanted = VideoShape.parse(size)
-        if len(re.findall(r"\d+", size)) != 2:
-            raise StditError(f"--size {size!r}: write WIDTHxHEIGHT; frames are given by --frames or --duration.")
-        width, height = wanted.width, wanted.height
-    elif aspect is not None or resolution is not None or source is not None:
-        ratio = _ratio(aspect) if aspect else _source_ratio(source) if source else default.width / default.height
-        width, height = size_for(ratio, resolution or min(default.width, default.height), pipeline.multiple)
-    else:
-        width, height = default.width, default.height
-    if duration is not None:
-        frames = frames_for(_seconds(duration), fps, pipeline.vae.config.stride[0])
-    return pipeline.shape((width, height), frames)
+    short = resolution or min(default.width, default.height)
+    return size_for(ratio or default.width / default.height, short, pipeline.multiple)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text)
+    if not match:
+        raise typer.BadParameter(f"--size {text!r}: write WIDTHxHEIGHT; --frames or --duration say how long.")
+    return int(match[1]), int(match[2])
 
 
 def _ratio(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/x]\s*(\d+(?:\.\d+)?)", text.strip())
     if not match or not float(match[1]) or not float(match[2]):
-        raise StditError(f"--aspect {text!r}: write WIDTH:HEIGHT, such as 16:9.")
+        raise typer.BadParameter(f"--aspect {text!r}: write WIDTH:HEIGHT, such as 16:9.")
     return float(match[1]) / float(match[2])
 
 
 def _seconds(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*s?", text.strip())
     if not match or not float(match[1]):
-        raise StditError(f"--duration {text!r}: write seconds, such as 3s or 2.5.")
+        raise typer.BadParameter(f"--duration {text!r}: write seconds, such as 3s or 2.5.")
     return float(match[1])
 
 

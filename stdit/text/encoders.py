@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.utils import logging
 
 from stdit.errors import StditError
 
@@ -79,7 +81,7 @@ class TextEncoder(nn.Module):
         """Token ids of several texts to their embeddings: one (L, D) a text, L its number of ids. Keeps gradients."""
         if not ids:
             return []
-        device = self.encoder.get_input_embeddings().weight.device
+        device = next(self.encoder.parameters()).device
         longest = max(len(one) for one in ids)
         padded = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros(len(ids), longest, dtype=torch.long)
@@ -102,7 +104,8 @@ class TextEncoder(nn.Module):
 
     def save(self, text_encoder: str | Path, tokenizer: str | Path) -> None:
         """Writes both folders of a model folder; transformers opens them."""
-        self.encoder.save_pretrained(text_encoder)
+        with _no_bars():
+            self.encoder.save_pretrained(text_encoder)
         self.tokenizer.save_pretrained(tokenizer)
         config = Path(tokenizer) / "tokenizer_config.json"
         config.write_text(config.read_text().replace('"TokenizersBackend"', f'"{self.tokenizer_class}"'))
@@ -136,7 +139,8 @@ def load_text_encoder(
         tokenizer = next((place for place in places if any((place / name).is_file() for name in names)), None)
     if tokenizer is None or not Path(tokenizer).is_dir():
         raise StditError(f"{folder}: no tokenizer in it or beside it ({tokenizer or folder.parent / 'tokenizer'}).")
-    return TextEncoder(_load_encoder(folder, dtype).to(device), load_tokenizer(tokenizer), max_length)
+    encoder = TextEncoder(_load_encoder(folder, dtype), load_tokenizer(tokenizer), max_length)
+    return encoder.to(device)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -159,20 +163,34 @@ def _load_encoder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         )
     config.dropout_rate = 0.0  # an unkeyed dropout could not be resumed
     try:
-        model, info = ENCODERS[config.model_type].from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _no_bars():
+            loaded: Any = ENCODERS[config.model_type].from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise StditError(f"{folder}: the text encoder's weights cannot be read: {error}") from error
+    model, info = loaded
     lost = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if lost:
         raise StditError(f"{folder}: the text encoder's weights do not fit its config.json: {lost}.")
     return model.eval()
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which cannot be told apart from the command's."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def build_word_tokenizer(captions: Iterable[str], max_words: int = 32_000) -> PreTrainedTokenizerFast:
