@@ -204,7 +204,7 @@ def _works(micro: list[list[Any]]) -> list[int]:
 
 def _prefix(work: float) -> tuple[float, str]:
     """A power of ten that makes a number readable, and its prefix."""
-    for power, name in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+    for power, name in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if work >= 10**power:
             return 10.0**power, name
     return 1.0, ""

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stdit.cli.data_plan import advice, costs
+from stdit.cli.main import app, run_command
+from stdit.config import load_config
+from stdit.data.buckets import assign
+from stdit.data.manifest import Caption, Clip, Manifest, clip_id, read_manifest, write_manifest
+from stdit.errors import StditError
+from stdit.models.transformer import TransformerConfig, cost_coefficients
+from stdit.shapes import VideoShape
+
+CONFIG = """
+data: {shapes: [64x64x9, 96x64x9, 64x64, 64x64x33], fps: 8}
+plan: {largest_clips_per_step: 3}
+"""
+
+
+def clip(number: int, frames: int, width: int, height: int) -> Clip:
+    sha = f"{number:064x}"
+    end = 0.0 if frames == 1 else frames / 8
+    caption = (Caption("a clip"),)
+    return Clip(clip_id(sha, 0, end), f"{number}.mp4", caption, frames, 8.0, width, height, 0.0, end, sha)
+
+
+@pytest.fixture
+def files(tmp_path):
+    kinds = [(12, 64, 64)] * 20 + [(9, 192, 128)] * 11 + [(1, 80, 80)] * 30 + [(5, 64, 64)] * 2 + [(12, 32, 32)]
+    clips = [clip(number, *kind) for number, kind in enumerate(kinds)]
+    write_manifest(Manifest.of(clips, tmp_path), tmp_path / "clips.parquet")
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def plan(files, *arguments) -> int:
+    args = ["data", "plan", str(files / "clips.parquet"), "--config", str(files / "config.yaml"), *arguments]
+    return run_command(app, args, prog="stdit")
+
+
+def test_json_says_what_training_will_do(files, capsys):
+    assert plan(files, "--json", "--world-size", "2", "--picture", str(files / "plan.png")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["clips"] == 64 and found["planned"] == 61
+    assert found["dropped"] == {"short": 2, "small": 1}
+    assert {b["shape"]: b["clips"] for b in found["buckets"]} == {
+        "64x64x9": 20,
+        "96x64x9": 11,
+        "64x64x1": 30,
+        "64x64x33": 0,
+    }
+    config = load_config(files / "config.yaml")
+    stride = costs(config).stride
+    shapes = assign(read_manifest(files / "clips.parquet"), config.data).shapes
+    for bucket, shape in zip(found["buckets"], shapes):
+        n = shape.grid(stride, (1, 2, 2)).tokens
+        linear, quadratic = costs(config).cost
+        assert bucket["tokens"] == n and bucket["work"] == linear * n + quadratic * n * n
+    total = sum(b["clips"] * b["work"] for b in found["buckets"])
+    assert sum(b["share_of_work"] for b in found["buckets"]) == pytest.approx(1)
+    assert found["steps_per_epoch"] * found["work_per_step"] == pytest.approx(total)
+    assert found["measured_steps"] == found["steps_per_epoch"] and found["groups"] == 2
+    assert 0.8 < found["balance_least"] <= found["balance"] <= found["balance_best"] <= 1
+    assert found["fullest_pack"] <= found["tokens_per_pack"]
+    assert (files / "plan.png").stat().st_size > 10_000
+
+
+def test_the_plan_is_the_same_for_any_world_size(files, capsys):
+    hashes = set()
+    for size in ("1", "2", "8"):
+        assert plan(files, "--json", "--world-size", size) == 0
+        found = json.loads(capsys.readouterr().out)
+        hashes.add((found["hash"], found["steps_per_epoch"]))
+    assert len(hashes) == 1
+    assert plan(files, "--json", "run.seed=1") == 0
+    assert json.loads(capsys.readouterr().out)["hash"] not in {h for h, _ in hashes}
+
+
+def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
+    assert plan(files, "--world-size", "2") == 0
+    text = capsys.readouterr().out
+    for part in (
+        "Left out: 3 of 64 clips",
+        "shorter than every shape",
+        "64x64x9",
+        "balance",
+        "no clip reaches 64x64x33",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.shapes=[512x512x9]"], "no step"),
+        (["data.shapes=[65x64x9]"], "Nearest"),
+        (["plan.tokens_per_pack=20"], "tokens_per_pack to"),
+        (["data.shaps=[64x64]"], "Did you mean 'shapes'"),
+        (["parallel.sequence_parallel=2", "--world-size", "3"], "not a multiple"),
+        (["vae.path=/no/such/vae"], "/no/such/vae"),
+        (["model.preset=tyo"], "Did you mean 'toy'"),
+    ],
+)
+def test_what_is_wrong_is_said(files, arguments, message, capsys):
+    assert plan(files, *arguments) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "error: " in error and message in error
+
+
+def test_a_dropped_everything_shows_why(files, capsys):
+    assert plan(files, "--json", "data.shapes=[512x512x9]") == 1
+    assert "data.upscale" in capsys.readouterr().err
+
+
+def test_costs_are_the_configs(files):
+    config = load_config(files / "config.yaml", ["model.preset=1.3B", "model.layers=3", "vae.preset=wan2.1"])
+    found = costs(config)
+    expected = TransformerConfig.preset("1.3B", layers=3)
+    assert found.cost == cost_coefficients(expected) and found.stride == (4, 8, 8) and found.patch == (1, 2, 2)
+    config = load_config(files / "config.yaml", ["objective.kind=vae", "vae.temporal_downsample=[false,true]"])
+    found = costs(config)
+    shape = config.data.video_shapes()[0]
+    assert found.cost == (1, 0) and found.stride[0] == 2 and found.tokens(shape) == 64 * 64 * 9
+    with pytest.raises(StditError, match="nearest are 1 and 5"):
+        found_of = costs(load_config(files / "config.yaml", ["objective.kind=vae"]))
+        found_of.tokens(VideoShape(3, 64, 64))
+
+
+def test_costs_are_those_of_the_training(files, tmp_path):
+    import torch
+
+    from stdit.training.build import make_objective
+    from stdit.training.parallel import World
+    from stdit.vae.autoencoder import CausalVAE, VaeConfig
+    from stdit.weights.io import save_vae
+
+    small = dict(base_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,), z_dim=4)
+    save_vae(CausalVAE(VaeConfig(**small)), tmp_path / "vae")
+    overrides = [f"vae.path={tmp_path / 'vae'}", "model.dim=24", "model.heads=2", "model.layers=1", "model.ffn_dim=32"]
+    config = load_config(files / "config.yaml", [*overrides, "text.trained={dim: 16, layers: 1, heads: 2}"])
+    world = World(0, 1, torch.device("cpu"))
+    for kind in ("flow", "vae"):
+        config.objective.kind = kind
+        objective = make_objective(config, read_manifest(files / "clips.parquet"), world)
+        found = costs(config)
+        assert found.cost == objective.cost
+        for shape in config.data.video_shapes():
+            assert found.tokens(shape) == objective.tokens(shape)
+
+
+def test_advice_only_where_something_can_be_better():
+    good = dict(buckets=[], balance=0.99, groups=8, work_per_step=100, largest_clip_work=10, balance_best=1.0)
+    assert advice(good) == []
+    assert "tokens_per_pack" in advice(good | dict(balance=0.8))[0]
+    assert "largest_clips_per_step to 8" in advice(good | dict(balance=0.3, work_per_step=20, balance_best=0.31))[0]
+    assert advice(good | dict(balance=0.3, groups=1)) == []
