@@ -80,18 +80,19 @@ def read_clip(frames: np.ndarray) -> ToyReading:
 def _fit_background(pixels: np.ndarray) -> np.ndarray | None:
     """(2, 3): the colours at the top and at the bottom of a linear fit to the neutral pixels of all frames."""
     frames, height, width, _ = pixels.shape
-    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[None, :, None], (frames, height, width))
-    keep = pixels.max(-1) - pixels.min(-1) < _NEUTRAL
-    fit = None
+    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[None, :, None], (frames, height, width)).reshape(-1)
+    every = max(1, len(down) // 10_007)  # some ten thousand pixels are plenty
+    down, values = down[::every], pixels.reshape(-1, 3)[::every]
+    keep = values.max(1) - values.min(1) < _NEUTRAL
+    fit = np.zeros((2, 3))
     for _ in range(3):  # each time without what is far from the last fit: edges, shadows of a blurry decoder
         if keep.sum() < max(8, 0.05 * keep.size):
             return None
-        y, values = down[keep], pixels[keep]
-        design = np.stack([1 - y, y], 1)
-        fit = np.linalg.solve(design.T @ design + 1e-6 * np.eye(2), design.T @ values)
-        residual = np.abs(pixels - (fit[0] + (fit[1] - fit[0]) * down[..., None])).max(-1)
+        design = np.stack([1 - down[keep], down[keep]], 1)
+        fit = np.linalg.solve(design.T @ design + 1e-6 * np.eye(2), design.T @ values[keep])
+        residual = np.abs(values - fit[0] - (fit[1] - fit[0]) * down[:, None]).max(1)
         keep = residual < max(12.0, 3 * float(np.median(residual[keep])))
-    return None if fit is None else fit.astype(np.float32)
+    return fit.astype(np.float32)
 
 
 def _nearest_background(fit: np.ndarray) -> str:
@@ -151,6 +152,7 @@ def _read_outline(matte: np.ndarray) -> tuple[str, str, float]:
     )
     whole = seen[(edge > 0.5).sum(1) == 0]
     chosen = whole if len(whole) else seen
+    chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), 12)).round().astype(int))]
     rows, columns = np.arange(height, dtype=np.float32) + 0.5, np.arange(width, dtype=np.float32) + 0.5
     overlap: dict[str, list[float]] = {shape: [] for shape in SHAPES}
     halves: dict[str, list[float]] = {shape: [] for shape in SHAPES}
