@@ -12,8 +12,10 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 
 from stdit.diffusion import solvers
 from stdit.errors import StditError
+from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.pipeline import ModelSettings, Pipeline
-from stdit.text.encoders import build_word_tokenizer, small_umt5
+from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
+from stdit.vae.autoencoder import CausalVAE, VaeConfig
 
 CAPTIONS = ["A red circle moves left.", "a big blue square moves up"]
 SHAPES = [((48, 32), 9), ((32, 64), 5)]  # (width, height), frames
@@ -66,12 +68,13 @@ def ours(folder) -> Pipeline:
 
 def noise_for(pipe: Pipeline, size, frames, count=1) -> torch.Tensor:
     latent = pipe.shape(size, frames).latent(pipe.vae.config.stride)
-    shape = (count, 4, latent.frames, latent.height, latent.width)
+    shape = (count, pipe.vae.config.z_dim, latent.frames, latent.height, latent.width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
 def run_theirs(pipe: WanPipeline, prompts, noise, frames, guidance, negative="", steps=4):
-    height, width = noise.shape[-2] * 8, noise.shape[-1] * 8
+    scale = pipe.vae_scale_factor_spatial
+    height, width = noise.shape[-2] * scale, noise.shape[-1] * scale
     settings = dict(
         prompt=prompts, negative_prompt=[negative] * len(prompts), height=height, width=width, num_frames=frames,
         num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=PADDING,
@@ -125,6 +128,32 @@ def test_what_we_save_opens_in_wan_pipeline(ours, theirs, tmp_path, caplog):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), part
     assert "not used" not in caplog.text and "newly initialized" not in caplog.text
     assert_same(Pipeline.load(tmp_path), again, CAPTIONS[:1], (48, 32), 9, 3.0, None)
+
+
+@pytest.mark.parametrize(
+    "vae",
+    [
+        VaeConfig(
+            4, (1, 2, 2), 1, (True, True), z_dim=6, patch_size=2, latents_mean=(0.2,) * 6, latents_std=(1.5,) * 6
+        ),
+        VaeConfig(4, (1, 2, 1), 1, (True, True), z_dim=3),
+    ],
+    ids=["4x8x8 by a pixel patch", "4x4x4"],
+)
+def test_a_model_made_here_runs_in_wan_pipeline(vae, tmp_path):
+    tokenizer = build_word_tokenizer(CAPTIONS)
+    z = vae.z_dim
+    config = TransformerConfig(24, 2, 2, 40, z, z, text_dim=16, frequency_dim=32, text_padding=PADDING)
+    text_encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
+    made = Pipeline(
+        randomise(STDiT(config), 0), randomise(CausalVAE(vae), 1), text_encoder,
+        solvers.unipc_config(), ModelSettings(fps=8, shapes=("48x32x9",)),
+    )  # fmt: skip
+    made.save(tmp_path)
+    again = WanPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert_same(made, again, CAPTIONS, (48, 32), 9, 3.0, None)
+    assert_same(Pipeline.load(tmp_path), again, CAPTIONS[:1], (32, 64), 5, 1.0, None)
 
 
 def test_one_clip_does_not_depend_on_the_others(ours):
