@@ -42,6 +42,10 @@ DTYPES = {  # safetensors' name: (torch's, bits)
 }
 
 
+class NoWeights(StditError):
+    """A folder without any weights in it."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a tensor lies: its file, its place there, and what it is."""
@@ -278,7 +282,7 @@ def open_folder(
                 f"{folder}: holds {len(choice)} files of weights{why}: {', '.join(choice[:4])}"
                 f"{', …' if len(choice) > 4 else ''}. Name the one to load."
             )
-    raise StditError(f"{folder}: holds no .safetensors file.")
+    raise NoWeights(f"{folder}: holds no .safetensors file.")
 
 
 def _open_pickle(path: Path, trust: bool) -> TensorFiles:

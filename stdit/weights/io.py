@@ -13,12 +13,13 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
-from stdit.weights.files import Entry, TensorFiles, open_file, open_folder, read_json, write_tensors
+from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
 from stdit.weights.keymap import Table
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from stdit.models.transformer import STDiT
     from stdit.vae.autoencoder import CausalVAE
 
+KINDS = ("transformer", "vae")
 LAYOUTS = ("diffusers", "original")
 SHARD_BYTES = 5_000_000_000
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.")
@@ -108,15 +110,21 @@ def family_of(kind: str) -> ModuleType:
     return wan_vae
 
 
+def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -> bool:
+    """Whether a transformer or VAE is at `path`, by folder and tensor names. Raises where files cannot be opened."""
+    place = Path(path).expanduser()
+    if (place / kind).is_dir() or (place / "model_index.json").is_file():
+        return (place / kind).is_dir()
+    try:
+        _, files = _opened(kind, place, trust_pickle)
+    except NoWeights:
+        return False
+    return bool(family_of(kind).dialect_of(files.shapes))
+
+
 def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, strict: bool = True) -> Source:
     """Opens a transformer or VAE without reading a tensor. strict: raise if its tensors are not those of its config."""
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise StditError(f"{place}: no such file or folder.")
-    folder, files = (
-        (place.parent, open_file(place, trust_pickle)) if place.is_file() else _in_folder(kind, place, trust_pickle)
-    )
-    files = files.without_prefix(PREFIXES)
+    folder, files = _opened(kind, Path(path).expanduser(), trust_pickle)
     family = family_of(kind)
     found, config_path = _config(kind, family, folder, files)
     dialect = family.dialect_of(files.shapes)
@@ -152,6 +160,16 @@ def convert(source: Source, folder: str | os.PathLike[str], layout: str, shard_b
     dtypes = {n: getattr(torch, entries[move.foreign[0]].dtype) for move in source.table.moves for n in move.native}
     read = source.table.native_reader(source.files.read)
     _write(source.kind, source.config, read, dtypes, Path(folder), layout, shard_bytes)
+
+
+def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
+    """The folder of a model of this kind and its files, names freed of other programs' prefixes."""
+    if not place.exists():
+        raise StditError(f"{place}: no such file or folder.")
+    if place.is_file():
+        return place.parent, open_file(place, trust_pickle).without_prefix(PREFIXES)
+    folder, files = _in_folder(kind, place, trust_pickle)
+    return folder, files.without_prefix(PREFIXES)
 
 
 def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
@@ -234,7 +252,7 @@ def _write(
     read_foreign = table.foreign_reader(read)
     for name, shard in zip(names, shards):
         held = {foreign: entries[foreign] for foreign in shard}
-        _replace(folder / name, lambda place, held=held: write_tensors(place, held, read_foreign, metadata))
+        _replace(folder / name, partial(write_tensors, entries=held, read=read_foreign, metadata=metadata))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},

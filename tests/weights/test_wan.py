@@ -337,7 +337,7 @@ def test_a_save_that_fails_leaves_the_earlier_one_whole(folder, tmp_path, monkey
     stdit.save_transformer(model, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def full_disk(path, *rest):
+    def full_disk(path, **rest):
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 

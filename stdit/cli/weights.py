@@ -1,0 +1,148 @@
+"""`stdit weights`: what a file or folder of weights is, and the same weights in another program's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stdit.weights.io import Source
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inspect and convert weights.")
+_Pickle = Annotated[bool, typer.Option("--trust-pickle", help="Also open .pth and .bin files (tensors only).")]
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A model folder, transformer/ or vae/, a Wan release, or a file.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust_pickle: _Pickle = False,
+) -> int:
+    """Family, dialect, size, dtype, and what is missing or unexpected, without reading a tensor.
+
+    Exit status 1 where anything is missing, unexpected or misshaped.
+
+    Example: stdit weights inspect Wan2.1-T2V-1.3B-Diffusers
+    """
+    import json as format
+
+    found = [_description(source) for source in _sources(path, trust_pickle, strict=False)]
+    if json:
+        print(format.dumps({"path": str(path), "models": found}, indent=2))
+    else:
+        _show(found)
+    return int(any(model["missing"] or model["unexpected"] or model["misshaped"] for model in found))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, made if it is not there.")],
+    layout: Annotated[str, typer.Option(help='"diffusers" or "original" (a Wan release\'s).')] = "diffusers",
+    trust_pickle: _Pickle = False,
+) -> None:
+    """Write weights in another layout, bit for bit, a tensor in memory at a time.
+
+    A transformer or VAE alone goes straight into OUT; both, in diffusers' layout, into OUT/transformer and OUT/vae.
+
+    Example: stdit weights convert Wan2.1-T2V-1.3B wan-diffusers --layout diffusers
+    """
+    from rich.console import Console
+
+    from stdit.errors import StditError
+    from stdit.weights import io
+
+    if layout not in io.LAYOUTS:
+        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(io.LAYOUTS)}.")
+    found = _sources(source, trust_pickle, strict=True)
+    places = [out / one.kind if len(found) > 1 and layout == "diffusers" else out for one in found]
+    for one, place in zip(found, places):
+        if place.resolve() in {file.parent.resolve() for other in found for file in other.files.files}:
+            raise StditError(f"{place}: is where {one.kind} is read from. Write to another folder.")
+    console = Console(stderr=True)
+    for one, place in zip(found, places):
+        with console.status(f"{one.kind}: {one.parameters:,} parameters to {place}"):
+            io.convert(one, place, layout)
+        console.print(f"{one.kind}: {one.dialect} → {layout}, {place}", highlight=False)
+
+
+def _sources(path: Path, trust_pickle: bool, strict: bool) -> list[Source]:
+    """The transformer and the VAE that are at `path`, or the error that says why there is neither."""
+    from stdit.errors import StditError
+    from stdit.weights import io
+
+    kinds, problems = [], []
+    for kind in io.KINDS:
+        try:
+            kinds += [kind] if io.holds(kind, path, trust_pickle) else []
+        except StditError as error:
+            problems.append(error)
+    if not kinds and problems:
+        raise problems[0]
+    if not kinds:
+        known = " nor a ".join(io.family_of(kind).FAMILY for kind in io.KINDS)
+        raise StditError(f"{path}: holds neither a {known}.")
+    for problem in problems:
+        typer.echo(f"left out: {problem}", err=True)
+    return [io.find(kind, path, trust_pickle, strict) for kind in kinds]
+
+
+def _description(source: Source) -> dict[str, Any]:
+    import dataclasses
+
+    differences = source.table.differences(source.files.shapes)
+    dtypes: dict[str, int] = {}
+    size = 0
+    for entry in source.files.entries.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
+        size += entry.stop - entry.start
+    return {
+        "kind": source.kind,
+        "family": source.family.FAMILY,
+        "dialect": source.dialect,
+        "preset": _preset(source),
+        "parameters": source.parameters,
+        "bytes": size,
+        "tensors": len(source.files.entries),
+        "dtypes": dtypes,
+        "files": [str(file) for file in source.files.files],
+        "config_path": str(source.config_path) if source.config_path else None,
+        "config": dataclasses.asdict(source.config),
+        "missing": differences.missing,
+        "unexpected": differences.unexpected,
+        "misshaped": {name: list(map(list, shapes)) for name, shapes in differences.misshaped.items()},
+    }
+
+
+def _preset(source: Source) -> str | None:
+    """The preset with this very config."""
+    from stdit.models import transformer
+    from stdit.vae import autoencoder
+
+    presets: dict[str, Any] = transformer.PRESETS if source.kind == "transformer" else autoencoder.PRESETS
+    return next((name for name, config in presets.items() if config == source.config), None)
+
+
+def _show(models: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for model in models:
+        table = Table(title=f"{model['kind']}: {model['family']}", show_header=False, title_justify="left")
+        size = f"{model['parameters'] / 1e9:.2f} B" if model["parameters"] >= 1e8 else f"{model['parameters']:,}"
+        table.add_row("size", f"{size} parameters" + (f", preset {model['preset']}" if model["preset"] else ""))
+        table.add_row("dialect", model["dialect"])
+        table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in model["dtypes"].items()))
+        table.add_row("files", "\n".join(model["files"][:4]) + ("\n…" if len(model["files"]) > 4 else ""))
+        table.add_row(
+            "config", model["config_path"] or "none beside the weights: carried in the file, or told by the shapes"
+        )
+        table.add_row("", ", ".join(f"{name} {value}" for name, value in model["config"].items() if value is not None))
+        for what in ("missing", "unexpected", "misshaped"):
+            names = list(model[what])
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            table.add_row(what, f"[red]{len(names)}[/]: {shown}" if names else "none")
+        console.print(table)

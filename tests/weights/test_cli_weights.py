@@ -1,0 +1,97 @@
+"""`stdit weights inspect` and `convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import stdit
+from stdit.cli.main import app, run_command
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.vae.autoencoder import CausalVAE, VaeConfig
+
+TRANSFORMER = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4)
+VAE = VaeConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=2)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    stdit.save_transformer(STDiT(TRANSFORMER), tmp_path / "model" / "transformer")
+    stdit.save_vae(CausalVAE(VAE), tmp_path / "model" / "vae")
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def run(*args: object) -> int:
+    return run_command(app, ["weights", *map(str, args)], prog="stdit")
+
+
+def test_inspect_tells_both_models_of_a_folder(folder, capsys):
+    assert run("inspect", folder, "--json") == 0
+    transformer, vae = json.loads(capsys.readouterr().out)["models"]
+    assert (transformer["kind"], vae["kind"]) == ("transformer", "vae")
+    assert transformer["dialect"] == "diffusers" and transformer["dtypes"] == {"float32": transformer["tensors"]}
+    assert transformer["parameters"] == TRANSFORMER.n_parameters
+    assert vae["parameters"] == sum(p.numel() for p in CausalVAE(VAE).parameters())
+    assert not (transformer["missing"] or vae["unexpected"] or vae["misshaped"])
+    assert run("inspect", folder / "vae") == 0 and "Wan causal video VAE" in capsys.readouterr().out
+
+
+def test_inspect_tells_what_is_wrong_and_fails(folder, capsys):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["stray"] = tensors.pop("proj_out.bias")
+    save_file(tensors, file)
+    assert run("inspect", folder, "--json") == 1
+    found = json.loads(capsys.readouterr().out)["models"][0]
+    assert found["missing"] == ["proj_out.bias"] and found["unexpected"] == ["stray"]
+    assert run("inspect", folder) == 1 and "stray" in capsys.readouterr().out
+
+
+def test_inspect_names_presets_without_their_weights(tmp_path, capsys):
+    from stdit.models.transformer import PRESETS
+
+    stdit.save_transformer(STDiT(PRESETS["toy"]), tmp_path, "original")
+    assert run("inspect", tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["models"][0]
+    assert (found["preset"], found["dialect"]) == ("toy", "original")
+
+
+def test_convert_there_and_back_is_bit_for_bit(folder, tmp_path, capsys):
+    assert run("convert", folder, tmp_path / "original", "--layout", "original") == 0
+    assert (tmp_path / "original" / "Wan2.1_VAE.safetensors").is_file()
+    assert run("convert", tmp_path / "original", tmp_path / "back") == 0
+    for part in ("transformer", "vae"):
+        name = "diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "back" / part / name).read_bytes() == (folder / part / name).read_bytes()
+    assert run("convert", folder / "transformer", tmp_path / "alone") == 0
+    assert stdit.load_transformer(tmp_path / "alone").config == TRANSFORMER
+
+
+def test_mistakes_are_messages(folder, tmp_path, capsys):
+    cases = [
+        (("inspect", tmp_path / "absent"), "no such file or folder"),
+        (("convert", folder, tmp_path / "x", "--layout", "comfy"), "layout 'comfy' does not exist"),
+        (("convert", folder / "vae", folder / "vae", "--layout", "original"), "Write to another folder"),
+        (("inspect", tmp_path / "other.safetensors"), "holds neither a Wan text-to-video transformer nor a"),
+        (("inspect", tmp_path / "old.pth"), "is a pickle"),
+    ]
+    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+    torch.save({}, tmp_path / "old.pth")
+    for args, message in cases:
+        assert run(*args) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_pickled_vae_beside_a_transformer_is_left_out_aloud(tmp_path, capsys):
+    stdit.save_transformer(STDiT(TRANSFORMER), tmp_path, "original")
+    torch.save(CausalVAE(VAE).state_dict(), tmp_path / "Wan2.1_VAE.pth")
+    assert run("inspect", tmp_path, "--json") == 0
+    output = capsys.readouterr()
+    assert len(json.loads(output.out)["models"]) == 1 and "left out" in output.err and "pickle" in output.err
+    assert run("inspect", tmp_path, "--json", "--trust-pickle") == 0
+    assert len(json.loads(capsys.readouterr().out)["models"]) == 2
