@@ -35,7 +35,6 @@ def encode(
     from stdit.data.manifest import read_manifest
     from stdit.encode import encode_manifest, text_identity, vae_identity
     from stdit.errors import StditError
-    from stdit.text.encoders import load_text_encoder
     from stdit.weights.io import load_vae
 
     run = load_config(config, overrides or [])
@@ -52,7 +51,11 @@ def encode(
     vae = load_vae(run.vae.path, dtype=torch.float32, device=device or local).eval()
     text_encoder = text_id = None
     if run.text.path:
-        text_encoder = load_text_encoder(run.text.path, dtype=torch.float32, device=device or local).eval()
+        from stdit.text.encoders import load_text_encoder
+
+        text_encoder = load_text_encoder(
+            run.text.path, max_length=run.text.padding or 512, dtype=torch.float32, device=device or local
+        ).eval()
         text_id = text_identity(run.text.path, text_encoder.max_length)
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as progress:

@@ -72,15 +72,17 @@ def scan(
         if any(s.reason == "no_caption" for s in result.skipped):
             console.print("--allow-uncaptioned keeps files without a caption.")
         images = sum(clip.image for clip in result.manifest)
+        clips = len(result.manifest)
         console.print(
-            f"{out}: {len(result.manifest) - images} videos, {images} images; {len(result.skipped)} files skipped"
+            f"{out if clips else 'no manifest'}: {clips - images} videos, {images} images; "
+            f"{len(result.skipped)} files skipped"
             + (f" (all in {skipped_path(out)})" if result.skipped else "")
             + (f"; {result.ignored} files of other types" if result.ignored else "")
             + ".",
             highlight=False,
             soft_wrap=True,
         )
-    if not len(result.manifest):
+    if not len(result.manifest):  # nothing was written: an older manifest of this name stands
         raise StditError(
             f"{folder} gives no clip: {len(result.skipped)} files were skipped"
             + (", see above." if result.skipped else ", and none is a video or an image.")
@@ -90,7 +92,7 @@ def scan(
 
 def _summary(result: Scan, out: Path) -> dict[str, object]:
     return {
-        "manifest": str(out),
+        "manifest": str(out) if len(result.manifest) else None,
         "clips": len(result.manifest),
         "hash": result.manifest.hash,
         "skipped": [asdict(s) for s in result.skipped],

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -114,11 +114,11 @@ class Assignment:
         return None if code < 0 else list(REASONS.values())[code]
 
 
-def slack(start: np.ndarray, end: np.ndarray, source_fps: np.ndarray, frames: int, fps: float) -> np.ndarray:
+def slack(start: Any, end: Any, source_fps: Any, frames: int, fps: float) -> Any:
     """Seconds by which a clip of `frames` at `fps` can be moved inside [start, end]; negative: it does not fit.
 
-    The last frame asked for may lie up to half a source frame after the last source frame, which is shown at
-    end − 1/source_fps.
+    start, end, source_fps: numbers, or arrays (rows,). The last frame asked for may lie up to half a source frame after
+    the last source frame, which is shown at end − 1/source_fps.
     """
     return (end - start) - 0.5 / source_fps - (frames - 1) / fps + 1e-6
 

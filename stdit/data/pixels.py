@@ -68,7 +68,8 @@ def check_file(path: str) -> None:
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """(transpose, then flip horizontally, then flip vertically) that the display matrix asks for."""
-    for data in frame.side_data:
+    side_data: Any = frame.side_data  # av's stub takes it for a dict
+    for data in side_data:
         if data.type.name == "DISPLAYMATRIX":
             a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()  # x' = a·x + c·y, y' = b·x + d·y
             if abs(b) + abs(c) > abs(a) + abs(d):
@@ -128,7 +129,8 @@ def decode_image(path: str, limits: Limits) -> np.ndarray:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with open_bytes(path) as file, Image.open(file) as image:
+        with open_bytes(path) as file, Image.open(file) as opened:
+            image: Image.Image = opened
             if image.width * image.height > limits.pixels:
                 raise VideoError(
                     path, "too_large", f"is {image.width}x{image.height}; the limit is {limits.pixels} pixels."

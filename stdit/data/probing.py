@@ -54,8 +54,8 @@ def probe_files(
                     index = jobs.get_nowait()
                 except queue.Empty:
                     return
-                results[index] = process.probe(paths[index], timeout)
-                on_done(results[index])
+                results[index] = result = process.probe(paths[index], timeout)
+                on_done(result)
         except BaseException as error:
             failures.append(error)
             stop.set()

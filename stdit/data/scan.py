@@ -40,7 +40,7 @@ def scan(
     """Probes every video and image under `folder` (hidden ones left out), in processes that may crash or hang.
 
     captions: a CSV or JSONL; None: `captions.csv` or `captions.jsonl` in the folder, else .txt files beside the videos.
-    out: the manifest to write; what was skipped goes beside it as `….skipped.jsonl`.
+    out: the manifest to write, if there is a clip; what was skipped goes beside it as `….skipped.jsonl`.
     uncaptioned: keep files without a caption (their captions are empty) instead of skipping them as "no_caption".
     verify: decode the files (each up to `video_io.VERIFY_PIXELS`), which finds damage; else only their first frame.
     timeout: seconds a file.
@@ -90,12 +90,14 @@ def scan(
         else:
             clips[clip.id], names[clip.id] = clip, file
     manifest = Manifest.of(list(clips.values()), folder)
-    result = Scan(manifest, tuple(sorted(skipped, key=lambda s: s.file)), tuple(damaged), ignored)
+    done = Scan(manifest, tuple(sorted(skipped, key=lambda s: s.file)), tuple(damaged), ignored)
     if out is not None:
-        write_manifest(manifest, out)
-        lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in result.skipped]
+        if len(manifest):
+            write_manifest(manifest, out)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in done.skipped]
         skipped_path(out).write_text("".join(lines), encoding="utf-8")
-    return result
+    return done
 
 
 def skipped_path(out: str | Path) -> Path:

@@ -6,7 +6,7 @@ Importing this module is cheap (no torch): the processes that probe files import
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -151,7 +151,7 @@ class _Source:
             raise VideoError(path, "undecodable", "has a video stream of a codec that this FFmpeg does not decode.")
         self._check_size(codec.width, codec.height)
         codec.thread_count = 1  # workers run side by side; one thread each keeps memory and results the same
-        self.origin = float((self.stream.start_time or 0) * (self.stream.time_base or 0))
+        self.origin = _seconds(self.stream.start_time, self.stream.time_base)
         self.deadline = time.monotonic() + limits.seconds
         rate = self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
         self.period = float(1 / rate) if rate else 1 / 25  # nominal, until timestamps say otherwise
@@ -177,11 +177,11 @@ class _Source:
                 return
             stamp = packet.pts if packet.pts is not None else packet.dts
             if packet.size and stamp is not None and not packet.is_discard:
-                self.packet_times.append(float(stamp * packet.time_base) - self.origin)
+                self.packet_times.append(_seconds(stamp, packet.time_base) - self.origin)
             yield packet
         raise VideoError(self.path, "too_long", f"has more than {self.limits.packets} packets.")
 
-    def frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
+    def frames(self) -> Generator[tuple[float, av.VideoFrame], None, None]:
         """(time, frame) in order; raises VideoError('damaged') where decoding fails."""
         last, decoded = None, 0
         try:
@@ -192,7 +192,7 @@ class _Source:
                     if decoded > self.limits.frames:
                         raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
                     now = (
-                        float(frame.pts * frame.time_base) - self.origin
+                        _seconds(frame.pts, frame.time_base) - self.origin
                         if self.timed and frame.pts is not None
                         else None
                     )
@@ -263,7 +263,7 @@ class _Source:
         if previous is None:
             raise damage or VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
         # The last frame is shown for its own duration; half of it, or of a requested period, is within tolerance.
-        tolerance = max(self.period, float((previous[1].duration or 0) * previous[1].time_base), 1 / (fps or 1e9)) / 2
+        tolerance = max(self.period, _seconds(previous[1].duration, previous[1].time_base), 1 / (fps or 1e9)) / 2
         while fps is not None and len(out) < count and wanted() <= previous[0] + tolerance + 1e-3:
             take_previous()
         if len(out) == count:
@@ -286,7 +286,7 @@ class _Source:
             for now, frame in frames:
                 shown = shown or displayed_size(frame, self.pixel_aspect)
                 times.append(now)
-                last_duration = float((frame.duration or 0) * frame.time_base)
+                last_duration = _seconds(frame.duration, frame.time_base)
                 budget -= frame.width * frame.height
                 if budget <= 0:
                     verified = False
@@ -321,6 +321,10 @@ class _Source:
         return Probe(
             *shown, fps, count, first, last + last_duration, self.stream.codec_context.name, False, verified, damage
         )
+
+
+def _seconds(value: int | None, time_base: Fraction | None) -> float:
+    return float((value or 0) * (time_base or 0))
 
 
 def _is_cover_art(stream: av.VideoStream) -> bool:
