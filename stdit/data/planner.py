@@ -16,7 +16,7 @@ import heapq
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -59,8 +59,6 @@ class PlanItem(NamedTuple):
 
 
 _WORK = attrgetter("work")
-_PLACE = attrgetter("bucket", "row", "occurrence")
-_SIZE = attrgetter("tokens", "bucket", "row", "occurrence")  # work grows with tokens
 
 Packs = list[list[PlanItem]]  # one micro-step: what each group computes
 Split = list[Packs]  # the micro-steps of a step
@@ -138,12 +136,11 @@ class Plan:
             raise IndexError(f"step {index} of an epoch of {self.num_steps}")
         items = self._order[self._ends[index] : self._ends[index + 1]]
         rows = self._rows[items]
-        buckets = self.bucket[rows].tolist()
+        buckets = self.bucket[rows]
         occurrences = [0] * len(items) if self._occurrence is None else self._occurrence[items].tolist()
-        return [
-            PlanItem(row, occurrence, b, self.tokens[b], self.work[b], position)
-            for position, (row, occurrence, b) in enumerate(zip(rows.tolist(), occurrences, buckets))
-        ]
+        tokens, work = ([costs[b] for b in buckets.tolist()] for costs in (self.tokens, self.work))
+        fields = zip(rows.tolist(), occurrences, buckets.tolist(), tokens, work, range(len(items)))
+        return list(map(partial(tuple.__new__, PlanItem), fields))  # a step may have 100 000
 
     def token_bound(self, group_size: int = 1) -> int:
         """The tokens that a pack may have on a group of ranks. Raises if a clip has more."""
@@ -220,7 +217,7 @@ def split(step: Sequence[PlanItem], groups: int, token_bound: int) -> Split:
 
     In every micro-step all groups have nearly the same work, and none more than `token_bound` tokens. All groups have
     the same number of micro-steps, and a further one has to buy balance. A group that has nothing to do in a micro-step
-    has an empty list. Items of a pack are sorted by (bucket, row), so that equal shapes are adjacent.
+    has an empty list. Items of a pack stand largest first, equal shapes adjacent.
 
     Work per token grows with a clip's tokens, so under a tight bound a pack of images cannot have a long video's work.
     Hence micro-steps of different height: each takes from the largest clips what fills all groups to the same work, the
@@ -228,17 +225,16 @@ def split(step: Sequence[PlanItem], groups: int, token_bound: int) -> Split:
     """
     if groups < 1:
         raise StditError(f"a step cannot be split over {groups} groups.")
-    largest = max(step, key=lambda item: item.tokens)
-    if largest.tokens > token_bound:
+    rest = _largest_first(step)
+    if rest[0].tokens > token_bound:
         raise StditError(
-            f"row {largest.row} has {largest.tokens} tokens, a pack at most {token_bound}: raise plan.tokens_per_pack."
+            f"row {rest[0].row} has {rest[0].tokens} tokens, a pack at most {token_bound}: raise plan.tokens_per_pack."
         )
     ideal = _work(step) / groups
     best: list[Packs] = []
     best_balance = 0.0
     done: list[Packs] = []
     spent = 0  # Σ of the largest group's work over `done`
-    rest = sorted(step, key=_SIZE, reverse=True)
     while rest and ideal > best_balance * spent:
         packs, left = _deal(rest, groups, token_bound)
         if not left:
@@ -253,7 +249,7 @@ def split(step: Sequence[PlanItem], groups: int, token_bound: int) -> Split:
     else:
         if not rest and ideal > best_balance * spent:
             best = done
-    return [[sorted(pack, key=_PLACE) for pack in packs] for packs in best]
+    return best
 
 
 def balance(*splits: Split) -> float:
@@ -268,6 +264,14 @@ def balance(*splits: Split) -> float:
 
 def _work(pack: Iterable[PlanItem]) -> int:
     return sum(map(_WORK, pack))
+
+
+def _largest_first(items: Iterable[PlanItem]) -> list[PlanItem]:
+    """By falling tokens, and so by falling work; then by bucket, row and occurrence."""
+    buckets: dict[tuple[int, int], list[PlanItem]] = {}
+    for item in items:
+        buckets.setdefault((-item.tokens, item.bucket), []).append(item)
+    return [item for _, alike in sorted(buckets.items()) for item in sorted(alike)]
 
 
 def _even_micro_step(items: list[PlanItem], groups: int, token_bound: int) -> tuple[Packs, list[PlanItem]]:
@@ -293,7 +297,7 @@ def _deal(
 ) -> tuple[Packs, list[PlanItem]]:
     """Longest-processing-time first: each item to the group with the least work that has room for its tokens.
 
-    items: by falling work, and so by falling tokens. height: no group gets more work. Returns packs, and what had no
+    items: largest first. height: no group gets more work. Returns packs, and what had no
     room; without a height it stops at the first item that has none.
     """
     packs: Packs = [[] for _ in range(groups)]

@@ -62,7 +62,7 @@ def test_split_drops_nothing_and_keeps_the_bound(bucket, groups, room, clips):
         assert all(len(micro) == groups and any(micro) for micro in packs)
         assert all(sum(item.tokens for item in pack) <= bound for micro in packs for pack in micro)
         for pack in (pack for micro in packs for pack in micro):
-            assert [(i.bucket, i.row) for i in pack] == sorted((i.bucket, i.row) for i in pack)
+            assert pack == sorted(pack, key=lambda i: (-i.tokens, i.bucket, i.row))
         assert 0 < balance(packs) <= 1 + 1e-12
         assert packs == split(list(reversed(step)), groups, bound)
 
