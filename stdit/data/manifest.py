@@ -113,7 +113,7 @@ class Manifest:
         return (self[row] for row in range(len(self)))
 
     def _resolve(self, path: str) -> str:
-        return path if "://" in path or os.path.isabs(path) else str(self.folder / path)
+        return path if "://" in path or os.path.isabs(path) else os.path.join(self.folder, path)
 
     def column(self, name: str) -> np.ndarray:
         """(rows,) of a column of numbers."""
@@ -220,7 +220,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
     if path.suffix.lower() != ".parquet":
         raise StditError(f"{path}: manifests are written as Parquet; name it {path.with_suffix('.parquet').name}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(os.path.abspath(path.parent))
+    folder = os.path.join(os.path.abspath(path.parent), "")
     stored = [_stored(p, folder) for p in (manifest._resolve(p) for p in manifest.table.column("path").to_pylist())]
     table = manifest.table.set_column(manifest.table.column_names.index("path"), "path", pa.array(stored, _TEXT))
     table = table.replace_schema_metadata({"stdit_manifest": str(FORMAT)})
@@ -232,11 +232,13 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _stored(path: str, folder: Path) -> str:
+def _stored(path: str, folder: str) -> str:
+    """How a path is written into a manifest of this folder (which ends in a separator)."""
     if "://" in path:
         return path
-    absolute = Path(os.path.abspath(path))
-    return absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)
+    if not path.startswith(folder) or ".." in path:
+        path = os.path.abspath(path)
+    return path.removeprefix(folder).replace(os.sep, "/") if path.startswith(folder) else path
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
