@@ -33,7 +33,19 @@ class CausalConv3d(nn.Conv3d):
         """(B, C_in, T, H, W) -> (B, C_out, T, H, W)."""
         if self.memory:
             x = with_past(x, self.memory, self, past)  # (B, C_in, memory + T, H, W)
-        return super().forward(x)
+        return convolve(self, x)
+
+
+def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """conv(x). Kernels of one row and column run as what they are, which is twice as fast on a CPU as a 3-D one."""
+    if conv.kernel_size == (1, 1, 1):
+        y = F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias)  # (B, T, H, W, C_out)
+        return y.movedim(-1, 1)
+    if conv.kernel_size[1:] == (1, 1):
+        rows = x.flatten(3)  # (B, C_in, T, H·W): a 2-D convolution, its height the time
+        y = F.conv2d(rows, conv.weight.flatten(3), conv.bias, stride=(conv.stride[0], 1))
+        return y.unflatten(3, x.shape[3:])
+    return F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)
 
 
 def with_past(x: Tensor, frames: int, layer: nn.Module, past: Past | None) -> Tensor:
@@ -125,10 +137,10 @@ class Downsample(nn.Module):
         if past is not None:
             past[self] = x[:, :, -1:].clone()
         if before is not None:
-            return self.time_conv(torch.cat([before, x], dim=2))
+            return convolve(self.time_conv, torch.cat([before, x], dim=2))
         if x.shape[2] == 1:
             return x
-        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+        return torch.cat([x[:, :, :1], convolve(self.time_conv, x)], dim=2)
 
 
 class Upsample(nn.Module):
@@ -154,9 +166,9 @@ class Upsample(nn.Module):
             if past is not None and not started:
                 past[self] = x[:, :, :0]
             if rest.shape[2]:
-                rest = self.time_conv(with_past(rest, 2, self, past))  # (B, 2C, T, H, W)
-                rest = rest.unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
-                rest = rest.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # (B, C, 2T, H, W)
+                rest = convolve(self.time_conv, with_past(rest, 2, self, past))  # (B, 2C, T, H, W)
+                rest = rest.unflatten(1, (2, -1)).permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C), memory's order
+                rest = rest.flatten(1, 2).movedim(-1, 1)  # (B, C, 2T, H, W)
             x = torch.cat([first, rest], dim=2)
         return to_clips(self.resample(to_frames(x)), b)  # (B, C/2, T', 2H, 2W)
 
