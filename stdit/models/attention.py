@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -46,9 +46,8 @@ def segment_attention(
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise StditError(f"q, k and v differ: {[(t.dtype, str(t.device)) for t in (q, k, v)]}.")
     name = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
-    out, _ = _attention(
-        q, k, v, multiplicity, q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host, name
-    )
+    run = _attention if torch.compiler.is_compiling() else _Attention.apply
+    out, _ = run(q, k, v, multiplicity, q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host, name)
     return out
 
 
@@ -84,11 +83,10 @@ def refusal(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str
     return "takes head_dim up to 256, a multiple of 8" if head_dim % 8 or head_dim > 256 else ""
 
 
-# The operator.
+# The operator: opaque to compiled code; eager code calls the same functions as a plain autograd function, for speed.
 
 
-@torch.library.custom_op("stdit::segment_attention", mutates_args=())
-def _attention(
+def _attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -108,13 +106,15 @@ def _attention(
     return merge_extra_keys(out, lse, q, k, v, multiplicity, q_host, k_host)
 
 
+_attention = torch.library.custom_op("stdit::segment_attention", _attention_forward, mutates_args=())
+
+
 @_attention.register_fake
 def _(q, k, v, multiplicity, q_offsets, k_offsets, q_host, k_host, backend):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=dtype)
 
 
-@torch.library.custom_op("stdit::segment_attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -137,7 +137,12 @@ def _attention_backward(
     return add_extra_key_grads(grads, grad, q, k, v, out, lse, multiplicity, q_host, k_host)
 
 
-@_attention_backward.register_fake
+_attention_backward_op = torch.library.custom_op(
+    "stdit::segment_attention_backward", _attention_backward, mutates_args=()
+)
+
+
+@_attention_backward_op.register_fake
 def _(grad, q, k, v, out, lse, multiplicity, q_offsets, k_offsets, q_host, k_host, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -149,13 +154,19 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any, run: Callable = _attention_backward_op) -> tuple:
     if grad is None:
         return (None,) * 9
-    return (*_attention_backward(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 6)
+    return (*run(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 6)
 
 
 _attention.register_autograd(_backward, setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(_attention_forward)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(partial(_backward, run=_attention_backward))
 
 
 def _check_segments(q: Tensor, k: Tensor, multiplicity: Tensor | None, q_host: Tensor, k_host: Tensor) -> None:

@@ -173,7 +173,8 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
         if each is None:
             raise StditError(
                 f"clip {number} has noise levels of shape {tuple(level.shape)}; its grid of {grid.frames}×"
-                f"{grid.height}×{grid.width} tokens takes (), ({grid.frames},) per patch frame or ({grid.tokens},) per token."
+                f"{grid.height}×{grid.width} tokens takes (), ({grid.frames},) per patch frame or "
+                f"({grid.tokens},) per token."
             )
         if level.dtype not in (torch.float32, torch.float64) or not ((level >= 0) & (level <= 1)).all():
             raise StditError(

@@ -58,9 +58,7 @@ class TransformerConfig:
         if self.dim % self.heads:
             raise StditError(f"transformer dim {self.dim} is not divisible by heads {self.heads}.")
         if self.head_dim % 2:
-            raise StditError(
-                f"dim {self.dim} / heads {self.heads} = {self.head_dim}; rotary pairs need an even number."
-            )
+            raise StditError(f"dim {self.dim} / heads {self.heads} = {self.head_dim}; rotary pairs need an even one.")
         if self.frequency_dim % 2:
             raise StditError(f"transformer frequency_dim {self.frequency_dim} must be even (cosines and sines).")
         if self.text_padding < 0 or self.eps <= 0 or self.rope_theta <= 0:
