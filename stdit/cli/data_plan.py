@@ -55,7 +55,7 @@ def plan(
     if not as_json or not len(assignment.counts) or not assignment.counts.sum():
         _print_drops(console, assignment, len(clips))
     kind = costs(settings)
-    made = make_plan(clips, assignment, kind, settings, 0)
+    made = make_plan(clips, assignment, kind, settings, 0)  # type: ignore[arg-type]  # it asks for tokens and cost only
     bound = made.token_bound(group_size)
     measures = measure_plan(made, groups, bound, steps, _progress)
     if picture is not None:

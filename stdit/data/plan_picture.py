@@ -58,7 +58,11 @@ def measure_plan(
         fastest += max(work / groups, max(item.work for item in step))
         fullest = max(sum(item.tokens for item in pack) for micro in packs for pack in micro)
         found.append((len(step), sum(item.tokens for item in step), work, len(packs), fullest, value))
-    return Measures(steps, *map(list, zip(*found)), total_balance=ideal / slowest, best_balance=ideal / fastest)
+    clips, tokens, works, micro_steps, fullests, values = (list(column) for column in zip(*found))
+    return Measures(
+        steps, clips, tokens, works, micro_steps, fullests, values,
+        total_balance=ideal / slowest, best_balance=ideal / fastest,
+    )  # fmt: skip
 
 
 def draw_plan(
@@ -179,7 +183,7 @@ def _draw_packs(axes: Axes, splits: list[Split], groups: int, colours: dict[int,
 
 
 def _draw_balance(axes: Axes, measures: Measures, token_bound: int, num_steps: int) -> None:
-    style = dict(marker="o", ms=3.5) if len(measures.steps) < 60 else {}
+    style: dict[str, Any] = dict(marker="o", ms=3.5) if len(measures.steps) < 60 else {}
     axes.plot(measures.steps, measures.balance, color="#1f5fa8", lw=1.4, label="balance: mean work / largest", **style)
     full = np.array(measures.fullest) / token_bound
     axes.plot(measures.steps, full, color="#c9772b", lw=1.2, label=f"fullest pack / {token_bound:,} tokens", **style)
