@@ -16,7 +16,7 @@ from stdit.data.toy import Jitter, ToySpec, held_out_prompts, render
 from stdit.data.video_io import contact_sheet, read_frames, write_video
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr, psnr
-from stdit.evaluation.toy import ToyReading, as_json, read_clip, score_readings
+from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
 from stdit.keyed import keyed_seed
 from stdit.shapes import VideoShape, size_for
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 Progress = Callable[[str, int, int], None]  # what is being done, done, in all
 
+SOURCES = ("samples", "vae", "rendered", "shuffled")
 TRAINED, ASPECT, DURATION = "trained", "untrained aspect ratio", "untrained duration"
 
 
@@ -90,7 +91,9 @@ def evaluate_toy(
                 "samples": as_json(score_readings(captions, readings)),
                 "vae": as_json(score_readings(captions, [read_clip(clip) for clip in rebuilt])),
                 "rendered": as_json(score_readings(captions, truth)),
-                "shuffled": as_json(score_readings(shuffle(captions, seed), truth)),
+                "shuffled": as_json(
+                    score_readings(shuffle(captions, keyed_seed(seed, "toy shuffle", str(shape))), truth)
+                ),
                 "vae_psnr": round(mean_psnr(rebuilt, rendered), 3),
                 "sheet": f"evaluation/{shape}/sheet.png",
                 "clips": [_describe(shape, i, *pair) for i, pair in enumerate(zip(captions, readings))],
@@ -179,8 +182,8 @@ def render_prompts(captions: Sequence[str], shape: VideoShape, seed: int) -> lis
 
 
 def shuffle(captions: Sequence[str], seed: int) -> list[str]:
-    """The captions in a keyed order in which none stays in its place."""
-    order = np.random.default_rng(keyed_seed(seed, "toy shuffle")).permutation(len(captions))
+    """The captions in another order, in which none stays in its place."""
+    order = np.random.default_rng(seed).permutation(len(captions))
     shuffled = [""] * len(captions)
     for here, there in zip(order, np.roll(order, 1)):  # one cycle through all of them
         shuffled[here] = captions[there]
@@ -245,28 +248,28 @@ def _read_at_a_trained_shape(path: Path, trained: Sequence[VideoShape], fps: flo
 
 
 def summarise(sets: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each kind of shape: the shares over all its clips together, and the VAE's mean PSNR."""
-    from stdit.evaluation.toy import Accuracy
-
+    """For each kind of shape: the counts of all its clips together, for each source, and the VAE's mean PSNR."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for one in sets:
         kinds.setdefault(one["kind"], []).append(one)
     return {
         kind: {
             "shapes": [one["shape"] for one in members],
-            "samples": {
-                name: asdict(
-                    Accuracy.of(
-                        sum(one["samples"][name]["right"] for one in members),
-                        sum(one["samples"][name]["total"] for one in members),
-                        first["chance"],
-                    )
-                )
-                for name, first in members[0]["samples"].items()
-            },
+            **{source: _pooled([one[source] for one in members]) for source in SOURCES},
             "vae_psnr": round(float(np.mean([one["vae_psnr"] for one in members])), 3),
         }
         for kind, members in kinds.items()
+    }
+
+
+def _pooled(scores: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: asdict(
+            Accuracy.of(
+                sum(one[name]["right"] for one in scores), sum(one[name]["total"] for one in scores), first["chance"]
+            )
+        )
+        for name, first in scores[0].items()
     }
 
 
