@@ -180,6 +180,8 @@ class Checkpoint:
         """Masters, the optimizer's state and averages into the pieces of this rank."""
         kinds = {key.split("/", 1)[0] for key in self._index}
         cut = {kind for kind in kinds if "." not in kind} - {"master", "ema"}  # the optimizer's, cut like the masters
+        group = engine.optimizer.param_groups[0]
+        on_device = bool(group.get("fused") or group.get("capturable"))  # where these keep their step counters
         for index, (flat, pieces) in enumerate(zip(engine.flats, engine.pieces)):
             targets = {"master": flat.detach()}
             if ema is not None:
@@ -194,6 +196,7 @@ class Checkpoint:
             for kind in kinds - cut - {"master", "ema"}:
                 if pieces and (value := self._whole(f"{kind}/{pieces[0].name}")) is not None:
                     kept, _, name = kind.partition(".")
+                    value = value.to(flat.device) if on_device else value
                     engine.optimizer.state[flat][name] = value.item() if kept == "number" else value
 
     def _whole(self, key: str) -> Tensor | None:

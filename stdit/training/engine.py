@@ -279,13 +279,13 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     lr = config.lr if lr is None else lr
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, **config.options)
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, **({"fused": True} | config.options))
     import timm.optim
 
     known = timm.optim.list_optimizers()
     if config.name not in known:
         raise StditError(f"optimizer.name {config.name!r} is not known.{nearest_name(config.name, known)}")
-    arguments: dict[str, Any] = {"momentum": 0.0} if config.name == "sgd" else {}
+    arguments: dict[str, Any] = {}
     defaults = timm.optim.get_optimizer_class(config.name, bind_defaults=False)
     if "betas" in _arguments_of(defaults):
         arguments["betas"] = config.betas

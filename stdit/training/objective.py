@@ -122,7 +122,8 @@ class FlowModule(nn.Module):
         text = batch.text
         if text is None:
             assert self.text_encoder is not None and batch.text_ids is not None
-            text = pack_texts(self.text_encoder(batch.text_ids), self.text_padding)
+            # `.forward`, past the hooks: ZeRO-3 counts outputs of modules, and here a rank has as many as clips.
+            text = pack_texts(self.text_encoder.forward(batch.text_ids), self.text_padding)
         prediction = self.transformer(batch.pack, text)  # (N, pt·ph·pw·C)
         errors = (prediction.float() - batch.target).square().sum(1)  # (N,)
         return (errors * batch.token_weights).sum()

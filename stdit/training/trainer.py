@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
 from stdit.training.settings import RunConfig, differences, to_dict
+
+
+class Done(NamedTuple):
+    """A step's gradients are there. loss: this rank's share of it (they add up); the rest is of all ranks together."""
+
+    loss: Tensor
+    tokens: int
+    flops: int
+    stop: int  # the signal that asks to save and stop, or 0
 
 
 class Trainer:
@@ -76,12 +85,12 @@ class Trainer:
             loss = self.resumed.state["window"]
             self.window = [torch.tensor(one if world.is_main else 0.0, dtype=torch.float64) for one in loss]
         module.train()
-        self.peak = measure_peak(world.device, PRECISIONS[config.run.precision])
 
     def train(self) -> None:
         """To the last step; saves and raises `Interrupted` after a signal."""
         config, world = self.config, self.world
         parts = self.parts
+        self.peak = measure_peak(world.device, PRECISIONS[config.run.precision])
         log = self._open_log()
         feed = Feed(parts.plan_of, parts.loader, world.rank, world.size, self.step)
         progress = Progress(self.step, config.schedule.steps, config.log.progress and world.is_main)
@@ -92,22 +101,23 @@ class Trainer:
             while self.step < config.schedule.steps:
                 step = next(feed.steps)
                 clock.waited()
-                loss, norm, rate, tokens, flops, stop = self._take(step)
-                self.window.append(loss)
-                clock.count(tokens, flops)
+                done = self.accumulate(step)
+                norm, rate = self.update()
+                self.window.append(done.loss)
+                clock.count(done.tokens, done.flops)
                 if self.step % config.log.every == 0 or self.step == config.schedule.steps:
                     self._log(log, progress, clock, step, norm, rate)
                 progress.advance(self.step)
-                if stop or self.step % config.checkpoint.every == 0 or self.step == config.schedule.steps:
-                    self._save()
+                if done.stop or self.step % config.checkpoint.every == 0 or self.step == config.schedule.steps:
+                    self.save()
                     saved = self.step
-                if stop:
-                    raise self._interrupted(stop)
+                if done.stop:
+                    raise self._interrupted(done.stop)
                 if config.eval.every and self.step % config.eval.every == 0 and self.step < config.schedule.steps:
                     self._evaluate(log)
                 clock.start()
             if saved != self.step:
-                self._save()
+                self.save()
             self._finish(log)
         finally:
             restore()
@@ -116,8 +126,8 @@ class Trainer:
             if log is not None:
                 log.close()
 
-    def _take(self, step: Step) -> tuple[Tensor, Any, float, int, int, int]:
-        """One optimizer step. Returns this rank's share of its loss, norm, rate, tokens, FLOPs, and a signal or 0."""
+    def accumulate(self, step: Step) -> Done:
+        """Forward and backward of all micro-steps: the gradient of the step's exact loss is then in the engine."""
         config, world, objective = self.config, self.world, self.parts.objective
         key = StepKey(config.run.seed, step.epoch, step.index, step.clips)
         batches = [objective.prepare(e, i, key) for e, i in zip(step.examples, step.items)]
@@ -136,13 +146,17 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         for number, batch in enumerate(batches):
             total += self.engine.backward(batch, 1 / weight, last=number == len(batches) - 1).double()
-        rate = config.optimizer.lr * config.schedule.factor(self.step)
-        norm = self.engine.step(rate)
         stop = int(signal.SIGTERM) if ended else int(signal.SIGINT) if interrupted else 0
+        return Done(total / weight, int(tokens), int(flops), stop)
+
+    def update(self) -> tuple[Any, float]:
+        """The optimizer's step and the average's. Returns the gradient's norm before clipping, and the rate."""
+        rate = self.config.optimizer.lr * self.config.schedule.factor(self.step)
+        norm = self.engine.step(rate)
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.step)
-        return total / weight, norm, rate, int(tokens), int(flops), stop
+        return norm, rate
 
     def _log(
         self, log: MetricsLog | None, progress: Progress, clock: _Clock, step: Step, norm: Any, rate: float
@@ -187,7 +201,7 @@ class Trainer:
                 self.failures[example.clip_id] = found
                 print(f"clip {example.row} left out of training: {example.failure}", flush=True)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         failures: dict[str, Any] = {}
         for found in self.world.gather(self.failures):
             failures |= found

@@ -23,7 +23,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_toy(folder / "clips", toy)
     scan(folder / "clips" / "train", out=folder / "manifest.parquet")
     torch.manual_seed(1)
-    config = VaeConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=4, patch_size=2)
+    config = VaeConfig(
+        base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=4, patch_size=2
+    )
     save_vae(CausalVAE(config), folder / "vae")
     flow = {
         "model": {"preset": "toy", "dim": 24, "heads": 2, "layers": 2, "ffn_dim": 48, "frequency_dim": 32},

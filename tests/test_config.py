@@ -1,0 +1,96 @@
+"""The run's config: strict reading, overrides, round trips, and what a resumed run may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stdit.config import RunConfig, differences, from_dict, load_config, save_config, to_dict
+from stdit.errors import StditError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_then_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: {seed: 3}\nmodel: {preset: toy, layers: 2}\noptimizer: {lr: 1e-4}\n")
+    config = load_config(path, ["run=runs/x", "model.layers=4", "optimizer.betas=[0.8, 0.9]", "text.trained.dim=64"])
+    assert config.run.path == "runs/x" and config.run.seed == 3
+    assert config.model.preset == "toy" and config.model.overrides == {"layers": 4}
+    assert config.optimizer.lr == 1e-4 and config.optimizer.betas == (0.8, 0.9)
+    assert config.text.trained is not None and config.text.trained.dim == 64
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")) == RunConfig()
+
+
+def test_what_is_saved_reads_back(tmp_path: Path) -> None:
+    raw = {
+        "model": {"preset": "toy", "patch": [1, 2, 2], "dim": 96},
+        "vae": {"dim_mult": [1, 2], "temporal_downsample": [True]},
+        "objective": {"flow": {"tasks": {"text_to_video": 1, "extend": 0.5}, "noise_levels": {"shift": 3}}},
+        "data": {"shapes": ["64x64x9"], "manifest": "m.parquet"},
+        "text": {"trained": {"dim": 32}},
+    }
+    config = from_dict(raw, "here")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert to_dict(load_config(tmp_path / "config.yaml")) == yaml.safe_load((tmp_path / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("optimiser: {lr: 1}", [], ["run.yaml", "optimiser", "'optimizer'"]),
+        ("optimizer: {learning_rate: 1}", [], ["optimizer.learning_rate", "lr"]),
+        ("model: {layer: 1}", [], ["model.layer", "'layers'"]),
+        ("objective: {flow: {noise_levels: {shfit: 1}}}", [], ["objective.flow.noise_levels.shfit", "'shift'"]),
+        ("", ["optimizer.lrr=1"], ["optimizer.lrr=1", "optimizer.lrr", "'lr'"]),
+        ("schedule: {steps: many}", [], ["schedule.steps", "'many'", "an integer"]),
+        ("schedule: {steps: 1.5}", [], ["schedule.steps", "1.5", "an integer"]),
+        ("run: {deterministic: 1}", [], ["run.deterministic", "true or false"]),
+        ("run: {precision: fp16}", [], ["run.precision", "'fp16'", "fp32, bf16"]),
+        ("data: {shapes: 64x64x9}", [], ["data.shapes", "a list"]),
+        ("data: [1]", [], ["data", "mapping"]),
+        ("optimizer: {betas: [0.9]}", [], ["optimizer.betas", "list of 2"]),
+        ("schedule: {steps: 0}", [], ["schedule", "steps 0"]),
+        ("text: {path: a, trained: {dim: 8}}", [], ["text", "both set"]),
+        ("objective: {flow: {tasks: {text_to_vide: 1}}}", [], ["'text_to_video'"]),
+        ("a: [", [], ["run.yaml", "not YAML"]),
+        ("", ["optimizer.lr"], ["'optimizer.lr'", "KEY=VALUE"]),
+        ("optimizer: 3", ["optimizer.lr=1"], ["optimizer"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(StditError) as error:
+        load_config(write(tmp_path, text), overrides)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StditError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_what_a_resumed_run_may_change() -> None:
+    then = to_dict(from_dict({"optimizer": {"lr": 1e-3}}, "a"))
+    harmless = {
+        "optimizer": {"lr": 1e-3},
+        "log": {"every": 3},
+        "eval": {"every": 5, "prompts": ["a"]},
+        "checkpoint": {"every": 9},
+        "parallel": {"deepspeed": "x.json"},
+        "schedule": {"steps": 5},
+        "data": {"workers": 7},
+        "run": {"path": "elsewhere"},
+    }
+    assert differences(then, to_dict(from_dict(harmless, "b"))) == []
+    changed = to_dict(from_dict({"optimizer": {"lr": 2e-3}, "run": {"seed": 1}, "model": {"layers": 3}}, "c"))
+    assert differences(then, changed) == ["model.layers: (unset) → 3", "optimizer.lr: 0.001 → 0.002", "run.seed: 0 → 1"]

@@ -1,0 +1,139 @@
+"""The exact loss of a step, against sums written out by hand; and what is random is keyed by the clip."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from stdit.config import load_config
+from stdit.data.planner import split
+from stdit.diffusion.tasks import draw_task
+from stdit.keyed import keyed_generator
+from stdit.models.packing import unpack_clips, unpatchify
+from stdit.shapes import TokenGrid
+from stdit.training.build import Parts, build
+from stdit.training.objective import FlowObjective, StepKey, output_tokens
+from stdit.training.parallel import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def parts(tiny: Path) -> Parts:
+    parts = build(load_config(tiny / "flow.yaml", ["data.workers=0"]), ALONE)
+    with torch.no_grad():
+        for p in parts.objective.module.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return parts
+
+
+def prepared(parts: Parts, groups: int, bound: int) -> list:
+    """Batches of the plan's first step, all groups' and micro-steps'."""
+    items = parts.plan.step(0)
+    key = StepKey(0, 0, 0, len(items))
+    packs = itertools.chain.from_iterable(split(items, groups, bound))
+    return [parts.objective.prepare(parts.loader.fetch(pack, 0), pack, key) for pack in packs]
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])
+def test_output_tokens_is_the_inverse_of_unpatchify(patch: tuple[int, int, int]) -> None:
+    clip = torch.randn(3, 4, 6, 6)
+    grid = TokenGrid(4 // patch[0], 6 // patch[1], 6 // patch[2])
+    assert torch.equal(unpatchify(output_tokens(clip, patch), grid, patch), clip)
+
+
+def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: Parts) -> None:
+    """Σ_c w_c · mean over c's unknown latents of (prediction − (ε − x_0))², w_c the number of unknown tokens."""
+    objective = parts.objective
+    assert isinstance(objective, FlowObjective)
+    items = parts.plan.step(0)
+    examples = parts.loader.fetch(items, 0)
+    batch = objective.prepare(examples, items, StepKey(0, 0, 0, len(items)))
+    with torch.no_grad():
+        found = float(objective.module(batch))
+        assert batch.text_ids is not None
+        text = objective.text_encoder(batch.text_ids)
+        from stdit.models.packing import pack_texts
+
+        prediction = objective.module.transformer(batch.pack, pack_texts(text, 32))
+    expected = weights = 0.0
+    kinds = set()
+    for example, output in zip(examples, unpack_clips(prediction, batch.pack, (1, 2, 2))):
+        x0 = objective.vae.encode(example.video[None])[0]
+        noise = torch.randn(x0.shape, generator=keyed_generator(0, "noise", 0, example.clip_id, 0))
+        tasks = {"text_to_video": 2.0, "image_to_video": 1.0}
+        task = draw_task(tasks, x0.shape[1], seed=0, epoch=0, clip_id=example.clip_id)
+        kinds.add(task.name)
+        unknown = slice(task.known_frames, None)
+        w = x0[0, unknown].numel() / 4  # tokens of 2×2 latents
+        expected += w * float((output - (noise - x0))[:, unknown].square().mean())
+        weights += w
+    assert len(kinds) == 2
+    assert batch.weight == weights
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "bound"), [(1, 90), (2, 100), (3, 80)])
+def test_the_loss_of_a_step_does_not_depend_on_its_split(parts: Parts, groups: int, bound: int) -> None:
+    with torch.no_grad():
+        (whole,) = prepared(parts, 1, 10_000)
+        dealt = prepared(parts, groups, bound)
+        assert len(dealt) > 2
+        assert sum(batch.weight for batch in dealt) == whole.weight
+        total = sum(float(parts.objective.module(batch)) for batch in dealt)
+        assert total == pytest.approx(float(parts.objective.module(whole)), rel=1e-5)
+
+
+def test_a_clip_that_failed_weighs_nothing(parts: Parts) -> None:
+    from dataclasses import replace
+
+    items = parts.plan.step(0)
+    examples = parts.loader.fetch(items, 0)
+    key = StepKey(0, 0, 0, len(items))
+    failed = [replace(examples[0], weight=0.0, failure="gone"), *examples[1:]]
+    with torch.no_grad():
+        all_of_them = parts.objective.prepare(failed, items, key)
+        the_others = parts.objective.prepare(examples[1:], items[1:], key)
+        assert all_of_them.weight == the_others.weight
+        loss = float(parts.objective.module(all_of_them))
+        assert loss == pytest.approx(float(parts.objective.module(the_others)), rel=1e-5)
+
+
+def test_a_rank_without_clips_has_every_gradient_and_all_are_zero(parts: Parts) -> None:
+    batch = parts.objective.prepare([], [], StepKey(0, 0, 0, 4))
+    loss = parts.objective.module(batch)
+    gradients = torch.autograd.grad(loss, list(parts.objective.module.parameters()))
+    assert batch.weight == 0 and float(loss) == 0
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_token_power_zero_counts_every_clip_alike(tiny: Path) -> None:
+    parts = build(load_config(tiny / "flow.yaml", ["data.workers=0", "objective.token_power=0"]), ALONE)
+    (batch,) = prepared(parts, 1, 10_000)
+    assert batch.weight == len(parts.plan.step(0))
+
+
+def test_captions_are_dropped_by_key(tiny: Path) -> None:
+    settings = ["data.workers=0", "objective.flow.caption_dropout=0.5"]
+    parts = build(load_config(tiny / "flow.yaml", settings), ALONE)
+    objective = parts.objective
+    assert isinstance(objective, FlowObjective)
+    empty = objective.text_encoder.tokenize([""])[0]
+    batches = prepared(parts, 1, 10_000)
+    again = prepared(parts, 1, 10_000)
+    dropped = [ids == empty for batch in batches for ids in batch.text_ids]
+    assert 0 < sum(dropped) < len(dropped)
+    assert dropped == [ids == empty for batch in again for ids in batch.text_ids]
+
+
+def test_the_vae_loss_does_not_depend_on_the_split(tiny: Path) -> None:
+    parts = build(load_config(tiny / "vae.yaml", ["data.workers=0"]), ALONE)
+    with torch.no_grad():
+        (whole,) = prepared(parts, 1, 10**9)
+        dealt = prepared(parts, 2, 48 * 32 * 5)
+        assert sum(batch.weight for batch in dealt) == whole.weight
+        total = sum(float(parts.objective.module(batch)) for batch in dealt)
+        assert total == pytest.approx(float(parts.objective.module(whole)), rel=1e-5)

@@ -1,0 +1,79 @@
+"""One of several ranks (or the only one): trains under each DeepSpeed JSON and optimizer, rank 0 writes what it saw.
+
+Arguments: config, output folder, steps, then pairs NAME=JSON ("" for plain torch).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from stdit.config import RunConfig, load_config
+from stdit.training import build
+from stdit.training import trainer as trainer_module
+from stdit.training.feed import Feed
+from stdit.training.parallel import World, join_world, leave_world
+from stdit.training.trainer import Trainer
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    config, out, steps, *engines = sys.argv[1:]
+    world = join_world()
+    for engine in engines:
+        name, _, path = engine.partition("=")
+        for optimizer in ("sgd", "adamw"):
+            settings = [
+                f"optimizer.name={optimizer}",
+                f"parallel.deepspeed={path or 'null'}",
+                f"schedule.steps={steps}",
+            ]
+            settings += ["optimizer.lr=0.05"] if optimizer == "sgd" else []
+            train(config, [*settings, f"run={out}/{name}-{optimizer}"], Path(out) / f"{name}-{optimizer}", world)
+    leave_world()
+
+
+def build_random(config: RunConfig, world: World) -> build.Parts:
+    """Fresh weights are too kind: a head of zeros lets no gradient through to the rest."""
+    parts = build.build(config, world)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parts.objective.module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return parts
+
+
+def train(config: str, overrides: list[str], out: Path, world: World) -> None:
+    trainer_module.build = build_random
+    trainer = Trainer(load_config(config, overrides), world)
+    trainer.prepare()
+    steps = trainer.config.schedule.steps
+    feed = Feed(trainer.parts.plan_of, trainer.parts.loader, world.rank, world.size, 0)
+    losses, ids, micro_steps = [], [], []
+    for number in range(steps):
+        step = next(feed.steps)
+        loss = trainer.accumulate(step).loss
+        losses.append(float(world.sum_(loss)))
+        seen = world.gather([example.clip_id for examples in step.examples for example in examples])
+        ids.append(sorted(one for rank in seen for one in rank))
+        micro_steps.append([len(items) for items in step.items])
+        if number == 0:
+            gradients = trainer.engine.gradients()
+            if world.is_main:
+                out.mkdir(parents=True, exist_ok=True)
+                save_file({name: one.contiguous() for name, one in gradients.items()}, out / "gradients.safetensors")
+        trainer.window.append(loss)
+        trainer.update()
+    trainer.save()
+    feed.close()
+    packs = world.gather(micro_steps)
+    if world.is_main:
+        (out / "seen.json").write_text(json.dumps({"losses": losses, "ids": ids, "packs": packs}))
+
+
+if __name__ == "__main__":
+    main()
