@@ -35,12 +35,14 @@ def toy(
     held_out: Annotated[
         Path | None, typer.Option(help="The toy set's held_out folder: measures the VAE on its files too.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of a table.")] = False,
 ) -> None:
     """Sample captions the toy model never saw, and read from the pixels what it made of them.
 
     Example: stdit eval toy --model runs/toy/model --out runs/toy --held-out data/toy/held_out
     """
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -55,7 +57,8 @@ def toy(
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)
 
-        result = evaluate_toy(model, out, prompts, shape, steps, guidance, seed, held_out, progress)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        result = evaluate_toy(model, out, prompts, shape, steps, guidance, seed, held_out, device, progress)
     if as_json:
         print(json.dumps(result, indent=1))
         return
@@ -63,33 +66,34 @@ def toy(
     if result["vae"]:
         print(f"VAE on {result['vae']['clips']} held-out files: {result['vae']['psnr']:.1f} dB PSNR.")
     print(f"{out / 'evaluation.json'}, samples in {out / 'evaluation'}")
+    if (out / "metrics.jsonl").exists():  # a run folder
+        from stdit.evaluation.report import write_report
+
+        print(f"report: {write_report(out)}")
 
 
 def table(result: dict):
-    """evaluation.json as a rich table: one row a shape and source, the share right and its 95 % interval."""
+    """evaluation.json as a rich table: a shape's samples with their 95 % intervals, and what to compare them with."""
     from rich.table import Table
 
     names = list(result["sets"][0]["samples"])
-    view = Table(title=f"{result['settings']['prompts']} held-out captions, read from the pixels: right, in % (95 %)")
-    for column in ("shape", "", *names, "VAE dB"):
-        view.add_column(column, justify="left" if column in ("shape", "") else "right")
+    title = f"{result['settings']['prompts']} held-out captions, read from the pixels: right, in %"
+    view = Table(title=title, padding=(0, 1, 0, 0), box=None, title_justify="left")
+    view.add_column("", no_wrap=True)
+    for name in names:
+        view.add_column(name, justify="right")
+
+    def shares(scores: dict) -> list[str]:
+        return [f"{100 * cell['share']:.0f}" for cell in scores.values()]
+
     for one in result["sets"]:
-        for place, (key, label) in enumerate(
-            (("samples", one["kind"]), ("vae", "its VAE alone"), ("rendered", "ground truth"), ("shuffled", "shuffled"))
-        ):
-            cells = [
-                f"{100 * cell['share']:.0f} ({100 * cell['low']:.0f}–{100 * cell['high']:.0f})"
-                for cell in one[key].values()
-            ]
-            psnr = f"{one['vae_psnr']:.1f}" if key == "vae" else ""
-            view.add_row(
-                one["shape"] if not place else "",
-                label,
-                *cells,
-                psnr,
-                style="bold" if not place else "dim",
-                end_section=key == "shuffled",
-            )
+        intervals = [f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}" for cell in one["samples"].values()]
+        view.add_row(one["kind"], style="bold")
+        view.add_row(f"  {one['shape']} samples", *shares(one["samples"]))
+        view.add_row("  95 % interval", *intervals)
+        view.add_row(f"  VAE alone, {one['vae_psnr']:.1f} dB", *shares(one["vae"]), style="dim")
+        view.add_row("  ground truth", *shares(one["rendered"]), style="dim")
+        view.add_row("  captions shuffled", *shares(one["shuffled"]), style="dim")
     chance = [f"{100 * cell['chance']:.0f}" for cell in result["sets"][0]["samples"].values()]
-    view.add_row("", "chance", *chance, "", style="dim")
+    view.add_row("chance", *chance, style="dim")
     return view

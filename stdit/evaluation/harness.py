@@ -39,6 +39,7 @@ def evaluate_toy(
     guidance: float = 5.0,
     seed: int = 0,
     held_out: str | Path | None = None,
+    device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """How often samples of captions never trained show what was asked for, read from the pixels alone.
@@ -53,7 +54,7 @@ def evaluate_toy(
     """
     from stdit.pipeline import Pipeline
 
-    pipeline = Pipeline.load(model) if isinstance(model, str | Path) else model
+    pipeline = Pipeline.load(model, device=device) if isinstance(model, str | Path) else model
     out = Path(out)
     captions = held_out_prompts(prompts, seed)
     trained = [VideoShape.parse(shape) for shape in pipeline.settings.shapes]
