@@ -38,6 +38,8 @@ WAN21_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
+START_LOGVAR = -6.0  # an untrained encoder's posterior: narrow, else its noise drowns the latents for the first steps
+
 
 @dataclass(frozen=True)
 class VaeConfig:
@@ -207,6 +209,11 @@ class CausalVAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        with torch.no_grad():  # where training starts
+            for side in (self.encoder, self.decoder):
+                side.middle[1].proj.weight.zero_()  # attention adds nothing, as in the release
+            self.conv1.weight[config.z_dim :].zero_()
+            self.conv1.bias[config.z_dim :].fill_(START_LOGVAR)
 
     @property
     def stride(self) -> tuple[int, int, int]:
