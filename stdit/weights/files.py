@@ -86,7 +86,7 @@ class TensorFiles:
         if tensor.numel():
             with open(entry.path, "rb") as file:
                 file.seek(entry.start)
-                if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != entry.stop - entry.start:
+                if file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy())) != entry.stop - entry.start:
                     raise StditError(f"{entry.path}: the file ends inside the tensor {self.prefix}{name}.")
         return tensor
 
@@ -212,7 +212,7 @@ def write_tensors(
         for name in order:
             tensor = read(name).detach().to("cpu").contiguous()
             assert (tensor.dtype, tuple(tensor.shape)) == entries[name], f"{name}: {tensor.dtype}, {tensor.shape}"
-            file.write(tensor.view(-1).view(torch.uint8).numpy())
+            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
         file.flush()
         os.fsync(file.fileno())
 
