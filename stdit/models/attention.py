@@ -25,6 +25,7 @@ from stdit.errors import StditError
 from stdit.models.packing import Segments
 
 BACKENDS = ("varlen", "flash", "dense", "naive")  # in the order that "auto" tries
+SCORES_AT_ONCE = 1 << 27  # elements, where attention is written out
 Slices = tuple[tuple[int, int], ...]  # (start, stop) of rows
 
 
@@ -45,12 +46,13 @@ def segment_attention(
     """
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise StditError(f"q, k and v differ: {[(t.dtype, str(t.device)) for t in (q, k, v)]}.")
-    name = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
     run = _attention if torch.compiler.is_compiling() else _Attention.apply
-    out, _ = run(q, k, v, multiplicity, q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host, name)
+    ends = (q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host)
+    out, _ = run(q, k, v, multiplicity, *ends, backend)
     return out
 
 
+@lru_cache(maxsize=256)
 def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend to use: the first that can for "auto", else the one named, or an error saying why it cannot."""
     if backend == "auto":
@@ -67,7 +69,6 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int)
     return backend
 
 
-@lru_cache(maxsize=256)
 def refusal(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """Why a backend cannot serve such tensors, or an empty string."""
     if backend in ("dense", "naive"):
@@ -98,6 +99,7 @@ def _attention_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (N, H, d) and the log-sum-exp of every query's scores (N, H), fp32 or fp64."""
+    backend = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
     _check_segments(q, k, multiplicity, q_host, k_host)
     if backend in ("dense", "naive"):
         return _dense_forward(q, k, v, multiplicity, q_host, k_host, naive=backend == "naive")
@@ -129,6 +131,7 @@ def _attention_backward(
     k_host: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    backend = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
     grad = grad.contiguous()
     if backend in ("dense", "naive"):
         return _dense_backward(grad, q, k, v, out, lse, multiplicity, q_host, k_host, naive=backend == "naive")
@@ -225,7 +228,7 @@ def _dense_backward(
         tensors = [_gather(t, q_slices, size) for t in (grad, q)] + [_gather(t, k_slices, size) for t in (k, v)]
         gb = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
         if naive or q.device.type != "cpu":
-            parts = _recompute(*tensors, gb, naive)
+            parts = _written_out_backward(*tensors, gb)
         else:
             go, gl = (_gather(t, q_slices, size) for t in (out, lse))
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -240,24 +243,37 @@ def _dense_backward(
 
 def _dense_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, naive: bool) -> tuple[Tensor, Tensor]:
     """q (S, H, Lq, d), k, v (S, H, Lk, d), bias (S, 1, 1, Lk) -> output (S, H, Lq, d), log-sum-exp (S, H, Lq)."""
-    if naive:
-        scores = q.to(_wide(q)) @ k.to(_wide(q)).mT * q.shape[-1] ** -0.5
-        scores = scores if bias is None else scores + bias
-        return (scores.softmax(-1) @ v.to(_wide(q))).to(q.dtype), scores.logsumexp(-1)
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and not naive:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=bias)
-    mask = None if bias is None else bias.to(q.dtype).expand(q.shape[0], 1, q.shape[2], k.shape[2])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out, out.new_zeros(out.shape[:3], dtype=_wide(q))  # unused: backward recomputes
+    if not naive:
+        mask = None if bias is None else bias.to(q.dtype).expand(q.shape[0], 1, q.shape[2], k.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out, out.new_zeros(out.shape[:3], dtype=_wide(q))  # unused: backward computes its own
+    scores = _written_out_scores(q, k, bias)
+    return (scores.softmax(-1) @ v.to(scores.dtype)).to(q.dtype), scores.logsumexp(-1)
 
 
-def _recompute(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, naive: bool
+def _written_out_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-        out, _ = _dense_call(q, k, v, bias, naive)
-        return torch.autograd.grad(out, (q, k, v), grad)
+    """Gradients of softmax(q·k)·v by their formula, some queries at a time so that the scores fit in memory."""
+    wide, scale = _wide(q), q.shape[-1] ** -0.5
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    rows = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for part in (slice(a, a + rows) for a in range(0, q.shape[2], rows)):
+        p = _written_out_scores(q[:, :, part], k, bias).softmax(-1)  # (S, H, rows, Lk)
+        g = grad[:, :, part].to(wide)
+        dv += p.mT @ g
+        dp = g @ v.to(wide).mT
+        dscores = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        dq[:, :, part] = dscores @ k.to(wide)
+        dk += dscores.mT @ q[:, :, part].to(wide)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _written_out_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    scores = q.to(_wide(q)) @ k.to(_wide(q)).mT * q.shape[-1] ** -0.5
+    return scores if bias is None else scores + bias
 
 
 @lru_cache(maxsize=256)
