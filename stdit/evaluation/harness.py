@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +69,14 @@ def evaluate_toy(
     for shape in chosen:
         what = f"{shape} ({shape_kind(shape, trained)})"
         started = time.perf_counter()
-        clips = pipeline(
+        clips: Any = pipeline(
             captions,
             size=(shape.width, shape.height),
             frames=shape.frames,
             steps=steps,
             guidance=guidance,
             seed=seed,
-            progress=lambda done, total, what=what: progress(what, done, total),
+            progress=partial(progress, what),
         )
         seconds = time.perf_counter() - started
         rendered = render_prompts(captions, shape, seed)

@@ -24,6 +24,7 @@ SOURCES = (
     ("rendered", "ground truth"),
     ("shuffled", "ground truth, captions shuffled"),
 )
+INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 INK, ACCENT = "#010203", "#040506"  # matplotlib's colours, replaced by the page's own (dark or light)
 
 
@@ -96,7 +97,7 @@ def _inside(run: Path, name: Any) -> Path:
 
 def _facts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """(what, value) for the head of the page."""
-    start = next((line for line in reversed(lines) if line.get("kind") == "start"), {})
+    start: dict[str, Any] = next((line for line in reversed(lines) if line.get("kind") == "start"), {})
     train = [line for line in lines if line.get("kind", "train") == "train"]
     facts: list[tuple[str, str]] = []
     if start.get("objective"):
@@ -205,9 +206,9 @@ def _curve(name: str, steps: list[int], values: list[float], dots: bool = False)
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}
-    ink = {key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
-    with matplotlib.rc_context({**settings, **ink}):
+    settings: dict[Any, Any] = dict.fromkeys(INKED, INK)
+    settings |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
         axes = figure.add_subplot()
         noisy = not dots and name in ("loss", "gradient norm", "tokens a second", "model FLOPs utilisation")
