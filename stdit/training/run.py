@@ -32,12 +32,24 @@ def run(config: RunConfig, world: World) -> None:
         save_config(config, folder / "config.yaml")
     world.barrier()
     trainer.prepare()
+    if world.is_main and not (folder / "plan.png").exists():
+        draw(trainer.parts, world.size, folder / "plan.png")
     trainer.train()
     if world.is_main:
         from stdit.evaluation.report import write_report
 
         trainer.say(f"report: {write_report(folder)}")
     world.barrier()
+
+
+def draw(parts: Parts, ranks: int, path: Path) -> None:
+    """The plan's picture, for the report."""
+    from stdit.data.plan_picture import draw_plan, measure_plan
+
+    bound = parts.plan.token_bound()
+    measures = measure_plan(parts.plan, ranks, bound, most=64)
+    unit = "pixel" if parts.config.objective.kind == "vae" else "FLOP"
+    draw_plan(parts.plan, parts.assignment.shapes, ranks, bound, path, measures, unit)
 
 
 def dry_run(config: RunConfig, world: World) -> None:
