@@ -37,7 +37,11 @@ class CausalConv3d(nn.Conv3d):
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """conv(x). Kernels of one row and column run as what they are, which is twice as fast on a CPU as a 3-D one."""
+    """conv(x). Kernels of one row and column run as what they are, which is twice as fast on a CPU as a 3-D one.
+
+    A single clip's 3-D convolution is not oneDNN's in torch but a slow one: there, the frames under the kernel are
+    set side by side as channels, and a 2-D convolution over frames takes 1/4 of the time.
+    """
     if conv.kernel_size == (1, 1, 1):
         y = F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias)  # (B, T, H, W, C_out)
         return y.movedim(-1, 1)
@@ -45,6 +49,13 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
         rows = x.flatten(3)  # (B, C_in, T, H·W): a 2-D convolution, its height the time
         y = F.conv2d(rows, conv.weight.flatten(3), conv.bias, stride=(conv.stride[0], 1))
         return y.unflatten(3, x.shape[3:])
+    if x.device.type == "cpu" and len(x) == 1:
+        taps, frames = conv.kernel_size[0], x.movedim(1, -1)  # (1, T + taps − 1, H, W, C_in)
+        count = frames.shape[1] - taps + 1
+        beside = torch.cat([frames[0, k : k + count] for k in range(taps)], dim=-1)  # (T, H, W, taps·C_in)
+        weight = conv.weight.transpose(1, 2).flatten(1, 2)  # (C_out, taps·C_in, k_h, k_w)
+        y = F.conv2d(beside.movedim(-1, 1), weight, conv.bias, padding=conv.padding[1:])  # (T, C_out, H, W)
+        return to_clips(y, 1)
     return F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)
 
 
