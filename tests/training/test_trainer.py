@@ -1,0 +1,272 @@
+"""Whole runs in small: to their end, killed and continued, stopped by signals, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stdit.config import load_config
+from stdit.errors import Interrupted, StditError
+from stdit.training import trainer as trainer_module
+from stdit.training.checkpoint import Checkpoint
+from stdit.training.metrics import SCHEMA, read_metrics
+from stdit.training.parallel import World
+from stdit.training.run import dry_run, run
+
+ALONE = World(0, 1, torch.device("cpu"))
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same thread count as the processes that are started; and no second spent on the peak rate."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(tiny: Path, folder: Path, *overrides: str, config: str = "flow") -> None:
+    run(load_config(tiny / f"{config}.yaml", [f"run={folder}", *overrides]), ALONE)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    torch.set_num_threads(1)
+    prompts = "eval.prompts=[a red circle moving left]"
+    train(tiny, folder, prompts, "eval.every=5", "eval.steps=2", "log.tensorboard=true")
+    return folder
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(folder, "train")}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    states = [Checkpoint.latest(folder) for folder in (one, other)]
+    assert all(state is not None and state.step == 8 for state in states)
+    files = [[(p.name, p.read_bytes()) for p in sorted(state.path.glob("*.safetensors"))] for state in states if state]
+    return files[0] == files[1]
+
+
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    assert list(losses(whole)) == list(range(1, 9))
+    samples = [line["samples"] for line in read_metrics(whole, "eval")]
+    assert len(samples) == 2 and all((whole / one).stat().st_size > 0 for few in samples for one in few)
+    assert json.loads((whole / "model" / "stdit.json").read_text())["shapes"][0] == "48x32x5"
+    assert (whole / "report.html").exists() and (whole / "config.yaml").exists() and (whole / "plan.png").exists()
+    assert list((whole / "tensorboard").iterdir())
+    from stdit.pipeline import Pipeline
+
+    frames = Pipeline.load(whole / "model")("a red circle", steps=1)
+    assert frames.shape == (5, 32, 48, 3)
+
+
+def test_the_exported_weights_are_the_average(whole: Path) -> None:
+    from stdit.weights.io import load_transformer
+
+    found = Checkpoint.latest(whole)
+    assert found is not None
+    exported = load_transformer(whole / "model").state_dict()
+    for name, weight in found.weights("ema").items():
+        if name.startswith("transformer."):
+            assert torch.equal(exported[name.removeprefix("transformer.")], weight), name
+
+
+def test_the_loss_falls_on_clips_seen_again(tiny: Path, tmp_path: Path) -> None:
+    steps = [
+        "schedule.steps=80",
+        "log.every=20",
+        "checkpoint.every=80",
+        "optimizer.lr=0.01",
+        "plan.tokens_per_pack=2000",
+    ]
+    train(tiny, tmp_path / "run", *steps)
+    found = losses(tmp_path / "run")
+    assert list(found) == [20, 40, 60, 80]
+    assert found[80] < 0.75 * found[20]
+
+
+def test_kill_9_and_the_same_command_again(tiny: Path, whole: Path, tmp_path: Path) -> None:
+    """Losses and all state equal the uninterrupted run's, bit for bit, wherever the kill fell."""
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), str(tiny / "flow.yaml"), f"run={folder}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while max(losses(folder), default=0) < 4 and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    found = Checkpoint.latest(folder)
+    assert found is not None and found.step in (3, 6)
+    (folder / "checkpoints" / ".tmp-step-00000099").mkdir()  # as if killed while saving
+    train(tiny, folder)
+    assert losses(folder) == losses(whole)
+    assert same_weights(folder, whole)
+    assert not list((folder / "checkpoints").glob(".tmp*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    tiny: Path, whole: Path, tmp_path: Path, number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    update = trainer_module.Trainer.update
+
+    def send(self: trainer_module.Trainer) -> Any:
+        if self.step == 3:
+            os.kill(os.getpid(), number)
+        return update(self)
+
+    monkeypatch.setattr(trainer_module.Trainer, "update", send)
+    handlers = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="same command") as stopped:
+        train(tiny, folder)
+    assert stopped.value.status == status
+    assert signal.getsignal(number) == handlers
+    found = Checkpoint.latest(folder)
+    assert found is not None and found.step == 5  # noticed in the next step, which is finished
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
+    if status == 130:
+        train(tiny, folder)
+        assert losses(folder) == losses(whole) and same_weights(folder, whole)
+
+
+def test_losses_are_means_over_the_lines_steps_also_across_a_resume(tiny: Path, whole: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "a", "log.every=4")
+    train(tiny, tmp_path / "b", "log.every=4", "schedule.steps=8", "checkpoint.every=6", "checkpoint.keep=0")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-00000008")
+    shutil.rmtree(tmp_path / "b" / "model")
+    train(tiny, tmp_path / "b", "log.every=4")
+    each = losses(whole)
+    assert losses(tmp_path / "a")[8] == pytest.approx(sum(each[i] for i in (5, 6, 7, 8)) / 4, rel=1e-12)
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+def test_a_finished_run_says_so(tiny: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    train(tiny, whole)
+    assert "is finished after 8 steps" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_is_refused_with_the_difference(tiny: Path, whole: Path) -> None:
+    with pytest.raises(StditError, match=r"optimizer\.lr: 0\.002 → 0\.5"):
+        train(tiny, whole, "optimizer.lr=0.5")
+
+
+def test_changed_data_are_refused(tiny: Path, whole: Path, tmp_path: Path) -> None:
+    from stdit.data.manifest import Manifest, read_manifest, write_manifest
+
+    shutil.copytree(whole / "checkpoints", tmp_path / "run" / "checkpoints")
+    manifest = read_manifest(tiny / "manifest.parquet")
+    kept = (tiny / "manifest.parquet").read_bytes()
+    write_manifest(Manifest(manifest.table.slice(1), manifest.folder), tiny / "manifest.parquet")
+    try:
+        with pytest.raises(StditError, match=r"manifest\.parquet has changed"):
+            train(tiny, tmp_path / "run", "schedule.steps=9")
+    finally:
+        (tiny / "manifest.parquet").write_bytes(kept)
+
+
+def test_a_clip_that_went_bad_is_named_counted_and_skipped(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny / "clips", tmp_path / "clips")
+    shutil.copy(tiny / "manifest.parquet", tmp_path / "manifest.parquet")
+    bad = sorted((tmp_path / "clips" / "train").glob("*.mp4"))[2]
+    bad.write_bytes(b"not a video")
+    train(tiny, tmp_path / "run", f"data.manifest={tmp_path / 'manifest.parquet'}", "schedule.steps=4")
+    assert bad.name in capsys.readouterr().out
+    found = Checkpoint.latest(tmp_path / "run")
+    assert found is not None
+    (failure,) = found.state["failures"].values()
+    assert bad.name in failure["failure"]
+    assert [line["failed"] for line in read_metrics(tmp_path / "run", "train")][-1] == 1
+
+
+def test_the_vae_trains_and_exports_measured_latents(tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "run", f"eval.manifest={tiny / 'manifest.parquet'}", config="vae")
+    from stdit.weights.io import load_vae
+
+    vae = load_vae(tmp_path / "run" / "model")
+    assert vae.config.latents_std is not None and vae.config.latents_mean is not None
+    assert read_metrics(tmp_path / "run", "eval")[-1]["psnr"] > 3
+    check_lines(tmp_path / "run")
+
+
+def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"]), ALONE)
+    told = capsys.readouterr().out
+    assert "14 clips, 2 steps an epoch" in told and "48x32x5: " in told and "GiB" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["vae.path=null"], "vae.path"),
+        (["text.trained=null"], "text.path or text.trained"),
+        (["data.manifest=''"], "data.manifest"),
+        (["data.shapes=[640x640x33]"], "no clip is in any bucket"),
+        (["data.shapes=[36x32x5]"], "36x32"),
+        (["model.in_channels=16"], "model.in_channels is 16"),
+        (["model.preset=tyo"], "'toy'"),
+        (["parallel.deepspeed=nowhere.json"], "nowhere.json"),
+        (["parallel.sequence_parallel=2"], "sequence_parallel"),
+        (["plan.tokens_per_pack=10"], "tokens_per_pack"),
+    ],
+)
+def test_mistakes_end_before_training(tiny: Path, tmp_path: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(StditError, match=words):
+        train(tiny, tmp_path / "run", *overrides)
+
+
+def check_lines(folder: Path) -> None:
+    """Every line of metrics.jsonl against the committed schema (the parts of JSON Schema that it uses)."""
+    schema = json.loads(SCHEMA.read_text())
+    kinds = {"integer": int, "number": (int, float), "string": str, "array": list, "null": type(None)}
+
+    def valid(rule: Any, value: Any) -> bool:
+        if rule is True:
+            return True
+        if ("const" in rule and value != rule["const"]) or ("enum" in rule and value not in rule["enum"]):
+            return False
+        wanted = rule.get("type", [])
+        if wanted and not any(
+            isinstance(value, kinds[one]) for one in ([wanted] if isinstance(wanted, str) else wanted)
+        ):
+            return False
+        return value is None or "minimum" not in rule or value >= rule["minimum"]
+
+    def fits(rule: dict[str, Any], line: dict[str, Any]) -> bool:
+        rest = rule.get("additionalProperties", True)
+        return set(rule.get("required", [])) <= set(line) and all(
+            valid(rule["properties"][name], value) if name in rule["properties"] else rest and valid(rest, value)
+            for name, value in line.items()
+        )
+
+    for line in read_metrics(folder):
+        assert fits({key: schema[key] for key in ("required", "properties")}, line), line
+        assert sum(fits(rule, line) for rule in schema["oneOf"]) == 1, line
+
+
+def test_metrics_follow_their_schema(whole: Path) -> None:
+    assert [line["kind"] for line in read_metrics(whole)][0::9] == ["start", "train"]
+    check_lines(whole)
