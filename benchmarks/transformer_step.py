@@ -154,8 +154,6 @@ def check_equal(pair: Pair, ours: list[torch.Tensor], theirs: list[torch.Tensor]
     grads = {name: parameter.grad for name, parameter in pair.ours.named_parameters()}
     wanted = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
     apart = {name: relative(grad, wanted[name]) for name, grad in pair.table.to_foreign(grads.__getitem__)}
-    # A key's bias moves all scores of a query alike, so its gradient is 0 up to rounding, and relative to it nothing.
-    apart = {name: value for name, value in apart.items() if not name.endswith((".to_k.bias", ".norm_k.bias"))}
     worst = max(apart, key=lambda name: apart[name])
     limits = TOLERANCE[dtype]
     assert outputs <= limits[0], f"outputs differ by {outputs:.2e}"
