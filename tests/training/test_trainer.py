@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import torch
 
 from stdit.config import load_config
 from stdit.errors import Interrupted, StditError
+from stdit.evaluation import report
+from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.checkpoint import Checkpoint
 from stdit.training.metrics import SCHEMA, read_metrics
@@ -30,12 +33,18 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The same thread count as the processes that are started; and no second spent on the peak rate."""
+    """The same thread count as the processes that are started; no time spent on the peak rate and on pictures."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
+    make_quick(monkeypatch)
     yield
     torch.set_num_threads(before)
+
+
+def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
+    monkeypatch.setattr(run_module, "draw", lambda *args: None)
+    monkeypatch.setattr(report, "write_report", lambda folder: folder)
 
 
 def train(tiny: Path, folder: Path, *overrides: str, config: str = "flow") -> None:
@@ -108,13 +117,12 @@ def test_kill_9_and_the_same_command_again(tiny: Path, whole: Path, tmp_path: Pa
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while max(losses(folder), default=0) < 4 and child.poll() is None and time.monotonic() < deadline:
+    moment = random.randint(1, 7)
+    while max(losses(folder), default=0) < moment and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    found = Checkpoint.latest(folder)
-    assert found is not None and found.step in (3, 6)
-    (folder / "checkpoints" / ".tmp-step-00000099").mkdir()  # as if killed while saving
+    (folder / "checkpoints" / ".tmp-step-00000099").mkdir(parents=True)  # as if killed while saving
     train(tiny, folder)
     assert losses(folder) == losses(whole)
     assert same_weights(folder, whole)
@@ -142,7 +150,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     found = Checkpoint.latest(folder)
     assert found is not None and found.step == 5  # noticed in the next step, which is finished
     monkeypatch.undo()
-    monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
+    make_quick(monkeypatch)
     if status == 130:
         train(tiny, folder)
         assert losses(folder) == losses(whole) and same_weights(folder, whole)

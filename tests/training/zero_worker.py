@@ -1,11 +1,13 @@
 """One of several ranks (or the only one): trains under each DeepSpeed JSON and optimizer, rank 0 writes what it saw.
 
-Arguments: config, output folder, steps, then pairs NAME=JSON ("" for plain torch).
+Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain torch). NAME=JSON=STEPS=OTHER goes on
+from the checkpoints of OTHER, made before by whatever engine.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,18 +24,18 @@ from stdit.training.trainer import Trainer
 
 def main() -> None:
     torch.set_num_threads(1)
-    config, out, steps, *engines = sys.argv[1:]
+    config, out, *engines = sys.argv[1:]
     world = join_world()
     for engine in engines:
-        name, _, path = engine.partition("=")
+        name, path, steps, *source = engine.split("=")
         for optimizer in ("sgd", "adamw"):
-            settings = [
-                f"optimizer.name={optimizer}",
-                f"parallel.deepspeed={path or 'null'}",
-                f"schedule.steps={steps}",
-            ]
-            settings += ["optimizer.lr=0.05"] if optimizer == "sgd" else []
-            train(config, [*settings, f"run={out}/{name}-{optimizer}"], Path(out) / f"{name}-{optimizer}", world)
+            folder = Path(out) / f"{name}-{optimizer}"
+            settings = [f"optimizer.name={optimizer}", f"parallel.deepspeed={path or 'null'}", f"run={folder}"]
+            settings += [f"schedule.steps={steps}"] + ["optimizer.lr=0.05"] * (optimizer == "sgd")
+            if source and world.is_main:
+                shutil.copytree(Path(out) / f"{source[0]}-{optimizer}" / "checkpoints", folder / "checkpoints")
+            world.barrier()
+            train(config, settings, folder, world)
     leave_world()
 
 
@@ -52,16 +54,17 @@ def train(config: str, overrides: list[str], out: Path, world: World) -> None:
     trainer = Trainer(load_config(config, overrides), world)
     trainer.prepare()
     steps = trainer.config.schedule.steps
-    feed = Feed(trainer.parts.plan_of, trainer.parts.loader, world.rank, world.size, 0)
+    first = trainer.step
+    feed = Feed(trainer.parts.plan_of, trainer.parts.loader, world.rank, world.size, first)
     losses, ids, micro_steps = [], [], []
-    for number in range(steps):
+    for number in range(first, steps):
         step = next(feed.steps)
         loss = trainer.accumulate(step).loss
         losses.append(float(world.sum_(loss)))
         seen = world.gather([example.clip_id for examples in step.examples for example in examples])
         ids.append(sorted(one for rank in seen for one in rank))
         micro_steps.append([len(items) for items in step.items])
-        if number == 0:
+        if number == first:
             gradients = trainer.engine.gradients()
             if world.is_main:
                 out.mkdir(parents=True, exist_ok=True)

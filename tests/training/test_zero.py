@@ -1,0 +1,119 @@
+"""Two ranks under ZeRO 1, 2 and 3 against one rank of plain torch, on mixed shapes, in fp32.
+
+All ranks run in two processes, one after the other under every stage, since starting them costs most of the time. AdamW
+hides errors in the gradients' scale, so gradients before clipping are compared, and SGD is run too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stdit.training.checkpoint import Checkpoint
+
+pytest.importorskip("deepspeed")
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("zero_worker.py")
+STEPS = 20
+STAGES = ("zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders NAME-OPTIMIZER with gradients.safetensors, seen.json and checkpoints; NAME is one, zero1, zero2, …"""
+    out = tmp_path_factory.mktemp("zero")
+    config = (tiny / "flow.yaml").read_text().replace("tokens_per_pack: 200", "tokens_per_pack: 100")
+    assert "tokens_per_pack: 100" in config
+    (out / "flow.yaml").write_text(config)
+    partitioned = json.loads((ROOT / "deepspeed_configs" / "zero3.json").read_text())
+    partitioned["zero_optimization"]["stage3_param_persistence_threshold"] = (
+        0  # parameters as small as ours are cut too
+    )
+    (out / "zero3.json").write_text(json.dumps(partitioned))
+    jsons = {stage: ROOT / "deepspeed_configs" / f"{stage}.json" for stage in STAGES} | {"zero3": out / "zero3.json"}
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    engines = [f"{stage}={jsons[stage]}={STEPS}" for stage in STAGES]
+    engines += [f"moved={jsons['zero3']}={STEPS + 2}=zero1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        start(out, engines, environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}) for r in (0, 1)
+    ]
+    finish(start(out, [f"one=={STEPS}", f"more=={STEPS + 2}=one"], environment))
+    for rank in ranks:
+        finish(rank)
+    finish(start(out, [f"alone=={STEPS + 2}=zero3"], environment))
+    return out
+
+
+def start(out: Path, engines: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(WORKER), str(out / "flow.yaml"), str(out), *engines]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    told, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, told[-3000:]
+
+
+def seen(runs: Path, name: str) -> dict[str, Any]:
+    return json.loads((runs / name / "seen.json").read_text())
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    one, other = one.double(), other.double()
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_losses_and_clips_equal_one_rank(runs: Path, stage: str, optimizer: str) -> None:
+    expected, found = (load_file(runs / f"{name}-{optimizer}" / "gradients.safetensors") for name in ("one", stage))
+    assert expected.keys() == found.keys() and len(found) > 50
+    for name, gradient in expected.items():
+        assert gradient.any(), name
+        assert relative(found[name], gradient) <= 1e-5, name
+
+    expected, found = seen(runs, f"one-{optimizer}"), seen(runs, f"{stage}-{optimizer}")
+    assert found["ids"] == expected["ids"]
+    assert len(found["losses"]) == STEPS
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["losses"][-1] < 0.9 * found["losses"][0]
+    first, second = found["packs"]
+    assert all(len(a) == len(b) >= 2 for a, b in zip(first, second))  # the same number of micro-steps, several
+    assert any(0 in step for step in first + second)  # and ranks that had nothing to do in one
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_hold_the_same_numbers_whoever_wrote_them(runs: Path, stage: str) -> None:
+    one, other = (Checkpoint.latest(runs / f"{name}-adamw") for name in ("one", stage))
+    assert one is not None and other is not None and other.about["shards"] == 2
+    for kind in ("master", "ema", "exp_avg", "exp_avg_sq"):
+        expected, found = one.weights(kind), other.weights(kind)
+        assert expected.keys() == found.keys()
+        whole, difference = (
+            torch.cat([part.flatten() for part in parts])
+            for parts in (expected.values(), [found[name] - weight for name, weight in expected.items()])
+        )
+        assert float(difference.norm() / whole.norm()) <= 1e-4, kind
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["moved", "alone"])
+def test_a_run_goes_on_under_another_stage_and_number_of_ranks(runs: Path, name: str, optimizer: str) -> None:
+    """moved: two ranks, from ZeRO 1 to 3. alone: from two ranks under ZeRO 3 to one of plain torch."""
+    expected, found = seen(runs, f"more-{optimizer}"), seen(runs, f"{name}-{optimizer}")
+    assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
