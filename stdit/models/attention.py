@@ -12,8 +12,7 @@ code compiled around it has no guard on them. Which kernel runs is the operator'
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,6 +22,16 @@ from torch.nn import functional as F
 
 from stdit.errors import StditError
 from stdit.models.packing import Segments
+from stdit.models.positions import wide_dtype
+from stdit.models.varlen import (
+    add_extra_key_grads,
+    flash_backward,
+    flash_forward,
+    longest,
+    merge_extra_keys,
+    varlen_backward,
+    varlen_forward,
+)
 
 BACKENDS = ("varlen", "flash", "dense", "naive")  # in the order that "auto" tries
 SCORES_AT_ONCE = 1 << 27  # elements, where attention is written out
@@ -103,8 +112,8 @@ def _attention_forward(
     _check_segments(q, k, multiplicity, q_host, k_host)
     if backend in ("dense", "naive"):
         return _dense_forward(q, k, v, multiplicity, q_host, k_host, naive=backend == "naive")
-    kernel = _varlen_forward if backend == "varlen" else _flash_forward
-    out, lse = kernel(q, k, v, q_offsets, k_offsets, _longest(q_host), _longest(k_host))
+    kernel = varlen_forward if backend == "varlen" else flash_forward
+    out, lse = kernel(q, k, v, q_offsets, k_offsets, longest(q_host), longest(k_host))
     return merge_extra_keys(out, lse, q, k, v, multiplicity, q_host, k_host)
 
 
@@ -135,8 +144,8 @@ def _attention_backward(
     grad = grad.contiguous()
     if backend in ("dense", "naive"):
         return _dense_backward(grad, q, k, v, out, lse, multiplicity, q_host, k_host, naive=backend == "naive")
-    kernel = _varlen_backward if backend == "varlen" else _flash_backward
-    grads = kernel(grad, q, k, v, out, lse, q_offsets, k_offsets, _longest(q_host), _longest(k_host))
+    kernel = varlen_backward if backend == "varlen" else flash_backward
+    grads = kernel(grad, q, k, v, out, lse, q_offsets, k_offsets, longest(q_host), longest(k_host))
     return add_extra_key_grads(grads, grad, q, k, v, out, lse, multiplicity, q_host, k_host)
 
 
@@ -192,20 +201,16 @@ def _dense_forward(
     q: Tensor, k: Tensor, v: Tensor, multiplicity: Tensor | None, q_host: Tensor, k_host: Tensor, naive: bool
 ) -> tuple[Tensor, Tensor]:
     groups = _groups(tuple(q_host.tolist()), tuple(k_host.tolist()))
-    bias = None if multiplicity is None else multiplicity.to(q.device, _wide(q)).log()
-    whole = len(groups) == 1
-    out = lse = None if whole else q.new_empty(q.shape)
-    if not whole:
-        lse = q.new_empty(q.shape[:2], dtype=_wide(q))
+    bias = None if multiplicity is None else multiplicity.to(q.device, wide_dtype(q)).log()
+    outs, lses = [], []
     for q_slices, k_slices, size in groups:
         gq, gk, gv = _gather(q, q_slices, size), _gather(k, k_slices, size), _gather(v, k_slices, size)
         gb = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
-        go, gl = _dense_call(gq, gk, gv, gb, naive)
-        if whole:
-            return go.transpose(1, 2).reshape(q.shape), gl.transpose(1, 2).reshape(q.shape[:2])
-        _scatter(out, go, q_slices)
-        _scatter(lse, gl, q_slices)
-    return out, lse
+        out, lse = _dense_call(gq, gk, gv, gb, naive)
+        outs.append(out)
+        lses.append(lse)
+    slices = [group[0] for group in groups]
+    return _scatter(outs, slices), _scatter(lses, slices)
 
 
 def _dense_backward(
@@ -221,24 +226,21 @@ def _dense_backward(
     naive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = _groups(tuple(q_host.tolist()), tuple(k_host.tolist()))
-    bias = None if multiplicity is None else multiplicity.to(q.device, _wide(q)).log()
-    whole = len(groups) == 1
-    grads = () if whole else tuple(t.new_empty(t.shape) for t in (q, k, v))
+    bias = None if multiplicity is None else multiplicity.to(q.device, wide_dtype(q)).log()
+    parts = []
     for q_slices, k_slices, size in groups:
-        tensors = [_gather(t, q_slices, size) for t in (grad, q)] + [_gather(t, k_slices, size) for t in (k, v)]
+        gg, gq = _gather(grad, q_slices, size), _gather(q, q_slices, size)
+        gk, gv = _gather(k, k_slices, size), _gather(v, k_slices, size)
         gb = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
         if naive or q.device.type != "cpu":
-            parts = _written_out_backward(*tensors, gb)
+            parts.append(_written_out_backward(gg, gq, gk, gv, gb))
         else:
-            go, gl = (_gather(t, q_slices, size) for t in (out, lse))
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *tensors, go, gl, 0.0, False, attn_mask=gb
-            )
-        if whole:
-            return tuple(part.transpose(1, 2).reshape(t.shape) for part, t in zip(parts, (q, k, v)))
-        for total, part, slices in zip(grads, parts, (q_slices, k_slices, k_slices)):
-            _scatter(total, part, slices)
-    return grads
+            go, gl = _gather(out, q_slices, size), _gather(lse, q_slices, size)
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            parts.append(backward(gg, gq, gk, gv, go, gl, 0.0, False, attn_mask=gb))
+    dq, dk, dv = zip(*parts)
+    q_slices_of, k_slices_of = [group[0] for group in groups], [group[1] for group in groups]
+    return _scatter(dq, q_slices_of), _scatter(dk, k_slices_of), _scatter(dv, k_slices_of)
 
 
 def _dense_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, naive: bool) -> tuple[Tensor, Tensor]:
@@ -248,7 +250,7 @@ def _dense_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, naive: boo
     if not naive:
         mask = None if bias is None else bias.to(q.dtype).expand(q.shape[0], 1, q.shape[2], k.shape[2])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out, out.new_zeros(out.shape[:3], dtype=_wide(q))  # unused: backward computes its own
+        return out, out.new_zeros(out.shape[:3], dtype=wide_dtype(q))  # unused: backward computes its own
     scores = _written_out_scores(q, k, bias)
     return (scores.softmax(-1) @ v.to(scores.dtype)).to(q.dtype), scores.logsumexp(-1)
 
@@ -257,7 +259,7 @@ def _written_out_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of softmax(q·k)·v by their formula, some queries at a time so that the scores fit in memory."""
-    wide, scale = _wide(q), q.shape[-1] ** -0.5
+    wide, scale = wide_dtype(q), q.shape[-1] ** -0.5
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     rows = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
     for part in (slice(a, a + rows) for a in range(0, q.shape[2], rows)):
@@ -272,7 +274,7 @@ def _written_out_backward(
 
 
 def _written_out_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    scores = q.to(_wide(q)) @ k.to(_wide(q)).mT * q.shape[-1] ** -0.5
+    scores = q.to(wide_dtype(q)) @ k.to(wide_dtype(q)).mT * q.shape[-1] ** -0.5
     return scores if bias is None else scores + bias
 
 
@@ -303,166 +305,13 @@ def _gather(x: Tensor, slices: Slices, size: int) -> Tensor:
     return rows.transpose(1, 2) if x.ndim > 1 else rows
 
 
-def _scatter(x: Tensor, part: Tensor, slices: Slices) -> None:
-    """The inverse of _gather: writes (S, H, L, …) into the rows of x (N, H, …)."""
-    rows, done = part.transpose(1, 2).flatten(0, 1), 0
-    for a, b in slices:
-        x[a:b] = rows[done : done + b - a]
-        done += b - a
-
-
-# Variable-length kernels. Both take and give the log-sum-exp as (H, N); backward takes the merged ones.
-
-
-def _varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, q_longest: int, k_longest: int
-) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, q_offsets, k_offsets, q_longest, k_longest, 0.0, False, False
-    )
-    return out, lse.T.contiguous()
-
-
-def _varlen_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    q_longest: int,
-    k_longest: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse, none = lse.T.contiguous(), q.new_empty(0)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, q_offsets, k_offsets, q_longest, k_longest, 0.0, False, no_dropout, none
-    )
-
-
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, q_longest: int, k_longest: int
-) -> tuple[Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-
-    out, lse, *_ = _flash_attn_varlen_forward(
-        q, k, v, q_offsets, k_offsets, q_longest, k_longest, 0.0, q.shape[-1] ** -0.5, causal=False
-    )
-    return out, lse.T.contiguous()
-
-
-def _flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    q_longest: int,
-    k_longest: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    ends = (q_offsets, k_offsets, q_longest, k_longest)
-    _flash_attn_varlen_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse.T.contiguous(),
-        *grads,
-        *ends,
-        dropout_p=0.0,
-        softmax_scale=q.shape[-1] ** -0.5,
-        causal=False,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return grads
-
-
-# Multiplicity for kernels without a bias: the kernel has counted every key once, the n − 1 others are merged in.
-
-
-def merge_extra_keys(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    multiplicity: Tensor | None,
-    q_host: Tensor,
-    k_host: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Counts key j multiplicity[j] times in an output (N, H, d) and log-sum-exp (N, H) that counted it once."""
-    for rows, j, extra in _extra_keys(multiplicity, q_host, k_host):
-        score = _scores(q[rows], k[j]) + math.log(extra)
-        merged = torch.logaddexp(lse[rows], score)
-        kept, added = (lse[rows] - merged).exp()[..., None], (score - merged).exp()[..., None]
-        out[rows] = (out[rows] * kept + v[j] * added).to(out.dtype)
-        lse[rows] = merged
-    return out, lse
-
-
-def add_extra_key_grads(
-    grads: tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    multiplicity: Tensor | None,
-    q_host: Tensor,
-    k_host: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds what the n − 1 extra copies of a key contribute to a kernel's gradients for the merged output.
-
-    With the merged log-sum-exp, p = exp(score − lse) and dscore = p·(dout·v − dout·out), the rule of any flash
-    backward (Dao et al. 2022, algorithm 4), holds copy by copy.
-    """
-    dq, dk, dv = grads
-    wide, scale = _wide(q), q.shape[-1] ** -0.5
-    for rows, j, extra in _extra_keys(multiplicity, q_host, k_host):
-        g = grad[rows].to(wide)
-        p = (_scores(q[rows], k[j]) + math.log(extra) - lse[rows]).exp()
-        dscore = p * ((g * v[j]).sum(-1) - (g * out[rows]).sum(-1)) * scale
-        dq[rows] += (dscore[..., None] * k[j]).to(dq.dtype)
-        dk[j] += (dscore[..., None] * q[rows]).sum(0).to(dk.dtype)
-        dv[j] += (p[..., None] * g).sum(0).to(dv.dtype)
-    return dq, dk, dv
-
-
-def _extra_keys(multiplicity: Tensor | None, q_host: Tensor, k_host: Tensor) -> Iterator[tuple[slice, int, float]]:
-    """The queries (a slice), the key and n − 1, for every key that stands for n > 1."""
-    if multiplicity is None:
-        return
-    counts = multiplicity.tolist()
-    q_ends, k_ends = q_host.tolist(), k_host.tolist()
-    for segment in range(len(q_ends) - 1):
-        for j in range(k_ends[segment], k_ends[segment + 1]):
-            if counts[j] != 1:
-                yield slice(q_ends[segment], q_ends[segment + 1]), j, counts[j] - 1
-
-
-def _scores(q: Tensor, key: Tensor) -> Tensor:
-    """q (L, H, d), key (H, d) -> scaled scores (L, H)."""
-    return (q.to(_wide(q)) * key).sum(-1) * q.shape[-1] ** -0.5
-
-
-def _longest(host: Tensor) -> int:
-    return int(host.diff().max())
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of sums: fp64 for fp64, else fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _scatter(parts: Sequence[Tensor], slices: Sequence[Slices]) -> Tensor:
+    """The inverse of _gather for all groups: (S, H, L, …) each -> rows (N, H, …), a view when there is one group."""
+    rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+    if len(rows) == 1:
+        return rows[0]
+    x = rows[0].new_empty(sum(map(len, rows)), *rows[0].shape[1:])
+    for group, places in zip(rows, slices):
+        for (a, b), some in zip(places, group.split([b - a for a, b in places])):
+            x[a:b] = some
+    return x

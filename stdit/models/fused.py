@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stdit.models.packing import LevelIndex
+from stdit.models.positions import wide_dtype
 
 MEAN_RUN = 32  # tokens; below this mean length of runs, rows are gathered
 CHUNK = 4096  # tokens gathered at once
@@ -73,7 +74,7 @@ _modulated_norm = torch.library.custom_op("stdit::modulated_norm", _modulated_no
 
 @_modulated_norm.register_fake
 def _(x, shift, scale, level_of, run_bounds, run_levels, eps):
-    moment = x.new_empty(x.shape[0], 1, dtype=_wide_dtype(x))
+    moment = x.new_empty(x.shape[0], 1, dtype=wide_dtype(x))
     return torch.empty_like(x), moment, torch.empty_like(moment)
 
 
@@ -269,7 +270,7 @@ def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, factor: Tensor) -> 
 
 def widen(x: Tensor) -> Tensor:
     """fp32 of anything narrower; x itself if fp32 or fp64."""
-    return x.to(_wide_dtype(x))
+    return x.to(wide_dtype(x))
 
 
 def level_sum(values: Tensor, level_of: Tensor, levels: int) -> Tensor:
@@ -282,10 +283,6 @@ def level_sum(values: Tensor, level_of: Tensor, levels: int) -> Tensor:
     order = torch.argsort(level_of, stable=True)
     offsets = torch.searchsorted(level_of[order], torch.arange(levels + 1, device=level_of.device))
     return torch.segment_reduce(values[order], "sum", offsets=offsets, initial=0)
-
-
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _long_runs(x: Tensor, run_levels: Tensor) -> bool:

@@ -56,20 +56,19 @@ class LevelIndex:
     """
 
     level_of: Tensor
-    run_bounds: Tensor = field(init=False, repr=False)
-    run_levels: Tensor = field(init=False, repr=False)
+    run_bounds: Tensor = field(default=None, repr=False)  # type: ignore[assignment]  # None: found, one wait on a GPU
+    run_levels: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.run_bounds is not None and self.run_levels is not None:
+            return
         host = self.level_of.cpu()
         starts = torch.cat([host.new_zeros(1), torch.nonzero(host[1:] != host[:-1]).flatten() + 1])
         self.run_levels = host[starts].contiguous()
         self.run_bounds = torch.cat([starts, starts.new_tensor([len(host)])])
 
     def to(self, device: torch.device | str) -> LevelIndex:
-        moved = object.__new__(LevelIndex)
-        moved.level_of = self.level_of.to(device, non_blocking=True)
-        moved.run_bounds, moved.run_levels = self.run_bounds, self.run_levels
-        return moved
+        return LevelIndex(self.level_of.to(device, non_blocking=True), self.run_bounds, self.run_levels)
 
 
 @dataclass
@@ -87,7 +86,7 @@ class TokenPack:
     positions: Tensor
     segments: Segments
     grids: tuple[TokenGrid, ...]
-    level_index: LevelIndex = field(init=False, repr=False)
+    level_index: LevelIndex = field(default=None, repr=False)  # type: ignore[assignment]  # made from level_of
 
     def __post_init__(self) -> None:
         if self.levels.dtype not in (torch.float32, torch.float64):
@@ -97,25 +96,26 @@ class TokenPack:
                 f"a pack of {len(self.tokens)} tokens has {len(self.level_of)} level indices, {len(self.positions)} "
                 f"positions and segments of {self.segments.total} tokens in all."
             )
-        self.level_index = LevelIndex(self.level_of)
+        if self.level_index is None or self.level_index.level_of is not self.level_of:
+            self.level_index = LevelIndex(self.level_of)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TokenPack:
         """Moves to a device; dtype is the tokens' only (levels and positions keep theirs)."""
         device = self.tokens.device if device is None else device
-        moved = object.__new__(TokenPack)
-        moved.tokens = self.tokens.to(device, dtype, non_blocking=True)
-        moved.levels = self.levels.to(device, non_blocking=True)
-        moved.positions = self.positions.to(device, non_blocking=True)
-        moved.level_index = self.level_index.to(device)
-        moved.level_of = moved.level_index.level_of
-        moved.segments, moved.grids = self.segments.to(device), self.grids
-        return moved
+        level_index = self.level_index.to(device)
+        return TokenPack(
+            tokens=self.tokens.to(device, dtype, non_blocking=True),
+            levels=self.levels.to(device, non_blocking=True),
+            level_of=level_index.level_of,
+            positions=self.positions.to(device, non_blocking=True),
+            segments=self.segments.to(device),
+            grids=self.grids,
+            level_index=level_index,
+        )
 
     def with_tokens(self, tokens: Tensor) -> TokenPack:
         """The same pack with other token vectors (N, …), nothing recomputed."""
-        same = object.__new__(TokenPack)
-        same.__dict__.update(self.__dict__, tokens=tokens)
-        return same
+        return dataclasses.replace(self, tokens=tokens)
 
 
 @dataclass
@@ -183,17 +183,18 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
             )
         entries.append(level.reshape(-1))
         repeats.append(torch.full((level.numel(),), each))
-    dtype = torch.promote_types(entries[0].dtype, max((e.dtype for e in entries), key=lambda d: d.itemsize))
+    dtype = torch.float64 if any(entry.dtype == torch.float64 for entry in entries) else torch.float32
     distinct, index = torch.unique(torch.cat([e.to(dtype) for e in entries]), return_inverse=True)
-    level_index = LevelIndex(index.repeat_interleave(torch.cat(repeats)))
-    pack = object.__new__(TokenPack)
-    pack.tokens = torch.cat([patchify(clip, patch) for clip in clips])
-    pack.levels = distinct.to(device, non_blocking=True)
-    pack.level_index = level_index.to(device)
-    pack.level_of = pack.level_index.level_of
-    pack.positions = torch.cat([grid_positions(grid) for grid in grids]).to(device, non_blocking=True)
-    pack.segments, pack.grids = Segments.of([grid.tokens for grid in grids], device), grids
-    return pack
+    level_index = LevelIndex(index.repeat_interleave(torch.cat(repeats))).to(device)
+    return TokenPack(
+        tokens=torch.cat([patchify(clip, patch) for clip in clips]),
+        levels=distinct.to(device, non_blocking=True),
+        level_of=level_index.level_of,
+        positions=torch.cat([grid_positions(grid) for grid in grids]).to(device, non_blocking=True),
+        segments=Segments.of([grid.tokens for grid in grids], device),
+        grids=grids,
+        level_index=level_index,
+    )
 
 
 def unpack_clips(tokens: Tensor, pack: TokenPack, patch: Patch) -> list[Tensor]:

@@ -58,6 +58,11 @@ def level_sinusoids(levels: Tensor, size: int, period: float = 10000.0) -> Tenso
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that norms, modulation, rotary turns and sums are computed in: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _widest(device: torch.device) -> torch.dtype:
     """fp64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

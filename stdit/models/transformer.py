@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -268,11 +268,11 @@ class STDiT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the activations: the blocks' own."""
-        return self.blocks[0].self_attn.q.weight.dtype
+        return cast(Block, self.blocks[0]).self_attn.q.weight.dtype
 
     @property
     def attention_backend(self) -> str:
-        return self.blocks[0].self_attn.backend
+        return cast(Block, self.blocks[0]).self_attn.backend
 
     @attention_backend.setter
     def attention_backend(self, name: str) -> None:

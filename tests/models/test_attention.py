@@ -5,12 +5,11 @@ from stdit.errors import StditError
 from stdit.models import attention
 from stdit.models.attention import (
     _attention,
-    add_extra_key_grads,
     choose_backend,
-    merge_extra_keys,
     segment_attention,
 )
 from stdit.models.packing import Segments
+from stdit.models.varlen import add_extra_key_grads, merge_extra_keys
 
 MIXES = [  # query and key lengths of the segments
     ([7], [7]),
