@@ -195,6 +195,9 @@ class DeepSpeedEngine(Engine):
         names = {id(p): name for name, p in module.named_parameters()}
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        exact = {}  # DeepSpeed would take the masters from weights rounded to bf16
+        if precision == "bf16":
+            exact = {name: p.detach().float().flatten().clone() for name, p in trained.items()}
         # Some of DeepSpeed's optimizers take a step when they are made: at lr 0 it changes nothing.
         client = make_optimizer(trained, config, lr=0.0)
         self.scale = world.size  # the engine averages over ranks, our loss is a sum
@@ -206,6 +209,11 @@ class DeepSpeedEngine(Engine):
         self.replicated = stage == 0
         self._parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
         self.flats, self.pieces = self._find_pieces(shapes, world)
+        with torch.no_grad():
+            for flat, pieces in zip(self.flats, self.pieces):
+                for piece in pieces if exact else []:
+                    numbers = exact[piece.name][piece.offset : piece.offset + piece.numel]
+                    flat.view(-1)[piece.start : piece.start + piece.numel] = numbers.to(flat)
         self._safe_get_full_grad = deepspeed.utils.safe_get_full_grad
 
     def _find_pieces(self, shapes: dict[str, tuple[int, ...]], world: World) -> tuple[list[Tensor], list[list[Piece]]]:
