@@ -44,6 +44,8 @@ class Parts:
         return self.plan if epoch == 0 else self._plan(epoch)
 
     def __post_init__(self) -> None:
+        trained = (p for p in self.objective.module.parameters() if p.requires_grad)
+        self.parameters = sum(p.numel() for p in trained)  # now: under ZeRO-3 they will look empty
         self._plan = lru_cache(maxsize=2)(
             lambda epoch: make_plan(self.manifest, self.assignment, self.objective, self.config, epoch)
         )

@@ -166,7 +166,7 @@ class TorchEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self._copies:
-            torch._foreach_copy_(self._copies, self.flats)
+            torch._foreach_copy_([copy.data for copy in self._copies], self.flats)
         return float(norm)
 
 
@@ -233,11 +233,11 @@ class DeepSpeedEngine(Engine):
                 flat, start, numel = zero.grad_position[zero.get_param_id(p)]
                 offset = world.rank * numel
                 numel = min(numel, math.prod(shapes[name]) - offset)  # the last rank's piece is padded
-            elif p._hp_mapping is None:
+            elif (mapping := getattr(p, "_hp_mapping", None)) is None:  # lies on other ranks
                 continue
             else:
-                here, there = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
-                flat, start, offset, numel = p._hp_mapping.param_group_index, here.start, there.start, here.numel
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                flat, start, offset, numel = mapping.param_group_index, here.start, there.start, here.numel
             if numel > 0:
                 pieces[flat].append(Piece(name, shapes[name], offset, start, numel))
         return flats, pieces
@@ -290,7 +290,7 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=lr, betas=config.betas, **({"fused": True} | config.options))
     import timm.optim
 
-    known = timm.optim.list_optimizers()
+    known = [str(name) for name in timm.optim.list_optimizers()]
     if config.name not in known:
         raise StditError(f"optimizer.name {config.name!r} is not known.{nearest_name(config.name, known)}")
     arguments: dict[str, Any] = {}

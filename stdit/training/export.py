@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from stdit.shapes import VideoShape
 from stdit.training.build import Parts
 from stdit.training.ema import Ema
 from stdit.training.engine import Engine
-from stdit.training.objective import FlowModule, FlowObjective, VaeModule, to_video
+from stdit.training.objective import FlowModule, FlowObjective, VaeModule
 from stdit.training.parallel import World
 from stdit.vae.autoencoder import CausalVAE, measure_latents
 from stdit.weights.io import save_vae
@@ -100,7 +99,7 @@ def vae_psnr(vae: CausalVAE, parts: Parts, world: World) -> float:
     """Mean PSNR in dB of reconstructed clips: of eval.manifest (held out) if set, else of training clips."""
     clips, references = [], []
     for example in _clips(parts, parts.config.eval.manifest, parts.config.eval.clips):
-        video = to_video([example]).to(world.device, next(vae.parameters()).dtype)
+        video = example.video[None].to(world.device, next(vae.parameters()).dtype)
         output = vae.decode(vae.normalise(vae.encode_moments(video)[0]))[0]
         frames = ((output.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
         clips.append(frames.cpu().numpy())
@@ -121,7 +120,7 @@ def export(parts: Parts, weights: dict[str, Tensor], world: World) -> dict[str, 
         module = with_weights(parts.objective.fresh(), weights)
         assert isinstance(module, VaeModule)
         vae = module.vae.to(world.device)
-        videos = (to_video([one]).to(world.device) for one in _clips(parts, None, VAE_CLIPS))
+        videos = (one.video[None].to(world.device) for one in _clips(parts, None, VAE_CLIPS))
         mean, std = measure_latents(vae, videos)
         vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
         measured["psnr"] = vae_psnr(vae, parts, world)
@@ -146,9 +145,3 @@ def _clips(parts: Parts, manifest_path: str | None, count: int) -> Iterator[Exam
     for (example,) in loader.iterate(batches, epoch=0):
         if example.failure is None:
             yield example
-
-
-def about(parts: Parts) -> dict[str, Any]:
-    """Numbers of a run that do not change while it goes."""
-    parameters = sum(p.numel() for p in parts.objective.module.parameters() if p.requires_grad)
-    return {"parameters": parameters, "clips": parts.plan.num_items, "steps_per_epoch": parts.plan.num_steps}

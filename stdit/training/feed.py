@@ -44,7 +44,7 @@ class Feed:
         while True:
             plan = self.plan_of(epoch)
             bound = plan.token_bound()
-            dealt = []  # of steps whose clips are being read
+            dealt: list[tuple[int, int, list[list[PlanItem]]]] = []  # of steps whose clips are being read
             first = index
 
             def packs(plan: Plan = plan, bound: int = bound, first: int = first, dealt: list = dealt) -> Iterator:

@@ -7,14 +7,15 @@ ranks and micro-steps, the sums add up to the step's exact loss. Everything rand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stdit.data.loader import Example
+from stdit.data.loader import Example, to_video
 from stdit.data.planner import PlanItem
 from stdit.diffusion.flow import interpolate, levels_over_frames, velocity
 from stdit.diffusion.tasks import check_weights, draw_task, frame_levels
@@ -27,6 +28,8 @@ from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.losses import vae_loss
+
+CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
 
 
 @dataclass
@@ -45,9 +48,14 @@ class FlowConfig:
 
 @dataclass
 class VaeLossConfig:
-    """kl: weight of the KL beside the L1."""
+    """kl: weight of the KL beside the L1. crop: train on keyed squares of so many pixels instead of whole frames."""
 
     kl: float = 1e-6
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and self.crop < 1:
+            raise StditError(f"crop {self.crop} must be a positive number of pixels, or null for whole frames.")
 
 
 @dataclass
@@ -79,7 +87,8 @@ class Batch(Protocol):
 
 
 class Objective(Protocol):
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def tokens(self, shape: VideoShape) -> int: ...
 
@@ -151,8 +160,8 @@ class FlowObjective:
         self.text_padding = text_padding
         self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding)
         self.model_config = transformer.config
-        self._ids: dict[str, list[int]] = {}
-        self._texts: dict[str, Tensor] = {}
+        self._ids = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.tokenize([caption])[0])
+        self._embedding = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.encode([caption])[0].to(device, dtype))
 
     def tokens(self, shape: VideoShape) -> int:
         return shape.grid(self.vae.config.stride, self.model_config.patch).tokens
@@ -197,10 +206,10 @@ class FlowObjective:
             captions.append("" if dropped else example.caption)
         pack = pack_clips(noisy, clip_levels, patch).to(self.device, self.dtype)
         text, ids = self._text(captions, examples)
-        if ids is None:
+        if text is not None:
             lengths = text.segments.lengths
         else:  # padding is one token
-            lengths = tuple(len(one) + (len(one) < self.text_padding) for one in ids)
+            lengths = tuple(len(one) + (len(one) < self.text_padding) for one in ids or [])
         flops = 3 * transformer_flops(self.model_config, pack.segments.lengths, lengths)
         return FlowBatch(
             pack,
@@ -239,35 +248,22 @@ class FlowObjective:
             if found is None:
                 missing.setdefault(example.shape, []).append(index)
         for indices in missing.values():
-            video = to_video([examples[i] for i in indices]).to(self.device, self.dtype)
+            video = torch.stack([examples[i].video for i in indices]).to(self.device, self.dtype)
             for i, z in zip(indices, self.vae.encode(video)):
                 latents[i] = z
         return [z.float() for z in latents if z is not None]
 
     def _text(self, captions: Sequence[str], examples: Sequence[Example | None]) -> tuple[TextPack | None, list | None]:
+        """Packed embeddings, or the token ids of an encoder that trains along."""
         if self.train_text:
-            return None, [self._cached(self._ids, caption, self._tokenize) for caption in captions]
+            return None, [self._ids(caption) for caption in captions]
         texts = []
         for caption, example in zip(captions, examples):
             if example is not None and example.text is not None and caption == example.caption:
                 texts.append(example.text.to(self.device, self.dtype))
             else:
-                texts.append(self._cached(self._texts, caption, self._encode))
+                texts.append(self._embedding(caption))
         return pack_texts(texts, self.text_padding), None
-
-    def _tokenize(self, caption: str) -> list[int]:
-        return self.text_encoder.tokenize([caption])[0]
-
-    def _encode(self, caption: str) -> Tensor:
-        return self.text_encoder.encode([caption])[0].to(self.device, self.dtype)
-
-    @staticmethod
-    def _cached(cache: dict, caption: str, make: Callable) -> list[int] | Tensor:
-        if caption not in cache:
-            if len(cache) >= 10_000:
-                cache.pop(next(iter(cache)))
-            cache[caption] = make(caption)
-        return cache[caption]
 
 
 @dataclass
@@ -299,7 +295,7 @@ class VaeModule(nn.Module):
 
 
 class VaeObjective:
-    """L1 and KL. Tokens of a clip are its pixels."""
+    """L1 and KL. Tokens of a clip are the pixels it is trained on."""
 
     def __init__(
         self, config: ObjectiveConfig, vae: CausalVAE, *, device: torch.device, dtype: torch.dtype, ranks: int
@@ -310,7 +306,9 @@ class VaeObjective:
 
     def tokens(self, shape: VideoShape) -> int:
         shape.latent(self.vae.config.stride)
-        return shape.frames * shape.height * shape.width
+        part = self._part(shape)
+        part.latent(self.vae.config.stride)
+        return part.frames * part.height * part.width
 
     @property
     def cost(self) -> tuple[int, int]:
@@ -319,7 +317,7 @@ class VaeObjective:
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> VaeBatch:
         by_shape: dict[VideoShape, list[Example]] = {}
         for example in examples:
-            by_shape.setdefault(example.shape, []).append(example)
+            by_shape.setdefault(self._part(example.shape), []).append(example)
         groups = []
         total = 0.0
         for shape, alike in by_shape.items():
@@ -331,22 +329,32 @@ class VaeObjective:
             ]
             weights = [one.weight * self.tokens(shape) ** self.config.token_power for one in alike]
             total += sum(weights)
+            video = torch.stack([to_video(self._crop(one, shape, key)) for one in alike])  # (B, 3, T, H, W)
             groups.append((
-                to_video(alike).to(self.device, self.dtype),
+                video.to(self.device, self.dtype),
                 torch.stack(noise).to(self.device, self.dtype),
                 torch.tensor(weights, dtype=torch.float32, device=self.device),
             ))  # fmt: skip
         return VaeBatch(groups, total, 0)
 
+    def _part(self, shape: VideoShape) -> VideoShape:
+        """What of a clip of this shape is trained on."""
+        side = self.config.vae.crop
+        return shape if side is None else VideoShape(shape.frames, min(side, shape.height), min(side, shape.width))
+
+    def _crop(self, example: Example, part: VideoShape, key: StepKey) -> Tensor:
+        """A clip's frames, or the keyed part of them, (T, H, W, 3) uint8."""
+        frames = example.frames
+        assert frames is not None
+        for axis, size in ((1, part.height), (2, part.width)):
+            room = frames.shape[axis] - size
+            draw = keyed_uniform(key.seed, f"vae crop {axis}", key.epoch, example.clip_id, example.occurrence)
+            frames = frames.narrow(axis, int(draw * (room + 1)), size)
+        return frames
+
     def fresh(self) -> VaeModule:
         with torch.random.fork_rng(devices=[]):
             return VaeModule(CausalVAE(self.vae.config), self.config.vae, touch_all=False).eval()
-
-
-def to_video(examples: Sequence[Example]) -> Tensor:
-    """Frames of clips of one shape, (B, 3, T, H, W) in [−1, 1] on the CPU."""
-    frames = torch.stack([torch.as_tensor(example.frames) for example in examples])  # (B, T, H, W, 3)
-    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def output_tokens(clip: Tensor, patch: tuple[int, int, int]) -> Tensor:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from stdit.data.planner import balance, split
 from stdit.errors import StditError
-from stdit.training import export
 from stdit.training.build import Parts, build
 from stdit.training.checkpoint import remove_strays
 from stdit.training.engine import zero_stage
@@ -63,13 +62,12 @@ def dry_run(config: RunConfig, world: World) -> None:
 
 def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
     plan = parts.plan
-    numbers = export.about(parts)
     bound = plan.token_bound()
     splits = [split(plan.step(i), ranks, bound) for i in range(min(plan.num_steps, 32))]
     micro_steps = sum(map(len, splits)) / len(splits)
     epochs = config.schedule.steps / plan.num_steps
     lines = [
-        f"{config.objective.kind}: {numbers['parameters']:,} parameters that train",
+        f"{config.objective.kind}: {parts.parameters:,} parameters that train",
         f"{plan.num_items:,} clips, {plan.num_steps:,} steps an epoch, {config.schedule.steps:,} steps "
         f"({epochs:.3g} epochs), {plan.num_items / plan.num_steps:.4g} clips a step",
         f"{ranks} rank(s): {micro_steps:.3g} micro-steps a step, packs of at most {bound:,} tokens, balance "
@@ -79,7 +77,7 @@ def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
         lines.append(f"  {shape}: {int(count):,} clips of {tokens:,} tokens")
     for reason, count in parts.assignment.reasons.items():
         lines.append(f"  left out, {reason}: {count:,} clips")
-    lines.append(memory(config, numbers["parameters"], ranks))
+    lines.append(memory(config, parts.parameters, ranks))
     return lines
 
 

@@ -181,15 +181,16 @@ class Trainer:
         if not self.world.is_main:
             return None
         log = MetricsLog(self.folder, self.step, self.config.log.tensorboard)
-        numbers = export.about(self.parts)
+        parts = self.parts
         log.write(
             "start", self.step, objective=self.config.objective.kind, ranks=self.world.size,
             steps=self.config.schedule.steps, peak_flops=self.peak, device=_device_name(self.world.device),
-            torch=torch.__version__, stdit=stdit.__version__, **numbers,
+            torch=torch.__version__, stdit=stdit.__version__, parameters=parts.parameters,
+            clips=parts.plan.num_items, steps_per_epoch=parts.plan.num_steps,
         )  # fmt: skip
         self.say(
-            f"{self.folder}: {numbers['parameters']:,} parameters, {numbers['clips']:,} clips, "
-            f"{numbers['steps_per_epoch']:,} steps an epoch, {self.world.size} rank(s), this machine's matrix products "
+            f"{self.folder}: {parts.parameters:,} parameters, {parts.plan.num_items:,} clips, "
+            f"{parts.plan.num_steps:,} steps an epoch, {self.world.size} rank(s), this machine's matrix products "
             f"{self.peak / 1e9:,.0f} GFLOP/s a rank" + (f"; goes on after step {self.step}" if self.step else "")
         )
         return log

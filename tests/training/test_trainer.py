@@ -278,3 +278,34 @@ def check_lines(folder: Path) -> None:
 def test_metrics_follow_their_schema(whole: Path) -> None:
     assert [line["kind"] for line in read_metrics(whole)][0::9] == ["start", "train"]
     check_lines(whole)
+
+
+def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(tiny: Path, tmp_path: Path) -> None:
+    from stdit.data.buckets import assign
+    from stdit.data.manifest import read_manifest
+    from stdit.encode import encode_manifest, text_identity, vae_identity
+    from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
+    from stdit.weights.io import load_vae
+
+    tokenizer = build_word_tokenizer(["a small red circle moves left on black"])
+    encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
+    encoder.save(tmp_path / "text" / "text_encoder", tmp_path / "text" / "tokenizer")
+    overrides = ["text.trained=null", f"text.path={tmp_path / 'text'}", "data.start=first", "data.crop=centre"]
+    config = load_config(tiny / "flow.yaml", overrides)
+    manifest = read_manifest(config.data.manifest)
+    encode_manifest(
+        manifest,
+        assign(manifest, config.data),
+        config.data,
+        load_vae(tiny / "vae"),
+        load_text_encoder(tmp_path / "text", max_length=32),
+        tmp_path / "cache",
+        vae_id=vae_identity(tiny / "vae"),
+        text_id=text_identity(tmp_path / "text", 32),
+    )
+    train(tiny, tmp_path / "fly", *overrides, "schedule.steps=4")
+    train(tiny, tmp_path / "cached", *overrides, "schedule.steps=4", f"data.cache={tmp_path / 'cache'}")
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-5)
+    found = Checkpoint.latest(tmp_path / "fly")
+    assert found is not None and all(name.startswith("transformer.") for name in found.about["parameters"])
+    assert (tmp_path / "fly" / "model" / "text_encoder" / "config.json").exists()
