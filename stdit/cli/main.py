@@ -59,6 +59,8 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
     bug. A command that returns an integer returns its exit status.
     """
     prog = prog or os.path.basename(sys.argv[0])
+    # On a CPU, clips of many shapes need more compiled convolutions than oneDNN keeps (1024), and would compile anew.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     try:
         result = as_command(command, prog).main(args=args, prog_name=prog, standalone_mode=False)
         sys.stdout.flush()

@@ -32,6 +32,7 @@ class DataConfig:
     cache_dtype: float32, bfloat16 or float16, what the cache's tensors are stored as.
     workers: threads that read ahead (0: none); batches are the same for any number.
     prefetch: how many micro-steps they read ahead.
+    keep_gb: decoded clips kept in memory, in GB, for data small enough; only where start is first and crop centre.
     """
 
     manifest: str = ""
@@ -47,6 +48,7 @@ class DataConfig:
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     workers: int = 2
     prefetch: int = 4
+    keep_gb: float = 0.0
 
     def video_shapes(self) -> tuple[VideoShape, ...]:
         """The shapes, parsed and checked; raises StditError naming the value."""
@@ -67,6 +69,8 @@ class DataConfig:
             raise StditError(f"data.fps is {self.fps}; it must be positive.")
         if not 0 <= self.max_crop < 1:
             raise StditError(f"data.max_crop is {self.max_crop}; it is a share of the area, from 0 up to below 1.")
+        if self.keep_gb and (self.start, self.crop) != ("first", "centre"):
+            raise StditError("data.keep_gb needs data.start=first and data.crop=centre: other cuts differ by epoch.")
         if self.workers < 0 or self.prefetch < 1:
             raise StditError(
                 f"data.workers is {self.workers} (at least 0), data.prefetch {self.prefetch} (at least 1)."

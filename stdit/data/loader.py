@@ -91,6 +91,8 @@ class Loader:
         self.manifest, self.assignment, self.config, self.seed = manifest, assignment, config, seed
         self.cache, self.text_cache, self.reader = cache, text_cache, reader
         self.workers = config.workers if workers is None else workers
+        self.kept: dict[int, np.ndarray] = {}  # decoded clips by row, up to config.keep_gb
+        self.room = int(config.keep_gb * 1e9)
         if cache is not None:
             self._check_policies(cache)
             self.positions = self._positions(cache)
@@ -130,7 +132,7 @@ class Loader:
             latents, failure = self._latents(item)
         else:
             try:
-                frames = torch.from_numpy(self._read(clip, shape, key))
+                frames = torch.from_numpy(self._read(item.row, clip, shape, key))
             except VideoError as error:
                 failure = str(error)
                 frames = torch.zeros(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
@@ -139,7 +141,19 @@ class Loader:
             clip.id, item.row, item.occurrence, epoch, shape, weight, caption, frames, latents, text, failure
         )
 
-    def _read(self, clip: Clip, shape: VideoShape, key: tuple[int, str, int]) -> np.ndarray:
+    def _read(self, row: int, clip: Clip, shape: VideoShape, key: tuple[int, str, int]) -> np.ndarray:
+        """A clip's frames (T, H, W, 3) as this epoch cuts and mirrors them."""
+        frames = self.kept.get(row)
+        if frames is None:
+            frames = self._decode(clip, shape, key)
+            if frames.nbytes <= self.room:
+                self.room -= frames.nbytes
+                self.kept[row] = frames
+        if self.config.mirror and keyed_uniform(self.seed, "mirror", *key) < 0.5:
+            frames = np.ascontiguousarray(frames[:, :, ::-1])
+        return frames
+
+    def _decode(self, clip: Clip, shape: VideoShape, key: tuple[int, str, int]) -> np.ndarray:
         start = clip.start
         if self.config.start == "random" and not clip.image:
             room = max(0.0, float(slack(clip.start, clip.end, clip.fps, shape.frames, self.config.fps)))
@@ -150,17 +164,14 @@ class Loader:
         size = (shape.width, shape.height)
         for attempt in range(RETRIES + 1):
             try:
-                frames = self.reader(clip.path, shape.frames, size, self.config.fps, start, crop)
-                break
+                return self.reader(clip.path, shape.frames, size, self.config.fps, start, crop)
             except VideoError as error:
                 if error.reason != "unreadable" or "://" not in clip.path:
                     raise
                 if attempt == RETRIES:
                     raise StditError(f"{error} {attempt + 1} tries failed. Is the storage reachable?") from error
                 time.sleep(2**attempt)
-        if self.config.mirror and keyed_uniform(self.seed, "mirror", *key) < 0.5:
-            frames = np.ascontiguousarray(frames[:, :, ::-1])
-        return frames
+        raise AssertionError("the last try returns or raises")
 
     # ----------------------------------------------------------------------------------------------------- the cache
 

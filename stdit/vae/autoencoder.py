@@ -209,11 +209,31 @@ class CausalVAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
-        with torch.no_grad():  # where training starts
-            for side in (self.encoder, self.decoder):
-                side.middle[1].proj.weight.zero_()  # attention adds nothing, as in the release
-            self.conv1.weight[config.z_dim :].zero_()
-            self.conv1.bias[config.z_dim :].fill_(START_LOGVAR)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Where training starts: signals keep their size, residual branches start small, time passes through.
+
+        torch's own initialisation shrinks signals layer by layer, and nothing passes the bottleneck for long.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.residual[6].weight.mul_(0.3)
+            elif isinstance(module, AttentionBlock):
+                module.proj.weight.zero_()  # adds nothing, as in the release
+            elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+                weight = module.time_conv.weight  # (C or 2C, C, 3, 1, 1); the last frame is the present
+                weight.mul_(0.1)
+                for half in weight.split(weight.shape[1]):
+                    half[:, :, 2, 0, 0] += torch.eye(weight.shape[1])
+        self.decoder.head[2].weight.mul_(0.3)
+        self.conv1.weight[self.config.z_dim :].zero_()
+        self.conv1.bias[self.config.z_dim :].fill_(START_LOGVAR)
 
     @property
     def stride(self) -> tuple[int, int, int]:

@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: Python 3.10 or later, make and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+
+.PHONY: demo demo-full test test-slow lint bench install
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	touch $@
+
+# The whole main job on moving shapes. Every line is a command of its own and continues where it was interrupted.
+demo: DEMO = demo
+demo: CLIPS = 1500
+demo: VAE_STEPS = 160
+demo: DIT_STEPS = 2000
+demo-full: DEMO = demo-full
+demo-full: CLIPS = 4000
+demo-full: VAE_STEPS = 1500
+demo-full: DIT_STEPS = 20000
+demo demo-full: install
+	stdit data toy $(DEMO)/videos --clips $(CLIPS)
+	stdit data scan $(DEMO)/videos/train --out $(DEMO)/manifest.parquet
+	stdit data scan $(DEMO)/videos/held_out --out $(DEMO)/held_out.parquet
+	stdit train configs/toy/vae.yaml run=$(DEMO)/vae data.manifest=$(DEMO)/manifest.parquet \
+		eval.manifest=$(DEMO)/held_out.parquet schedule.steps=$(VAE_STEPS)
+	stdit data encode $(DEMO)/manifest.parquet --config configs/toy/dit.yaml --out $(DEMO)/cache \
+		vae.path=$(DEMO)/vae/model/vae
+	stdit train configs/toy/dit.yaml run=$(DEMO)/dit data.manifest=$(DEMO)/manifest.parquet \
+		data.cache=$(DEMO)/cache vae.path=$(DEMO)/vae/model/vae schedule.steps=$(DIT_STEPS)
+	stdit eval toy --model $(DEMO)/dit/model --out $(DEMO)/dit --held-out $(DEMO)/videos/held_out
+	stdit sample --model $(DEMO)/dit/model --prompt "a large green circle moving right on a black background" \
+		--aspect 16:9 --resolution 64 --duration 3s --out $(DEMO)/samples
+	@echo "Look at $(DEMO)/dit/report.html and $(DEMO)/samples"
+
+test: install
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-slow: install
+	python -m pytest -q -m slow
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+bench: install
+	python benchmarks/transformer_step.py
+	python benchmarks/planner.py
