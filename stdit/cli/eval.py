@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from stdit.cli.eval_captions import captions
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure a trained model.")
 
 
@@ -17,6 +19,9 @@ def group() -> None:
 
     Example: stdit eval toy --model runs/toy/model --out runs/toy
     """
+
+
+app.command()(captions)
 
 
 @app.command()

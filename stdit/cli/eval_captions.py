@@ -1,0 +1,114 @@
+"""`stdit eval captions`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MEASURES = {
+    "below_mean": "loss: own caption below the others' mean",
+    "lowest": "loss: own caption the lowest of all",
+    "same_group": "loss: own caption below another of its group",
+    "nearest": "sample: the nearest clip is the prompted one",
+}
+
+
+def captions(
+    model: Annotated[Path, typer.Option(help="The model folder that the run wrote.")],
+    out: Annotated[Path, typer.Option(help="Where evaluation-captions.json and .png go; the run folder.")],
+    config: Annotated[
+        Path | None, typer.Option(help="The run's config, which names the clips. Default: OUT/config.yaml.")
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Captions where its one (group) captures the same text are compared among themselves."
+        ),
+    ] = None,
+    clips: Annotated[int, typer.Option(min=2, help="At most so many clips, the manifest's first.")] = 100,
+    levels: Annotated[int, typer.Option(min=1, help="Noise levels, spread evenly.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, help="Noises at each level.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps. Default: the config's eval.steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none. Default: eval.guidance.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation-captions.json instead of a table.")] = False,
+) -> None:
+    """Compare a clip's own caption with all others, by the model's loss and by what it samples.
+
+    At fixed noise, each training clip's loss under every caption; then a sample of every caption, and which training
+    clip is nearest to it (mean squared difference of pixels, both decoded by the VAE).
+
+    Example: stdit eval captions --model runs/asl/model --out runs/asl --group 'A person in (.+) signs'
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from stdit.config import load_config
+    from stdit.evaluation.captions import evaluate_captions
+
+    run = load_config(config or out / "config.yaml")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        result = evaluate_captions(
+            model,
+            run.data,
+            out,
+            group,
+            clips,
+            levels,
+            draws,
+            run.eval.steps if steps is None else steps,
+            run.eval.guidance if guidance is None else guidance,
+            seed,
+            device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    console = Console()
+    console.print(table(result))
+    for failure in result["failures"]:
+        console.print(f"left out: {failure}", highlight=False, markup=False, soft_wrap=True)
+    print(f"VAE: {result['vae_psnr']:.1f} dB PSNR on these clips.")
+    print(f"{out / 'evaluation-captions.json'}, {out / result['sheet']}")
+
+
+def table(result: dict[str, Any]):
+    """The measures of evaluation-captions.json as a rich table, with 95 % intervals and what chance would give."""
+    from rich.table import Table
+
+    view = Table(
+        title=f"{len(result['clips'])} clips, {len(result['captions'])} captions",
+        padding=(0, 1, 0, 0),
+        box=None,
+        title_justify="left",
+    )
+    view.add_column("")
+    for name in ("right", "%", "95 %", "chance"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for name, words in MEASURES.items():
+        cell = result["measures"][name]
+        if cell is not None:
+            view.add_row(
+                words,
+                f"{cell['right']} of {cell['total']}",
+                f"{100 * cell['share']:.0f}",
+                f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}",
+                f"{100 * cell['chance']:.0f}",
+            )
+    return view

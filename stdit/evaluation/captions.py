@@ -1,0 +1,363 @@
+"""Whether a model heeds its captions: the loss of each training clip under every caption, and what captions draw.
+
+A model that ignores the text has the same loss whatever the caption says. At fixed noise, the right caption must lower
+it; among captions of the same group (the same person, say) only the words that differ can. A sample must be nearest to
+the clip whose caption it was made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stdit.data.buckets import DataConfig, assign
+from stdit.data.loader import Loader
+from stdit.data.manifest import Manifest, read_manifest
+from stdit.data.planner import PlanItem
+from stdit.data.video_io import contact_sheet
+from stdit.diffusion.flow import interpolate, velocity
+from stdit.errors import StditError
+from stdit.evaluation.metrics import mean_psnr
+from stdit.evaluation.toy import Accuracy
+from stdit.keyed import keyed_generator
+from stdit.models.packing import pack_clips, pack_texts, unpack_clips
+from stdit.pipeline import Pipeline
+from stdit.shapes import LatentShape, VideoShape
+
+FORMAT = 1
+ROUNDING = 1e-6  # losses nearer than this, relatively, are equal: the caption changed nothing
+SHEET_CLIPS = 40  # rows of three that the contact sheet shows
+
+Progress = Callable[[str, int, int], None]  # what is being done, done, in all
+
+
+@dataclass(frozen=True)
+class CaptionedClip:
+    """A training clip as the model was shown it. frames: (T, H, W, 3) uint8. latents: (C, T', H', W') normalised."""
+
+    id: str
+    path: str
+    caption: str
+    frames: np.ndarray
+    latents: Tensor
+
+    @property
+    def shape(self) -> VideoShape:
+        return VideoShape(*self.frames.shape[:3])
+
+
+def evaluate_captions(
+    model: str | Path | Pipeline,
+    data: DataConfig,
+    out: str | Path,
+    group: str | None = None,
+    limit: int | None = None,
+    levels: int = 8,
+    draws: int = 4,
+    steps: int = 30,
+    guidance: float = 5.0,
+    seed: int = 0,
+    device: str = "cpu",
+    tokens_per_pack: int = 16_384,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """How the model's loss and samples follow the captions of its own training clips.
+
+    data: the run's; clips are cut to its shapes at their first frame and centre. group: a regular expression with one
+    (group): captions where it captures the same text are of one group. limit: only so many clips, the manifest's first.
+    levels, draws: noise levels (the middles of equal parts of [0, 1]) and noises of each; every caption of a clip gets
+    the same. steps, guidance, seed: of the samples, one for each caption at its first clip's shape.
+
+    Writes out/evaluation-captions.json and out/evaluation-captions.png (source, VAE and sample of each caption);
+    returns the content of the JSON.
+    """
+    pipeline = Pipeline.load(model, device=device) if isinstance(model, str | Path) else model
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    clips, failures = read_clips(pipeline, data, limit, progress)
+    captions = list(dict.fromkeys(clip.caption for clip in clips))
+    if len(captions) < 2:
+        raise StditError(f"{data.manifest} gives {len(captions)} different captions; comparing them takes at least 2.")
+    groups = group_captions(captions, group)
+    own = [captions.index(clip.caption) for clip in clips]
+
+    noise_levels = [(i + 0.5) / levels for i in range(levels)]
+    by_level = caption_losses(pipeline, clips, captions, noise_levels, draws, seed, tokens_per_pack, progress)
+    losses = by_level.mean(2)  # (clips, captions)
+
+    samples = _sample(pipeline, [clips[own.index(i)] for i in range(len(captions))], steps, guidance, seed, progress)
+    rebuilt = [pipeline.decode(clip.latents) for clip in clips]
+    distances = clip_distances(samples, rebuilt)
+    nearest = distances.argmin(1)
+
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "captions",
+        "model": str(model) if isinstance(model, str | Path) else "",
+        "settings": {
+            "manifest": data.manifest,
+            "group": group,
+            "levels": noise_levels,
+            "draws": draws,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+        },
+        "measures": measures(losses, own, groups, distances),
+        "levels": [_at_level(level, by_level[:, :, i], own) for i, level in enumerate(noise_levels)],
+        "vae_psnr": round(mean_psnr(rebuilt, [clip.frames for clip in clips]), 3),
+        "captions": [
+            {
+                "caption": caption,
+                "group": groups[i],
+                "nearest": clips[nearest[i]].caption,
+                "distance": _short(distances[i, nearest[i]]),
+                "distance_to_own": _short(distances[i, [j for j, k in enumerate(own) if k == i]].min()),
+                "right": own[nearest[i]] == i,
+            }
+            for i, caption in enumerate(captions)
+        ],
+        "clips": [
+            {
+                "id": clip.id,
+                "path": clip.path,
+                "shape": str(clip.shape),
+                "caption": own[row],
+                "losses": [_short(loss) for loss in losses[row]],  # under each of `captions`
+            }
+            for row, clip in enumerate(clips)
+        ],
+        "failures": failures,
+        "sheet": "evaluation-captions.png",
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    _write_sheet(out / "evaluation-captions.png", result["captions"], samples, clips, rebuilt, own)
+    part = out / ".evaluation-captions.json.part"
+    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(out / "evaluation-captions.json")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- clips and captions
+
+
+@torch.no_grad()
+def read_clips(
+    pipeline: Pipeline, data: DataConfig, limit: int | None, progress: Progress
+) -> tuple[list[CaptionedClip], list[str]]:
+    """The clips that have a shape and a caption, each with its first caption; and why some could not be read."""
+    if data.fps != pipeline.settings.fps:
+        raise StditError(
+            f"data.fps is {data.fps:g}, but the model was trained at {pipeline.settings.fps:g}. "
+            "Give the config of the run that the model is from."
+        )
+    data = dataclasses.replace(data, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0)
+    manifest = read_manifest(data.manifest)
+    assignment = assign(manifest, data)
+    rows = [int(row) for row in np.flatnonzero(assignment.bucket >= 0) if _captioned(manifest, int(row))][:limit]
+    if not rows:
+        raise StditError(f"{data.manifest}: no clip has a caption and fits one of data.shapes at {data.fps:g} fps.")
+    loader = Loader(manifest, assignment, data, seed=0, workers=0)
+    weight = next(pipeline.vae.parameters())
+    clips, failures = [], []
+    for done, row in enumerate(rows):
+        progress("reading clips", done, len(rows))
+        item = PlanItem(row, 0, int(assignment.bucket[row]), 0, 0, 0)
+        example = loader.fetch([item], epoch=0)[0]
+        if example.failure is not None or example.frames is None:
+            failures.append(str(example.failure))
+            continue
+        latents = pipeline.vae.encode(example.video[None].to(weight))[0].float()
+        clip = manifest[row]
+        clips.append(CaptionedClip(clip.id, clip.path, clip.captions[0].text, example.frames.numpy(), latents))
+    progress("reading clips", len(rows), len(rows))
+    return clips, failures
+
+
+def _captioned(manifest: Manifest, row: int) -> bool:
+    return bool(manifest[row].captions)
+
+
+def group_captions(captions: Sequence[str], pattern: str | None) -> list[str | None]:
+    """What the pattern's one (group) captures in each caption; None where it does not match, or is None."""
+    if pattern is None:
+        return [None] * len(captions)
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise StditError(f"--group {pattern!r} is not a regular expression: {error}.") from error
+    if regex.groups != 1:
+        raise StditError(f"--group {pattern!r} has {regex.groups} (groups); it must capture one text.")
+    found = [match[1] if (match := regex.search(caption)) else None for caption in captions]
+    if not any(found):
+        raise StditError(f"--group {pattern!r} matches none of {len(captions)} captions. The first is {captions[0]!r}.")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+@torch.no_grad()
+def caption_losses(
+    pipeline: Pipeline,
+    clips: Sequence[CaptionedClip],
+    captions: Sequence[str],
+    levels: Sequence[float],
+    draws: int,
+    seed: int,
+    tokens_per_pack: int,
+    progress: Progress = lambda what, done, total: None,
+) -> np.ndarray:
+    """(clips, captions, levels) fp64: the mean squared error of the velocity, over the draws.
+
+    A clip at one level and draw has the same noise under all captions, keyed by (seed, clip, level, draw). One forward
+    holds as many (level, draw, caption) of a clip as tokens_per_pack has room for.
+    """
+    patch = pipeline.transformer.config.patch
+    texts = pipeline._encode_texts(captions)
+    losses = np.zeros((len(clips), len(captions), len(levels)))
+    for row, clip in enumerate(clips):
+        progress("losses", row, len(clips))
+        x0 = clip.latents.to(pipeline.device)  # (C, T', H', W')
+        noisy, target = {}, {}
+        for level, t in enumerate(levels):
+            for draw in range(draws):
+                generator = keyed_generator(seed, "caption loss", clip.id, level, draw)
+                noise = torch.randn(x0.shape, generator=generator).to(x0)
+                noisy[level, draw] = interpolate(x0, noise, t)
+                target[level, draw] = velocity(x0, noise)
+        jobs = [(*key, column) for key in noisy for column in range(len(captions))]
+        together = max(1, tokens_per_pack // LatentShape(*x0.shape[1:]).grid(patch).tokens)
+        for start in range(0, len(jobs), together):
+            part = jobs[start : start + together]
+            pack = pack_clips(
+                [noisy[level, draw] for level, draw, _ in part],
+                [torch.tensor(levels[level], dtype=torch.float64) for level, _, _ in part],
+                patch,
+            )
+            text = pack_texts([texts[column] for _, _, column in part], pipeline.text_padding)
+            predicted = unpack_clips(pipeline.transformer(pack, text), pack, patch)
+            for (level, draw, column), v in zip(part, predicted):
+                error = (v.double() - target[level, draw].double()).square().mean()
+                losses[row, column, level] += float(error) / draws
+    progress("losses", len(clips), len(clips))
+    if not np.isfinite(losses).all():
+        raise StditError("the model's loss is not finite. Has its training diverged?")
+    return losses
+
+
+def measures(
+    losses: np.ndarray, own: Sequence[int], groups: Sequence[str | None], distances: np.ndarray
+) -> dict[str, dict[str, Any] | None]:
+    """Counts with 95 % intervals.
+
+    losses: (clips, captions). own: (clips,) the caption of each. groups: (captions,). distances: (captions, clips).
+    below_mean: clips whose own caption has a lower loss than the others' mean. lowest: lower than every other.
+    same_group: pairs (clip, another caption of its group) where the own one is lower; None without groups.
+    nearest: samples whose nearest clip has their caption.
+    """
+    clips, captions = losses.shape
+    mean, lowest, pairs = [], [], []
+    for row, mine in enumerate(own):
+        others = [column for column in range(captions) if column != mine]
+        mean.append(_lower(losses[row, mine], losses[row, others].mean()))
+        lowest.append(_lower(losses[row, mine], losses[row, others].min()))
+        alike = [column for column in others if groups[mine] is not None and groups[column] == groups[mine]]
+        pairs += [_lower(losses[row, mine], losses[row, column]) for column in alike]
+    found = [own[int(clip)] == caption for caption, clip in enumerate(distances.argmin(1))]
+    # by chance: any of the clips that a sample can be compared with
+    comparable = np.isfinite(distances)
+    right = np.array([[mine == caption for mine in own] for caption in range(captions)])
+    chance = float(((right & comparable).sum(1) / comparable.sum(1)).mean())
+    return {
+        "below_mean": asdict(Accuracy.of(sum(mean), clips, 0.5)),
+        "lowest": asdict(Accuracy.of(sum(lowest), clips, 1 / captions)),
+        "same_group": asdict(Accuracy.of(sum(pairs), len(pairs), 0.5)) if pairs else None,
+        "nearest": asdict(Accuracy.of(sum(found), captions, chance)) if 0 < chance < 1 else None,
+    }
+
+
+def _lower(one: float, other: float) -> bool:
+    return bool(one < other * (1 - ROUNDING))
+
+
+def _at_level(level: float, losses: np.ndarray, own: Sequence[int]) -> dict[str, Any]:
+    """losses (clips, captions) at one noise level, summed up."""
+    rows = np.arange(len(own))
+    mine = losses[rows, own]
+    others = (losses.sum(1) - mine) / (losses.shape[1] - 1)
+    below = sum(_lower(a, b) for a, b in zip(mine, others))
+    return {"t": level, "own": _short(mine.mean()), "others": _short(others.mean()), "below_mean": below}
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def _sample(
+    pipeline: Pipeline, asked: Sequence[CaptionedClip], steps: int, guidance: float, seed: int, progress: Progress
+) -> list[np.ndarray]:
+    """A sample for each clip's caption at its shape, (T, H, W, 3) uint8; the clip itself is not looked at."""
+    samples: dict[int, np.ndarray] = {}
+    for shape in dict.fromkeys(clip.shape for clip in asked):
+        indices = [i for i, clip in enumerate(asked) if clip.shape == shape]
+        made = pipeline(
+            [asked[i].caption for i in indices],
+            size=(shape.width, shape.height),
+            frames=shape.frames,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            progress=partial(progress, f"samples {shape}"),
+        )
+        samples.update(zip(indices, made))
+    return [samples[i] for i in range(len(asked))]
+
+
+def clip_distances(samples: Sequence[np.ndarray], clips: Sequence[np.ndarray]) -> np.ndarray:
+    """(samples, clips) fp64: the mean squared difference of pixels in [0, 1], over the frames that both have.
+
+    Both have passed the VAE's decoder, so that what it loses counts for none. Infinite where the sizes differ.
+    """
+    distances = np.full((len(samples), len(clips)), np.inf)
+    for i, sample in enumerate(samples):
+        for j, clip in enumerate(clips):
+            if sample.shape[1:] == clip.shape[1:]:
+                frames = min(len(sample), len(clip))
+                difference = sample[:frames].astype(np.float32) - clip[:frames].astype(np.float32)
+                distances[i, j] = float(np.square(difference, dtype=np.float64).mean()) / 255**2
+    return distances
+
+
+def _write_sheet(
+    path: Path,
+    captions: Sequence[dict[str, Any]],
+    samples: Sequence[np.ndarray],
+    clips: Sequence[CaptionedClip],
+    rebuilt: Sequence[np.ndarray],
+    own: Sequence[int],
+) -> None:
+    """Three rows a caption: its clip, the same through the VAE, the sample."""
+    rows, labels = [], []
+    for index, about in enumerate(captions[:SHEET_CLIPS]):
+        source = list(own).index(index)
+        rows += [clips[source].frames, rebuilt[source], samples[index]]
+        verdict = "" if about["right"] else f" [nearest: {about['nearest']}]"
+        labels += [about["caption"], "through the VAE", f"sample{verdict}"]
+    contact_sheet(rows, path, labels=labels, columns=9, side=72)
+
+
+def _short(value: float) -> float:
+    """Seven digits: more are noise."""
+    return float(f"{value:.7g}")
