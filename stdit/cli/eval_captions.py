@@ -44,7 +44,7 @@ def captions(
     At fixed noise, each training clip's loss under every caption; then a sample of every caption, and which training
     clip is nearest to it (mean squared difference of pixels, both decoded by the VAE).
 
-    Example: stdit eval captions --model runs/asl/model --out runs/asl --group 'A person in (.+) signs'
+    Example: stdit eval captions --model runs/asl/dit/model --out runs/asl/dit --group 'A person in (.+) signs'
     """
     import torch
     from rich.console import Console
