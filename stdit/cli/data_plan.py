@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from stdit.data.buckets import Assignment
     from stdit.data.plan_picture import Measures
     from stdit.data.planner import Plan
-    from stdit.shapes import VideoShape
+    from stdit.training.objective import Objective
     from stdit.training.settings import RunConfig
 
 FORMAT = 1  # of the JSON
@@ -33,7 +32,7 @@ def plan(
 ) -> None:
     """What training will do with a manifest: buckets, drops, steps, packs and their balance. Nothing is decoded.
 
-    Example: stdit data plan clips.parquet --config configs/toy.yaml --world-size 8 --picture plan.png
+    Example: stdit data plan clips.parquet --config configs/toy/dit.yaml --world-size 8 --picture plan.png
     """
     from rich.console import Console
 
@@ -54,14 +53,14 @@ def plan(
     console = Console(stderr=as_json)
     if not as_json or not len(assignment.counts) or not assignment.counts.sum():
         _print_drops(console, assignment, len(clips))
-    kind = costs(settings)
-    made = make_plan(clips, assignment, kind, settings, 0)  # type: ignore[arg-type]  # it asks for tokens and cost only
+    made = make_plan(clips, assignment, costs(settings), settings, 0)
+    work_unit = "pixel" if settings.objective.kind == "vae" else "FLOP"
     bound = made.token_bound(group_size)
     measures = measure_plan(made, groups, bound, steps, _progress)
     if picture is not None:
-        draw_plan(made, assignment.shapes, groups, bound, picture, measures, kind.work_unit)
+        draw_plan(made, assignment.shapes, groups, bound, picture, measures, work_unit)
     summary = summarise(made, assignment, measures, groups, bound)
-    summary |= {"world_size": world_size, "work_unit": kind.work_unit}
+    summary |= {"world_size": world_size, "work_unit": work_unit}
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
         return
@@ -73,44 +72,37 @@ def plan(
         console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What an objective says of tokens and work, without its models: the same plan as the training's."""
+def costs(config: RunConfig) -> Objective:
+    """The training's own objective, which says what clips cost, over models of the run's configs without any weights."""
+    import torch
 
-    kind: str
-    stride: tuple[int, int, int]
-    patch: tuple[int, int, int]
-    cost: tuple[int, int]
-
-    @property
-    def work_unit(self) -> str:
-        return "pixel" if self.kind == "vae" else "FLOP"
-
-    def tokens(self, shape: VideoShape) -> int:
-        if self.kind == "vae":
-            shape.latent(self.stride)
-            return shape.frames * shape.height * shape.width
-        return shape.grid(self.stride, self.patch).tokens
-
-
-def costs(config: RunConfig) -> Costs:
-    """Read from the configs of the model folders that the run names, or from its presets; no weights are loaded."""
-    from stdit.models.transformer import TransformerConfig, cost_coefficients
-    from stdit.vae.autoencoder import VaeConfig, preset
+    from stdit.models.transformer import STDiT, TransformerConfig
+    from stdit.training.objective import FlowObjective, VaeObjective
+    from stdit.vae.autoencoder import CausalVAE, VaeConfig, preset
     from stdit.weights.io import find
 
     if config.vae.path:
         vae = find("vae", config.vae.path).config
     else:
         vae = VaeConfig(**(vars(preset(config.vae.preset)) | config.vae.overrides))
-    if config.objective.kind == "vae":
-        return Costs("vae", vae.stride, (1, 1, 1), (1, 0))
-    if config.model.weights:
-        model = find("transformer", config.model.weights).config
-    else:
-        channels = {"in_channels": vae.z_dim, "out_channels": vae.z_dim}
-        model = TransformerConfig.preset(config.model.preset, **(config.model.overrides | channels))
-    return Costs("flow", vae.stride, model.patch, cost_coefficients(model))
+    nowhere = torch.device("meta")
+    with nowhere:
+        if config.objective.kind == "vae":
+            return VaeObjective(config.objective, CausalVAE(vae), device=nowhere, dtype=torch.float32, ranks=1)
+        if config.model.weights:
+            model = find("transformer", config.model.weights).config
+        else:
+            channels = {"in_channels": vae.z_dim, "out_channels": vae.z_dim}
+            model = TransformerConfig.preset(config.model.preset, **(config.model.overrides | channels))
+        return FlowObjective(
+            config.objective,
+            STDiT(model),
+            CausalVAE(vae),
+            None,  # type: ignore[arg-type]  # captions cost nothing in a plan
+            train_text=False,
+            text_padding=config.text.padding,
+            device=nowhere,
+        )
 
 
 def summarise(plan: Plan, assignment: Assignment, measures: Measures, groups: int, bound: int) -> dict[str, Any]:

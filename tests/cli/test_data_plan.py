@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from stdit.errors import StditError
 from stdit.models.transformer import TransformerConfig, cost_coefficients
 from stdit.shapes import VideoShape
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = """
 data: {shapes: [64x64x9, 96x64x9, 64x64, 64x64x33], fps: 8}
 plan: {largest_clips_per_step: 3}
@@ -52,10 +54,9 @@ def test_json_says_what_training_will_do(files, capsys):
         "64x64x33": 0,
     }
     config = load_config(files / "config.yaml")
-    stride = costs(config).stride
     shapes = assign(read_manifest(files / "clips.parquet"), config.data).shapes
     for bucket, shape in zip(found["buckets"], shapes):
-        n = shape.grid(stride, (1, 2, 2)).tokens
+        n = shape.grid((4, 8, 8), (1, 2, 2)).tokens
         linear, quadratic = costs(config).cost
         assert bucket["tokens"] == n and bucket["work"] == linear * n + quadratic * n * n
     total = sum(b["clips"] * b["work"] for b in found["buckets"])
@@ -118,11 +119,11 @@ def test_costs_are_the_configs(files):
     config = load_config(files / "config.yaml", ["model.preset=1.3B", "model.layers=3", "vae.preset=wan2.1"])
     found = costs(config)
     expected = TransformerConfig.preset("1.3B", layers=3)
-    assert found.cost == cost_coefficients(expected) and found.stride == (4, 8, 8) and found.patch == (1, 2, 2)
+    assert found.cost == cost_coefficients(expected) and found.tokens(VideoShape(9, 64, 96)) == 3 * 4 * 6
     config = load_config(files / "config.yaml", ["objective.kind=vae", "vae.temporal_downsample=[false,true]"])
     found = costs(config)
     shape = config.data.video_shapes()[0]
-    assert found.cost == (1, 0) and found.stride[0] == 2 and found.tokens(shape) == 64 * 64 * 9
+    assert found.cost == (1, 0) and found.tokens(shape) == 64 * 64 * 9 and found.tokens(VideoShape(3, 64, 64))
     with pytest.raises(StditError, match="nearest are 1 and 5"):
         found_of = costs(load_config(files / "config.yaml", ["objective.kind=vae"]))
         found_of.tokens(VideoShape(3, 64, 64))
@@ -148,6 +149,26 @@ def test_costs_are_those_of_the_training(files, tmp_path):
         assert found.cost == objective.cost
         for shape in config.data.video_shapes():
             assert found.tokens(shape) == objective.tokens(shape)
+
+
+@pytest.mark.parametrize("name", ["toy/vae.yaml", "asl-vae.yaml"])
+def test_a_vae_on_crops_has_the_plan_of_its_training(files, name, capsys):
+    """Clips are planned by the squares that are trained on (objective.vae.crop), not by whole frames."""
+    import torch
+
+    from stdit.training.build import make_objective, make_plan
+    from stdit.training.parallel import World
+
+    path = CONFIGS / name
+    shapes = "data.shapes=[64x64x9, 96x64x9, 64x64]"
+    arguments = [str(files / "clips.parquet"), "--config", str(path), shapes]
+    assert run_command(app, ["data", "plan", "--json", *arguments], prog="stdit") == 0
+    found = json.loads(capsys.readouterr().out)
+    config, manifest = load_config(path, [shapes]), read_manifest(files / "clips.parquet")
+    objective = make_objective(config, manifest, World(0, 1, torch.device("cpu")))
+    made = make_plan(manifest, assign(manifest, config.data), objective, config, 0)
+    assert found["hash"] == made.hash and found["steps_per_epoch"] == made.num_steps
+    assert {bucket["tokens"] for bucket in found["buckets"]} == {32 * 32 * 9, 32 * 32}
 
 
 def test_advice_only_where_something_can_be_better():
