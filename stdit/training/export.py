@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from stdit.data.manifest import read_manifest
 from stdit.data.planner import PlanItem
 from stdit.data.video_write import write_video
 from stdit.diffusion.solvers import unipc_config
+from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.pipeline import ModelSettings, Pipeline
 from stdit.shapes import VideoShape
@@ -29,6 +30,7 @@ from stdit.training.parallel import World
 from stdit.vae.autoencoder import CausalVAE, measure_latents
 from stdit.weights.io import save_vae
 
+FORMAT = 1  # of export.json
 VAE_CLIPS = 256  # at most as many measure the latents' mean and deviation
 
 
@@ -94,41 +96,50 @@ def sample(pipeline: Pipeline, parts: Parts, step: int) -> list[str]:
     return [one["file"] for one in about]
 
 
-@torch.no_grad()
-def vae_psnr(vae: CausalVAE, parts: Parts, world: World) -> float:
+def vae_psnr(vae: CausalVAE, parts: Parts) -> float:
     """Mean PSNR in dB of reconstructed clips: of eval.manifest (held out) if set, else of training clips."""
     clips, references = [], []
     for example in _clips(parts, parts.config.eval.manifest, parts.config.eval.clips):
-        video = example.video[None].to(world.device, next(vae.parameters()).dtype)
-        output = vae.decode(vae.normalise(vae.encode_moments(video)[0]))[0]
-        frames = ((output.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
-        clips.append(frames.cpu().numpy())
         assert example.frames is not None
         references.append(example.frames.numpy())
+        clips += reconstruct(vae, references[-1:])
     return mean_psnr(clips, references)
 
 
-def export(parts: Parts, weights: dict[str, Tensor], world: World) -> dict[str, float]:
-    """Writes run/model, whole or not at all. Returns what was measured on the way (a VAE's PSNR)."""
-    run = Path(parts.config.run.path)
+def export_vae(parts: Parts, weights: dict[str, Tensor], step: int, world: World) -> dict[str, float]:
+    """Measures the mean and deviation of the VAE's latents and publishes it. Returns its PSNR."""
+    module = with_weights(parts.objective.fresh(), weights)
+    assert isinstance(module, VaeModule)
+    vae = module.vae.to(world.device)
+    videos = (one.video[None].to(world.device) for one in _clips(parts, None, VAE_CLIPS))
+    mean, std = measure_latents(vae, videos)
+    vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
+
+    def write(folder: Path) -> None:
+        save_vae(vae, folder / "vae")
+        ModelSettings(parts.config.data.fps, tuple(map(str, parts.shapes)), None).write(folder)
+
+    measured = {"psnr": vae_psnr(vae, parts)}
+    publish(Path(parts.config.run.path), step, write)
+    return measured
+
+
+def publish(run: Path, step: int, write: Callable[[Path], None]) -> None:
+    """What `write` puts into a folder becomes run/model, whole or not at all, and says which step it is of."""
     final, temporary = run / "model", run / ".tmp-model"
     shutil.rmtree(temporary, ignore_errors=True)
-    measured: dict[str, float] = {}
-    if isinstance(parts.objective, FlowObjective):
-        make_pipeline(parts, weights, world).save(temporary)
-    else:
-        module = with_weights(parts.objective.fresh(), weights)
-        assert isinstance(module, VaeModule)
-        vae = module.vae.to(world.device)
-        videos = (one.video[None].to(world.device) for one in _clips(parts, None, VAE_CLIPS))
-        mean, std = measure_latents(vae, videos)
-        vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
-        measured["psnr"] = vae_psnr(vae, parts, world)
-        save_vae(vae, temporary / "vae")
-        ModelSettings(parts.config.data.fps, tuple(map(str, parts.shapes)), None).write(temporary)
+    write(temporary)
+    (temporary / "export.json").write_text(json.dumps({"format": FORMAT, "step": step}) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    return measured
+
+
+def exported_step(run: Path) -> int | None:
+    """The step whose weights lie in run/model; None where there is no whole export."""
+    try:
+        return int(json.loads((run / "model" / "export.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _clips(parts: Parts, manifest_path: str | None, count: int) -> Iterator[Example]:

@@ -24,6 +24,8 @@ def run(config: RunConfig, world: World) -> None:
         trainer.say(
             f"{folder} is finished after {trainer.step} steps: {folder / 'model'}. Raise schedule.steps to go on."
         )
+        if world.is_main and not (folder / "report.html").exists():
+            report(trainer)
         return
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,10 +37,14 @@ def run(config: RunConfig, world: World) -> None:
         draw(trainer.parts, world.size, folder / "plan.png")
     trainer.train()
     if world.is_main:
-        from stdit.evaluation.report import write_report
-
-        trainer.say(f"report: {write_report(folder)}")
+        report(trainer)
     world.barrier()
+
+
+def report(trainer: Trainer) -> None:
+    from stdit.evaluation.report import write_report
+
+    trainer.say(f"report: {write_report(trainer.folder)}")
 
 
 def draw(parts: Parts, ranks: int, path: Path) -> None:

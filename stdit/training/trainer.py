@@ -61,7 +61,8 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        return self.step >= self.config.schedule.steps and (self.folder / "model" / "stdit.json").exists()
+        """Whether the last step is done and its weights, not an earlier end's, are exported."""
+        return self.step >= self.config.schedule.steps and export.exported_step(self.folder) == self.step
 
     def prepare(self) -> None:
         """Builds everything, and takes up the state of the last checkpoint."""
@@ -227,7 +228,7 @@ class Trainer:
         if weights is not None and log is not None:
             if self.config.objective.kind == "vae":
                 module: Any = export.with_weights(self.parts.objective.fresh(), weights)
-                psnr = export.vae_psnr(module.vae.to(self.world.device), self.parts, self.world)
+                psnr = export.vae_psnr(module.vae.to(self.world.device), self.parts)
                 log.write("eval", self.step, psnr=psnr)
                 self.say(f"step {self.step}: PSNR {psnr:.2f} dB")
             elif self.config.eval.prompts:
@@ -236,15 +237,18 @@ class Trainer:
         self.world.barrier()
 
     def _finish(self, log: MetricsLog | None) -> None:
+        """The last samples or measures, then the model folder: it is what says that the run is finished."""
         weights = export.averaged_weights(self.engine, self.ema, self.world)
         if weights is not None and log is not None:
-            measured = export.export(self.parts, weights, self.world)
-            if self.config.objective.kind == "flow" and self.config.eval.prompts:
-                pipeline = export.make_pipeline(self.parts, weights, self.world)
-                log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
-            elif measured:
+            if self.config.objective.kind == "vae":
+                measured = export.export_vae(self.parts, weights, self.step, self.world)
                 log.write("eval", self.step, **measured)
                 self.say(", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
+            else:
+                pipeline = export.make_pipeline(self.parts, weights, self.world)
+                if self.config.eval.prompts:
+                    log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
+                export.publish(self.folder, self.step, pipeline.save)
             log.write("end", self.step, model="model")
             self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
         self.world.barrier()

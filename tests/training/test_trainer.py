@@ -20,6 +20,7 @@ import torch
 from stdit.config import load_config
 from stdit.errors import Interrupted, StditError
 from stdit.evaluation import report
+from stdit.training import export
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.checkpoint import Checkpoint
@@ -172,6 +173,30 @@ def test_a_finished_run_says_so(tiny: Path, whole: Path, capsys: pytest.CaptureF
     train(tiny, whole)
     assert "is finished after 8 steps" in capsys.readouterr().out
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_went_on_is_finished_only_when_its_own_weights_are_exported(
+    tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "report.html").unlink()
+    assert export.exported_step(folder) == 8
+
+    def killed(*args: object) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(trainer_module.Trainer, "_finish", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tiny, folder, "schedule.steps=9")
+    monkeypatch.undo()
+    make_quick(monkeypatch)
+    train(tiny, folder, "schedule.steps=9")
+    assert "goes on after step 9" in capsys.readouterr().out
+    assert export.exported_step(folder) == 9
+    train(tiny, folder, "schedule.steps=9")
+    told = capsys.readouterr().out
+    assert "is finished after 9 steps" in told and "report: " in told
 
 
 def test_another_config_is_refused_with_the_difference(tiny: Path, whole: Path) -> None:
