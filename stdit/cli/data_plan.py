@@ -73,7 +73,7 @@ def plan(
 
 
 def costs(config: RunConfig) -> Objective:
-    """The training's own objective, which says what clips cost, over models of the run's configs without any weights."""
+    """The training's own objective, which says what clips cost, over models of the run's sizes without any weights."""
     import torch
 
     from stdit.models.transformer import STDiT, TransformerConfig

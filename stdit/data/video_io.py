@@ -29,6 +29,7 @@ from stdit.data.pixels import (
     to_rgb,
 )
 from stdit.data.video_write import contact_sheet, write_video
+from stdit.errors import StditError
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -107,10 +108,31 @@ def read_frames(
 
     size: (width, height); frames are scaled with antialiasing to cover it, then cropped at `crop`, the share of the
     surplus that is cut off on the left and on top (0.5 is the centre). None keeps the displayed size. fps None takes
-    the source's frames one after another. Rotation, mirroring and pixel aspect ratio are applied. Raises VideoError.
+    the source's frames one after another. Rotation, mirroring and pixel aspect ratio are applied.
+
+    Raises VideoError, whatever a strange file brings up in the decoder: one clip must not end a training.
     """
     if count < 1:
         raise ValueError(f"count is {count}, must be at least 1.")
+    try:
+        return _read_frames(path, count, size, fps, start, crop, limits)
+    except StditError:
+        raise
+    except Exception as error:
+        if "://" in path and _of_storage(error):
+            raise VideoError(path, "unreadable", f"reading failed ({plain(error)}).") from error
+        raise VideoError(path, "undecodable", f"cannot be decoded ({type(error).__name__}: {error}).") from error
+
+
+def _read_frames(
+    path: str,
+    count: int,
+    size: tuple[int, int] | None,
+    fps: float | None,
+    start: float,
+    crop: tuple[float, float],
+    limits: Limits,
+) -> np.ndarray:
     check_file(path)
     if is_image(path):
         if count > 1:
@@ -126,6 +148,14 @@ def read_frames(
         frames = source.read(count, size, fps, start, crop, seek=False)
         assert frames is not None
         return frames
+
+
+def _of_storage(error: Exception) -> bool:
+    """Whether an error is of reading over a network: an OSError, or of a type that a file system's library has."""
+    if isinstance(error, av.FFmpegError):
+        return False
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or library not in ("builtins", "PIL", "struct", "zlib")
 
 
 def read_image(path: str, limits: Limits = LIMITS) -> np.ndarray:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zlib
 from fractions import Fraction
+from unittest.mock import Mock
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from stdit.data import video_io
 from stdit.data.video_io import (
     Limits,
     VideoError,
@@ -191,6 +194,39 @@ def test_too_short_says_so(tmp_path):
     with pytest.raises(VideoError, match=r"last frame is at 0\.875 s") as error:
         read_frames(str(tmp_path / "clip.mp4"), 17, (32, 24), 8.0)
     assert error.value.reason == "too_short"
+
+
+@pytest.mark.parametrize(
+    "error", [av.error.InvalidDataError(1, "bad"), ValueError("odd"), MemoryError(), zlib.error("bad"), IndexError("i")]
+)
+def test_whatever_a_strange_clip_brings_up_is_a_reason(tmp_path, monkeypatch, error):
+    def strange(*_):
+        raise error
+
+    write_video(tmp_path / "a.mp4", moving(), 8)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for part in ("to_rgb", "cover"):
+        monkeypatch.setattr(video_io, part, strange)
+    for name, count in (("a.mp4", 5), ("a.png", 1)):
+        with pytest.raises(VideoError, match=rf"{name}: cannot be decoded \({type(error).__name__}") as found:
+            read_frames(str(tmp_path / name), count, (8, 8), 8.0)
+        assert found.value.reason == "undecodable"
+
+
+def test_of_a_remote_file_only_the_clip_is_strange_not_the_network(monkeypatch):
+    class NetworkError(Exception):
+        pass
+
+    for error, reason in (
+        (NetworkError("503"), "unreadable"),
+        (TimeoutError("slow"), "unreadable"),
+        (ValueError("odd"), "undecodable"),
+        (MemoryError(), "undecodable"),
+    ):
+        monkeypatch.setattr(video_io, "_read_frames", Mock(side_effect=error))
+        with pytest.raises(VideoError) as found:
+            read_frames("s3://bucket/a.mp4", 5)
+        assert found.value.reason == reason
 
 
 def test_limits(tmp_path, videos):
