@@ -259,8 +259,13 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        norm: Any = None
+        if self.stage == 0:  # DeepSpeed measures only what it clips
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
         self._deepspeed.step()
-        return float(self._deepspeed.get_global_grad_norm() or 0.0)
+        if not self._deepspeed.was_step_applied():  # it leaves a step with infinite gradients out, and says nothing
+            return math.inf
+        return float(self._deepspeed.get_global_grad_norm() if norm is None else norm)
 
 
 def make_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import signal
 import threading
@@ -150,26 +151,24 @@ class Trainer:
         stop = int(signal.SIGTERM) if ended else int(signal.SIGINT) if interrupted else 0
         return Done(total / weight, int(tokens), int(flops), stop)
 
-    def update(self) -> tuple[Any, float]:
+    def update(self) -> tuple[float, float]:
         """The optimizer's step and the average's. Returns the gradient's norm before clipping, and the rate."""
         rate = self.config.optimizer.lr * self.config.schedule.factor(self.step)
         norm = self.engine.step(rate)
         self.step += 1
+        if not math.isfinite(norm):  # all ranks have the same: none of them saves
+            raise self._diverged(f"the gradient's norm is {norm}")
         if self.ema is not None:
             self.ema.update(self.step)
         return norm, rate
 
     def _log(
-        self, log: MetricsLog | None, progress: Progress, clock: _Clock, step: Step, norm: Any, rate: float
+        self, log: MetricsLog | None, progress: Progress, clock: _Clock, step: Step, norm: float, rate: float
     ) -> None:
         loss = float(self.world.sum_(torch.stack([one.cpu() for one in self.window]).sum())) / len(self.window)
         self.window = []
-        norm = float(norm)
-        if loss != loss or norm != norm:
-            raise StditError(
-                f"step {self.step}: the loss is {loss}, the gradient's norm {norm}. Lower optimizer.lr, set "
-                f"optimizer.clip, or try run.precision=fp32. The last checkpoint is from before."
-            )
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
         values = clock.rates(self.peak * self.world.size)
         progress.show(loss=loss, tokens_per_second=values["tokens_per_second"], mfu=values["mfu"])
         if log is not None:
@@ -177,6 +176,15 @@ class Trainer:
                 "train", self.step, epoch=step.epoch, loss=loss, grad_norm=norm, lr=rate, clips=step.clips,
                 failed=len(self.failures), **values,
             )  # fmt: skip
+
+    def _diverged(self, what: str) -> StditError:
+        found = Checkpoint.latest(self.folder)
+        kept = f"{found.path} is from before" if found else "nothing was saved"
+        return StditError(
+            f"step {self.step}: {what}. {kept}; going on from it would end here again, and a run keeps its settings. "
+            f"Start another with run=PATH and a lower optimizer.lr, optimizer.clip set, a longer schedule.warmup, or "
+            f"run.precision=fp32."
+        )
 
     def _open_log(self) -> MetricsLog | None:
         if not self.world.is_main:

@@ -86,6 +86,21 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert frames.shape == (5, 32, 48, 3)
 
 
+def test_what_is_not_finite_is_never_saved(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = trainer_module.Trainer.update
+
+    def spoil(self: trainer_module.Trainer) -> Any:
+        if self.step == 1:
+            next(p for p in self.engine.flats if p.grad is not None).grad.fill_(float("nan"))
+        return update(self)
+
+    monkeypatch.setattr(trainer_module.Trainer, "update", spoil)
+    with pytest.raises(StditError, match=r"step 2: the gradient's norm is nan.*step-00000001 is from before.*run=PATH"):
+        train(tiny, tmp_path / "run", "checkpoint.every=1", "log.every=5")
+    found = Checkpoint.latest(tmp_path / "run")
+    assert found is not None and found.step == 1
+
+
 def test_the_exported_weights_are_the_average(whole: Path) -> None:
     from stdit.weights.io import load_transformer
 
