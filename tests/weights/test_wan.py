@@ -227,6 +227,19 @@ def test_the_releases_own_configs_are_the_presets():
             assert wan.config_from(json.loads(json.dumps(form(config))), {}) == config
 
 
+@pytest.mark.parametrize("changes", [{"qk_norm": False}, {"cross_norm": False}])
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_models_without_norms_come_back_whole(tmp_path, changes, layout):
+    small = dict(dim=24, heads=2, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=8, frequency_dim=16)
+    model = STDiT(TransformerConfig(**small, **changes))
+    stdit.save_transformer(model, tmp_path, layout)
+    again = stdit.load_transformer(tmp_path)
+    assert again.config == model.config
+    assert {name: t.shape for name, t in again.state_dict().items()} == {
+        name: t.shape for name, t in model.state_dict().items()
+    }
+
+
 # What must end in an error that names it.
 
 

@@ -65,7 +65,7 @@ _DIFFUSERS_FIELDS = {
     "rope_max_seq_len": "rope_max",
 }
 _DIFFUSERS_DEFAULTS = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
-_OWN = ("text_padding", "rope_theta")  # what diffusers' config.json has no place for
+_OWN = ("text_padding", "rope_theta", "qk_norm")  # what diffusers' config.json has no place for
 _WORDS = re.compile(r"(dim|heads|layers|ffn_dim|in_channels|out_channels|text_dim|frequency_dim|rope_max)")
 
 
@@ -108,7 +108,10 @@ def config_from(
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' WanTransformer3DModel.save_pretrained writes it, with our own values under "_stdit"."""
+    """config.json as diffusers' WanTransformer3DModel.save_pretrained writes it, with our own values under "_stdit".
+
+    diffusers normalises q and k of every model, so only stdit runs one that has qk_norm=False.
+    """
     return {
         "_class_name": DIFFUSERS_CLASS,
         "_diffusers_version": "0.36.0",
@@ -216,10 +219,10 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
     if type(head_dim) is not int or type(values["heads"]) is not int:
         raise StditError(f"{place}: num_attention_heads and attention_head_dim must be whole numbers.")
     values["dim"] = values["heads"] * head_dim
-    norm = values.get("qk_norm", "rms_norm_across_heads")
+    norm = found.get("qk_norm", "rms_norm_across_heads")
     if norm not in ("rms_norm_across_heads", None):  # diffusers normalises q and k either way
         raise StditError(f"{place}: qk_norm {norm!r} is not one of Wan's (rms_norm_across_heads).")
-    values["qk_norm"] = True
+    values["qk_norm"] = found.get("_stdit", {}).get("qk_norm", True)
     values["out_channels"] = values.get("out_channels", 16) or values.get("in_channels", 16)
     return values
 
