@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
+from stdit.cli.stopped import when_stopped
 
+
+@when_stopped("What is encoded is kept: the same command goes on from there.")
 def encode(
     manifest: Annotated[Path, typer.Argument(help="The manifest to encode.")],
     config: Annotated[Path, typer.Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
@@ -24,7 +27,7 @@ def encode(
 
     Killed and started again it goes on where it was. Under torchrun, the ranks share the work.
 
-    Example: stdit data encode videos/manifest.parquet --config configs/toy.yaml --out videos/cache
+    Example: stdit data encode videos/manifest.parquet --config configs/toy/dit.yaml --out videos/cache
     """
     import torch
     from rich.console import Console

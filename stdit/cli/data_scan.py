@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stdit.cli.stopped import when_stopped
+
 if TYPE_CHECKING:
     from stdit.data.manifest import Skipped
     from stdit.data.scan import Scan
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 SHOWN = 40  # rows of a table; the file beside the manifest has all
 
 
+@when_stopped("A manifest is written when all files are probed: run the same command again.")
 def scan(
     folder: Annotated[Path, typer.Argument(help="Folder of videos and images, read with its subfolders.")],
     out: Annotated[Path, typer.Option(metavar="MANIFEST", help="The manifest to write (.parquet).")],

@@ -25,7 +25,7 @@ COMMANDS = {
 }
 HELP = """Spacetime-patch diffusion transformers for text-to-video: pretrain, fine-tune and sample any shape.
 
-Example: stdit train configs/toy.yaml run=runs/toy
+Example: stdit train configs/toy/dit.yaml run=runs/toy
 """
 app = lazy_group(COMMANDS, name="stdit", help=HELP)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stdit.cli.stopped import when_stopped
 from stdit.errors import StditError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from stdit.shapes import VideoShape
 
 
+@when_stopped("Clips that are written are kept in --out: run the same command again for all of them.")
 def sample(
     model: Annotated[Path, typer.Option(help="Model folder (a run's, or one in diffusers' WanPipeline layout).")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],

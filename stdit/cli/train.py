@@ -22,9 +22,9 @@ def train(
 
     Examples:
 
-    stdit train configs/toy.yaml run=runs/toy
+    stdit train configs/toy/dit.yaml run=runs/toy
 
-    torchrun --nproc-per-node 2 train.py configs/toy.yaml run=runs/toy parallel.deepspeed=deepspeed_configs/zero2.json
+    torchrun --nproc-per-node 2 train.py configs/toy/dit.yaml parallel.deepspeed=deepspeed_configs/zero2.json
     """
     from stdit.config import load_config
     from stdit.training.parallel import join_world, leave_world

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -14,6 +15,8 @@ from stdit import __version__
 from stdit.cli.lazy import as_command, load_command
 from stdit.cli.main import COMMANDS, app, run_command
 from stdit.errors import Interrupted, StditError
+
+ROOT = Path(__file__).parents[2]
 
 
 def every_command(command, path: tuple[str, ...] = ("stdit",)):
@@ -33,6 +36,8 @@ def test_every_command_is_there_and_helps_with_an_example(capsys):
         assert end.value.code == 0
         help_text = " ".join(capsys.readouterr().out.split())
         seen.append(path[1:])
+        for file in re.findall(r"\b(?:configs|deepspeed_configs)/\S+", help_text):
+            assert (ROOT / file).is_file(), f"{' '.join(path)} --help names {file}, which is not there"
         if hasattr(command, "list_commands"):  # a group: its commands have the examples
             continue
         example = re.search(r"Examples?: (.*)", help_text)
@@ -90,6 +95,24 @@ def test_how_a_command_ends(error, status, message, capsys):
     found = capsys.readouterr()
     assert found.out == "" and "Traceback" not in found.err
     assert found.err.startswith(message) or message in found.err
+
+
+@pytest.mark.parametrize(
+    ("args", "place", "advice"),
+    [
+        ("data encode m.parquet --config c.yaml --out cache", "stdit.config.load_config", "the same command goes on"),
+        ("data scan . --out m.parquet", "stdit.data.scan.scan", "when all files are probed"),
+        ("sample --model m --prompt p --out clips", "stdit.pipeline.Pipeline.load", "are kept in --out"),
+    ],
+)
+def test_ctrl_c_says_what_to_do(args, place, advice, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, stop)
+    assert run_command(app, args.split(), prog="stdit") == 130
+    error = capsys.readouterr().err
+    assert re.search(rf"^stopped\. .*{advice}.*\n\Z", error, re.MULTILINE)  # after a progress bar, if there is one
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), AssertionError("ours"), FileNotFoundError(2, "none", "x")])
