@@ -1,6 +1,6 @@
 """Checkpoints: fp32 masters, moments and averages as safetensors shards that any number of ranks can read.
 
-    checkpoints/step-00000200/manifest.json          format, state of the run, the shapes of parameters
+    checkpoints/step-00000200/manifest.json          format, the run's and the groups' state, parameters' shapes
     checkpoints/step-00000200/rank-00000.safetensors  "master/blocks.0.ffn.0.weight@0", "exp_avg/…", "ema/…", …
 
 A tensor's name says which numbers of the flattened parameter it holds: from `@offset` on. A checkpoint is written under
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.training.ema import Ema
-from stdit.training.engine import Engine
+from stdit.training.engine import Engine, group_state
 from stdit.training.parallel import World
 
 FORMAT = 1
@@ -69,12 +69,16 @@ def save(
         except Exception as found:  # safetensors raises its own type on a full disk
             error = found
         world.all_succeeded(error)
+        groups = [{k: _number(k, v) for k, v in group.items()} for group in group_state(engine.optimizer)]
         shapes = world.gather({piece.name: piece.shape for pieces in engine.pieces for piece in pieces})
         try:
             if world.is_main:
                 parameters = {name: list(shape) for rank in shapes for name, shape in rank.items()}
                 files = 1 if engine.replicated else world.size
-                about = {"format": FORMAT, "step": step, "shards": files, "parameters": parameters, "state": state}
+                about = {
+                    "format": FORMAT, "step": step, "shards": files, "parameters": parameters, "groups": groups,
+                    "state": state,
+                }  # fmt: skip
                 manifest = temporary / "manifest.json"
                 manifest.write_text(json.dumps(about, indent=1))
                 _sync(manifest)
@@ -159,10 +163,6 @@ class Checkpoint:
             for name, shape in self.about["parameters"].items()
         }
 
-    @property
-    def has_ema(self) -> bool:
-        return any(key.startswith("ema/") for key in self._index)
-
     @torch.no_grad()
     def load_weights(self, module: nn.Module) -> None:
         """Into a module before its engine is made; strict in names and shapes."""
@@ -199,12 +199,25 @@ class Checkpoint:
                     value = value.to(flat.device) if on_device else value
                     engine.optimizer.state[flat][name] = value.item() if kept == "number" else value
 
+        for group, kept in zip(engine.optimizer.param_groups, self.about.get("groups", [])):
+            for name, (value, dtype) in kept.items():
+                group[name] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
+
     def _whole(self, key: str) -> Tensor | None:
         if key not in self._index:
             return None
         offset, _, file = self._index[key][0]  # every shard has the same
         with safe_open(file, "pt") as shard:
             return shard.get_tensor(f"{key}@{offset}")
+
+
+def _number(name: str, value: Any) -> tuple[int | float, str | None]:
+    """A group's number, and as what type of tensor it is kept, if it is one."""
+    if isinstance(value, int | float):
+        return value, None
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item(), str(value.dtype).removeprefix("torch.")
+    raise StditError(f"the optimizer keeps {name} as {type(value).__name__}, which no checkpoint holds.")
 
 
 def _tensors(engine: Engine, ema: Ema | None) -> Iterator[tuple[str, Tensor]]:

@@ -10,12 +10,15 @@ parameters that lie in each. Checkpoints and the moving average need to know no 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,16 @@ from stdit.training.parallel import World
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# What ZeRO may cut anywhere: optimizers whose update of one number needs no other number of the tensor.
+# What ZeRO may cut anywhere: optimizers whose update of one number needs no other number of the tensor. Not adan, which
+# counts steps by groups: ZeRO-3 updates the groups one after the other, and each time all would count.
 ELEMENTWISE = {"sgd", "momentum", "nesterov", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "adabelief"}
-ELEMENTWISE |= {"lion", "adan", "adanw", "adopt", "adoptw", "laprop", "rmsprop", "rmsproptf", "adagrad"}
+ELEMENTWISE |= {"lion", "adopt", "adoptw", "laprop", "rmsprop", "rmsproptf", "adagrad"}
+
+# Optimizers of timm, by how their names start, that a run could not train with or not go on with.
+REFUSED = {
+    "kron": "no checkpoint holds its preconditioners",
+    "adahessian": "it needs second derivatives",
+}
 
 # What the run's config decides, and a DeepSpeed JSON therefore must not.
 OURS = {
@@ -86,9 +96,11 @@ class Piece:
     start: int
     numel: int
 
-    @property
-    def is_whole(self) -> bool:
-        return self.offset == 0 and self.numel == math.prod(self.shape)
+
+def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer keeps for a whole group of parameters (timm's lamb and adan: the step), beside its settings."""
+    settings = optimizer.defaults.keys() | {"params"}
+    return [{key: value for key, value in group.items() if key not in settings} for group in optimizer.param_groups]
 
 
 class Engine:
@@ -180,10 +192,10 @@ class DeepSpeedEngine(Engine):
         settings, stage = _read_json(Path(parallel.deepspeed), precision)
         if stage > 0 and config.name not in ELEMENTWISE:
             raise StditError(
-                f"optimizer.name={config.name} looks at whole matrices, and ZeRO stage {stage} cuts them. Use one of "
+                f"optimizer.name={config.name} looks at whole matrices or groups, and ZeRO stage {stage} cuts them. Use one of "
                 f"{', '.join(sorted(ELEMENTWISE))}, or one rank without parallel.deepspeed."
             )
-        deepspeed = _import_deepspeed()
+        deepspeed = _import_deepspeed(world)
         settings |= {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # the boundary is set by hand: steps differ in their micro-steps
@@ -206,6 +218,9 @@ class DeepSpeedEngine(Engine):
         self.module = self._deepspeed.module
         self.optimizer = client
         self.optimizer.state.clear()
+        for group, kept in zip(self.optimizer.param_groups, group_state(self.optimizer)):
+            for key in kept:
+                del group[key]
         self.replicated = stage == 0
         self._parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
         self.flats, self.pieces = self._find_pieces(shapes, world)
@@ -292,20 +307,35 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     lr = config.lr if lr is None else lr
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, **({"fused": True} | config.options))
-    import timm.optim
+        kind: Callable[..., Any] = torch.optim.AdamW
+        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, groups, lr=lr)
+        arguments: dict[str, Any] = {"fused": True}
+    else:
+        import timm.optim
 
-    known = [str(name) for name in timm.optim.list_optimizers()]
-    if config.name not in known:
-        raise StditError(f"optimizer.name {config.name!r} is not known.{nearest_name(config.name, known)}")
-    arguments: dict[str, Any] = {}
-    defaults = timm.optim.get_optimizer_class(config.name, bind_defaults=False)
-    if "betas" in _arguments_of(defaults):
-        arguments["betas"] = config.betas
+        known = [str(name) for name in timm.optim.list_optimizers()]
+        if config.name not in known:
+            raise StditError(f"optimizer.name {config.name!r} is not known.{nearest_name(config.name, known)}")
+        for start, reason in REFUSED.items():
+            if config.name.startswith(start):
+                raise StditError(f"optimizer.name={config.name} is not supported: {reason}. Try adamw or muon.")
+        kind = timm.optim.get_optimizer_class(config.name, bind_defaults=False)
+        make = partial(timm.optim.create_optimizer_v2, groups, opt=config.name, lr=lr)
+        arguments = {}
+    takes = inspect.signature(kind).parameters
+    if "betas" in takes:
+        usual = takes["betas"].default
+        betas = config.options.get("betas", config.betas)
+        if usual is not None and (not isinstance(betas, list | tuple) or len(betas) != len(usual)):
+            raise StditError(
+                f"optimizer.name={config.name} takes {len(usual)} betas, not {betas}: set optimizer.options.betas, "
+                f"such as {list(usual)}."
+            )
+        arguments["betas"] = betas
     try:
-        return timm.optim.create_optimizer_v2(groups, opt=config.name, lr=lr, **(arguments | config.options))
-    except TypeError as error:
-        raise StditError(f"optimizer {config.name} with options {config.options}: {error}") from error
+        return make(**(arguments | config.options))
+    except Exception as error:  # each checks its arguments in its own way, and some need what is not installed
+        raise StditError(f"optimizer.name={config.name} with optimizer.options={config.options}: {error}") from error
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -338,7 +368,7 @@ def _read_json(path: Path, precision: str) -> tuple[dict[str, Any], int]:
     return settings, stage
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed(world: World) -> Any:
     # DeepSpeed compiles with ninja, which lies beside python in a virtual environment that nobody activated.
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
@@ -352,11 +382,17 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    if world.size == 1:
+        stand_alone()
     deepspeed.init_distributed(dist_init_required=None)
     return deepspeed
 
 
-def _arguments_of(function: Callable[..., Any]) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(function).parameters)
+def stand_alone() -> None:
+    """Tells DeepSpeed that there is one rank where no launcher has: it would look for MPI."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)

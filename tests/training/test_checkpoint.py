@@ -16,7 +16,7 @@ from stdit.errors import StditError
 from stdit.training import checkpoint
 from stdit.training.checkpoint import Checkpoint, published, remove_strays
 from stdit.training.ema import Ema, EmaConfig
-from stdit.training.engine import Engine, OptimizerConfig, Piece, TorchEngine, make_optimizer
+from stdit.training.engine import Engine, OptimizerConfig, Piece, TorchEngine, group_state, make_optimizer
 from stdit.training.parallel import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -33,8 +33,13 @@ class Model(nn.Module):
         return self.b(self.a(batch).tanh()).square().sum()
 
 
+def options_of(name: str) -> OptimizerConfig:
+    options = {"betas": [0.98, 0.92, 0.99]} if name == "adan" else {}
+    return OptimizerConfig(name=name, lr=0.05, options=options)
+
+
 def trained(name: str = "adamw", steps: int = 3, precision: str = "fp32") -> tuple[TorchEngine, Ema]:
-    engine = TorchEngine(Model(0), OptimizerConfig(name=name, lr=0.05), precision, ALONE)
+    engine = TorchEngine(Model(0), options_of(name), precision, ALONE)
     ema = Ema(engine.flats, EmaConfig(0.9))
     go_on(engine, ema, 0, steps)
     return engine, ema
@@ -53,10 +58,11 @@ def state_of(engine: Engine, ema: Ema) -> list[Tensor]:
     found = [*engine.flats, *ema.averages]
     for flat in engine.flats:
         found += [torch.as_tensor(value) for _, value in sorted(engine.optimizer.state[flat].items())]
+    found += [torch.as_tensor(value) for group in group_state(engine.optimizer) for value in group.values()]
     return [one.detach().clone() for one in found]
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon", "adopt", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon", "adopt", "adafactor", "lamb", "adan"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path, name: str, precision: str) -> None:
     engine, ema = trained(name, precision=precision)
@@ -67,7 +73,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path, name: str, precision
     assert found is not None and found.step == 3
     module = Model(1)
     found.load_weights(module)
-    again = TorchEngine(module, OptimizerConfig(name=name, lr=0.05), precision, ALONE)
+    again = TorchEngine(module, options_of(name), precision, ALONE)
     average = Ema(again.flats, EmaConfig(0.9))
     found.load_state(again, average)
     go_on(again, average, 3, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.training.ema import Ema, EmaConfig
-from stdit.training.engine import OptimizerConfig, ParallelConfig, TorchEngine, make_engine
+from stdit.training.engine import OptimizerConfig, ParallelConfig, TorchEngine, make_engine, stand_alone
 from stdit.training.parallel import World
 from stdit.training.schedule import ScheduleConfig
 
@@ -94,10 +95,15 @@ def test_timms_optimizers_by_name(name: str) -> None:
     ("optimizer", "json_text", "words"),
     [
         ({"name": "adamv"}, None, ["'adamv'", "'adam"]),
+        ({"name": "kron"}, None, ["kron", "preconditioners"]),
+        ({"name": "adan"}, None, ["adan takes 3 betas", "optimizer.options.betas"]),
+        ({"name": "adamw", "options": {"momentun": 1}}, None, ["adamw", "momentun"]),
+        ({"name": "sgd", "options": {"momentun": 1}}, None, ["sgd", "momentun"]),
         ({"name": "adamw"}, {"train_batch_size": 8}, ["train_batch_size", "plan"]),
         ({"name": "adamw"}, {"bf16": {"enabled": True}}, ["bf16", "run.precision"]),
         ({"name": "adamw"}, {"gradient_clipping": 1.0}, ["gradient_clipping", "optimizer.clip"]),
         ({"name": "muon"}, {"zero_optimization": {"stage": 2}}, ["muon", "whole matrices"]),
+        ({"name": "adan"}, {"zero_optimization": {"stage": 3}}, ["adan", "groups"]),
         ({"name": "adamw"}, "{", ["not JSON"]),
     ],
 )
@@ -111,6 +117,18 @@ def test_mistakes_are_named(tmp_path: Path, optimizer: dict[str, Any], json_text
         make_engine(Toy(), OptimizerConfig(**optimizer), parallel, "fp32", ALONE)
     for word in words:
         assert word in str(error.value)
+
+
+def test_deepspeed_alone_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name in (*wanted, "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    stand_alone()
+    assert {name: os.environ[name] for name in wanted} == wanted and int(os.environ["MASTER_PORT"]) > 0
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    stand_alone()
+    assert os.environ["MASTER_PORT"] == "1234"
 
 
 def test_several_ranks_without_deepspeed_say_what_to_do() -> None:
