@@ -193,7 +193,7 @@ class Pipeline:
             raise StditError(f"{len(known)} known for {len(prompts)} prompts: give one for all, or one each.")
         given = [self._encode_known(one, shape) for one in known]
         guided = needs_unconditional(guidance)
-        texts = self._encode_texts([*prompts, negative_prompt] if guided else prompts)
+        texts = self.encode_texts([*prompts, negative_prompt] if guided else prompts)
         negative = [texts.pop()] if guided else []
 
         together = max(1, tokens_per_pack // (grid.tokens * (1 + len(negative))))
@@ -272,7 +272,7 @@ class Pipeline:
             raise StditError(f"noise has shape {tuple(noise.shape)}; this size and length need {(count, *wanted)}.")
         return noise.to(self.device, torch.float32).expand(count, -1, -1, -1, -1)
 
-    def _encode_texts(self, texts: Sequence[str]) -> list[Tensor]:
+    def encode_texts(self, texts: Sequence[str]) -> list[Tensor]:
         """(L, D) each; equal texts are encoded once."""
         distinct = list(dict.fromkeys(texts))
         before = self.text_encoder.max_length

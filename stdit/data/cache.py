@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 
 from stdit.data.buckets import DataConfig
 from stdit.errors import StditError
+from stdit.files import publish, publish_text
 from stdit.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Cache:
     def create(cls, root: str | Path, settings: Mapping[str, Any]) -> Cache:
         folder = Path(root) / _name(settings)
         folder.mkdir(parents=True, exist_ok=True)
-        _publish(folder / "settings.json", json.dumps(dict(settings), indent=1, sort_keys=True).encode())
+        publish_text(folder / "settings.json", json.dumps(dict(settings), indent=1, sort_keys=True))
         return cls(folder, settings)
 
     @classmethod
@@ -156,28 +156,15 @@ class Cache:
         from safetensors.torch import save
 
         metadata = {"stdit_cache": str(FORMAT)}
-        _publish(self.folder / f"{name}.safetensors", save({k: t.contiguous() for k, t in tensors.items()}, metadata))
+        with publish(self.folder / f"{name}.safetensors") as part:
+            part.write_bytes(save({k: t.contiguous() for k, t in tensors.items()}, metadata))
         keys = [*tensors, *failures]
         columns = [keys, [name] * len(keys), [None] * len(tensors) + list(failures.values())]
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _INDEX)], schema=_INDEX)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        _publish(self.folder / f"{name}.parquet", sink.getvalue())
+        with publish(self.folder / f"{name}.parquet") as part:
+            pq.write_table(table, part)
 
 
 def _name(settings: Mapping[str, Any]) -> str:
     text = json.dumps(dict(settings), sort_keys=True)
     return f"{settings['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def _publish(path: Path, content: bytes | pa.Buffer) -> None:
-    """All of the content under this name, or nothing, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stdit.errors import StditError, nearest_name
+from stdit.files import publish
 
 FORMAT = 1
 
@@ -224,12 +225,8 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
     stored = [_stored(p, folder) for p in (manifest._resolve(p) for p in manifest.table.column("path").to_pylist())]
     table = manifest.table.set_column(manifest.table.column_names.index("path"), "path", pa.array(stored, _TEXT))
     table = table.replace_schema_metadata({"stdit_manifest": str(FORMAT)})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        pq.write_table(table, partial, compression="zstd")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with publish(path) as part:
+        pq.write_table(table, part, compression="zstd")
 
 
 def _stored(path: str, folder: str) -> str:

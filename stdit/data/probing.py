@@ -6,7 +6,6 @@ standard output. It imports neither torch nor pyarrow.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import queue
@@ -16,6 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from stdit.files import sha256_of
 
 MEMORY = 4 << 30  # address space of one process, where the system can limit it
 
@@ -132,11 +133,8 @@ class _Process:
 def file_sha256(path: str) -> str:
     from stdit.data.pixels import open_bytes
 
-    digest = hashlib.sha256()
     with open_bytes(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of(file)
 
 
 def _answer(path: str, verify_pixels: int) -> dict[str, Any]:

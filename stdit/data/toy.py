@@ -28,6 +28,7 @@ import numpy as np
 
 from stdit.data.video_write import write_video
 from stdit.errors import StditError, nearest_name
+from stdit.files import publish, publish_text
 from stdit.keyed import keyed_seed, keyed_uniform
 from stdit.shapes import VideoShape
 
@@ -282,7 +283,7 @@ def make_toy(
         csv.writer(rows, lineterminator="\n").writerows(
             [("path", "caption"), *((file.name, file.spec.caption) for file in files[part])]
         )
-        _publish(folder / part / "captions.csv", rows.getvalue())
+        publish_text(folder / part / "captions.csv", rows.getvalue())
     # Threads: numpy and the encoder release the interpreter lock for nearly all of the work.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         jobs = [pool.submit(_write, path, file) for path, file in missing]
@@ -328,7 +329,7 @@ def _claim(folder: Path, settings: ToySettings) -> None:
 
 def _write_settings(folder: Path, settings: ToySettings, complete: bool) -> None:
     content = {"format": 1, "complete": complete, "settings": asdict(settings)}
-    _publish(folder / "toy.json", json.dumps(content, indent=2) + "\n")
+    publish_text(folder / "toy.json", json.dumps(content, indent=2) + "\n")
 
 
 def _write(path: Path, file: ToyFile) -> None:
@@ -338,13 +339,5 @@ def _write(path: Path, file: ToyFile) -> None:
         return
     from PIL import Image
 
-    part = path.with_name(f".{path.name}.part")
-    Image.fromarray(frames[0]).save(part, "png")
-    part.replace(path)
-
-
-def _publish(path: Path, text: str) -> None:
-    """Writes a file that is either absent or whole."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
+    with publish(path) as part:
+        Image.fromarray(frames[0]).save(part, "png")

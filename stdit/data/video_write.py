@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 
 from stdit.errors import StditError
+from stdit.files import publish
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18, threads: int = 1) -> None:
@@ -25,10 +25,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18,
             f"{path}: {width}x{height} cannot be written as H.264 (4:2:0 needs even sizes). "
             f"Nearest: {width // 2 * 2 or 2}x{height // 2 * 2 or 2}."
         )
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with publish(path) as part:
+        with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             # mbtree is off since with it x264 gives other bytes for the same frames, about once in twenty times
@@ -40,9 +38,6 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18,
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
                 container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
             container.mux(stream.encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def contact_sheet(
@@ -72,7 +67,5 @@ def contact_sheet(
         for image in row:
             sheet.paste(image, (left, top + text))
             left += image.width + 2
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    sheet.save(partial, format="PNG")
-    os.replace(partial, path)
+    with publish(path) as part:
+        sheet.save(part, format="PNG")

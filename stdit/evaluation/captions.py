@@ -30,6 +30,7 @@ from stdit.diffusion.flow import interpolate, velocity
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr
 from stdit.evaluation.toy import Accuracy
+from stdit.files import publish_text
 from stdit.keyed import keyed_generator
 from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.pipeline import Pipeline
@@ -144,9 +145,7 @@ def evaluate_captions(
         "seconds": round(time.perf_counter() - began, 1),
     }
     _write_sheet(out / "evaluation-captions.png", result["captions"], samples, clips, rebuilt, own)
-    part = out / ".evaluation-captions.json.part"
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(out / "evaluation-captions.json")
+    publish_text(out / "evaluation-captions.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
@@ -226,7 +225,7 @@ def caption_losses(
     holds as many (level, draw, caption) of a clip as tokens_per_pack has room for.
     """
     patch = pipeline.transformer.config.patch
-    texts = pipeline._encode_texts(captions)
+    texts = pipeline.encode_texts(captions)
     losses = np.zeros((len(clips), len(captions), len(levels)))
     for row, clip in enumerate(clips):
         progress("losses", row, len(clips))

@@ -18,6 +18,7 @@ from stdit.data.video_io import contact_sheet, read_frames, write_video
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr, psnr
 from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
+from stdit.files import publish_text
 from stdit.keyed import keyed_seed
 from stdit.shapes import VideoShape, size_for
 
@@ -118,9 +119,7 @@ def evaluate_toy(
         "sets": sets,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    part = out / ".evaluation.json.part"
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(out / "evaluation.json")
+    publish_text(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import StditError
+from stdit.files import publish_text
 
 STEPS_SHOWN = 6  # of the validation samples, spread from the first to the last
 PROMPTS_SHOWN = 8
@@ -48,9 +49,8 @@ def write_report(run: str | Path) -> Path:
         sources=SOURCES,
         config=_text(run / "config.yaml"),
     )
-    part = run / ".report.html.part"
-    part.write_text(page, encoding="utf-8")
-    return part.replace(run / "report.html")
+    publish_text(run / "report.html", page)
+    return run / "report.html"
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from stdit.errors import StditError
+from stdit.files import sha256_of
 
 _COUNTED = {".safetensors", ".json", ".model", ".txt"}
 
@@ -36,8 +37,5 @@ def folder_identity(path: str | os.PathLike[str]) -> str:
 @lru_cache(maxsize=256)
 def _file_hash(path: Path, size: int, changed: int) -> str:
     """SHA-256 of a file, once for every state of it (size, time of change) that a process sees."""
-    total = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
+        return sha256_of(file)

@@ -10,15 +10,15 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
+from stdit.files import publish
 from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
 from stdit.weights.keymap import Table
 
@@ -86,8 +86,10 @@ def save_transformer(
 ) -> None:
     """Writes config.json and safetensors into `folder`, in shards above shard_bytes.
 
-    layout: "diffusers" opens with WanTransformer3DModel.from_pretrained(folder), "original" is a Wan release's. Files
-    are written beside and renamed, so what was there before stays whole until the new one is.
+    layout: "diffusers" opens with WanTransformer3DModel.from_pretrained(folder), "original" is a Wan release's.
+
+    What was there before stays until all new files are written beside it; then they are renamed. A process that is
+    killed among the renames leaves the old model, the new one, or a folder that does not load: never a mixture.
     """
     _save("transformer", model, Path(folder), layout, shard_bytes)
 
@@ -248,24 +250,25 @@ def _write(
     shards = _shards(sizes, shard_bytes)
     names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     names = [f"{stem}.safetensors"] if len(shards) == 1 else names
-    folder.mkdir(parents=True, exist_ok=True)
-    read_foreign = table.foreign_reader(read)
-    for name, shard in zip(names, shards):
-        held = {foreign: entries[foreign] for foreign in shard}
-        _replace(folder / name, partial(write_tensors, entries=held, read=read_foreign, metadata=metadata))
+    documents = {"config.json": described} if stem != _VAE_STEM else {}
     if len(shards) > 1:
-        index = {
+        documents[f"{stem}.safetensors.index.json"] = {
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {foreign: name for name, shard in zip(names, shards) for foreign in shard},
         }
-        _write_json(folder / f"{stem}.safetensors.index.json", index)
-    if stem != _VAE_STEM:
-        _write_json(folder / "config.json", described)
+    folder.mkdir(parents=True, exist_ok=True)
+    read_foreign = table.foreign_reader(read)
     stale = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-    kept = {*names, f"{stem}.safetensors.index.json"} if len(shards) > 1 else {*names}
-    for entry in folder.iterdir():  # what an earlier, differently sharded save left
-        if stale.fullmatch(entry.name) and entry.name not in kept:
-            entry.unlink()
+    with ExitStack() as renames:  # the last entered is renamed first, the index at the end: without it shards are none
+        for name, content in reversed(documents.items()):
+            part = renames.enter_context(publish(folder / name))
+            part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+        for name, shard in zip(names, shards):
+            held = {foreign: entries[foreign] for foreign in shard}
+            write_tensors(renames.enter_context(publish(folder / name)), held, read_foreign, metadata)
+        for entry in [*folder.iterdir()]:  # all is written: what of the old would mix with it goes first
+            if entry.name in documents or (stale.fullmatch(entry.name) and entry.name not in names):
+                entry.unlink()
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -279,26 +282,6 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    _replace(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
-
-
-def _replace(path: Path, write: Callable[[str], object]) -> None:
-    """Lets `write` make a file beside `path` and puts it in its place, or leaves nothing behind."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _some(entries: Mapping[str, Entry]) -> str:

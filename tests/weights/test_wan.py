@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -350,7 +351,7 @@ def test_a_save_that_fails_leaves_the_earlier_one_whole(folder, tmp_path, monkey
     stdit.save_transformer(model, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def full_disk(path, **rest):
+    def full_disk(path, *_):
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
@@ -358,6 +359,42 @@ def test_a_save_that_fails_leaves_the_earlier_one_whole(folder, tmp_path, monkey
     with pytest.raises(OSError, match="No space left"):
         stdit.save_transformer(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("before", [10**9, 20_000])
+@pytest.mark.parametrize("after", [10**9, 20_000])
+def test_killed_among_the_renames_is_never_a_mixture(folder, tmp_path, monkeypatch, before, after):
+    old = stdit.load_transformer(folder)
+    new = stdit.load_transformer(folder)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(1)
+    replace, loaded = os.replace, []
+    for renames in range(50):
+        place = tmp_path / str(renames)
+        stdit.save_transformer(old, place, shard_bytes=before)
+        left = [renames]
+
+        def until_killed(source, target, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", until_killed)
+            with contextlib.suppress(KeyboardInterrupt):
+                stdit.save_transformer(new, place, shard_bytes=after)
+        try:
+            found = stdit.load_transformer(place)
+        except StditError:
+            continue
+        whole = [all(map(torch.equal, found.parameters(), model.parameters())) for model in (old, new)]
+        assert any(whole), renames
+        loaded.append(whole[1])
+        if left[0] >= 0:
+            break
+    assert loaded[-1] and left[0] == 0  # all renames were made, and no fewer
 
 
 def test_saving_the_same_weights_gives_the_same_bytes(folder, tmp_path):

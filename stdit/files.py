@@ -1,0 +1,42 @@
+"""Files that are whole or not there: written beside their name, brought to the disk, renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def publish(path: str | Path) -> Iterator[Path]:
+    """Gives a name beside `path` to write a file to; at the end it takes the place of `path` in one step.
+
+    A reader sees the old file or the new one, after a power cut too. Where writing fails, nothing is left behind.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def publish_text(path: str | Path, text: str) -> None:
+    """`publish` of a text, as UTF-8 with its line ends as they are."""
+    with publish(path) as part:
+        part.write_text(text, encoding="utf-8", newline="")
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """SHA-256 (hex) of the rest of an open file."""
+    total = hashlib.sha256()
+    while block := file.read(1 << 20):
+        total.update(block)
+    return total.hexdigest()
