@@ -19,7 +19,7 @@ from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
-from stdit.training.engine import PRECISIONS, zero_stage
+from stdit.training.engine import PRECISIONS, check_optimizer, zero_stage
 from stdit.training.objective import FlowObjective, Objective, VaeObjective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
@@ -56,11 +56,17 @@ class Parts:
         used = [shape for shape, count in zip(self.assignment.shapes, self.assignment.counts) if count]
         return sorted(used, key=lambda shape: (-shape.frames * shape.height * shape.width, shape))
 
+    @property
+    def sampled_shapes(self) -> list[VideoShape]:
+        """What samples have: the videos' shapes, or where there are none the images'; the first is the default."""
+        return [shape for shape in self.shapes if not shape.is_image] or self.shapes
+
 
 def build(config: RunConfig, world: World) -> Parts:
     """Reads the data, builds the models with their starting weights (the same on all ranks)."""
     if not config.data.manifest:
         raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
+    check_optimizer(config.optimizer, config.parallel, world.device)
     manifest = read_manifest(config.data.manifest)
     assignment = assign(manifest, config.data)
     torch.manual_seed(config.run.seed)
@@ -68,7 +74,26 @@ def build(config: RunConfig, world: World) -> Parts:
     plan = make_plan(manifest, assignment, objective, config, 0)
     cache, text_cache = open_caches(config)
     loader = Loader(manifest, assignment, config.data, config.run.seed, cache, text_cache)
-    return Parts(manifest, assignment, objective, loader, plan, config)
+    parts = Parts(manifest, assignment, objective, loader, plan, config)
+    check_evaluation(parts)
+    return parts
+
+
+def check_evaluation(parts: Parts) -> None:
+    """Raises for what evaluation would stumble over at the end of a training."""
+    settings, objective = parts.config.eval, parts.objective
+    if settings.manifest is not None:
+        held_out = assign(read_manifest(settings.manifest), parts.config.data)
+        if not held_out.counts.any():
+            raise StditError(f"eval.manifest={settings.manifest}: no clip in it fits any of data.shapes.")
+    if settings.prompts and isinstance(objective, FlowObjective):
+        shape = parts.sampled_shapes[0]
+        size = VideoShape.parse(settings.size) if settings.size else shape
+        asked = VideoShape(shape.frames if settings.frames is None else settings.frames, size.height, size.width)
+        try:
+            objective.tokens(asked)
+        except StditError as error:
+            raise StditError(f"eval.size={settings.size}, eval.frames={settings.frames}: {error}") from error
 
 
 def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, config: RunConfig, epoch: int) -> Plan:
@@ -95,11 +120,19 @@ def make_objective(config: RunConfig, manifest: Manifest, world: World) -> Objec
         return VaeObjective(config.objective, make_vae(config), device=world.device, dtype=dtype, ranks=world.size)
     if not config.vae.path:
         raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")
-    vae = load_vae(config.vae.path, dtype=dtype, device=world.device).eval()
+    # In fp32 under any precision: it goes into the exported folder, and must not be rounded on the way.
+    vae = load_vae(config.vae.path, dtype=torch.float32, device=world.device).eval()
     text_encoder = make_text_encoder(config, manifest)
     if config.text.path:
         text_encoder.requires_grad_(False).to(world.device, dtype)
     transformer = make_transformer(config, vae.config.z_dim, text_encoder.dim)
+    tasks = [name for name, weight in config.objective.flow.tasks.items() if weight > 0 and name != "text_to_video"]
+    patch = transformer.config.patch
+    if tasks and patch[0] > 1:
+        raise StditError(
+            f"objective.flow.tasks: {' and '.join(tasks)} cannot be learned with model.patch={patch}: "
+            f"{patch[0]} latent frames share a token, and the known ones may end within it."
+        )
     return FlowObjective(
         config.objective,
         transformer,

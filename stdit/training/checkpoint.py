@@ -42,6 +42,10 @@ class CheckpointConfig:
     every: int = 500
     keep: int = 2
 
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 0:
+            raise StditError(f"every {self.every} must be at least 1, and keep {self.keep} at least 0.")
+
 
 def save(
     folder: Path, step: int, engine: Engine, ema: Ema | None, state: dict[str, Any], keep: int, world: World

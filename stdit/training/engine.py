@@ -77,6 +77,12 @@ class OptimizerConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise StditError(f"lr {self.lr:g} must be positive.")
+        if not self.weight_decay >= 0 or not self.clip >= 0:
+            raise StditError(f"weight_decay {self.weight_decay:g} and clip {self.clip:g} must not be negative.")
+
 
 @dataclass
 class ParallelConfig:
@@ -190,11 +196,6 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         assert parallel.deepspeed is not None
         settings, stage = _read_json(Path(parallel.deepspeed), precision)
-        if stage > 0 and config.name not in ELEMENTWISE:
-            raise StditError(
-                f"optimizer.name={config.name} looks at whole matrices or groups, and ZeRO stage {stage} cuts them. Use one of "
-                f"{', '.join(sorted(ELEMENTWISE))}, or one rank without parallel.deepspeed."
-            )
         deepspeed = _import_deepspeed(world)
         settings |= {
             "train_micro_batch_size_per_gpu": 1,
@@ -289,9 +290,22 @@ def make_engine(
     """The engine that the config asks for. The module holds its starting weights, in fp32."""
     if parallel.sequence_parallel != 1:
         raise StditError(f"parallel.sequence_parallel={parallel.sequence_parallel}: only 1 is supported so far.")
+    check_optimizer(optimizer, parallel, world.device)
     if parallel.deepspeed is None:
         return TorchEngine(module, optimizer, precision, world)
     return DeepSpeedEngine(module, optimizer, parallel, precision, world)
+
+
+def check_optimizer(config: OptimizerConfig, parallel: ParallelConfig, device: torch.device) -> None:
+    """Raises for what no optimizer can be made of, before anything large is."""
+    stage = zero_stage(parallel.deepspeed)
+    if stage > 0 and config.name not in ELEMENTWISE:
+        raise StditError(
+            f"optimizer.name={config.name} looks at whole matrices or groups, and ZeRO stage {stage} cuts them. "
+            f"Use one of {', '.join(sorted(ELEMENTWISE))}, or one rank without parallel.deepspeed."
+        )
+    sizes = {"a.weight": (4, 4), "a.bias": (4,)}
+    make_optimizer({name: nn.Parameter(torch.zeros(size, device=device)) for name, size in sizes.items()}, config)
 
 
 def make_optimizer(

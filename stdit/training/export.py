@@ -65,8 +65,7 @@ def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pip
     module = with_weights(objective.fresh(), weights)
     assert isinstance(module, FlowModule)
     module.to(world.device, objective.dtype)
-    shapes = [shape for shape in parts.shapes if not shape.is_image] or parts.shapes
-    settings = ModelSettings(config.data.fps, tuple(map(str, shapes)), config.text.padding)
+    settings = ModelSettings(config.data.fps, tuple(map(str, parts.sampled_shapes)), config.text.padding)
     scheduler = unipc_config(config.objective.flow.noise_levels.shift)
     return Pipeline(
         module.transformer, objective.vae, module.text_encoder or objective.text_encoder, scheduler, settings

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stdit.data.loader import Example, to_video
 from stdit.data.planner import PlanItem
 from stdit.diffusion.flow import interpolate, levels_over_frames, velocity
-from stdit.diffusion.tasks import check_weights, draw_task, frame_levels
+from stdit.diffusion.tasks import Task, check_weights, draw_task, frame_levels
 from stdit.diffusion.timesteps import TimestepConfig, noise_levels
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
@@ -95,6 +95,10 @@ class Objective(Protocol):
     @property
     def cost(self) -> tuple[int, int]: ...
 
+    def weight(self, examples: Sequence[Example], key: StepKey) -> float:
+        """Σ_c w_c of the batch that `prepare` would make, without its tensors."""
+        ...
+
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> Batch: ...
 
     def fresh(self) -> nn.Module:
@@ -170,6 +174,20 @@ class FlowObjective:
     def cost(self) -> tuple[int, int]:
         return cost_coefficients(self.model_config)
 
+    def weight(self, examples: Sequence[Example], key: StepKey) -> float:
+        return sum((self._task(example, key)[2] for example in examples), 0.0)
+
+    def _task(self, example: Example, key: StepKey) -> tuple[Task, int, float]:
+        """A clip's task, how many of its tokens are known by it, and the clip's weight in the loss."""
+        latent, patch = example.shape.latent(self.vae.config.stride), self.model_config.patch
+        task = draw_task(
+            self.config.flow.tasks, latent.frames,
+            seed=key.seed, epoch=key.epoch, clip_id=example.clip_id, occurrence=example.occurrence,
+        )  # fmt: skip
+        grid = latent.grid(patch)
+        known = task.known_frames // patch[0] * grid.height * grid.width
+        return task, known, example.weight * (grid.tokens - known) ** self.config.token_power
+
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:
         if not examples:
             return self._nothing()
@@ -180,27 +198,19 @@ class FlowObjective:
             seed=key.seed, epoch=key.epoch, step=key.step,
         )  # fmt: skip
         noisy, clip_levels, targets, token_weights, captions = [], [], [], [], []
-        total = 0.0
         for example, x0, t in zip(examples, latents, levels):
             about = (key.epoch, example.clip_id, example.occurrence)
             generator = keyed_generator(key.seed, "noise", *about)
             noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-            task = draw_task(
-                flow.tasks, x0.shape[1],
-                seed=key.seed, epoch=key.epoch, clip_id=example.clip_id, occurrence=example.occurrence,
-            )  # fmt: skip
+            task, known, weight = self._task(example, key)
             level = frame_levels(task.mask(x0.shape[1]), t, patch[0]) if task.known_frames else t
             noisy.append(interpolate(x0, noise, levels_over_frames(level, x0)))
             clip_levels.append(level)
             target = output_tokens(velocity(x0, noise), patch)  # (n, pt·ph·pw·C)
             targets.append(target)
 
-            known = task.known_frames // patch[0] * (len(target) * patch[0] // x0.shape[1])  # the first tokens
-            unknown = len(target) - known
-            weight = example.weight * unknown**self.config.token_power
-            total += weight
-            each = torch.full((len(target),), weight / (unknown * target.shape[1]))
-            each[:known] = 0
+            each = torch.full((len(target),), weight / ((len(target) - known) * target.shape[1]))
+            each[:known] = 0  # the first tokens
             token_weights.append(each)
             dropped = keyed_uniform(key.seed, "caption dropout", *about) < flow.caption_dropout
             captions.append("" if dropped else example.caption)
@@ -217,7 +227,7 @@ class FlowObjective:
             torch.cat(token_weights).to(self.device),
             text,
             ids,
-            total,
+            self.weight(examples, key),
             flops,
         )
 
@@ -248,7 +258,7 @@ class FlowObjective:
             if found is None:
                 missing.setdefault(example.shape, []).append(index)
         for indices in missing.values():
-            video = torch.stack([examples[i].video for i in indices]).to(self.device, self.dtype)
+            video = torch.stack([examples[i].video for i in indices]).to(next(self.vae.parameters()))
             for i, z in zip(indices, self.vae.encode(video)):
                 latents[i] = z
         return [z.float() for z in latents if z is not None]
@@ -314,12 +324,14 @@ class VaeObjective:
     def cost(self) -> tuple[int, int]:
         return 1, 0
 
+    def weight(self, examples: Sequence[Example], key: StepKey) -> float:
+        return sum(map(self._weight, examples), 0.0)
+
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> VaeBatch:
         by_shape: dict[VideoShape, list[Example]] = {}
         for example in examples:
             by_shape.setdefault(self._part(example.shape), []).append(example)
         groups = []
-        total = 0.0
         for shape, alike in by_shape.items():
             latent = shape.latent(self.vae.config.stride)
             size = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
@@ -327,15 +339,17 @@ class VaeObjective:
                 torch.randn(size, generator=keyed_generator(key.seed, "noise", key.epoch, one.clip_id, one.occurrence))
                 for one in alike
             ]
-            weights = [one.weight * self.tokens(shape) ** self.config.token_power for one in alike]
-            total += sum(weights)
+            weights = [self._weight(one) for one in alike]
             video = torch.stack([to_video(self._crop(one, shape, key)) for one in alike])  # (B, 3, T, H, W)
             groups.append((
                 video.to(self.device, self.dtype),
                 torch.stack(noise).to(self.device, self.dtype),
                 torch.tensor(weights, dtype=torch.float32, device=self.device),
             ))  # fmt: skip
-        return VaeBatch(groups, total, 0)
+        return VaeBatch(groups, self.weight(examples, key), 0)
+
+    def _weight(self, example: Example) -> float:
+        return example.weight * self.tokens(example.shape) ** self.config.token_power
 
     def _part(self, shape: VideoShape) -> VideoShape:
         """What of a clip of this shape is trained on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stdit.data.buckets import REASONS, Assignment
 from stdit.data.planner import balance, split
 from stdit.errors import StditError
 from stdit.training.build import Parts, build
@@ -33,6 +34,8 @@ def run(config: RunConfig, world: World) -> None:
         save_config(config, folder / "config.yaml")
     world.barrier()
     trainer.prepare()
+    for line in gaps(trainer.parts.assignment):
+        trainer.say(line)
     if world.is_main and not (folder / "plan.png").exists():
         draw(trainer.parts, world.size, folder / "plan.png")
     trainer.train()
@@ -81,10 +84,16 @@ def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
     ]
     for shape, count, tokens in zip(parts.assignment.shapes, parts.assignment.counts, plan.tokens):
         lines.append(f"  {shape}: {int(count):,} clips of {tokens:,} tokens")
-    for reason, count in parts.assignment.reasons.items():
-        lines.append(f"  left out, {reason}: {count:,} clips")
+    lines += gaps(parts.assignment)
     lines.append(memory(config, parts.parameters, ranks))
     return lines
+
+
+def gaps(assignment: Assignment) -> list[str]:
+    """Shapes that no clip goes to, and why clips go to none: what a wrong data.shapes or data.fps shows in."""
+    empty = [str(shape) for shape, count in zip(assignment.shapes, assignment.counts) if not count]
+    lines = [f"no clip goes to {', '.join(empty)}"] if empty else []
+    return lines + [f"{count:,} clips left out: {REASONS[name]}" for name, count in assignment.reasons.items()]
 
 
 def memory(config: RunConfig, parameters: int, ranks: int) -> str:

@@ -12,6 +12,7 @@ import yaml
 from stdit.data.buckets import DataConfig
 from stdit.data.planner import PlanConfig
 from stdit.errors import StditError
+from stdit.shapes import VideoShape
 from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.engine import OptimizerConfig, ParallelConfig
 from stdit.training.objective import ObjectiveConfig
@@ -101,6 +102,14 @@ class EvalSettings:
     manifest: str | None = None
     clips: int = 32
 
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.steps < 1 or self.clips < 1:
+            raise StditError(
+                f"every {self.every} must be at least 0, steps {self.steps} and clips {self.clips} at least 1."
+            )
+        if self.size is not None and not VideoShape.parse(self.size).is_image:
+            raise StditError(f"size {self.size!r} is WIDTHxHEIGHT alone; eval.frames sets the number of frames.")
+
 
 @dataclass
 class LogSettings:
@@ -109,6 +118,10 @@ class LogSettings:
     every: int = 10
     tensorboard: bool = True
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise StditError(f"every {self.every} must be at least 1.")
 
 
 @dataclass

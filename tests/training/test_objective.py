@@ -83,8 +83,18 @@ def test_the_loss_of_a_step_does_not_depend_on_its_split(parts: Parts, groups: i
         dealt = prepared(parts, groups, bound)
         assert len(dealt) > 2
         assert sum(batch.weight for batch in dealt) == whole.weight
+        assert all(float(batch.token_weights.sum()) * 16 == pytest.approx(batch.weight) for batch in dealt)
         total = sum(float(parts.objective.module(batch)) for batch in dealt)
         assert total == pytest.approx(float(parts.objective.module(whole)), rel=1e-5)
+
+
+def test_bf16_encodes_and_exports_the_vae_in_fp32(tiny: Path) -> None:
+    parts = build(load_config(tiny / "flow.yaml", ["data.workers=0", "run.precision=bf16"]), ALONE)
+    objective = parts.objective
+    assert isinstance(objective, FlowObjective)
+    (batch, *_) = prepared(parts, 1, 10_000)
+    assert batch.pack.tokens.dtype == torch.bfloat16
+    assert {p.dtype for p in objective.vae.parameters()} == {torch.float32}
 
 
 def test_a_clip_that_failed_weighs_nothing(parts: Parts) -> None:

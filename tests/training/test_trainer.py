@@ -263,6 +263,10 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     dry_run(load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"]), ALONE)
     told = capsys.readouterr().out
     assert "14 clips, 2 steps an epoch" in told and "48x32x5: " in told and "GiB" in told
+    assert "no clip goes to 48x32x1\n" in told and "left out" not in told
+    dry_run(load_config(tiny / "flow.yaml", ["data.shapes=[32x32x5,48x32x5,32x32x9]"]), ALONE)
+    told = capsys.readouterr().out
+    assert "no clip goes to 32x32x9\n" in told and " clips left out: an image, and no shape has one frame" in told
     assert not (tmp_path / "run").exists()
 
 
@@ -279,6 +283,18 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
         (["parallel.deepspeed=nowhere.json"], "nowhere.json"),
         (["parallel.sequence_parallel=2"], "sequence_parallel"),
         (["plan.tokens_per_pack=10"], "tokens_per_pack"),
+        (["checkpoint.every=0"], "checkpoint: every 0"),
+        (["log.every=0"], "log: every 0"),
+        (["optimizer.lr=0"], "optimizer: lr 0"),
+        (["optimizer.options={momentun: 1}"], "momentun"),
+        (["optimizer.name=adan"], "takes 3 betas"),
+        (["eval.size=64p"], "'64p' is not a shape"),
+        (["eval.size=48x32x5"], "eval.frames sets"),
+        (["eval.prompts=[a]", "eval.size=50x32"], r"eval\.size=50x32.*48x32"),
+        (["eval.prompts=[a]", "eval.frames=4"], r"eval\.frames=4.*nearest are 3 and 5"),
+        (["eval.steps=0"], "eval: .*steps 0"),
+        (["eval.manifest=nowhere.parquet"], "nowhere.parquet"),
+        (["model.patch=[2, 2, 2]"], "image_to_video cannot be learned"),
     ],
 )
 def test_mistakes_end_before_training(tiny: Path, tmp_path: Path, overrides: list[str], words: str) -> None:
