@@ -26,6 +26,7 @@ from stdit.models.transformer import STDiT
 from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder, load_text_encoder
 from stdit.vae.autoencoder import CausalVAE
+from stdit.weights.files import read_json
 from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
 
 FORMAT = 1  # of stdit.json
@@ -51,7 +52,7 @@ class ModelSettings:
         path = Path(folder) / "stdit.json"
         if not path.is_file():
             return cls()
-        found = _read_json(path)
+        found = read_json(path)
         if found.pop("format", None) != FORMAT:
             raise StditError(f"{path}: its format is not {FORMAT}, the one this version of stdit reads.")
         for key in found:
@@ -326,7 +327,7 @@ class Pipeline:
         path = folder / "model_index.json"
         if not path.is_file():
             raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
-        index = _read_json(path)
+        index = read_json(path)
         if index.get("_class_name") != "WanPipeline":
             raise StditError(f"{path}: a {index.get('_class_name')} is not supported; WanPipeline is.")
         if index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ()):
@@ -363,13 +364,3 @@ class Pipeline:
             "vae": ["diffusers", "AutoencoderKLWan"],
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StditError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise StditError(f"{path} is not a JSON object.")
-    return found

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stdit.data.manifest import Caption
+from stdit.data.manifest import Caption, json_lines
 from stdit.errors import StditError
 
 
@@ -23,7 +22,7 @@ def read_captions(path: Path, folder: Path) -> dict[str, list[Caption]]:
         raise StditError(f"{path}: captions are a .csv or a .jsonl file, or .txt files beside the videos.")
     found: dict[str, list[Caption]] = {}
     try:
-        for line, row in _csv(path) if suffix == ".csv" else _jsonl(path):
+        for line, row in _csv(path) if suffix == ".csv" else json_lines(path):
             name = row.get("file") or row.get("path")
             if not isinstance(name, str):
                 raise StditError(f"{path}, line {line} names no file.")
@@ -69,19 +68,6 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     'A caption with a comma goes into "quotation marks".'
                 )
             yield reader.line_num, row
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise StditError(f"{path}, line {number} is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise StditError(f"{path}, line {number} is not an object with file and caption.")
-                yield number, row
 
 
 def _of(row: dict[str, Any], where: str) -> Iterator[Caption]:

@@ -209,7 +209,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if version != str(FORMAT).encode():
             raise StditError(f"{path} has manifest format {version.decode()}; this stdit reads {FORMAT}.")
     elif suffix in (".jsonl", ".csv"):
-        table = _from_rows(path, list(_jsonl(path) if suffix == ".jsonl" else _csv(path)))
+        table = _from_rows(path, list(json_lines(path) if suffix == ".jsonl" else _csv(path)))
     else:
         raise StditError(f"{path}: a manifest is a .parquet, .jsonl or .csv file.")
     return Manifest(table, path.parent, str(path))
@@ -238,7 +238,8 @@ def _stored(path: str, folder: str) -> str:
     return path.removeprefix(folder).replace(os.sep, "/") if path.startswith(folder) else path
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line of a JSONL file that is not empty."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -247,7 +248,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 except json.JSONDecodeError as error:
                     raise StditError(f"{path}, line {number} is not JSON: {error}") from error
                 if not isinstance(row, dict):
-                    raise StditError(f"{path}, line {number} is {row!r}, not an object of columns.")
+                    raise StditError(f"{path}, line {number} is {row!r}, not an object {{…}}.")
                 yield number, row
 
 

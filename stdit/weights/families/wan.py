@@ -12,14 +12,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from stdit.errors import StditError, nearest_name
+from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.weights.families.configs import FORMAT, checked_keys
 from stdit.weights.keymap import KeyMap, Rule, Shape, Unflatten
 
 FAMILY = "Wan text-to-video transformer"
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 ORIGINAL_CLASS = "WanModel"
-FORMAT = 1  # of what we add to diffusers' config.json, under "_stdit"
 
 # Branches that other variants of Wan have, by the start of a tensor's name in any dialect.
 _BRANCHES = {
@@ -65,7 +65,7 @@ _DIFFUSERS_FIELDS = {
     "rope_max_seq_len": "rope_max",
 }
 _DIFFUSERS_DEFAULTS = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
-_OWN = ("text_padding", "rope_theta", "qk_norm")  # what diffusers' config.json has no place for
+_OWN = ("text_padding", "rope_theta", "rope_max", "qk_norm")  # what others' config.json may have no place for
 _WORDS = re.compile(r"(dim|heads|layers|ffn_dim|in_channels|out_channels|text_dim|frequency_dim|rope_max)")
 
 
@@ -83,9 +83,11 @@ def config_from(
     elif "num_attention_heads" in found or found.get("_class_name") == DIFFUSERS_CLASS:
         values = _values_from_diffusers(found, place)
     elif {"heads", "layers"} <= set(found):
-        values = _checked_keys(found, {f.name: f.name for f in dataclasses.fields(TransformerConfig)}, place)
+        values = checked_keys(found, {f.name: f.name for f in dataclasses.fields(TransformerConfig)}, (), place)
     else:
-        values = _checked_keys(found, _ORIGINAL_FIELDS, place)
+        notes = ("model_type", "window_size" if found.get("window_size") == [-1, -1] else "")
+        rest = {name: value for name, value in found.items() if name not in notes}
+        values = checked_keys(rest, _ORIGINAL_FIELDS, _OWN, place)
         _need(found, ("dim", "num_heads", "num_layers", "ffn_dim"), place)
     for name, value in values.items():
         if _WORDS.fullmatch(name) and not (type(value) is int and 0 < value < 2**31):
@@ -140,7 +142,7 @@ def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     values = {theirs: getattr(config, ours) for theirs, ours in _ORIGINAL_FIELDS.items()}
     values["patch_size"] = list(config.patch)
     kind = "t2v" if config.in_channels == config.out_channels == 16 else "ti2v"
-    own = {"format": FORMAT, **{name: getattr(config, name) for name in (*_OWN, "rope_max")}}
+    own = {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}}
     return {"_class_name": ORIGINAL_CLASS, "_stdit": own, "model_type": kind, **values}
 
 
@@ -212,9 +214,9 @@ def _refuse_variants(found: Mapping[str, Any], shapes: Mapping[str, Shape], plac
 
 
 def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str, Any]:
-    apart = ("attention_head_dim", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+    apart = ("attention_head_dim", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "model_type")
     rest = {name: value for name, value in found.items() if name not in apart}
-    values = _checked_keys({**_DIFFUSERS_DEFAULTS, **rest}, _DIFFUSERS_FIELDS, place)
+    values = checked_keys({**_DIFFUSERS_DEFAULTS, **rest}, _DIFFUSERS_FIELDS, _OWN, place)
     head_dim = found.get("attention_head_dim", 128)
     if type(head_dim) is not int or type(values["heads"]) is not int:
         raise StditError(f"{place}: num_attention_heads and attention_head_dim must be whole numbers.")
@@ -225,20 +227,6 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
     values["qk_norm"] = found.get("_stdit", {}).get("qk_norm", True)
     values["out_channels"] = values.get("out_channels", 16) or values.get("in_channels", 16)
     return values
-
-
-def _checked_keys(found: Mapping[str, Any], fields: Mapping[str, str], place: object) -> dict[str, Any]:
-    """found's values under our names. Unknown keys are an error; those with an underscore are notes of a program."""
-    values = {}
-    for name, value in found.items():
-        if name in fields:
-            values[fields[name]] = value
-        elif not (name.startswith("_") or name == "model_type" or (name, value) == ("window_size", [-1, -1])):
-            raise StditError(f"{place}: unknown key {name!r}.{nearest_name(name, fields)}")
-    own = found.get("_stdit", {"format": FORMAT})
-    if not isinstance(own, dict) or own.get("format") != FORMAT:
-        raise StditError(f"{place}: _stdit is {own!r}; this version of stdit reads format {FORMAT} of it.")
-    return values | {name: value for name, value in own.items() if name != "format"}
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:

@@ -11,14 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from stdit.errors import StditError, nearest_name
+from stdit.errors import StditError
 from stdit.vae.autoencoder import PRESETS, WAN21_MEAN, WAN21_STD, CausalVAE, VaeConfig
+from stdit.weights.families.configs import FORMAT, checked_keys
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
 FAMILY = "Wan causal video VAE"
 DIFFUSERS_CLASS = "AutoencoderKLWan"
 ORIGINAL_CLASS = "WanVAE_"
-FORMAT = 1  # of what we add to config.json, under "_stdit"
 
 # The names that other programs give to fields of VaeConfig; the spelling of "temperal" is theirs.
 _DIFFUSERS_FIELDS = {
@@ -65,9 +65,9 @@ def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: ob
     elif kind == DIFFUSERS_CLASS or {"base_dim", "temperal_downsample"} <= set(found):
         values = _values_from_diffusers(found, place)
     elif kind == ORIGINAL_CLASS or "dim" in found:
-        values = _checked_keys(found, _ORIGINAL_FIELDS, place)
+        values = checked_keys(found, _ORIGINAL_FIELDS, _OWN, place)
     else:
-        values = _checked_keys(found, {f.name: f.name for f in dataclasses.fields(VaeConfig)}, place)
+        values = checked_keys(found, {f.name: f.name for f in dataclasses.fields(VaeConfig)}, (), place)
     try:
         return VaeConfig(**values)
     except (StditError, TypeError) as error:
@@ -151,7 +151,7 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
         if found.get(name, only) != only:
             raise StditError(f"{place}: {name} is {found[name]!r}; stdit's VAE supports {only!r} only.")
     apart = ("attn_scales", "dropout", "in_channels", "out_channels", "scale_factor_spatial", "scale_factor_temporal")
-    values = _checked_keys({k: v for k, v in found.items() if k not in apart}, _DIFFUSERS_FIELDS, place)
+    values = checked_keys({k: v for k, v in found.items() if k not in apart}, _DIFFUSERS_FIELDS, (), place)
     values["patch_size"] = values.get("patch_size") or 1
     values.setdefault("latents_mean", WAN21_MEAN)  # diffusers' defaults, whatever z_dim is
     values.setdefault("latents_std", WAN21_STD)
@@ -162,20 +162,6 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
                 f"{3 * values['patch_size'] ** 2}."
             )
     return values
-
-
-def _checked_keys(found: Mapping[str, Any], fields: Mapping[str, str], place: object) -> dict[str, Any]:
-    """found's values under our names. Unknown keys are an error; those with an underscore are notes of a program."""
-    values = {}
-    for name, value in found.items():
-        if name in fields:
-            values[fields[name]] = value
-        elif not name.startswith("_"):
-            raise StditError(f"{place}: unknown key {name!r}.{nearest_name(name, fields)}")
-    own = found.get("_stdit", {})
-    if own and own.get("format") != FORMAT:
-        raise StditError(f"{place}: _stdit has format {own.get('format')!r}; this version of stdit reads {FORMAT}.")
-    return values | {name: own[name] for name in _OWN if name in own}
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
