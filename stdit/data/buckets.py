@@ -112,11 +112,6 @@ class Assignment:
         counts = np.bincount(self.reason[self.reason >= 0], minlength=len(REASONS))
         return {name: int(n) for name, n in zip(REASONS, counts) if n}
 
-    def reason_of(self, row: int) -> str | None:
-        """Why a row is in no bucket, in words."""
-        code = int(self.reason[row])
-        return None if code < 0 else list(REASONS.values())[code]
-
 
 def slack(start: Any, end: Any, source_fps: Any, frames: int, fps: float) -> Any:
     """Seconds by which a clip of `frames` at `fps` can be moved inside [start, end]; negative: it does not fit.

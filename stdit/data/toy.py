@@ -116,11 +116,6 @@ def still_specs() -> tuple[ToySpec, ...]:
     return tuple(sorted({ToySpec(s.colour, s.shape, s.size, "none", s.background) for s in all_specs(held_out=False)}))
 
 
-def training_captions() -> list[str]:
-    """Every caption of the training set, moving and still: what a tokenizer is built from."""
-    return [spec.caption for spec in all_specs(held_out=False) + still_specs()]
-
-
 def held_out_prompts(n: int = 64, seed: int = 0) -> list[str]:
     """n different captions never trained, in a keyed order. There are 72."""
     specs = all_specs(held_out=True)

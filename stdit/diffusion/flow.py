@@ -20,16 +20,6 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-def x0_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """x_0 = x_t − t·v."""
-    return x_t - t * v
-
-
-def noise_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """ε = x_t + (1 − t)·v."""
-    return x_t + (1 - t) * v
-
-
 def levels_over_frames(t: Tensor, latents: Tensor) -> Tensor:
     """Shapes noise levels to broadcast against the latents of one clip.
 

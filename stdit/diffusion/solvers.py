@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from stdit.errors import StditError, nearest_name
@@ -283,11 +282,3 @@ def write_scheduler(config: Mapping[str, Any], folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     (Path(folder) / "scheduler_config.json").write_text(text)
-
-
-@torch.no_grad()
-def solve(solver: Solver, field: Callable[[float, Tensor], Tensor], x: Tensor) -> Tensor:
-    """Integrates dx/dt = field(t, x) from noise x to the clip; for fields that are functions, and tests."""
-    for index, t in enumerate(solver.levels):
-        x = solver.step(index, field(t, x), x)
-    return x

@@ -113,10 +113,6 @@ class TokenPack:
             level_index=level_index,
         )
 
-    def with_tokens(self, tokens: Tensor) -> TokenPack:
-        """The same pack with other token vectors (N, …), nothing recomputed."""
-        return dataclasses.replace(self, tokens=tokens)
-
 
 @dataclass
 class TextPack:

@@ -216,9 +216,6 @@ class KeyMap:
         return Table(tuple(moves.values()), tuple(re.compile(_pattern(template)) for template in self.ignored))
 
 
-IDENTITY = KeyMap(Rule("{rest}", "{rest}"))
-
-
 @dataclass(frozen=True)
 class Differences:
     """What a file holds against what a table wants, in foreign names."""

@@ -9,12 +9,14 @@ import torch
 
 from stdit.cli.main import app, run_command
 from stdit.data.manifest import read_manifest
-from stdit.data.toy import training_captions
+from stdit.data.toy import all_specs, still_specs
 from stdit.diffusion.solvers import unipc_config
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.pipeline import ModelSettings, Pipeline
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
+
+CAPTIONS = [spec.caption for spec in all_specs(held_out=False) + still_specs()]
 
 
 def stdit(*words: object) -> int:
@@ -32,7 +34,7 @@ def toy_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     torch.manual_seed(0)
-    tokenizer = build_word_tokenizer(training_captions())
+    tokenizer = build_word_tokenizer(CAPTIONS)
     config = TransformerConfig(dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
     sizes = VaeConfig(base_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True), z_dim=4)
     encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
@@ -51,7 +53,7 @@ def test_toy_clips_are_scanned_like_any_folder(toy_folder, capsys):
     assert stdit("data", "scan", folder / "train", "--out", folder / "m.parquet") == 0
     manifest = read_manifest(folder / "m.parquet")
     clips = [manifest[row] for row in range(len(manifest))]
-    assert len(clips) == 4 and {clip.captions[0].text for clip in clips} <= set(training_captions())
+    assert len(clips) == 4 and {clip.captions[0].text for clip in clips} <= set(CAPTIONS)
     assert stdit("data", "toy", folder, "--clips", 5, "--seed", 1) == 1
     assert "holds another toy set" in capsys.readouterr().err
     assert stdit("data", "toy", folder, "--seconds", "long") == 1

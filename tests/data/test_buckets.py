@@ -89,7 +89,7 @@ def test_reasons(clip, shapes, reason):
     config = DataConfig(shapes=shapes, fps=16.0)
     found = assign_columns(**columns([clip]), shapes=config.video_shapes(), config=config)
     assert found.reasons == ({} if reason is None else {reason: 1})
-    assert found.reason_of(0) == (None if reason is None else REASONS[reason])
+    assert found.reason[0] == (-1 if reason is None else list(REASONS).index(reason))
 
 
 def test_frame_repeats_and_upscaling_when_asked():

@@ -26,7 +26,6 @@ from stdit.data.toy import (
     render,
     still_specs,
     toy_file,
-    training_captions,
 )
 from stdit.data.video_io import probe, read_frames
 from stdit.errors import StditError
@@ -57,7 +56,7 @@ def test_training_files_never_show_a_held_out_combination():
 
 def test_held_out_prompts_are_distinct_and_never_trained():
     prompts = held_out_prompts(64)
-    assert len(set(prompts)) == 64 and not set(prompts) & set(training_captions())
+    assert len(set(prompts)) == 64 and not set(prompts) & {s.caption for s in all_specs(held_out=False)}
     assert prompts == held_out_prompts(64) != held_out_prompts(64, seed=1)
     with pytest.raises(StditError, match="1 to 72"):
         held_out_prompts(73)

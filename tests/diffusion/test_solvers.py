@@ -45,6 +45,13 @@ def test_agrees_with_diffusers(config, steps):
         assert (y - x).norm() <= 1e-6 * x.norm(), index
 
 
+def solve(solver, field, x):
+    """Integrates dx/dt = field(t, x) from noise x to the clip."""
+    for index, t in enumerate(solver.levels):
+        x = solver.step(index, field(t, x), x)
+    return x
+
+
 @pytest.mark.parametrize("config", CONFIGS[:6])
 def test_a_straight_flow_ends_at_the_clip(config):
     """v = ε − x_0 wherever x is: any solver must land on x_0 exactly, but for UniPC's start at 1 − 1e-6."""
@@ -52,7 +59,7 @@ def test_a_straight_flow_ends_at_the_clip(config):
     x0, noise = (torch.randn(1, 2, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     solver = solvers.make_solver(config, 7)
     start = solver.sigmas[0] * noise + (1 - solver.sigmas[0]) * x0
-    end = solvers.solve(solver, lambda t, x: noise - x0, start)
+    end = solve(solver, lambda t, x: noise - x0, start)
     torch.testing.assert_close(end, x0, rtol=1e-9, atol=1e-9)
 
 
@@ -71,7 +78,7 @@ def test_order_of_convergence_on_a_gaussian(config, order):
             return x * (t - (1 - t) * s**2) / (t**2 + (1 - t) ** 2 * s**2)
 
         spread = math.sqrt(solver.sigmas[0] ** 2 + (1 - solver.sigmas[0]) ** 2 * s**2)
-        return float((solvers.solve(solver, field, x * spread) - s * x).norm())
+        return float((solve(solver, field, x * spread) - s * x).norm())
 
     errors = [error(steps) for steps in (16, 32, 64)]
     rates = [math.log2(a / b) for a, b in pairwise(errors)]
