@@ -38,14 +38,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""
         if self.size == 1:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from stdit.training.checkpoint import Checkpoint
 from stdit.training.ema import Ema
 from stdit.training.engine import PRECISIONS, Engine, make_engine
 from stdit.training.feed import Feed, Step
-from stdit.training.metrics import MetricsLog, measure_peak
+from stdit.training.metrics import MetricsLog, measure_peak, read_metrics
 from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
@@ -31,12 +33,12 @@ from stdit.training.settings import RunConfig, differences, to_dict
 
 
 class Done(NamedTuple):
-    """A step's gradients are there. loss: this rank's share of it (they add up); the rest is of all ranks together."""
+    """A step's gradients are there. loss, tokens, flops: this rank's share, they add up."""
 
     loss: Tensor
     tokens: int
     flops: int
-    stop: int  # the signal that asks to save and stop, or 0
+    stop: int  # the signal that asks any rank to save and stop, or 0
 
 
 class Trainer:
@@ -56,7 +58,8 @@ class Trainer:
                     "data.workers and data.prefetch may change."
                 )
         self.step = self.resumed.step if self.resumed else 0  # optimizer steps done
-        self.failures: dict[str, dict[str, Any]] = {}  # by clip id, of all ranks up to the last checkpoint
+        self.failures: dict[str, dict[str, Any]] = {}  # by clip id, of all ranks up to when they last shared them
+        self.unshared = 0  # failures that only this rank knows of
         self.window: list[Tensor] = []  # this rank's share of the losses since the last line of metrics
         self.stop_signal: int | None = None
 
@@ -100,6 +103,9 @@ class Trainer:
         restore = self._catch_signals()
         saved = self.step
         try:
+            if self._evaluation_is_due() and not self._is_evaluated():  # the process before ended between the two
+                self._evaluate(log)
+                clock.start()
             while self.step < config.schedule.steps:
                 step = next(feed.steps)
                 clock.waited()
@@ -115,7 +121,7 @@ class Trainer:
                     saved = self.step
                 if done.stop:
                     raise self._interrupted(done.stop)
-                if config.eval.every and self.step % config.eval.every == 0 and self.step < config.schedule.steps:
+                if self._evaluation_is_due():
                     self._evaluate(log)
                 clock.start()
             if saved != self.step:
@@ -132,13 +138,11 @@ class Trainer:
         """Forward and backward of all micro-steps: the gradient of the step's exact loss is then in the engine."""
         config, world, objective = self.config, self.world, self.parts.objective
         key = StepKey(config.run.seed, step.epoch, step.index, step.clips)
-        batches = [objective.prepare(e, i, key) for e, i in zip(step.examples, step.items)]
         self._note_failures(step)
-        tokens = sum(item.tokens for items in step.items for item in items)
-        flops = sum(batch.flops for batch in batches)
+        mine = sum(objective.weight(examples, key) for examples in step.examples)
         signals = [self.stop_signal == signal.SIGINT, self.stop_signal not in (None, signal.SIGINT)]
-        sums = torch.tensor([sum(batch.weight for batch in batches), tokens, flops, *signals], dtype=torch.float64)
-        weight, tokens, flops, interrupted, ended = world.sum_(sums).tolist()
+        sums = torch.tensor([mine, *signals], dtype=torch.float64)
+        weight, interrupted, ended = world.sum_(sums).tolist()
         if weight == 0:
             reasons = [example.failure for examples in step.examples for example in examples if example.failure]
             raise StditError(
@@ -146,10 +150,15 @@ class Trainer:
                 f"{reasons[0] if reasons else ''} The run can go on from its last checkpoint."
             )
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        for number, batch in enumerate(batches):
-            total += self.engine.backward(batch, 1 / weight, last=number == len(batches) - 1).double()
+        flops = 0
+        for number, (examples, items) in enumerate(zip(step.examples, step.items)):
+            batch = objective.prepare(examples, items, key)
+            flops += batch.flops
+            total += self.engine.backward(batch, 1 / weight, last=number == len(step.items) - 1).double()
+            del batch  # before the next one is made
+        tokens = sum(item.tokens for items in step.items for item in items)
         stop = int(signal.SIGTERM) if ended else int(signal.SIGINT) if interrupted else 0
-        return Done(total / weight, int(tokens), int(flops), stop)
+        return Done(total / weight, tokens, flops, stop)
 
     def update(self) -> tuple[float, float]:
         """The optimizer's step and the average's. Returns the gradient's norm before clipping, and the rate."""
@@ -165,11 +174,15 @@ class Trainer:
     def _log(
         self, log: MetricsLog | None, progress: Progress, clock: _Clock, step: Step, norm: float, rate: float
     ) -> None:
-        loss = float(self.world.sum_(torch.stack([one.cpu() for one in self.window]).sum())) / len(self.window)
+        mine = [sum(float(one) for one in self.window), clock.tokens, clock.flops, self.unshared]
+        sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
+        loss = sums[0] / len(self.window)
         self.window = []
+        if sums[3]:
+            self._share_failures()
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
-        values = clock.rates(self.peak * self.world.size)
+        values = clock.rates(int(sums[1]), int(sums[2]), self.peak * self.world.size)
         progress.show(loss=loss, tokens_per_second=values["tokens_per_second"], mfu=values["mfu"])
         if log is not None:
             log.write(
@@ -209,20 +222,21 @@ class Trainer:
             if example.failure and example.clip_id not in self.failures:
                 found = {"row": example.row, "epoch": example.epoch, "failure": example.failure}
                 self.failures[example.clip_id] = found
+                self.unshared += 1
                 print(f"clip {example.row} left out of training: {example.failure}", flush=True)
 
-    def save(self) -> None:
+    def _share_failures(self) -> None:
         failures: dict[str, Any] = {}
         for found in self.world.gather(self.failures):
             failures |= found
-        self.failures = dict(sorted(failures.items()))
+        self.failures, self.unshared = dict(sorted(failures.items())), 0
+
+    def save(self) -> None:
+        self._share_failures()
         window = self.world.sum_(torch.stack([one.cpu() for one in self.window])) if self.window else torch.zeros(0)
         if self.window:  # the sum is rank 0's from here on, as after a resume
             self.window = [one if self.world.is_main else torch.zeros_like(one) for one in window]
-        epoch, index = divmod(self.step, self.parts.plan.num_steps)
         state = {
-            "epoch": epoch,
-            "epoch_step": index,
             "plan": self.parts.plan.hash,
             "window": window.tolist(),
             "failures": self.failures,
@@ -230,6 +244,17 @@ class Trainer:
         }
         keep = self.config.checkpoint.keep
         checkpoint.save(self.folder, self.step, self.engine, self.ema, state, keep, self.world)
+
+    def _evaluation_is_due(self) -> bool:
+        """After the last step it is part of `_finish`."""
+        settings = self.config.eval
+        if not settings.every or (self.config.objective.kind == "flow" and not settings.prompts):
+            return False
+        return self.step % settings.every == 0 and 0 < self.step < self.config.schedule.steps
+
+    def _is_evaluated(self) -> bool:
+        found = self.world.is_main and any(line["step"] == self.step for line in read_metrics(self.folder, "eval"))
+        return bool(self.world.sum_(torch.tensor(float(found))))
 
     def _evaluate(self, log: MetricsLog | None) -> None:
         weights = export.averaged_weights(self.engine, self.ema, self.world)
@@ -239,7 +264,7 @@ class Trainer:
                 psnr = export.vae_psnr(module.vae.to(self.world.device), self.parts)
                 log.write("eval", self.step, psnr=psnr)
                 self.say(f"step {self.step}: PSNR {psnr:.2f} dB")
-            elif self.config.eval.prompts:
+            else:
                 pipeline = export.make_pipeline(self.parts, weights, self.world)
                 log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
         self.world.barrier()
@@ -268,7 +293,9 @@ class Trainer:
             if number == signal.SIGINT and self.stop_signal is not None:
                 raise KeyboardInterrupt
             self.stop_signal = number
-            self.say(f"{signal.Signals(number).name}: saving after this step" + " …")
+            if self.world.is_main:  # print is not for handlers: the signal may come within one
+                with suppress(OSError):
+                    os.write(2, f"{signal.Signals(number).name}: saving after this step …\n".encode())
 
         if threading.current_thread() is not threading.main_thread():
             return lambda: None
@@ -287,7 +314,7 @@ class Trainer:
 
 
 class _Clock:
-    """Times, tokens and FLOPs since the last line of metrics, without what lies between steps (saving, sampling)."""
+    """Times since the last line of metrics, without what lies between steps (saving, sampling); a rank's own work."""
 
     def __init__(self) -> None:
         self.reset()
@@ -309,13 +336,14 @@ class _Clock:
         self.flops += flops
         self.steps += 1
 
-    def rates(self, peak: float) -> dict[str, Any]:
+    def rates(self, tokens: int, flops: int, peak: float) -> dict[str, Any]:
+        """tokens, flops, peak: of all ranks together."""
         values = {
-            "tokens": self.tokens // self.steps,
+            "tokens": tokens // self.steps,
             "step_seconds": round(self.seconds / self.steps, 6),
             "wait_seconds": round(self.waiting / self.steps, 6),
-            "tokens_per_second": round(self.tokens / self.seconds, 3),
-            "mfu": round(self.flops / self.seconds / peak, 6) if self.flops else None,
+            "tokens_per_second": round(tokens / self.seconds, 3),
+            "mfu": round(flops / self.seconds / peak, 6) if flops else None,
         }
         self.reset()
         return values
@@ -323,8 +351,6 @@ class _Clock:
 
 def _set_deterministic(wanted: bool) -> None:
     if wanted:
-        import os
-
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

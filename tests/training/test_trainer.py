@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from stdit.training import export
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.checkpoint import Checkpoint
-from stdit.training.metrics import SCHEMA, read_metrics
+from stdit.training.feed import Feed, Step
+from stdit.training.metrics import SCHEMA, MetricsLog, read_metrics
+from stdit.training.objective import FlowObjective
 from stdit.training.parallel import World
+from stdit.training.progress import Progress
 from stdit.training.run import dry_run, run
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -181,6 +185,66 @@ def test_losses_are_means_over_the_lines_steps_also_across_a_resume(tiny: Path, 
     each = losses(whole)
     assert losses(tmp_path / "a")[8] == pytest.approx(sum(each[i] for i in (5, 6, 7, 8)) / 4, rel=1e-12)
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+def test_an_evaluation_lost_to_a_kill_is_made_up_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["eval.prompts=[a]", "eval.every=2", "eval.steps=1", "checkpoint.every=2", "schedule.steps=3"]
+
+    def killed(*args: object) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(trainer_module.Trainer, "_evaluate", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tiny, tmp_path / "run", *settings)
+    monkeypatch.undo()
+    make_quick(monkeypatch)
+    train(tiny, tmp_path / "run", *settings)
+    assert [line["step"] for line in read_metrics(tmp_path / "run", "eval")] == [2, 3]
+
+
+def test_only_one_micro_steps_tensors_are_there_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_module.Trainer(load_config(tiny / "flow.yaml", ["plan.tokens_per_pack=80"]), ALONE)
+    trainer.prepare()
+    alive: list[weakref.ref[Any]] = []
+    prepare = FlowObjective.prepare
+    counts = []
+
+    def watched(self: FlowObjective, *args: Any) -> Any:
+        counts.append(sum(one() is not None for one in alive))
+        batch = prepare(self, *args)
+        alive.append(weakref.ref(batch))
+        return batch
+
+    monkeypatch.setattr(FlowObjective, "prepare", watched)
+    feed = Feed(trainer.parts.plan_of, trainer.parts.loader, 0, 1, 0)
+    step = next(feed.steps)
+    loss = float(trainer.accumulate(step).loss)
+    feed.close()
+    assert len(counts) == len(step.items) > 2 and not any(counts)
+    assert loss > 0
+
+
+def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None:
+    """Before a checkpoint shares them, and each clip once."""
+
+    class TwoRanks(World):
+        def sum_(self, values: torch.Tensor) -> torch.Tensor:
+            return values.add_(torch.tensor([1.0, 5.0, 7.0, 2.0], dtype=torch.float64))
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, {"a": {}, "b": {}}]
+
+    trainer = trainer_module.Trainer(load_config(tiny / "flow.yaml"), TwoRanks(0, 2, torch.device("cpu")))
+    trainer.failures, trainer.unshared, trainer.peak = {"a": {}}, 1, 1.0
+    trainer.window = [torch.tensor(2.0), torch.tensor(3.0)]
+    clock = trainer_module._Clock()
+    clock.count(10, 20)
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    trainer._log(log, Progress(0, 1, False), clock, Step(0, 0, 4, [], []), 1.0, 0.1)
+    (line,) = read_metrics(tmp_path, "train")
+    assert (line["failed"], line["loss"], line["tokens"]) == (2, 3.0, 15) and trainer.unshared == 0
 
 
 def test_a_finished_run_says_so(tiny: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
