@@ -144,14 +144,20 @@ def test_clips_do_not_see_each_other():
 
 
 @torch.no_grad()
-def test_half_precision_stays_near():
-    vae = random_vae(TINY).float()
-    video = clip(TINY, 5)
-    wanted = vae.decode(vae.encode(video))
-    vae = vae.bfloat16()
-    found = vae.decode(vae.encode(video.bfloat16()))
+def test_half_precision_is_no_worse_than_diffusers():
+    """bf16 loses bits whoever computes: ours loses no more than a quarter more than theirs on the same weights."""
+    ours, theirs, _ = with_diffusers(TINY)
+    video = clip(TINY, 9, rows=8, columns=8)
+    mean = ours.encode_moments(video)[0]
+    wanted = theirs.decode(mean).sample
+    ours, theirs = ours.bfloat16(), theirs.bfloat16()
+    found = ours.decode(ours.normalise(mean.bfloat16()))
     assert found.dtype == torch.bfloat16
-    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+    lost = (theirs.decode(mean.bfloat16()).sample.float() - wanted).norm()
+    assert 0 < (found.float() - wanted).norm() < 1.25 * lost
+    their_mean = theirs.encode(video.bfloat16()).latent_dist.mean
+    our_mean = ours.encode_moments(video.bfloat16())[0]
+    assert 0 < (our_mean.float() - mean).norm() < 1.25 * (their_mean.float() - mean).norm()
 
 
 @torch.no_grad()
@@ -238,7 +244,7 @@ def test_trains_a_little():
     assert_close(vae.encode_moments(video)[1], torch.full((1, 3, 2, 3, 2), -6.0))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         mean, logvar = vae.encode_moments(video)
         loss = vae_loss(vae.decode_raw(mean), video, mean, logvar, kl_weight=1e-6)
         optimizer.zero_grad()
