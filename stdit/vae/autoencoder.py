@@ -220,10 +220,10 @@ class CausalVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
         for module in self.modules():
             if isinstance(module, ResidualBlock):
-                module.residual[6].weight.mul_(0.3)
+                module.residual[6].get_parameter("weight").mul_(0.3)
             elif isinstance(module, AttentionBlock):
                 module.proj.weight.zero_()  # adds nothing, as in the release
             elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
@@ -231,9 +231,9 @@ class CausalVAE(nn.Module):
                 weight.mul_(0.1)
                 for half in weight.split(weight.shape[1]):
                     half[:, :, 2, 0, 0] += torch.eye(weight.shape[1])
-        self.decoder.head[2].weight.mul_(0.3)
+        self.decoder.head[2].get_parameter("weight").mul_(0.3)
         self.conv1.weight[self.config.z_dim :].zero_()
-        self.conv1.bias[self.config.z_dim :].fill_(START_LOGVAR)
+        self.conv1.get_parameter("bias")[self.config.z_dim :].fill_(START_LOGVAR)
 
     @property
     def stride(self) -> tuple[int, int, int]:

@@ -86,7 +86,7 @@ class TensorFiles:
         if tensor.numel():
             with open(entry.path, "rb") as file:
                 file.seek(entry.start)
-                if file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy())) != entry.stop - entry.start:
+                if file.readinto(_bytes(tensor)) != entry.stop - entry.start:
                     raise StditError(f"{entry.path}: the file ends inside the tensor {self.prefix}{name}.")
         return tensor
 
@@ -98,6 +98,14 @@ class TensorFiles:
                 loaded = self.loaded and {name.removeprefix(prefix): t for name, t in self.loaded.items()}
                 return TensorFiles(self.path, entries, self.metadata, prefix, loaded)
         return self
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    import torch
+
+    flat: Any = tensor.view(-1).view(torch.uint8).numpy()  # its stub does not say that it is a buffer
+    return memoryview(flat)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,7 +220,7 @@ def write_tensors(
         for name in order:
             tensor = read(name).detach().to("cpu").contiguous()
             assert (tensor.dtype, tuple(tensor.shape)) == entries[name], f"{name}: {tensor.dtype}, {tensor.shape}"
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            file.write(_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
 
