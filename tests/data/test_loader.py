@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stdit.data import loader as loader_module
+from stdit.data import video_io
 from stdit.data.buckets import DataConfig, assign
 from stdit.data.cache import Cache, latent_settings, text_key, text_settings
 from stdit.data.loader import Loader, choose_caption, to_video
@@ -106,6 +107,21 @@ def test_a_missing_clip_keeps_its_place_with_weight_0(clips):
     assert [e.weight for e in examples] == [1, 1, 1, 0]
     assert "3.mp4: no such file" in examples[3].failure
     assert examples[3].frames.shape == (5, 16, 16, 3) and not examples[3].frames.any()
+
+
+def test_a_strange_clip_keeps_its_place_with_weight_0(clips, monkeypatch):
+    """Whatever its decoding or conversion brings up; the clips beside it are read."""
+    to_rgb, failing = video_io.to_rgb, [MemoryError()]
+
+    def strange(*arguments):
+        if failing:
+            raise failing.pop()
+        return to_rgb(*arguments)
+
+    monkeypatch.setattr(video_io, "to_rgb", strange)
+    examples = Loader(clips, assign(clips, CONFIG), CONFIG, seed=0).fetch(items(clips)[:3], epoch=0)
+    assert [e.weight for e in examples] == [0, 1, 1]
+    assert "0.mp4: cannot be decoded (MemoryError" in examples[0].failure and not examples[0].frames.any()
 
 
 def test_the_network_is_tried_again_then_stops_the_run(clips, monkeypatch):
