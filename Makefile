@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 # The whole main job on moving shapes. Every line is a command of its own and continues where it was interrupted.
 demo: DEMO = demo
 demo: CLIPS = 1200
-demo: VAE_STEPS = 500
+demo: VAE_STEPS = 700
 demo: DIT_STEPS = 1200
 demo-full: DEMO = demo-full
 demo-full: CLIPS = 4000
