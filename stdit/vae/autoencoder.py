@@ -215,7 +215,7 @@ class CausalVAE(nn.Module):
     def initialise(self) -> None:
         """Where training starts: signals keep their size, residual branches start small, time passes through.
 
-        torch's own initialisation shrinks signals layer by layer, and nothing passes the bottleneck for long.
+        torch's own initialisation shrinks signals layer by layer; docs/log.md has the two side by side.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,30 @@ def test_any_number_of_workers_gives_the_same(clips):
             assert len(left) == len(right) and all(map(same, left, right))
     alone = Loader(clips, assignment, CONFIG, seed=7).fetch([wanted[9]], epoch=1)[0]  # out of order, on its own
     assert same(alone, results[0][3][3])
+
+
+def test_kept_clips_are_decoded_once_and_are_the_same(clips):
+    config = replace(CONFIG, start="first", crop="centre", mirror=True)
+    reads: Counter[str] = Counter()
+
+    def reader(path, *arguments):
+        reads[path] += 1
+        return read_frames(path, *arguments)
+
+    assignment, wanted = assign(clips, config), items(clips)
+    plain = Loader(clips, assignment, config, seed=7, workers=0)
+    keeping = Loader(clips, assignment, replace(config, keep_gb=1.0), seed=7, workers=0, reader=reader)
+    for epoch in range(3):
+        assert all(map(same, keeping.fetch(wanted, epoch), plain.fetch(wanted, epoch)))
+    gone = clips[3].path
+    assert reads == {clip.path: 3 if clip.path == gone else 1 for clip in (clips[row] for row in range(4))}
+    reads.clear()
+    full = Loader(clips, assignment, replace(config, keep_gb=1e-9), seed=7, workers=0, reader=reader)  # room for 1 byte
+    for epoch in range(2):
+        full.fetch(wanted[:1], epoch)
+    assert reads == {clips[0].path: 2}
+    with pytest.raises(StditError, match="keep_gb"):
+        assign(clips, replace(CONFIG, keep_gb=1.0))
 
 
 def test_start_crop_and_caption_vary_and_stay_inside(clips):

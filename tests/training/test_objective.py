@@ -147,3 +147,26 @@ def test_the_vae_loss_does_not_depend_on_the_split(tiny: Path) -> None:
         assert sum(batch.weight for batch in dealt) == whole.weight
         total = sum(float(parts.objective.module(batch)) for batch in dealt)
         assert total == pytest.approx(float(parts.objective.module(whole)), rel=1e-5)
+
+
+def test_a_vae_trains_on_keyed_squares_of_its_clips(tiny: Path) -> None:
+    parts = build(load_config(tiny / "vae.yaml", ["data.workers=0", "objective.vae.crop=16"]), ALONE)
+    items = parts.plan.step(0)
+    assert all(item.tokens == 16 * 16 * parts.assignment.shapes[item.bucket].frames for item in items)
+
+    def squares(epoch: int) -> list[torch.Tensor]:
+        found = []
+        for item in items:  # one at a time, to know which clip a square is of
+            (example,) = parts.loader.fetch([item], 0)
+            batch = parts.objective.prepare([example], [item], StepKey(0, epoch, 0, len(items)))
+            ((video, noise, _),) = batch.groups
+            assert batch.weight == item.tokens and noise.shape[-2:] == (4, 4)
+            windows = example.video.unfold(2, 16, 1).unfold(3, 16, 1)  # (3, T, rows, columns, 16, 16)
+            same = (windows == video[0][:, :, None, None]).flatten(4).all(-1).all(0).all(0)
+            assert same.any(), "not a part of the clip"
+            found.append(video)
+        return found
+
+    once, again, later = squares(0), squares(0), squares(1)
+    assert all(map(torch.equal, once, again))
+    assert not all(map(torch.equal, once, later))

@@ -252,4 +252,4 @@ def test_trains_a_little():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
         optimizer.step()
         losses.append(loss.total.item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.85 * losses[0]
