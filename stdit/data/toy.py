@@ -46,9 +46,10 @@ SIZES: dict[str, float] = {"small": 0.34, "large": 0.53}  # width over √(frame
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # colour at the top, at the bottom
     "black": ((20, 20, 24), (20, 20, 24)),
-    "white": ((230, 230, 226), (230, 230, 226)),
-    "dusk": ((64, 56, 92), (136, 104, 100)),
-}
+    "grey": ((96, 96, 92), (96, 96, 92)),
+    "dusk": ((44, 36, 72), (96, 64, 60)),
+}  # near each other: a white one outweighs the shape in the latents' variance, and so in the loss
+SOFT_EDGE = 0.04  # of √(frame area): what an edge is blurred over, as by a lens
 TRAVEL = (0.15, 0.85)  # the centre's first and last place along the direction, as a share of the frame
 
 # (colour, shape, direction) never trained. Each (shape, direction) is left out once and each colour twice, each other
@@ -152,7 +153,7 @@ class Jitter:
 
 
 def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter | None = None) -> np.ndarray:
-    """A clip of a spec, edges anti-aliased: uint8 (T, H, W, 3).
+    """A clip of a spec, edges soft: uint8 (T, H, W, 3).
 
     The shape crosses the frame once, at constant speed, from the first frame to the last; a single frame or a still
     spec shows it about the middle.
@@ -162,7 +163,8 @@ def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter |
     x, y = _path(spec, width, height, frames, jitter)
     dy = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - y[:, None, None]  # (T, H, 1)
     dx = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - x[:, None, None]  # (T, 1, W)
-    coverage = np.clip(0.5 - outline_distance(spec.shape, dx, dy, np.float32(half)), 0, 1)[..., None]  # (T, H, W, 1)
+    edge = np.float32(max(1.0, SOFT_EDGE * np.sqrt(width * height)))
+    coverage = np.clip(0.5 - outline_distance(spec.shape, dx, dy, np.float32(half)) / edge, 0, 1)[..., None]  # (T, H, W, 1)
 
     top, bottom = (np.array(colour, np.float32) for colour in BACKGROUNDS[spec.background])
     down = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / height

@@ -86,7 +86,7 @@ def test_shapes_have_the_area_of_their_formula(shape, share, size):
     frame = render(ToySpec("red", shape, size, "none", "black"), 200, 120, 1)[0].astype(float)
     coverage = ((frame - (20, 20, 24)) / (np.array(COLOURS["red"]) - (20, 20, 24)))[..., 0]
     width = SIZES[size] * np.sqrt(200 * 120)
-    assert coverage.sum() == pytest.approx(share * width**2, rel=0.01)
+    assert coverage.sum() == pytest.approx(share * width**2, rel=0.02)  # soft corners
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
