@@ -15,12 +15,14 @@ $(VENV)/.installed: pyproject.toml
 # The whole main job on moving shapes. Every line is a command of its own and continues where it was interrupted.
 demo: DEMO = demo
 demo: CLIPS = 1200
-demo: VAE_STEPS = 700
+demo: VAE_STEPS = 500
 demo: DIT_STEPS = 1200
+demo: SHAPES = 64x64x17 80x48x17 96x48x17 64x64x25
 demo-full: DEMO = demo-full
-demo-full: CLIPS = 4000
-demo-full: VAE_STEPS = 3000
-demo-full: DIT_STEPS = 14000
+demo-full: CLIPS = 3000
+demo-full: VAE_STEPS = 2000
+demo-full: DIT_STEPS = 6000
+demo-full: SHAPES = 64x64x17 80x48x17 48x80x17 64x64x9 80x48x9 48x80x9 96x48x17 64x64x25
 demo demo-full: install
 	stdit data toy $(DEMO)/videos --clips $(CLIPS)
 	stdit data scan $(DEMO)/videos/train --out $(DEMO)/manifest.parquet
@@ -32,7 +34,7 @@ demo demo-full: install
 	stdit train configs/toy/dit.yaml run=$(DEMO)/dit data.manifest=$(DEMO)/manifest.parquet \
 		data.cache=$(DEMO)/cache vae.path=$(DEMO)/vae/model/vae schedule.steps=$(DIT_STEPS)
 	stdit eval toy --model $(DEMO)/dit/model --out $(DEMO)/dit --held-out $(DEMO)/videos/held_out --steps 12 \
-		--guidance 4 --shape 64x64x17 --shape 80x48x17 --shape 96x48x17 --shape 64x64x25
+		--guidance 4 $(SHAPES:%=--shape %)
 	stdit sample --model $(DEMO)/dit/model --prompt "a large green circle moving right on a black background" \
 		--aspect 16:9 --resolution 64 --duration 3s --out $(DEMO)/samples
 	@echo "Look at $(DEMO)/dit/report.html and $(DEMO)/samples"

@@ -17,7 +17,7 @@ from torch import Tensor
 from stdit.models.packing import LevelIndex
 from stdit.models.positions import wide_dtype
 
-MEAN_RUN = 32  # tokens; below this mean length of runs, rows are gathered
+MEAN_RUN = 12288  # elements; below this mean size of runs, rows are gathered: a call a run costs more
 CHUNK = 4096  # tokens gathered at once
 
 
@@ -286,7 +286,7 @@ def level_sum(values: Tensor, level_of: Tensor, levels: int) -> Tensor:
 
 
 def _long_runs(x: Tensor, run_levels: Tensor) -> bool:
-    return len(run_levels) * MEAN_RUN <= len(x) or len(run_levels) == 1
+    return len(run_levels) * MEAN_RUN <= x.numel() or len(run_levels) == 1
 
 
 def _runs(run_bounds: Tensor, run_levels: Tensor) -> list[tuple[int, int, int]]:

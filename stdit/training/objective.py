@@ -192,12 +192,13 @@ class FlowObjective:
         if not examples:
             return self._nothing()
         patch, flow = self.model_config.patch, self.config.flow
+        examples, items, captions = self.ordered(examples, items, key)
         latents = self._latents(examples)
         levels = noise_levels(
             [item.position for item in items], key.clips, [item.tokens for item in items], flow.noise_levels,
             seed=key.seed, epoch=key.epoch, step=key.step,
         )  # fmt: skip
-        noisy, clip_levels, targets, token_weights, captions = [], [], [], [], []
+        noisy, clip_levels, targets, token_weights = [], [], [], []
         for example, x0, t in zip(examples, latents, levels):
             about = (key.epoch, example.clip_id, example.occurrence)
             generator = keyed_generator(key.seed, "noise", *about)
@@ -212,8 +213,6 @@ class FlowObjective:
             each = torch.full((len(target),), weight / ((len(target) - known) * target.shape[1]))
             each[:known] = 0  # the first tokens
             token_weights.append(each)
-            dropped = keyed_uniform(key.seed, "caption dropout", *about) < flow.caption_dropout
-            captions.append("" if dropped else example.caption)
         pack = pack_clips(noisy, clip_levels, patch).to(self.device, self.dtype)
         text, ids = self._text(captions, examples)
         if text is not None:
@@ -230,6 +229,21 @@ class FlowObjective:
             self.weight(examples, key),
             flops,
         )
+
+    def ordered(
+        self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey
+    ) -> tuple[list[Example], list[PlanItem], list[str]]:
+        """Clips of equal token counts and text lengths side by side, so that attention takes them as one view; and
+        their captions, some of them dropped."""
+
+        def caption(example: Example) -> str:
+            about = (key.epoch, example.clip_id, example.occurrence)
+            dropped = keyed_uniform(key.seed, "caption dropout", *about) < self.config.flow.caption_dropout
+            return "" if dropped else example.caption
+
+        clips = [(example, item, caption(example)) for example, item in zip(examples, items)]
+        clips.sort(key=lambda clip: (clip[1].tokens, len(self._ids(clip[2]))))
+        return [clip[0] for clip in clips], [clip[1] for clip in clips], [clip[2] for clip in clips]
 
     def fresh(self) -> FlowModule:
         with torch.random.fork_rng(devices=[]):

@@ -51,7 +51,9 @@ def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: Parts) -> None
     assert isinstance(objective, FlowObjective)
     items = parts.plan.step(0)
     examples = parts.loader.fetch(items, 0)
-    batch = objective.prepare(examples, items, StepKey(0, 0, 0, len(items)))
+    key = StepKey(0, 0, 0, len(items))
+    batch = objective.prepare(examples, items, key)
+    examples, _, _ = objective.ordered(examples, items, key)
     with torch.no_grad():
         found = float(objective.module(batch))
         assert batch.text_ids is not None
@@ -74,6 +76,13 @@ def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: Parts) -> None
     assert len(kinds) == 2
     assert batch.weight == weights
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pack_has_equal_clips_side_by_side(parts: Parts) -> None:
+    items = parts.plan.step(0)[::-1]
+    batch = parts.objective.prepare(parts.loader.fetch(items, 0), items, StepKey(0, 0, 0, len(items)))
+    kinds = list(zip(batch.pack.segments.lengths, map(len, batch.text_ids)))
+    assert kinds == sorted(kinds) and len(set(kinds)) > 1
 
 
 @pytest.mark.parametrize(("groups", "bound"), [(1, 90), (2, 100), (3, 80)])
