@@ -164,7 +164,8 @@ def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter |
     dy = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - y[:, None, None]  # (T, H, 1)
     dx = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - x[:, None, None]  # (T, 1, W)
     edge = np.float32(max(1.0, SOFT_EDGE * np.sqrt(width * height)))
-    coverage = np.clip(0.5 - outline_distance(spec.shape, dx, dy, np.float32(half)) / edge, 0, 1)[..., None]  # (T, H, W, 1)
+    outside = outline_distance(spec.shape, dx, dy, np.float32(half)) / edge
+    coverage = np.clip(0.5 - outside, 0, 1)[..., None]  # (T, H, W, 1)
 
     top, bottom = (np.array(colour, np.float32) for colour in BACKGROUNDS[spec.background])
     down = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / height

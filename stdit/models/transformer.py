@@ -255,8 +255,8 @@ class STDiT(nn.Module):
     def initialise(self) -> None:
         """Wan's initialisation: Xavier for linears, a head of zeros. Wan draws the text and time embeddings with 0.02.
 
-        That is Xavier too at Wan's widths (4096 to 1536: 0.019), but at a width of 144 it makes texts a thousandth of the
-        signal, and captions are learned late or never (docs/log.md).
+        That is Xavier too at Wan's widths (4096 to 1536: 0.019), but at a width of 144 it makes texts a fortieth of the
+        signal, and what they say of motion is not learned in thousands of steps (docs/log.md).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
