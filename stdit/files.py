@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,7 @@ def publish(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -32,6 +32,24 @@ def publish_text(path: str | Path, text: str) -> None:
     """`publish` of a text, as UTF-8 with its line ends as they are."""
     with publish(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
+
+
+def publish_folder(part: Path, path: Path) -> None:
+    """The folder `part` and all in it take the place of `path`, beside it; of an older one there nothing is left."""
+    for file in (*part.rglob("*"), part):
+        sync(file)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(file: BinaryIO) -> str:

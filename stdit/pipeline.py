@@ -20,6 +20,7 @@ from stdit.diffusion.guidance import guide, needs_unconditional
 from stdit.diffusion.solvers import Solver, make_solver, named_config, read_scheduler, write_scheduler
 from stdit.diffusion.tasks import Task, frame_levels
 from stdit.errors import StditError, nearest_name
+from stdit.files import publish_text
 from stdit.keyed import keyed_generator
 from stdit.models.packing import TextPack, pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT
@@ -65,7 +66,7 @@ class ModelSettings:
 
     def write(self, folder: str | Path) -> None:
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
-        (Path(folder) / "stdit.json").write_text(text)
+        publish_text(Path(folder) / "stdit.json", text)
 
     @property
     def shape(self) -> VideoShape:
@@ -363,4 +364,4 @@ class Pipeline:
             "transformer_2": [None, None],
             "vae": ["diffusers", "AutoencoderKLWan"],
         }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        publish_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")

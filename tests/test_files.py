@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from stdit.files import publish, publish_text, sha256_of
+from stdit.files import publish, publish_folder, publish_text, sha256_of
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -29,6 +29,16 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
     with pytest.raises(FileNotFoundError), publish(path):
         pass  # nothing was written
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_takes_the_place_of_the_old_one_with_nothing_of_it_left(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("old")
+    (tmp_path / "part" / "vae").mkdir(parents=True)
+    (tmp_path / "part" / "vae" / "new").write_text("new")
+    publish_folder(tmp_path / "part", tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(tmp_path / "model") == ["vae"]
+    assert (tmp_path / "model" / "vae" / "new").read_text() == "new"
 
 
 def test_the_mode_is_that_of_any_new_file(tmp_path):

@@ -14,6 +14,7 @@ import typer
 
 from stdit.cli.stopped import when_stopped
 from stdit.errors import StditError
+from stdit.files import publish_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -237,7 +238,8 @@ def _write(
     else:
         write_video(clip, frames, fps)
         contact_sheet([frames], still)
-    note.write_text(json.dumps({"prompt": prompt, "index": index, **settings}, indent=2, ensure_ascii=False) + "\n")
+    about = {"prompt": prompt, "index": index, **settings}
+    publish_text(note, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     return Written(prompt, str(clip) if clip else None, str(still), str(note))
 
 

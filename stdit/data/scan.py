@@ -13,6 +13,7 @@ from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write
 from stdit.data.probing import Probed, probe_files
 from stdit.data.video_io import IMAGE_SUFFIXES, VERIFY_PIXELS, VIDEO_SUFFIXES
 from stdit.errors import StditError
+from stdit.files import publish_text
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def scan(
             write_manifest(manifest, out)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in done.skipped]
-        skipped_path(out).write_text("".join(lines), encoding="utf-8")
+        publish_text(skipped_path(out), "".join(lines))
     return done
 
 

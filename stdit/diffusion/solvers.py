@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from stdit.errors import StditError, nearest_name
+from stdit.files import publish_text
 
 
 class Solver(Protocol):
@@ -281,4 +282,4 @@ def write_scheduler(config: Mapping[str, Any], folder: str | Path) -> None:
     """Writes scheduler_config.json as diffusers reads it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-    (Path(folder) / "scheduler_config.json").write_text(text)
+    publish_text(Path(folder) / "scheduler_config.json", text)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,9 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stdit.errors import StditError
+from stdit.files import publish_folder, sync
 from stdit.training.ema import Ema
 from stdit.training.engine import Engine, group_state
 from stdit.training.parallel import World
+from stdit.weights.files import read_header, read_json
 
 FORMAT = 1
 
@@ -69,7 +70,7 @@ def save(
             if world.is_main or not engine.replicated:
                 shard = temporary / f"rank-{world.rank:05d}.safetensors"
                 save_file(dict(_tensors(engine, ema)), shard)
-                _sync(shard)
+                sync(shard)  # by its own rank: another machine's disk cache is not rank 0's
         except Exception as found:  # safetensors raises its own type on a full disk
             error = found
         world.all_succeeded(error)
@@ -83,13 +84,8 @@ def save(
                     "format": FORMAT, "step": step, "shards": files, "parameters": parameters, "groups": groups,
                     "state": state,
                 }  # fmt: skip
-                manifest = temporary / "manifest.json"
-                manifest.write_text(json.dumps(about, indent=1))
-                _sync(manifest)
-                _sync(temporary)
-                shutil.rmtree(final, ignore_errors=True)
-                temporary.rename(final)
-                _sync(folder)
+                (temporary / "manifest.json").write_text(json.dumps(about, indent=1))
+                publish_folder(temporary, final)
         except OSError as found:
             error = found
         world.all_succeeded(error)
@@ -116,9 +112,9 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.about = json.loads((path / "manifest.json").read_text())
-        if self.about["format"] != FORMAT:
-            raise StditError(f"{path} has checkpoint format {self.about['format']}; this stdit reads {FORMAT}.")
+        self.about = read_json(path / "manifest.json")
+        if self.about.get("format") != FORMAT:
+            raise StditError(f"{path} has checkpoint format {self.about.get('format')}; this stdit reads {FORMAT}.")
         self.step: int = self.about["step"]
         self.state: dict[str, Any] = self.about["state"]
 
@@ -135,11 +131,13 @@ class Checkpoint:
             file = self.path / f"rank-{rank:05d}.safetensors"
             if not file.exists():
                 raise StditError(f"{self.path} lacks {file.name}. Remove the folder to go on from the one before.")
-            with safe_open(file, "pt") as shard:
-                for key in shard.keys():  # noqa: SIM118 (not a dict)
-                    name, _, offset = key.rpartition("@")
-                    numel = math.prod(shard.get_slice(key).get_shape())
-                    index.setdefault(name, []).append((int(offset), numel, file))
+            try:
+                entries, _ = read_header(file)
+            except StditError as error:
+                raise StditError(f"{error} Remove {self.path} to go on from the checkpoint before.") from error
+            for key, entry in entries.items():
+                name, _, offset = key.rpartition("@")
+                index.setdefault(name, []).append((int(offset), math.prod(entry.shape), file))
         return index
 
     def read(self, key: str, offset: int, numel: int) -> Tensor:
@@ -264,11 +262,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
                 f"and run the same command again."
             ) from error
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

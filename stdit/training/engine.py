@@ -11,7 +11,6 @@ parameters that lie in each. Checkpoints and the moving average need to know no 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import socket
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from stdit.errors import StditError, nearest_name
 from stdit.training.ema import EmaConfig
 from stdit.training.parallel import World
+from stdit.weights.files import read_json
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -363,12 +363,7 @@ def zero_stage(path: str | None) -> int:
 
 
 def _read_json(path: Path, precision: str) -> tuple[dict[str, Any], int]:
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise StditError(f"parallel.deepspeed={path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise StditError(f"{path} is not JSON: {error}") from error
+    settings = read_json(path)
     for key, owner in OURS.items():
         if key in settings:
             raise StditError(f"{path} sets {key!r}, which the run's config owns ({owner}). Take it out of the JSON.")

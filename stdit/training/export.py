@@ -20,6 +20,7 @@ from stdit.data.video_write import write_video
 from stdit.diffusion.solvers import unipc_config
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
+from stdit.files import publish_folder, publish_text
 from stdit.pipeline import ModelSettings, Pipeline
 from stdit.shapes import VideoShape
 from stdit.training.build import Parts
@@ -91,7 +92,7 @@ def sample(pipeline: Pipeline, parts: Parts, step: int) -> list[str]:
         path = folder / f"{index:02d}-{words}.mp4"
         write_video(path, frames, parts.config.data.fps)
         about.append({"file": str(path.relative_to(run)), "prompt": prompt})
-    (folder / "samples.json").write_text(json.dumps({"step": step, "samples": about}, indent=1, ensure_ascii=False))
+    publish_text(folder / "samples.json", json.dumps({"step": step, "samples": about}, indent=1, ensure_ascii=False))
     return [one["file"] for one in about]
 
 
@@ -129,8 +130,7 @@ def publish(run: Path, step: int, write: Callable[[Path], None]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
     (temporary / "export.json").write_text(json.dumps({"format": FORMAT, "step": step}) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    publish_folder(temporary, final)
 
 
 def exported_step(run: Path) -> int | None:

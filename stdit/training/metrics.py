@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stdit.files import publish_text
 
 SCHEMA = Path(__file__).with_name("metrics_schema.json")
 
@@ -24,9 +25,7 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            publish_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         self._writer: Any = None
         if tensorboard:
@@ -93,5 +92,5 @@ def _plain(value: Any) -> Any:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf

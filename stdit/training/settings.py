@@ -12,6 +12,7 @@ import yaml
 from stdit.data.buckets import DataConfig
 from stdit.data.planner import PlanConfig
 from stdit.errors import StditError
+from stdit.files import publish_text
 from stdit.shapes import VideoShape
 from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.engine import OptimizerConfig, ParallelConfig
@@ -156,7 +157,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    publish_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

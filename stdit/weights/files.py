@@ -114,8 +114,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON:
             raise StditError(f"{path}: {path.stat().st_size} bytes is more than a JSON file of weights can need.")
         found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise StditError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise StditError(f"{path}: cannot be read ({error.strerror}).") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise StditError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(found, dict):
@@ -221,8 +221,6 @@ def write_tensors(
             tensor = read(name).detach().to("cpu").contiguous()
             assert (tensor.dtype, tuple(tensor.shape)) == entries[name], f"{name}: {tensor.dtype}, {tensor.shape}"
             file.write(_bytes(tensor))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:

@@ -184,6 +184,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     other.b = nn.Linear(3, 6)
     with pytest.raises(StditError, match=r"b\.bias, b\.weight"):
         Checkpoint(path).load_weights(other)
-    (path / "rank-00000.safetensors").unlink()
+    shard = path / "rank-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(StditError, match=r"rank-00000.*cut short.*Remove .*step-00000001 to go on"):
+        Checkpoint(path).weights()
+    shard.unlink()
     with pytest.raises(StditError, match=r"lacks rank-00000"):
         Checkpoint(path).weights()
