@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from stdit.diffusion.guidance import guide, needs_unconditional
-from stdit.diffusion.solvers import Solver, make_solver, named_config, read_scheduler, write_scheduler
-from stdit.diffusion.tasks import Task, frame_levels
+from stdit.diffusion.solvers import (
+    Solver,
+    make_solver,
+    named_config,
+    read_scheduler,
+    static_shift,
+    write_scheduler,
+)
+from stdit.diffusion.tasks import frame_levels
+from stdit.diffusion.timesteps import shift_by_tokens
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish_text
 from stdit.keyed import keyed_generator
@@ -40,12 +48,15 @@ class ModelSettings:
     """What a model folder says beyond its weights, in stdit.json: the defaults of sampling.
 
     fps: frames a second it was trained at. shapes: what it was trained at, WIDTHxHEIGHTxFRAMES; the first is the
-    default. text_padding: positions that texts are padded to; None: as the transformer's config says.
+    default. text_padding: positions that texts are padded to; None: as the transformer's config says. shift_tokens: a
+    clip of so many tokens is sampled with the scheduler's static shift, one of n with √(n / shift_tokens) times as
+    much, as it was trained; None: all with the static one, as diffusers does.
     """
 
     fps: float = 16.0
     shapes: tuple[str, ...] = ("832x480x81",)
     text_padding: int | None = None
+    shift_tokens: int | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> ModelSettings:
@@ -62,6 +73,9 @@ class ModelSettings:
         found["shapes"] = tuple(found.get("shapes", cls.shapes))
         if not found["shapes"]:
             raise StditError(f"{path}: shapes is empty.")
+        tokens = found.get("shift_tokens")
+        if tokens is not None and not (type(tokens) is int and tokens > 0):
+            raise StditError(f"{path}: shift_tokens is {tokens!r}; it must be a positive integer or null.")
         return cls(**found)
 
     def write(self, folder: str | Path) -> None:
@@ -148,8 +162,8 @@ class Pipeline:
         classifier-free, on above 1. noise: (1 or prompts, C, T', H', W') in place of the seed's. known: frames given
         as condition, {"image": the first frame} or {"video": the first 1+k·stride frames}, one for all prompts or
         one each. solver: None for the folder's own, "euler", "unipc", or a diffusers scheduler's config. shift: in
-        place of the scheduler's static one. tokens_per_pack: the most video tokens in one forward (never less than a
-        clip). progress: called with (steps done, steps in all).
+        place of the folder's (see `ModelSettings`). tokens_per_pack: the most video tokens in one forward (never less
+        than a clip). progress: called with (steps done, steps in all).
         """
         if fps is not None and fps != self.settings.fps:
             raise StditError(
@@ -189,11 +203,7 @@ class Pipeline:
         grid = shape.grid(self.vae.config.stride, self.transformer.config.patch)
         latent = shape.latent(self.vae.config.stride)
         noises = self._noise(len(prompts), latent, seed, noise)
-        if known is None or isinstance(known, Mapping):
-            known = [known] * len(prompts)
-        if len(known) != len(prompts):
-            raise StditError(f"{len(known)} known for {len(prompts)} prompts: give one for all, or one each.")
-        given = [self._encode_known(one, shape) for one in known]
+        given = self._encode_known(known, len(prompts), shape)
         guided = needs_unconditional(guidance)
         texts = self.encode_texts([*prompts, negative_prompt] if guided else prompts)
         negative = [texts.pop()] if guided else []
@@ -209,9 +219,8 @@ class Pipeline:
                 if progress is not None:
                     progress(done + index, len(parts) * steps)
 
-            yield from self._denoise(
-                noises[part], given[part], text, self._solver(solver, steps, shift), guidance, report
-            )
+            chosen = self._solver(solver, steps, shift, grid.tokens)
+            yield from self._denoise(noises[part], given[part], text, chosen, guidance, report)
 
     def _denoise(
         self,
@@ -226,7 +235,7 @@ class Pipeline:
         guidance asks for it as many negative ones after them: two segments of one pack for each clip."""
         patch = self.transformer.config.patch
         copies = len(text.segments.lengths) // len(x)
-        masks = [Task("known", 0 if one is None else one.shape[1]).mask(x.shape[2]) for one in known]
+        masks = [torch.arange(x.shape[2]) < (0 if one is None else one.shape[1]) for one in known]
 
         def impose(x: Tensor) -> Tensor:
             for clip, one in zip(x, known):
@@ -286,10 +295,18 @@ class Pipeline:
             self.text_encoder.max_length = before
         return [encoded[text].to(self.device) for text in texts]
 
-    def _encode_known(self, known: Known | None, shape: VideoShape) -> Tensor | None:
-        """Known frames to their own latents (C, k, H', W'): encoded alone, so that they know nothing of the rest."""
-        if known is None:
-            return None
+    def _encode_known(
+        self, known: Known | Sequence[Known | None] | None, count: int, shape: VideoShape
+    ) -> list[Tensor | None]:
+        """Known frames to their own latents (C, k, H', W'), those of each of `count` clips: encoded alone, so that they
+        know nothing of the rest."""
+        if known is None or isinstance(known, Mapping):
+            return [None if known is None else self._encode_frames(known, shape)] * count
+        if len(known) != count:
+            raise StditError(f"{len(known)} known for {count} prompts: give one for all, or one each.")
+        return [None if one is None else self._encode_frames(one, shape) for one in known]
+
+    def _encode_frames(self, known: Known, shape: VideoShape) -> Tensor:
         if set(known) not in ({"image"}, {"video"}):
             raise StditError(f'known must be {{"image": (H, W, 3)}} or {{"video": (T, H, W, 3)}}, not {sorted(known)}.')
         name, frames = next(iter(known.items()))
@@ -312,12 +329,13 @@ class Pipeline:
         video = frames.permute(3, 0, 1, 2)[None].to(weight) / 127.5 - 1  # (1, 3, T, H, W)
         return self.vae.encode(video)[0].to(self.device, torch.float32)
 
-    def _solver(self, solver: str | Mapping[str, Any] | None, steps: int, shift: float | None) -> Solver:
-        if solver is None:
-            solver = self.scheduler
-        elif isinstance(solver, str):
-            solver = named_config(solver, self.scheduler)
-        return make_solver(solver, steps, shift)
+    def _solver(self, solver: str | Mapping[str, Any] | None, steps: int, shift: float | None, tokens: int) -> Solver:
+        """For clips of so many tokens. A scheduler's config that is given is taken as it is."""
+        if isinstance(solver, Mapping):
+            return make_solver(solver, steps, shift)
+        if shift is None and self.settings.shift_tokens is not None:
+            shift = static_shift(self.scheduler) * shift_by_tokens(tokens, self.settings.shift_tokens)
+        return make_solver(named_config(solver, self.scheduler) if solver else self.scheduler, steps, shift)
 
     # ---- the model folder ----
 
@@ -351,7 +369,7 @@ class Pipeline:
         save_vae(self.vae, folder / "vae")
         self.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
         write_scheduler(self.scheduler, folder / "scheduler")
-        ModelSettings(self.settings.fps, self.settings.shapes, self.text_padding).write(folder)
+        replace(self.settings, text_padding=self.text_padding).write(folder)
         index = {
             "_class_name": "WanPipeline",
             "_diffusers_version": DIFFUSERS_VERSION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -114,6 +115,17 @@ def test_agrees_with_wan_pipeline(ours, theirs, size, frames, solver, guidance):
 def test_agrees_with_wan_pipeline_on_several_prompts_and_a_negative(ours, theirs):
     theirs.scheduler = UniPCMultistepScheduler.from_config(SCHEDULERS["unipc"])
     assert_same(ours, theirs, CAPTIONS, (48, 32), 5, 4.0, None, negative="a circle")
+
+
+@pytest.mark.parametrize("solver", SCHEDULERS)
+def test_a_shift_by_tokens_moves_the_static_one(ours, theirs, solver):
+    """48x32x9 is 18 tokens, a quarter of 72: half the shift of 3. A config that is given is taken as it is."""
+    settings = replace(ours.settings, shift_tokens=72)
+    by_tokens = Pipeline(ours.transformer, ours.vae, ours.text_encoder, ours.scheduler, settings)
+    half = {"euler": solvers.euler_config(1.5), "unipc": solvers.unipc_config(1.5)}
+    for config, asked in ((half[solver], solver), (SCHEDULERS[solver], SCHEDULERS[solver])):
+        theirs.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        assert_same(by_tokens, theirs, CAPTIONS[:1], (48, 32), 9, 1.0, asked)
 
 
 def test_what_we_save_opens_in_wan_pipeline(ours, theirs, tmp_path, caplog):
@@ -243,6 +255,9 @@ def test_folders_that_cannot_be_loaded(folder, tmp_path):
         Pipeline.load(tmp_path)
     (tmp_path / "stdit.json").write_text(json.dumps({"format": 1, "fsp": 8}))
     with pytest.raises(StditError, match="'fps'"):
+        ModelSettings.read(tmp_path)
+    (tmp_path / "stdit.json").write_text(json.dumps({"format": 1, "shift_tokens": 0}))
+    with pytest.raises(StditError, match="shift_tokens is 0"):
         ModelSettings.read(tmp_path)
     (tmp_path / "stdit.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(StditError, match="format"):

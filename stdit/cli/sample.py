@@ -40,7 +40,7 @@ def sample(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Decides the noise.")] = 0,
     solver: Annotated[str | None, typer.Option(help="euler or unipc; the model folder's own by default.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Shift of the noise levels, in place of the scheduler's.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Of the noise levels, in place of the model folder's.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image file: the first frame.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video file to extend: its end becomes the beginning.")] = None,
     video_frames: Annotated[int | None, typer.Option(help="How many of its last frames to take.")] = None,
@@ -150,7 +150,7 @@ def _nearest_size(pipeline: Pipeline, ratio: float | None, resolution: int | Non
     if ratio is None and resolution is None:
         return None
     default = pipeline.settings.shape
-    short = resolution or min(default.width, default.height)
+    short = min(default.width, default.height) if resolution is None else resolution
     return size_for(ratio or default.width / default.height, short, pipeline.multiple)
 
 

@@ -258,11 +258,15 @@ def unipc_config(shift: float = 1.0) -> dict[str, Any]:
 
 def named_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a solver by short name ("euler" or "unipc"), with the static shift of another config."""
-    shift = float(config.get("shift", config.get("flow_shift", 1.0)))
     makers = {"euler": euler_config, "unipc": unipc_config}
     if name not in makers:
         raise StditError(f"solver {name!r} is not known: euler or unipc.{nearest_name(name, makers)}")
-    return makers[name](shift)
+    return makers[name](static_shift(config))
+
+
+def static_shift(config: Mapping[str, Any]) -> float:
+    """The shift of the noise levels that a scheduler config holds, whatever the clip."""
+    return float(config.get("shift", config.get("flow_shift", 1.0)))
 
 
 def read_scheduler(folder: str | Path) -> dict[str, Any]:

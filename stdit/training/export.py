@@ -66,8 +66,10 @@ def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pip
     module = with_weights(objective.fresh(), weights)
     assert isinstance(module, FlowModule)
     module.to(world.device, objective.dtype)
-    settings = ModelSettings(config.data.fps, tuple(map(str, parts.sampled_shapes)), config.text.padding)
-    scheduler = unipc_config(config.objective.flow.noise_levels.shift)
+    levels = config.objective.flow.noise_levels
+    shapes = tuple(map(str, parts.sampled_shapes))
+    settings = ModelSettings(config.data.fps, shapes, config.text.padding, levels.shift_tokens)
+    scheduler = unipc_config(levels.shift)
     return Pipeline(
         module.transformer, objective.vae, module.text_encoder or objective.text_encoder, scheduler, settings
     )

@@ -326,6 +326,13 @@ class VaeObjective:
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.vae = vae
+        side, step = config.vae.crop, vae.config.stride[1]
+        if side is not None and side % step:
+            near = sorted({max(step, side // step * step), side // step * step + step})
+            raise StditError(
+                f"objective.vae.crop is {side}; it must be a multiple of the VAE's stride, {step} pixels. "
+                f"Nearest: {' or '.join(map(str, near))}."
+            )
         self.module = VaeModule(vae, config.vae, touch_all=ranks > 1)
 
     def tokens(self, shape: VideoShape) -> int:

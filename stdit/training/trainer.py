@@ -29,7 +29,7 @@ from stdit.training.metrics import MetricsLog, measure_peak, read_metrics
 from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
-from stdit.training.settings import RunConfig, differences, to_dict
+from stdit.training.settings import MAY_DIFFER, RunConfig, differences, to_dict
 
 
 class Done(NamedTuple):
@@ -52,10 +52,10 @@ class Trainer:
         if self.resumed is not None:
             changed = differences(self.resumed.state["config"], to_dict(config))
             if changed:
+                free = ", ".join(key.rstrip(".") for key in MAY_DIFFER)
                 raise StditError(
                     f"{self.resumed.path} belongs to another config:\n  " + "\n  ".join(changed) + "\n"
-                    "Put these back, or choose another run=PATH. Only log, eval, checkpoint, parallel, schedule.steps, "
-                    "data.workers and data.prefetch may change."
+                    f"Put these back, or choose another run=PATH. Only {free} may change."
                 )
         self.step = self.resumed.step if self.resumed else 0  # optimizer steps done
         self.failures: dict[str, dict[str, Any]] = {}  # by clip id, of all ranks up to when they last shared them

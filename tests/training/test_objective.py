@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from stdit.config import load_config
 from stdit.data.planner import split
 from stdit.diffusion.tasks import draw_task
+from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.models.packing import unpack_clips, unpatchify
+from stdit.pipeline import ModelSettings
 from stdit.shapes import TokenGrid
 from stdit.training.build import Parts, build
+from stdit.training.export import make_pipeline
 from stdit.training.objective import FlowObjective, StepKey, output_tokens
 from stdit.training.parallel import World
 
@@ -156,6 +160,22 @@ def test_the_vae_loss_does_not_depend_on_the_split(tiny: Path) -> None:
         assert sum(batch.weight for batch in dealt) == whole.weight
         total = sum(float(parts.objective.module(batch)) for batch in dealt)
         assert total == pytest.approx(float(parts.objective.module(whole)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("crop", "near"), [(18, "16 or 20"), (3, "4")])
+def test_a_crop_that_the_vaes_stride_does_not_divide_is_named_before_training(tiny: Path, crop: int, near: str) -> None:
+    with pytest.raises(StditError, match=rf"objective\.vae\.crop is {crop}; .* 4 pixels\. Nearest: {near}\."):
+        build(load_config(tiny / "vae.yaml", [f"objective.vae.crop={crop}"]), ALONE)
+
+
+def test_a_shift_by_tokens_goes_into_the_model_folder(tiny: Path, tmp_path: Path) -> None:
+    settings = ["shift=2.5", "shift_tokens=96"]
+    overrides = ["data.workers=0", *(f"objective.flow.noise_levels.{one}" for one in settings)]
+    parts = build(load_config(tiny / "flow.yaml", overrides), ALONE)
+    weights = {name: p.detach() for name, p in parts.objective.module.named_parameters()}
+    make_pipeline(parts, weights, ALONE).save(tmp_path)
+    assert ModelSettings.read(tmp_path).shift_tokens == 96
+    assert UniPCMultistepScheduler.from_pretrained(tmp_path / "scheduler").config.flow_shift == 2.5
 
 
 def test_a_vae_trains_on_keyed_squares_of_its_clips(tiny: Path) -> None:
