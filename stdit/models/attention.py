@@ -24,10 +24,11 @@ from stdit.errors import StditError
 from stdit.models.packing import Segments
 from stdit.models.positions import wide_dtype
 from stdit.models.varlen import (
+    Call,
+    Grads,
     add_extra_key_grads,
     flash_backward,
     flash_forward,
-    longest,
     merge_extra_keys,
     varlen_backward,
     varlen_forward,
@@ -94,6 +95,7 @@ def refusal(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str
 
 
 # The operator: opaque to compiled code; eager code calls the same functions as a plain autograd function, for speed.
+# An operator's schema is read off its signature, so it takes a `Call` field by field.
 
 
 def _attention_forward(
@@ -108,31 +110,30 @@ def _attention_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (N, H, d) and the log-sum-exp of every query's scores (N, H), fp32 or fp64."""
+    call = Call(q, k, v, multiplicity, q_offsets, k_offsets, q_host, k_host)
     backend = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
-    _check_segments(q, k, multiplicity, q_host, k_host)
+    _check_segments(call)
     if backend in ("dense", "naive"):
-        return _dense_forward(q, k, v, multiplicity, q_host, k_host, naive=backend == "naive")
+        return _dense_forward(call, naive=backend == "naive")
     kernel = varlen_forward if backend == "varlen" else flash_forward
-    out, lse = kernel(q, k, v, q_offsets, k_offsets, longest(q_host), longest(k_host))
-    return merge_extra_keys(out, lse, q, k, v, multiplicity, q_host, k_host)
+    return merge_extra_keys(call, *kernel(call))
 
 
 _attention = torch.library.custom_op("stdit::segment_attention", _attention_forward, mutates_args=())
 
 
 @_attention.register_fake
-def _(q, k, v, multiplicity, q_offsets, k_offsets, q_host, k_host, backend):
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=dtype)
+def _(q, *_):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q))
 
 
 def _attention_backward(
     grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     multiplicity: Tensor | None,
     q_offsets: Tensor,
     k_offsets: Tensor,
@@ -140,13 +141,13 @@ def _attention_backward(
     k_host: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(q, k, v, multiplicity, q_offsets, k_offsets, q_host, k_host)
     backend = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
     grad = grad.contiguous()
     if backend in ("dense", "naive"):
-        return _dense_backward(grad, q, k, v, out, lse, multiplicity, q_host, k_host, naive=backend == "naive")
+        return _dense_backward(call, grad, out, lse, naive=backend == "naive")
     kernel = varlen_backward if backend == "varlen" else flash_backward
-    grads = kernel(grad, q, k, v, out, lse, q_offsets, k_offsets, longest(q_host), longest(k_host))
-    return add_extra_key_grads(grads, grad, q, k, v, out, lse, multiplicity, q_host, k_host)
+    return add_extra_key_grads(call, kernel(call, grad, out, lse), grad, out, lse)
 
 
 _attention_backward_op = torch.library.custom_op(
@@ -155,13 +156,13 @@ _attention_backward_op = torch.library.custom_op(
 
 
 @_attention_backward_op.register_fake
-def _(grad, q, k, v, out, lse, multiplicity, q_offsets, k_offsets, q_host, k_host, backend):
+def _(grad, out, lse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, multiplicity, *offsets, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, multiplicity, *offsets)
+    *call, ctx.backend = inputs
+    ctx.save_for_backward(*output, *call)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -181,7 +182,8 @@ class _Attention(torch.autograd.Function):
     backward = staticmethod(partial(_backward, run=_attention_backward))
 
 
-def _check_segments(q: Tensor, k: Tensor, multiplicity: Tensor | None, q_host: Tensor, k_host: Tensor) -> None:
+def _check_segments(call: Call) -> None:
+    q, k, multiplicity, q_host, k_host = call.q, call.k, call.multiplicity, call.q_host, call.k_host
     if len(q_host) != len(k_host) or int(q_host[-1]) != len(q) or int(k_host[-1]) != len(k):
         raise StditError(
             f"{len(q)} queries in {len(q_host) - 1} segments of {int(q_host[-1])} in all, {len(k)} keys in "
@@ -197,50 +199,40 @@ def _check_segments(q: Tensor, k: Tensor, multiplicity: Tensor | None, q_host: T
 # Grouped dense calls.
 
 
-def _dense_forward(
-    q: Tensor, k: Tensor, v: Tensor, multiplicity: Tensor | None, q_host: Tensor, k_host: Tensor, naive: bool
-) -> tuple[Tensor, Tensor]:
-    groups = _groups(tuple(q_host.tolist()), tuple(k_host.tolist()))
-    bias = None if multiplicity is None else multiplicity.to(q.device, wide_dtype(q)).log()
+def _dense_forward(call: Call, naive: bool) -> tuple[Tensor, Tensor]:
+    groups, bias = _groups(tuple(call.q_host.tolist()), tuple(call.k_host.tolist())), _bias(call)
     outs, lses = [], []
     for q_slices, k_slices, size in groups:
-        gq, gk, gv = _gather(q, q_slices, size), _gather(k, k_slices, size), _gather(v, k_slices, size)
-        gb = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
-        out, lse = _dense_call(gq, gk, gv, gb, naive)
+        q, k, v = _gather(call.q, q_slices, size), _gather(call.k, k_slices, size), _gather(call.v, k_slices, size)
+        b = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
+        out, lse = _dense_call(q, k, v, b, naive)
         outs.append(out)
         lses.append(lse)
     slices = [group[0] for group in groups]
     return _scatter(outs, slices), _scatter(lses, slices)
 
 
-def _dense_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    multiplicity: Tensor | None,
-    q_host: Tensor,
-    k_host: Tensor,
-    naive: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = _groups(tuple(q_host.tolist()), tuple(k_host.tolist()))
-    bias = None if multiplicity is None else multiplicity.to(q.device, wide_dtype(q)).log()
+def _dense_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, naive: bool) -> Grads:
+    groups, bias = _groups(tuple(call.q_host.tolist()), tuple(call.k_host.tolist())), _bias(call)
     parts = []
     for q_slices, k_slices, size in groups:
-        gg, gq = _gather(grad, q_slices, size), _gather(q, q_slices, size)
-        gk, gv = _gather(k, k_slices, size), _gather(v, k_slices, size)
-        gb = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
+        g, q = _gather(grad, q_slices, size), _gather(call.q, q_slices, size)
+        k, v = _gather(call.k, k_slices, size), _gather(call.v, k_slices, size)
+        b = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
         if naive or q.device.type != "cpu":
-            parts.append(_written_out_backward(gg, gq, gk, gv, gb))
+            parts.append(_written_out_backward(g, q, k, v, b))
         else:
-            go, gl = _gather(out, q_slices, size), _gather(lse, q_slices, size)
+            o, l = _gather(out, q_slices, size), _gather(lse, q_slices, size)
             backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            parts.append(backward(gg, gq, gk, gv, go, gl, 0.0, False, attn_mask=gb))
+            parts.append(backward(g, q, k, v, o, l, 0.0, False, attn_mask=b))
     dq, dk, dv = zip(*parts)
     q_slices_of, k_slices_of = [group[0] for group in groups], [group[1] for group in groups]
     return _scatter(dq, q_slices_of), _scatter(dk, k_slices_of), _scatter(dv, k_slices_of)
+
+
+def _bias(call: Call) -> Tensor | None:
+    """(M,) log n, what a key that stands for n adds to its scores."""
+    return None if call.multiplicity is None else call.multiplicity.to(call.q.device, wide_dtype(call.q)).log()
 
 
 def _dense_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, naive: bool) -> tuple[Tensor, Tensor]:
@@ -255,9 +247,7 @@ def _dense_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, naive: boo
     return (scores.softmax(-1) @ v.to(scores.dtype)).to(q.dtype), scores.logsumexp(-1)
 
 
-def _written_out_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _written_out_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Grads:
     """Gradients of softmax(q·k)·v by their formula, some queries at a time so that the scores fit in memory."""
     wide, scale = wide_dtype(q), q.shape[-1] ** -0.5
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)

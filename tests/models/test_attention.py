@@ -9,7 +9,7 @@ from stdit.models.attention import (
     segment_attention,
 )
 from stdit.models.packing import Segments
-from stdit.models.varlen import add_extra_key_grads, merge_extra_keys
+from stdit.models.varlen import Call, add_extra_key_grads, merge_extra_keys
 
 MIXES = [  # query and key lengths of the segments
     ([7], [7]),
@@ -108,9 +108,9 @@ def test_merging_log_sum_exps_equals_a_bias(q_lengths, k_lengths):
     wanted_grads = torch.autograd.grad(wanted, (q, k, v), grad)
 
     q, k, v = (t.detach() for t in (q, k, v))
-    hosts = (q_segments.host, k_segments.host)
-    out, lse = _attention(q, k, v, None, q_segments.offsets, k_segments.offsets, *hosts, "naive")
-    out, lse = merge_extra_keys(out, lse, q, k, v, multiplicity, *hosts)
+    ends = (q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host)
+    call = Call(q, k, v, multiplicity, *ends)
+    out, lse = merge_extra_keys(call, *_attention(q, k, v, None, *ends, "naive"))
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
 
     segment_of = [torch.arange(len(l)).repeat_interleave(torch.tensor(l)) for l in (q_lengths, k_lengths)]
@@ -124,7 +124,7 @@ def test_merging_log_sum_exps_equals_a_bias(q_lengths, k_lengths):
         torch.einsum("hqk,qhd->khd", ds, q),
         torch.einsum("hqk,qhd->khd", p, grad),
     ]
-    found = add_extra_key_grads(tuple(once), grad, q, k, v, out, lse, multiplicity, *hosts)
+    found = add_extra_key_grads(call, tuple(once), grad, out, lse)
     for a, b in zip(found, wanted_grads):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
