@@ -42,7 +42,6 @@ __all__ = [
     "is_image",
     "probe",
     "read_frames",
-    "read_image",
     "write_video",
 ]
 
@@ -156,12 +155,6 @@ def _of_storage(error: Exception) -> bool:
         return False
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or library not in ("builtins", "PIL", "struct", "zlib")
-
-
-def read_image(path: str, limits: Limits = LIMITS) -> np.ndarray:
-    """An image file as uint8 RGB (1, H, W, 3), EXIF rotation applied, transparency on white."""
-    check_file(path)
-    return decode_image(path, limits)[None]
 
 
 # ---------------------------------------------------------------------------------------------------------- videos

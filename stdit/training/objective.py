@@ -165,7 +165,7 @@ class FlowObjective:
         self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding)
         self.model_config = transformer.config
         self._ids = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.tokenize([caption])[0])
-        self._embedding = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.encode([caption])[0].to(device, dtype))
+        self._embedding = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.encode([caption])[0].to("cpu", dtype))
 
     def tokens(self, shape: VideoShape) -> int:
         return shape.grid(self.vae.config.stride, self.model_config.patch).tokens
@@ -284,9 +284,10 @@ class FlowObjective:
         texts = []
         for caption, example in zip(captions, examples):
             if example is not None and example.text is not None and caption == example.caption:
-                texts.append(example.text.to(self.device, self.dtype))
+                text = example.text
             else:
-                texts.append(self._embedding(caption))
+                text = self._embedding(caption)
+            texts.append(text.to(self.device, self.dtype))
         return pack_texts(texts, self.text_padding), None
 
 
@@ -311,8 +312,7 @@ class VaeModule(nn.Module):
         for video, noise, weights in batch.groups:
             mean, logvar = self.vae.encode_moments(video)
             output = self.vae.decode_raw(mean + (0.5 * logvar).exp() * noise.to(mean))
-            loss = vae_loss(output, video, mean, logvar, self.config.kl, reduce=False)
-            total = total + (loss.total * weights).sum()
+            total = total + (vae_loss(output, video, mean, logvar, self.config.kl) * weights).sum()
         if self.touch_all:  # images leave temporal layers out: every rank must have every gradient
             total = total + 0.0 * sum(p.float().sum() for p in self.parameters())
         return total

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.errors import StditError, nearest_name
-from stdit.shapes import LatentShape, VideoShape
+from stdit.shapes import VideoShape
 from stdit.vae.layers import (
     AttentionBlock,
     CausalConv3d,
@@ -235,14 +235,6 @@ class CausalVAE(nn.Module):
         self.conv1.weight[self.config.z_dim :].zero_()
         self.conv1.get_parameter("bias")[self.config.z_dim :].fill_(START_LOGVAR)
 
-    @property
-    def stride(self) -> tuple[int, int, int]:
-        return self.config.stride
-
-    def latent_shape(self, frames: int, height: int, width: int) -> LatentShape:
-        """Shape of the latents of a clip; StditError (with the nearest that works) where the stride does not divide."""
-        return VideoShape(frames, height, width).latent(self.config.stride)
-
     def encode(self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W').
 
@@ -304,7 +296,7 @@ class CausalVAE(nn.Module):
                 f"video of {video.dtype}: the VAE encodes floats in [-1, 1]. From uint8: video.float() / 127.5 - 1."
             )
         _, _, t, h, w = video.shape
-        self.latent_shape(t + 1 if more else t, h, w)
+        VideoShape(t + 1 if more else t, h, w).latent(self.config.stride)  # raises where it does not divide
         if video.device.type == "meta" or video.numel() == 0:
             return
         low, high = torch.stack(video.detach().aminmax()).tolist()

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class VaeLoss(NamedTuple):
-    """`total` is what trains; `reconstruction` and `kl` are without weights. Scalars, or (B,)."""
-
-    total: Tensor
-    reconstruction: Tensor
-    kl: Tensor
-
-
-def vae_loss(
-    output: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float = 1e-6, reduce: bool = True
-) -> VaeLoss:
+def vae_loss(output: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> Tensor:
     """L1 + kl_weight · KL of a VAE (Rombach et al. 2022, appendix G, without its perceptual and adversarial terms).
 
     output, video: (B, 3, T, H, W) in [−1, 1]; mean, logvar: (B, z, T', H', W') of the raw latents.
     The L1 is the mean over a clip's elements (frames, rows, columns, colours), the KL the mean over its latent
-    elements, in nats; so both mean the same at any shape. reduce: the mean over clips, else one value a clip (B,).
+    elements, in nats; so both mean the same at any shape. Returns (B,).
     """
     reconstruction = F.l1_loss(output.float(), video.float(), reduction="none").flatten(1).mean(1)  # (B,)
     kl = kl_to_normal(mean, logvar).flatten(1).mean(1)  # (B,)
-    total = reconstruction + kl_weight * kl
-    loss = VaeLoss(total, reconstruction, kl)
-    return VaeLoss(*(part.mean() for part in loss)) if reduce else loss
+    return reconstruction + kl_weight * kl
 
 
 def kl_to_normal(mean: Tensor, logvar: Tensor) -> Tensor:

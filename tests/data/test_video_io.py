@@ -21,7 +21,6 @@ from stdit.data.video_io import (
     contact_sheet,
     probe,
     read_frames,
-    read_image,
     write_video,
 )
 from stdit.errors import StditError
@@ -265,9 +264,9 @@ def test_images(tmp_path):
     image.convert("RGBA").save(tmp_path / "clear.png")
     clear = np.dstack([pixels, np.zeros((20, 30), np.uint8)])
     Image.fromarray(clear).save(tmp_path / "transparent.png")
-    assert np.array_equal(read_image(str(tmp_path / "turned.png"))[0], np.rot90(pixels, -1))
+    assert np.array_equal(read_frames(str(tmp_path / "turned.png"), 1)[0], np.rot90(pixels, -1))
     assert np.array_equal(read_frames(str(tmp_path / "lossless.webp"), 1)[0], pixels)
-    assert (read_image(str(tmp_path / "transparent.png")) == 255).all()
+    assert (read_frames(str(tmp_path / "transparent.png"), 1) == 255).all()
     found = probe(str(tmp_path / "turned.png"))
     assert (found.width, found.height, found.frames, found.image) == (20, 30, 1, True)
     (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:400])

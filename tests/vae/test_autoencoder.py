@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from stdit.errors import StditError
+from stdit.shapes import VideoShape
 from stdit.vae.autoencoder import PRESETS, CausalVAE, VaeConfig, measure_latents, preset
 from stdit.weights.families import wan_vae
 
@@ -59,7 +60,7 @@ def test_equals_diffusers(config, frames):
     video = clip(config, frames, rows=1 if frames == 17 else 3, columns=5 if frames == 5 else 2, batch=2)
     posterior = theirs.encode(video).latent_dist
     mean, logvar = ours.encode_moments(video)
-    shape = ours.latent_shape(*video.shape[2:])
+    shape = VideoShape(*video.shape[2:]).latent(ours.config.stride)
     assert mean.shape == (2, config.z_dim, shape.frames, shape.height, shape.width)
     assert_relative(mean, posterior.mean)
     assert_relative(logvar, posterior.logvar)
@@ -246,10 +247,10 @@ def test_trains_a_little():
     losses = []
     for _ in range(20):
         mean, logvar = vae.encode_moments(video)
-        loss = vae_loss(vae.decode_raw(mean), video, mean, logvar, kl_weight=1e-6)
+        loss = vae_loss(vae.decode_raw(mean), video, mean, logvar, kl_weight=1e-6).mean()
         optimizer.zero_grad()
-        loss.total.backward()
+        loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
         optimizer.step()
-        losses.append(loss.total.item())
+        losses.append(loss.item())
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.85 * losses[0]
