@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import types
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import yaml
 
-from stdit.errors import StditError, nearest_name
+from stdit.errors import StditError, about, nearest_name
 from stdit.training.settings import RunConfig, differences, save_config, to_dict
 
 __all__ = ["RunConfig", "differences", "from_dict", "load_config", "save_config", "to_dict"]
@@ -22,10 +24,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file with `a.b=c` set on top, values read as YAML; `run=PATH` sets run.path."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise StditError(f"config {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StditError(f"{path} is not YAML: {error}") from error
     raw = {} if raw is None else raw
     config = from_dict(raw, str(path))
@@ -83,10 +85,8 @@ def _build(kind: type, raw: Any, key: str, where: str) -> Any:
                 f"{where}: {full} is not a setting.{nearest_name(str(name), known)} "
                 f"{key or 'The config'} has: {', '.join(known)}."
             )
-    try:
+    with about(f"{where}: {key}"):
         return kind(**values)
-    except StditError as error:
-        raise StditError(f"{where}: {key}: {error}") from error
 
 
 def _value(hint: Any, value: Any, key: str, where: str) -> Any:
@@ -123,10 +123,9 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
     elif origin is dict and isinstance(value, dict):
         return {str(name): _value(arguments[1], one, f"{key}.{name}", where) for name, one in value.items()}
     elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML takes 1e-4 for a text
-        except ValueError:
-            pass
+        with suppress(ValueError, OverflowError):  # YAML takes 1e-4 for a text
+            if math.isfinite(value := float(value)):
+                return value
     elif hint in (int, bool, str) and type(value) is hint:
         return value
     raise StditError(f"{where}: {key} is {value!r}; it must be {_describe(hint)}.")
@@ -142,5 +141,5 @@ def _describe(hint: Any) -> str:
         return f"a list of {len(arguments)} values" if arguments[-1] is not Ellipsis else "a list"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a mapping"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(hint, str(hint))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class StditError(ValueError):
@@ -17,6 +18,15 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts the setting, or whatever a StditError raised within is about, in front of its message."""
+    try:
+        yield
+    except StditError as error:
+        raise StditError(f"{what}: {error}") from error
 
 
 class Interrupted(Exception):

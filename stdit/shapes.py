@@ -80,7 +80,15 @@ class VideoShape:
     def grid(self, stride: tuple[int, int, int], patch: tuple[int, int, int]) -> TokenGrid:
         """Token grid under a VAE stride and a patch; sizes must be multiples of stride × patch."""
         check_size(self.width, self.height, (stride[2] * patch[2], stride[1] * patch[1]))
-        return self.latent(stride).grid(patch)
+        latent = self.latent(stride)
+        if latent.frames % patch[0]:
+            low = latent.frames // patch[0] * patch[0]
+            near = [1 + (n - 1) * stride[0] for n in (low, low + patch[0]) if n]
+            raise StditError(
+                f"{self.frames} frames are {latent.frames} latent frames, which a patch of {patch[0]} frames does not "
+                f"divide; nearest {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}."
+            )
+        return latent.grid(patch)
 
 
 def nearest_frames(frames: int, temporal_stride: int) -> tuple[int, int]:

@@ -65,6 +65,11 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
         ("a: [", [], ["run.yaml", "not YAML"]),
         ("", ["optimizer.lr"], ["'optimizer.lr'", "KEY=VALUE"]),
         ("optimizer: 3", ["optimizer.lr=1"], ["optimizer"]),
+        ("plan: {largest_clips_per_step: .nan}", [], ["plan.largest_clips_per_step", "nan", "finite"]),
+        ("data: {fps: inf}", [], ["data.fps", "inf", "finite"]),
+        ("text: {trained: {heads: 0}}", [], ["text.trained", "heads 0"]),
+        ("text: {trained: {dim: 30, heads: 4}}", [], ["text.trained", "dim 30"]),
+        ("parallel: {sequence_parallel: 0}", [], ["parallel", "sequence_parallel 0"]),
     ],
 )
 def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, overrides: list[str], words: list[str]) -> None:
@@ -72,6 +77,12 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, overrides:
         load_config(write(tmp_path, text), overrides)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes("run: {path: Läufe}".encode("latin-1"))
+    with pytest.raises(StditError, match=r"run\.yaml is not YAML.*utf-8"):
+        load_config(tmp_path / "run.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

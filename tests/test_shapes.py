@@ -65,6 +65,8 @@ def test_sizes_that_are_not_multiples_name_the_nearest():
 
 
 def test_latents_that_the_patch_does_not_divide():
+    with pytest.raises(StditError, match=r"5 frames are 3 latent frames, which a patch of 2.*nearest are 3 and 7"):
+        VideoShape(5, 32, 32).grid((2, 4, 4), (2, 2, 2))
     with pytest.raises(StditError, match="3×4×5"):
         LatentShape(3, 4, 5).grid((1, 2, 2))
 

@@ -1,4 +1,4 @@
-"""The manifest: one row a clip. Parquet (JSONL and CSV are read too), and `scan`, which makes it from a folder.
+"""The manifest: one row a clip, as Parquet (JSONL and CSV are read too).
 
 Columns: `id` (sha256 of the file's sha256 with start and end, not of the path), `path`, `captions` (list of {text,
 weight}), `frames`, `fps`, `width`, `height` (as displayed), `start`, `end` (seconds; both 0 for an image), `sha256`.
@@ -209,7 +209,10 @@ def read_manifest(path: str | Path) -> Manifest:
         if version != str(FORMAT).encode():
             raise StditError(f"{path} has manifest format {version.decode()}; this stdit reads {FORMAT}.")
     elif suffix in (".jsonl", ".csv"):
-        table = _from_rows(path, list(json_lines(path) if suffix == ".jsonl" else _csv(path)))
+        try:
+            table = _from_rows(path, list(json_lines(path) if suffix == ".jsonl" else _csv(path)))
+        except UnicodeDecodeError as error:
+            raise StditError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
     else:
         raise StditError(f"{path}: a manifest is a .parquet, .jsonl or .csv file.")
     return Manifest(table, path.parent, str(path))

@@ -273,11 +273,13 @@ def read_scheduler(folder: str | Path) -> dict[str, Any]:
     """The config in a model folder's scheduler/, checked."""
     path = Path(folder) / "scheduler_config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise StditError(f"{path} does not exist. A model folder's scheduler/ holds it.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise StditError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise StditError(f"{path} holds {type(config).__name__} where a JSON object is wanted.")
     check_scheduler(config, str(path))
     return config
 

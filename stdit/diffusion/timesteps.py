@@ -25,7 +25,8 @@ class TimestepConfig:
     """The distribution of noise levels in training.
 
     shift moves every level (1 leaves it); shift_tokens, if set, multiplies the shift by √(tokens / shift_tokens), so a
-    clip of shift_tokens tokens has the shift as written and larger clips see more noise.
+    clip of shift_tokens tokens has the shift as written and larger clips see more noise. stdit samples with the same;
+    diffusers, whose schedulers know only the shift as written, must be told another one for every size.
     """
 
     distribution: Literal["logit_normal", "uniform"] = "logit_normal"

@@ -15,11 +15,11 @@ from stdit.data.loader import Loader
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.planner import Plan
 from stdit.encode import text_identity, vae_identity
-from stdit.errors import StditError
+from stdit.errors import StditError, about
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
-from stdit.training.engine import PRECISIONS, check_optimizer, zero_stage
+from stdit.training.engine import PRECISIONS, check_engine, zero_stage
 from stdit.training.objective import FlowObjective, Objective, VaeObjective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
@@ -66,7 +66,7 @@ def build(config: RunConfig, world: World) -> Parts:
     """Reads the data, builds the models with their starting weights (the same on all ranks)."""
     if not config.data.manifest:
         raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
-    check_optimizer(config.optimizer, config.parallel, world.device)
+    check_engine(config.optimizer, config.parallel, world.device)
     manifest = read_manifest(config.data.manifest)
     assignment = assign(manifest, config.data)
     torch.manual_seed(config.run.seed)
@@ -90,16 +90,18 @@ def check_evaluation(parts: Parts) -> None:
         shape = parts.sampled_shapes[0]
         size = VideoShape.parse(settings.size) if settings.size else shape
         asked = VideoShape(shape.frames if settings.frames is None else settings.frames, size.height, size.width)
-        try:
+        with about(f"eval.size={settings.size}, eval.frames={settings.frames}"):
             objective.tokens(asked)
-        except StditError as error:
-            raise StditError(f"eval.size={settings.size}, eval.frames={settings.frames}: {error}") from error
 
 
 def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, config: RunConfig, epoch: int) -> Plan:
+    tokens = []
+    for shape in assignment.shapes:
+        with about(f"data.shapes: {shape}"):
+            tokens.append(objective.tokens(shape))
     return Plan(
         assignment.bucket,
-        [objective.tokens(shape) for shape in assignment.shapes],
+        tokens,
         objective.cost,
         config.plan,
         config.run.seed,
@@ -121,7 +123,8 @@ def make_objective(config: RunConfig, manifest: Manifest, world: World) -> Objec
     if not config.vae.path:
         raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")
     # In fp32 under any precision: it goes into the exported folder, and must not be rounded on the way.
-    vae = load_vae(config.vae.path, dtype=torch.float32, device=world.device).eval()
+    with about("vae.path"):
+        vae = load_vae(config.vae.path, dtype=torch.float32, device=world.device).eval()
     text_encoder = make_text_encoder(config, manifest)
     if config.text.path:
         text_encoder.requires_grad_(False).to(world.device, dtype)
@@ -150,7 +153,8 @@ def make_vae(config: RunConfig) -> CausalVAE:
     if config.vae.path is None:
         base = vae_preset(config.vae.preset)
         return CausalVAE(VaeConfig(**(vars(base) | config.vae.overrides)))
-    vae = load_vae(config.vae.path, dtype=torch.float32)
+    with about("vae.path"):
+        vae = load_vae(config.vae.path, dtype=torch.float32)
     for name, value in config.vae.overrides.items():
         if getattr(vae.config, name) != value:
             raise StditError(f"vae.{name} is {value}, but {config.vae.path} has {getattr(vae.config, name)}.")
@@ -161,7 +165,8 @@ def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
     """The frozen encoder of `text.path`, or a fresh one whose words are the manifest's."""
     length = config.text.padding or 512
     if config.text.path:
-        return load_text_encoder(config.text.path, max_length=length)
+        with about("text.path"):
+            return load_text_encoder(config.text.path, max_length=length)
     if config.text.trained is None:
         raise StditError("text.path or text.trained must be set: a folder with text_encoder/, or one to train along.")
     trained = config.text.trained
@@ -181,9 +186,11 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
                 f"Leave it out."
             )
     if config.model.weights is None:
-        model = STDiT(TransformerConfig.preset(config.model.preset, **(config.model.overrides | follow)))
+        with about("model"):
+            model = STDiT(TransformerConfig.preset(config.model.preset, **(config.model.overrides | follow)))
     else:
-        model = load_transformer(config.model.weights, dtype=torch.float32)
+        with about("model.weights"):
+            model = load_transformer(config.model.weights, dtype=torch.float32)
         for name, value in (config.model.overrides | follow).items():
             if name != "text_padding" and getattr(model.config, name) != value:
                 raise StditError(f"{config.model.weights}: {name} is {getattr(model.config, name)}, not {value}.")

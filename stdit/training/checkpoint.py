@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from stdit.errors import StditError
 from stdit.files import publish_folder, sync
 from stdit.training.ema import Ema
-from stdit.training.engine import Engine, group_state
+from stdit.training.engine import Engine
+from stdit.training.optimizer import group_state
 from stdit.training.parallel import World
 from stdit.weights.files import read_header, read_json
 

@@ -10,37 +10,23 @@ parameters that lie in each. Checkpoints and the moving average need to know no 
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stdit.errors import StditError, nearest_name
-from stdit.training.ema import EmaConfig
+from stdit.errors import StditError, about
+from stdit.training.optimizer import ELEMENTWISE, OptimizerConfig, group_state, make_optimizer
 from stdit.training.parallel import World
 from stdit.weights.files import read_json
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# What ZeRO may cut anywhere: optimizers whose update of one number needs no other number of the tensor. Not adan, which
-# counts steps by groups: ZeRO-3 updates the groups one after the other, and each time all would count.
-ELEMENTWISE = {"sgd", "momentum", "nesterov", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "adabelief"}
-ELEMENTWISE |= {"lion", "adopt", "adoptw", "laprop", "rmsprop", "rmsproptf", "adagrad"}
-
-# Optimizers of timm, by how their names start, that a run could not train with or not go on with.
-REFUSED = {
-    "kron": "no checkpoint holds its preconditioners",
-    "adahessian": "it needs second derivatives",
-}
 
 # What the run's config decides, and a DeepSpeed JSON therefore must not.
 OURS = {
@@ -62,34 +48,15 @@ OURS = {
 
 
 @dataclass
-class OptimizerConfig:
-    """name: adamw (torch's) or any of timm's (sgd, lion, muon, …). clip: of the gradient's global norm, 0 for none.
-
-    weight_decay acts on matrices only: not on biases, norms and modulation tables. options: further arguments of the
-    optimizer, by its own names.
-    """
-
-    name: str = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise StditError(f"lr {self.lr:g} must be positive.")
-        if not self.weight_decay >= 0 or not self.clip >= 0:
-            raise StditError(f"weight_decay {self.weight_decay:g} and clip {self.clip:g} must not be negative.")
-
-
-@dataclass
 class ParallelConfig:
     """deepspeed: a DeepSpeed JSON, needed on more than one rank. sequence_parallel: ranks that share a clip."""
 
     deepspeed: str | None = None
     sequence_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel < 1:
+            raise StditError(f"sequence_parallel {self.sequence_parallel} must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -101,12 +68,6 @@ class Piece:
     offset: int
     start: int
     numel: int
-
-
-def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer keeps for a whole group of parameters (timm's lamb and adan: the step), beside its settings."""
-    settings = optimizer.defaults.keys() | {"params"}
-    return [{key: value for key, value in group.items() if key not in settings} for group in optimizer.param_groups]
 
 
 class Engine:
@@ -288,16 +249,16 @@ def make_engine(
     module: nn.Module, optimizer: OptimizerConfig, parallel: ParallelConfig, precision: str, world: World
 ) -> Engine:
     """The engine that the config asks for. The module holds its starting weights, in fp32."""
-    if parallel.sequence_parallel != 1:
-        raise StditError(f"parallel.sequence_parallel={parallel.sequence_parallel}: only 1 is supported so far.")
-    check_optimizer(optimizer, parallel, world.device)
+    check_engine(optimizer, parallel, world.device)
     if parallel.deepspeed is None:
         return TorchEngine(module, optimizer, precision, world)
     return DeepSpeedEngine(module, optimizer, parallel, precision, world)
 
 
-def check_optimizer(config: OptimizerConfig, parallel: ParallelConfig, device: torch.device) -> None:
-    """Raises for what no optimizer can be made of, before anything large is."""
+def check_engine(config: OptimizerConfig, parallel: ParallelConfig, device: torch.device) -> None:
+    """Raises for what no engine can be made of, before anything large is."""
+    if parallel.sequence_parallel != 1:
+        raise StditError(f"parallel.sequence_parallel={parallel.sequence_parallel}: only 1 is supported so far.")
     stage = zero_stage(parallel.deepspeed)
     if stage > 0 and config.name not in ELEMENTWISE:
         raise StditError(
@@ -308,62 +269,14 @@ def check_optimizer(config: OptimizerConfig, parallel: ParallelConfig, device: t
     make_optimizer({name: nn.Parameter(torch.zeros(size, device=device)) for name, size in sizes.items()}, config)
 
 
-def make_optimizer(
-    parameters: dict[str, nn.Parameter], config: OptimizerConfig, lr: float | None = None
-) -> torch.optim.Optimizer:
-    """Torch's AdamW, or timm's optimizer of that name, over two groups: with weight decay and without."""
-    decayed = [p for name, p in parameters.items() if decays(name, p)]
-    plain = [p for name, p in parameters.items() if not decays(name, p)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    lr = config.lr if lr is None else lr
-    if config.name == "adamw":
-        kind: Callable[..., Any] = torch.optim.AdamW
-        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, groups, lr=lr)
-        arguments: dict[str, Any] = {"fused": True}
-    else:
-        import timm.optim
-
-        known = [str(name) for name in timm.optim.list_optimizers()]
-        if config.name not in known:
-            raise StditError(f"optimizer.name {config.name!r} is not known.{nearest_name(config.name, known)}")
-        for start, reason in REFUSED.items():
-            if config.name.startswith(start):
-                raise StditError(f"optimizer.name={config.name} is not supported: {reason}. Try adamw or muon.")
-        kind = timm.optim.get_optimizer_class(config.name, bind_defaults=False)
-        make = partial(timm.optim.create_optimizer_v2, groups, opt=config.name, lr=lr)
-        arguments = {}
-    takes = inspect.signature(kind).parameters
-    if "betas" in takes:
-        usual = takes["betas"].default
-        betas = config.options.get("betas", config.betas)
-        if usual is not None and (not isinstance(betas, list | tuple) or len(betas) != len(usual)):
-            raise StditError(
-                f"optimizer.name={config.name} takes {len(usual)} betas, not {betas}: set optimizer.options.betas, "
-                f"such as {list(usual)}."
-            )
-        arguments["betas"] = betas
-    try:
-        return make(**(arguments | config.options))
-    except Exception as error:  # each checks its arguments in its own way, and some need what is not installed
-        raise StditError(f"optimizer.name={config.name} with optimizer.options={config.options}: {error}") from error
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay acts on a parameter: matrices and kernels, not biases, norms and modulation tables."""
-    return parameter.ndim >= 2 and name.endswith("weight")
-
-
 def zero_stage(path: str | None) -> int:
     """The ZeRO stage of a DeepSpeed JSON; 0 without one."""
     return 0 if path is None else _read_json(Path(path), "fp32")[1]
 
 
 def _read_json(path: Path, precision: str) -> tuple[dict[str, Any], int]:
-    settings = read_json(path)
+    with about("parallel.deepspeed"):
+        settings = read_json(path)
     for key, owner in OURS.items():
         if key in settings:
             raise StditError(f"{path} sets {key!r}, which the run's config owns ({owner}). Take it out of the JSON.")

@@ -15,8 +15,9 @@ from stdit.errors import StditError
 from stdit.files import publish_text
 from stdit.shapes import VideoShape
 from stdit.training.checkpoint import CheckpointConfig
-from stdit.training.engine import OptimizerConfig, ParallelConfig
+from stdit.training.engine import ParallelConfig
 from stdit.training.objective import ObjectiveConfig
+from stdit.training.optimizer import OptimizerConfig
 from stdit.training.schedule import ScheduleConfig
 
 # On resume only these may differ: nothing in them changes what is computed.
@@ -70,6 +71,12 @@ class TrainedText:
     dim: int = 128
     layers: int = 2
     heads: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.layers, self.heads) < 1 or self.dim % self.heads:
+            raise StditError(
+                f"dim {self.dim}, layers {self.layers} and heads {self.heads} must be at least 1, and heads divide dim."
+            )
 
 
 @dataclass

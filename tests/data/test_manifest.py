@@ -202,6 +202,9 @@ def test_wrong_manifests_say_where(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"path": "a.mp4", "fps": "fast"}\n')
     with pytest.raises(StditError, match="line 1 has no id"):
         read_manifest(tmp_path / "m.jsonl")
+    (tmp_path / "m.jsonl").write_bytes(b'{"path": "l\xe4ufe.mp4"}\n')
+    with pytest.raises(StditError, match=r"m\.jsonl is not UTF-8"):
+        read_manifest(tmp_path / "m.jsonl")
     table = Manifest.of([clip(1)]).table.replace_schema_metadata({"stdit_manifest": "99"})
     pq.write_table(table, tmp_path / "new.parquet")
     with pytest.raises(StditError, match="manifest format 99"):

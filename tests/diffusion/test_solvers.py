@@ -101,6 +101,13 @@ def test_a_folder_goes_both_ways(tmp_path):
         assert solvers.make_solver(read, 5).levels == solvers.make_solver(config, 5).levels
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b'"\xe4"'])
+def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
+    (tmp_path / "scheduler_config.json").write_bytes(content)
+    with pytest.raises(StditError, match=r"scheduler_config\.json (is not JSON|holds list)"):
+        solvers.read_scheduler(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -16,7 +16,8 @@ from stdit.errors import StditError
 from stdit.training import checkpoint
 from stdit.training.checkpoint import Checkpoint, published, remove_strays
 from stdit.training.ema import Ema, EmaConfig
-from stdit.training.engine import Engine, OptimizerConfig, Piece, TorchEngine, group_state, make_optimizer
+from stdit.training.engine import Engine, Piece, TorchEngine
+from stdit.training.optimizer import OptimizerConfig, group_state, make_optimizer
 from stdit.training.parallel import World
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.training.ema import Ema, EmaConfig
-from stdit.training.engine import OptimizerConfig, ParallelConfig, TorchEngine, make_engine, stand_alone
+from stdit.training.engine import ParallelConfig, TorchEngine, make_engine, stand_alone
+from stdit.training.optimizer import OptimizerConfig
 from stdit.training.parallel import World
 from stdit.training.schedule import ScheduleConfig
 

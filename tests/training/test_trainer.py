@@ -338,10 +338,12 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     ("overrides", "words"),
     [
         (["vae.path=null"], "vae.path"),
+        (["vae.path=nowhere"], "vae.path: nowhere: no such file"),
+        (["model.weights=nowhere"], "model.weights: nowhere: no such file"),
         (["text.trained=null"], "text.path or text.trained"),
         (["data.manifest=''"], "data.manifest"),
         (["data.shapes=[640x640x33]"], "no clip is in any bucket"),
-        (["data.shapes=[36x32x5]"], "36x32"),
+        (["data.shapes=[36x32x5]"], "data.shapes: 36x32x5: .*Nearest: 32x32 or 40x32"),
         (["model.in_channels=16"], "model.in_channels is 16"),
         (["model.preset=tyo"], "'toy'"),
         (["parallel.deepspeed=nowhere.json"], "nowhere.json"),
