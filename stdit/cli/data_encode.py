@@ -30,14 +30,14 @@ def encode(
     Example: stdit data encode videos/manifest.parquet --config configs/toy/dit.yaml --out videos/cache
     """
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from stdit.cli.bars import counting_bar
+    from stdit.cli.device import pick_device
     from stdit.config import load_config
     from stdit.data.buckets import assign
     from stdit.data.manifest import read_manifest
     from stdit.encode import encode_manifest, text_identity, vae_identity
-    from stdit.errors import StditError
+    from stdit.errors import StditError, about
     from stdit.weights.io import load_vae
 
     run = load_config(config, overrides or [])
@@ -50,19 +50,22 @@ def encode(
     if not wanted:
         raise StditError(f"{manifest}: no clip fits one of data.shapes ({left_out or 'it is empty'}).")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    vae = load_vae(run.vae.path, dtype=torch.float32, device=device or local).eval()
+    device = pick_device(device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    with about("vae.path"):
+        vae = load_vae(run.vae.path, dtype=torch.float32, device=device).eval()
+    for shape in assignment.shapes:
+        with about(f"data.shapes: {shape}"):
+            shape.latent(vae.config.stride)
     text_encoder = text_id = None
     if run.text.path:
         from stdit.text.encoders import load_text_encoder
 
         text_encoder = load_text_encoder(
-            run.text.path, max_length=run.text.padding or 512, dtype=torch.float32, device=device or local
+            run.text.path, max_length=run.text.padding or 512, dtype=torch.float32, device=device
         ).eval()
         text_id = text_identity(run.text.path, text_encoder.max_length)
-    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as progress:
-        task = progress.add_task("", total=None)
+    with counting_bar(hidden=rank > 0) as progress:
+        task = progress.add_task("encoding", total=None)
         done = encode_manifest(
             clips,
             assignment,
@@ -72,7 +75,7 @@ def encode(
             out,
             vae_id=vae_identity(run.vae.path),
             text_id=text_id,
-            device=device or local,
+            device=device,
             batch=batch,
             rank=rank,
             ranks=ranks,

@@ -44,17 +44,16 @@ def scan(
     Example: stdit data scan videos --out videos/manifest.parquet
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from stdit.cli.bars import counting_bar
     from stdit.data.scan import scan as scan_folder
     from stdit.data.scan import skipped_path
     from stdit.errors import StditError
 
     if out.suffix.lower() != ".parquet":
         raise StditError(f"--out {out}: manifests are written as Parquet; name it {out.with_suffix('.parquet').name}.")
-    columns = (TextColumn("probing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None)
+    with counting_bar() as progress:
+        task = progress.add_task("probing", total=None)
         result = scan_folder(
             folder,
             captions,

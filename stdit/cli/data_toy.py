@@ -22,8 +22,7 @@ def toy(
 
     Example: stdit data toy data/toy && stdit data scan data/toy/train --out data/toy/manifest.parquet
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from stdit.cli.bars import counting_bar
     from stdit.data.toy import ToySettings, make_toy
     from stdit.errors import StditError
 
@@ -39,8 +38,7 @@ def toy(
         seconds=lengths,
         image_share=images,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=as_json) as bar:
+    with counting_bar(hidden=as_json) as bar:
         task = bar.add_task("rendering", total=None)
         counts = make_toy(folder, settings, lambda done, total: bar.update(task, completed=done, total=total))
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,22 +47,14 @@ def toy(
 
     Example: stdit eval toy --model runs/toy/model --out runs/toy --held-out data/toy/held_out
     """
-    import torch
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from stdit.cli.bars import named_bars
+    from stdit.cli.device import pick_device
     from stdit.evaluation.harness import evaluate_toy
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
+    with named_bars(hidden=as_json) as progress:
         result = evaluate_toy(model, out, prompts, shape, steps, guidance, seed, held_out, device, progress)
     if as_json:
         print(json.dumps(result, indent=1))

@@ -46,23 +46,16 @@ def captions(
 
     Example: stdit eval captions --model runs/asl/dit/model --out runs/asl/dit --group 'A person in (.+) signs'
     """
-    import torch
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from stdit.cli.bars import named_bars
+    from stdit.cli.device import pick_device
     from stdit.config import load_config
     from stdit.evaluation.captions import evaluate_captions
 
     run = load_config(config or out / "config.yaml")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
+    device = pick_device(device)
+    with named_bars(hidden=as_json) as progress:
         result = evaluate_captions(
             model,
             run.data,
@@ -74,7 +67,7 @@ def captions(
             run.eval.steps if steps is None else steps,
             run.eval.guidance if guidance is None else guidance,
             seed,
-            device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device,
             progress=progress,
         )
     if as_json:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stdit.cli.device import pick_device
 from stdit.cli.stopped import when_stopped
 from stdit.errors import StditError
 from stdit.files import publish_text
@@ -84,7 +85,7 @@ def sample(
 
     if solver is not None:
         named_config(solver, {})  # an unknown name is an error before minutes of loading
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
     fps = pipeline.settings.fps if fps is None else fps
     if ratio is None and wanted is None and source is not None:

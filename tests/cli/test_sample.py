@@ -102,6 +102,8 @@ def test_a_frame_or_the_end_of_a_video_is_known(folder, tmp_path, capsys):
         (["--prompt", "a", "--fps", "0"], 2, "positive"),
         (["--prompt", "a", "--solver", "unpic"], 1, "'unipc'"),
         (["--prompt", "a", "--dtype", "half"], 2, "bfloat16"),
+        (["--prompt", "a", "--device", "tpu"], 1, "--device 'tpu'"),
+        (["--prompt", "a", "--resolution", "0"], 1, "short side 0"),
         (["--prompt", "a", "--image", "nowhere.png"], 1, "nowhere.png"),
         (["--prompt", "a", "--image", "a.png", "--video", "b.mp4"], 2, "give one"),
         (["--prompt", "a", "--video-frames", "5"], 2, "--video"),
