@@ -35,11 +35,11 @@ from stdit.models.transformer import STDiT
 from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder, load_text_encoder
 from stdit.vae.autoencoder import CausalVAE
+from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.files import read_json
 from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
 
 FORMAT = 1  # of stdit.json
-DIFFUSERS_VERSION = "0.36.0"  # the first whose WanPipeline reads every key that is written here
 Known = Mapping[str, Any]  # {"image": (H, W, 3)} or {"video": (T, H, W, 3)}, uint8
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from stdit.errors import StditError, nearest_name
 
 FORMAT = 1  # of what we add to other programs' config.json, under "_stdit"
+DIFFUSERS_VERSION = "0.36.0"  # the first whose WanPipeline reads every key that is written
 
 
 def checked_keys(

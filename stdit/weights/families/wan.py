@@ -14,7 +14,7 @@ from typing import Any
 
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.weights.families.configs import FORMAT, checked_keys
+from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys
 from stdit.weights.keymap import KeyMap, Rule, Shape, Unflatten
 
 FAMILY = "Wan text-to-video transformer"
@@ -116,7 +116,7 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
     """
     return {
         "_class_name": DIFFUSERS_CLASS,
-        "_diffusers_version": "0.36.0",
+        "_diffusers_version": DIFFUSERS_VERSION,
         "_stdit": {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}},
         "added_kv_proj_dim": None,
         "attention_head_dim": config.dim // config.heads,

@@ -13,7 +13,7 @@ from typing import Any
 
 from stdit.errors import StditError
 from stdit.vae.autoencoder import PRESETS, WAN21_MEAN, WAN21_STD, CausalVAE, VaeConfig
-from stdit.weights.families.configs import FORMAT, checked_keys
+from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
 FAMILY = "Wan causal video VAE"
@@ -79,8 +79,8 @@ def config_to_diffusers(config: VaeConfig) -> dict[str, Any]:
     values = {theirs: getattr(config, ours) for theirs, ours in _DIFFUSERS_FIELDS.items()}
     return {
         "_class_name": DIFFUSERS_CLASS,
-        "_diffusers_version": "0.36.0",
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+        "_diffusers_version": DIFFUSERS_VERSION,
+        **_listed(values),
         "attn_scales": [],
         "dropout": 0.0,
         "in_channels": 3 * config.patch_size**2,
