@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -105,8 +105,7 @@ def encode_manifest(
     todo = [(name, items) for number, (name, items) in enumerate(shards) if items and number % ranks == rank]
     texts = [] if text_encoder is None or rank else _texts(manifest, assignment)
     on_start(sum(len(items) for _, items in todo))
-    reading = replace(config, start="first", crop="centre", mirror=False, cache=None)
-    loader = Loader(manifest, assignment, reading, seed=0)
+    loader = Loader(manifest, assignment, config.fixed(), seed=0)
     batches = [items[i : i + batch] for _, items in todo for i in range(0, len(items), batch)]
     examples = loader.iterate(batches, epoch=0)
     failures: list[tuple[str, str]] = []

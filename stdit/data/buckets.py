@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -59,6 +59,10 @@ class DataConfig:
         if twice:
             raise StditError(f"data.shapes names {twice} twice.")
         return shapes
+
+    def fixed(self) -> DataConfig:
+        """The same, with every clip decoded and cut alike each time: what caches and measures are made of."""
+        return replace(self, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0)
 
     def check(self) -> None:
         self.video_shapes()

@@ -7,7 +7,6 @@ the clip whose caption it was made from.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import time
@@ -162,7 +161,7 @@ def read_clips(
             f"data.fps is {data.fps:g}, but the model was trained at {pipeline.settings.fps:g}. "
             "Give the config of the run that the model is from."
         )
-    data = dataclasses.replace(data, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0)
+    data = data.fixed()
     manifest = read_manifest(data.manifest)
     assignment = assign(manifest, data)
     rows = [int(row) for row in np.flatnonzero(assignment.bucket >= 0) if _captioned(manifest, int(row))][:limit]

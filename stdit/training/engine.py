@@ -281,7 +281,9 @@ def _read_json(path: Path, precision: str) -> tuple[dict[str, Any], int]:
         if key in settings:
             raise StditError(f"{path} sets {key!r}, which the run's config owns ({owner}). Take it out of the JSON.")
     zero = settings.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise StditError(f"{path}: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3.")
     if stage == 0 and precision == "bf16":
         raise StditError(f"{path}: ZeRO stage 0 in bf16 keeps no fp32 masters. Use stage 1 or precision fp32.")
     for name in ("offload_optimizer", "offload_param"):

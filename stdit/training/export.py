@@ -145,7 +145,7 @@ def exported_step(run: Path) -> int | None:
 
 def _clips(parts: Parts, manifest_path: str | None, count: int) -> Iterator[Example]:
     """Up to `count` clips spread over a manifest, each cut to its shape from the start and the centre."""
-    data = replace(parts.config.data, start="first", crop="centre", mirror=False, cache=None)
+    data = parts.config.data.fixed()
     manifest, assignment = parts.manifest, parts.assignment
     if manifest_path is not None:
         manifest = read_manifest(manifest_path)

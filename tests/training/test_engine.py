@@ -105,7 +105,9 @@ def test_timms_optimizers_by_name(name: str) -> None:
         ({"name": "adamw"}, {"gradient_clipping": 1.0}, ["gradient_clipping", "optimizer.clip"]),
         ({"name": "muon"}, {"zero_optimization": {"stage": 2}}, ["muon", "whole matrices"]),
         ({"name": "adan"}, {"zero_optimization": {"stage": 3}}, ["adan", "groups"]),
-        ({"name": "adamw"}, "{", ["not JSON"]),
+        ({"name": "adamw"}, "{", ["ds.json", "not valid JSON"]),
+        ({"name": "adamw"}, "[]", ["ds.json", "list"]),
+        ({"name": "adamw"}, {"zero_optimization": {"stage": "two"}}, ["ds.json", "'two'"]),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, optimizer: dict[str, Any], json_text: Any, words: list[str]) -> None:
