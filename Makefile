@@ -36,7 +36,7 @@ demo demo-full: install
 	stdit eval toy --model $(DEMO)/dit/model --out $(DEMO)/dit --held-out $(DEMO)/videos/held_out --steps 12 \
 		--guidance 4 $(SHAPES:%=--shape %)
 	stdit sample --model $(DEMO)/dit/model --prompt "a large green circle moving right on a black background" \
-		--aspect 16:9 --resolution 64 --duration 3s --out $(DEMO)/samples
+		--aspect 2:1 --resolution 48 --duration 2s --out $(DEMO)/samples
 	@echo "Look at $(DEMO)/dit/report.html and $(DEMO)/samples"
 
 test: install
