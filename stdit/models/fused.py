@@ -21,13 +21,13 @@ MEAN_RUN = 12288  # elements; below this mean size of runs, rows are gathered: a
 CHUNK = 4096  # tokens gathered at once
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, index: LevelIndex, eps: float) -> Tensor:
-    """LayerNorm(x)·(1 + scale) + shift, LayerNorm without affine, all in fp32 (fp64 for fp64).
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, index: LevelIndex, eps: float, rms: bool = False) -> Tensor:
+    """LayerNorm(x)·(1 + scale) + shift, LayerNorm (or RMSNorm) without affine, all in fp32 (fp64 for fp64).
 
     x: (N, D). shift, scale: (K, D) fp32 or fp64. Returns (N, D) in x's dtype.
     """
     run = _modulated_norm if torch.compiler.is_compiling() else _ModulatedNorm.apply
-    return run(x, shift, scale, index.level_of, index.run_bounds, index.run_levels, eps)[0]
+    return run(x, shift, scale, index.level_of, index.run_bounds, index.run_levels, eps, rms)[0]
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: LevelIndex) -> Tensor:
@@ -37,9 +37,10 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: LevelIndex) -> Ten
 
 
 def rms_norm_rotary(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over all heads at once, then the rotary turn of every pair (2i, 2i+1) of each head, in fp32.
+    """RMSNorm over all heads at once, or over each, then the rotary turn of every pair (2i, 2i+1), in fp32.
 
-    x: (N, D). weight: (D,). cos, sin: (N, 1, D_head/2), or None for no turn. Returns (N, D) in x's dtype.
+    x: (N, D). weight: (D,), or (D_head,) for each head. cos, sin: (N, 1 or H, D_head/2), or None for no turn.
+    Returns (N, D) in x's dtype.
     """
     return _RmsNormRotary.apply(x, weight, cos, sin, eps)
 
@@ -49,16 +50,27 @@ def rms_norm_rotary(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor |
 
 
 def _modulated_norm_forward(
-    x: Tensor, shift: Tensor, scale: Tensor, level_of: Tensor, run_bounds: Tensor, run_levels: Tensor, eps: float
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    level_of: Tensor,
+    run_bounds: Tensor,
+    run_levels: Tensor,
+    eps: float,
+    rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output (N, D) and, for backward, each token's mean and 1/σ (N, 1)."""
+    """Returns the output (N, D) and, for backward, each token's mean (0 for RMSNorm) and 1/σ (N, 1)."""
     wide, d = widen(x), x.shape[1:]
     gain = scale + 1
-    if len(run_levels) == 1:
+    if len(run_levels) == 1 and not rms:
         level = int(run_levels)
         out, mean, rstd = torch.native_layer_norm(wide, d, gain[level], shift[level], eps)
         return out.to(x.dtype), mean, rstd
-    out, mean, rstd = torch.native_layer_norm(wide, d, None, None, eps)
+    if rms:
+        rstd = rms_reciprocal(wide, eps)
+        out, mean = wide * rstd, torch.zeros_like(rstd)
+    else:
+        out, mean, rstd = torch.native_layer_norm(wide, d, None, None, eps)
     if _long_runs(x, run_levels):
         for a, b, level in _runs(run_bounds, run_levels):
             torch.addcmul(shift[level], out[a:b], gain[level], out=out[a:b])
@@ -73,7 +85,7 @@ _modulated_norm = torch.library.custom_op("stdit::modulated_norm", _modulated_no
 
 
 @_modulated_norm.register_fake
-def _(x, shift, scale, level_of, run_bounds, run_levels, eps):
+def _(x, shift, scale, level_of, run_bounds, run_levels, eps, rms):
     moment = x.new_empty(x.shape[0], 1, dtype=wide_dtype(x))
     return torch.empty_like(x), moment, torch.empty_like(moment)
 
@@ -87,11 +99,26 @@ def _modulated_norm_backward(
     level_of: Tensor,
     run_bounds: Tensor,
     run_levels: Tensor,
+    rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide, wide_grad, d = widen(x), widen(grad), x.shape[1:]
     gain = scale + 1
     dshift, dscale = torch.zeros_like(gain), torch.zeros_like(gain)
     dx = torch.empty_like(x)
+    if rms:
+        long = _long_runs(x, run_levels)
+        pieces: list[Any] = [*_runs(run_bounds, run_levels)] if long else [*_chunks(len(x))]
+        for a, b, level in pieces:
+            g, unit, levels = wide_grad[a:b], wide[a:b] * rstd[a:b], level_of[a:b]
+            through = g * (gain[levels] if level is None else gain[level])
+            dx[a:b] = (through - unit * (through * unit).mean(1, keepdim=True)) * rstd[a:b]
+            if level is None:
+                dshift += level_sum(g, levels, len(gain))
+                dscale += level_sum(g * unit, levels, len(gain))
+            else:
+                dshift[level] += g.sum(0)
+                dscale[level] += (g * unit).sum(0)
+        return dx, dshift, dscale
     if _long_runs(x, run_levels):
         for a, b, level in _runs(run_bounds, run_levels):
             part, dgain, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -121,13 +148,13 @@ _modulated_norm_backward_op = torch.library.custom_op(
 
 
 @_modulated_norm_backward_op.register_fake
-def _(grad, x, mean, rstd, scale, level_of, run_bounds, run_levels):
+def _(grad, x, mean, rstd, scale, level_of, run_bounds, run_levels, rms):
     rows = scale.new_empty(scale.shape)
     return torch.empty_like(x), rows, torch.empty_like(rows)
 
 
 def _modulated_norm_save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, scale, *index, _ = inputs
+    x, _, scale, *index, _, ctx.rms = inputs
     ctx.save_for_backward(x, output[1], output[2], scale, *index)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
@@ -135,8 +162,8 @@ def _modulated_norm_save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, 
 
 def _modulated_norm_grad(ctx: Any, grad: Tensor, *_: Any, run: Callable = _modulated_norm_backward_op) -> tuple:
     if grad is None:
-        return (None,) * 7
-    return (*run(grad.contiguous(), *ctx.saved_tensors), None, None, None, None)
+        return (None,) * 8
+    return (*run(grad.contiguous(), *ctx.saved_tensors, ctx.rms), None, None, None, None, None)
 
 
 _modulated_norm.register_autograd(_modulated_norm_grad, setup_context=_modulated_norm_save)
@@ -230,33 +257,39 @@ class _GatedResidual(torch.autograd.Function):
 
 
 class _RmsNormRotary(torch.autograd.Function):
-    """y = R(x·w/rms(x)), R the rotary turn. Keeps x only; backward turns back by −angle and recomputes."""
+    """y = R(x·w/rms(x)), R the rotary turn. Keeps x only; backward turns back by −angle and recomputes.
+
+    x (N, D) is (N, G, D/G) where the weight is (D/G,): G = 1 norms all heads at once.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
-        wide = widen(x)
-        rstd = (torch.linalg.vector_norm(wide, dim=1, keepdim=True).square() / x.shape[1] + eps).rsqrt()
+        wide = widen(x).unflatten(1, (-1, len(weight)))
+        rstd = rms_reciprocal(wide, eps)  # (N, G, 1)
         ctx.save_for_backward(x, weight, cos, sin, rstd)
-        return _turn(wide * weight, cos, sin, rstd).to(x.dtype)
+        return _turn(wide * weight, cos, sin, rstd).flatten(1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin, rstd = ctx.saved_tensors
-        wide = widen(x)
+        wide = widen(x).unflatten(1, (-1, len(weight)))
         back = None if sin is None else -sin
-        u = _turn(widen(grad).clone(), cos, back, rstd)  # gradient of x·w, without the norm's own
-        product = u * wide
+        u = _turn(widen(grad).clone().view_as(wide), cos, back, rstd)  # gradient of x·w, without the norm's own
+        product = (u * wide).flatten(0, 1)  # (N·G, D/G)
         dweight = product.sum(0).to(weight.dtype)
-        mean = torch.mv(product, weight.to(wide.dtype))[:, None] / x.shape[1]
+        mean = torch.mv(product, weight.to(wide.dtype)).view_as(rstd) / len(weight)
         dx = u.mul_(weight).addcmul_(wide, mean * rstd.square(), value=-1)
-        return dx.to(x.dtype), dweight, None, None, None
+        return dx.flatten(1).to(x.dtype), dweight, None, None, None
 
 
 def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, factor: Tensor) -> Tensor:
-    """x (N, D) times factor (N, 1), every pair turned by (cos, sin) (N, 1, D_head/2); x is overwritten."""
+    """x (N, G, D/G) times factor (N, G, 1), every pair turned by (cos, sin) (N, 1 or H, D_head/2); x is overwritten.
+
+    G is 1 or the number of heads.
+    """
     if cos is None or sin is None:
         return x.mul_(factor)
-    cos, sin = cos * factor[..., None], sin * factor[..., None]
+    cos, sin = cos * factor, sin * factor
     pairs = x.view(len(x), -1, cos.shape[-1], 2)  # (N, H, D_head/2, 2)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         torch.view_as_complex(pairs).mul_(torch.complex(cos, sin))  # vectorised on CPUs, unlike strided pairs
@@ -273,6 +306,11 @@ def widen(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x))
 
 
+def rms_reciprocal(x: Tensor, eps: float) -> Tensor:
+    """1/√(mean square + eps) along the last dimension, kept."""
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+
+
 def level_sum(values: Tensor, level_of: Tensor, levels: int) -> Tensor:
     """Sums values (N, D) by level, (K, D), in a fixed order: no atomics."""
     if values.device.type == "cpu":
@@ -287,6 +325,10 @@ def level_sum(values: Tensor, level_of: Tensor, levels: int) -> Tensor:
 
 def _long_runs(x: Tensor, run_levels: Tensor) -> bool:
     return len(run_levels) * MEAN_RUN <= x.numel() or len(run_levels) == 1
+
+
+def _chunks(length: int) -> list[tuple[int, int, None]]:
+    return [(a, min(a + CHUNK, length), None) for a in range(0, length, CHUNK)]
 
 
 def _runs(run_bounds: Tensor, run_levels: Tensor) -> list[tuple[int, int, int]]:

@@ -72,12 +72,29 @@ class LevelIndex:
 
 
 @dataclass
+class ClipConditions:
+    """What some families take of each of S clips beside its text; None where it is not given.
+
+    fps: (S,) frames per second. size: (S, 2) width and height in pixels. image_text: tokens of an image encoder.
+    """
+
+    fps: Tensor | None = None
+    size: Tensor | None = None
+    image_text: TextPack | None = None
+
+    def to(self, device: torch.device | str) -> ClipConditions:
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        return ClipConditions(**{name: value.to(device) for name, value in found.items()})
+
+
+@dataclass
 class TokenPack:
     """The clips of one micro-step on one rank.
 
     tokens: (N, C·pt·ph·pw). levels: (K,) distinct noise levels t in [0, 1], fp32 or fp64. level_of: (N,) int64, the
     level of each token. positions: (N, 3) frame, row and column for the rotary embedding. segments: one a clip.
     grids: one a clip; tokens of a segment beyond its grid are condition only and are not unpacked.
+    conditions: of every clip, for the families that take them.
     """
 
     tokens: Tensor
@@ -87,6 +104,7 @@ class TokenPack:
     segments: Segments
     grids: tuple[TokenGrid, ...]
     level_index: LevelIndex = field(default=None, repr=False)  # type: ignore[assignment]  # made from level_of
+    conditions: ClipConditions = field(default_factory=ClipConditions)
 
     def __post_init__(self) -> None:
         if self.levels.dtype not in (torch.float32, torch.float64):
@@ -111,7 +129,13 @@ class TokenPack:
             segments=self.segments.to(device),
             grids=self.grids,
             level_index=level_index,
+            conditions=self.conditions.to(device),
         )
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """values (S, …), one a clip, for every token: (N, …)."""
+        lengths = torch.tensor(self.segments.lengths, device=values.device)
+        return values.repeat_interleave(lengths, dim=0, output_size=self.segments.total)
 
 
 @dataclass
@@ -191,6 +215,44 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
         grids=grids,
         level_index=level_index,
     )
+
+
+def level_clip_pairs(pack: TokenPack) -> tuple[Tensor, Tensor, LevelIndex]:
+    """The distinct pairs of noise level and clip: the level and the clip of each of K' pairs, and tokens' pairs.
+
+    Modulation that knows more of a clip than its noise level has a row for each of them.
+    """
+    clips = len(pack.segments.lengths)
+    clip_of = pack.per_token(torch.arange(clips, device=pack.level_of.device))
+    pairs, index = torch.unique(pack.level_of * clips + clip_of, return_inverse=True)
+    return pairs // clips, pairs % clips, LevelIndex(index)
+
+
+def spatial_segments(pack: TokenPack) -> Segments:
+    """Every frame of every clip as a segment of its own."""
+    _without_extra_tokens(pack)
+    return Segments.of([n.height * n.width for n in pack.grids for _ in range(n.frames)], pack.tokens.device)
+
+
+def temporal_segments(pack: TokenPack) -> tuple[Tensor, Tensor, Segments]:
+    """Every place of a frame through time as a segment: where its tokens are (N,), the way back (N,), segments."""
+    _without_extra_tokens(pack)
+    order, lengths, start = [], [], 0
+    for grid in pack.grids:
+        places = grid.height * grid.width
+        order.append(torch.arange(start, start + grid.tokens).view(grid.frames, places).T.flatten())
+        lengths += [grid.frames] * places
+        start += grid.tokens
+    there = torch.cat(order).to(pack.tokens.device)
+    return there, torch.argsort(there), Segments.of(lengths, pack.tokens.device)
+
+
+def _without_extra_tokens(pack: TokenPack) -> None:
+    if tuple(grid.tokens for grid in pack.grids) != pack.segments.lengths:
+        raise StditError(
+            "clips with extra tokens beside their grid (keyframes, last frames) do not go through attention within "
+            "frames: these weights know no tasks."
+        )
 
 
 def unpack_clips(tokens: Tensor, pack: TokenPack, patch: Patch) -> list[Tensor]:

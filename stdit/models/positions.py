@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stdit.shapes import TokenGrid
 
@@ -23,39 +25,72 @@ def rotary_axes(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotary_table(
-    positions: Tensor, head_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    head_dim: int,
+    theta: float | Sequence[float] = 10000.0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of every token's rotary angles (Su et al. 2021, eq. 15, once per axis as in Wan).
 
-    positions: (N, 3), integer or not. Returns (N, 1, head_dim/2) each, computed in fp64, given in dtype.
+    positions: (N, 3), integer or not. theta: the base, of all axes or of each. Returns (N, 1, head_dim/2) each,
+    computed in fp64, given in dtype.
     """
     wide = _widest(positions.device)
+    bases = [theta] * 3 if isinstance(theta, int | float) else theta
     angles = []
-    for axis, size in enumerate(rotary_axes(head_dim)):
+    for axis, (size, base) in enumerate(zip(rotary_axes(head_dim), bases)):
         exponents = torch.arange(0, size, 2, dtype=wide, device=positions.device) / size
-        angles.append(positions[:, axis, None].to(wide) * theta**-exponents)
+        angles.append(positions[:, axis, None].to(wide) * base**-exponents)
     angle = torch.cat(angles, dim=1).unsqueeze(1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def ntk_bases(head_dim: int, theta: float, scale: Sequence[float]) -> list[float]:
+    """theta · scale^(d / (d − 2)) for every axis of d dimensions, as NTK-aware scaling has it (Cosmos)."""
+    return [theta * s ** (d / (d - 2)) if d > 2 else theta for d, s in zip(rotary_axes(head_dim), scale)]
+
+
+def inner_rotary_table(places: Tensor, dim: int, heads: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of angles that run over the whole width, so that every head has frequencies of its own (LTX-Video).
+
+    places: (N, 3) time, row and column as shares of a largest one, fp32. At each of dim//6 frequencies, from π/2 to
+    θ·π/2, the three axes turn one pair each by frequency · (2·place − 1); dim % 6 dimensions in front do not turn.
+    Returns (N, heads, dim/heads/2) each. Angles are in fp32, as in the release: at the highest frequencies they are
+    off by 1e-3, and the weights were trained with that.
+    """
+    count = dim // 6
+    frequencies = theta ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=places.device)
+    frequencies = frequencies * math.pi / 2.0
+    angle = frequencies * (places.unsqueeze(-1) * 2 - 1)  # (N, 3, dim//6)
+    angle = F.pad(angle.transpose(1, 2).flatten(1), ((dim % 6) // 2, 0))  # (N, dim/2)
+    angle = angle.unflatten(1, (heads, -1))
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns every pair (2i, 2i+1) of each head by its angle, in cos's dtype.
 
-    x: (N, H, D_head). cos, sin: (N, 1, D_head/2). Returns x's shape and dtype.
+    x: (N, H, D_head). cos, sin: (N, 1 or H, D_head/2). Returns x's shape and dtype.
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def level_sinusoids(levels: Tensor, size: int, period: float = 10000.0) -> Tensor:
-    """[cos, sin] of the network time t·1000, computed in fp64 as in Wan (437 would become 438 in bf16).
+def level_sinusoids(levels: Tensor, size: int, scale: float = 1000.0) -> Tensor:
+    """[cos, sin] of the network time t·scale, computed in fp64 as in Wan (437 would become 438 in bf16).
 
     levels: (K,) noise levels t in [0, 1]. Returns (K, size) in fp64.
     """
-    wide = _widest(levels.device)
-    exponents = torch.arange(size // 2, dtype=wide, device=levels.device) / (size // 2)
-    angle = (levels.to(wide) * 1000)[:, None] * torch.exp(-math.log(period) * exponents)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    return sinusoids(levels.to(_widest(levels.device)) * scale, size)
+
+
+def sinusoids(values: Tensor, size: int, sine_first: bool = False) -> Tensor:
+    """[cos, sin] (or [sin, cos]) of values at size/2 frequencies from 1 to 1/10000: (n,) to (n, size), fp64."""
+    wide = _widest(values.device)
+    exponents = torch.arange(size // 2, dtype=wide, device=values.device) / (size // 2)
+    angle = values.to(wide)[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    parts = (angle.sin(), angle.cos()) if sine_first else (angle.cos(), angle.sin())
+    return torch.cat(parts, dim=1)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -1,14 +1,13 @@
-"""The whole transformer: Wan's text-cross-attending DiT over packed tokens.
+"""The whole transformer: a text-cross-attending DiT over packed tokens, Wan's unless its config says otherwise.
 
 Module and parameter names are the original Wan release's. Mathematics and numbers agree with diffusers'
-WanTransformer3DModel (0.42) and with Wan-Video/Wan2.1 `wan/modules/model.py`.
+WanTransformer3DModel (0.42) and with Wan-Video/Wan2.1 `wan/modules/model.py`; what other families of open weights need
+are choices in TransformerConfig, and each agrees with its own reference.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,152 +17,81 @@ from torch.utils.checkpoint import checkpoint
 
 from stdit.errors import StditError, nearest_name
 from stdit.models.attention import segment_attention
-from stdit.models.fused import gated_residual, modulated_norm, rms_norm_rotary, widen
-from stdit.models.packing import LevelIndex, Segments, TextPack, TokenPack, pack_clips, pack_texts, unpack_clips
-from stdit.models.positions import apply_rotary, level_sinusoids, rotary_table
+from stdit.models.config import PRESETS, TransformerConfig, cost_coefficients, transformer_flops
+from stdit.models.embeddings import (
+    ImageEmbedding,
+    LearnedPositions,
+    SizeEmbedding,
+    frame_positions,
+    rotary_of,
+    space_positions,
+)
+from stdit.models.fused import gated_residual, modulated_norm
+from stdit.models.layers import LayerNorm, Linear, LowRank, RMSNorm, Rotary
+from stdit.models.packing import (
+    ClipConditions,
+    LevelIndex,
+    Segments,
+    TextPack,
+    TokenPack,
+    level_clip_pairs,
+    pack_clips,
+    pack_texts,
+    spatial_segments,
+    temporal_segments,
+    unpack_clips,
+)
+from stdit.models.positions import level_sinusoids
+
+__all__ = ["CONDITIONS", "PRESETS", "STDiT", "TransformerConfig", "cost_coefficients", "transformer_flops"]
 
 CONDITIONS = ("fps", "size", "image", "image_text", "known")  # what some family takes beside text
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Everything that shapes the network. `text_padding` (512 or 0) is for who packs texts; the network ignores it."""
+@dataclass
+class Surroundings:
+    """What every block of one forward is given beside the tokens, their modulation and the text.
 
-    dim: int
-    heads: int
-    layers: int
-    ffn_dim: int
-    in_channels: int = 16
-    out_channels: int = 16
-    patch: tuple[int, int, int] = (1, 2, 2)
-    text_dim: int = 4096
-    frequency_dim: int = 256
-    eps: float = 1e-6
-    qk_norm: bool = True
-    cross_norm: bool = True
-    text_padding: int = 512
-    rope_theta: float = 10000.0
-    rope_max: int = 1024  # Wan's table ends there; exported with the weights, no limit here
+    c: (K, D) embeddings of the noise levels. cos, sin: (N, 1 or H, D_head/2). order, back: the tokens of `segments`
+    among all, and the way back, None where they are in place. image: (I, D) embedded image tokens of image_segments.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patch", tuple(self.patch))
-        for name in ("dim", "heads", "layers", "ffn_dim", "in_channels", "out_channels", "text_dim", "frequency_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise StditError(f"transformer {name} is {value!r}; it must be a positive integer.")
-        if len(self.patch) != 3 or any(not isinstance(p, int) or p < 1 for p in self.patch):
-            raise StditError(
-                f"transformer patch is {self.patch}; write three positive integers: frames, height, width."
-            )
-        if self.dim % self.heads:
-            raise StditError(f"transformer dim {self.dim} is not divisible by heads {self.heads}.")
-        if self.head_dim % 2:
-            raise StditError(f"dim {self.dim} / heads {self.heads} = {self.head_dim}; rotary pairs need an even one.")
-        if self.frequency_dim % 2:
-            raise StditError(f"transformer frequency_dim {self.frequency_dim} must be even (cosines and sines).")
-        if self.text_padding < 0 or self.eps <= 0 or self.rope_theta <= 0:
-            raise StditError(
-                f"transformer text_padding {self.text_padding}, eps {self.eps} or rope_theta {self.rope_theta} "
-                "is out of range: text_padding is 0 or more, the others positive."
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
-    def patch_volume(self) -> int:
-        return math.prod(self.patch)
-
-    @property
-    def n_parameters(self) -> int:
-        """In closed form, equal to the sum over the modules."""
-        d = self.dim
-        attention = 4 * (d * d + d) + 2 * d * self.qk_norm
-        block = 2 * attention + 2 * d * self.ffn_dim + self.ffn_dim + d + 2 * d * self.cross_norm + 6 * d
-        embeddings = (self.in_channels * self.patch_volume + self.text_dim + self.frequency_dim) * d + 3 * d
-        embeddings += 2 * (d * d + d) + 6 * (d * d + d)
-        head = (d + 1) * self.out_channels * self.patch_volume + 2 * d
-        return embeddings + self.layers * block + head
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> TransformerConfig:
-        """A preset by name with fields changed."""
-        if name not in PRESETS:
-            raise StditError(
-                f"no transformer preset {name!r}.{nearest_name(name, PRESETS)} Known: {', '.join(PRESETS)}."
-            )
-        known = [field.name for field in fields(cls)]
-        for key in changes:
-            if key not in known:
-                raise StditError(f"the transformer has no setting {key!r}.{nearest_name(key, known)}")
-        return replace(PRESETS[name], **changes)
-
-
-PRESETS = {
-    "toy": TransformerConfig(dim=144, heads=6, layers=6, ffn_dim=576, text_dim=128),
-    "small": TransformerConfig(dim=384, heads=6, layers=12, ffn_dim=1536),
-    "base": TransformerConfig(dim=768, heads=12, layers=12, ffn_dim=3072),
-    "large": TransformerConfig(dim=1024, heads=16, layers=24, ffn_dim=4096),
-    "1.3B": TransformerConfig(dim=1536, heads=12, layers=30, ffn_dim=8960),
-    "5B": TransformerConfig(dim=3072, heads=24, layers=30, ffn_dim=14336, in_channels=48, out_channels=48),
-    "14B": TransformerConfig(dim=5120, heads=40, layers=40, ffn_dim=13824),
-}
-
-
-class Linear(nn.Linear):
-    """Computes in its input's dtype whatever its own, so that weights keep the dtype they were stored in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm with affine, in fp32 (fp64 for fp64), returned in the input's dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = widen(x)
-        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm across all heads in fp32 (fp64 for fp64), with the rotary turn that follows it."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
-        return rms_norm_rotary(x, self.weight, cos, sin, self.eps)
-
-
-class Rotary(nn.Module):
-    """The rotary turn alone, in the place of RMSNorm where qk_norm is off."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-
-    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
-        if cos is None or sin is None:
-            return x
-        return apply_rotary(x.unflatten(1, (self.heads, -1)), cos, sin).flatten(1)
+    c: Tensor
+    levels: LevelIndex
+    cos: Tensor | None
+    sin: Tensor | None
+    segments: Segments
+    text_segments: Segments
+    multiplicity: Tensor | None
+    clips: Segments
+    order: Tensor | None = None
+    back: Tensor | None = None
+    image: Tensor | None = None
+    image_segments: Segments | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head attention among packed segments; self-attention turns q and k, cross-attention does not."""
+    """Multi-head attention among packed segments; self-attention turns q and k, cross-attention does not.
 
-    def __init__(self, config: TransformerConfig) -> None:
+    image: has keys and values of its own for image tokens, whose attention is added to the text's.
+    """
+
+    def __init__(self, config: TransformerConfig, context_dim: int, image: bool = False) -> None:
         super().__init__()
-        d = config.dim
+        d, bias = config.dim, config.bias
         self.heads = config.heads
-        self.q, self.k, self.v, self.o = Linear(d, d), Linear(d, d), Linear(d, d), Linear(d, d)
-        self.norm_q = RMSNorm(d, config.eps) if config.qk_norm else Rotary(config.heads)
-        self.norm_k = RMSNorm(d, config.eps) if config.qk_norm else Rotary(config.heads)
+        self.q, self.k = Linear(d, d, bias), Linear(context_dim, d, bias)
+        self.v, self.o = Linear(context_dim, d, bias), Linear(d, d, bias)
+        self.norm_q, self.norm_k = self._norm(config), self._norm(config)
+        if image:
+            self.k_img, self.v_img, self.norm_k_img = Linear(d, d), Linear(d, d), self._norm(config)
         self.backend = "auto"
+
+    def _norm(self, config: TransformerConfig) -> nn.Module:
+        if config.qk_norm == "none":
+            return Rotary(config.heads)
+        eps = config.eps if config.qk_eps is None else config.qk_eps
+        return RMSNorm(config.dim if config.qk_norm == "across_heads" else config.head_dim, eps)
 
     def forward(
         self,
@@ -174,47 +102,65 @@ class Attention(nn.Module):
         segments: Segments,
         y_segments: Segments,
         multiplicity: Tensor | None = None,
+        image: Tensor | None = None,
+        image_segments: Segments | None = None,
     ) -> Tensor:
         q = self.norm_q(self.q(x), cos, sin).unflatten(1, (self.heads, -1))  # (N, H, D_head)
         k = self.norm_k(self.k(y), cos, sin).unflatten(1, (self.heads, -1))  # (M, H, D_head)
         v = self.v(y).unflatten(1, (self.heads, -1))  # (M, H, D_head)
         out = segment_attention(q, k, v, segments, y_segments, multiplicity, self.backend)
+        if image is not None and image_segments is not None:
+            k = self.norm_k_img(self.k_img(image)).unflatten(1, (self.heads, -1))  # (I, H, D_head)
+            v = self.v_img(image).unflatten(1, (self.heads, -1))  # (I, H, D_head)
+            out = out + segment_attention(q, k, v, segments, image_segments, None, self.backend)
         return self.o(out.flatten(1))  # (N, D)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to text, MLP; the first and the last modulated and gated by the noise level."""
+    """Self-attention, cross-attention to text (unless cross is False), MLP; modulated and gated by the noise level."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, cross: bool = True) -> None:
         super().__init__()
-        d, self.eps = config.dim, config.eps
-        self.self_attn = Attention(config)
-        self.norm3 = LayerNorm(d, config.eps) if config.cross_norm else nn.Identity()
-        self.cross_attn = Attention(config)
-        self.ffn = nn.Sequential(Linear(d, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, d))
-        self.modulation = nn.Parameter(torch.empty(1, 6, d))
+        d, self.eps, self.rms = config.dim, config.eps, config.norm == "rms"
+        self.self_attn = Attention(config, d)
+        self.norm3 = LayerNorm(d, config.eps) if cross and config.cross_norm == "affine" else nn.Identity()
+        self.cross_attn = Attention(config, config.context_dim, config.image_text_dim > 0) if cross else None
+        self.ffn = nn.Sequential(
+            Linear(d, config.ffn_dim, config.bias),
+            nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none"),
+            Linear(config.ffn_dim, d, config.bias),
+        )
+        if config.modulation == "table":
+            self.modulation = nn.Parameter(torch.empty(1, 6, d))
+        else:  # of self-attention, cross-attention, MLP
+            self.low_rank = nn.ModuleList(LowRank(d, config.modulation_rank, 3 * d) for _ in range(3))
 
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        levels: LevelIndex,
-        y: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        segments: Segments,
-        text_segments: Segments,
-        multiplicity: Tensor | None,
-    ) -> Tensor:
-        """x: (N, D). modulation: (K, 6, D). y: (M, D) text. cos, sin: (N, 1, D_head/2). Returns (N, D)."""
-        table = modulation + self.modulation.to(modulation.dtype)  # (K, 6, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)  # (K, D) each
-        h = modulated_norm(x, shift1, scale1, levels, self.eps)  # (N, D)
-        h = self.self_attn(h, h, cos, sin, segments, segments)  # (N, D)
-        x = gated_residual(x, h, gate1, levels)  # (N, D)
-        x = x + self.cross_attn(self.norm3(x), y, None, None, segments, text_segments, multiplicity)  # (N, D)
-        h = self.ffn(modulated_norm(x, shift2, scale2, levels, self.eps))  # (N, D)
-        return gated_residual(x, h, gate2, levels)  # (N, D)
+    def rows(self, modulation: Tensor, c: Tensor) -> list[Tensor]:
+        """Shift, scale and gate of every modulated branch, (K, D) each, in order."""
+        if hasattr(self, "low_rank"):
+            table = torch.cat([branch(c).unflatten(1, (3, -1)) + modulation for branch in self.low_rank], dim=1)
+        else:
+            table = modulation + self.modulation.to(modulation.dtype)
+        return list(table.unbind(1))
+
+    def forward(self, x: Tensor, modulation: Tensor, y: Tensor, at: Surroundings) -> Tensor:
+        """x: (N, D). modulation: (K, 6 or 3, D). y: (M, D_context) text. Returns (N, D)."""
+        shift1, scale1, gate1, *cross, shift2, scale2, gate2 = self.rows(modulation, at.c)  # (K, D) each
+        h = modulated_norm(x, shift1, scale1, at.levels, self.eps, self.rms)  # (N, D)
+        h = h if at.order is None else h[at.order]
+        h = self.self_attn(h, h, at.cos, at.sin, at.segments, at.segments)  # (N, D)
+        h = h if at.back is None else h[at.back]
+        x = gated_residual(x, h, gate1, at.levels)  # (N, D)
+        if self.cross_attn is not None:
+            text = (y, None, None, at.clips, at.text_segments, at.multiplicity, at.image, at.image_segments)
+            if cross:
+                shift, scale, gate = cross
+                h = modulated_norm(x, shift, scale, at.levels, self.eps, self.rms)  # (N, D)
+                x = gated_residual(x, self.cross_attn(h, *text), gate, at.levels)  # (N, D)
+            else:
+                x = x + self.cross_attn(self.norm3(x), *text)  # (N, D)
+        h = self.ffn(modulated_norm(x, shift2, scale2, at.levels, self.eps, self.rms))  # (N, D)
+        return gated_residual(x, h, gate2, at.levels)  # (N, D)
 
 
 class Head(nn.Module):
@@ -222,13 +168,20 @@ class Head(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.eps = config.eps
-        self.head = Linear(config.dim, config.out_channels * config.patch_volume)
-        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+        d, self.eps = config.dim, config.eps
+        self.head = Linear(d, config.out_channels * config.patch_volume, config.bias)
+        if config.modulation == "table":
+            self.modulation = nn.Parameter(torch.empty(1, 2, d))
+        else:
+            self.low_rank = LowRank(d, config.modulation_rank, 2 * d)
 
-    def forward(self, x: Tensor, c: Tensor, levels: LevelIndex) -> Tensor:
-        """x: (N, D). c: (K, D). Returns (N, pt·ph·pw·C_out)."""
-        shift, scale = (c[:, None] + self.modulation.to(c.dtype)).unbind(1)  # (K, D) each
+    def forward(self, x: Tensor, c: Tensor, modulation: Tensor, levels: LevelIndex) -> Tensor:
+        """x: (N, D). c: (K, D). modulation: the blocks'. Returns (N, pt·ph·pw·C_out)."""
+        if hasattr(self, "low_rank"):
+            table = self.low_rank(c).unflatten(1, (2, -1)) + modulation[:, :2]
+        else:
+            table = c[:, None] + self.modulation.to(c.dtype)
+        shift, scale = table.unbind(1)  # (K, D) each
         return self.head(modulated_norm(x, shift, scale, levels, self.eps))
 
 
@@ -241,12 +194,31 @@ class STDiT(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        d = config.dim
-        self.patch_embedding = Linear(config.in_channels * config.patch_volume, d)
-        self.text_embedding = nn.Sequential(Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
-        self.time_embedding = nn.Sequential(Linear(config.frequency_dim, d), nn.SiLU(), Linear(d, d))
-        self.time_projection = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
+        d, f, bias = config.dim, config.frequency_dim, config.bias
+        self.patch_embedding = Linear((config.in_channels + config.blank_channels) * config.patch_volume, d, bias)
+        text: dict[str, tuple[nn.Module, ...]] = {"none": ()}
+        if config.text_embedding == "mlp":
+            text["mlp"] = (Linear(config.text_dim, d), nn.GELU(approximate="tanh"), Linear(d, d))
+        elif config.text_embedding == "gelu":
+            text["gelu"] = (Linear(config.text_dim, config.text_width), nn.GELU())
+        self.text_embedding = nn.Sequential(*text[config.text_embedding])
+        if config.modulation == "table":
+            self.time_embedding = nn.Sequential(Linear(f, d), nn.SiLU(), Linear(d, d))
+            self.time_projection = nn.Sequential(nn.SiLU(), Linear(d, 6 * d))
+        else:
+            self.time_embedding = nn.Sequential(RMSNorm(d, 1e-6))
+            self.time_projection = nn.Sequential(Linear(d, d, bias=False), nn.SiLU(), Linear(d, 3 * d, bias=False))
+        if config.level_condition == "size":
+            self.size_embedding = SizeEmbedding(config)
+        if config.position == "learned":
+            self.position = LearnedPositions(config)
+        if config.image_text_dim:
+            self.img_emb = ImageEmbedding(config)
+        if config.null_text:
+            self.register_buffer("null_text", torch.zeros(config.null_text, config.text_dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        if config.attention == "spatial_temporal":
+            self.temporal_blocks = nn.ModuleList(Block(config, cross=False) for _ in range(config.layers))
         self.head = Head(config)
         self.checkpoint_blocks = False
         self.initialise()
@@ -261,8 +233,9 @@ class STDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, Block | Head):
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Block | Head) and hasattr(module, "modulation"):
                 nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
         nn.init.zeros_(self.head.head.weight)
 
@@ -285,21 +258,56 @@ class STDiT(nn.Module):
         """Returns (N, pt·ph·pw·C_out) in the activations' dtype; `unpack_clips` cuts it into clips."""
         if len(pack.segments.lengths) != len(text.segments.lengths):
             raise StditError(f"{len(pack.segments.lengths)} clips came with {len(text.segments.lengths)} texts.")
-        wide = torch.promote_types(self.dtype, torch.float32)
-        x = self.patch_embedding(pack.tokens.to(self.dtype))  # (N, D)
-        with torch.autocast(x.device.type, enabled=False):
-            sinusoids = level_sinusoids(pack.levels, self.config.frequency_dim).to(wide)  # (K, frequency_dim)
-            c = self.time_embedding(sinusoids)  # (K, D), K distinct noise levels in the pack
-            modulation = self.time_projection(c).unflatten(1, (6, -1))  # (K, 6, D)
-        y = self.text_embedding(text.tokens.to(self.dtype))  # (M, D)
-        cos, sin = rotary_table(pack.positions, self.config.head_dim, self.config.rope_theta, wide)  # (N, 1, D_head/2)
-        for block in self.blocks:
-            arguments = (x, modulation, pack.level_index, y, cos, sin, pack.segments, text.segments, text.multiplicity)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x = block(*arguments)
-        return self.head(x, c, pack.level_index)
+        config, wide = self.config, torch.promote_types(self.dtype, torch.float32)
+        tokens = pack.tokens.to(self.dtype)
+        if config.blank_channels:
+            tokens = F.pad(tokens, (0, config.blank_channels * config.patch_volume))
+        x = self.patch_embedding(tokens)  # (N, D)
+        if config.position.startswith("space"):
+            x = x + space_positions(pack, config).to(x.dtype)
+        c, modulation, levels = self.embed_levels(pack, wide)  # (K, D), (K, 6 or 3, D) of K distinct noise levels
+        y = self.text_embedding(text.tokens.to(self.dtype))  # (M, D_context)
+        cos, sin = rotary_of(pack, config, wide)  # (N, 1 or H, D_head/2)
+        clips = pack.segments
+        segments = clips if config.attention == "full" else spatial_segments(pack)
+        at = Surroundings(c, levels, cos, sin, segments, text.segments, text.multiplicity, clips)
+        if config.image_text_dim and (image := pack.conditions.image_text) is not None:
+            at.image = self.img_emb(image.tokens.to(self.dtype), image.segments.lengths)  # (I, D)
+            at.image_segments = image.segments
+        if config.attention == "spatial_temporal":
+            order, back, through_time = temporal_segments(pack)
+            over_time = replace(at, segments=through_time, order=order, back=back)
+        position = self.position(pack, wide).to(x.dtype) if config.position == "learned" else None
+        for number, block in enumerate(self.blocks):
+            x = x if position is None else x + position
+            x = self.run(block, x, modulation, y, at)
+            if config.attention == "spatial_temporal":
+                if number == 0 and config.position == "space_time":
+                    x = x + frame_positions(pack, config).to(x.dtype)
+                x = self.run(self.temporal_blocks[number], x, modulation, y, over_time)
+        return self.head(x, c, modulation, levels)
+
+    def embed_levels(self, pack: TokenPack, wide: torch.dtype) -> tuple[Tensor, Tensor, LevelIndex]:
+        """The embeddings (K, D) of K distinct noise levels, the rows (K, 6 or 3, D) that they give to all blocks, and
+        which of them every token has."""
+        config, levels, index = self.config, pack.levels, pack.level_index
+        if config.level_condition == "size":
+            if pack.conditions.size is None:
+                raise StditError("these weights know the picture's size: give `size`, width and height in pixels.")
+            of_level, of_clip, index = level_clip_pairs(pack)
+            levels = levels[of_level]
+        with torch.autocast(pack.tokens.device.type, enabled=False):
+            sinusoids = level_sinusoids(levels, config.frequency_dim, config.time_scale).to(wide)
+            c = self.time_embedding(sinusoids)
+            if config.level_condition == "size":
+                c = c + self.size_embedding(pack.conditions.size, wide)[of_clip]
+            modulation = self.time_projection(c if config.modulation == "table" else sinusoids)
+        return c, modulation.unflatten(1, (-1, config.dim)), index
+
+    def run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
+        return block(*arguments)
 
     def predict(
         self, latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, **conditions: Any
@@ -308,46 +316,60 @@ class STDiT(nn.Module):
 
         latents: (B, C, T, H, W). t: noise levels in [0, 1], fp32 or fp64: (B,), (B, T/pt) per patch frame or (B, n)
         per token. text: (B, L, D_text), attended as given: nothing pads. text_mask: (B, L) bool, False drops a
-        position. conditions: none that these weights take. Returns (B, C_out, T, H, W) in the latents' dtype.
+        position. Returns (B, C_out, T, H, W) in the latents' dtype.
+
+        conditions, those of `config.conditions` only: fps, a number or (B,); size, (width, height) in pixels or
+        (B, 2); image, (B, image_channels, T, H, W) beside the latents; image_text, (B, I, image_text_dim), the
+        tokens of an image encoder.
         """
-        for name, value in conditions.items():
-            if name not in CONDITIONS:
-                raise StditError(f"unknown condition {name!r}.{nearest_name(name, CONDITIONS)}")
-            if value is not None:
-                raise StditError(f"condition {name!r}: these weights take text only.")
+        given = self._conditions(conditions, latents)
         self._check(latents, t, text, text_mask)
+        image = given.pop("image", None)
+        if (image is None) != (self.config.image_channels == 0):
+            raise StditError(f"these weights take `image`, (B, {self.config.image_channels}, T, H, W), in every call.")
         texts = list(text) if text_mask is None else [row[keep] for row, keep in zip(text, text_mask.bool())]
-        pack = pack_clips(list(latents), list(t), self.config.patch)
+        clips = latents if image is None else torch.cat([latents, image.to(latents)], dim=1)
+        pack = pack_clips(list(clips), list(t), self.config.patch)
+        pack.conditions = ClipConditions(**given)
         out = self(pack, pack_texts(texts, padding=0))
         return torch.stack(unpack_clips(out, pack, self.config.patch)).to(latents.dtype)
 
+    def _conditions(self, conditions: dict[str, Any], latents: Tensor) -> dict[str, Any]:
+        """What was given, checked, one row a clip."""
+        takes, found = self.config.conditions, {}
+        shapes = {
+            "fps": (),
+            "size": (2,),
+            "image": (self.config.image_channels, *latents.shape[2:]),
+            "image_text": (None, self.config.image_text_dim),
+        }
+        for name, value in conditions.items():
+            if name not in CONDITIONS:
+                raise StditError(f"unknown condition {name!r}.{nearest_name(name, CONDITIONS)}")
+            if value is None:
+                continue
+            if name not in takes:
+                raise StditError(f"condition {name!r}: these weights take {' and '.join(('text', *takes))} only.")
+            wanted = shapes[name]
+            value = torch.as_tensor(value, device=latents.device)
+            if value.ndim == len(wanted) and name in ("fps", "size"):  # one for all clips
+                value = value.expand(len(latents), *value.shape)
+            if (
+                value.ndim != 1 + len(wanted)
+                or len(value) != len(latents)
+                or any(size not in (None, has) for size, has in zip(wanted, value.shape[1:]))
+            ):
+                raise StditError(f"condition {name!r} is {tuple(value.shape)}; wanted {(len(latents), *wanted)}.")
+            found[name] = pack_texts(list(value), padding=0) if name == "image_text" else value
+        return found
+
     def _check(self, latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None) -> None:
         config = self.config
-        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
-            raise StditError(f"latents are {tuple(latents.shape)}; wanted (B, {config.in_channels}, T, H, W).")
+        if latents.ndim != 5 or latents.shape[1] != config.latent_channels:
+            raise StditError(f"latents are {tuple(latents.shape)}; wanted (B, {config.latent_channels}, T, H, W).")
         if text.ndim != 3 or text.shape[2] != config.text_dim or len(text) != len(latents):
             raise StditError(f"text is {tuple(text.shape)}; wanted ({len(latents)}, L, {config.text_dim}).")
         if t.ndim not in (1, 2) or len(t) != len(latents):
             raise StditError(f"t is {tuple(t.shape)}; wanted ({len(latents)},), with frames or tokens as second size.")
         if text_mask is not None and text_mask.shape != text.shape[:2]:
             raise StditError(f"text_mask is {tuple(text_mask.shape)}; wanted {tuple(text.shape[:2])}.")
-
-
-def transformer_flops(config: TransformerConfig, token_counts: Sequence[int], text_counts: Sequence[int]) -> int:
-    """Forward FLOPs (2 per multiply-add) of the matrix products of clips of n tokens with texts of m tokens.
-
-    Times 3 for a training step, times 4 with checkpointed blocks. text_counts are packed (padding is one token).
-    """
-    d, layers = config.dim, config.layers
-    linear, quadratic = cost_coefficients(config)
-    text = 2 * d * (config.text_dim + d) + layers * 4 * d * d
-    return sum(
-        linear * n + quadratic * n * n + text * m + layers * 4 * d * n * m for n, m in zip(token_counts, text_counts)
-    )
-
-
-def cost_coefficients(config: TransformerConfig) -> tuple[int, int]:
-    """(per token, per token²) forward FLOPs of a clip without its text; exact integers, for the planner."""
-    d = config.dim
-    ends = 2 * d * (config.in_channels + config.out_channels) * config.patch_volume
-    return ends + config.layers * (12 * d * d + 4 * d * config.ffn_dim), config.layers * 4 * d

@@ -40,6 +40,34 @@ def test_modulated_norm_is_what_it_says(name, chunk, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [4096, 4])
 @pytest.mark.parametrize("name", LEVELS)
+def test_modulated_rms_norm_is_what_it_says(name, chunk, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", chunk)
+    (x,), (shift, scale), index = inputs(name, 1)
+    level = index.level_of
+    wanted = F.rms_norm(x, x.shape[1:], eps=1e-6) * (1 + scale[level]) + shift[level]
+    found = modulated_norm(x, shift, scale, index, 1e-6, rms=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+    direction = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(y, (x, shift, scale), direction) for y in (found, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rms_norm_of_each_head(turned):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 24), (12,)))
+    wanted, cos, sin = F.rms_norm(x.view(5, 2, 12), (12,), weight, 1e-6), None, None
+    if turned:
+        cos, sin = (table.expand(5, 2, 6) * 1.0 for table in rotary_table(torch.randint(0, 50, (5, 3)), 12))
+        cos, sin = cos.double(), sin.double()
+        wanted = apply_rotary(wanted, cos, sin)
+    found = rms_norm_rotary(x, weight, cos, sin, 1e-6)
+    torch.testing.assert_close(found, wanted.flatten(1), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *t: rms_norm_rotary(*t, cos, sin, 1e-6), (x, weight))
+
+
+@pytest.mark.parametrize("chunk", [4096, 4])
+@pytest.mark.parametrize("name", LEVELS)
 def test_gated_residual_is_what_it_says(name, chunk, monkeypatch):
     monkeypatch.setattr(fused, "CHUNK", chunk)
     (x, y), (gate,), index = inputs(name, 2)
@@ -104,8 +132,9 @@ def test_bf16_tokens_are_computed_in_fp32(name):
 def test_opcheck(name):
     (x,), (shift, scale), index = inputs(name, 1, torch.float32)
     parts = (index.level_of, index.run_bounds, index.run_levels)
-    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, *parts, 1e-6))
+    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, *parts, 1e-6, False))
     (x, y), (gate,), _ = inputs(name, 2, torch.float32)
+    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, *parts, 1e-6, True))
     torch.library.opcheck(fused._gated_residual._opoverload, (x, y, gate, *parts))
 
 

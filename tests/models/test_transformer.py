@@ -60,7 +60,7 @@ def diffusers_model(config, **changes):
         freq_dim=config.frequency_dim,
         ffn_dim=config.ffn_dim,
         num_layers=config.layers,
-        cross_attn_norm=config.cross_norm,
+        cross_attn_norm=config.cross_norm == "affine",
         eps=config.eps,
     )
 
@@ -121,7 +121,9 @@ def test_one_padding_token_equals_explicit_zero_padding():
     assert max(relative(a, b) for a, b in zip(*grads)) < 1e-11
 
 
-@pytest.mark.parametrize(("per", "cross_norm"), [("clip", True), ("frame", True), ("token", True), ("clip", False)])
+@pytest.mark.parametrize(
+    ("per", "cross_norm"), [("clip", "affine"), ("frame", "affine"), ("token", "affine"), ("clip", "none")]
+)
 def test_equals_diffusers_with_every_weight_random(per, cross_norm):
     config = TransformerConfig(**{**SMALL.__dict__, "cross_norm": cross_norm})
     ours, theirs = random_model(config, torch.float32), diffusers_model(config)
@@ -169,7 +171,7 @@ def test_predict_drops_masked_text():
 
 
 def test_predict_needs_no_padding_and_is_exact_at_any_shape():
-    model = random_model(TransformerConfig(**{**SMALL.__dict__, "patch": (1, 1, 1), "qk_norm": False}))
+    model = random_model(TransformerConfig(**{**SMALL.__dict__, "patch": (1, 1, 1), "qk_norm": "none"}))
     latents = torch.randn(1, 5, 3, 5, 7, dtype=torch.float64)
     out = model.predict(latents, torch.tensor([0.3]), torch.randn(1, 1, 20).double())
     assert out.shape == (1, 3, 3, 5, 7) and out.isfinite().all()
@@ -240,6 +242,16 @@ def test_predict_names_what_is_wrong(arguments, message):
         ({"patch": (1, 2)}, "patch"),
         ({"frequency_dim": 31}, "even"),
         ({"text_padding": -1}, "text_padding -1"),
+        ({"norm": "rns"}, "norm is 'rns'. Did you mean 'rms'"),
+        ({"qk_norm": True}, "qk_norm is True. Known: across_heads"),
+        ({"modulation": "low_rank"}, "cross_norm 'modulated' goes with"),
+        ({"modulation": "low_rank", "cross_norm": "modulated"}, "sinusoids of the width 48"),
+        ({"position": "space"}, "position_base"),
+        ({"position": "learned"}, "position_max"),
+        ({"rotary": "inner"}, "rope_fps"),
+        ({"attention": "spatial"}, "rotary 'none'"),
+        ({"image_channels": 5}, "image_channels 5 of in_channels 5"),
+        ({"text_embedding": "gelu"}, "text_width 0"),
     ],
 )
 def test_bad_configs_are_named(changes, message):

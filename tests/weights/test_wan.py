@@ -228,7 +228,7 @@ def test_the_releases_own_configs_are_the_presets():
             assert wan.config_from(json.loads(json.dumps(form(config))), {}) == config
 
 
-@pytest.mark.parametrize("changes", [{"qk_norm": False}, {"cross_norm": False}])
+@pytest.mark.parametrize("changes", [{"qk_norm": "none"}, {"cross_norm": "none"}])
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 def test_models_without_norms_come_back_whole(tmp_path, changes, layout):
     small = dict(dim=24, heads=2, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=8, frequency_dim=16)
@@ -291,6 +291,7 @@ def test_nothing_is_loaded_partly_and_silently(folder, tmp_path, change, message
         ({"patch_size": [1, 2]}, "patch"),
         ({"eps": "small"}, "eps is 'small', not a positive number"),
         ({"cross_attn_norm": "no"}, "cross_norm is 'no', not true or false"),
+        ({"_stdit": {"format": 1, "qk_norm": "none"}}, "qk_norm is 'none', not true or false"),
     ],
 )
 def test_configs_that_cannot_be_are_named(folder, tmp_path, change, message):

@@ -6,7 +6,6 @@ Linear here). diffusers' `WanTransformer3DModel` renames everything, and swaps n
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -66,6 +65,7 @@ _DIFFUSERS_FIELDS = {
 }
 _DIFFUSERS_DEFAULTS = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 _OWN = ("text_padding", "rope_theta", "rope_max", "qk_norm")  # what others' config.json may have no place for
+_SWITCHES = {"qk_norm": "across_heads", "cross_norm": "affine"}  # true or false there: ours where true, else "none"
 _WORDS = re.compile(r"(dim|heads|layers|ffn_dim|in_channels|out_channels|text_dim|frequency_dim|rope_max)")
 
 
@@ -82,8 +82,6 @@ def config_from(
         values = _values_from_shapes(shapes, place)
     elif "num_attention_heads" in found or found.get("_class_name") == DIFFUSERS_CLASS:
         values = _values_from_diffusers(found, place)
-    elif {"heads", "layers"} <= set(found):
-        values = checked_keys(found, {f.name: f.name for f in dataclasses.fields(TransformerConfig)}, (), place)
     else:
         notes = ("model_type", "window_size" if found.get("window_size") == [-1, -1] else "")
         rest = {name: value for name, value in found.items() if name not in notes}
@@ -94,8 +92,9 @@ def config_from(
             raise StditError(f"{place}: {name} is {value!r}, not a positive whole number.")
         if name in ("eps", "rope_theta") and not (type(value) in (int, float) and 0 < value < math.inf):
             raise StditError(f"{place}: {name} is {value!r}, not a positive number.")
-        if name in ("qk_norm", "cross_norm") and type(value) is not bool:
+        if name in _SWITCHES and type(value) is not bool:
             raise StditError(f"{place}: {name} is {value!r}, not true or false.")
+    values |= {name: on if values[name] else "none" for name, on in _SWITCHES.items() if name in values}
     try:
         config = TransformerConfig(**values)
     except (StditError, TypeError, ValueError) as error:
@@ -117,10 +116,10 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
     return {
         "_class_name": DIFFUSERS_CLASS,
         "_diffusers_version": DIFFUSERS_VERSION,
-        "_stdit": {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}},
+        "_stdit": _own(config),
         "added_kv_proj_dim": None,
         "attention_head_dim": config.dim // config.heads,
-        "cross_attn_norm": config.cross_norm,
+        "cross_attn_norm": config.cross_norm != "none",
         "eps": config.eps,
         "ffn_dim": config.ffn_dim,
         "freq_dim": config.frequency_dim,
@@ -140,10 +139,15 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """config.json as the original releases write it."""
     values = {theirs: getattr(config, ours) for theirs, ours in _ORIGINAL_FIELDS.items()}
+    values |= {"qk_norm": config.qk_norm != "none", "cross_attn_norm": config.cross_norm != "none"}
     values["patch_size"] = list(config.patch)
     kind = "t2v" if config.in_channels == config.out_channels == 16 else "ti2v"
-    own = {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}}
-    return {"_class_name": ORIGINAL_CLASS, "_stdit": own, "model_type": kind, **values}
+    return {"_class_name": ORIGINAL_CLASS, "_stdit": _own(config), "model_type": kind, **values}
+
+
+def _own(config: TransformerConfig) -> dict[str, Any]:
+    """What a config.json of other programs has no place for."""
+    return {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}, "qk_norm": config.qk_norm != "none"}
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:

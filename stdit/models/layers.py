@@ -1,0 +1,64 @@
+"""The layers that blocks are made of: linears and norms that keep weights in the dtype they were stored in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stdit.models.fused import rms_norm_rotary, widen
+from stdit.models.positions import apply_rotary
+
+
+class Linear(nn.Linear):
+    """Computes in its input's dtype whatever its own, so that weights keep the dtype they were stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with affine, in fp32 (fp64 for fp64), returned in the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = widen(x)
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm in fp32 (fp64 for fp64) of the whole width, or of each head where `dim` is a head's width, with the
+    rotary turn that follows it."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        return rms_norm_rotary(x, self.weight, cos, sin, self.eps)
+
+
+class Rotary(nn.Module):
+    """The rotary turn alone, in the place of RMSNorm where there is no qk_norm."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        if cos is None or sin is None:
+            return x
+        return apply_rotary(x.unflatten(1, (self.heads, -1)), cos, sin).flatten(1)
+
+
+class LowRank(nn.Sequential):
+    """SiLU, then a projection through a narrow layer, without biases (Cosmos' AdaLN-LoRA); never under autocast."""
+
+    def __init__(self, dim: int, rank: int, out: int) -> None:
+        super().__init__(nn.SiLU(), Linear(dim, rank, bias=False), Linear(rank, out, bias=False))
+
+    def forward(self, c: Tensor) -> Tensor:
+        with torch.autocast(c.device.type, enabled=False):
+            return super().forward(c)
