@@ -82,7 +82,7 @@ def _sources(path: Path, trust_pickle: bool, strict: bool) -> list[Source]:
     if not kinds and problems:
         raise problems[0]
     if not kinds:
-        known = " nor a ".join(io.family_of(kind).FAMILY for kind in io.KINDS)
+        known = " nor a ".join(family.FAMILY for kind in io.KINDS for family in io.families(kind))
         raise StditError(f"{path}: holds neither a {known}.")
     for problem in problems:
         typer.echo(f"left out: {problem}", err=True)

@@ -271,7 +271,9 @@ class STDiT(nn.Module):
         clips = pack.segments
         segments = clips if config.attention == "full" else spatial_segments(pack)
         at = Surroundings(c, levels, cos, sin, segments, text.segments, text.multiplicity, clips)
-        if config.image_text_dim and (image := pack.conditions.image_text) is not None:
+        if config.image_text_dim:
+            if (image := pack.conditions.image_text) is None:
+                raise StditError("these weights see an image encoder's tokens beside the text: give `image_text`.")
             at.image = self.img_emb(image.tokens.to(self.dtype), image.segments.lengths)  # (I, D)
             at.image_segments = image.segments
         if config.attention == "spatial_temporal":

@@ -90,6 +90,14 @@ class TensorFiles:
                     raise StditError(f"{entry.path}: the file ends inside the tensor {self.prefix}{name}.")
         return tensor
 
+    def without_others(self, prefixes: tuple[str, ...], others: tuple[str, ...]) -> TensorFiles:
+        """The same without the tensors of other models (names that begin with one of `others`) where all that is left
+        has one of `prefixes`: some programs keep all of a pipeline in one file."""
+        left = {name: entry for name, entry in self.entries.items() if not name.startswith(others)}
+        if len(left) == len(self.entries) or not any(all(n.startswith(p) for n in left) for p in prefixes):
+            return self
+        return TensorFiles(self.path, left, self.metadata, self.prefix, self.loaded)
+
     def without_prefix(self, prefixes: tuple[str, ...]) -> TensorFiles:
         """The same, with names freed of a prefix that all of them have (single files from other programs)."""
         for prefix in prefixes:

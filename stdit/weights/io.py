@@ -6,6 +6,7 @@ its device and dtype, into a model that was built without memory.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from stdit.errors import StditError
 from stdit.files import publish
 from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
-from stdit.weights.keymap import Table
+from stdit.weights.keymap import Shape, Table
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     from stdit.vae.autoencoder import CausalVAE
 
 KINDS = ("transformer", "vae")
+FAMILIES = {"transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos"), "vae": ("wan_vae",)}
 LAYOUTS = ("diffusers", "original")
 SHARD_BYTES = 5_000_000_000
+OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.")
 _STEM = "diffusion_pytorch_model"
 _VAE_STEM = "Wan2.1_VAE"  # original releases keep it beside the transformer
@@ -62,7 +65,7 @@ def load_transformer(
     device: torch.device | str = "cpu",
     trust_pickle: bool = False,
 ) -> STDiT:
-    """A transformer from a model folder (stdit's or diffusers'), its transformer/, an original Wan release, or a file.
+    """A transformer from a model folder (stdit's or diffusers'), its transformer/, an original release, or a file.
 
     dtype: None keeps each tensor's stored dtype. trust_pickle: allows .pth and .bin files, tensors only.
     Raises StditError that names the file and the tensors where anything is missing, unexpected, misshaped or damaged,
@@ -102,14 +105,16 @@ def save_vae(
     _save("vae", vae, Path(folder), layout, shard_bytes)
 
 
-def family_of(kind: str) -> ModuleType:
-    if kind == "transformer":
-        from stdit.weights.families import wan
+def families(kind: str) -> list[ModuleType]:
+    """The modules of all families of a kind. Names shared by several belong to the first, unless a config says."""
+    return [importlib.import_module(f"stdit.weights.families.{name}") for name in FAMILIES[kind]]
 
-        return wan
-    from stdit.weights.families import wan_vae
 
-    return wan_vae
+def family_of(kind: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModuleType:
+    """The family of a config.json, or else of tensors by their names; where neither is known, the first."""
+    known = families(kind)
+    named = [family for family in known if found.get("_class_name") in family.CLASSES]
+    return (named or [family for family in known if family.dialect_of(shapes)] or known)[0]
 
 
 def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -> bool:
@@ -121,18 +126,19 @@ def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -
         _, files = _opened(kind, place, trust_pickle)
     except NoWeights:
         return False
-    return bool(family_of(kind).dialect_of(files.shapes))
+    return any(family.dialect_of(files.shapes) for family in families(kind))
 
 
 def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, strict: bool = True) -> Source:
     """Opens a transformer or VAE without reading a tensor. strict: raise if its tensors are not those of its config."""
     folder, files = _opened(kind, Path(path).expanduser(), trust_pickle)
-    family = family_of(kind)
-    found, config_path = _config(kind, family, folder, files)
+    found, config_path = _config(kind, folder, files)
+    family = family_of(kind, found, files.shapes)
     dialect = family.dialect_of(files.shapes)
     config = family.config_from(found, files.shapes, config_path or files.path) if found or dialect else None
     if config is None or not dialect:
-        raise StditError(f"{files.path}: not a {family.FAMILY}: its tensors are named {_some(files.entries)}.")
+        known = ", nor a ".join(one.FAMILY for one in families(kind))
+        raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
     table = family.keymap(config, dialect).table(_shapes(_on_meta(family, config)))
     if strict:
         table.check(files.shapes, files.path, f"The config is {config_path}." if config_path else "")
@@ -169,8 +175,11 @@ def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFil
     if not place.exists():
         raise StditError(f"{place}: no such file or folder.")
     if place.is_file():
-        return place.parent, open_file(place, trust_pickle).without_prefix(PREFIXES)
-    folder, files = _in_folder(kind, place, trust_pickle)
+        folder, files = place.parent, open_file(place, trust_pickle)
+    else:
+        folder, files = _in_folder(kind, place, trust_pickle)
+    if kind == "transformer":
+        files = files.without_others(PREFIXES, OTHER_MODELS)
     return folder, files.without_prefix(PREFIXES)
 
 
@@ -192,22 +201,24 @@ def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, Tenso
     return folder, open_folder(folder, trust_pickle, lambda name: bool(_VAE.search(name)) or not named)
 
 
-def _config(kind: str, family: ModuleType, folder: Path, files: TensorFiles) -> tuple[dict[str, Any], Path | None]:
+def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any], Path | None]:
     """The config.json beside the weights, or what the weights' own metadata carries, or nothing."""
     path = folder / "config.json"
-    other = family_of("vae" if kind == "transformer" else "transformer")
     if path.is_file():
         found = read_json(path)
-        theirs = (other.DIFFUSERS_CLASS, getattr(other, "ORIGINAL_CLASS", None))
-        if found.get("_class_name") not in theirs or kind == "transformer":
+        others = [name for family in families("transformer") for name in family.CLASSES] if kind == "vae" else []
+        if found.get("_class_name") not in others:
             return found, path
-    if carried := files.metadata.get("stdit_config"):
-        try:
-            found = json.loads(carried)
-        except json.JSONDecodeError as error:
-            raise StditError(f"{files.path}: stdit_config in its metadata is not valid JSON ({error}).") from None
-        if isinstance(found, dict):
-            return found, None
+    for key in ("stdit_config", "config"):  # ours, and what LTX-Video's single files carry for every model in them
+        if carried := files.metadata.get(key):
+            try:
+                document: Any = json.loads(carried)
+            except json.JSONDecodeError as error:
+                raise StditError(f"{files.path}: {key} in its metadata is not valid JSON ({error}).") from None
+            if key == "config" and isinstance(document, dict):
+                document = document.get(kind)
+            if isinstance(document, dict):
+                return document, None
     return {}, None
 
 
@@ -240,7 +251,7 @@ def _write(
     """Writes a model whose native tensors `read` gives, a tensor in memory at a time; see save_transformer."""
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
-    family = family_of(kind)
+    family = importlib.import_module(f"stdit.weights.families.{getattr(config, 'family', 'wan_vae')}")
     table = family.keymap(config, layout).table(_shapes(_on_meta(family, config)))
     described = family.config_to_diffusers(config) if layout == "diffusers" else family.config_to_original(config)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}

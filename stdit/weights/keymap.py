@@ -65,6 +65,25 @@ class Unflatten:
 
 
 @dataclass(frozen=True)
+class Flatten:
+    """Several native dimensions, from `dim` on and of these sizes, are one foreign one."""
+
+    dim: int
+    sizes: Shape
+
+    def shape(self, native: Shape) -> Shape:
+        end = self.dim + len(self.sizes)
+        assert native[self.dim : end] == self.sizes, f"{self} of {native}"
+        return (*native[: self.dim], math.prod(self.sizes), *native[end:])
+
+    def to_foreign(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten(self.dim, self.dim + len(self.sizes) - 1)
+
+    def to_native(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(self.dim, self.sizes)
+
+
+@dataclass(frozen=True)
 class Permute:
     """Foreign dimension k is native dimension `dims[k]`."""
 
@@ -98,16 +117,30 @@ class Take:
         return tensor.index_select(self.dim, tensor.new_tensor(back, dtype=_int64()))
 
 
+def output_order(patch: Shape, channels: int, order: str) -> Take:
+    """Rows of a head in our order (t, h, w, c) of a patch's frames, rows, columns and channels, there in `order`."""
+    sizes = dict(zip("thwc", (*patch, channels)))
+    strides = {axis: math.prod(list(sizes.values())[place + 1 :]) for place, axis in enumerate(sizes)}
+    rows = [0]
+    for axis in order:
+        rows = [row + step * strides[axis] for row in rows for step in range(sizes[axis])]
+    return Take(tuple(rows))
+
+
 def _int64():
     import torch
 
     return torch.int64
 
 
-def half_split_heads(heads: int, head_dim: int) -> Take:
-    """Interleaved rotary rows here, half-split rotary rows (first halves, then second halves of the pairs) there."""
-    order = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
-    return Take(tuple(head * head_dim + row for head in range(heads) for row in order))
+def half_split_heads(heads: int, head_dim: int, parts: int = 1) -> Take:
+    """Interleaved rotary rows here, half-split rotary rows (first halves, then second halves of the pairs) there.
+
+    parts: how many equal parts of a head are split in halves on their own.
+    """
+    size = head_dim // parts
+    order = [*range(0, size, 2), *range(1, size, 2)]
+    return Take(tuple(part * size + row for part in range(heads * parts) for row in order))
 
 
 _FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
@@ -192,15 +225,19 @@ class Move:
 
 
 class KeyMap:
-    """Rules, first match wins, and the foreign names that may be there and hold no weights (`ignored` templates)."""
+    """Rules, first match wins; the foreign names that may be there and hold no weights (`ignored` templates); the
+    native names that have no place there and are left out of what is written (`absent`)."""
 
-    def __init__(self, *rules: Rule, ignored: tuple[str, ...] = ()):
-        self.rules, self.ignored = rules, ignored
+    def __init__(self, *rules: Rule, ignored: tuple[str, ...] = (), absent: tuple[str, ...] = ()):
+        self.rules, self.ignored, self.absent = rules, ignored, absent
 
     def table(self, native: Mapping[str, Shape]) -> Table:
-        """Applies the rules to a model's tensors. Every native tensor takes part once; so does every foreign one."""
+        """Applies the rules to a model's tensors. Every native tensor that is not `absent` takes part
+        once; so does every foreign one."""
         moves: dict[tuple[str, ...], Move] = {}
         for name in native:
+            if name in self.absent:
+                continue
             for rule in self.rules:
                 if (fields := rule.match(name)) is not None:
                     move = rule.move(fields, native)

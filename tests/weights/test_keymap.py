@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stdit.errors import StditError
-from stdit.weights.keymap import KeyMap, Permute, Rule, Take, Unflatten, half_split_heads
+from stdit.weights.keymap import Flatten, KeyMap, Permute, Rule, Take, Unflatten, half_split_heads
 
 SHAPES = {
     "blocks.0.q.weight": (6, 3),
@@ -90,7 +90,7 @@ def test_mistakes_in_a_map_are_found_before_any_weights():
         KeyMap(Rule(("a", "b"), "x")).table({"a": (1,)})
 
 
-@pytest.mark.parametrize("step", [Take((2, 0, 1), 1), Permute((1, 2, 0)), Unflatten(2, (2, 2))])
+@pytest.mark.parametrize("step", [Take((2, 0, 1), 1), Permute((1, 2, 0)), Unflatten(2, (2, 2)), Flatten(1, (3, 4))])
 def test_each_step_inverts_and_tells_its_shape(step):
     x = torch.randn(5, 3, 4)
     there = step.to_foreign(x)

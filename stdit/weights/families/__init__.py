@@ -1,6 +1,7 @@
 """One small file per family of open weights: how its config becomes ours, and how its keys do, in both directions.
 
-FAMILY, DIFFUSERS_CLASS              what messages call it, and the class that diffusers' config.json names
+FAMILY                               what messages call it
+CLASSES                              the classes that its config.json may name
 config_from(found, shapes, place)    our config of a config.json in any dialect; where `found` is {}, of
                                      the tensors' shapes alone; `place` is for errors
 config_to_diffusers(config)          config.json as diffusers wants it

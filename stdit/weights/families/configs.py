@@ -1,12 +1,18 @@
-"""What the families' configs have in common."""
+"""What the families' configs and key maps have in common."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from stdit.errors import StditError, nearest_name
+from stdit.models.config import TransformerConfig
+from stdit.weights.keymap import Flatten, Rule, Shape
 
+Settings = dict[str, Any]
 FORMAT = 1  # of what we add to other programs' config.json, under "_stdit"
 DIFFUSERS_VERSION = "0.36.0"  # the first whose WanPipeline reads every key that is written
 
@@ -33,3 +39,131 @@ def checked_keys(
         elif name != "format":
             raise StditError(f"{place}: unknown key {name!r} in _stdit.{nearest_name(name, own)}")
     return values
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How one program's config.json describes a family.
+
+    names: the program's name of a field: ours. defaults: what it means when a key is absent, and the type that its
+    value has. only: keys that stdit runs with these values alone (the first is written).
+    """
+
+    class_name: str
+    names: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def read(self, found: Mapping[str, Any], own: Collection[str], place: object) -> tuple[dict[str, Any], Settings]:
+        """Our values of the fields in `names` and of `own` under "_stdit"; and all of theirs, defaults filled in."""
+        kind = found.get("_class_name", self.class_name)
+        if kind != self.class_name:
+            raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {self.class_name}s.")
+        checked_keys(found, {name: name for name in self.defaults}, own, place)
+        theirs = {**self.defaults, **{name: found[name] for name in self.defaults if name in found}}
+        for name, allowed in self.only.items():
+            if theirs[name] not in allowed:
+                runs = " or ".join(map(repr, allowed))
+                raise StditError(f"{place}: {name} is {theirs[name]!r}; stdit runs such models with {runs} only.")
+        for name, value in theirs.items():
+            if not _of_type(value, self.defaults[name]):
+                raise StditError(f"{place}: {name} is {value!r}, not of the kind of {self.defaults[name]!r}.")
+        values = {ours: theirs[name] for name, ours in self.names.items()}
+        return values | {name: value for name, value in found.get("_stdit", {}).items() if name != "format"}, theirs
+
+    def write(self, config: TransformerConfig, own: Collection[str] = (), **more: Any) -> Settings:
+        """The config.json of `config`, every value explicit; `more`: of theirs, what `names` does not say."""
+        values = {name: getattr(config, ours) for name, ours in self.names.items()}
+        values = {**self.defaults, **{name: allowed[0] for name, allowed in self.only.items()}, **values, **more}
+        added = {"_stdit": {"format": FORMAT, **{name: getattr(config, name) for name in own}}} if own else {}
+        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"_class_name": self.class_name, "_diffusers_version": "0.36.0", **added, **listed}
+
+
+def describe(class_name: str, config: TransformerConfig, kept: Collection[str]) -> Settings:
+    """A config.json for originals that have none: what the shapes of their tensors do not say."""
+    values = {name: getattr(config, name) for name in kept}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"_class_name": class_name, "_stdit": {"format": FORMAT, **listed}}
+
+
+def described(found: Mapping[str, Any], kept: Collection[str], place: object) -> Settings:
+    """What `describe` wrote."""
+    checked_keys(found, {}, kept, place)
+    return {name: value for name, value in found.get("_stdit", {}).items() if name != "format"}
+
+
+def _of_type(value: Any, like: Any) -> bool:
+    if like is None or value is None:
+        return value is None or type(value) in (int, float, bool)
+    if isinstance(like, float):
+        return type(value) in (int, float) and 0 <= value < math.inf
+    if isinstance(like, tuple | list):
+        return isinstance(value, tuple | list) and len(value) == len(like) and all(map(_of_type, value, like))
+    if type(like) is int:
+        return type(value) is int and 0 < value < 2**31
+    return type(value) is type(like)
+
+
+def width(heads: int, head_dim: int) -> dict[str, int]:
+    """Of families that say a head's width and have an MLP of four times the model's."""
+    return {"heads": heads, "dim": heads * head_dim, "ffn_dim": 4 * heads * head_dim}
+
+
+def checked_transformer(
+    values: Mapping[str, Any], shapes: Mapping[str, Shape], place: object, blocks: str
+) -> TransformerConfig:
+    """The config of `values`, whose number of blocks must be that of the tensors; `blocks` matches their names."""
+    try:
+        config = TransformerConfig(**values)
+    except (StditError, TypeError, ValueError) as error:
+        raise StditError(f"{place}: {error}") from None
+    if shapes and count(shapes, blocks) != config.layers:
+        raise StditError(
+            f"{place}: the config says {config.layers} blocks, the tensors are of {count(shapes, blocks)}. "
+            "Does this config.json belong to these weights?"
+        )
+    return config
+
+
+def count(shapes: Mapping[str, Shape], blocks: str) -> int:
+    """How many blocks there are, `blocks` a pattern with their number in a group."""
+    return len({found[1] for name in shapes if (found := re.match(blocks, name))})
+
+
+def needed(shapes: Mapping[str, Shape], name: str, rank: int, place: object, what: str) -> Shape:
+    """The shape of a tensor by which a config is told where there is no config.json."""
+    if len(shapes.get(name, ())) != rank:
+        raise StditError(f"{place}: not a {what}: no config.json, and no {name} of rank {rank} to tell the size by.")
+    return shapes[name]
+
+
+def block_rules(ours: str = "blocks", theirs: str = "transformer_blocks", q_norm: str = "norm_{p}") -> list[Rule]:
+    """The blocks of diffusers' PixArt and of all that were made after it."""
+    rules = []
+    for mine, yours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+        a, b = f"{ours}.{{i}}.{mine}", f"{theirs}.{{i}}.{yours}"
+        rules += [
+            Rule(f"{a}.{{p:q|k|v}}.{{leaf}}", f"{b}.to_{{p}}.{{leaf}}"),
+            Rule(f"{a}.o.{{leaf}}", f"{b}.to_out.0.{{leaf}}"),
+            Rule(f"{a}.norm_{{p:q|k}}.weight", f"{b}.{q_norm}.weight"),
+        ]
+    return [
+        *rules,
+        Rule(f"{ours}.{{i}}.ffn.0.{{leaf}}", f"{theirs}.{{i}}.ff.net.0.proj.{{leaf}}"),
+        Rule(f"{ours}.{{i}}.ffn.2.{{leaf}}", f"{theirs}.{{i}}.ff.net.2.{{leaf}}"),
+        Rule(f"{ours}.{{i}}.modulation", f"{theirs}.{{i}}.scale_shift_table", Flatten(0, (1, 6))),
+    ]
+
+
+def end_rules(time: str = "adaln_single") -> list[Rule]:
+    """Time, text and head of the same models; not the patch embedding."""
+    return [
+        Rule("time_embedding.0.{leaf}", f"{time}.emb.timestep_embedder.linear_1.{{leaf}}"),
+        Rule("time_embedding.2.{leaf}", f"{time}.emb.timestep_embedder.linear_2.{{leaf}}"),
+        Rule("time_projection.1.{leaf}", f"{time}.linear.{{leaf}}"),
+        Rule("text_embedding.0.{leaf}", "caption_projection.linear_1.{leaf}"),
+        Rule("text_embedding.2.{leaf}", "caption_projection.linear_2.{leaf}"),
+        Rule("head.modulation", "scale_shift_table", Flatten(0, (1, 2))),
+        Rule("head.head.{leaf}", "proj_out.{leaf}"),
+    ]

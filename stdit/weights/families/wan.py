@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 text-to-video transformers (Wan-Video/Wan2.1, Wan-Video/Wan2.2), and what stdit trains itself.
+"""Wan 2.1 and 2.2 transformers (Wan-Video/Wan2.1, Wan-Video/Wan2.2), and what stdit trains itself.
 
 Our names are the original release's, so the original dialect differs only in the patch embedding (a Conv3d there, a
 Linear here). diffusers' `WanTransformer3DModel` renames everything, and swaps norm2 and norm3.
@@ -16,22 +16,19 @@ from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys
 from stdit.weights.keymap import KeyMap, Rule, Shape, Unflatten
 
-FAMILY = "Wan text-to-video transformer"
+FAMILY = "Wan transformer"
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 ORIGINAL_CLASS = "WanModel"
+CLASSES = (DIFFUSERS_CLASS, ORIGINAL_CLASS)
 
 # Branches that other variants of Wan have, by the start of a tensor's name in any dialect.
 _BRANCHES = {
-    "image-to-video with an image branch (Wan 2.1 I2V)": (
-        r"img_emb\.|condition_embedder\.image_embedder\.|blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\."
-        r"|blocks\.\d+\.attn2\.(add_k_proj|add_v_proj|norm_added_k)\."
-    ),
     "VACE control branches": r"vace_(blocks|patch_embedding|layers)\.",
     "Animate": r"(motion_encoder|face_adapter|face_encoder|pose_patch_embedding)\.",
     "speech-to-video (S2V)": r"(casual_audio_encoder|audio_injector|condition_embedder\.causal_audio_encoder)\.",
     "camera or reference control": r"(control_adapter|ref_conv|adapter)\.",
 }
-_MODEL_TYPES = {"t2v", "ti2v"}
+_MODEL_TYPES = {"t2v", "ti2v", "i2v", "flf2v"}
 
 # original name: our name. What is absent from a release's config.json has Wan's default.
 _ORIGINAL_FIELDS = {
@@ -62,9 +59,17 @@ _DIFFUSERS_FIELDS = {
     "qk_norm": "qk_norm",
     "cross_attn_norm": "cross_norm",
     "rope_max_seq_len": "rope_max",
+    "image_dim": "image_text_dim",
+    "pos_embed_seq_len": "image_text_positions",
 }
 _DIFFUSERS_DEFAULTS = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
-_OWN = ("text_padding", "rope_theta", "rope_max", "qk_norm")  # what others' config.json may have no place for
+_OWN = (
+    "text_padding",
+    "rope_theta",
+    "rope_max",
+    "qk_norm",
+    "image_channels",
+)  # what others' config.json may have no place for
 _SWITCHES = {"qk_norm": "across_heads", "cross_norm": "affine"}  # true or false there: ours where true, else "none"
 _WORDS = re.compile(r"(dim|heads|layers|ffn_dim|in_channels|out_channels|text_dim|frequency_dim|rope_max)")
 
@@ -87,6 +92,7 @@ def config_from(
         rest = {name: value for name, value in found.items() if name not in notes}
         values = checked_keys(rest, _ORIGINAL_FIELDS, _OWN, place)
         _need(found, ("dim", "num_heads", "num_layers", "ffn_dim"), place)
+    values = _image_values(values, shapes)
     for name, value in values.items():
         if _WORDS.fullmatch(name) and not (type(value) is int and 0 < value < 2**31):
             raise StditError(f"{place}: {name} is {value!r}, not a positive whole number.")
@@ -117,19 +123,19 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
         "_class_name": DIFFUSERS_CLASS,
         "_diffusers_version": DIFFUSERS_VERSION,
         "_stdit": _own(config),
-        "added_kv_proj_dim": None,
+        "added_kv_proj_dim": config.dim if config.image_text_dim else None,
         "attention_head_dim": config.dim // config.heads,
         "cross_attn_norm": config.cross_norm != "none",
         "eps": config.eps,
         "ffn_dim": config.ffn_dim,
         "freq_dim": config.frequency_dim,
-        "image_dim": None,
+        "image_dim": config.image_text_dim or None,
         "in_channels": config.in_channels,
         "num_attention_heads": config.heads,
         "num_layers": config.layers,
         "out_channels": config.out_channels,
         "patch_size": list(config.patch),
-        "pos_embed_seq_len": None,
+        "pos_embed_seq_len": config.image_text_positions or None,
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": config.rope_max,
         "text_dim": config.text_dim,
@@ -142,19 +148,23 @@ def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     values |= {"qk_norm": config.qk_norm != "none", "cross_attn_norm": config.cross_norm != "none"}
     values["patch_size"] = list(config.patch)
     kind = "t2v" if config.in_channels == config.out_channels == 16 else "ti2v"
+    if config.image_channels:
+        kind = "flf2v" if config.image_text_positions else "i2v"
     return {"_class_name": ORIGINAL_CLASS, "_stdit": _own(config), "model_type": kind, **values}
 
 
 def _own(config: TransformerConfig) -> dict[str, Any]:
     """What a config.json of other programs has no place for."""
-    return {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}, "qk_norm": config.qk_norm != "none"}
+    added = {name: getattr(config, name) for name in _OWN if name != "image_channels" or config.image_channels}
+    return {"format": FORMAT, **added, "qk_norm": config.qk_norm != "none"}
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
     """ "diffusers" or "original", by the names alone; "" for another family's."""
-    if any(name.startswith("condition_embedder.") or ".attn1." in name for name in names):
+    if any(re.match(r"condition_embedder\.|blocks\.\d+\.attn1\.", name) for name in names):
         return "diffusers"
-    return "original" if any(name.startswith("time_projection.") or ".self_attn." in name for name in names) else ""
+    original = r"time_projection\.|blocks\.\d+\.self_attn\.(q|k|v|o|norm_q|norm_k)\."
+    return "original" if any(re.match(original, name) for name in names) else ""
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
@@ -176,6 +186,13 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         Rule("blocks.{i}.cross_attn.{p:q|k|v}.{leaf}", "blocks.{i}.attn2.to_{p}.{leaf}"),
         Rule("blocks.{i}.cross_attn.o.{leaf}", "blocks.{i}.attn2.to_out.0.{leaf}"),
         Rule("blocks.{i}.cross_attn.norm_{p:q|k}.weight", "blocks.{i}.attn2.norm_{p}.weight"),
+        Rule("blocks.{i}.cross_attn.{p:k|v}_img.{leaf}", "blocks.{i}.attn2.add_{p}_proj.{leaf}"),
+        Rule("blocks.{i}.cross_attn.norm_k_img.weight", "blocks.{i}.attn2.norm_added_k.weight"),
+        Rule("img_emb.proj.0.{leaf}", "condition_embedder.image_embedder.norm1.{leaf}"),
+        Rule("img_emb.proj.1.{leaf}", "condition_embedder.image_embedder.ff.net.0.proj.{leaf}"),
+        Rule("img_emb.proj.3.{leaf}", "condition_embedder.image_embedder.ff.net.2.{leaf}"),
+        Rule("img_emb.proj.4.{leaf}", "condition_embedder.image_embedder.norm2.{leaf}"),
+        Rule("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
         Rule("blocks.{i}.norm3.{leaf}", "blocks.{i}.norm2.{leaf}"),  # the only norm with weights, renumbered there
         Rule("blocks.{i}.ffn.0.{leaf}", "blocks.{i}.ffn.net.0.proj.{leaf}"),
         Rule("blocks.{i}.ffn.2.{leaf}", "blocks.{i}.ffn.net.2.{leaf}"),
@@ -193,32 +210,20 @@ def _refuse_variants(found: Mapping[str, Any], shapes: Mapping[str, Shape], plac
     kind = found.get("_class_name")
     if kind not in (None, DIFFUSERS_CLASS, ORIGINAL_CLASS):
         raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {FAMILY}s ({DIFFUSERS_CLASS}).")
-    advice = "stdit loads the text-to-video (t2v) and the 5B (ti2v) transformers of Wan 2.1 and 2.2."
+    advice = "stdit loads the t2v, i2v, flf2v and ti2v transformers of Wan 2.1 and 2.2."
     if found.get("model_type", "t2v") not in _MODEL_TYPES:
         raise StditError(
             f"{place}: model_type is {found['model_type']!r}, a variant of Wan not supported yet. {advice}"
         )
-    for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-        if found.get(name) is not None:
-            raise StditError(
-                f"{place}: {name} is {found[name]!r}: image-to-video with an image branch (Wan 2.1 I2V, FLF2V) "
-                f"is not supported yet. {advice}"
-            )
     for branch, pattern in _BRANCHES.items():
         if names := [name for name in shapes if re.match(pattern, name)]:
             raise StditError(
                 f"{place}: {branch} is not supported yet ({len(names)} tensors such as {names[0]}). {advice}"
             )
-    channels = (found.get("in_channels", found.get("in_dim")), found.get("out_channels", found.get("out_dim")))
-    if channels == (36, 16):
-        raise StditError(
-            f"{place}: 36 input channels for 16 of output is image-to-video by concatenated channels (Wan I2V), "
-            f"which is not supported yet. {advice}"
-        )
 
 
 def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str, Any]:
-    apart = ("attention_head_dim", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "model_type")
+    apart = ("attention_head_dim", "added_kv_proj_dim", "model_type")
     rest = {name: value for name, value in found.items() if name not in apart}
     values = checked_keys({**_DIFFUSERS_DEFAULTS, **rest}, _DIFFUSERS_FIELDS, _OWN, place)
     head_dim = found.get("attention_head_dim", 128)
@@ -230,7 +235,28 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
         raise StditError(f"{place}: qk_norm {norm!r} is not one of Wan's (rms_norm_across_heads).")
     values["qk_norm"] = found.get("_stdit", {}).get("qk_norm", True)
     values["out_channels"] = values.get("out_channels", 16) or values.get("in_channels", 16)
+    values |= {name: values.get(name) or 0 for name in ("image_text_dim", "image_text_positions")}
+    if found.get("added_kv_proj_dim") != (values["dim"] if values["image_text_dim"] else None):
+        raise StditError(
+            f"{place}: added_kv_proj_dim is {found.get('added_kv_proj_dim')!r}; with an image branch (image_dim "
+            f"{found.get('image_dim')!r}) it is the model's width {values['dim']}, without one it is null."
+        )
     return values
+
+
+def _image_values(values: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """What no config.json of the original release says: the image branch of 2.1, which 2.2 has not, and how many of
+    the channels are an image's (its latents and the mask of known frames): those beside as many as come out."""
+    branch = {
+        "image_text_dim": shapes.get("img_emb.proj.1.weight", (0, 0))[1],
+        "image_text_positions": shapes.get("img_emb.emb_pos", (0, 0, 0))[1],
+    }
+    found: dict[str, Any] = {**branch, **values}
+    channels = (values.get("in_channels", 16), values.get("out_channels", 16))
+    whole = all(type(number) is int for number in channels)
+    if "image_channels" not in values and whole and (channels == (36, 16) or found["image_text_dim"]):
+        found["image_channels"] = max(channels[0] - channels[1], 0)
+    return found
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
@@ -242,6 +268,8 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
         "text": "condition_embedder.text_embedder.linear_1.weight" if diffusers else "text_embedding.0.weight",
         "ffn": "blocks.0.ffn.net.0.proj.weight" if diffusers else "blocks.0.ffn.0.weight",
         "head": "proj_out.weight" if diffusers else "head.head.weight",
+        "image": "condition_embedder.image_embedder.ff.net.0.proj.weight" if diffusers else "img_emb.proj.1.weight",
+        "positions": "condition_embedder.image_embedder.pos_embed" if diffusers else "img_emb.emb_pos",
         "cross": "blocks.0.norm2.weight" if diffusers else "blocks.0.norm3.weight",
         "qk": "blocks.0.attn1.norm_q.weight" if diffusers else "blocks.0.self_attn.norm_q.weight",
     }
@@ -269,6 +297,8 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
         "frequency_dim": shapes[names["time"]][1],
         "qk_norm": names["qk"] in shapes,
         "cross_norm": names["cross"] in shapes,
+        "image_text_dim": shapes.get(names["image"], (0, 0))[1],
+        "image_text_positions": shapes.get(names["positions"], (0, 0, 0))[1],
     }
 
 

@@ -19,6 +19,7 @@ from stdit.weights.keymap import KeyMap, Rule, Shape
 FAMILY = "Wan causal video VAE"
 DIFFUSERS_CLASS = "AutoencoderKLWan"
 ORIGINAL_CLASS = "WanVAE_"
+CLASSES = (DIFFUSERS_CLASS, ORIGINAL_CLASS)
 
 # The names that other programs give to fields of VaeConfig; the spelling of "temperal" is theirs.
 _DIFFUSERS_FIELDS = {

@@ -1,0 +1,270 @@
+"""Cosmos-Predict 1, 2 and 2.5 (nvidia-cosmos), diffusion transformers from text, and from text and video, to world.
+
+The originals name the blocks of 1 and of 2 differently and have no config.json. Rotary turns the halves of a head; rows
+of q and k, and of their norms' weights, are permuted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.weights.families.configs import (
+    Fields,
+    block_rules,
+    checked_transformer,
+    count,
+    describe,
+    described,
+    needed,
+)
+from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads, output_order
+
+FAMILY = "Cosmos-Predict transformer"
+_ORIGINAL_CLASS = "CosmosPredict"
+CLASSES = ("CosmosTransformer3DModel", _ORIGINAL_CLASS)
+SETTINGS: dict[str, Any] = {
+    "family": "cosmos",
+    "cross_norm": "modulated",
+    "qk_norm": "per_head",
+    "qk_eps": 1e-5,
+    "bias": False,
+    "activation": "gelu",
+    "modulation": "low_rank",
+    "time_scale": 1.0,
+    "rotary": "axes_ntk",
+    "rope_fps": 24.0,
+    "blank_channels": 1,
+}
+_OWN = ("text_padding", "rope_theta", "image_channels")
+_KEPT = (*_OWN, "heads", "patch", "in_channels", "rope_scale")  # beside an original
+_BLOCKS = r"(?:transformer_blocks\.|blocks\.(?:block)?)(\d+)\."
+_DIFFUSERS = Fields(
+    "CosmosTransformer3DModel",
+    {
+        "in_channels": "in_channels",
+        "out_channels": "out_channels",
+        "num_layers": "layers",
+        "adaln_lora_dim": "modulation_rank",
+        "patch_size": "patch",
+        "rope_scale": "rope_scale",
+    },
+    {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": 32,
+        "attention_head_dim": 128,
+        "num_layers": 28,
+        "mlp_ratio": 4.0,
+        "text_embed_dim": 1024,
+        "adaln_lora_dim": 256,
+        "max_size": (128, 240, 240),
+        "patch_size": (1, 2, 2),
+        "rope_scale": (2.0, 1.0, 1.0),
+        "concat_padding_mask": True,
+        "extra_pos_embed_type": "learnable",
+        "use_crossattn_projection": False,
+        "crossattn_proj_in_channels": 1024,
+        "encoder_hidden_states_channels": 1024,
+        "controlnet_block_every_n": None,
+        "img_context_dim_in": None,
+        "img_context_num_tokens": 256,
+        "img_context_dim_out": 2048,
+    },
+    {
+        "extra_pos_embed_type": ("learnable", None),
+        "controlnet_block_every_n": (None,),
+        "img_context_dim_in": (None,),
+    },
+)
+
+
+def config_from(
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+) -> TransformerConfig:
+    """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
+    if not found or found.get("_class_name") == _ORIGINAL_CLASS:
+        values = _values_from_shapes(shapes, described(found, _KEPT, place), place)
+        return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+    values, theirs = _DIFFUSERS.read(found, _OWN, place)
+    dim, text = theirs["num_attention_heads"] * theirs["attention_head_dim"], theirs["text_embed_dim"]
+    values |= {"heads": theirs["num_attention_heads"], "dim": dim, "frequency_dim": dim}
+    values |= {"ffn_dim": int(dim * theirs["mlp_ratio"]), "rope_scale": tuple(map(float, theirs["rope_scale"]))}
+    values |= {"text_dim": text, "text_embedding": "none"}
+    if theirs["use_crossattn_projection"]:
+        if theirs["encoder_hidden_states_channels"] != text:
+            raise StditError(f"{place}: encoder_hidden_states_channels is not text_embed_dim {text}.")
+        values |= {"text_dim": theirs["crossattn_proj_in_channels"], "text_width": text, "text_embedding": "gelu"}
+    if theirs["extra_pos_embed_type"] == "learnable":
+        sizes = tuple(size // one for size, one in zip(theirs["max_size"], theirs["patch_size"]))
+        values |= {"position": "learned", "position_max": sizes}
+    values["blank_channels"] = int(theirs["concat_padding_mask"])
+    values.setdefault("image_channels", int(values["in_channels"] == values["out_channels"] + 1))  # a mask of frames
+    return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+
+
+def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
+    """config.json as diffusers' CosmosTransformer3DModel.save_pretrained writes it."""
+    projected = config.text_embedding == "gelu"
+    learned = config.position == "learned"
+    largest = tuple(a * b for a, b in zip(config.position_max, config.patch)) if learned else (128, 240, 240)
+    return _DIFFUSERS.write(
+        config,
+        _OWN,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        mlp_ratio=config.ffn_dim / config.dim,
+        text_embed_dim=config.context_dim,
+        use_crossattn_projection=projected,
+        crossattn_proj_in_channels=config.text_dim if projected else 1024,
+        encoder_hidden_states_channels=config.context_dim if projected else 1024,
+        extra_pos_embed_type="learnable" if learned else None,
+        max_size=largest,
+        concat_padding_mask=config.blank_channels == 1,
+    )
+
+
+def config_to_original(config: TransformerConfig) -> dict[str, Any]:
+    """A config.json beside an original's tensors."""
+    return describe(_ORIGINAL_CLASS, config, _KEPT)
+
+
+def dialect_of(names: Mapping[str, Shape]) -> str:
+    """ "original" (of 1 or of 2) or "diffusers", by the names alone; "" for another family's."""
+    if "x_embedder.proj.1.weight" in names:
+        return "original"
+    return "diffusers" if {"patch_embed.proj.weight", "time_embed.norm.weight"} <= set(names) else ""
+
+
+def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
+    """Our names ↔ that dialect's; originals with learned positions are named as Cosmos-Predict1's."""
+    turned = half_split_heads(config.heads, config.head_dim)
+    normed = half_split_heads(1, config.head_dim)
+    order = output_order(config.patch, config.out_channels, "hwtc")
+    text = Rule("text_embedding.0.{leaf}", "crossattn_proj.0.{leaf}")
+    branches = ("self_attn", "cross_attn", "mlp")
+    if dialect == "diffusers":
+        block = "transformer_blocks.{i}"
+        return KeyMap(
+            Rule("patch_embedding.weight", "patch_embed.proj.weight"),
+            *(Rule(f"position.{our}", f"learnable_pos_embed.pos_emb_{its}") for our, its in _AXES),
+            Rule("time_embedding.0.weight", "time_embed.norm.weight"),
+            Rule("time_projection.0.weight", "time_embed.t_embedder.linear_1.weight"),
+            Rule("time_projection.2.weight", "time_embed.t_embedder.linear_2.weight"),
+            text,
+            *(
+                Rule(f"blocks.{{i}}.low_rank.{k}.{{j}}.weight", f"{block}.norm{k + 1}.linear_{{j}}.weight")
+                for k in range(3)
+            ),
+            Rule("blocks.{i}.self_attn.{p:q|k}.weight", f"{block}.attn1.to_{{p}}.weight", turned),
+            Rule("blocks.{i}.self_attn.norm_{p:q|k}.weight", f"{block}.attn1.norm_{{p}}.weight", normed),
+            *block_rules(),
+            Rule("head.low_rank.{j}.weight", "norm_out.linear_{j}.weight"),
+            Rule("head.head.weight", "proj_out.weight", order),
+        )
+    common = [
+        Rule("patch_embedding.weight", "x_embedder.proj.1.weight"),
+        Rule("time_projection.0.weight", "t_embedder.1.linear_1.weight"),
+        Rule("time_projection.2.weight", "t_embedder.1.linear_2.weight"),
+        Rule("head.head.weight", "final_layer.linear.weight", order),
+        text,
+    ]
+    if config.position == "learned":
+        block = "blocks.block{i}.blocks"
+        rules = [
+            *(Rule(f"position.{our}", f"extra_pos_embedder.pos_emb_{its}") for our, its in _AXES),
+            Rule("time_embedding.0.weight", "affline_norm.weight"),
+            *(
+                Rule(f"blocks.{{i}}.low_rank.{k}.{{j}}.weight", f"{block}.{k}.adaLN_modulation.{{j}}.weight")
+                for k in range(3)
+            ),
+            Rule("blocks.{i}.self_attn.{p:q|k}.weight", f"{block}.0.block.attn.to_{{p}}.0.weight", turned),
+            Rule("blocks.{i}.self_attn.norm_{p:q|k}.weight", f"{block}.0.block.attn.to_{{p}}.1.weight", normed),
+        ]
+        for k, branch in enumerate(branches[:2]):
+            rules += [
+                Rule(f"blocks.{{i}}.{branch}.{{p:q|k|v}}.weight", f"{block}.{k}.block.attn.to_{{p}}.0.weight"),
+                Rule(f"blocks.{{i}}.{branch}.norm_{{p:q|k}}.weight", f"{block}.{k}.block.attn.to_{{p}}.1.weight"),
+                Rule(f"blocks.{{i}}.{branch}.o.weight", f"{block}.{k}.block.attn.to_out.0.weight"),
+            ]
+        layer, last = f"{block}.2.block.layer", "final_layer.adaLN_modulation"
+    else:
+        block = "blocks.{i}"
+        rules = [
+            Rule("time_embedding.0.weight", "t_embedding_norm.weight"),
+            *(
+                Rule(f"blocks.{{i}}.low_rank.{k}.{{j}}.weight", f"{block}.adaln_modulation_{branch}.{{j}}.weight")
+                for k, branch in enumerate(branches)
+            ),
+            Rule("blocks.{i}.self_attn.{p:q|k}.weight", f"{block}.self_attn.{{p}}_proj.weight", turned),
+            Rule("blocks.{i}.self_attn.norm_{p:q|k}.weight", f"{block}.self_attn.{{p}}_norm.weight", normed),
+            Rule("blocks.{i}.{a:self|cross}_attn.{p:q|k|v}.weight", f"{block}.{{a}}_attn.{{p}}_proj.weight"),
+            Rule("blocks.{i}.{a:self|cross}_attn.norm_{p:q|k}.weight", f"{block}.{{a}}_attn.{{p}}_norm.weight"),
+            Rule("blocks.{i}.{a:self|cross}_attn.o.weight", f"{block}.{{a}}_attn.output_proj.weight"),
+        ]
+        layer, last = f"{block}.mlp.layer", "final_layer.adaln_modulation"
+    return KeyMap(
+        *common,
+        *rules,
+        Rule("blocks.{i}.ffn.0.weight", f"{layer}1.weight"),
+        Rule("blocks.{i}.ffn.2.weight", f"{layer}2.weight"),
+        Rule("head.low_rank.{j}.weight", f"{last}.{{j}}.weight"),
+        ignored=("logvar.{rest}", "pos_embedder.{rest}", "accum_{rest}", "{rest}._extra_state"),
+    )
+
+
+_AXES = (("frame", "t"), ("row", "h"), ("column", "w"))
+
+
+def build(config: TransformerConfig) -> STDiT:
+    return STDiT(config)
+
+
+def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], place: object) -> dict[str, Any]:
+    """Of an original: widths are in the shapes, patches are (1, 2, 2), rope_scale is each release's."""
+    first = (
+        "blocks.block0.blocks.{}.block.attn.to_{}"
+        if "blocks.block0.blocks.0.block.attn.to_q.0.weight" in shapes
+        else ""
+    )
+    names = {
+        "norm": f"{first.format(0, 'q')}.1.weight" if first else "blocks.0.self_attn.q_norm.weight",
+        "context": f"{first.format(1, 'k')}.0.weight" if first else "blocks.0.cross_attn.k_proj.weight",
+        "mlp": "blocks.block0.blocks.2.block.layer1.weight" if first else "blocks.0.mlp.layer1.weight",
+        "rank": "blocks.block0.blocks.0.adaLN_modulation.1.weight"
+        if first
+        else "blocks.0.adaln_modulation_mlp.1.weight",
+    }
+    dim, features = needed(shapes, "x_embedder.proj.1.weight", 2, place, FAMILY)
+    patch = tuple(known.get("patch", (1, 2, 2)))
+    channels = features // math.prod(patch)
+    values: dict[str, Any] = {
+        "dim": dim,
+        "frequency_dim": dim,
+        "heads": dim // needed(shapes, names["norm"], 1, place, FAMILY)[0],
+        "layers": count(shapes, _BLOCKS),
+        "ffn_dim": needed(shapes, names["mlp"], 2, place, FAMILY)[0],
+        "modulation_rank": needed(shapes, names["rank"], 2, place, FAMILY)[0],
+        "patch": patch,
+        "in_channels": channels - 1,
+        "out_channels": needed(shapes, "final_layer.linear.weight", 2, place, FAMILY)[0] // math.prod(patch),
+        "text_dim": needed(shapes, names["context"], 2, place, FAMILY)[1],
+        "text_embedding": "none",
+    }
+    if projection := shapes.get("crossattn_proj.0.weight"):
+        values |= {"text_dim": projection[1], "text_width": projection[0], "text_embedding": "gelu"}
+    if first:
+        sizes = tuple(shapes.get(f"extra_pos_embedder.pos_emb_{axis}", (0,))[0] for axis in "thw")
+        values |= {"position": "learned", "position_max": sizes}
+        values["rope_scale"] = (2.0, 2.0, 2.0) if dim == 5120 else (2.0, 1.0, 1.0)
+    elif values["in_channels"] == values["out_channels"]:
+        values["rope_scale"] = (1.0, 4.0, 4.0)
+    else:
+        large = dim == 5120 and not projection
+        values["rope_scale"] = (20 / 24, 2.0, 2.0) if large else (1.0, 3.0, 3.0)
+    values["image_channels"] = int(values["in_channels"] == values["out_channels"] + 1)
+    blank = channels - known.get("in_channels", channels - 1)
+    return values | dict(known) | {"blank_channels": blank, "in_channels": channels - blank}

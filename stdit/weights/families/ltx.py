@@ -1,0 +1,184 @@
+"""LTX-Video (Lightricks/LTX-Video, ltx_video/models/transformers/transformer3d.py): 2B and 13B.
+
+The original's names are diffusers' but for four, in the release's folders as in the single files that ComfyUI reads,
+where all have a prefix and the VAE lies beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.weights.families.configs import Fields, block_rules, checked_transformer, count, end_rules, needed, width
+from stdit.weights.keymap import KeyMap, Rule, Shape, output_order
+
+FAMILY = "LTX-Video transformer"
+CLASSES = ("LTXVideoTransformer3DModel", "Transformer3DModel")
+SETTINGS: dict[str, Any] = {
+    "family": "ltx",
+    "norm": "rms",
+    "cross_norm": "none",
+    "qk_eps": 1e-5,
+    "text_padding": 0,
+    "rotary": "inner",
+    "rope_scale": (20.0, 2048.0, 2048.0),
+    "rope_stride": (8, 32, 32),
+    "rope_fps": 25.0,
+}
+_OWN = ("patch", "rotary", "rope_scale", "rope_stride", "rope_fps", "rope_theta", "text_padding")
+_BLOCKS = r"transformer_blocks\.(\d+)\."
+_COMMON = {
+    "num_attention_heads": 32,
+    "attention_head_dim": 64,
+    "in_channels": 128,
+    "out_channels": 128,
+    "num_layers": 28,
+    "cross_attention_dim": 2048,
+    "caption_channels": 4096,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+}
+_NAMES = {"num_layers": "layers", "caption_channels": "text_dim"}
+_ONLY = {
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-6,),
+}
+_DIFFUSERS = Fields(
+    "LTXVideoTransformer3DModel",
+    _NAMES,
+    {**_COMMON, "patch_size": 1, "patch_size_t": 1, "qk_norm": "rms_norm_across_heads", "attention_out_bias": True},
+    {**_ONLY, "qk_norm": ("rms_norm_across_heads",), "attention_out_bias": (True,)},
+)
+_ORIGINAL = Fields(
+    "Transformer3DModel",
+    _NAMES | {"positional_embedding_theta": "rope_theta", "positional_embedding_max_pos": "rope_scale"},
+    {
+        **_COMMON,
+        "qk_norm": "rms_norm",
+        "standardization_norm": "rms_norm",
+        "adaptive_norm": "single_scale_shift",
+        "positional_embedding_type": "rope",
+        "positional_embedding_theta": 10000.0,
+        "positional_embedding_max_pos": [20.0, 2048.0, 2048.0],
+        "timestep_scale_multiplier": 1000.0,
+        "causal_temporal_positioning": False,
+        # leftovers of the class that it was adapted from
+        "attention_type": "default",
+        "double_self_attention": False,
+        "dropout": 0.0,
+        "norm_num_groups": 32,
+        "num_embeds_ada_norm": 1000,
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "project_to_2d_pos": True,
+        "upcast_attention": False,
+        "use_linear_projection": False,
+        "use_tpu_flash_attention": False,
+        "use_chipmunk_attention": False,
+    },
+    {
+        **_ONLY,
+        "qk_norm": ("rms_norm",),
+        "standardization_norm": ("rms_norm",),
+        "adaptive_norm": ("single_scale_shift",),
+        "positional_embedding_type": ("rope",),
+        "timestep_scale_multiplier": (1000,),
+        "attention_type": ("default",),
+        "double_self_attention": (False,),
+        "only_cross_attention": (False,),
+        "dropout": (0.0,),
+    },
+)
+
+
+def config_from(
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+) -> TransformerConfig:
+    """Our config of a config.json in either dialect, or, where `found` is empty, of the tensors' shapes alone."""
+    if not found:
+        return checked_transformer(SETTINGS | _values_from_shapes(shapes, place), shapes, place, _BLOCKS)
+    original = found.get("_class_name") == _ORIGINAL.class_name or "positional_embedding_type" in found
+    values, theirs = (_ORIGINAL if original else _DIFFUSERS).read(found, _OWN, place)
+    if original:
+        values.setdefault("rotary", "inner_causal" if theirs["causal_temporal_positioning"] else "inner")
+        values.setdefault("patch", (1, 1, 1))
+    else:
+        values["patch"] = (theirs["patch_size_t"], theirs["patch_size"], theirs["patch_size"])
+    values |= width(theirs["num_attention_heads"], theirs["attention_head_dim"])
+    if theirs["cross_attention_dim"] != values["dim"]:
+        raise StditError(f"{place}: cross_attention_dim {theirs['cross_attention_dim']} is not {values['dim']}.")
+    volume = values["patch"][0] * values["patch"][1] * values["patch"][2]
+    for name in ("in_channels", "out_channels"):  # theirs are of a whole patch
+        if theirs[name] % volume:
+            raise StditError(f"{place}: {name} {theirs[name]} is not a multiple of the {volume} latents of a patch.")
+        values[name] = theirs[name] // volume
+    return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+
+
+def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
+    """config.json as diffusers' LTXVideoTransformer3DModel.save_pretrained writes it, our own values under "_stdit"."""
+    return _DIFFUSERS.write(config, _OWN, **_sizes(config), patch_size=config.patch[1], patch_size_t=config.patch[0])
+
+
+def config_to_original(config: TransformerConfig) -> dict[str, Any]:
+    """transformer/config.json as the original release has it."""
+    causal = config.rotary == "inner_causal"
+    return _ORIGINAL.write(config, _OWN, **_sizes(config), causal_temporal_positioning=causal)
+
+
+def dialect_of(names: Mapping[str, Shape]) -> str:
+    """ "original" or "diffusers", by the names alone; "" for another family's."""
+    for dialect, first in (("original", "patchify_proj"), ("diffusers", "proj_in")):
+        if f"{first}.weight" in names and "caption_projection.linear_1.weight" in names:
+            return dialect
+    return ""
+
+
+def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
+    """Our names ↔ that dialect's."""
+    original = dialect == "original"
+    order = output_order(config.patch, config.out_channels, "cthw")
+    return KeyMap(
+        Rule("patch_embedding.{leaf}", "patchify_proj.{leaf}" if original else "proj_in.{leaf}"),
+        Rule("head.head.{leaf}", "proj_out.{leaf}", order),
+        *block_rules(q_norm="{p}_norm" if original else "norm_{p}"),
+        *end_rules("adaln_single" if original else "time_embed"),
+    )
+
+
+def build(config: TransformerConfig) -> STDiT:
+    return STDiT(config)
+
+
+def _sizes(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "cross_attention_dim": config.dim,
+        "in_channels": config.in_channels * config.patch_volume,
+        "out_channels": config.out_channels * config.patch_volume,
+    }
+
+
+def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
+    """Widths are in the shapes; there are 32 heads and patches of one latent, as in every release."""
+    first = "patchify_proj" if dialect_of(shapes) == "original" else "proj_in"
+    dim, channels = needed(shapes, f"{first}.weight", 2, place, FAMILY)
+    if dim % 64:
+        raise StditError(
+            f"{place}: no config.json, and a width of {dim} is not in 32 even heads. Put config.json beside the file."
+        )
+    return {
+        **width(32, dim // 32),
+        "layers": count(shapes, _BLOCKS),
+        "in_channels": channels,
+        "out_channels": needed(shapes, "proj_out.weight", 2, place, FAMILY)[0],
+        "patch": (1, 1, 1),
+        "text_dim": needed(shapes, "caption_projection.linear_1.weight", 2, place, FAMILY)[1],
+    }

@@ -1,0 +1,212 @@
+"""PixArt-α and PixArt-Σ (PixArt-alpha/PixArt-alpha, diffusion/model/nets/PixArt.py and PixArtMS.py): images.
+
+An image is a clip of one frame; frames of a longer clip are images of their own. The originals fuse q, k and v, keep a
+text for "no text" with the weights, and have no config.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.weights.families.configs import (
+    Fields,
+    block_rules,
+    checked_transformer,
+    count,
+    describe,
+    described,
+    end_rules,
+    needed,
+    width,
+)
+from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape, Unflatten
+
+FAMILY = "PixArt transformer"
+_ORIGINAL_CLASS = "PixArtMS"
+CLASSES = ("PixArtTransformer2DModel", _ORIGINAL_CLASS)
+SETTINGS: dict[str, Any] = {
+    "family": "pixart",
+    "attention": "spatial",
+    "cross_norm": "none",
+    "qk_norm": "none",
+    "text_padding": 0,
+    "rotary": "none",
+    "position": "space",
+}
+_OWN = ("text_padding",)
+_KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # beside an original
+_BLOCKS = r"(?:transformer_)?blocks\.(\d+)\."
+_DIFFUSERS = Fields(
+    "PixArtTransformer2DModel",
+    {"num_layers": "layers", "in_channels": "in_channels", "caption_channels": "text_dim"},
+    {
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 28,
+        "dropout": 0.0,
+        "norm_num_groups": 32,
+        "cross_attention_dim": 1152,
+        "attention_bias": True,
+        "sample_size": 128,
+        "patch_size": 2,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "upcast_attention": False,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "interpolation_scale": None,
+        "use_additional_conditions": None,
+        "caption_channels": None,
+        "attention_type": "default",
+    },
+    {
+        "dropout": (0.0,),
+        "attention_bias": (True,),
+        "activation_fn": ("gelu-approximate",),
+        "norm_type": ("ada_norm_single",),
+        "norm_elementwise_affine": (False,),
+        "norm_eps": (1e-6,),
+        "attention_type": ("default",),
+    },
+)
+
+
+def config_from(
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+) -> TransformerConfig:
+    """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
+    if compressed := [name for name in shapes if ".attn.sr." in name]:
+        raise StditError(
+            f"{place}: {compressed[0]}: PixArt-Σ with compressed keys and values (the 2K and 4K models) is not "
+            "supported yet; stdit loads those without."
+        )
+    if not found or found.get("_class_name") == _ORIGINAL_CLASS:
+        values = _values_from_shapes(shapes, place) | described(found, _KEPT, place)
+        return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+    values, theirs = _DIFFUSERS.read(found, _OWN, place)
+    if values["text_dim"] is None:
+        raise StditError(f"{place}: caption_channels is missing; stdit runs PixArt models that project their text.")
+    values |= width(theirs["num_attention_heads"], theirs["attention_head_dim"])
+    if theirs["cross_attention_dim"] != values["dim"]:
+        raise StditError(f"{place}: cross_attention_dim {theirs['cross_attention_dim']} is not {values['dim']}.")
+    patch, sample = theirs["patch_size"], theirs["sample_size"]
+    values["out_channels"] = theirs["out_channels"] or theirs["in_channels"]
+    values |= {"patch": (1, patch, patch), "position_base": sample // patch}
+    values["position_stretch"] = float(theirs["interpolation_scale"] or max(sample // 64, 1))
+    sized = theirs["use_additional_conditions"]
+    values["level_condition"] = "size" if (sample == 128 if sized is None else sized) else "none"
+    return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+
+
+def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
+    """config.json as diffusers' PixArtTransformer2DModel.save_pretrained writes it."""
+    return _DIFFUSERS.write(
+        config,
+        _OWN,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        cross_attention_dim=config.dim,
+        out_channels=config.out_channels,
+        patch_size=config.patch[1],
+        sample_size=config.position_base * config.patch[1],
+        interpolation_scale=config.position_stretch,
+        use_additional_conditions=config.level_condition == "size",
+    )
+
+
+def config_to_original(config: TransformerConfig) -> dict[str, Any]:
+    """A config.json beside an original's tensors, which have none: what their shapes do not say."""
+    return describe(_ORIGINAL_CLASS, config, _KEPT)
+
+
+def dialect_of(names: Mapping[str, Shape]) -> str:
+    """ "original" or "diffusers", by the names alone; "" for another family's."""
+    if "y_embedder.y_proj.fc1.weight" in names and "blocks.0.attn.qkv.weight" in names:
+        return "original"
+    both = {"pos_embed.proj.weight", "adaln_single.linear.weight"} <= set(names)
+    return "diffusers" if both and not any(name.startswith("temporal_transformer_blocks.") for name in names) else ""
+
+
+def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
+    """Our names ↔ that dialect's."""
+    conv = Unflatten(1, (config.in_channels, *config.patch[1:]))
+    sizes = {"side": ("csize_embedder", "resolution_embedder"), "ratio": ("ar_embedder", "aspect_ratio_embedder")}
+    if dialect == "diffusers":
+        emb = "adaln_single.emb"
+        return KeyMap(
+            Rule("patch_embedding.weight", "pos_embed.proj.weight", conv),
+            Rule("patch_embedding.bias", "pos_embed.proj.bias"),
+            *(
+                Rule(f"size_embedding.{our}.0.{{leaf}}", f"{emb}.{its[1]}.linear_1.{{leaf}}")
+                for our, its in sizes.items()
+            ),
+            *(
+                Rule(f"size_embedding.{our}.2.{{leaf}}", f"{emb}.{its[1]}.linear_2.{{leaf}}")
+                for our, its in sizes.items()
+            ),
+            *block_rules(),
+            *end_rules(),
+            absent=("null_text",),
+        )
+    qkv = tuple(f"blocks.{{i}}.self_attn.{p}.{{leaf}}" for p in "qkv")
+    kv = tuple(f"blocks.{{i}}.cross_attn.{p}.{{leaf}}" for p in "kv")
+    return KeyMap(
+        Rule("patch_embedding.weight", "x_embedder.proj.weight", conv),
+        Rule("patch_embedding.bias", "x_embedder.proj.bias"),
+        Rule("time_embedding.{i}.{leaf}", "t_embedder.mlp.{i}.{leaf}"),
+        Rule("time_projection.1.{leaf}", "t_block.1.{leaf}"),
+        Rule("text_embedding.0.{leaf}", "y_embedder.y_proj.fc1.{leaf}"),
+        Rule("text_embedding.2.{leaf}", "y_embedder.y_proj.fc2.{leaf}"),
+        Rule("null_text", "y_embedder.y_embedding"),
+        *(Rule(f"size_embedding.{our}.{{i}}.{{leaf}}", f"{its[0]}.mlp.{{i}}.{{leaf}}") for our, its in sizes.items()),
+        Rule(qkv, "blocks.{i}.attn.qkv.{leaf}"),
+        Rule("blocks.{i}.self_attn.o.{leaf}", "blocks.{i}.attn.proj.{leaf}"),
+        Rule("blocks.{i}.cross_attn.q.{leaf}", "blocks.{i}.cross_attn.q_linear.{leaf}"),
+        Rule(kv, "blocks.{i}.cross_attn.kv_linear.{leaf}"),
+        Rule("blocks.{i}.cross_attn.o.{leaf}", "blocks.{i}.cross_attn.proj.{leaf}"),
+        Rule("blocks.{i}.ffn.0.{leaf}", "blocks.{i}.mlp.fc1.{leaf}"),
+        Rule("blocks.{i}.ffn.2.{leaf}", "blocks.{i}.mlp.fc2.{leaf}"),
+        Rule("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", Flatten(0, (1, 6))),
+        Rule("head.modulation", "final_layer.scale_shift_table", Flatten(0, (1, 2))),
+        Rule("head.head.{leaf}", "final_layer.linear.{leaf}"),
+        ignored=("pos_embed",),  # computed from the picture's size
+    )
+
+
+def build(config: TransformerConfig) -> STDiT:
+    return STDiT(config)
+
+
+def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
+    """Widths are in the shapes; heads are 72 wide, as in every release.
+
+    The side of the grid of positions is told by the originals' `pos_embed`, or by the releases' habit: those that know
+    the picture's size are for 1024 pixels.
+    """
+    original = dialect_of(shapes) == "original"
+    conv = needed(shapes, "x_embedder.proj.weight" if original else "pos_embed.proj.weight", 4, place, FAMILY)
+    head = needed(shapes, "final_layer.linear.weight" if original else "proj_out.weight", 2, place, FAMILY)
+    fc1 = "y_embedder.y_proj.fc1.weight" if original else "caption_projection.linear_1.weight"
+    dim, channels, patch, _ = conv
+    sized = any(name.startswith(("csize_embedder.", "adaln_single.emb.resolution_embedder.")) for name in shapes)
+    tokens = shapes.get("pos_embed", (1, 4096 if sized else 1024, dim))
+    base = math.isqrt(tokens[1]) if len(tokens) == 3 else 32
+    return {
+        **width(max(dim // 72, 1), dim // max(dim // 72, 1)),
+        "layers": count(shapes, _BLOCKS),
+        "in_channels": channels,
+        "out_channels": head[0] // patch**2,
+        "patch": (1, patch, patch),
+        "text_dim": needed(shapes, fc1, 2, place, FAMILY)[1],
+        "position_base": base,
+        "position_stretch": float(max(base * patch // 64, 1)),
+        "level_condition": "size" if sized else "none",
+        "null_text": shapes.get("y_embedder.y_embedding", (0,))[0],
+    }

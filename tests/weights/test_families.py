@@ -1,0 +1,162 @@
+"""Every family of open weights against diffusers: outputs and gradients, released sizes, round trips bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from references import FAMILIES, randomise
+from safetensors.torch import load_file, save_file
+
+import stdit
+from stdit.weights import io
+
+pytest.importorskip("diffusers")
+
+CASES = [(name, number) for name, family in FAMILIES.items() for number in range(len(family.configs))]
+RELEASED = [(name, release) for name, family in FAMILIES.items() for release in family.released]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+
+
+def gradient_error(name: str, found, wanted) -> float:
+    """Relative; of a key's bias, to the gradient of its weight: a bias that is not normed afterwards adds the same to
+    all scores of a query, so its gradient is 0, and what is left of it is rounding."""
+    like = name.replace("to_k.bias", "to_k.weight")
+    return ((found[name] - wanted[name]).norm() / torch.maximum(wanted[name].norm(), wanted[like].norm())).item()
+
+
+def inputs(ours, family, number, per):
+    """Latents, noise levels, text and a mask that drops some of it where the family can."""
+    grid, seed, length = family.grids[number], number, family.text_tokens
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, ours.config.latent_channels, *grid, generator=generator)
+    frames = grid[0] // ours.config.patch[0]
+    tokens = latents[0, 0].numel() // ours.config.patch_volume
+    t = torch.rand({"clip": (2,), "frame": (2, frames), "token": (2, tokens)}[per], generator=generator)
+    text = torch.randn(2, length, ours.config.text_dim, generator=generator)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, 3:] = not family.masks
+    return latents, t, text, mask
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows of family, dialect and the largest errors, printed when all is done."""
+    rows: dict[tuple[str, str], list[float]] = {}
+    yield rows
+    print(f"\n{'family':22}{'dialect':14}{'output':>10}{'gradients':>12}   (largest relative error)")
+    for (family, dialect), (output, gradient) in rows.items():
+        print(f"{family:22}{dialect:14}{output:10.1e}{gradient:12.1e}")
+
+
+def dialects(family, theirs, place: Path) -> dict[str, Path]:
+    """The reference's weights in every dialect, each where `load_transformer` finds it."""
+    theirs.save_pretrained(place / "diffusers")
+    places = {"diffusers": place / "diffusers"}
+    for dialect in family.converters:
+        stdit.save_transformer(stdit.load_transformer(place / "diffusers"), place / dialect, "original")
+        places[dialect] = place / dialect
+    return places
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_outputs_and_gradients_are_the_references(name, number, tmp_path, table):
+    family = FAMILIES[name]
+    config = family.configs[number]
+    theirs = randomise(family.build(config), number)
+    given = family.given(config)
+    for dialect, place in dialects(family, theirs, tmp_path).items():
+        ours, worst, worst_gradient = stdit.load_transformer(place), 0.0, 0.0
+        source = io.find("transformer", place)
+        for per in family.per:
+            latents, t, text, mask = inputs(ours, family, number, per)
+            theirs.zero_grad(), ours.zero_grad()
+            leaves = [latents.clone().requires_grad_(), latents.clone().requires_grad_()]
+            wanted = family.call(theirs, leaves[0], t, text, mask, given)
+            found = ours.predict(leaves[1], t, text, mask, **given)
+            worst = max(worst, relative(found, wanted))
+            probe = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(7))
+            (wanted * probe).sum().backward()
+            (found * probe).sum().backward()
+            gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in ours.named_parameters()}
+            gradients |= {n: torch.zeros_like(b) for n, b in ours.named_buffers()}
+            errors = {"latents": relative(leaves[1].grad, leaves[0].grad)}
+            moved = dict(source.table.to_foreign(gradients.__getitem__))
+            moved = family.converters[dialect](moved) if dialect in family.converters else moved
+            wanted = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+            errors |= {n: gradient_error(n, moved, wanted) for n in wanted}
+            assert max(errors.values()) <= 1e-4, {n: e for n, e in errors.items() if e > 1e-4}
+            worst_gradient = max(worst_gradient, *errors.values())
+        assert worst <= 1e-5
+        before = table.get((name, dialect), [0.0, 0.0])
+        table[name, dialect] = [max(before[0], worst), max(before[1], worst_gradient)]
+
+
+@pytest.mark.parametrize(("name", "release"), RELEASED)
+def test_released_sizes_lack_no_key_and_have_none_too_many(name, release, tmp_path):
+    family = FAMILIES[name]
+    with torch.device("meta"):
+        theirs = family.build(family.released[release])
+    module = next(one for one in io.families("transformer") if family.name in one.CLASSES)
+    shapes = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
+    found = {"_class_name": family.name, **{k: v for k, v in theirs.config.items() if not k.startswith("_")}}
+    config = module.config_from(found, shapes)
+    with torch.device("meta"):
+        ours = module.build(config)
+    native = {key: tuple(tensor.shape) for key, tensor in ours.state_dict().items()}
+    foreign = module.keymap(config, "diffusers").table(native)
+    assert not foreign.differences(shapes) and foreign.foreign_shapes.keys() == shapes.keys()
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert sum(parameter.numel() for parameter in ours.parameters()) == count
+    print(f"{release}: {count:,} parameters, {len(shapes)} tensors")
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_round_trips_are_bit_for_bit(name, number, tmp_path):
+    """diffusers → stdit → diffusers → stdit → original → stdit → original, and diffusers reads the original."""
+    family = FAMILIES[name]
+    theirs = randomise(family.build(family.configs[number]), number)
+    wanted = dict(theirs.named_parameters())
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = stdit.load_transformer(tmp_path / "theirs")
+    for layout in ("diffusers", *family.converters):
+        stdit.save_transformer(model, tmp_path / layout, "original" if layout != "diffusers" else layout)
+        again = stdit.load_transformer(tmp_path / layout)
+        assert again.config == model.config
+        assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+        tensors = load_file(tmp_path / layout / "diffusion_pytorch_model.safetensors")
+        stdit.save_transformer(again, tmp_path / "again" / layout, "original" if layout != "diffusers" else layout)
+        twice = load_file(tmp_path / "again" / layout / "diffusion_pytorch_model.safetensors")
+        assert twice.keys() == tensors.keys() and all(torch.equal(twice[key], tensors[key]) for key in tensors)
+        back = tensors if layout == "diffusers" else family.converters[layout](tensors)
+        assert back.keys() >= wanted.keys() and all(torch.equal(back[key], wanted[key]) for key in wanted)
+    opened, report = type(theirs).from_pretrained(tmp_path / "diffusers", output_loading_info=True)
+    assert not any(report.values())
+    written, first = (
+        {k: v for k, v in model.config.items() if not k.startswith("_") and k not in family.kept}
+        for model in (opened, theirs)
+    )
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()} == first
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+@pytest.mark.parametrize(("name", "heads"), [("LTX-Video", 32)])
+def test_a_single_file_tells_its_size_by_its_shapes(name, heads, prefix, tmp_path):
+    from references import _ltx
+
+    theirs = randomise(FAMILIES[name].build(_ltx(heads, 4, (5, 7), 19, 2)), 0)
+    theirs.save_pretrained(tmp_path / "diffusers")
+    model = stdit.load_transformer(tmp_path / "diffusers")
+    stdit.save_transformer(model, tmp_path / "original", "original")
+    tensors = load_file(tmp_path / "original" / "diffusion_pytorch_model.safetensors")
+    alone = {prefix + key: tensor for key, tensor in tensors.items()}
+    if prefix:
+        alone["vae.decoder.conv_in.weight"] = torch.ones(2)
+    save_file(alone, tmp_path / "alone.safetensors")
+    again = stdit.load_transformer(tmp_path / "alone.safetensors")
+    assert again.config == model.config
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
