@@ -18,6 +18,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "full": "every token of a clip attends to every other",
         "spatial": "to those of its own frame: a clip is a row of images",
         "spatial_temporal": "spatial blocks, each followed by one over time, at one place of the frame, without text",
+        "spatial_temporal_text": "the same, with text in both",
     },
     "norm": {"layer": "LayerNorm without affine before attention and MLP", "rms": "RMSNorm without affine there"},
     "cross_norm": {
@@ -28,6 +29,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "qk_norm": {
         "across_heads": "RMSNorm of q and k over all heads at once",
         "per_head": "over each head, with one weight for all heads",
+        "per_head_self": "the same in self-attention, nothing in cross-attention",
         "none": "q and k as they are",
     },
     "activation": {"gelu_tanh": "GELU of the MLP by its tanh approximation", "gelu": "by the error function"},
@@ -40,12 +42,14 @@ CHOICES: dict[str, dict[str, str]] = {
         "axes_ntk": "the same, but rope_scale raises each axis' base as NTK-aware scaling does",
         "inner": "over the whole width, all axes at every frequency; positions in seconds and pixels over rope_scale",
         "inner_causal": "the same, with the first latent frame one frame long",
+        "time": "in blocks over time, the whole head turns with the frame",
         "none": "no rotary positions",
     },
     "position": {
         "none": "no positions are added",
         "space": "sinusoids of row and column are added to the tokens",
         "space_time": "the same, and sinusoids of the frame before the first block over time",
+        "space_resolution": "as space, but in units of the picture's size in pixels over position_base",
         "learned": "a learned frame, row and column, of unit mean square, are added before every block",
     },
     "text_embedding": {
@@ -56,6 +60,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "level_condition": {
         "none": "the noise level alone modulates",
         "size": "the embeddings of the picture's height, width and their ratio are added to the noise level's",
+        "fps": "the embedding of the frames per second is added",
     },
 }
 
@@ -163,8 +168,14 @@ class TransformerConfig:
             raise StditError(f"transformer level_condition 'size' needs a dim divisible by 3; it is {self.dim}.")
         if self.rotary.startswith("inner") and self.rope_fps <= 0:
             raise StditError(f"transformer rotary {self.rotary!r} needs rope_fps.")
-        if self.attention != "full" and self.rotary != "none":
-            raise StditError(f"transformer attention {self.attention!r} goes with rotary 'none'.")
+        through_time = self.attention.startswith("spatial_temporal")
+        if (self.attention != "full" and self.rotary not in ("none", "time")) or (
+            self.rotary == "time" and not through_time
+        ):
+            raise StditError(
+                f"transformer rotary {self.rotary!r} does not go with attention {self.attention!r}: within frames "
+                "there is rotary 'none', or 'time' in the blocks over time."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -188,8 +199,8 @@ class TransformerConfig:
     def conditions(self) -> tuple[str, ...]:
         """What `predict` takes beside the text."""
         takes = {
-            "fps": self.rope_fps > 0,
-            "size": self.level_condition == "size",
+            "fps": self.rope_fps > 0 or self.level_condition == "fps",
+            "size": self.level_condition == "size" or self.position == "space_resolution",
             "image": self.image_channels > 0,
             "image_text": self.image_text_dim > 0,
         }
@@ -235,12 +246,13 @@ def transformer_flops(config: TransformerConfig, token_counts: Sequence[int], te
 
     Times 3 for a training step, times 4 with checkpointed blocks. text_counts are packed (padding is one token).
     """
-    d, layers = config.dim, config.layers
+    d = config.dim
     linear, quadratic = cost_coefficients(config)
     embedding = {"mlp": config.text_dim + d, "gelu": 0, "none": 0}[config.text_embedding] * 2 * d
-    text = embedding + 2 * config.text_dim * config.text_width + layers * 4 * d * config.context_dim
+    crosses = config.layers * (1 + (config.attention == "spatial_temporal_text"))
+    text = embedding + 2 * config.text_dim * config.text_width + crosses * 4 * d * config.context_dim
     return sum(
-        linear * n + quadratic * n * n + text * m + layers * 4 * d * n * m for n, m in zip(token_counts, text_counts)
+        linear * n + quadratic * n * n + text * m + crosses * 4 * d * n * m for n, m in zip(token_counts, text_counts)
     )
 
 
@@ -254,4 +266,6 @@ def cost_coefficients(config: TransformerConfig) -> tuple[int, int]:
     block, quadratic = 12 * d * d + 4 * d * config.ffn_dim, 4 * d
     if config.attention == "spatial_temporal":
         block, quadratic = block + 8 * d * d + 4 * d * config.ffn_dim, 2 * quadratic
+    elif config.attention == "spatial_temporal_text":
+        block, quadratic = 2 * block, 2 * quadratic
     return ends + config.layers * block, config.layers * quadratic

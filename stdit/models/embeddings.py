@@ -18,6 +18,10 @@ def rotary_of(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) ->
     """cos and sin (N, 1 or H, D_head/2) of every token's rotary angles, None where there are none."""
     if config.rotary == "none":
         return None, None
+    if config.rotary == "time":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=pack.positions.device)
+        angle = pack.positions[:, :1] * config.rope_theta ** -(exponents / config.head_dim)
+        return angle.cos().unsqueeze(1).to(dtype), angle.sin().unsqueeze(1).to(dtype)
     if config.rotary.startswith("inner"):
         return inner_rotary_table(_shares(pack, config), config.dim, config.heads, config.rope_theta, dtype)
     positions, bases = pack.positions, [config.rope_theta] * 3
@@ -48,15 +52,19 @@ def _shares(pack: TokenPack, config: TransformerConfig) -> Tensor:
 def space_positions(pack: TokenPack, config: TransformerConfig) -> Tensor:
     """Sinusoids of column, then of row, of every token: (N, D) fp64.
 
-    A grid of any size covers position_base / position_stretch units a side (diffusers' `get_2d_sincos_pos_embed`).
+    A grid of any size covers position_base / position_stretch units a side (diffusers' `get_2d_sincos_pos_embed`), or,
+    for "space_resolution", as many as its own mean side, divided by the picture's over position_base (Open-Sora 1.2).
     """
-    sizes = torch.tensor([(grid.height, grid.width) for grid in pack.grids], device=pack.positions.device)
-    # fp32, as where the weights were trained
-    places = (
-        pack.positions[:, 1:].float() / (pack.per_token(sizes).float() / config.position_base) / config.position_stretch
-    )
-    row, column = (sinusoids(place, config.dim // 2, sine_first=True) for place in places.unbind(1))
-    return torch.cat([column, row], dim=1)
+    sizes = torch.tensor([(grid.height, grid.width) for grid in pack.grids], device=pack.positions.device).float()
+    base = sizes.new_full((len(sizes), 1), config.position_base)
+    stretch: Tensor | float = config.position_stretch
+    if config.position == "space_resolution":
+        picture = required(pack.conditions.size, "size", "width and height in pixels").to(sizes)
+        stretch = pack.per_token(picture.prod(1, keepdim=True).sqrt() / config.position_base)
+        base = sizes.prod(1, keepdim=True).sqrt().round()
+    unit = pack.per_token(sizes / base)  # fp32, as where the weights were trained
+    row, column = (pack.positions[:, 1:].float() / unit / stretch).unbind(1)
+    return torch.cat([sinusoids(place, config.dim // 2, sine_first=True) for place in (column, row)], dim=1)
 
 
 def frame_positions(pack: TokenPack, config: TransformerConfig) -> Tensor:
@@ -88,6 +96,26 @@ class LearnedPositions(nn.Module):
         return total / (norm + 1e-6)
 
 
+def required(condition: Tensor | None, name: str, what: str) -> Tensor:
+    """A condition that a family cannot do without."""
+    if condition is None:
+        raise StditError(f"these weights need the condition `{name}`: {what}.")
+    return condition
+
+
+class FpsEmbedding(nn.Sequential):
+    """The frames per second, as an addition to the noise level's embedding (Open-Sora 1.2)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(Linear(config.frequency_dim, config.dim), nn.SiLU(), Linear(config.dim, config.dim))
+        self.frequency_dim = config.frequency_dim
+
+    def of_clips(self, pack: TokenPack, dtype: torch.dtype) -> Tensor:
+        """(S, D) in dtype."""
+        fps = required(pack.conditions.fps, "fps", "frames per second")
+        return self(sinusoids(fps, self.frequency_dim).to(dtype))
+
+
 class SizeEmbedding(nn.Module):
     """The picture's height and width and their ratio, as an addition to the noise level's embedding (PixArt-α)."""
 
@@ -99,8 +127,9 @@ class SizeEmbedding(nn.Module):
             nn.Sequential(Linear(config.frequency_dim, third), nn.SiLU(), Linear(third, third)) for _ in range(2)
         )
 
-    def forward(self, size: Tensor, dtype: torch.dtype) -> Tensor:
-        """size: (S, 2) width and height in pixels. Returns (S, D) in dtype."""
+    def of_clips(self, pack: TokenPack, dtype: torch.dtype) -> Tensor:
+        """(S, D) in dtype."""
+        size = required(pack.conditions.size, "size", "width and height in pixels")
         width, height = size.to(dtype).unbind(1)
         values = [(self.side, height), (self.side, width), (self.ratio, height / width)]
         return torch.cat([embed(sinusoids(v, self.frequency_dim).to(dtype)) for embed, v in values], dim=1)

@@ -19,6 +19,7 @@ from stdit.errors import StditError, nearest_name
 from stdit.models.attention import segment_attention
 from stdit.models.config import PRESETS, TransformerConfig, cost_coefficients, transformer_flops
 from stdit.models.embeddings import (
+    FpsEmbedding,
     ImageEmbedding,
     LearnedPositions,
     SizeEmbedding,
@@ -73,22 +74,23 @@ class Surroundings:
 class Attention(nn.Module):
     """Multi-head attention among packed segments; self-attention turns q and k, cross-attention does not.
 
-    image: has keys and values of its own for image tokens, whose attention is added to the text's.
+    Where the config has an image branch, cross-attention has keys and values of its own for image tokens, and adds
+    their attention to the text's.
     """
 
-    def __init__(self, config: TransformerConfig, context_dim: int, image: bool = False) -> None:
+    def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
         super().__init__()
-        d, bias = config.dim, config.bias
+        d, bias, context_dim = config.dim, config.bias, config.context_dim if cross else config.dim
         self.heads = config.heads
         self.q, self.k = Linear(d, d, bias), Linear(context_dim, d, bias)
         self.v, self.o = Linear(context_dim, d, bias), Linear(d, d, bias)
-        self.norm_q, self.norm_k = self._norm(config), self._norm(config)
-        if image:
-            self.k_img, self.v_img, self.norm_k_img = Linear(d, d), Linear(d, d), self._norm(config)
+        self.norm_q, self.norm_k = self._norm(config, cross), self._norm(config, cross)
+        if cross and config.image_text_dim:
+            self.k_img, self.v_img, self.norm_k_img = Linear(d, d), Linear(d, d), self._norm(config, cross)
         self.backend = "auto"
 
-    def _norm(self, config: TransformerConfig) -> nn.Module:
-        if config.qk_norm == "none":
+    def _norm(self, config: TransformerConfig, cross: bool) -> nn.Module:
+        if config.qk_norm == "none" or (config.qk_norm == "per_head_self" and cross):
             return Rotary(config.heads)
         eps = config.eps if config.qk_eps is None else config.qk_eps
         return RMSNorm(config.dim if config.qk_norm == "across_heads" else config.head_dim, eps)
@@ -122,9 +124,9 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, cross: bool = True) -> None:
         super().__init__()
         d, self.eps, self.rms = config.dim, config.eps, config.norm == "rms"
-        self.self_attn = Attention(config, d)
+        self.self_attn = Attention(config)
         self.norm3 = LayerNorm(d, config.eps) if cross and config.cross_norm == "affine" else nn.Identity()
-        self.cross_attn = Attention(config, config.context_dim, config.image_text_dim > 0) if cross else None
+        self.cross_attn = Attention(config, cross=True) if cross else None
         self.ffn = nn.Sequential(
             Linear(d, config.ffn_dim, config.bias),
             nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none"),
@@ -208,8 +210,9 @@ class STDiT(nn.Module):
         else:
             self.time_embedding = nn.Sequential(RMSNorm(d, 1e-6))
             self.time_projection = nn.Sequential(Linear(d, d, bias=False), nn.SiLU(), Linear(d, 3 * d, bias=False))
-        if config.level_condition == "size":
-            self.size_embedding = SizeEmbedding(config)
+        if config.level_condition != "none":
+            kinds: dict[str, type[SizeEmbedding] | type[FpsEmbedding]] = {"size": SizeEmbedding, "fps": FpsEmbedding}
+            self.clip_embedding = kinds[config.level_condition](config)
         if config.position == "learned":
             self.position = LearnedPositions(config)
         if config.image_text_dim:
@@ -217,8 +220,9 @@ class STDiT(nn.Module):
         if config.null_text:
             self.register_buffer("null_text", torch.zeros(config.null_text, config.text_dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        if config.attention == "spatial_temporal":
-            self.temporal_blocks = nn.ModuleList(Block(config, cross=False) for _ in range(config.layers))
+        if config.attention.startswith("spatial_temporal"):
+            cross = config.attention == "spatial_temporal_text"
+            self.temporal_blocks = nn.ModuleList(Block(config, cross) for _ in range(config.layers))
         self.head = Head(config)
         self.checkpoint_blocks = False
         self.initialise()
@@ -270,20 +274,22 @@ class STDiT(nn.Module):
         cos, sin = rotary_of(pack, config, wide)  # (N, 1 or H, D_head/2)
         clips = pack.segments
         segments = clips if config.attention == "full" else spatial_segments(pack)
-        at = Surroundings(c, levels, cos, sin, segments, text.segments, text.multiplicity, clips)
+        turn = (None, None) if config.rotary == "time" else (cos, sin)
+        at = Surroundings(c, levels, *turn, segments, text.segments, text.multiplicity, clips)
         if config.image_text_dim:
             if (image := pack.conditions.image_text) is None:
                 raise StditError("these weights see an image encoder's tokens beside the text: give `image_text`.")
             at.image = self.img_emb(image.tokens.to(self.dtype), image.segments.lengths)  # (I, D)
             at.image_segments = image.segments
-        if config.attention == "spatial_temporal":
+        if config.attention.startswith("spatial_temporal"):
             order, back, through_time = temporal_segments(pack)
-            over_time = replace(at, segments=through_time, order=order, back=back)
+            turn = (None, None) if cos is None or sin is None else (cos[order], sin[order])
+            over_time = replace(at, cos=turn[0], sin=turn[1], segments=through_time, order=order, back=back)
         position = self.position(pack, wide).to(x.dtype) if config.position == "learned" else None
         for number, block in enumerate(self.blocks):
             x = x if position is None else x + position
             x = self.run(block, x, modulation, y, at)
-            if config.attention == "spatial_temporal":
+            if config.attention.startswith("spatial_temporal"):
                 if number == 0 and config.position == "space_time":
                     x = x + frame_positions(pack, config).to(x.dtype)
                 x = self.run(self.temporal_blocks[number], x, modulation, y, over_time)
@@ -293,16 +299,14 @@ class STDiT(nn.Module):
         """The embeddings (K, D) of K distinct noise levels, the rows (K, 6 or 3, D) that they give to all blocks, and
         which of them every token has."""
         config, levels, index = self.config, pack.levels, pack.level_index
-        if config.level_condition == "size":
-            if pack.conditions.size is None:
-                raise StditError("these weights know the picture's size: give `size`, width and height in pixels.")
+        if config.level_condition != "none":
             of_level, of_clip, index = level_clip_pairs(pack)
             levels = levels[of_level]
         with torch.autocast(pack.tokens.device.type, enabled=False):
             sinusoids = level_sinusoids(levels, config.frequency_dim, config.time_scale).to(wide)
             c = self.time_embedding(sinusoids)
-            if config.level_condition == "size":
-                c = c + self.size_embedding(pack.conditions.size, wide)[of_clip]
+            if config.level_condition != "none":
+                c = c + self.clip_embedding.of_clips(pack, wide)[of_clip]
             modulation = self.time_projection(c if config.modulation == "table" else sinusoids)
         return c, modulation.unflatten(1, (-1, config.dim)), index
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stdit.vae.autoencoder import CausalVAE
 
 KINDS = ("transformer", "vae")
-FAMILIES = {"transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos"), "vae": ("wan_vae",)}
+FAMILIES = {"transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"), "vae": ("wan_vae",)}
 LAYOUTS = ("diffusers", "original")
 SHARD_BYTES = 5_000_000_000
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
@@ -89,7 +89,8 @@ def save_transformer(
 ) -> None:
     """Writes config.json and safetensors into `folder`, in shards above shard_bytes.
 
-    layout: "diffusers" opens with WanTransformer3DModel.from_pretrained(folder), "original" is a Wan release's.
+    layout: "diffusers" opens with from_pretrained(folder) of the family's class (WanTransformer3DModel for what stdit
+    trains), "original" is a release's.
 
     What was there before stays until all new files are written beside it; then they are renamed. A process that is
     killed among the renames leaves the old model, the new one, or a folder that does not load: never a mixture.

@@ -144,11 +144,11 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
             Rule("patch_embedding.weight", "pos_embed.proj.weight", conv),
             Rule("patch_embedding.bias", "pos_embed.proj.bias"),
             *(
-                Rule(f"size_embedding.{our}.0.{{leaf}}", f"{emb}.{its[1]}.linear_1.{{leaf}}")
+                Rule(f"clip_embedding.{our}.0.{{leaf}}", f"{emb}.{its[1]}.linear_1.{{leaf}}")
                 for our, its in sizes.items()
             ),
             *(
-                Rule(f"size_embedding.{our}.2.{{leaf}}", f"{emb}.{its[1]}.linear_2.{{leaf}}")
+                Rule(f"clip_embedding.{our}.2.{{leaf}}", f"{emb}.{its[1]}.linear_2.{{leaf}}")
                 for our, its in sizes.items()
             ),
             *block_rules(),
@@ -165,7 +165,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         Rule("text_embedding.0.{leaf}", "y_embedder.y_proj.fc1.{leaf}"),
         Rule("text_embedding.2.{leaf}", "y_embedder.y_proj.fc2.{leaf}"),
         Rule("null_text", "y_embedder.y_embedding"),
-        *(Rule(f"size_embedding.{our}.{{i}}.{{leaf}}", f"{its[0]}.mlp.{{i}}.{{leaf}}") for our, its in sizes.items()),
+        *(Rule(f"clip_embedding.{our}.{{i}}.{{leaf}}", f"{its[0]}.mlp.{{i}}.{{leaf}}") for our, its in sizes.items()),
         Rule(qkv, "blocks.{i}.attn.qkv.{leaf}"),
         Rule("blocks.{i}.self_attn.o.{leaf}", "blocks.{i}.attn.proj.{leaf}"),
         Rule("blocks.{i}.cross_attn.q.{leaf}", "blocks.{i}.cross_attn.q_linear.{leaf}"),

@@ -1,0 +1,137 @@
+"""STDiT3 of Open-Sora 1.2 (hpcaitech/Open-Sora v1.2.0, opensora/models/stdit/stdit3.py).
+
+Spatial blocks, each followed by one over time, both with text. There is no class of diffusers: both layouts are the
+release's, whose config.json names no class that we know it by; its tensors' names tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.weights.families.configs import Fields, checked_transformer
+from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape, Unflatten
+
+FAMILY = "STDiT3 (Open-Sora 1.2)"
+CLASSES = ("STDiT3",)
+SETTINGS: dict[str, Any] = {
+    "family": "stdit3",
+    "attention": "spatial_temporal_text",
+    "cross_norm": "none",
+    "text_padding": 0,
+    "rotary": "time",
+    "position": "space_resolution",
+    "level_condition": "fps",
+}
+_OWN = ("text_padding",)
+_BLOCKS = r"(?:spatial|temporal)_blocks\.(\d+)\."
+_ORIGINAL = Fields(
+    "STDiT3",
+    {
+        "hidden_size": "dim",
+        "num_heads": "heads",
+        "depth": "layers",
+        "in_channels": "in_channels",
+        "patch_size": "patch",
+        "caption_channels": "text_dim",
+        "input_sq_size": "position_base",
+        "model_max_length": "null_text",
+    },
+    {
+        "hidden_size": 1152,
+        "num_heads": 16,
+        "depth": 28,
+        "in_channels": 4,
+        "patch_size": (1, 2, 2),
+        "caption_channels": 4096,
+        "input_sq_size": 512,
+        "model_max_length": 300,
+        "mlp_ratio": 4.0,
+        "pred_sigma": True,
+        "qk_norm": True,
+        # how it was trained or run
+        "class_dropout_prob": 0.1,
+        "drop_path": 0.0,
+        "enable_flash_attn": False,
+        "enable_layernorm_kernel": False,
+        "enable_sequence_parallelism": False,
+        "only_train_temporal": False,
+        "freeze_y_embedder": False,
+        "skip_y_embedder": False,
+    },
+)
+_NOTES = ("architectures", "auto_map", "model_type", "torch_dtype", "transformers_version", "input_size")
+
+
+def config_from(
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+) -> TransformerConfig:
+    """Our config of the release's config.json. Without one the number of heads is unknown."""
+    if not found:
+        raise StditError(f"{place}: {FAMILY} needs its config.json beside the file.")
+    known = {name: value for name, value in found.items() if name not in _NOTES}
+    values, theirs = _ORIGINAL.read(known, _OWN, place)
+    values["qk_norm"] = "per_head_self" if theirs["qk_norm"] else "none"
+    values["ffn_dim"] = int(values["dim"] * theirs["mlp_ratio"])
+    values["out_channels"] = values["in_channels"] * (2 if theirs["pred_sigma"] else 1)
+    return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+
+
+def config_to_original(config: TransformerConfig) -> dict[str, Any]:
+    """config.json as the release has it."""
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise StditError(f"{FAMILY} has once or twice as many channels out as in, not {config.out_channels}.")
+    written = _ORIGINAL.write(
+        config,
+        _OWN,
+        mlp_ratio=config.ffn_dim / config.dim,
+        pred_sigma=config.out_channels != config.in_channels,
+        qk_norm=config.qk_norm != "none",
+    )
+    return {"architectures": ["STDiT3"], "model_type": "STDiT3", **written}
+
+
+config_to_diffusers = config_to_original
+
+
+def dialect_of(names: Mapping[str, Shape]) -> str:
+    """ "original" or "" for another family's."""
+    return "original" if "spatial_blocks.0.attn.qkv.weight" in names else ""
+
+
+def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
+    """Our names ↔ the release's."""
+    rules = []
+    for ours, theirs in (("blocks", "spatial_blocks"), ("temporal_blocks", "temporal_blocks")):
+        a, b = f"{ours}.{{i}}", f"{theirs}.{{i}}"
+        rules += [
+            Rule(tuple(f"{a}.self_attn.{p}.{{leaf}}" for p in "qkv"), f"{b}.attn.qkv.{{leaf}}"),
+            Rule(f"{a}.self_attn.norm_{{p:q|k}}.weight", f"{b}.attn.{{p}}_norm.weight"),
+            Rule(f"{a}.self_attn.o.{{leaf}}", f"{b}.attn.proj.{{leaf}}"),
+            Rule(f"{a}.cross_attn.q.{{leaf}}", f"{b}.cross_attn.q_linear.{{leaf}}"),
+            Rule(tuple(f"{a}.cross_attn.{p}.{{leaf}}" for p in "kv"), f"{b}.cross_attn.kv_linear.{{leaf}}"),
+            Rule(f"{a}.cross_attn.o.{{leaf}}", f"{b}.cross_attn.proj.{{leaf}}"),
+            Rule(f"{a}.ffn.0.{{leaf}}", f"{b}.mlp.fc1.{{leaf}}"),
+            Rule(f"{a}.ffn.2.{{leaf}}", f"{b}.mlp.fc2.{{leaf}}"),
+            Rule(f"{a}.modulation", f"{b}.scale_shift_table", Flatten(0, (1, 6))),
+        ]
+    return KeyMap(
+        Rule("patch_embedding.weight", "x_embedder.proj.weight", Unflatten(1, (config.in_channels, *config.patch))),
+        Rule("patch_embedding.bias", "x_embedder.proj.bias"),
+        Rule("time_embedding.{i}.{leaf}", "t_embedder.mlp.{i}.{leaf}"),
+        Rule("time_projection.1.{leaf}", "t_block.1.{leaf}"),
+        Rule("clip_embedding.{i}.{leaf}", "fps_embedder.mlp.{i}.{leaf}"),
+        Rule("text_embedding.0.{leaf}", "y_embedder.y_proj.fc1.{leaf}"),
+        Rule("text_embedding.2.{leaf}", "y_embedder.y_proj.fc2.{leaf}"),
+        Rule("null_text", "y_embedder.y_embedding"),
+        *rules,
+        Rule("head.modulation", "final_layer.scale_shift_table", Flatten(0, (1, 2))),
+        Rule("head.head.{leaf}", "final_layer.linear.{leaf}"),
+        ignored=("rope.freqs",),  # computed
+    )
+
+
+def build(config: TransformerConfig) -> STDiT:
+    return STDiT(config)

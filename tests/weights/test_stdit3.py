@@ -1,0 +1,116 @@
+"""STDiT3 against Open-Sora's own code, whose outputs and gradients are kept in goldens/stdit3.npz."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import stdit
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT
+from stdit.weights import io
+from stdit.weights.families import stdit3
+
+SCRIPT = Path(__file__).parent / "goldens" / "stdit3.py"
+spec = importlib.util.spec_from_file_location("stdit3_golden", SCRIPT)
+golden = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(golden)
+
+
+@pytest.fixture(scope="module")
+def kept():
+    with np.load(golden.GOLDEN) as file:
+        return dict(file)
+
+
+def shapes_of(lines: np.ndarray) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(map(int, sizes.split(","))) for name, sizes in (line.split(":") for line in lines)}
+
+
+def release(place: Path, kept, number: int) -> Path:
+    """The original's folder: its tensors, rope.freqs among them, and its config.json."""
+    place.mkdir(exist_ok=True)
+    tensors = golden.weights(shapes_of(kept[f"{number}.shapes"]))
+    save_file(tensors | {"rope.freqs": torch.ones(6)}, place / "model.safetensors")
+    config = {"architectures": ["STDiT3"], "model_type": "STDiT3", "input_size": [None] * 3, "torch_dtype": "float32"}
+    config |= {"model_max_length": 6, **golden.CONFIGS[number], "transformers_version": "4.36.2"}
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def test_outputs_and_gradients_are_open_soras(tmp_path, kept):
+    worst, worst_gradient = 0.0, 0.0
+    for number in range(len(golden.CONFIGS)):
+        place, given = release(tmp_path / str(number), kept, number), golden.inputs(number)
+        ours = stdit.load_transformer(place)
+        table, patch = io.find("transformer", place).table, ours.config.patch
+        for per in ("clip", "frame"):
+            t = given["t"] if per == "clip" else given["t"][:, None] * given["denoised"]
+            used = given["denoised"].repeat_interleave(patch[0], 1)[:, None, :, None, None] if per == "frame" else 1
+            latents = given["latents"].clone().requires_grad_()
+            conditions = {"fps": golden.FPS[number], "size": golden.SIZES[number]}
+            found = ours.predict(latents, t, given["text"], given["text_mask"], **conditions) * used
+            ours.zero_grad()
+            (found * given["probe"]).sum().backward()
+            key = f"{number}.{per}."
+            worst = max(worst, relative(found, torch.from_numpy(kept[f"{key}output"])))
+            errors = {"latents": relative(latents.grad, torch.from_numpy(kept[f"{key}latents"]))}
+            gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+            gradients["null_text"] = ours.null_text
+            theirs = dict(table.to_foreign(gradients.__getitem__))
+            for name, wanted, norm in zip(kept[f"{key}names"], kept[f"{key}sums"], kept[f"{key}norms"]):
+                error = abs(golden.gradient_sum(str(name), theirs[str(name)]) - wanted)
+                errors[str(name)] = error / max(norm, 1e-30)
+                errors[f"norm of {name}"] = abs(float(theirs[str(name)].norm()) - norm) / max(norm, 1e-30)
+            assert max(errors.values()) <= 1e-4, {n: e for n, e in errors.items() if e > 1e-4}
+            worst_gradient = max(worst_gradient, *errors.values())
+    print(f"\nSTDiT3 original: outputs {worst:.1e}, gradients {worst_gradient:.1e}")
+    assert worst <= 1e-5
+
+
+def test_the_released_size_lacks_no_key_and_has_none_too_many(kept):
+    shapes = shapes_of(kept["released"])
+    config = stdit3.config_from({"model_type": "STDiT3"}, shapes)
+    with torch.device("meta"):
+        ours = STDiT(config)
+    table = stdit3.keymap(config, "original").table({n: tuple(t.shape) for n, t in ours.state_dict().items()})
+    assert not table.differences(shapes) and set(shapes) - set(table.foreign_shapes) == {"rope.freqs"}
+    count = sum(parameter.numel() for parameter in ours.parameters())
+    print(f"STDiT3-XL/2: {count:,} parameters")
+    assert count == int(kept["parameters"])
+
+
+@pytest.mark.parametrize("number", range(len(golden.CONFIGS)))
+def test_round_trips_are_bit_for_bit(number, tmp_path, kept):
+    place = release(tmp_path / "theirs", kept, number)
+    ours, first = stdit.load_transformer(place), load_file(place / "model.safetensors")
+    stdit.save_transformer(ours, tmp_path / "ours", "original")
+    again, tensors = (
+        stdit.load_transformer(tmp_path / "ours"),
+        load_file(next((tmp_path / "ours").glob("*.safetensors"))),
+    )
+    assert again.config == ours.config
+    assert tensors.keys() == first.keys() - {"rope.freqs"}
+    assert all(torch.equal(tensor, first[name]) for name, tensor in tensors.items())
+
+
+def test_what_it_needs_is_named(tmp_path, kept):
+    place = release(tmp_path / "theirs", kept, 0)
+    ours, given = stdit.load_transformer(place), golden.inputs(0)
+    with pytest.raises(StditError, match="need the condition `size`"):
+        ours.predict(given["latents"], given["t"], given["text"], fps=24)
+    with pytest.raises(StditError, match="need the condition `fps`"):
+        ours.predict(given["latents"], given["t"], given["text"], size=(64, 64))
+    (place / "config.json").unlink()
+    with pytest.raises(StditError, match="needs its config"):
+        stdit.load_transformer(place)
