@@ -102,6 +102,8 @@ class TransformerConfig:
     level_condition: str = "none"
     text_embedding: str = "mlp"
     text_width: int = 0  # of what "gelu" gives to cross-attention
+    compressed: tuple[int, ...] = ()  # blocks whose self-attention has fewer keys: one of each square of a frame
+    compression: int = 1  # side of that square, in tokens
     null_text: int = 0  # rows of a text for "no text" that some releases keep with the weights; unused here
     rotary: str = "axes"
     rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of frame, row, column
@@ -117,7 +119,7 @@ class TransformerConfig:
     image_text_positions: int = 0  # learned positions of that embedding; 0: none
 
     def __post_init__(self) -> None:
-        for name in ("patch", "rope_scale", "rope_stride", "position_max"):
+        for name in ("patch", "rope_scale", "rope_stride", "position_max", "compressed"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("dim", "heads", "layers", "ffn_dim", "in_channels", "out_channels", "text_dim", "frequency_dim"):
             value = getattr(self, name)
@@ -168,6 +170,15 @@ class TransformerConfig:
             raise StditError(f"transformer level_condition 'size' needs a dim divisible by 3; it is {self.dim}.")
         if self.rotary.startswith("inner") and self.rope_fps <= 0:
             raise StditError(f"transformer rotary {self.rotary!r} needs rope_fps.")
+        if any(not 0 <= block < self.layers for block in self.compressed) or (self.compression > 1) != bool(
+            self.compressed
+        ):
+            raise StditError(
+                f"transformer compressed {self.compressed} with compression {self.compression}: name blocks of the "
+                f"{self.layers}, and a side of 2 tokens or more; or neither."
+            )
+        if self.compressed and self.attention != "spatial":
+            raise StditError("transformer compressed keys go with attention 'spatial'.")
         through_time = self.attention.startswith("spatial_temporal")
         if (self.attention != "full" and self.rotary not in ("none", "time")) or (
             self.rotary == "time" and not through_time

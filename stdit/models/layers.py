@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stdit.models.fused import rms_norm_rotary, widen
 from stdit.models.positions import apply_rotary
+from stdit.shapes import TokenGrid
 
 
 class Linear(nn.Linear):
@@ -51,6 +55,30 @@ class Rotary(nn.Module):
         if cos is None or sin is None:
             return x
         return apply_rotary(x.unflatten(1, (self.heads, -1)), cos, sin).flatten(1)
+
+
+class Compression(nn.Module):
+    """Keys or values of every square of factor × factor tokens of a frame brought to one (PixArt-Σ).
+
+    What is left over at the right and lower edge is dropped.
+    """
+
+    def __init__(self, dim: int, factor: int) -> None:
+        super().__init__()
+        self.sr = nn.Conv2d(dim, dim, factor, factor, groups=dim)
+        nn.init.constant_(self.sr.weight, factor**-2)
+        nn.init.zeros_(cast(Tensor, self.sr.bias))
+        self.norm = LayerNorm(dim)
+
+    def forward(self, x: Tensor, grids: Sequence[TokenGrid]) -> Tensor:
+        """x: (N, D), the tokens of these grids. Returns (M, D)."""
+        weight, bias = self.sr.weight.to(x.dtype), cast(Tensor, self.sr.bias).to(x.dtype)
+        parts = []
+        for part, grid in zip(x.split([grid.tokens for grid in grids]), grids):
+            frames = part.view(grid.frames, grid.height, grid.width, -1).permute(0, 3, 1, 2)
+            small = F.conv2d(frames, weight, bias, self.sr.stride, groups=len(weight))
+            parts.append(small.flatten(2).transpose(1, 2).flatten(0, 1))
+        return self.norm(torch.cat(parts))
 
 
 class LowRank(nn.Sequential):

@@ -228,10 +228,11 @@ def level_clip_pairs(pack: TokenPack) -> tuple[Tensor, Tensor, LevelIndex]:
     return pairs // clips, pairs % clips, LevelIndex(index)
 
 
-def spatial_segments(pack: TokenPack) -> Segments:
-    """Every frame of every clip as a segment of its own."""
+def spatial_segments(pack: TokenPack, factor: int = 1) -> Segments:
+    """Every frame of every clip as a segment of its own; of its squares of factor × factor tokens."""
     _without_extra_tokens(pack)
-    return Segments.of([n.height * n.width for n in pack.grids for _ in range(n.frames)], pack.tokens.device)
+    lengths = [(grid.height // factor) * (grid.width // factor) for grid in pack.grids for _ in range(grid.frames)]
+    return Segments.of(lengths, pack.tokens.device)
 
 
 def temporal_segments(pack: TokenPack) -> tuple[Tensor, Tensor, Segments]:

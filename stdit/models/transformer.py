@@ -28,7 +28,7 @@ from stdit.models.embeddings import (
     space_positions,
 )
 from stdit.models.fused import gated_residual, modulated_norm
-from stdit.models.layers import LayerNorm, Linear, LowRank, RMSNorm, Rotary
+from stdit.models.layers import Compression, LayerNorm, Linear, LowRank, RMSNorm, Rotary
 from stdit.models.packing import (
     ClipConditions,
     LevelIndex,
@@ -43,6 +43,7 @@ from stdit.models.packing import (
     unpack_clips,
 )
 from stdit.models.positions import level_sinusoids
+from stdit.shapes import TokenGrid
 
 __all__ = ["CONDITIONS", "PRESETS", "STDiT", "TransformerConfig", "cost_coefficients", "transformer_flops"]
 
@@ -55,6 +56,7 @@ class Surroundings:
 
     c: (K, D) embeddings of the noise levels. cos, sin: (N, 1 or H, D_head/2). order, back: the tokens of `segments`
     among all, and the way back, None where they are in place. image: (I, D) embedded image tokens of image_segments.
+    compressed: what is left of `segments` where keys are compressed; grids: of the clips.
     """
 
     c: Tensor
@@ -69,6 +71,8 @@ class Surroundings:
     back: Tensor | None = None
     image: Tensor | None = None
     image_segments: Segments | None = None
+    grids: tuple[TokenGrid, ...] = ()
+    compressed: Segments | None = None
 
 
 class Attention(nn.Module):
@@ -78,7 +82,7 @@ class Attention(nn.Module):
     their attention to the text's.
     """
 
-    def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
+    def __init__(self, config: TransformerConfig, cross: bool = False, compressed: bool = False) -> None:
         super().__init__()
         d, bias, context_dim = config.dim, config.bias, config.context_dim if cross else config.dim
         self.heads = config.heads
@@ -87,6 +91,7 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = self._norm(config, cross), self._norm(config, cross)
         if cross and config.image_text_dim:
             self.k_img, self.v_img, self.norm_k_img = Linear(d, d), Linear(d, d), self._norm(config, cross)
+        self.compression = Compression(d, config.compression) if compressed else None
         self.backend = "auto"
 
     def _norm(self, config: TransformerConfig, cross: bool) -> nn.Module:
@@ -106,10 +111,14 @@ class Attention(nn.Module):
         multiplicity: Tensor | None = None,
         image: Tensor | None = None,
         image_segments: Segments | None = None,
+        grids: tuple[TokenGrid, ...] = (),
     ) -> Tensor:
         q = self.norm_q(self.q(x), cos, sin).unflatten(1, (self.heads, -1))  # (N, H, D_head)
-        k = self.norm_k(self.k(y), cos, sin).unflatten(1, (self.heads, -1))  # (M, H, D_head)
-        v = self.v(y).unflatten(1, (self.heads, -1))  # (M, H, D_head)
+        k, v = self.k(y), self.v(y)  # (M, D) each
+        if self.compression is not None:
+            k, v = self.compression(k, grids), self.compression(v, grids)
+        k = self.norm_k(k, cos, sin).unflatten(1, (self.heads, -1))  # (M, H, D_head)
+        v = v.unflatten(1, (self.heads, -1))  # (M, H, D_head)
         out = segment_attention(q, k, v, segments, y_segments, multiplicity, self.backend)
         if image is not None and image_segments is not None:
             k = self.norm_k_img(self.k_img(image)).unflatten(1, (self.heads, -1))  # (I, H, D_head)
@@ -121,10 +130,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention to text (unless cross is False), MLP; modulated and gated by the noise level."""
 
-    def __init__(self, config: TransformerConfig, cross: bool = True) -> None:
+    def __init__(self, config: TransformerConfig, cross: bool = True, compressed: bool = False) -> None:
         super().__init__()
         d, self.eps, self.rms = config.dim, config.eps, config.norm == "rms"
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, compressed=compressed)
         self.norm3 = LayerNorm(d, config.eps) if cross and config.cross_norm == "affine" else nn.Identity()
         self.cross_attn = Attention(config, cross=True) if cross else None
         self.ffn = nn.Sequential(
@@ -150,7 +159,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, *cross, shift2, scale2, gate2 = self.rows(modulation, at.c)  # (K, D) each
         h = modulated_norm(x, shift1, scale1, at.levels, self.eps, self.rms)  # (N, D)
         h = h if at.order is None else h[at.order]
-        h = self.self_attn(h, h, at.cos, at.sin, at.segments, at.segments)  # (N, D)
+        keys = at.segments if at.compressed is None or self.self_attn.compression is None else at.compressed
+        h = self.self_attn(h, h, at.cos, at.sin, at.segments, keys, grids=at.grids)  # (N, D)
         h = h if at.back is None else h[at.back]
         x = gated_residual(x, h, gate1, at.levels)  # (N, D)
         if self.cross_attn is not None:
@@ -219,7 +229,7 @@ class STDiT(nn.Module):
             self.img_emb = ImageEmbedding(config)
         if config.null_text:
             self.register_buffer("null_text", torch.zeros(config.null_text, config.text_dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, compressed=n in config.compressed) for n in range(config.layers))
         if config.attention.startswith("spatial_temporal"):
             cross = config.attention == "spatial_temporal_text"
             self.temporal_blocks = nn.ModuleList(Block(config, cross) for _ in range(config.layers))
@@ -276,6 +286,8 @@ class STDiT(nn.Module):
         segments = clips if config.attention == "full" else spatial_segments(pack)
         turn = (None, None) if config.rotary == "time" else (cos, sin)
         at = Surroundings(c, levels, *turn, segments, text.segments, text.multiplicity, clips)
+        if config.compressed:
+            at.grids, at.compressed = pack.grids, spatial_segments(pack, config.compression)
         if config.image_text_dim:
             if (image := pack.conditions.image_text) is None:
                 raise StditError("these weights see an image encoder's tokens beside the text: give `image_text`.")

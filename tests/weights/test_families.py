@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ from references import FAMILIES, randomise
 from safetensors.torch import load_file, save_file
 
 import stdit
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT
 from stdit.weights import io
+from stdit.weights.families import ltx
 
 pytest.importorskip("diffusers")
 
@@ -160,3 +165,69 @@ def test_a_single_file_tells_its_size_by_its_shapes(name, heads, prefix, tmp_pat
     again = stdit.load_transformer(tmp_path / "alone.safetensors")
     assert again.config == model.config
     assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_ltx_where_the_first_latent_frame_is_one_frame_long(tmp_path):
+    """0.9.5 and later: diffusers' LTXConditionPipeline gives such coordinates, the original's config says so."""
+    family, grid, fps = FAMILIES["LTX-Video"], (3, 5, 4), 24
+    theirs = randomise(family.build(family.configs[0]), 0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    known = stdit.load_transformer(tmp_path / "theirs")
+    causal = dataclasses.replace(known.config, rotary="inner_causal")
+    for form in (ltx.config_to_original, ltx.config_to_diffusers):
+        assert ltx.config_from(form(causal), {}) == causal
+    released = {k: v for k, v in ltx.config_to_original(causal).items() if k != "_stdit"}
+    assert released["causal_temporal_positioning"] and ltx.config_from(released, {}) == causal
+    ours = STDiT(causal)
+    ours.load_state_dict(known.state_dict())
+    latents, t, text, mask = inputs(ours, family, 0, "clip")
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")).flatten(1).float()
+    frames = (places[0] * 8 + 1 - 8).clamp(min=0) * (1 / fps)
+    coordinates = torch.stack([frames, places[1] * 32, places[2] * 32]).expand(2, -1, -1)
+    x = latents.flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        wanted = theirs(x, text, t[:, None] * 1000, mask.float(), video_coords=coordinates, return_dict=False)[0]
+        found = ours.predict(latents, t, text, mask, fps=fps)
+        assert relative(found.flatten(2).transpose(1, 2), wanted) <= 1e-5
+        assert relative(known.predict(latents, t, text, mask, fps=fps), found) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("LTX-Video", {"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'; stdit runs such models with 'rms_norm_ac"),
+        ("LTX-Video", {"cross_attention_dim": 5}, "cross_attention_dim 5 is not 28"),
+        ("LTX-Video", {"num_layers": 9}, "the config says 9 blocks, the tensors are of 3"),
+        ("LTX-Video", {"num_layers": "3"}, "num_layers is '3', not of the kind of 28"),
+        ("LTX-Video", {"caption_chanels": 19}, "unknown key 'caption_chanels'. Did you mean 'caption_channels'"),
+        ("PixArt", {"caption_channels": None}, "caption_channels is missing"),
+        ("PixArt", {"norm_type": "ada_norm"}, "norm_type is 'ada_norm'"),
+        ("Latte", {"activation_fn": "geglu"}, "activation_fn is 'geglu'"),
+        ("Allegro", {"patch_size_t": 2}, "patch_size_t is 2"),
+        ("Cosmos-Predict", {"img_context_dim_in": 8}, "img_context_dim_in is 8"),
+    ],
+)
+def test_configs_that_cannot_be_are_named(name, change, message, tmp_path):
+    family = FAMILIES[name]
+    family.build(family.configs[0]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StditError, match=message) as error:
+        stdit.load_transformer(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_a_condition_that_is_needed_or_not_taken_is_named(tmp_path):
+    for name, number, given, message in [
+        ("PixArt", 0, {}, "need the condition `size`"),
+        ("LTX-Video", 0, {"size": (64, 64)}, "condition 'size': these weights take text and fps only"),
+        ("Wan I2V", 0, {}, r"these weights take `image`, \(B, 2, T, H, W\)"),
+        ("Wan I2V", 0, {"image": torch.zeros(2, 2, 3, 4, 6)}, "give `image_text`"),
+        ("Wan I2V", 0, {"image": torch.zeros(2, 1, 3, 4, 6)}, "condition 'image' is"),
+    ]:
+        family, place = FAMILIES[name], tmp_path / name
+        family.build(family.configs[number]).save_pretrained(place)
+        ours = stdit.load_transformer(place)
+        latents, t, text, _ = inputs(ours, family, number, "clip")
+        with pytest.raises(StditError, match=message):
+            ours.predict(latents, t, text[:, :6], **given)

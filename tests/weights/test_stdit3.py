@@ -1,14 +1,16 @@
-"""STDiT3 against Open-Sora's own code, whose outputs and gradients are kept in goldens/stdit3.npz."""
+"""STDiT3 against Open-Sora's own code, whose outputs and gradients are kept in goldens/stdit3_golden.npz."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
+import golden_tools
 import numpy as np
 import pytest
+import stdit3_golden as golden
 import torch
+from golden_tools import shapes_of
 from safetensors.torch import load_file, save_file
 
 import stdit
@@ -17,11 +19,6 @@ from stdit.models.transformer import STDiT
 from stdit.weights import io
 from stdit.weights.families import stdit3
 
-SCRIPT = Path(__file__).parent / "goldens" / "stdit3.py"
-spec = importlib.util.spec_from_file_location("stdit3_golden", SCRIPT)
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
-
 
 @pytest.fixture(scope="module")
 def kept():
@@ -29,14 +26,10 @@ def kept():
         return dict(file)
 
 
-def shapes_of(lines: np.ndarray) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(map(int, sizes.split(","))) for name, sizes in (line.split(":") for line in lines)}
-
-
 def release(place: Path, kept, number: int) -> Path:
     """The original's folder: its tensors, rope.freqs among them, and its config.json."""
     place.mkdir(exist_ok=True)
-    tensors = golden.weights(shapes_of(kept[f"{number}.shapes"]))
+    tensors = golden_tools.weights(shapes_of(kept[f"{number}.shapes"]))
     save_file(tensors | {"rope.freqs": torch.ones(6)}, place / "model.safetensors")
     config = {"architectures": ["STDiT3"], "model_type": "STDiT3", "input_size": [None] * 3, "torch_dtype": "float32"}
     config |= {"model_max_length": 6, **golden.CONFIGS[number], "transformers_version": "4.36.2"}
@@ -68,10 +61,7 @@ def test_outputs_and_gradients_are_open_soras(tmp_path, kept):
             gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
             gradients["null_text"] = ours.null_text
             theirs = dict(table.to_foreign(gradients.__getitem__))
-            for name, wanted, norm in zip(kept[f"{key}names"], kept[f"{key}sums"], kept[f"{key}norms"]):
-                error = abs(golden.gradient_sum(str(name), theirs[str(name)]) - wanted)
-                errors[str(name)] = error / max(norm, 1e-30)
-                errors[f"norm of {name}"] = abs(float(theirs[str(name)].norm()) - norm) / max(norm, 1e-30)
+            errors |= golden_tools.gradient_errors(theirs, kept, key)
             assert max(errors.values()) <= 1e-4, {n: e for n, e in errors.items() if e > 1e-4}
             worst_gradient = max(worst_gradient, *errors.values())
     print(f"\nSTDiT3 original: outputs {worst:.1e}, gradients {worst_gradient:.1e}")

@@ -82,11 +82,6 @@ def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
-    if compressed := [name for name in shapes if ".attn.sr." in name]:
-        raise StditError(
-            f"{place}: {compressed[0]}: PixArt-Σ with compressed keys and values (the 2K and 4K models) is not "
-            "supported yet; stdit loads those without."
-        )
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
         values = _values_from_shapes(shapes, place) | described(found, _KEPT, place)
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
@@ -136,6 +131,11 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     """Our names ↔ that dialect's."""
+    if dialect == "diffusers" and config.compressed:
+        raise StditError(
+            "diffusers' PixArtTransformer2DModel has no compressed keys and values (PixArt-Σ 2K): write layout "
+            "'original'."
+        )
     conv = Unflatten(1, (config.in_channels, *config.patch[1:]))
     sizes = {"side": ("csize_embedder", "resolution_embedder"), "ratio": ("ar_embedder", "aspect_ratio_embedder")}
     if dialect == "diffusers":
@@ -168,6 +168,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         *(Rule(f"clip_embedding.{our}.{{i}}.{{leaf}}", f"{its[0]}.mlp.{{i}}.{{leaf}}") for our, its in sizes.items()),
         Rule(qkv, "blocks.{i}.attn.qkv.{leaf}"),
         Rule("blocks.{i}.self_attn.o.{leaf}", "blocks.{i}.attn.proj.{leaf}"),
+        Rule("blocks.{i}.self_attn.compression.{m:sr|norm}.{leaf}", "blocks.{i}.attn.{m}.{leaf}"),
         Rule("blocks.{i}.cross_attn.q.{leaf}", "blocks.{i}.cross_attn.q_linear.{leaf}"),
         Rule(kv, "blocks.{i}.cross_attn.kv_linear.{leaf}"),
         Rule("blocks.{i}.cross_attn.o.{leaf}", "blocks.{i}.cross_attn.proj.{leaf}"),
@@ -197,6 +198,7 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
     dim, channels, patch, _ = conv
     sized = any(name.startswith(("csize_embedder.", "adaln_single.emb.resolution_embedder.")) for name in shapes)
     tokens = shapes.get("pos_embed", (1, 4096 if sized else 1024, dim))
+    compressed = {int(name.split(".")[1]): shapes[name][2] for name in shapes if name.endswith(".attn.sr.weight")}
     base = math.isqrt(tokens[1]) if len(tokens) == 3 else 32
     return {
         **width(max(dim // 72, 1), dim // max(dim // 72, 1)),
@@ -208,5 +210,7 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
         "position_base": base,
         "position_stretch": float(max(base * patch // 64, 1)),
         "level_condition": "size" if sized else "none",
+        "compressed": tuple(sorted(compressed)),
+        "compression": max(compressed.values(), default=1),
         "null_text": shapes.get("y_embedder.y_embedding", (0,))[0],
     }

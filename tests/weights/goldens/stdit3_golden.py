@@ -1,24 +1,21 @@
-"""How stdit3.npz was made: outputs and gradients of Open-Sora v1.2.0's own STDiT3.
+"""How stdit3_golden.npz was made: outputs and gradients of Open-Sora v1.2.0's own STDiT3.
 
     git clone -b v1.2.0 https://github.com/hpcaitech/Open-Sora && pip install rotary-embedding-torch==0.5.3
-    PYTHONPATH=Open-Sora python tests/weights/goldens/stdit3.py
+    PYTHONPATH=Open-Sora python tests/weights/goldens/stdit3_golden.py
 
-Weights are not kept: `weights` makes them from their names and shapes, here and in the test. What Open-Sora imports
-for many GPUs is replaced by stand-ins, and xformers' attention by torch's. With a mask of frames, its last layer
-modulates what it has modulated already; such frames are given, their outputs are not used, and they are left out.
+Weights are not kept: golden_tools.py makes them from their names and shapes, here and in the test. What Open-Sora
+imports for many GPUs is replaced by stand-ins, and xformers' attention by torch's. With a mask of frames, its last
+layer modulates what it has modulated already; such frames are given, their outputs are not used, and are left out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from golden_tools import Registry, checkpoint_nothing, described, gradients_kept, stand_in, weights, xformers
 
 GOLDEN = Path(__file__).with_suffix(".npz")
 CONFIGS = (
@@ -31,17 +28,6 @@ CONFIGS = (
 GRIDS = ((3, 6, 4), (2, 4, 10), (4, 3, 6), (6, 8, 6), (5, 2, 4))
 SIZES = ((640, 360), (256, 256), (512, 384), (480, 854), (144, 256))  # width, height in pixels
 FPS = (24.0, 8.0, 120.0, 16.0, 30.0)
-
-
-def weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Random weights of every name, norms and tables too, the same wherever they are made."""
-    found = {}
-    for name, shape in shapes.items():
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.3
-        values = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
-        found[name] = values * spread + ("_norm." in name)
-    return found
 
 
 def inputs(number: int) -> dict[str, torch.Tensor]:
@@ -59,46 +45,17 @@ def inputs(number: int) -> dict[str, torch.Tensor]:
     return made
 
 
-def gradient_sum(name: str, gradient: torch.Tensor) -> float:
-    """A gradient as one number: its product with a random one."""
-    return float((gradient.double() * weights({f"probe of {name}": tuple(gradient.shape)})[f"probe of {name}"]).sum())
-
-
 def _stand_ins() -> None:
-    def module(name: str, **members: object) -> None:
-        made = sys.modules.setdefault(name, ModuleType(name))
-        vars(made).update(members)
-
-    class Registry:
-        def register_module(self, *_):
-            return lambda one: one
-
-    class BlockDiagonalMask:
-        @staticmethod
-        def from_seqlens(queries, keys):
-            return list(queries), [int(n) for n in keys]
-
-    def attention(q, k, v, p=0.0, attn_bias=None):
-        queries, keys = attn_bias
-        parts = zip(*(tensor[0].split(lengths) for tensor, lengths in ((q, queries), (k, keys), (v, keys))))
-        heads = [F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in part)).transpose(0, 1) for part in parts]
-        return torch.cat(heads)[None]
-
-    def same(function, *arguments):
-        return function(*arguments)
-
-    module("xformers"), module("xformers.ops", memory_efficient_attention=attention)
-    sys.modules["xformers"].ops = sys.modules["xformers.ops"]
-    sys.modules["xformers.ops"].fmha = type("fmha", (), {"BlockDiagonalMask": BlockDiagonalMask})
-    module("opensora.acceleration.checkpoint", auto_grad_checkpoint=same)
+    xformers()
+    stand_in("opensora.acceleration.checkpoint", auto_grad_checkpoint=checkpoint_nothing)
     names = ("all_to_all", "split_forward_gather_backward", "gather_forward_split_backward")
-    module("opensora.acceleration.communications", **dict.fromkeys(names))
-    module("opensora.acceleration.parallel_states", get_sequence_parallel_group=None)
-    module("opensora.registry", MODELS=Registry())
-    module("opensora.utils.ckpt_utils", load_checkpoint=None)
-    module("opensora.models", __path__=[str(Path(p) / "opensora/models") for p in sys.path])
-    module("opensora.models.layers", __path__=[str(Path(p) / "opensora/models/layers") for p in sys.path])
-    module("opensora.models.stdit", __path__=[str(Path(p) / "opensora/models/stdit") for p in sys.path])
+    stand_in("opensora.acceleration.communications", **dict.fromkeys(names))
+    stand_in("opensora.acceleration.parallel_states", get_sequence_parallel_group=None)
+    stand_in("opensora.registry", MODELS=Registry())
+    stand_in("opensora.utils.ckpt_utils", load_checkpoint=None)
+    for name in ("models", "models/layers", "models/stdit"):
+        places = [str(Path(place) / "opensora" / name) for place in sys.path]
+        stand_in(f"opensora.{name.replace('/', '.')}", __path__=places)
 
 
 def main() -> None:
@@ -126,15 +83,14 @@ def main() -> None:
             kept[f"{key}output"] = (out * used if per == "frame" else out).detach().numpy()
             kept[f"{key}latents"] = latents.grad.numpy()
             found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            kept[f"{key}names"] = np.array(list(found))
-            kept[f"{key}sums"] = np.array([gradient_sum(name, gradient) for name, gradient in found.items()])
-            kept[f"{key}norms"] = np.array([float(gradient.norm()) for gradient in found.values()])
-        kept[f"{number}.shapes"] = np.array([f"{name}:{','.join(map(str, shape))}" for name, shape in shapes.items()])
+            kept |= gradients_kept(found, key)
+        state = {name: tensor for name, tensor in model.state_dict().items() if name != "rope.freqs"}
+        kept[f"{number}.shapes"] = described(state)
     linspace = torch.linspace
     torch.linspace = lambda *arguments: linspace(*arguments, device="cpu")  # its constructor asks for values
     with torch.device("meta"):
         released = STDiT3(STDiT3Config())
-    kept["released"] = np.array([f"{n}:{','.join(map(str, t.shape))}" for n, t in released.state_dict().items()])
+    kept["released"] = described(released.state_dict())
     kept["parameters"] = np.array(sum(p.numel() for n, p in released.named_parameters() if n != "rope.freqs"))
     np.savez_compressed(GOLDEN, **kept)
 
