@@ -77,7 +77,7 @@ class Fields:
         values = {**self.defaults, **{name: allowed[0] for name, allowed in self.only.items()}, **values, **more}
         added = {"_stdit": {"format": FORMAT, **{name: getattr(config, name) for name in own}}} if own else {}
         listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"_class_name": self.class_name, "_diffusers_version": "0.36.0", **added, **listed}
+        return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION, **added, **listed}
 
 
 def describe(class_name: str, config: TransformerConfig, kept: Collection[str]) -> Settings:
