@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 # The whole main job on moving shapes. Every line is a command of its own and continues where it was interrupted.
 demo: DEMO = demo
 demo: CLIPS = 1200
-demo: VAE_STEPS = 500
+demo: VAE_STEPS = 400
 demo: DIT_STEPS = 1200
 demo: SHAPES = 64x64x17 80x48x17 96x48x17 64x64x25
 demo-full: DEMO = demo-full
