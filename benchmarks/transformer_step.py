@@ -15,7 +15,6 @@ import os
 import platform
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from rich.console import Console
 from rich.table import Table as Rows
+from timing import CLOCKS, alternate, interval, matmul_rate, relative, timed
 
 from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT, TransformerConfig, transformer_flops
@@ -39,10 +39,6 @@ PADDING = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # (of the outputs, of the gradients), L2 relative: how far apart two correct computations in that dtype may be
 TOLERANCE = {"fp32": (1e-4, 1e-4), "bf16": (3e-2, 1e-1)}
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-clock = "wall"
 
 
 @dataclass
@@ -143,11 +139,6 @@ def their_step(model: torch.nn.Module, batch: Batch, padded: list[torch.Tensor],
     return out
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    wanted = wanted.double()
-    return ((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
-
-
 def check_equal(pair: Pair, ours: list[torch.Tensor], theirs: list[torch.Tensor], dtype: str) -> tuple[float, float]:
     """The largest relative difference of any clip's output and of any parameter's gradient, within tolerance."""
     outputs = max(relative(a.detach(), b.detach()) for a, b in zip(ours, theirs))
@@ -161,53 +152,14 @@ def check_equal(pair: Pair, ours: list[torch.Tensor], theirs: list[torch.Tensor]
     return outputs, apart[worst]
 
 
-def matmul_rate(
-    config: TransformerConfig, tokens: int, device: torch.device, dtype: torch.dtype
-) -> Callable[[], float]:
-    """A function that multiplies matrices of a block's own shapes once, forward and both backward products, and
-    returns FLOP/s: what this machine gives to a model that were nothing but its matrix products."""
-    d, f = config.dim, config.ffn_dim
-    products = []
-    for width, height, count in ((d, d, 6), (d, f, 1), (f, d, 1)):
-        x, w, y = (
-            torch.randn(s, device=device, dtype=dtype) for s in ((tokens, width), (height, width), (tokens, height))
-        )
-        products.append((x, w, y, count))
-    flops = sum(6 * tokens * w.numel() * count for _, w, _, count in products)
-
-    def measure() -> float:
-        start = now(device)
-        for x, w, y, count in products:
-            for _ in range(count):
-                torch.mm(x, w.T)
-                torch.mm(y, w)
-                torch.mm(y.T, x)
-        return flops / (now(device) - start)
-
-    return measure
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return CLOCKS[clock]()
-
-
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    start = now(device)
-    step()
-    return now(device) - start
-
-
-def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    random_ = random.Random(0)
-    medians = sorted(statistics.median(random_.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
-
-
 def measure(
-    pair: Pair, shapes: list[tuple[int, int, int]], text: str, pairs: int, device: torch.device, dtype: str
+    pair: Pair,
+    shapes: list[tuple[int, int, int]],
+    text: str,
+    pairs: int,
+    device: torch.device,
+    dtype: str,
+    clock: str,
 ) -> dict:
     """Times one set of clips with padded or plain texts. Returns everything that the table and the JSON say."""
     config = pair.ours.config
@@ -229,22 +181,17 @@ def measure(
 
     apart = check_equal(pair, ours(), theirs("batched by shape"), dtype)
     tokens = [t * h * w // config.patch_volume for t, h, w in (tuple(clip.shape[1:]) for clip in batch.latents)]
-    rate = matmul_rate(config, sum(tokens), device, DTYPES[dtype])
+    rate = matmul_rate(config.dim, config.ffn_dim, sum(tokens), device, DTYPES[dtype], clock)
     rate()
     trial = {way: [] for way in ways}
     for _ in range(3):
         for way in ways:
-            trial[way].append(timed(lambda way=way: theirs(way), device))
+            trial[way].append(timed(lambda way=way: theirs(way), device, clock))
     trial_medians = {way: statistics.median(times) for way, times in trial.items()}
     way = min(trial_medians, key=lambda name: trial_medians[name])
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    rates = []
-    for number in range(pairs):
-        steps = [("ours", ours), ("theirs", lambda: theirs(way))]
-        for name, step in steps if number % 2 == 0 else reversed(steps):
-            times[name].append(timed(step, device))
-        rates.append(rate())
-    ratios = [a / b for a, b in zip(times["ours"], times["theirs"])]
+    rates: list[float] = []
+    ours_s, theirs_s = alternate(ours, lambda: theirs(way), pairs, device, clock, between=lambda: rates.append(rate()))
+    ratios = [a / b for a, b in zip(ours_s, theirs_s)]
     flops = 3 * transformer_flops(config, tokens, [length + (padding > 0) for length in lengths])
     machine = statistics.median(rates)
     return {
@@ -257,17 +204,17 @@ def measure(
         "pairs": pairs,
         "theirs_is": way,
         "theirs_trial_s": trial_medians,
-        "ours_s": statistics.median(times["ours"]),
-        "theirs_s": statistics.median(times["theirs"]),
+        "ours_s": statistics.median(ours_s),
+        "theirs_s": statistics.median(theirs_s),
         "ratio": statistics.median(ratios),
         "ratio_interval_95": interval(ratios),
         "needed_flops": flops,
         "matmul_flops_per_s": machine,
-        "ours_fraction": statistics.median(flops / t / r for t, r in zip(times["ours"], rates)),
-        "theirs_fraction": statistics.median(flops / t / r for t, r in zip(times["theirs"], rates)),
+        "ours_fraction": statistics.median(flops / t / r for t, r in zip(ours_s, rates)),
+        "theirs_fraction": statistics.median(flops / t / r for t, r in zip(theirs_s, rates)),
         "outputs_apart": apart[0],
         "gradients_apart": apart[1],
-        "raw": {**times, "matmul_flops_per_s": rates},
+        "raw": {"ours": ours_s, "theirs": theirs_s, "matmul_flops_per_s": rates},
     }
 
 
@@ -308,16 +255,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a machine shared with others"
-    )
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a machine shared with others")
     parser.add_argument("--only", nargs="+", default=["equal", "mixed"], choices=["equal", "mixed"])
     parser.add_argument("--text", nargs="+", default=["padded", "plain"], choices=["padded", "plain"])
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    global clock
-    clock = args.clock
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     config = TransformerConfig.preset(args.preset, **({"layers": args.layers} if args.layers else {}))
@@ -327,7 +270,7 @@ def main() -> None:
     for name in args.only:
         shapes = [(t, h * args.scale, w * args.scale) for t, h, w in sets[name]]
         for text in args.text:
-            settings[f"{name} {text}"] = measure(pair, shapes, text, args.pairs, device, args.dtype)
+            settings[f"{name} {text}"] = measure(pair, shapes, text, args.pairs, device, args.dtype, args.clock)
     result = {
         "setting": {
             "model": f"{args.preset} ({config.layers} blocks of width {config.dim})",
