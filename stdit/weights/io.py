@@ -140,7 +140,7 @@ def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, st
     if config is None or not dialect:
         known = ", nor a ".join(one.FAMILY for one in families(kind))
         raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
-    table = family.keymap(config, dialect).table(_shapes(_on_meta(family, config)))
+    table = family.keymap(config, dialect).table(_shapes(_on_meta(config)))
     if strict:
         table.check(files.shapes, files.path, f"The config is {config_path}." if config_path else "")
     return Source(kind, family, files, config, config_path, dialect, table)
@@ -148,7 +148,7 @@ def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, st
 
 def load(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
     """Reads a source's tensors into its model. Peak memory is the model and one tensor."""
-    model = _on_meta(source.family, source.config)
+    model = _on_meta(source.config)
     tensors = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in source.table.to_native(source.files.read)
@@ -223,11 +223,14 @@ def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any]
     return {}, None
 
 
-def _on_meta(family: ModuleType, config: Any) -> nn.Module:
+def _on_meta(config: Any) -> nn.Module:
     import torch
 
+    from stdit.models.transformer import STDiT
+    from stdit.vae.autoencoder import CausalVAE, VaeConfig
+
     with torch.device("meta"):
-        return family.build(config)
+        return CausalVAE(config) if isinstance(config, VaeConfig) else STDiT(config)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -253,7 +256,7 @@ def _write(
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
     family = importlib.import_module(f"stdit.weights.families.{getattr(config, 'family', 'wan_vae')}")
-    table = family.keymap(config, layout).table(_shapes(_on_meta(family, config)))
+    table = family.keymap(config, layout).table(_shapes(_on_meta(config)))
     described = family.config_to_diffusers(config) if layout == "diffusers" else family.config_to_original(config)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
     stem = _VAE_STEM if (kind, layout) == ("vae", "original") else _STEM

@@ -24,46 +24,31 @@ def inputs(name, rows, dtype=torch.float64, d=6):
     return tokens, table, index
 
 
-@pytest.mark.parametrize("chunk", [4096, 4])
-@pytest.mark.parametrize("name", LEVELS)
-def test_modulated_norm_is_what_it_says(name, chunk, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", chunk)
-    (x,), (shift, scale), index = inputs(name, 1)
-    level = index.level_of
-    wanted = F.layer_norm(x, x.shape[1:], eps=1e-6) * (1 + scale[level]) + shift[level]
-    found = modulated_norm(x, shift, scale, index, 1e-6)
-    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
-    direction = torch.randn_like(wanted)
-    for a, b in zip(*(torch.autograd.grad(y, (x, shift, scale), direction) for y in (found, wanted))):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("chunk", [4096, 4])
-@pytest.mark.parametrize("name", LEVELS)
-def test_modulated_rms_norm_is_what_it_says(name, chunk, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", chunk)
-    (x,), (shift, scale), index = inputs(name, 1)
-    level = index.level_of
-    wanted = F.rms_norm(x, x.shape[1:], eps=1e-6) * (1 + scale[level]) + shift[level]
-    found = modulated_norm(x, shift, scale, index, 1e-6, rms=True)
-    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
-    direction = torch.randn_like(wanted)
-    for a, b in zip(*(torch.autograd.grad(y, (x, shift, scale), direction) for y in (found, wanted))):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("turned", [False, True])
-def test_rms_norm_of_each_head(turned):
+def heads(width, dtype=torch.float64):
+    """Five tokens of two heads, a weight of `width` for their norm, and a table that turns them."""
     torch.manual_seed(0)
-    x, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 24), (12,)))
-    wanted, cos, sin = F.rms_norm(x.view(5, 2, 12), (12,), weight, 1e-6), None, None
-    if turned:
-        cos, sin = (table.expand(5, 2, 6) * 1.0 for table in rotary_table(torch.randint(0, 50, (5, 3)), 12))
-        cos, sin = cos.double(), sin.double()
-        wanted = apply_rotary(wanted, cos, sin)
-    found = rms_norm_rotary(x, weight, cos, sin, 1e-6)
-    torch.testing.assert_close(found, wanted.flatten(1), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *t: rms_norm_rotary(*t, cos, sin, 1e-6), (x, weight))
+    x, weight = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((5, 24), (width,)))
+    return x, weight, rotary_table(torch.randint(0, 50, (5, 3)), 12, dtype=dtype)
+
+
+def assert_same(found, wanted, leaves, rtol=1e-11):
+    """Outputs, and the gradients of a random sum of them."""
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+    direction = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, direction) for y in (found, wanted))):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [4096, 4])
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("norm", [F.layer_norm, F.rms_norm])
+def test_modulated_norms_are_what_they_say(norm, name, chunk, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", chunk)
+    (x,), (shift, scale), index = inputs(name, 1)
+    level = index.level_of
+    wanted = norm(x, x.shape[1:], eps=1e-6) * (1 + scale[level]) + shift[level]
+    found = modulated_norm(x, shift, scale, index, 1e-6, rms=norm is F.rms_norm)
+    assert_same(found, wanted, (x, shift, scale))
 
 
 @pytest.mark.parametrize("chunk", [4096, 4])
@@ -73,10 +58,7 @@ def test_gated_residual_is_what_it_says(name, chunk, monkeypatch):
     (x, y), (gate,), index = inputs(name, 2)
     wanted = x + y * gate[index.level_of]
     found = gated_residual(x, y, gate, index)
-    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
-    direction = torch.randn_like(wanted)
-    for a, b in zip(*(torch.autograd.grad(z, (x, y, gate), direction) for z in (found, wanted))):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert_same(found, wanted, (x, y, gate), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["short", "runs"])
@@ -87,27 +69,21 @@ def test_gradcheck_of_modulation(name):
     assert torch.autograd.gradcheck(lambda *t: gated_residual(*t, index), (x, y, gate))
 
 
-@pytest.mark.parametrize("turned", [True, False])
-def test_rms_norm_rotary_is_a_norm_then_a_turn(turned):
-    torch.manual_seed(0)
-    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(24, dtype=torch.float64, requires_grad=True)
-    cos = sin = None
-    wanted = F.rms_norm(x, (24,), weight, 1e-6)
-    if turned:
-        cos, sin = rotary_table(torch.randint(0, 50, (5, 3)), 12, dtype=torch.float64)
-        wanted = apply_rotary(wanted.unflatten(1, (2, 12)), cos, sin).flatten(1)
-    found = rms_norm_rotary(x, weight, cos, sin, 1e-6)
-    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
-    direction = torch.randn_like(wanted)
-    for a, b in zip(*(torch.autograd.grad(y, (x, weight), direction) for y in (found, wanted))):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("each_turns", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("width", [24, 12])
+def test_rms_norm_rotary_is_a_norm_then_a_turn(width, turned, each_turns):
+    """A norm over all heads at once or over each, all heads turned alike or each by a table of its own."""
+    x, weight, table = heads(width)
+    wanted = F.rms_norm(x.unflatten(1, (-1, width)), (width,), weight, 1e-6).view(5, 2, 12)
+    cos, sin = (part.expand(5, 2, 6).clone() if each_turns else part for part in table) if turned else (None, None)
+    wanted = (apply_rotary(wanted, cos, sin) if turned else wanted).flatten(1)
+    assert_same(rms_norm_rotary(x, weight, cos, sin, 1e-6), wanted, (x, weight), rtol=1e-12)
     assert torch.autograd.gradcheck(lambda *t: rms_norm_rotary(*t, cos, sin, 1e-6), (x, weight))
 
 
 def test_complex_and_real_turns_agree(monkeypatch):
-    x, weight = torch.randn(5, 24, dtype=torch.float64), torch.ones(24, dtype=torch.float64)
-    table = rotary_table(torch.randint(0, 50, (5, 3)), 12, dtype=torch.float64)
+    x, weight, table = heads(24)
     fast = rms_norm_rotary(x, weight, *table, 1e-6)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(rms_norm_rotary(x, weight, *table, 1e-6), fast, rtol=1e-14, atol=1e-14)

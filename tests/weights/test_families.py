@@ -111,7 +111,7 @@ def test_released_sizes_lack_no_key_and_have_none_too_many(name, release, tmp_pa
     found = {"_class_name": family.name, **{k: v for k, v in theirs.config.items() if not k.startswith("_")}}
     config = module.config_from(found, shapes)
     with torch.device("meta"):
-        ours = module.build(config)
+        ours = STDiT(config)
     native = {key: tuple(tensor.shape) for key, tensor in ours.state_dict().items()}
     foreign = module.keymap(config, "diffusers").table(native)
     assert not foreign.differences(shapes) and foreign.foreign_shapes.keys() == shapes.keys()
@@ -151,9 +151,9 @@ def test_round_trips_are_bit_for_bit(name, number, tmp_path):
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
 @pytest.mark.parametrize(("name", "heads"), [("LTX-Video", 32)])
 def test_a_single_file_tells_its_size_by_its_shapes(name, heads, prefix, tmp_path):
-    from references import _ltx
+    from references.video import ltx_config
 
-    theirs = randomise(FAMILIES[name].build(_ltx(heads, 4, (5, 7), 19, 2)), 0)
+    theirs = randomise(FAMILIES[name].build(ltx_config(heads, 4, (5, 7), 19, 2)), 0)
     theirs.save_pretrained(tmp_path / "diffusers")
     model = stdit.load_transformer(tmp_path / "diffusers")
     stdit.save_transformer(model, tmp_path / "original", "original")

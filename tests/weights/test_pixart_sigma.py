@@ -10,11 +10,11 @@ import numpy as np
 import pixart_sigma_golden as golden
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from golden_tools import relative
+from safetensors.torch import save_file
 
 import stdit
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT
 from stdit.weights import io
 from stdit.weights.families import pixart
 
@@ -38,11 +38,6 @@ def release(place: Path, kept, number: int) -> Path:
     }
     (place / "config.json").write_text(json.dumps({"_class_name": "PixArtMS", "_stdit": {"format": 1, **known}}))
     return place
-
-
-def relative(found: torch.Tensor, wanted: np.ndarray) -> float:
-    wanted = torch.from_numpy(wanted)
-    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def test_outputs_and_gradients_are_the_originals(tmp_path, kept):
@@ -76,27 +71,14 @@ def test_each_frame_of_a_clip_is_an_image_of_its_own(tmp_path, kept):
 
 
 def test_the_released_2k_model_lacks_no_key_and_has_none_too_many(kept):
-    shapes = golden_tools.shapes_of(kept["released"])
-    config = pixart.config_from({}, shapes)
+    config = pixart.config_from({}, golden_tools.shapes_of(kept["released"]))
     assert (config.heads, config.position_base, config.position_stretch) == (16, 128, 4.0)
-    with torch.device("meta"):
-        ours = STDiT(config)
-    table = pixart.keymap(config, "original").table({n: tuple(t.shape) for n, t in ours.state_dict().items()})
-    assert not table.differences(shapes) and set(shapes) - set(table.foreign_shapes) == {"pos_embed"}
-    count = sum(parameter.numel() for parameter in ours.parameters())
-    print(f"PixArt-Σ XL 2K-MS: {count:,} parameters")
-    assert count == int(kept["parameters"])
+    golden_tools.check_released(pixart, config, kept, "pos_embed")
 
 
 @pytest.mark.parametrize("number", range(len(golden.CONFIGS)))
 def test_round_trips_are_bit_for_bit(number, tmp_path, kept):
-    place = release(tmp_path / "theirs", kept, number)
-    ours, first = stdit.load_transformer(place), load_file(place / "model.safetensors")
-    stdit.save_transformer(ours, tmp_path / "ours", "original")
-    tensors = load_file(next((tmp_path / "ours").glob("*.safetensors")))
-    assert stdit.load_transformer(tmp_path / "ours").config == ours.config
-    assert tensors.keys() == first.keys() - {"pos_embed"}
-    assert all(torch.equal(tensor, first[name]) for name, tensor in tensors.items())
+    golden_tools.check_round_trip(release(tmp_path / "theirs", kept, number), tmp_path / "ours", "pos_embed")
 
 
 def test_diffusers_has_no_place_for_it(tmp_path, kept):

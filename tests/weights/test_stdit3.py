@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import stdit3_golden as golden
 import torch
-from golden_tools import shapes_of
-from safetensors.torch import load_file, save_file
+from golden_tools import relative, shapes_of
+from safetensors.torch import save_file
 
 import stdit
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT
 from stdit.weights import io
 from stdit.weights.families import stdit3
 
@@ -37,10 +36,6 @@ def release(place: Path, kept, number: int) -> Path:
     return place
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
-
-
 def test_outputs_and_gradients_are_open_soras(tmp_path, kept):
     worst, worst_gradient = 0.0, 0.0
     for number in range(len(golden.CONFIGS)):
@@ -56,8 +51,8 @@ def test_outputs_and_gradients_are_open_soras(tmp_path, kept):
             ours.zero_grad()
             (found * given["probe"]).sum().backward()
             key = f"{number}.{per}."
-            worst = max(worst, relative(found, torch.from_numpy(kept[f"{key}output"])))
-            errors = {"latents": relative(latents.grad, torch.from_numpy(kept[f"{key}latents"]))}
+            worst = max(worst, relative(found, kept[f"{key}output"]))
+            errors = {"latents": relative(latents.grad, kept[f"{key}latents"])}
             gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
             gradients["null_text"] = ours.null_text
             theirs = dict(table.to_foreign(gradients.__getitem__))
@@ -69,29 +64,13 @@ def test_outputs_and_gradients_are_open_soras(tmp_path, kept):
 
 
 def test_the_released_size_lacks_no_key_and_has_none_too_many(kept):
-    shapes = shapes_of(kept["released"])
-    config = stdit3.config_from({"model_type": "STDiT3"}, shapes)
-    with torch.device("meta"):
-        ours = STDiT(config)
-    table = stdit3.keymap(config, "original").table({n: tuple(t.shape) for n, t in ours.state_dict().items()})
-    assert not table.differences(shapes) and set(shapes) - set(table.foreign_shapes) == {"rope.freqs"}
-    count = sum(parameter.numel() for parameter in ours.parameters())
-    print(f"STDiT3-XL/2: {count:,} parameters")
-    assert count == int(kept["parameters"])
+    config = stdit3.config_from({"model_type": "STDiT3"}, shapes_of(kept["released"]))
+    golden_tools.check_released(stdit3, config, kept, "rope.freqs")
 
 
 @pytest.mark.parametrize("number", range(len(golden.CONFIGS)))
 def test_round_trips_are_bit_for_bit(number, tmp_path, kept):
-    place = release(tmp_path / "theirs", kept, number)
-    ours, first = stdit.load_transformer(place), load_file(place / "model.safetensors")
-    stdit.save_transformer(ours, tmp_path / "ours", "original")
-    again, tensors = (
-        stdit.load_transformer(tmp_path / "ours"),
-        load_file(next((tmp_path / "ours").glob("*.safetensors"))),
-    )
-    assert again.config == ours.config
-    assert tensors.keys() == first.keys() - {"rope.freqs"}
-    assert all(torch.equal(tensor, first[name]) for name, tensor in tensors.items())
+    golden_tools.check_round_trip(release(tmp_path / "theirs", kept, number), tmp_path / "ours", "rope.freqs")
 
 
 def test_what_it_needs_is_named(tmp_path, kept):

@@ -8,5 +8,4 @@ config_to_diffusers(config)          config.json as diffusers wants it
 config_to_original(config)           as the original release has it (where it has one)
 dialect_of(shapes)                   "original" or "diffusers", by the names alone, "" for another family's
 keymap(config, dialect)              a KeyMap, our names ↔ that dialect's
-build(config)                        the module
 """

@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.weights.families.configs import Fields, block_rules, checked_transformer, end_rules, width
-from stdit.weights.keymap import KeyMap, Rule, Shape, Unflatten, half_split_heads
+from stdit.models.config import TransformerConfig
+from stdit.weights.families import configs
+from stdit.weights.families.configs import block_rules, checked_transformer, end_rules
+from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads
 
 FAMILY = "Allegro transformer"
 CLASSES = ("AllegroTransformer3DModel",)
-SETTINGS: dict[str, Any] = {"family": "allegro", "cross_norm": "none", "qk_norm": "none", "text_padding": 0}
+SETTINGS: dict[str, Any] = {**configs.PIXART_LIKE, "family": "allegro"}
 _OWN = ("text_padding", "rope_theta")
 _BLOCKS = r"transformer_blocks\.(\d+)\."
-_DIFFUSERS = Fields(
+_DIFFUSERS = configs.Fields(
     "AllegroTransformer3DModel",
     {
         "num_layers": "layers",
@@ -48,14 +49,7 @@ _DIFFUSERS = Fields(
         "interpolation_scale_w": 2.0,
         "interpolation_scale_t": 2.2,
     },
-    {
-        "patch_size_t": (1,),  # the reference embeds frame by frame
-        "dropout": (0.0,),
-        "attention_bias": (True,),
-        "activation_fn": ("gelu-approximate",),
-        "norm_elementwise_affine": (False,),
-        "norm_eps": (1e-6,),
-    },
+    {**configs.PLAIN_BLOCKS, "dropout": (0.0,), "patch_size_t": (1,)},  # the reference embeds frame by frame
 )
 
 
@@ -64,12 +58,9 @@ def config_from(
 ) -> TransformerConfig:
     """Our config of diffusers' config.json. There is no telling it by shapes: its tensors are named as PixArt's."""
     values, theirs = _DIFFUSERS.read(found, _OWN, place)
-    values |= width(theirs["num_attention_heads"], theirs["attention_head_dim"])
-    if theirs["cross_attention_dim"] != values["dim"] or theirs["attention_head_dim"] % 6:
-        raise StditError(
-            f"{place}: cross_attention_dim {theirs['cross_attention_dim']} must be {values['dim']}, and "
-            f"attention_head_dim {theirs['attention_head_dim']} a multiple of 6."
-        )
+    values |= configs.checked_width(theirs, place)
+    if theirs["attention_head_dim"] % 6:
+        raise StditError(f"{place}: attention_head_dim {theirs['attention_head_dim']} is not a multiple of 6.")
     if None in (scale := tuple(theirs[f"interpolation_scale_{axis}"] for axis in "thw")):
         raise StditError(f"{place}: interpolation_scale_t, _h and _w are {scale}; give numbers.")
     values |= {"patch": (1, theirs["patch_size"], theirs["patch_size"]), "rope_scale": tuple(map(float, scale))}
@@ -81,9 +72,7 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
     return _DIFFUSERS.write(
         config,
         _OWN,
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        cross_attention_dim=config.dim,
+        **configs.head_fields(config),
         patch_size=config.patch[1],
         **{f"interpolation_scale_{axis}": scale for axis, scale in zip("thw", config.rope_scale)},
     )
@@ -101,13 +90,8 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     """Our names ↔ the release's, which are diffusers'."""
     turned = half_split_heads(config.heads, config.head_dim, parts=3)
     return KeyMap(
-        Rule("patch_embedding.weight", "pos_embed.proj.weight", Unflatten(1, (config.in_channels, *config.patch[1:]))),
-        Rule("patch_embedding.bias", "pos_embed.proj.bias"),
+        *configs.patch_rules(config),
         Rule("blocks.{i}.self_attn.{p:q|k}.{leaf}", "transformer_blocks.{i}.attn1.to_{p}.{leaf}", turned),
         *block_rules(),
         *end_rules(),
     )
-
-
-def build(config: TransformerConfig) -> STDiT:
-    return STDiT(config)

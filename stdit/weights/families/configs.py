@@ -10,11 +10,20 @@ from typing import Any
 
 from stdit.errors import StditError, nearest_name
 from stdit.models.config import TransformerConfig
-from stdit.weights.keymap import Flatten, Rule, Shape
+from stdit.weights.keymap import Flatten, Rule, Shape, Unflatten
 
 Settings = dict[str, Any]
 FORMAT = 1  # of what we add to other programs' config.json, under "_stdit"
 DIFFUSERS_VERSION = "0.36.0"  # the first whose WanPipeline reads every key that is written
+# PixArt, and what was made after it: settings, and keys of a config.json that stdit runs with these values alone.
+PIXART_LIKE: Settings = {"cross_norm": "none", "qk_norm": "none", "text_padding": 0}
+PLAIN_BLOCKS: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (True,),
+    "activation_fn": ("gelu-approximate",),
+    "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-6,),
+}
+PIXART_BLOCKS = {**PLAIN_BLOCKS, "dropout": (0.0,), "norm_type": ("ada_norm_single",)}
 
 
 def checked_keys(
@@ -105,9 +114,58 @@ def _of_type(value: Any, like: Any) -> bool:
     return type(value) is type(like)
 
 
-def width(heads: int, head_dim: int) -> dict[str, int]:
+def width(heads: int, head_dim: int) -> Settings:
     """Of families that say a head's width and have an MLP of four times the model's."""
     return {"heads": heads, "dim": heads * head_dim, "ffn_dim": 4 * heads * head_dim}
+
+
+def checked_width(theirs: Mapping[str, Any], place: object) -> Settings:
+    """The same of a config.json, whose text must come to cross-attention as wide as the model."""
+    values = width(theirs["num_attention_heads"], theirs["attention_head_dim"])
+    if theirs["cross_attention_dim"] != values["dim"]:
+        raise StditError(f"{place}: cross_attention_dim {theirs['cross_attention_dim']} is not {values['dim']}.")
+    return values
+
+
+def head_fields(config: TransformerConfig) -> Settings:
+    """What `checked_width` reads."""
+    heads = {"num_attention_heads": config.heads, "attention_head_dim": config.head_dim}
+    return {**heads, "cross_attention_dim": config.dim}
+
+
+def picture(theirs: Mapping[str, Any]) -> Settings:
+    """Patches, channels and positions of models of frames: sinusoids stretched to the picture they were made for."""
+    patch, sample = theirs["patch_size"], theirs["sample_size"]
+    return {
+        "out_channels": theirs["out_channels"] or theirs["in_channels"],
+        "patch": (1, patch, patch),
+        "position_base": sample // patch,
+        "position_stretch": float(max(sample // 64, 1)),
+    }
+
+
+def picture_fields(config: TransformerConfig) -> Settings:
+    """What `picture` reads."""
+    side = config.patch[1]
+    return {"out_channels": config.out_channels, "patch_size": side, "sample_size": config.position_base * side}
+
+
+def picture_from_shapes(
+    shapes: Mapping[str, Shape], place: object, what: str, blocks: str, names: tuple[str, str, str]
+) -> Settings:
+    """The same models by their tensors, `names` those of the patch embedding, the head and the text's first layer.
+
+    Widths are in the shapes; heads are 72 wide, as in every release.
+    """
+    dim, channels, patch, _ = needed(shapes, names[0], 4, place, what)
+    return {
+        **width(max(dim // 72, 1), dim // max(dim // 72, 1)),
+        "layers": count(shapes, blocks),
+        "in_channels": channels,
+        "out_channels": needed(shapes, names[1], 2, place, what)[0] // patch**2,
+        "patch": (1, patch, patch),
+        "text_dim": needed(shapes, names[2], 2, place, what)[1],
+    }
 
 
 def checked_transformer(
@@ -136,6 +194,15 @@ def needed(shapes: Mapping[str, Shape], name: str, rank: int, place: object, wha
     if len(shapes.get(name, ())) != rank:
         raise StditError(f"{place}: not a {what}: no config.json, and no {name} of rank {rank} to tell the size by.")
     return shapes[name]
+
+
+def patch_rules(config: TransformerConfig, theirs: str = "pos_embed.proj", axes: int = 2) -> list[Rule]:
+    """A patch embedding that is a convolution: a Conv2d of every frame, or a Conv3d."""
+    kernel = (config.in_channels, *config.patch[-axes:])
+    return [
+        Rule("patch_embedding.weight", f"{theirs}.weight", Unflatten(1, kernel)),
+        Rule("patch_embedding.bias", f"{theirs}.bias"),
+    ]
 
 
 def block_rules(ours: str = "blocks", theirs: str = "transformer_blocks", q_norm: str = "norm_{p}") -> list[Rule]:

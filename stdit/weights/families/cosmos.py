@@ -11,16 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.weights.families.configs import (
-    Fields,
-    block_rules,
-    checked_transformer,
-    count,
-    describe,
-    described,
-    needed,
-)
+from stdit.models.config import TransformerConfig
+from stdit.weights.families import configs
+from stdit.weights.families.configs import block_rules, checked_transformer, needed
 from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads, output_order
 
 FAMILY = "Cosmos-Predict transformer"
@@ -42,7 +35,7 @@ SETTINGS: dict[str, Any] = {
 _OWN = ("text_padding", "rope_theta", "image_channels")
 _KEPT = (*_OWN, "heads", "patch", "in_channels", "rope_scale")  # beside an original
 _BLOCKS = r"(?:transformer_blocks\.|blocks\.(?:block)?)(\d+)\."
-_DIFFUSERS = Fields(
+_DIFFUSERS = configs.Fields(
     "CosmosTransformer3DModel",
     {
         "in_channels": "in_channels",
@@ -87,7 +80,7 @@ def config_from(
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
-        values = _values_from_shapes(shapes, described(found, _KEPT, place), place)
+        values = _values_from_shapes(shapes, configs.described(found, _KEPT, place), place)
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     values, theirs = _DIFFUSERS.read(found, _OWN, place)
     dim, text = theirs["num_attention_heads"] * theirs["attention_head_dim"], theirs["text_embed_dim"]
@@ -129,7 +122,7 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """A config.json beside an original's tensors."""
-    return describe(_ORIGINAL_CLASS, config, _KEPT)
+    return configs.describe(_ORIGINAL_CLASS, config, _KEPT)
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
@@ -219,10 +212,6 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 _AXES = (("frame", "t"), ("row", "h"), ("column", "w"))
 
 
-def build(config: TransformerConfig) -> STDiT:
-    return STDiT(config)
-
-
 def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], place: object) -> dict[str, Any]:
     """Of an original: widths are in the shapes, patches are (1, 2, 2), rope_scale is each release's."""
     first = (
@@ -245,7 +234,7 @@ def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], p
         "dim": dim,
         "frequency_dim": dim,
         "heads": dim // needed(shapes, names["norm"], 1, place, FAMILY)[0],
-        "layers": count(shapes, _BLOCKS),
+        "layers": configs.count(shapes, _BLOCKS),
         "ffn_dim": needed(shapes, names["mlp"], 2, place, FAMILY)[0],
         "modulation_rank": needed(shapes, names["rank"], 2, place, FAMILY)[0],
         "patch": patch,

@@ -9,36 +9,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.weights.families.configs import (
-    Fields,
-    block_rules,
-    checked_transformer,
-    count,
-    describe,
-    described,
-    end_rules,
-    needed,
-    width,
-)
-from stdit.weights.keymap import KeyMap, Rule, Shape, Unflatten
+from stdit.models.config import TransformerConfig
+from stdit.weights.families import configs
+from stdit.weights.families.configs import block_rules, checked_transformer, end_rules
+from stdit.weights.keymap import KeyMap, Rule, Shape
 
 FAMILY = "Latte transformer"
 _ORIGINAL_CLASS = "LatteT2V"
 CLASSES = ("LatteTransformer3DModel", _ORIGINAL_CLASS)
 SETTINGS: dict[str, Any] = {
+    **configs.PIXART_LIKE,
     "family": "latte",
     "attention": "spatial_temporal",
-    "cross_norm": "none",
-    "qk_norm": "none",
-    "text_padding": 0,
     "rotary": "none",
     "position": "space_time",
 }
 _OWN = ("text_padding",)
 _KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # beside an original
 _BLOCKS = r"(?:temporal_)?transformer_blocks\.(\d+)\."
-_DIFFUSERS = Fields(
+_DIFFUSERS = configs.Fields(
     "LatteTransformer3DModel",
     {"num_layers": "layers", "in_channels": "in_channels", "caption_channels": "text_dim"},
     {
@@ -60,14 +49,7 @@ _DIFFUSERS = Fields(
         "caption_channels": None,
         "video_length": 16,
     },
-    {
-        "dropout": (0.0,),
-        "attention_bias": (True,),
-        "activation_fn": ("gelu-approximate",),
-        "norm_type": ("ada_norm_single",),
-        "norm_elementwise_affine": (False,),
-        "norm_eps": (1e-6,),
-    },
+    configs.PIXART_BLOCKS,
 )
 
 
@@ -76,7 +58,7 @@ def config_from(
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or (found.get("_class_name") == _ORIGINAL_CLASS and "_stdit" in found):
-        values = _values_from_shapes(shapes, place) | described(found, _KEPT, place)
+        values = _values_from_shapes(shapes, place) | configs.described(found, _KEPT, place)
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     known = {**found, "_class_name": _DIFFUSERS.class_name}
     if found.get("_class_name") == _ORIGINAL_CLASS:  # the release's has the keys of a larger class
@@ -85,13 +67,7 @@ def config_from(
     for name in ("in_channels", "patch_size", "caption_channels", "cross_attention_dim"):
         if theirs[name] is None:
             raise StditError(f"{place}: {name} is missing.")
-    values |= width(theirs["num_attention_heads"], theirs["attention_head_dim"])
-    if theirs["cross_attention_dim"] != values["dim"]:
-        raise StditError(f"{place}: cross_attention_dim {theirs['cross_attention_dim']} is not {values['dim']}.")
-    patch, sample = theirs["patch_size"], theirs["sample_size"]
-    values["out_channels"] = theirs["out_channels"] or theirs["in_channels"]
-    values |= {"patch": (1, patch, patch), "position_base": sample // patch}
-    values["position_stretch"] = float(max(sample // 64, 1))
+    values |= configs.checked_width(theirs, place) | configs.picture(theirs)
     values["null_text"] = shapes.get("caption_projection.y_embedding", (0,))[0]
     return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
 
@@ -101,22 +77,13 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 
     Its positions of frames are made for `video_length` frames, the release's 16; ours are for any number.
     """
-    return _DIFFUSERS.write(
-        config,
-        _OWN,
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        cross_attention_dim=config.dim,
-        out_channels=config.out_channels,
-        patch_size=config.patch[1],
-        sample_size=config.position_base * config.patch[1],
-        num_embeds_ada_norm=1000,
-    )
+    sizes = configs.head_fields(config) | configs.picture_fields(config)
+    return _DIFFUSERS.write(config, _OWN, **sizes, num_embeds_ada_norm=1000)
 
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """A config.json beside an original's tensors."""
-    return describe(_ORIGINAL_CLASS, config, _KEPT)
+    return configs.describe(_ORIGINAL_CLASS, config, _KEPT)
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
@@ -129,8 +96,7 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     """Our names ↔ that dialect's."""
     return KeyMap(
-        Rule("patch_embedding.weight", "pos_embed.proj.weight", Unflatten(1, (config.in_channels, *config.patch[1:]))),
-        Rule("patch_embedding.bias", "pos_embed.proj.bias"),
+        *configs.patch_rules(config),
         *block_rules(),
         *block_rules("temporal_blocks", "temporal_transformer_blocks"),
         *end_rules(),
@@ -139,20 +105,9 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     )
 
 
-def build(config: TransformerConfig) -> STDiT:
-    return STDiT(config)
-
-
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
-    """Widths are in the shapes; heads are 72 wide and positions for 64 latents a side, as in the release."""
-    dim, channels, patch, _ = needed(shapes, "pos_embed.proj.weight", 4, place, FAMILY)
-    return {
-        **width(max(dim // 72, 1), dim // max(dim // 72, 1)),
-        "layers": count(shapes, _BLOCKS),
-        "in_channels": channels,
-        "out_channels": needed(shapes, "proj_out.weight", 2, place, FAMILY)[0] // patch**2,
-        "patch": (1, patch, patch),
-        "text_dim": needed(shapes, "caption_projection.linear_1.weight", 2, place, FAMILY)[1],
-        "position_base": 64 // patch,
-        "null_text": shapes.get("caption_projection.y_embedding", (0,))[0],
-    }
+    """Positions are for 64 latents a side, as in the release."""
+    names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
+    values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names)
+    null_text = shapes.get("caption_projection.y_embedding", (0,))[0]
+    return {**values, "position_base": 64 // values["patch"][1], "null_text": null_text}

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.weights.families.configs import Fields, block_rules, checked_transformer, count, end_rules, needed, width
+from stdit.models.config import TransformerConfig
+from stdit.weights.families import configs
+from stdit.weights.families.configs import Fields, block_rules, checked_transformer, end_rules, needed
 from stdit.weights.keymap import KeyMap, Rule, Shape, output_order
 
 FAMILY = "LTX-Video transformer"
@@ -43,17 +44,11 @@ _COMMON = {
     "norm_eps": 1e-6,
 }
 _NAMES = {"num_layers": "layers", "caption_channels": "text_dim"}
-_ONLY = {
-    "activation_fn": ("gelu-approximate",),
-    "attention_bias": (True,),
-    "norm_elementwise_affine": (False,),
-    "norm_eps": (1e-6,),
-}
 _DIFFUSERS = Fields(
     "LTXVideoTransformer3DModel",
     _NAMES,
     {**_COMMON, "patch_size": 1, "patch_size_t": 1, "qk_norm": "rms_norm_across_heads", "attention_out_bias": True},
-    {**_ONLY, "qk_norm": ("rms_norm_across_heads",), "attention_out_bias": (True,)},
+    {**configs.PLAIN_BLOCKS, "qk_norm": ("rms_norm_across_heads",), "attention_out_bias": (True,)},
 )
 _ORIGINAL = Fields(
     "Transformer3DModel",
@@ -83,7 +78,7 @@ _ORIGINAL = Fields(
         "use_chipmunk_attention": False,
     },
     {
-        **_ONLY,
+        **configs.PLAIN_BLOCKS,
         "qk_norm": ("rms_norm",),
         "standardization_norm": ("rms_norm",),
         "adaptive_norm": ("single_scale_shift",),
@@ -110,9 +105,7 @@ def config_from(
         values.setdefault("patch", (1, 1, 1))
     else:
         values["patch"] = (theirs["patch_size_t"], theirs["patch_size"], theirs["patch_size"])
-    values |= width(theirs["num_attention_heads"], theirs["attention_head_dim"])
-    if theirs["cross_attention_dim"] != values["dim"]:
-        raise StditError(f"{place}: cross_attention_dim {theirs['cross_attention_dim']} is not {values['dim']}.")
+    values |= configs.checked_width(theirs, place)
     volume = values["patch"][0] * values["patch"][1] * values["patch"][2]
     for name in ("in_channels", "out_channels"):  # theirs are of a whole patch
         if theirs[name] % volume:
@@ -152,15 +145,9 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     )
 
 
-def build(config: TransformerConfig) -> STDiT:
-    return STDiT(config)
-
-
 def _sizes(config: TransformerConfig) -> dict[str, Any]:
     return {
-        "num_attention_heads": config.heads,
-        "attention_head_dim": config.head_dim,
-        "cross_attention_dim": config.dim,
+        **configs.head_fields(config),
         "in_channels": config.in_channels * config.patch_volume,
         "out_channels": config.out_channels * config.patch_volume,
     }
@@ -175,8 +162,8 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
             f"{place}: no config.json, and a width of {dim} is not in 32 even heads. Put config.json beside the file."
         )
     return {
-        **width(32, dim // 32),
-        "layers": count(shapes, _BLOCKS),
+        **configs.width(32, dim // 32),
+        "layers": configs.count(shapes, _BLOCKS),
         "in_channels": channels,
         "out_channels": needed(shapes, "proj_out.weight", 2, place, FAMILY)[0],
         "patch": (1, 1, 1),

@@ -11,36 +11,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.weights.families.configs import (
-    Fields,
-    block_rules,
-    checked_transformer,
-    count,
-    describe,
-    described,
-    end_rules,
-    needed,
-    width,
-)
-from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape, Unflatten
+from stdit.models.config import TransformerConfig
+from stdit.weights.families import configs
+from stdit.weights.families.configs import block_rules, checked_transformer, end_rules
+from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
 
 FAMILY = "PixArt transformer"
 _ORIGINAL_CLASS = "PixArtMS"
 CLASSES = ("PixArtTransformer2DModel", _ORIGINAL_CLASS)
 SETTINGS: dict[str, Any] = {
+    **configs.PIXART_LIKE,
     "family": "pixart",
     "attention": "spatial",
-    "cross_norm": "none",
-    "qk_norm": "none",
-    "text_padding": 0,
     "rotary": "none",
     "position": "space",
 }
 _OWN = ("text_padding",)
 _KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # beside an original
 _BLOCKS = r"(?:transformer_)?blocks\.(\d+)\."
-_DIFFUSERS = Fields(
+_DIFFUSERS = configs.Fields(
     "PixArtTransformer2DModel",
     {"num_layers": "layers", "in_channels": "in_channels", "caption_channels": "text_dim"},
     {
@@ -66,15 +55,7 @@ _DIFFUSERS = Fields(
         "caption_channels": None,
         "attention_type": "default",
     },
-    {
-        "dropout": (0.0,),
-        "attention_bias": (True,),
-        "activation_fn": ("gelu-approximate",),
-        "norm_type": ("ada_norm_single",),
-        "norm_elementwise_affine": (False,),
-        "norm_eps": (1e-6,),
-        "attention_type": ("default",),
-    },
+    {**configs.PIXART_BLOCKS, "attention_type": ("default",)},
 )
 
 
@@ -83,20 +64,16 @@ def config_from(
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
-        values = _values_from_shapes(shapes, place) | described(found, _KEPT, place)
+        values = _values_from_shapes(shapes, place) | configs.described(found, _KEPT, place)
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     values, theirs = _DIFFUSERS.read(found, _OWN, place)
     if values["text_dim"] is None:
         raise StditError(f"{place}: caption_channels is missing; stdit runs PixArt models that project their text.")
-    values |= width(theirs["num_attention_heads"], theirs["attention_head_dim"])
-    if theirs["cross_attention_dim"] != values["dim"]:
-        raise StditError(f"{place}: cross_attention_dim {theirs['cross_attention_dim']} is not {values['dim']}.")
-    patch, sample = theirs["patch_size"], theirs["sample_size"]
-    values["out_channels"] = theirs["out_channels"] or theirs["in_channels"]
-    values |= {"patch": (1, patch, patch), "position_base": sample // patch}
-    values["position_stretch"] = float(theirs["interpolation_scale"] or max(sample // 64, 1))
+    values |= configs.checked_width(theirs, place) | configs.picture(theirs)
+    values["position_stretch"] = float(theirs["interpolation_scale"] or values["position_stretch"])
     sized = theirs["use_additional_conditions"]
-    values["level_condition"] = "size" if (sample == 128 if sized is None else sized) else "none"
+    sized = theirs["sample_size"] == 128 if sized is None else sized
+    values["level_condition"] = "size" if sized else "none"
     return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
 
 
@@ -105,12 +82,8 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
     return _DIFFUSERS.write(
         config,
         _OWN,
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        cross_attention_dim=config.dim,
-        out_channels=config.out_channels,
-        patch_size=config.patch[1],
-        sample_size=config.position_base * config.patch[1],
+        **configs.head_fields(config),
+        **configs.picture_fields(config),
         interpolation_scale=config.position_stretch,
         use_additional_conditions=config.level_condition == "size",
     )
@@ -118,7 +91,7 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """A config.json beside an original's tensors, which have none: what their shapes do not say."""
-    return describe(_ORIGINAL_CLASS, config, _KEPT)
+    return configs.describe(_ORIGINAL_CLASS, config, _KEPT)
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
@@ -136,13 +109,11 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
             "diffusers' PixArtTransformer2DModel has no compressed keys and values (PixArt-Σ 2K): write layout "
             "'original'."
         )
-    conv = Unflatten(1, (config.in_channels, *config.patch[1:]))
     sizes = {"side": ("csize_embedder", "resolution_embedder"), "ratio": ("ar_embedder", "aspect_ratio_embedder")}
     if dialect == "diffusers":
         emb = "adaln_single.emb"
         return KeyMap(
-            Rule("patch_embedding.weight", "pos_embed.proj.weight", conv),
-            Rule("patch_embedding.bias", "pos_embed.proj.bias"),
+            *configs.patch_rules(config),
             *(
                 Rule(f"clip_embedding.{our}.0.{{leaf}}", f"{emb}.{its[1]}.linear_1.{{leaf}}")
                 for our, its in sizes.items()
@@ -158,8 +129,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     qkv = tuple(f"blocks.{{i}}.self_attn.{p}.{{leaf}}" for p in "qkv")
     kv = tuple(f"blocks.{{i}}.cross_attn.{p}.{{leaf}}" for p in "kv")
     return KeyMap(
-        Rule("patch_embedding.weight", "x_embedder.proj.weight", conv),
-        Rule("patch_embedding.bias", "x_embedder.proj.bias"),
+        *configs.patch_rules(config, "x_embedder.proj"),
         Rule("time_embedding.{i}.{leaf}", "t_embedder.mlp.{i}.{leaf}"),
         Rule("time_projection.1.{leaf}", "t_block.1.{leaf}"),
         Rule("text_embedding.0.{leaf}", "y_embedder.y_proj.fc1.{leaf}"),
@@ -181,34 +151,21 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     )
 
 
-def build(config: TransformerConfig) -> STDiT:
-    return STDiT(config)
-
-
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
-    """Widths are in the shapes; heads are 72 wide, as in every release.
-
-    The side of the grid of positions is told by the originals' `pos_embed`, or by the releases' habit: those that know
-    the picture's size are for 1024 pixels.
-    """
-    original = dialect_of(shapes) == "original"
-    conv = needed(shapes, "x_embedder.proj.weight" if original else "pos_embed.proj.weight", 4, place, FAMILY)
-    head = needed(shapes, "final_layer.linear.weight" if original else "proj_out.weight", 2, place, FAMILY)
-    fc1 = "y_embedder.y_proj.fc1.weight" if original else "caption_projection.linear_1.weight"
-    dim, channels, patch, _ = conv
+    """The side of the grid of positions is told by the originals' `pos_embed`, or by the releases' habit: those that
+    know the picture's size are for 1024 pixels."""
+    names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
+    if dialect_of(shapes) == "original":
+        names = ("x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.y_proj.fc1.weight")
+    values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names)
     sized = any(name.startswith(("csize_embedder.", "adaln_single.emb.resolution_embedder.")) for name in shapes)
-    tokens = shapes.get("pos_embed", (1, 4096 if sized else 1024, dim))
+    tokens = shapes.get("pos_embed", (1, 4096 if sized else 1024, values["dim"]))
     compressed = {int(name.split(".")[1]): shapes[name][2] for name in shapes if name.endswith(".attn.sr.weight")}
     base = math.isqrt(tokens[1]) if len(tokens) == 3 else 32
     return {
-        **width(max(dim // 72, 1), dim // max(dim // 72, 1)),
-        "layers": count(shapes, _BLOCKS),
-        "in_channels": channels,
-        "out_channels": head[0] // patch**2,
-        "patch": (1, patch, patch),
-        "text_dim": needed(shapes, fc1, 2, place, FAMILY)[1],
+        **values,
         "position_base": base,
-        "position_stretch": float(max(base * patch // 64, 1)),
+        "position_stretch": float(max(base * values["patch"][1] // 64, 1)),
         "level_condition": "size" if sized else "none",
         "compressed": tuple(sorted(compressed)),
         "compression": max(compressed.values(), default=1),

@@ -10,17 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.weights.families.configs import Fields, checked_transformer
-from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape, Unflatten
+from stdit.models.config import TransformerConfig
+from stdit.weights.families.configs import PIXART_LIKE, Fields, checked_transformer, patch_rules
+from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
 
 FAMILY = "STDiT3 (Open-Sora 1.2)"
 CLASSES = ("STDiT3",)
 SETTINGS: dict[str, Any] = {
+    **PIXART_LIKE,
     "family": "stdit3",
     "attention": "spatial_temporal_text",
-    "cross_norm": "none",
-    "text_padding": 0,
     "rotary": "time",
     "position": "space_resolution",
     "level_condition": "fps",
@@ -118,8 +117,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
             Rule(f"{a}.modulation", f"{b}.scale_shift_table", Flatten(0, (1, 6))),
         ]
     return KeyMap(
-        Rule("patch_embedding.weight", "x_embedder.proj.weight", Unflatten(1, (config.in_channels, *config.patch))),
-        Rule("patch_embedding.bias", "x_embedder.proj.bias"),
+        *patch_rules(config, "x_embedder.proj", axes=3),
         Rule("time_embedding.{i}.{leaf}", "t_embedder.mlp.{i}.{leaf}"),
         Rule("time_projection.1.{leaf}", "t_block.1.{leaf}"),
         Rule("clip_embedding.{i}.{leaf}", "fps_embedder.mlp.{i}.{leaf}"),
@@ -131,7 +129,3 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         Rule("head.head.{leaf}", "final_layer.linear.{leaf}"),
         ignored=("rope.freqs",),  # computed
     )
-
-
-def build(config: TransformerConfig) -> STDiT:
-    return STDiT(config)

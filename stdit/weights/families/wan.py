@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys
-from stdit.weights.keymap import KeyMap, Rule, Shape, Unflatten
+from stdit.models.config import TransformerConfig
+from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys, patch_rules
+from stdit.weights.keymap import KeyMap, Rule, Shape
 
 FAMILY = "Wan transformer"
 DIFFUSERS_CLASS = "WanTransformer3DModel"
@@ -169,12 +169,11 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     """Our names ↔ that dialect's."""
-    conv = Rule("patch_embedding.weight", "patch_embedding.weight", Unflatten(1, (config.in_channels, *config.patch)))
+    convolution = patch_rules(config, "patch_embedding", axes=3)
     if dialect == "original":
-        return KeyMap(conv, Rule("{rest}", "{rest}"))
+        return KeyMap(*convolution, Rule("{rest}", "{rest}"))
     return KeyMap(
-        conv,
-        Rule("patch_embedding.bias", "patch_embedding.bias"),
+        *convolution,
         Rule("time_embedding.0.{leaf}", "condition_embedder.time_embedder.linear_1.{leaf}"),
         Rule("time_embedding.2.{leaf}", "condition_embedder.time_embedder.linear_2.{leaf}"),
         Rule("time_projection.1.{leaf}", "condition_embedder.time_proj.{leaf}"),
@@ -200,10 +199,6 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         Rule("head.head.{leaf}", "proj_out.{leaf}"),
         Rule("head.modulation", "scale_shift_table"),
     )
-
-
-def build(config: TransformerConfig) -> STDiT:
-    return STDiT(config)
 
 
 def _refuse_variants(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object) -> None:

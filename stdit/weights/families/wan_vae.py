@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.vae.autoencoder import PRESETS, WAN21_MEAN, WAN21_STD, CausalVAE, VaeConfig
+from stdit.vae.autoencoder import PRESETS, WAN21_MEAN, WAN21_STD, VaeConfig
 from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
@@ -131,10 +131,6 @@ def keymap(config: VaeConfig, dialect: str) -> KeyMap:
             rules += _residual_block(f"decoder.upsamples.{first + block}", f"{theirs}.resnets.{block}")
         rules.append(Rule(f"decoder.upsamples.{first + blocks}.{{rest}}", f"{theirs}.upsamplers.0.{{rest}}"))
     return KeyMap(*rules)
-
-
-def build(config: VaeConfig) -> CausalVAE:
-    return CausalVAE(config)
 
 
 def _residual_block(ours: str, theirs: str) -> list[Rule]:

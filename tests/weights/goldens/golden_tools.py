@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +54,39 @@ def gradient_errors(found: Mapping[str, torch.Tensor], kept: Mapping[str, np.nda
         errors[str(name)] = abs(gradient_sum(str(name), found[str(name)]) - wanted) / max(norm, 1e-30)
         errors[f"norm of {name}"] = abs(float(found[str(name)].norm()) - norm) / max(norm, 1e-30)
     return errors
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor | np.ndarray) -> float:
+    wanted = torch.as_tensor(wanted)
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def check_released(module: Any, config: Any, kept: Mapping[str, np.ndarray], computed: str) -> None:
+    """A released size lacks no key and has none too many, but for what is computed, and counts as many parameters."""
+    from stdit.models.transformer import STDiT
+
+    shapes = shapes_of(kept["released"])
+    with torch.device("meta"):
+        ours = STDiT(config)
+    table = module.keymap(config, "original").table({n: tuple(t.shape) for n, t in ours.state_dict().items()})
+    assert not table.differences(shapes) and set(shapes) - set(table.foreign_shapes) == {computed}
+    count = sum(parameter.numel() for parameter in ours.parameters())
+    print(f"{module.FAMILY}: {count:,} parameters")
+    assert count == int(kept["parameters"])
+
+
+def check_round_trip(first: Path, again: Path, computed: str) -> None:
+    """original → stdit → original gives back every tensor bit for bit, but for what is computed."""
+    from safetensors.torch import load_file
+
+    import stdit
+
+    ours, wanted = stdit.load_transformer(first), load_file(first / "model.safetensors")
+    stdit.save_transformer(ours, again, "original")
+    found = load_file(next(again.glob("*.safetensors")))
+    assert stdit.load_transformer(again).config == ours.config
+    assert found.keys() == wanted.keys() - {computed}
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
 def stand_in(name: str, **members: object) -> None:
