@@ -1,8 +1,9 @@
-"""The causal video VAE in the layout of Wan 2.1's, at any width, with Wan 2.2's pixel patches as an option.
+"""The causal video VAE in the layouts of Wan 2.1's and Wan 2.2's, at any width.
 
-Names of parameters are those of the release (Wan-Video/Wan2.1, wan/modules/vae.py), whose numbers these are; diffusers'
-AutoencoderKLWan is the oracle of the tests. A clip of 1+k·stride frames becomes 1+k latent frames; latent frame 0 sees
-frame 0 alone, so an image is a clip of one frame, and a prefix of a clip has a prefix of its latents.
+Names of parameters are those of the releases (Wan-Video/Wan2.1, wan/modules/vae.py; Wan-Video/Wan2.2,
+wan/modules/vae2_2.py), whose numbers these are; diffusers' AutoencoderKLWan is the oracle of the tests. A clip of
+1+k·stride frames becomes 1+k latent frames; latent frame 0 sees frame 0 alone, so an image is a clip of one frame, and
+a prefix of a clip has a prefix of its latents.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from stdit.shapes import VideoShape
 from stdit.vae.layers import (
     AttentionBlock,
     CausalConv3d,
+    DownLevel,
     Downsample,
     Past,
     ResidualBlock,
     RMSNorm,
+    UpLevel,
     Upsample,
     patchify,
     unpatchify,
@@ -36,6 +39,19 @@ WAN21_MEAN = (
 WAN21_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+# Of the released Wan 2.2 VAE (its vae2_2.py).
+WAN22_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+WAN22_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
 
 START_LOGVAR = -6.0  # an untrained encoder's posterior: narrow, else its noise drowns the latents for the first steps
@@ -51,7 +67,7 @@ class VaeConfig:
     temporal_downsample: whether frames halve too, for each of the len(dim_mult) − 1 downsamplings.
     z_dim: latent channels.
     patch_size: pixels p×p are folded into channels before the encoder and unfolded after the decoder (Wan 2.2).
-    residual: Wan 2.2's averaging shortcuts around a level. Not built yet: True is an error.
+    residual: Wan 2.2's averaging and repeating shortcuts around each level.
     latents_mean, latents_std: of the raw latents, a channel; 0 and 1 are kept as None. Latents are normalised by them.
     """
 
@@ -92,17 +108,7 @@ class VaeConfig:
                 f"VAE: temporal_downsample {self.temporal_downsample} makes a temporal stride of {self.stride[0]}; "
                 f"diffusers and every program that reads Wan's VAEs run at most 4."
             )
-        for mult in self.dim_mult[1:]:
-            if mult * (self.decoder_base_dim or self.base_dim) % 2:
-                raise StditError(
-                    f"VAE: a level of {mult}×{self.decoder_base_dim or self.base_dim} channels cannot be halved by "
-                    f"the decoder's upsampling. Choose an even base_dim."
-                )
-        if self.residual:
-            raise StditError(
-                "VAE: residual (diffusers: is_residual), the averaging shortcuts of Wan 2.2's VAE, is not supported "
-                "yet. Wan 2.1's VAE is, and patch_size alone is."
-            )
+        self._check_widths()
         for name in ("latents_mean", "latents_std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.z_dim:
@@ -111,6 +117,28 @@ class VaeConfig:
                 raise StditError(f"VAE: {name} {value} must be finite.")
         if self.latents_std is not None and min(self.latents_std) <= 0:
             raise StditError(f"VAE: latents_std {self.latents_std} must be positive.")
+
+    def _check_widths(self) -> None:
+        """Raises where a level's channels cannot be halved, or averaged and repeated, as the layout does."""
+        decoder = self.decoder_base_dim or self.base_dim
+        if not self.residual:
+            for mult in self.dim_mult[1:]:
+                if mult * decoder % 2:
+                    raise StditError(
+                        f"VAE: a level of {mult}×{decoder} channels cannot be halved by the decoder's upsampling. "
+                        "Choose an even base_dim."
+                    )
+            return
+        cells = [8 if time else 4 for time in self.temporal_downsample]
+        mults, top = self.dim_mult, self.dim_mult[-1]
+        averaged = zip((1, *mults), mults, (*cells, 1))
+        repeated = zip(mults[:0:-1], (top, *mults[:0:-1]), reversed(cells))
+        for fine, coarse, cell in (*averaged, *repeated):
+            if fine * cell % coarse:
+                raise StditError(
+                    f"VAE: dim_mult {mults}: {fine} times a cell of {cell} is no multiple of {coarse}, so the "
+                    "shortcut of a residual level cannot be averaged or repeated."
+                )
 
     @property
     def stride(self) -> tuple[int, int, int]:
@@ -121,11 +149,15 @@ class VaeConfig:
 
 PRESETS: dict[str, VaeConfig] = {
     "wan2.1": VaeConfig(latents_mean=WAN21_MEAN, latents_std=WAN21_STD),
+    "wan2.2": VaeConfig(
+        base_dim=160, decoder_base_dim=256, z_dim=48, patch_size=2, residual=True,
+        latents_mean=WAN22_MEAN, latents_std=WAN22_STD,
+    ),
     # Stride 4×8×8 as Wan 2.1's, a 20th of its width: for demos and tests on a CPU.
     "toy": VaeConfig(
         base_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), z_dim=8, patch_size=2
     ),
-}
+}  # fmt: skip
 
 
 def preset(name: str) -> VaeConfig:
@@ -145,11 +177,13 @@ class Encoder(nn.Module):
         c = config.base_dim
         self.downsamples = nn.Sequential()
         for level, width in enumerate(widths):
-            for _ in range(config.num_res_blocks):
-                self.downsamples.append(ResidualBlock(c, width))
-                c = width
+            layers, temporal = blocks(c, width, config.num_res_blocks), None
             if level < len(widths) - 1:
-                self.downsamples.append(Downsample(c, temporal=config.temporal_downsample[level]))
+                temporal = config.temporal_downsample[level]
+                layers.append(Downsample(width, temporal))
+            cell = (1, 1) if temporal is None else (1 + temporal, 2)
+            self.downsamples.extend([DownLevel(layers, width, *cell)] if config.residual else layers)
+            c = width
         self.middle = middle(c)
         self.head = head(c, 2 * config.z_dim)
 
@@ -173,12 +207,16 @@ class Decoder(nn.Module):
         self.middle = middle(c)
         self.upsamples = nn.Sequential()
         for level, width in enumerate(widths):
-            for _ in range(config.num_res_blocks + 1):
-                self.upsamples.append(ResidualBlock(c, width))
-                c = width
+            layers = blocks(c, width, config.num_res_blocks + 1)
+            c = width
             if level < len(widths) - 1:
-                self.upsamples.append(Upsample(c, temporal=temporal[level]))
-                c = c // 2
+                c = width if config.residual else width // 2
+                layers.append(Upsample(width, c, temporal[level]))
+                if config.residual:
+                    layers = [UpLevel(layers, width, 1 + temporal[level], 2)]
+            elif config.residual:
+                layers = [UpLevel(layers)]
+            self.upsamples.extend(layers)
         self.head = head(c, 3 * config.patch_size**2)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
@@ -187,6 +225,11 @@ class Decoder(nn.Module):
             x = layer(x, past)
         norm, silu, conv = self.head
         return conv(silu(norm(x)), past)
+
+
+def blocks(in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
+    """`count` residual blocks, the first of which changes the channels."""
+    return [ResidualBlock(out_channels if i else in_channels, out_channels) for i in range(count)]
 
 
 def middle(channels: int) -> nn.Sequential:

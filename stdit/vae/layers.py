@@ -1,12 +1,15 @@
 """The layers of the causal video VAE: convolutions that see the past only, norm, resampling, attention per frame.
 
-Names of parameters are those of the Wan 2.1 VAE release (Wan-Video/Wan2.1, wan/modules/vae.py); so are the numbers.
+Names of parameters are those of the releases (Wan-Video/Wan2.1, wan/modules/vae.py; Wan-Video/Wan2.2,
+wan/modules/vae2_2.py); so are the numbers.
 
 Everything runs on a whole clip at once, or chunk by chunk with a `Past`, with the same result: each causal layer keeps
 there the last frames it saw. On a CPU the tensors are channels-last (T·H·W·C in memory), which halves a training step.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -155,17 +158,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width and half the channels, and with `temporal` twice the frames after the first.
+    """Twice the height and width, in other channels, and with `temporal` twice the frames after the first.
 
     The first frame passes the temporal convolution by, and the others do not see it there (the release starts the
     convolution's memory from zeros at the second frame). Each frame becomes two: the halves of 2C channels.
     """
 
-    def __init__(self, channels: int, temporal: bool):
+    def __init__(self, channels: int, out_channels: int, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(
             nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact"),
-            nn.Conv2d(channels, channels // 2, 3, padding=1),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.time_conv = nn.Conv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
 
@@ -181,7 +184,60 @@ class Upsample(nn.Module):
                 rest = rest.unflatten(1, (2, -1)).permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C), memory's order
                 rest = rest.flatten(1, 2).movedim(-1, 1)  # (B, C, 2T, H, W)
             x = torch.cat([first, rest], dim=2)
-        return to_clips(self.resample(to_frames(x)), b)  # (B, C/2, T', 2H, 2W)
+        return to_clips(self.resample(to_frames(x)), b)  # (B, C_out, T', 2H, 2W)
+
+
+class DownLevel(nn.Module):
+    """A level of Wan 2.2's encoder: its layers, plus its input averaged down to their output's shape.
+
+    The input's pixels of a cell of frames × rows × columns stand behind one another as channels (c, t, h, w); every
+    `channels · cell / out_channels` that follow one another are averaged. A clip has a zero frame before its first.
+    """
+
+    def __init__(self, layers: list[nn.Module], out_channels: int, time: int, space: int):
+        super().__init__()
+        self.downsamples = nn.Sequential(*layers)
+        self.out_channels, self.time, self.space = out_channels, time, space
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        y = x
+        for layer in self.downsamples:
+            y = layer(y, past)
+        return y + self.averaged(x)
+
+    def averaged(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C_out, ⌈T / time⌉, H / space, W / space)."""
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))
+        cells = x.unflatten(4, (-1, self.space)).unflatten(3, (-1, self.space)).unflatten(2, (-1, self.time))
+        cells = cells.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, T', H', W', C, time, space, space)
+        return cells.reshape(*cells.shape[:4], self.out_channels, -1).mean(-1).movedim(-1, 1)
+
+
+class UpLevel(nn.Module):
+    """A level of Wan 2.2's decoder: its layers, plus its input repeated up to their output's shape.
+
+    The inverse order of DownLevel's: each channel is repeated, and what follows one another is (c, t, h, w) of a cell
+    of the output. A clip's first frame gives only the last frame of its cell. Without `space`, at the last level, the
+    layers are all there is.
+    """
+
+    def __init__(self, layers: list[nn.Module], out_channels: int = 0, time: int = 1, space: int = 0):
+        super().__init__()
+        self.upsamples = nn.Sequential(*layers)
+        self.out_channels, self.time, self.space = out_channels, time, space
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        y = x
+        for layer in self.upsamples:
+            y = layer(y, past)
+        return y + self.repeated(x)[:, :, -y.shape[2] :] if self.space else y
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C_out, T · time, H · space, W · space)."""
+        cell = (self.out_channels, self.time, self.space, self.space)
+        cells = x.movedim(1, -1).repeat_interleave(math.prod(cell) // x.shape[1], dim=-1).unflatten(-1, cell)
+        cells = cells.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, T, time, H, space, W, space, C_out)
+        return cells.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
 def to_frames(x: Tensor) -> Tensor:

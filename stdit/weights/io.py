@@ -37,7 +37,7 @@ SHARD_BYTES = 5_000_000_000
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.")
 _STEM = "diffusion_pytorch_model"
-_VAE_STEM = "Wan2.1_VAE"  # original releases keep it beside the transformer
+_VAE_STEMS = ("Wan2.1_VAE", "Wan2.2_VAE")  # original releases keep it beside the transformer
 _OTHERS = re.compile(r"t5|clip|text_encoder|tokenizer|lora|adapter", re.IGNORECASE)
 _VAE = re.compile(r"vae", re.IGNORECASE)
 
@@ -102,7 +102,7 @@ def save_vae(
     vae: CausalVAE, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
 ) -> None:
     """As save_transformer. "diffusers" opens with AutoencoderKLWan.from_pretrained(folder); "original" is one file,
-    Wan2.1_VAE.safetensors, which carries our config in its metadata."""
+    Wan2.1_VAE.safetensors (Wan2.2_VAE where levels have shortcuts), which carries our config in its metadata."""
     _save("vae", vae, Path(folder), layout, shard_bytes)
 
 
@@ -259,13 +259,15 @@ def _write(
     table = family.keymap(config, layout).table(_shapes(_on_meta(config)))
     described = family.config_to_diffusers(config) if layout == "diffusers" else family.config_to_original(config)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
-    stem = _VAE_STEM if (kind, layout) == ("vae", "original") else _STEM
+    stem, stems = _STEM, (_STEM,)
+    if (kind, layout) == ("vae", "original"):
+        stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
     entries = {name: (dtypes[move.native[0]], move.foreign_shape) for move in table.moves for name in move.foreign}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
     shards = _shards(sizes, shard_bytes)
     names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     names = [f"{stem}.safetensors"] if len(shards) == 1 else names
-    documents = {"config.json": described} if stem != _VAE_STEM else {}
+    documents = {"config.json": described} if stem == _STEM else {}
     if len(shards) > 1:
         documents[f"{stem}.safetensors.index.json"] = {
             "metadata": {"total_size": sum(sizes.values())},
@@ -273,7 +275,7 @@ def _write(
         }
     folder.mkdir(parents=True, exist_ok=True)
     read_foreign = table.foreign_reader(read)
-    stale = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    stale = re.compile(rf"({'|'.join(map(re.escape, stems))})" + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     with ExitStack() as renames:  # the last entered is renamed first, the index at the end: without it shards are none
         for name, content in reversed(documents.items()):
             part = renames.enter_context(publish(folder / name))

@@ -18,6 +18,8 @@ SMALL = VaeConfig(
     decoder_base_dim=6, latents_mean=(0.5, 1, 2), latents_std=(1, 2, 3),
 )  # fmt: skip
 
+RESIDUAL = VaeConfig(base_dim=4, decoder_base_dim=6, num_res_blocks=1, z_dim=3, patch_size=2, residual=True)
+
 
 def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -63,7 +65,47 @@ def test_wan21_has_the_names_of_the_release():
         assert shapes[name] == shape, name
 
 
-@pytest.mark.parametrize("config", [SMALL, PRESETS["toy"], PRESETS["wan2.1"]], ids=["small", "toy", "wan2.1"])
+def test_wan22_equals_diffusers_key_for_key():
+    """The config of the released Wan 2.2 TI2V 5B's VAE; its other values are diffusers' defaults."""
+    diffusers = pytest.importorskip("diffusers")
+    config = PRESETS["wan2.2"]
+    values = dict(
+        base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, patch_size=2, in_channels=12, out_channels=12,
+        scale_factor_temporal=4, scale_factor_spatial=16,
+        latents_mean=list(config.latents_mean), latents_std=list(config.latents_std),
+    )  # fmt: skip
+    with torch.device("meta"):
+        ours, theirs = CausalVAE(config), diffusers.AutoencoderKLWan(**values)
+    table = wan_vae.keymap(config, "diffusers").table(shapes_of(ours))
+    assert not table.differences(shapes_of(theirs))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 704_688_668
+    for found in (dict(theirs.config), {}):
+        assert wan_vae.config_from(found, shapes_of(theirs)) == config
+
+
+def test_wan22_has_the_names_of_the_release():
+    """A few of Wan2.2_VAE.pth's tensors (wan/modules/vae2_2.py), where its numbering is easy to get wrong."""
+    with torch.device("meta"):
+        shapes = shapes_of(CausalVAE(PRESETS["wan2.2"]))
+    assert len(shapes) == 196
+    for name, shape in {
+        "encoder.conv1.weight": (160, 12, 3, 3, 3),
+        "encoder.downsamples.0.downsamples.1.residual.6.weight": (160, 160, 3, 3, 3),
+        "encoder.downsamples.0.downsamples.2.resample.1.weight": (160, 160, 3, 3),
+        "encoder.downsamples.1.downsamples.2.time_conv.weight": (320, 320, 3, 1, 1),
+        "encoder.downsamples.2.downsamples.0.shortcut.weight": (640, 320, 1, 1, 1),
+        "encoder.downsamples.3.downsamples.1.residual.3.gamma": (640, 1, 1, 1),
+        "encoder.head.2.weight": (96, 640, 3, 3, 3),
+        "decoder.conv1.weight": (1024, 48, 3, 3, 3),
+        "decoder.upsamples.0.upsamples.3.time_conv.weight": (2048, 1024, 3, 1, 1),
+        "decoder.upsamples.2.upsamples.3.resample.1.weight": (512, 512, 3, 3),
+        "decoder.upsamples.3.upsamples.0.shortcut.weight": (256, 512, 1, 1, 1),
+        "decoder.head.2.weight": (12, 256, 3, 3, 3),
+    }.items():
+        assert shapes[name] == shape, name
+
+
+@pytest.mark.parametrize("config", [SMALL, RESIDUAL, *PRESETS.values()], ids=["small", "residual", *PRESETS])
 def test_configs_return_from_every_dialect(config):
     with torch.device("meta"):
         ours = shapes_of(CausalVAE(config))
@@ -85,7 +127,7 @@ def test_configs_return_from_every_dialect(config):
     ("change", "words"),
     [
         (dict(_class_name="AutoencoderKLCogVideoX"), "CogVideoX"),
-        (dict(is_residual=True), "Wan 2.2"),
+        (dict(is_residual=True, dim_mult=[1, 3, 4, 4]), "residual level"),
         (dict(attn_scales=[1.0]), "attn_scales"),
         (dict(in_channels=4), "in_channels"),
         (dict(base_dims=4), "base_dim"),
@@ -99,27 +141,19 @@ def test_config_errors(change, words):
         wan_vae.config_from(found, {})
 
 
-def test_wan22_weights_are_refused_by_name():
-    diffusers = pytest.importorskip("diffusers")
-    with torch.device("meta"):
-        theirs = diffusers.AutoencoderKLWan(is_residual=True, patch_size=2, in_channels=12, out_channels=12)
-    for found in ({}, dict(theirs.config)):
-        with pytest.raises(StditError, match=r"Wan 2\.2"):
-            wan_vae.config_from(found, shapes_of(theirs))
-
-
+@pytest.mark.parametrize("config", [SMALL, RESIDUAL], ids=["2.1", "2.2"])
 @torch.no_grad()
-def test_saved_and_loaded_bit_for_bit(tmp_path):
+def test_saved_and_loaded_bit_for_bit(config, tmp_path):
     torch.manual_seed(0)
-    vae = CausalVAE(SMALL)
+    vae = CausalVAE(config)
     for layout in ("diffusers", "original"):
         stdit.save_vae(vae, tmp_path / layout, layout=layout)
         loaded = stdit.load_vae(tmp_path / layout)
-        assert loaded.config == SMALL
+        assert loaded.config == config
         assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in vae.state_dict().items())
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.AutoencoderKLWan.from_pretrained(tmp_path / "diffusers")
-    video = torch.rand(1, 3, 5, 8, 12) * 2 - 1
+    video = torch.rand(1, 3, 5, 16, 32) * 2 - 1
     torch.testing.assert_close(
         vae.encode_moments(video)[0], theirs.encode(video).latent_dist.mean, atol=1e-5, rtol=1e-5
     )

@@ -1,7 +1,7 @@
-"""Wan 2.1's causal video VAE (Wan-Video/Wan2.1, wan/modules/vae.py), and what stdit trains itself.
+"""Wan 2.1's and 2.2's causal video VAEs (wan/modules/vae.py and vae2_2.py of the releases), and what stdit trains.
 
-Our names are the release's, so the original dialect is the identity. diffusers' `AutoencoderKLWan` renames modules and
-nests the decoder's levels. The release has no config.json: its config is read from the tensors' shapes.
+Our names are the releases', so the original dialect is the identity. diffusers' `AutoencoderKLWan` renames modules and
+nests the levels. The releases have no config.json: the config is read from the tensors' shapes.
 """
 
 from __future__ import annotations
@@ -41,26 +41,18 @@ _ORIGINAL_FIELDS = {
     "num_res_blocks": "num_res_blocks",
     "temperal_downsample": "temporal_downsample",
 }
-_OWN = ("decoder_base_dim", "patch_size", "latents_mean", "latents_std")  # no argument of the release's class
-_RESIDUAL = re.compile(  # Wan 2.2's: levels nested in the encoder too
-    r"(en|de)coder\.(down_blocks\.\d+\.resnets|up_blocks\.\d+\.upsampler|(down|up)samples\.\d+\.(down|up)samples)\."
-)
+_OWN = ("decoder_base_dim", "patch_size", "residual", "latents_mean", "latents_std")  # the class has no such argument
 
 
 def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json") -> VaeConfig:
     """Our config of a config.json in any dialect, or, where `found` is empty, of the tensors' shapes alone.
 
-    Raises StditError for another class, an unknown key, what is not supported (attention at other scales, Wan 2.2's
-    residual shortcuts) and bad values, always with `place`.
+    Raises StditError for another class, an unknown key, what is not supported (attention at other scales) and bad
+    values, always with `place`.
     """
     kind = found.get("_class_name")
     if kind not in (None, DIFFUSERS_CLASS, ORIGINAL_CLASS):
         raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {FAMILY}s ({DIFFUSERS_CLASS}).")
-    if any(_RESIDUAL.match(name) for name in shapes):
-        raise StditError(
-            f"{place}: its levels have averaging shortcuts, as Wan 2.2's VAE has, which is not supported yet; "
-            "stdit runs VAEs in Wan 2.1's layout."
-        )
     if not found:
         values = _values_from_shapes(shapes, place)
     elif kind == DIFFUSERS_CLASS or {"base_dim", "temperal_downsample"} <= set(found):
@@ -121,9 +113,19 @@ def keymap(config: VaeConfig, dialect: str) -> KeyMap:
         *_residual_block("{side:encoder|decoder}.middle.0", "{side}.mid_block.resnets.0"),
         Rule("{side:encoder|decoder}.middle.1.{rest}", "{side}.mid_block.attentions.0.{rest}"),
         *_residual_block("{side:encoder|decoder}.middle.2", "{side}.mid_block.resnets.1"),
-        *_residual_block("encoder.downsamples.{i}", "encoder.down_blocks.{i}"),
-        Rule("encoder.downsamples.{i}.{rest}", "encoder.down_blocks.{i}.{rest}"),  # resample.1, time_conv
     ]
+    if config.residual:  # levels nested on both sides; what is no block is resample.1 and time_conv
+        for ours, theirs in (
+            ("encoder.downsamples.{l}.downsamples", "encoder.down_blocks.{l}"),
+            ("decoder.upsamples.{l}.upsamples", "decoder.up_blocks.{l}"),
+        ):
+            rules += _residual_block(f"{ours}.{{i}}", f"{theirs}.resnets.{{i}}")
+            rules.append(
+                Rule(f"{ours}.{{i}}.{{rest}}", f"{theirs}.{'down' if 'down' in ours else 'up'}sampler.{{rest}}")
+            )
+        return KeyMap(*rules)
+    rules += _residual_block("encoder.downsamples.{i}", "encoder.down_blocks.{i}")
+    rules.append(Rule("encoder.downsamples.{i}.{rest}", "encoder.down_blocks.{i}.{rest}"))
     blocks = config.num_res_blocks + 1
     for level in range(len(config.dim_mult)):  # a flat list of blocks here, levels there
         first, theirs = level * (blocks + 1), f"decoder.up_blocks.{level}"
@@ -162,7 +164,7 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
-    """A config of the tensors alone. Latents of weights shaped as Wan 2.1's are normalised as Wan 2.1's."""
+    """A config of the tensors alone. Latents of weights shaped as a release's are normalised as the release's."""
     diffusers = dialect_of(shapes) == "diffusers"
     down = "encoder.down_blocks" if diffusers else "encoder.downsamples"
     conv_in = "conv_in" if diffusers else "conv1"
@@ -173,19 +175,22 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
     }
     if absent := [name for name in names.values() if len(shapes.get(name, ())) < 4]:
         raise StditError(f"{place}: not a {FAMILY}: there is no config.json, and no {absent[0]} to tell the size by.")
-    block_out = re.compile(rf"{re.escape(down)}\.(\d+)\.(?:conv2|residual\.6|resample\.1)\.weight")
-    layers = {int(match[1]): name for name in shapes if (match := block_out.fullmatch(name))}
+    out = re.compile(  # the last tensor of each block and resampling: level (2.2) or block, block in the level (2.2)
+        rf"{re.escape(down)}\.(\d+)\.(?:(?:downsamples|resnets)\.(\d+)\.|(downsampler)\.)?"
+        r"(?:conv2|residual\.6|resample\.1)\.weight"
+    )
+    found = [match for name in shapes if (match := out.fullmatch(name))]
     base, channels = shapes[names["first"]][:2]
     widths, temporal, blocks = [], [], 0
-    for index in sorted(layers):
-        if layers[index].endswith("resample.1.weight"):
-            temporal.append(f"{down}.{index}.time_conv.weight" in shapes)
-            widths.append(shapes[layers[index]][0])
+    for match in sorted(found, key=lambda m: (int(m[1]), bool(m[3]), int(m[2] or 0))):
+        width = shapes[match[0]][0]
+        if match[0].endswith("resample.1.weight"):
+            temporal.append(match[0].replace("resample.1", "time_conv") in shapes)
+            widths.append(width)
         else:
             blocks += 1
-            width = shapes[layers[index]][0]
     if not blocks or any(width % base for width in widths) or channels % 3:
-        raise StditError(f"{place}: not a {FAMILY}: its encoder's {len(layers)} blocks do not make levels.")
+        raise StditError(f"{place}: not a {FAMILY}: its encoder's {len(found)} blocks do not make levels.")
     widths.append(width)
     values = {
         "base_dim": base,
@@ -194,12 +199,14 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
         "temporal_downsample": tuple(temporal),
         "z_dim": shapes[names["z"]][0],
         "patch_size": round((channels // 3) ** 0.5),
+        "residual": any(match[2] or match[3] for match in found),
     }
     decoder_base = shapes[names["last"]][0] // values["dim_mult"][0]
     if decoder_base != base:
         values["decoder_base_dim"] = decoder_base
-    if values == {name: getattr(PRESETS["wan2.1"], name) for name in values}:
-        values |= {"latents_mean": WAN21_MEAN, "latents_std": WAN21_STD}
+    for release in (PRESETS["wan2.1"], PRESETS["wan2.2"]):
+        if values == {name: getattr(release, name) for name in values}:
+            values |= {"latents_mean": release.latents_mean, "latents_std": release.latents_std}
     return values
 
 
