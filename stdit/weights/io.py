@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from stdit.models.experts import Experts
     from stdit.models.transformer import STDiT
     from stdit.vae.autoencoder import CausalVAE
 
 KINDS = ("transformer", "vae")
 FAMILIES = {"transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"), "vae": ("wan_vae",)}
 LAYOUTS = ("diffusers", "original")
+EXPERT_NAMES = ("high", "low")
+EXPERT_FOLDERS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}
+BOUNDARIES = {"text": 0.875, "image": 0.9}  # of Wan 2.2 T2V-A14B and I2V-A14B, for folders that do not say
 SHARD_BYTES = 5_000_000_000
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.")
@@ -64,14 +68,32 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     trust_pickle: bool = False,
-) -> STDiT:
+    expert: str = "both",
+) -> STDiT | Experts:
     """A transformer from a model folder (stdit's or diffusers'), its transformer/, an original release, or a file.
 
-    dtype: None keeps each tensor's stored dtype. trust_pickle: allows .pth and .bin files, tensors only.
+    dtype: None keeps each tensor's stored dtype. trust_pickle: allows .pth and .bin files, tensors only. expert: of a
+    folder with two (Wan 2.2 A14B: transformer/ and transformer_2/, or high_noise_model/ and low_noise_model/), "both"
+    as one `Experts`, or "high" or "low" alone, as an STDiT.
     Raises StditError that names the file and the tensors where anything is missing, unexpected, misshaped or damaged,
     and the variant where the weights are of a kind that stdit does not run.
     """
-    return load(find("transformer", path, trust_pickle), dtype, device)
+    if expert not in ("both", *EXPERT_NAMES):
+        raise StditError(f"expert {expert!r} is not known: both, high or low.")
+    places = _experts(Path(path).expanduser())
+    if places is None:
+        if expert != "both":
+            raise StditError(f"{path}: holds one transformer, not the two experts that {expert!r} would choose from.")
+        return load(find("transformer", path, trust_pickle), dtype, device)
+    if expert != "both":
+        return load(find("transformer", places[expert], trust_pickle), dtype, device)
+    sources = {name: find("transformer", place, trust_pickle) for name, place in places.items()}
+    if sources["high"].config != sources["low"].config:
+        raise StditError(f"{places['high']} and {places['low']} have different configs: they are not two experts.")
+    from stdit.models.experts import Experts
+
+    high, low = (load(sources[name], dtype, device) for name in EXPERT_NAMES)
+    return Experts(high, low, boundary_of(Path(path).expanduser(), high.config.image_channels > 0))
 
 
 def load_vae(
@@ -85,17 +107,24 @@ def load_vae(
 
 
 def save_transformer(
-    model: STDiT, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
+    model: STDiT | Experts, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes config.json and safetensors into `folder`, in shards above shard_bytes.
 
     layout: "diffusers" opens with from_pretrained(folder) of the family's class (WanTransformer3DModel for what stdit
-    trains), "original" is a release's.
+    trains), "original" is a release's. Of two experts each has a folder in `folder`, transformer/ and transformer_2/ or
+    high_noise_model/ and low_noise_model/; the noise level between them is model_index.json's (`Pipeline.save`).
 
     What was there before stays until all new files are written beside it; then they are renamed. A process that is
     killed among the renames leaves the old model, the new one, or a folder that does not load: never a mixture.
     """
-    _save("transformer", model, Path(folder), layout, shard_bytes)
+    from stdit.models.experts import Experts
+
+    if isinstance(model, Experts):
+        for name, expert in zip(EXPERT_FOLDERS.get(layout, EXPERT_NAMES), (model.high, model.low)):
+            _save("transformer", expert, Path(folder) / name, layout, shard_bytes)
+    else:
+        _save("transformer", model, Path(folder), layout, shard_bytes)
 
 
 def save_vae(
@@ -169,6 +198,25 @@ def convert(source: Source, folder: str | os.PathLike[str], layout: str, shard_b
     dtypes = {n: getattr(torch, entries[move.foreign[0]].dtype) for move in source.table.moves for n in move.native}
     read = source.table.native_reader(source.files.read)
     _write(source.kind, source.config, read, dtypes, Path(folder), layout, shard_bytes)
+
+
+def _experts(folder: Path) -> dict[str, Path] | None:
+    """Where the two experts of a folder are, None where there are none."""
+    for names in EXPERT_FOLDERS.values():
+        if all((folder / name).is_dir() for name in names):
+            return {expert: folder / name for expert, name in zip(EXPERT_NAMES, names)}
+    return None
+
+
+def boundary_of(folder: Path, from_image: bool) -> float:
+    """The noise level between a folder's experts: its model_index.json's boundary_ratio, or as Wan 2.2 has it."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return BOUNDARIES["image" if from_image else "text"]
+    found = read_json(path).get("boundary_ratio")
+    if type(found) not in (int, float) or not 0 < found < 1:
+        raise StditError(f"{path}: boundary_ratio is {found!r}; it must be a noise level between 0 and 1.")
+    return float(found)
 
 
 def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
