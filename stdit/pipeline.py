@@ -100,10 +100,11 @@ class Pipeline:
         settings: ModelSettings | None = None,
     ) -> None:
         config = transformer.config
-        if config.out_channels != vae.config.z_dim or config.in_channels != vae.config.z_dim:
+        z = vae.config.z_dim
+        if config.out_channels not in (z, 2 * z) or config.in_channels != z:
             raise StditError(
                 f"the transformer takes {config.in_channels} and gives {config.out_channels} channels, "
-                f"the VAE's latents have {vae.config.z_dim}."
+                f"the VAE's latents have {z}."
             )
         if config.text_dim != text_encoder.dim:
             raise StditError(
@@ -161,9 +162,9 @@ class Pipeline:
         the frames are meant for; Wan's block knows none, so only the model's own (or None) is accepted. guidance:
         classifier-free, on above 1. noise: (1 or prompts, C, T', H', W') in place of the seed's. known: frames given
         as condition, {"image": the first frame} or {"video": the first 1+k·stride frames}, one for all prompts or
-        one each. solver: None for the folder's own, "euler", "unipc", or a diffusers scheduler's config. shift: in
-        place of the folder's (see `ModelSettings`). tokens_per_pack: the most video tokens in one forward (never less
-        than a clip). progress: called with (steps done, steps in all).
+        one each. solver: None for the folder's own, a name (see `named_config`), or a diffusers scheduler's config.
+        shift: in place of the folder's (see `ModelSettings`). tokens_per_pack: the most video tokens in one forward
+        (never less than a clip). progress: called with (steps done, steps in all).
         """
         if fps is not None and fps != self.settings.fps:
             raise StditError(
@@ -219,42 +220,55 @@ class Pipeline:
                 if progress is not None:
                     progress(done + index, len(parts) * steps)
 
-            chosen = self._solver(solver, steps, shift, grid.tokens)
-            yield from self._denoise(noises[part], given[part], text, chosen, guidance, report)
+            chosen = self._solver(solver, steps, shift, shape)
+
+            def fresh(step: int, part: slice = part) -> Tensor:
+                drawn = [
+                    torch.randn(noises.shape[1:], generator=keyed_generator(seed, "sample step", index, step))
+                    for index in range(len(prompts))[part]
+                ]
+                return torch.stack(drawn).to(self.device)
+
+            yield from self._denoise(noises[part], given[part], text, chosen, guidance, report, fresh)
 
     def _denoise(
         self,
-        x: Tensor,
+        noise: Tensor,
         known: Sequence[Tensor | None],
         text: TextPack,
         solver: Solver,
         guidance: float,
         report: Callable[[int], None],
+        fresh: Callable[[int], Tensor],
     ) -> list[Tensor]:
-        """x: noise (clips, C, T', H', W') fp32. known: (C, k, H', W') of each, or None. text: of the clips, and where
-        guidance asks for it as many negative ones after them: two segments of one pack for each clip."""
+        """noise: (clips, C, T', H', W') fp32. known: (C, k, H', W') of each, or None. text: of the clips, and where
+        guidance asks for it as many negative ones after them: two segments of one pack for each clip. fresh: the noise
+        of a step, for solvers that draw."""
         patch = self.transformer.config.patch
-        copies = len(text.segments.lengths) // len(x)
-        masks = [torch.arange(x.shape[2]) < (0 if one is None else one.shape[1]) for one in known]
+        copies = len(text.segments.lengths) // len(noise)
+        masks = [torch.arange(noise.shape[2]) < (0 if one is None else one.shape[1]) for one in known]
 
         def impose(x: Tensor) -> Tensor:
+            x = x.clone()
             for clip, one in zip(x, known):
                 if one is not None:
                     clip[:, : one.shape[1]] = one
             return x
 
-        x = impose(x.clone())
+        x = solver.start(noise)
         report(0)
         for index, t in enumerate(solver.levels):
             level = torch.tensor(t, dtype=torch.float64)
             levels = [frame_levels(mask, level, patch[0]) if mask.any() else level for mask in masks]
-            pack = pack_clips([*x] * copies, levels * copies, patch)
-            v = torch.stack(unpack_clips(self.transformer(pack, text), pack, patch)).float()
+            pack = pack_clips([*impose(solver.network_input(index, x))] * copies, levels * copies, patch)
+            pack.levels = solver.path.network_levels(pack.levels)
+            output = torch.stack(unpack_clips(self.transformer(pack, text), pack, patch)).float()
+            output = output[:, : noise.shape[1]]  # what follows is a learned variance
             if copies == 2:
-                v = guide(v[: len(x)], v[len(x) :], guidance)
-            x = impose(solver.step(index, v, x))
+                output = guide(output[: len(x)], output[len(x) :], guidance)
+            x = solver.step(index, output, x, fresh(index) if solver.draws else None)
             report(index + 1)
-        return [*x]
+        return [*impose(solver.finish(x))]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -329,13 +343,18 @@ class Pipeline:
         video = frames.permute(3, 0, 1, 2)[None].to(weight) / 127.5 - 1  # (1, 3, T, H, W)
         return self.vae.encode(video)[0].to(self.device, torch.float32)
 
-    def _solver(self, solver: str | Mapping[str, Any] | None, steps: int, shift: float | None, tokens: int) -> Solver:
-        """For clips of so many tokens. A scheduler's config that is given is taken as it is."""
+    def _solver(
+        self, solver: str | Mapping[str, Any] | None, steps: int, shift: float | None, shape: VideoShape
+    ) -> Solver:
+        """For clips of this shape. A scheduler's config that is given is taken as it is."""
+        latent = shape.latent(self.vae.config.stride)
         if isinstance(solver, Mapping):
-            return make_solver(solver, steps, shift)
+            return make_solver(solver, steps, shift, shape=shape, latent=latent)
         if shift is None and self.settings.shift_tokens is not None:
+            tokens = latent.grid(self.transformer.config.patch).tokens
             shift = static_shift(self.scheduler) * shift_by_tokens(tokens, self.settings.shift_tokens)
-        return make_solver(named_config(solver, self.scheduler) if solver else self.scheduler, steps, shift)
+        config = named_config(solver, self.scheduler) if solver else self.scheduler
+        return make_solver(config, steps, shift, shape=shape, latent=latent)
 
     # ---- the model folder ----
 

@@ -40,7 +40,10 @@ def sample(
     steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 30,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Decides the noise.")] = 0,
-    solver: Annotated[str | None, typer.Option(help="euler or unipc; the model folder's own by default.")] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="euler or unipc (flows), dpm++, ddim or ancestral (DDPMs); default: the model folder's."),
+    ] = None,
     shift: Annotated[float | None, typer.Option(help="Of the noise levels, in place of the model folder's.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image file: the first frame.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video file to extend: its end becomes the beginning.")] = None,

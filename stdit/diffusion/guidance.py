@@ -1,4 +1,8 @@
-"""Classifier-free guidance (Ho & Salimans 2022)."""
+"""Classifier-free guidance (Ho & Salimans 2022).
+
+Guiding the network's output is guiding x_0, ε or v just as well: at a given sample each is a·output + b, and the
+weights of the two outputs add up to one.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,18 @@ from torch import Tensor
 
 
 def needs_unconditional(scale: float) -> bool:
-    """Whether a guidance scale asks for the unconditional prediction: above 1 only, as in diffusers' WanPipeline."""
+    """Whether a guidance scale asks for the unconditional prediction: above 1 only, as in diffusers' pipelines."""
     return scale > 1.0
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """v = v_uncond + scale · (v_cond − v_uncond). Scale 1 is the conditional prediction."""
-    return unconditional + scale * (conditional - unconditional)
+def guide(conditional: Tensor, unconditional: Tensor, scale: float, beyond: bool = False) -> Tensor:
+    """uncond + scale · (cond − uncond); scale 1 is the conditional prediction.
+
+    beyond: cond + scale · (cond − uncond), as Cosmos' pipelines count; see `guides_beyond`.
+    """
+    return (conditional if beyond else unconditional) + scale * (conditional - unconditional)
+
+
+def guides_beyond(pipeline: str) -> bool:
+    """Whether a pipeline of diffusers (model_index.json's `_class_name`) counts guidance beyond the conditional."""
+    return pipeline.startswith("Cosmos")

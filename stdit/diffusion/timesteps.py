@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,10 @@ class TimestepConfig:
             )
 
 
-def shift_noise_level(t: Tensor, shift: float | Tensor) -> Tensor:
+Levels = TypeVar("Levels", Tensor, np.ndarray)
+
+
+def shift_noise_level(t: Levels, shift: float | Levels) -> Levels:
     """Moves noise levels towards 1 for clips with many tokens (Esser et al. 2024, eq. 23).
 
     t: (…,) in [0, 1]. shift: > 0, 1 leaves t as it is. Returns the same shape.

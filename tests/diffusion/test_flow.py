@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stdit.diffusion import flow
-from stdit.diffusion.guidance import guide, needs_unconditional
+from stdit.diffusion.guidance import guide, guides_beyond, needs_unconditional
 
 
 @pytest.fixture
@@ -43,4 +43,6 @@ def test_guidance():
     assert guide(cond, uncond, 5).tolist() == [5.0, -6.0]
     assert torch.equal(guide(cond, uncond, 1), cond)
     assert torch.equal(guide(cond, uncond, 0), uncond)
+    assert guide(cond, uncond, 4, beyond=True).tolist() == guide(cond, uncond, 5).tolist()  # as Cosmos counts
+    assert guides_beyond("Cosmos2TextToImagePipeline") and not guides_beyond("WanPipeline")
     assert needs_unconditional(1.5) and not needs_unconditional(1.0)

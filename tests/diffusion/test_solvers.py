@@ -1,16 +1,19 @@
+"""Every solver against diffusers' scheduler, driven as diffusers' pipelines drive it, step by step."""
+
 from __future__ import annotations
 
 import math
 from itertools import pairwise
 
+import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
 from stdit.diffusion import solvers
 from stdit.errors import StditError
-
-DIFFUSERS = {cls.__name__: cls for cls in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)}
+from stdit.shapes import LatentShape, VideoShape
 
 
 def random_field(t: float, x: torch.Tensor) -> torch.Tensor:
@@ -20,29 +23,207 @@ def random_field(t: float, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("cd,bdthw->bcthw", weight, torch.tanh(x + 3 * t)) + torch.cos(5 * t * x)
 
 
-CONFIGS = [
+FLOWS = [
     *(solvers.euler_config(shift) for shift in (1.0, 3.0)),
     *(solvers.unipc_config(shift) for shift in (1.0, 3.0, 8.0)),
     {**solvers.unipc_config(3.0), "solver_order": 3},
     {**solvers.unipc_config(3.0), "solver_order": 1},
     {**solvers.unipc_config(2.0), "disable_corrector": [0, 3]},
 ]
+LATTE = {"_class_name": "DDIMScheduler", "clip_sample": False, "variance_type": "learned_range"}
+PIXART = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -math.inf}
+ALLEGRO = {"_class_name": "EulerAncestralDiscreteScheduler"}
+DDPMS = [
+    PIXART,
+    {**PIXART, "solver_order": 1, "timestep_spacing": "trailing"},
+    {**PIXART, "lower_order_final": False, "final_sigmas_type": "sigma_min", "timestep_spacing": "leading"},
+    {**PIXART, "euler_at_final": True, "final_sigmas_type": "sigma_min", "prediction_type": "v_prediction"},
+    LATTE,
+    {**LATTE, "timestep_spacing": "trailing", "set_alpha_to_one": False, "prediction_type": "v_prediction"},
+    {
+        **LATTE,
+        "timestep_spacing": "linspace",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+    },
+    {**LATTE, "trained_betas": [0.001 + 1e-5 * i for i in range(1000)]},
+    ALLEGRO,
+    {**ALLEGRO, "timestep_spacing": "leading", "steps_offset": 1},
+    {**ALLEGRO, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+]
+COSMOS1 = {"_class_name": "EDMEulerScheduler", "final_sigmas_type": "sigma_min"}
+COSMOS2 = {**solvers.euler_config(), "use_karras_sigmas": True, "_pipeline": "Cosmos2TextToImagePipeline"}
+COSMOS25 = {
+    **solvers.unipc_config(), "use_karras_sigmas": True, "sigma_max": 200.0, "sigma_min": 0.01,
+    "_pipeline": "Cosmos2_5_PredictBasePipeline",
+}  # fmt: skip
+LTX = {**solvers.euler_config(), "use_dynamic_shifting": True, "shift_terminal": 0.1, "base_image_seq_len": 1024}
+LTX |= {"base_shift": 0.95, "max_shift": 2.05, "_pipeline": "LTXPipeline"}
+SIZE = {"shape": VideoShape(17, 256, 512), "latent": LatentShape(5, 32, 64)}
+
+
+def theirs_of(config, **more):
+    known = {key: value for key, value in config.items() if not key.startswith("_")} | more
+    return getattr(diffusers, config["_class_name"]).from_config(known)
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(2, 3, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+
+
+def assert_near(found, expected, before=None):
+    """To 1e-6 of the sample, or of the one before where noise cancels: they round to fp32."""
+    scale = max(float(x.norm()) for x in (expected, before) if x is not None)
+    assert (found - expected).norm() <= 1e-6 * scale
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 30])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_agrees_with_diffusers(config, steps):
-    theirs = DIFFUSERS[config["_class_name"]].from_config(config)
+@pytest.mark.parametrize("config", FLOWS)
+def test_flows_agree_with_diffusers(config, steps):
+    theirs = theirs_of(config)
     theirs.set_timesteps(steps)
     theirs.set_begin_index(0)
     ours = solvers.make_solver(config, steps)
     assert [level * 1000 for level in ours.levels] == pytest.approx(theirs.timesteps.tolist(), rel=1e-12)
     assert ours.sigmas == theirs.sigmas.tolist()
-    x = y = torch.randn(2, 3, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    x = y = noise()
     for index, t in enumerate(theirs.timesteps):
         x = theirs.step(random_field(float(t) / 1000, x), t, x, return_dict=False)[0]
         y = ours.step(index, random_field(ours.levels[index], y), y)
-        assert (y - x).norm() <= 1e-6 * x.norm(), index
+        assert_near(y, x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 14, 20, 50])
+@pytest.mark.parametrize("config", DDPMS)
+def test_ddpms_agree_with_diffusers(config, steps):
+    """As PixArt's, Latte's and Allegro's pipelines: first sample and input scaled, Allegro's noise drawn."""
+    theirs = theirs_of(config)
+    theirs.set_timesteps(steps)
+    ours = solvers.make_solver(config, steps)
+    assert [level * 1000 for level in ours.levels] == pytest.approx(theirs.timesteps.tolist(), rel=1e-12)
+    x, y = noise() * theirs.init_noise_sigma, ours.start(noise())
+    assert_near(y, x)
+    for index, t in enumerate(theirs.timesteps):
+        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(index)) if ours.draws else None
+        generator = {"generator": torch.Generator().manual_seed(index)} if ours.draws else {}
+        seen, before = theirs.scale_model_input(x, t), x
+        assert_near(ours.network_input(index, before), seen)
+        output = random_field(float(t) / 1000, seen)  # one for both: the field would magnify what rounding leaves
+        x = theirs.step(output, t, x, return_dict=False, **generator)[0]
+        y = ours.step(index, output, before, drawn)
+        assert_near(y, x, before)
+    assert torch.equal(ours.finish(y), y)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 35])
+@pytest.mark.parametrize(
+    "changes", [{}, {"prediction_type": "v_prediction", "sigma_data": 1.0, "final_sigmas_type": "zero"}]
+)
+def test_edm_agrees_with_diffusers(changes, steps):
+    """As CosmosTextToWorldPipeline: the network is told log(σ)/4, sees the preconditioned input, and D is guided."""
+    config = COSMOS1 | changes
+    theirs = theirs_of(config)
+    theirs.set_timesteps(steps)
+    ours = solvers.make_solver(config, steps)
+    levels = ours.path.network_levels(torch.tensor(ours.levels, dtype=torch.float64))
+    assert levels.tolist() == pytest.approx(theirs.timesteps.tolist(), rel=1e-6)
+    x, y = noise() * theirs.config.sigma_max, ours.start(noise())
+    for index, t in enumerate(theirs.timesteps):
+        seen, before = theirs.scale_model_input(x, t), x
+        assert_near(ours.network_input(index, before), seen)
+        output = random_field(float(t), seen)
+        clean = theirs.step(output, t, x, return_dict=False)[1]
+        theirs._step_index -= 1
+        x = theirs.step(clean, t, x, return_dict=False, pred_original_sample=clean)[0]
+        y = ours.step(index, output, before)
+        assert_near(y, x, before)
+    assert_near(ours.finish(y), x / theirs.config.sigma_data, before / theirs.config.sigma_data)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 35])
+def test_a_flow_in_cosmos_2s_coordinates_agrees_with_diffusers(steps):
+    """As Cosmos2TextToImagePipeline, line by line."""
+    theirs = theirs_of(COSMOS2, sigma_max=80.0, sigma_min=0.002, sigma_data=1.0, final_sigmas_type="sigma_min")
+    theirs.set_timesteps(sigmas=torch.linspace(0, 1, steps, dtype=torch.float64))
+    theirs.sigmas[-1] = theirs.sigmas[-2]
+    ours = solvers.make_solver(COSMOS2, steps)
+    assert ours.sigmas == theirs.sigmas.tolist()
+    assert (
+        solvers.make_solver(dict(theirs.config) | {"_class_name": COSMOS2["_class_name"]}, steps).sigmas == ours.sigmas
+    )
+    x, y = noise() * theirs.config.sigma_max, ours.start(noise())
+    for index, t in enumerate(theirs.timesteps):
+        sigma = theirs.sigmas[index]
+        level = sigma / (sigma + 1)
+        assert ours.levels[index] == pytest.approx(float(level), rel=1e-6)
+        seen, before = x * (1 - level), x
+        assert_near(ours.network_input(index, before), seen)
+        output = random_field(float(level), seen)
+        clean = (1 - level) * x.double() - level * output  # in fp32 the next line would lose what σ = 0.002 leaves
+        x = theirs.step(((x - clean) / sigma).float(), t, x, return_dict=False)[0]
+        y = ours.step(index, output, before)
+        assert_near(y, x, before)
+
+
+@pytest.mark.parametrize("steps", [2, 8, 36])
+@pytest.mark.parametrize("pipeline", ["Cosmos2_5_PredictBasePipeline", ""])
+def test_unipc_over_karras_levels_agrees_with_diffusers(pipeline, steps):
+    """Cosmos 2.5's pipeline tells the network the levels themselves, others their integers."""
+    theirs = theirs_of(COSMOS25)
+    theirs.set_timesteps(steps)
+    ours = solvers.make_solver(COSMOS25 | {"_pipeline": pipeline}, steps)
+    assert ours.sigmas == theirs.sigmas.tolist()
+    told = theirs.sigmas[:-1].tolist() if pipeline else (theirs.timesteps / 1000).tolist()
+    assert ours.levels == pytest.approx(told, rel=1e-6)
+    x = y = noise()
+    for index, t in enumerate(theirs.timesteps):
+        x = theirs.step(random_field(told[index], x), t, x, return_dict=False)[0]
+        y = ours.step(index, random_field(ours.levels[index], y), y)
+        assert_near(y, x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 50])
+@pytest.mark.parametrize("changes", [{}, {"use_dynamic_shifting": False, "shift": 2.5}, {"time_shift_type": "linear"},
+                                     {"shift_terminal": None, "base_image_seq_len": 256}])  # fmt: skip
+def test_ltx_videos_levels_agree_with_diffusers(changes, steps):
+    config = LTX | changes
+    theirs = theirs_of(config)
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(5 * 32 * 64, *(theirs.config[name] for name in names))
+    if steps == 1 and config["shift_terminal"]:
+        pytest.skip("one level of 1 cannot be stretched: diffusers divides zero by zero")
+    theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    ours = solvers.make_solver(config, steps, **SIZE)
+    assert ours.sigmas == pytest.approx(theirs.sigmas.tolist(), rel=2e-6)
+    assert [level * 1000 for level in ours.levels] == pytest.approx(theirs.timesteps.tolist(), rel=2e-6)
+    x = y = noise()
+    for index, t in enumerate(theirs.timesteps):
+        x = theirs.step(random_field(float(t) / 1000, x), t, x, return_dict=False)[0]
+        y = ours.step(index, random_field(ours.levels[index], y), y)
+        assert (y - x).norm() <= 2e-6 * x.norm()
+
+
+@pytest.mark.parametrize(("shape", "ratio"), [
+    (VideoShape(1, 512, 512), 1.0), (VideoShape(1, 256, 256), 0.5), (VideoShape(51, 1024, 512), 30**0.5),
+    (VideoShape(68, 512, 512), 20**0.5),
+])  # fmt: skip
+def test_open_soras_sampler(shape, ratio):
+    """Its loop in fp64: t_i = 1 − i/S moved by the clip's shape, z ← z + (t_i − t_{i+1})·output."""
+    solver = solvers.make_solver({"_class_name": "RFLOW", "use_timestep_transform": True}, 6, shape=shape)
+    times = [ratio * t / (1 + (ratio - 1) * t) for t in (1 - i / 6 for i in range(6))]
+    assert solver.levels == pytest.approx(times, rel=1e-6)
+    x = y = noise()
+    for index, (t, end) in enumerate(pairwise([*times, 0.0])):
+        x = x + random_field(t, x) * (t - end)
+        y = solver.step(index, random_field(solver.levels[index], y), y)
+        assert (y - x).norm() <= 2e-6 * x.norm()
+    plain = solvers.make_solver({"_class_name": "RFLOW"}, 6)
+    assert plain.levels == pytest.approx([1 - i / 6 for i in range(6)])
+    with pytest.raises(StditError, match="shape in pixels"):
+        solvers.make_solver({"_class_name": "RFLOW", "use_timestep_transform": True}, 6)
+    with pytest.raises(StditError, match="17 frames"):
+        solvers.make_solver({"_class_name": "RFLOW", "use_timestep_transform": True}, 6, shape=VideoShape(9, 32, 32))
 
 
 def solve(solver, field, x):
@@ -52,7 +233,7 @@ def solve(solver, field, x):
     return x
 
 
-@pytest.mark.parametrize("config", CONFIGS[:6])
+@pytest.mark.parametrize("config", FLOWS[:6])
 def test_a_straight_flow_ends_at_the_clip(config):
     """v = ε − x_0 wherever x is: any solver must land on x_0 exactly, but for UniPC's start at 1 − 1e-6."""
     generator = torch.Generator().manual_seed(0)
@@ -90,15 +271,27 @@ def test_the_static_shift_is_applied_twice():
     assert solvers.make_solver(solvers.euler_config(3.0), 10).sigmas[-2] == pytest.approx(0.009, abs=5e-4)
 
 
-def test_a_folder_goes_both_ways(tmp_path):
-    for config in (solvers.euler_config(2.0), solvers.unipc_config(2.0)):
-        solvers.write_scheduler(config, tmp_path)
-        theirs = DIFFUSERS[config["_class_name"]].from_pretrained(tmp_path)
-        for key, value in config.items():
-            assert key.startswith("_") or theirs.config[key] == value
-        theirs.save_pretrained(tmp_path)  # with every option of theirs spelled out
-        read = solvers.read_scheduler(tmp_path)
-        assert solvers.make_solver(read, 5).levels == solvers.make_solver(config, 5).levels
+@pytest.mark.parametrize("config", [*FLOWS, *DDPMS, COSMOS1, COSMOS2, COSMOS25, LTX])
+def test_a_folder_goes_both_ways(config, tmp_path):
+    solvers.write_scheduler(config, tmp_path)
+    theirs = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
+    for key, value in config.items():
+        assert key.startswith("_") or theirs.config[key] == value
+    theirs.save_pretrained(tmp_path)  # with every option of theirs spelled out
+    read = solvers.read_scheduler(tmp_path, config.get("_pipeline", ""))
+    assert solvers.make_solver(read, 5, **SIZE).levels == solvers.make_solver(config, 5, **SIZE).levels
+
+
+@pytest.mark.parametrize("name", ["dpm++", "ddim", "ancestral"])
+def test_a_solver_by_name_keeps_the_betas(name):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    made = solvers.named_config(name, {**ALLEGRO, **betas})
+    assert torch.equal(solvers.path_of(made).alphas, solvers.path_of({**PIXART, **betas}).alphas)
+    assert solvers.make_solver(made, 4).levels[0] > 0.7
+    with pytest.raises(StditError, match="other weights"):
+        solvers.named_config(name, solvers.unipc_config())
+    with pytest.raises(StditError, match="other weights"):
+        solvers.named_config("euler", made)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'"\xe4"'])
@@ -111,9 +304,22 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
-        ({**solvers.euler_config(), "use_dynamic_shifting": True}, "static shift"),
+        ({"_class_name": "DDPMScheduler"}, "DDPMScheduler"),
+        ({**solvers.unipc_config(), "use_dynamic_shifting": True}, "static flow_shift"),
+        ({**solvers.euler_config(), "use_dynamic_shifting": True}, "latent shape"),
         ({**solvers.euler_config(), "use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({**solvers.euler_config(), "invert_sigmas": True}, "invert_sigmas"),
+        ({**solvers.euler_config(), "stochastic_sampling": True}, "stochastic_sampling"),
+        ({**PIXART, "algorithm_type": "sde-dpmsolver++"}, "sde-dpmsolver"),
+        ({**PIXART, "solver_order": 3}, "solver_order = 3 is not supported; only 2 or 1"),
+        ({**PIXART, "use_lu_lambdas": True}, "use_lu_lambdas"),
+        ({"_class_name": "DDIMScheduler"}, "clip_sample = True"),
+        ({**LATTE, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({**LATTE, "steps_offset": 900}, "beyond the last"),
+        ({**ALLEGRO, "prediction_type": "sample"}, "prediction_type"),
+        ({**ALLEGRO, "trained_betas": [0.1, 0.2]}, "1000 numbers"),
+        ({**COSMOS1, "sigma_schedule": "exponential"}, "sigma_schedule"),
+        ({**COSMOS2, "sigma_data": 0.5}, "sigma_data"),
         ({**solvers.euler_config(), "shfit": 3.0}, "'shift'"),
         ({"_class_name": "UniPCMultistepScheduler"}, "epsilon"),
         ({**solvers.unipc_config(), "lower_order_final": False}, "lower_order_final"),
@@ -126,3 +332,5 @@ def test_what_is_not_reproduced_is_an_error(config, message):
         solvers.make_solver(config, 5)
     with pytest.raises(StditError, match="steps"):
         solvers.make_solver(solvers.euler_config(), 0)
+    with pytest.raises(StditError, match="leave shift out"):
+        solvers.make_solver(PIXART, 5, shift=2.0)

@@ -1,0 +1,35 @@
+"""Solvers: from noise to clip, as the scheduler of a model folder says (see base.py for how one is driven)."""
+
+from stdit.diffusion.solvers.base import Solver
+from stdit.diffusion.solvers.edm import EdmEuler
+from stdit.diffusion.solvers.flow import Euler, OpenSora, UniPC
+from stdit.diffusion.solvers.folders import (
+    euler_config,
+    named_config,
+    read_scheduler,
+    static_shift,
+    unipc_config,
+    write_scheduler,
+)
+from stdit.diffusion.solvers.schedulers import check_scheduler, make_solver, path_of
+from stdit.diffusion.solvers.vp import Ddim, DpmSolver, EulerAncestral
+
+__all__ = [
+    "Ddim",
+    "DpmSolver",
+    "EdmEuler",
+    "Euler",
+    "EulerAncestral",
+    "OpenSora",
+    "Solver",
+    "UniPC",
+    "check_scheduler",
+    "euler_config",
+    "make_solver",
+    "named_config",
+    "path_of",
+    "read_scheduler",
+    "static_shift",
+    "unipc_config",
+    "write_scheduler",
+]

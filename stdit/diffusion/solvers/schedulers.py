@@ -1,0 +1,337 @@
+"""From a scheduler's config, as diffusers writes it, to the path of the weights and to their solver.
+
+Every option of a scheduler is obeyed or refused by name. Some pipelines of diffusers call their scheduler in a way of
+their own (LTX-Video's and Cosmos'); `_pipeline` in a config, model_index.json's `_class_name`, says which is meant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stdit.diffusion.paths import DdpmPath, EdmPath, FlowPath, Path, open_sora_shift
+from stdit.diffusion.solvers.base import Solver
+from stdit.diffusion.solvers.edm import EdmEuler
+from stdit.diffusion.solvers.flow import (
+    Euler,
+    OpenSora,
+    UniPC,
+    dynamic_shift,
+    even_sigmas,
+    karras_sigmas,
+    table_sigmas,
+    unipc_karras_levels,
+    unipc_levels,
+)
+from stdit.diffusion.solvers.vp import Ddim, DpmSolver, EulerAncestral, spaced, table
+from stdit.errors import StditError, nearest_name
+from stdit.shapes import LatentShape, VideoShape
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be solved: `shift` replaces the config's; shape and latent are the clip's, where a schedule asks."""
+
+    steps: int
+    shift: float | None
+    shape: VideoShape | None
+    latent: LatentShape | None
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """How one of diffusers' schedulers is read.
+
+    allowed: options and the values that are reproduced; a key left out of a file means the first of them, or what
+    `absent` says. read: options of any value. shift: the option that holds the static shift, if there is one.
+    """
+
+    path: Callable[[Config], Path]
+    make: Callable[[Config, Request], Solver]
+    allowed: Mapping[str, tuple[Any, ...]]
+    read: Iterable[str]
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    shift: str = ""
+
+
+def _pipeline(config: Config) -> str:
+    return str(config.get("_pipeline", ""))
+
+
+def _shift(config: Config, request: Request, name: str) -> float:
+    return float(config.get(name, 1.0)) if request.shift is None else request.shift
+
+
+def _euler(config: Config, request: Request) -> Solver:
+    steps, terminal = request.steps, config.get("shift_terminal")
+    if config.get("use_karras_sigmas"):
+        cosmos = {"sigma_min": 0.002, "sigma_max": 80.0, "final_sigmas_type": "sigma_min"}  # what its pipelines add
+        config = {**cosmos, **config} if _pipeline(config).startswith("Cosmos2") else config
+        sigmas = karras_sigmas(steps, config["sigma_min"], config["sigma_max"])
+        return EdmEuler(FlowPath(), sigmas, config.get("final_sigmas_type", "zero") == "zero", config["sigma_max"])
+    if config.get("use_dynamic_shifting"):
+        if request.shift is None and request.latent is None:
+            raise StditError("a scheduler with use_dynamic_shifting needs the clip's latent shape.")
+        latent = request.latent or LatentShape(0, 0, 0)
+        shift = dynamic_shift(latent.frames * latent.height * latent.width, config)
+        return Euler(even_sigmas(steps, shift if request.shift is None else request.shift, terminal))
+    shift = _shift(config, request, "shift")
+    if _pipeline(config).startswith("LTX"):
+        return Euler(even_sigmas(steps, shift, terminal))
+    train_steps = int(config.get("num_train_timesteps", 1000))
+    return Euler(table_sigmas(steps, shift, train_steps), train_steps)
+
+
+def _unipc(config: Config, request: Request) -> Solver:
+    if config.get("use_karras_sigmas"):
+        levels, sigmas = unipc_karras_levels(request.steps, config["sigma_min"], config["sigma_max"])
+        if not _pipeline(config).startswith("Cosmos2_5"):
+            levels = [int(level * 1000) / 1000 for level in levels]
+    else:
+        shift, train_steps = _shift(config, request, "flow_shift"), int(config.get("num_train_timesteps", 1000))
+        levels, sigmas = unipc_levels(request.steps, shift, train_steps)
+    return UniPC(levels, sigmas, int(config.get("solver_order", 2)), config.get("disable_corrector") or ())
+
+
+def _indices(config: Config, steps: int, default: str, one_more: bool = False) -> list[int]:
+    spacing, offset = config.get("timestep_spacing", default), int(config.get("steps_offset", 0))
+    return [int(index) for index in spaced(steps, spacing, offset, one_more).round()]
+
+
+def _dpm(config: Config, request: Request) -> Solver:
+    path = DdpmPath.of(config)
+    last = 0.0 if config.get("final_sigmas_type", "zero") == "zero" else float(table(path)[0])
+    return DpmSolver(
+        path,
+        _indices(config, request.steps, "linspace", one_more=True),
+        int(config.get("solver_order", 2)),
+        bool(config.get("lower_order_final", True)),
+        bool(config.get("euler_at_final", False)),
+        last,
+    )
+
+
+def _ddim(config: Config, request: Request) -> Solver:
+    path = DdpmPath.of(config)
+    end = 1.0 if config.get("set_alpha_to_one", True) else float(path.alphas[0])
+    return Ddim(path, _indices(config, request.steps, "leading"), end)
+
+
+def _ancestral(config: Config, request: Request) -> Solver:
+    spacing = config.get("timestep_spacing", "linspace")
+    timesteps = spaced(request.steps, spacing, int(config.get("steps_offset", 0)))
+    return EulerAncestral(DdpmPath.of(config), timesteps, widest=spacing == "leading")
+
+
+def _edm_path(config: Config) -> EdmPath:
+    sign = 1 if config.get("prediction_type", "epsilon") == "epsilon" else -1
+    return EdmPath(float(config.get("sigma_data", 0.5)), sign)
+
+
+def _edm(config: Config, request: Request) -> Solver:
+    largest = float(config.get("sigma_max", 80.0))
+    sigmas = karras_sigmas(request.steps, config.get("sigma_min", 0.002), largest, config.get("rho", 7.0))
+    return EdmEuler(_edm_path(config), sigmas, config.get("final_sigmas_type", "zero") == "zero", largest)
+
+
+def _open_sora_path(config: Config) -> FlowPath:
+    return FlowPath(reverse=True, by_shape=bool(config.get("use_timestep_transform", False)))
+
+
+def _open_sora(config: Config, request: Request) -> Solver:
+    shift = 1.0 if request.shift is None else request.shift
+    if request.shift is None and config.get("use_timestep_transform", False):
+        if request.shape is None:
+            raise StditError("Open-Sora's noise levels need the clip's shape in pixels.")
+        shift = open_sora_shift(request.shape)
+    return OpenSora(request.steps, shift)
+
+
+_NO_OTHER_SIGMAS: dict[str, tuple[Any, ...]] = {
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+}
+_DDPM: dict[str, tuple[Any, ...]] = {
+    **_NO_OTHER_SIGMAS,
+    "prediction_type": ("epsilon", "v_prediction"),
+    "beta_schedule": ("linear", "scaled_linear"),
+    "num_train_timesteps": (1000,),
+    "rescale_betas_zero_snr": (False,),
+    "thresholding": (False,),
+}
+_DDPM_READ = ("beta_start", "beta_end", "trained_betas", "steps_offset", "timestep_spacing")
+SCHEDULERS: dict[str, Scheduler] = {
+    "FlowMatchEulerDiscreteScheduler": Scheduler(
+        lambda config: FlowPath(),
+        _euler,
+        {
+            **_NO_OTHER_SIGMAS,
+            "use_karras_sigmas": (False, None, True),
+            "use_dynamic_shifting": (False, True),
+            "time_shift_type": ("exponential", "linear"),
+            "invert_sigmas": (False,),
+            "stochastic_sampling": (False,),
+            "final_sigmas_type": ("zero", "sigma_min"),
+            "sigma_data": (1.0,),
+        },
+        (
+            "shift",
+            "num_train_timesteps",
+            "shift_terminal",
+            "base_shift",
+            "max_shift",
+            "base_image_seq_len",
+            "max_image_seq_len",
+            "sigma_min",
+            "sigma_max",
+        ),
+        shift="shift",
+    ),
+    "UniPCMultistepScheduler": Scheduler(
+        lambda config: FlowPath(),
+        _unipc,
+        {
+            **_NO_OTHER_SIGMAS,
+            "use_karras_sigmas": (False, None, True),
+            "prediction_type": ("flow_prediction",),
+            "use_flow_sigmas": (True,),
+            "predict_x0": (True,),
+            "final_sigmas_type": ("zero",),
+            "lower_order_final": (True,),
+            # diffusers reads the last three as bh2; its bh1 ends in NaN
+            "solver_type": ("bh2", "midpoint", "heun", "logrho"),
+            "solver_order": (2, 1, 3),
+            "thresholding": (False,),
+            "solver_p": (None,),
+            "use_dynamic_shifting": (False,),
+            "shift_terminal": (None, 0),
+            "rescale_betas_zero_snr": (False,),
+        },
+        ("flow_shift", "num_train_timesteps", "disable_corrector", "sigma_min", "sigma_max"),
+        absent={"prediction_type": "epsilon", "use_flow_sigmas": False},
+        shift="flow_shift",
+    ),
+    "DPMSolverMultistepScheduler": Scheduler(
+        DdpmPath.of,
+        _dpm,
+        {
+            **_DDPM,
+            "algorithm_type": ("dpmsolver++",),
+            "solver_order": (2, 1),
+            "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # as diffusers reads them
+            "lower_order_final": (True, False),
+            "euler_at_final": (False, True),
+            "final_sigmas_type": ("zero", "sigma_min"),
+            "lambda_min_clipped": (-math.inf,),
+            "use_lu_lambdas": (False,),
+            "use_flow_sigmas": (False,),
+            "use_dynamic_shifting": (False,),
+            "variance_type": (None,),  # with another, diffusers would keep three channels of the network's
+        },
+        (*_DDPM_READ, "flow_shift"),
+    ),
+    "DDIMScheduler": Scheduler(
+        DdpmPath.of,
+        _ddim,
+        {
+            **_DDPM,
+            "clip_sample": (False,),
+            "set_alpha_to_one": (True, False),
+            "variance_type": (None, "learned", "learned_range", "fixed_small", "fixed_large"),  # without effect
+        },
+        _DDPM_READ,
+        absent={"clip_sample": True},
+    ),
+    "EulerAncestralDiscreteScheduler": Scheduler(DdpmPath.of, _ancestral, _DDPM, _DDPM_READ),
+    "EDMEulerScheduler": Scheduler(
+        _edm_path,
+        _edm,
+        {
+            "sigma_schedule": ("karras",),
+            "prediction_type": ("epsilon", "v_prediction"),
+            "final_sigmas_type": ("zero", "sigma_min"),
+        },
+        ("sigma_min", "sigma_max", "sigma_data", "rho", "num_train_timesteps"),
+    ),
+    # Open-Sora's own, which diffusers has not.
+    "RFLOW": Scheduler(
+        _open_sora_path,
+        _open_sora,
+        {"use_timestep_transform": (False, True), "use_discrete_timesteps": (False,), "num_timesteps": (1000,)},
+        ("num_sampling_steps", "cfg_scale", "sample_method", "loc", "scale", "transform_scale"),
+    ),
+}
+# Options that some files keep, without effect on the solvers that do not read them.
+_IGNORED = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "beta_start"}
+_IGNORED |= {"beta_end", "beta_schedule", "trained_betas", "dynamic_thresholding_ratio", "sample_max_value"}
+_IGNORED |= {"timestep_spacing", "steps_offset", "sigma_min", "sigma_max", "clip_sample", "clip_sample_range"}
+_IGNORED |= {"set_alpha_to_one", "skip_prk_steps", "interpolation_type"}
+
+
+def check_scheduler(config: Config, where: str = "scheduler") -> None:
+    """Raises where a scheduler config asks for something that is not reproduced; `where` names it in the error."""
+    name = config.get("_class_name", "")
+    if name not in SCHEDULERS:
+        raise StditError(
+            f"{where}: the scheduler {name!r} is not supported. Supported: {', '.join(SCHEDULERS)}."
+            f"{nearest_name(name, SCHEDULERS)}"
+        )
+    scheduler = SCHEDULERS[name]
+    for key, allowed in scheduler.allowed.items():
+        value = config.get(key, scheduler.absent.get(key, allowed[0]))
+        if value in allowed:
+            continue
+        if key == "use_dynamic_shifting":
+            raise StditError(
+                f"{where}: {name} with use_dynamic_shifting needs a shift for every size, which WanPipeline cannot "
+                f"pass either. Set it to false and give a static {scheduler.shift}."
+            )
+        runs = " or ".join(map(repr, allowed))
+        raise StditError(f"{where}: {name} with {key} = {value!r} is not supported; only {runs}.")
+    if config.get("use_karras_sigmas") and not (
+        ("sigma_min" in config and "sigma_max" in config) or _pipeline(config).startswith("Cosmos2")
+    ):
+        raise StditError(f"{where}: {name} with use_karras_sigmas needs sigma_min and sigma_max, as Cosmos' have them.")
+    known = {*scheduler.allowed, *scheduler.read}
+    for key, value in config.items():
+        if key.startswith("_") or key in known or key in _IGNORED or value in (None, False):
+            continue  # an option of a later diffusers that is off changes nothing
+        raise StditError(
+            f"{where}: {name} has an option {key} = {value!r} that is not known here.{nearest_name(key, known)}"
+        )
+
+
+def path_of(config: Config, where: str = "scheduler") -> Path:
+    """The path that weights beside this scheduler config are for."""
+    check_scheduler(config, where)
+    return SCHEDULERS[config["_class_name"]].path(config)
+
+
+def make_solver(
+    config: Config,
+    steps: int,
+    shift: float | None = None,
+    where: str = "scheduler",
+    *,
+    shape: VideoShape | None = None,
+    latent: LatentShape | None = None,
+) -> Solver:
+    """The solver a scheduler config names, over `steps` steps.
+
+    shift: of a flow's noise levels, in place of the config's static shift or of the one that it has for the clip.
+    shape, latent: the clip's, in pixels and latents; asked for where the levels depend on them.
+    """
+    check_scheduler(config, where)
+    name = config["_class_name"]
+    if not 1 <= steps <= int(config.get("num_train_timesteps", 1000)):
+        raise StditError(f"steps must be between 1 and {config.get('num_train_timesteps', 1000)}, not {steps}.")
+    if shift is not None and shift <= 0:
+        raise StditError(f"shift must be positive, not {shift}.")
+    if shift is not None and (path_of(config).name != "flow" or config.get("use_karras_sigmas")):
+        raise StditError(f"{where}: {name} knows no shift of the noise levels; leave shift out.")
+    return SCHEDULERS[name].make(config, Request(steps, shift, shape, latent))
