@@ -227,6 +227,17 @@ class TransformerConfig:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in STDiT(self).parameters())
 
+    def inflated(self) -> TransformerConfig:
+        """The same with a block over time after every block of an image model, for `stdit.models.inflate`.
+
+        Its attention knows the frame by rotary positions: Latte's sinusoids, which are added to the tokens, would
+        change what the image model computes.
+        """
+        if self.attention != "spatial" or self.compressed:
+            what = "compressed keys and values (PixArt-Σ 2K)" if self.compressed else f"attention {self.attention!r}"
+            raise StditError(f"only a model of images can be inflated (PixArt); this one has {what}.")
+        return replace(self, attention="spatial_temporal", rotary="time")
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
         """A preset by name with fields changed."""

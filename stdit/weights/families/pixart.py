@@ -1,7 +1,8 @@
 """PixArt-α and PixArt-Σ (PixArt-alpha/PixArt-alpha, diffusion/model/nets/PixArt.py and PixArtMS.py): images.
 
 An image is a clip of one frame; frames of a longer clip are images of their own. The originals fuse q, k and v, keep a
-text for "no text" with the weights, and have no config.json.
+text for "no text" with the weights, and have no config.json. Inflated models (stdit/models/inflate.py) are stdit's own:
+no program has a class for them, so config.json names one that none opens; the keys are diffusers', and temporal_blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
 
 FAMILY = "PixArt transformer"
 _ORIGINAL_CLASS = "PixArtMS"
-CLASSES = ("PixArtTransformer2DModel", _ORIGINAL_CLASS)
+_INFLATED_CLASS = "InflatedPixArtTransformer3DModel"
+CLASSES = ("PixArtTransformer2DModel", _ORIGINAL_CLASS, _INFLATED_CLASS)
 SETTINGS: dict[str, Any] = {
     **configs.PIXART_LIKE,
     "family": "pixart",
@@ -66,7 +68,8 @@ def config_from(
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
         values = _values_from_shapes(shapes, place) | configs.described(found, _KEPT, place)
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
-    values, theirs = _DIFFUSERS.read(found, _OWN, place)
+    inflated = found.get("_class_name") == _INFLATED_CLASS
+    values, theirs = _DIFFUSERS.read({**found, "_class_name": _DIFFUSERS.class_name}, _OWN, place)
     if values["text_dim"] is None:
         raise StditError(f"{place}: caption_channels is missing; stdit runs PixArt models that project their text.")
     values |= configs.checked_width(theirs, place) | configs.picture(theirs)
@@ -74,12 +77,13 @@ def config_from(
     sized = theirs["use_additional_conditions"]
     sized = theirs["sample_size"] == 128 if sized is None else sized
     values["level_condition"] = "size" if sized else "none"
-    return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+    config = checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+    return config.inflated() if inflated else config
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' PixArtTransformer2DModel.save_pretrained writes it."""
-    return _DIFFUSERS.write(
+    """config.json as diffusers' PixArtTransformer2DModel.save_pretrained writes it; ours of an inflated one."""
+    written = _DIFFUSERS.write(
         config,
         _OWN,
         **configs.head_fields(config),
@@ -87,6 +91,11 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
         interpolation_scale=config.position_stretch,
         use_additional_conditions=config.level_condition == "size",
     )
+    return written | ({"_class_name": _INFLATED_CLASS} if _is_inflated(config) else {})
+
+
+def _is_inflated(config: TransformerConfig) -> bool:
+    return config.attention == "spatial_temporal"
 
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
@@ -123,9 +132,12 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
                 for our, its in sizes.items()
             ),
             *block_rules(),
+            *block_rules("temporal_blocks", "temporal_blocks"),
             *end_rules(),
             absent=("null_text",),
         )
+    if _is_inflated(config):
+        raise StditError("no original release has an inflated PixArt: write layout 'diffusers', which is stdit's own.")
     qkv = tuple(f"blocks.{{i}}.self_attn.{p}.{{leaf}}" for p in "qkv")
     kv = tuple(f"blocks.{{i}}.cross_attn.{p}.{{leaf}}" for p in "kv")
     return KeyMap(
