@@ -38,9 +38,10 @@ def encode(
     from stdit.data.manifest import read_manifest
     from stdit.encode import encode_manifest, text_identity, vae_identity
     from stdit.errors import StditError, about
+    from stdit.training.start import follow_init
     from stdit.weights.io import load_vae
 
-    run = load_config(config, overrides or [])
+    run = follow_init(load_config(config, overrides or []))
     if run.vae.path is None:
         raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
     clips = read_manifest(manifest)

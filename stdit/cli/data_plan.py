@@ -78,29 +78,33 @@ def costs(config: RunConfig) -> Objective:
 
     from stdit.models.transformer import STDiT, TransformerConfig
     from stdit.training.objective import FlowObjective, VaeObjective
+    from stdit.training.start import follow_init, transformer_path
     from stdit.vae.autoencoder import CausalVAE, VaeConfig, preset
     from stdit.weights.io import find
 
+    config = follow_init(config)
     if config.vae.path:
         vae = find("vae", config.vae.path).config
     else:
-        vae = VaeConfig(**(vars(preset(config.vae.preset)) | config.vae.overrides))
+        vae = VaeConfig(**(vars(preset(config.vae.preset or "toy")) | config.vae.overrides))
     nowhere = torch.device("meta")
     with nowhere:
         if config.objective.kind == "vae":
             return VaeObjective(config.objective, CausalVAE(vae), device=nowhere, dtype=torch.float32, ranks=1)
-        if config.model.weights:
-            model = find("transformer", config.model.weights).config
+        if config.model.init:
+            model = find("transformer", transformer_path(config.model)).config
+            model = model.inflated() if config.model.inflate else model
         else:
             channels = {"in_channels": vae.z_dim, "out_channels": vae.z_dim}
-            model = TransformerConfig.preset(config.model.preset, **(config.model.overrides | channels))
+            model = TransformerConfig.preset(config.model.preset or "toy", **(config.model.overrides | channels))
         return FlowObjective(
             config.objective,
             STDiT(model),
             CausalVAE(vae),
             None,  # type: ignore[arg-type]  # captions cost nothing in a plan
             train_text=False,
-            text_padding=config.text.padding,
+            text_padding=0,
+            conditions=None,  # type: ignore[arg-type]  # nor do these
             device=nowhere,
         )
 

@@ -25,24 +25,32 @@ from stdit.keyed import keyed_generator, keyed_uniform
 class TimestepConfig:
     """The distribution of noise levels in training.
 
-    shift moves every level (1 leaves it); shift_tokens, if set, multiplies the shift by √(tokens / shift_tokens), so a
-    clip of shift_tokens tokens has the shift as written and larger clips see more noise. stdit samples with the same;
-    diffusers, whose schedulers know only the shift as written, must be told another one for every size.
+    shift (unset: 1) moves every level; shift_tokens multiplies the shift by √(tokens / shift_tokens), so that a clip
+    of shift_tokens tokens has the shift as written and larger clips see more noise. stdit samples with the same;
+    diffusers, whose schedulers know only the shift as written, must be told another one for every size. range: of all
+    levels, those that are drawn, for one of two experts; unset: all.
     """
 
     distribution: Literal["logit_normal", "uniform"] = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
-    shift: float = 1.0
+    shift: float | None = None
     shift_tokens: int | None = None
+    range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.distribution not in ("logit_normal", "uniform"):
             raise StditError(f"noise levels: distribution {self.distribution!r} is not known; logit_normal or uniform.")
-        if self.std <= 0 or self.shift <= 0 or (self.shift_tokens is not None and self.shift_tokens <= 0):
+        if (
+            self.std <= 0
+            or (self.shift is not None and self.shift <= 0)
+            or (self.shift_tokens is not None and self.shift_tokens <= 0)
+        ):
             raise StditError(
                 f"noise levels: std {self.std}, shift {self.shift} and shift_tokens {self.shift_tokens} must be > 0."
             )
+        if self.range is not None and not 0 <= self.range[0] < self.range[1] <= 1:
+            raise StditError(f"noise levels: range {list(self.range)} must be two levels from 0 to 1, the lower first.")
 
 
 Levels = TypeVar("Levels", Tensor, np.ndarray)
@@ -87,6 +95,13 @@ def levels_from_uniform(u: Tensor, config: TimestepConfig) -> Tensor:
     return torch.sigmoid(config.mean + config.std * torch.special.ndtri(u))
 
 
+def uniform_from_levels(t: Tensor, config: TimestepConfig) -> Tensor:
+    """The inverse of `levels_from_uniform`: the share of the unshifted distribution below each level, in [0, 1]."""
+    if config.distribution == "uniform":
+        return t
+    return torch.special.ndtr((torch.logit(t) - config.mean) / config.std)
+
+
 def noise_levels(
     positions: Sequence[int],
     count: int,
@@ -100,8 +115,17 @@ def noise_levels(
     """The noise level of each of some clips of a step.
 
     positions: where the clips stand in the global step. count: clips in the global step. tokens: tokens of each clip.
-    Returns (len(positions),) fp64 in (0, 1).
+    Returns (len(positions),) fp64 in (0, 1), and in config.range.
     """
-    t = levels_from_uniform(stratified_uniform(positions, count, seed=seed, epoch=epoch, step=step), config)
-    shifts = [config.shift * (shift_by_tokens(n, config.shift_tokens) if config.shift_tokens else 1.0) for n in tokens]
-    return shift_noise_level(t, torch.tensor(shifts, dtype=torch.float64))
+    u = stratified_uniform(positions, count, seed=seed, epoch=epoch, step=step)
+    static = 1.0 if config.shift is None else config.shift
+    shifts = torch.tensor(
+        [static * (shift_by_tokens(n, config.shift_tokens) if config.shift_tokens else 1.0) for n in tokens],
+        dtype=torch.float64,
+    )
+    low, high = config.range or (0.0, 1.0)
+    if (low, high) != (0.0, 1.0):  # the quantiles between those of the ends
+        ends = [shift_noise_level(torch.full_like(shifts, t), 1 / shifts).clamp(0, 1) for t in (low, high)]
+        first, last = (uniform_from_levels(t, config) for t in ends)
+        u = first + u * (last - first)
+    return shift_noise_level(levels_from_uniform(u, config), shifts).clamp(low, high)

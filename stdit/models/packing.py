@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,6 +216,28 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
         grids=grids,
         level_index=level_index,
     )
+
+
+def pack_inputs(
+    clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch, conditions: Sequence[Mapping[str, Any]]
+) -> TokenPack:
+    """`pack_clips` with what some families take of each clip beside its text, the same names for all clips.
+
+    conditions: of each clip fps, a number; size, (width, height) in pixels; image, (C_image, T, H, W), channels that go
+    beside the clip's; image_text, (I, D_image), tokens of an image encoder.
+    """
+    names = {frozenset(one) for one in conditions}
+    assert len(conditions) == len(clips) and len(names) == 1, f"{len(clips)} clips with conditions {names}"
+    taken = {name: [one[name] for one in conditions] for name in conditions[0]}
+    images = taken.pop("image", None)
+    if images is not None:
+        clips = [torch.cat([clip, image.to(clip)]) for clip, image in zip(clips, images)]
+    pack = pack_clips(clips, levels, patch)
+    if texts := taken.pop("image_text", None):
+        pack.conditions.image_text = pack_texts(texts, padding=0)
+    for name, values in taken.items():
+        setattr(pack.conditions, name, torch.stack([torch.as_tensor(v, device=clips[0].device) for v in values]))
+    return pack
 
 
 def level_clip_pairs(pack: TokenPack) -> tuple[Tensor, Tensor, LevelIndex]:

@@ -30,13 +30,12 @@ from stdit.models.embeddings import (
 from stdit.models.fused import gated_residual, modulated_norm
 from stdit.models.layers import Compression, LayerNorm, Linear, LowRank, RMSNorm, Rotary
 from stdit.models.packing import (
-    ClipConditions,
     LevelIndex,
     Segments,
     TextPack,
     TokenPack,
     level_clip_pairs,
-    pack_clips,
+    pack_inputs,
     pack_texts,
     spatial_segments,
     temporal_segments,
@@ -342,13 +341,11 @@ class STDiT(nn.Module):
         """
         given = self._conditions(conditions, latents)
         self._check(latents, t, text, text_mask)
-        image = given.pop("image", None)
-        if (image is None) != (self.config.image_channels == 0):
+        if ("image" in given) != (self.config.image_channels > 0):
             raise StditError(f"these weights take `image`, (B, {self.config.image_channels}, T, H, W), in every call.")
         texts = list(text) if text_mask is None else [row[keep] for row, keep in zip(text, text_mask.bool())]
-        clips = latents if image is None else torch.cat([latents, image.to(latents)], dim=1)
-        pack = pack_clips(list(clips), list(t), self.config.patch)
-        pack.conditions = ClipConditions(**given)
+        of_clips = [{name: value[index] for name, value in given.items()} for index in range(len(latents))]
+        pack = pack_inputs(list(latents), list(t), self.config.patch, of_clips)
         out = self(pack, pack_texts(texts, padding=0))
         return torch.stack(unpack_clips(out, pack, self.config.patch)).to(latents.dtype)
 
@@ -378,7 +375,7 @@ class STDiT(nn.Module):
                 or any(size not in (None, has) for size, has in zip(wanted, value.shape[1:]))
             ):
                 raise StditError(f"condition {name!r} is {tuple(value.shape)}; wanted {(len(latents), *wanted)}.")
-            found[name] = pack_texts(list(value), padding=0) if name == "image_text" else value
+            found[name] = value
         return found
 
     def _check(self, latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None) -> None:

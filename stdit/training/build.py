@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +17,18 @@ from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.planner import Plan
 from stdit.encode import text_identity, vae_identity
 from stdit.errors import StditError, about
+from stdit.models.attention import choose_backend
+from stdit.models.inflate import inflate
 from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.pipeline import Pipeline
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
+from stdit.training.conditions import Conditions
 from stdit.training.engine import PRECISIONS, check_engine, zero_stage
 from stdit.training.objective import FlowObjective, Objective, VaeObjective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
+from stdit.training.start import choose_trained, follow_init, transformer_path
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.io import load_transformer, load_vae
@@ -37,7 +43,7 @@ class Parts:
     objective: Objective
     loader: Loader
     plan: Plan  # of epoch 0
-    config: RunConfig
+    config: RunConfig  # with what follows from model.init
 
     def plan_of(self, epoch: int) -> Plan:
         """The plan of an epoch; the last few are kept."""
@@ -67,12 +73,13 @@ def build(config: RunConfig, world: World) -> Parts:
     if not config.data.manifest:
         raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
     check_engine(config.optimizer, config.parallel, world.device)
+    config = follow_init(config)
     manifest = read_manifest(config.data.manifest)
     assignment = assign(manifest, config.data)
     torch.manual_seed(config.run.seed)
     objective = make_objective(config, manifest, world)
     plan = make_plan(manifest, assignment, objective, config, 0)
-    cache, text_cache = open_caches(config)
+    cache, text_cache = open_caches(config, world)
     loader = Loader(manifest, assignment, config.data, config.run.seed, cache, text_cache)
     parts = Parts(manifest, assignment, objective, loader, plan, config)
     check_evaluation(parts)
@@ -92,6 +99,8 @@ def check_evaluation(parts: Parts) -> None:
         asked = VideoShape(shape.frames if settings.frames is None else settings.frames, size.height, size.width)
         with about(f"eval.size={settings.size}, eval.frames={settings.frames}"):
             objective.tokens(asked)
+        with about("eval.prompts"):  # whether such weights can be sampled
+            Pipeline(objective.module.transformer, objective.vae, objective.text_encoder, {})
 
 
 def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, config: RunConfig, epoch: int) -> Plan:
@@ -122,14 +131,19 @@ def make_objective(config: RunConfig, manifest: Manifest, world: World) -> Objec
         return VaeObjective(config.objective, make_vae(config), device=world.device, dtype=dtype, ranks=world.size)
     if not config.vae.path:
         raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")
-    # In fp32 under any precision: it goes into the exported folder, and must not be rounded on the way.
-    with about("vae.path"):
-        vae = load_vae(config.vae.path, dtype=torch.float32, device=world.device).eval()
+    vae = make_vae(config).to(world.device).eval()
     text_encoder = make_text_encoder(config, manifest)
     if config.text.path:
         text_encoder.requires_grad_(False).to(world.device, dtype)
-    transformer = make_transformer(config, vae.config.z_dim, text_encoder.dim)
-    tasks = [name for name, weight in config.objective.flow.tasks.items() if weight > 0 and name != "text_to_video"]
+    remake = partial(make_transformer, config, vae.config.z_dim, text_encoder.dim)
+    transformer = remake()
+    transformer.attention_backend = config.model.attention_backend
+    with about("model.attention_backend"):
+        choose_backend(config.model.attention_backend, world.device.type, dtype, transformer.config.head_dim)
+    conditions = make_conditions(config, transformer.config, vae, world.device)
+    tasks = [
+        name for name, weight in (config.objective.flow.tasks or {}).items() if weight > 0 and name != "text_to_video"
+    ]
     patch = transformer.config.patch
     if tasks and patch[0] > 1:
         raise StditError(
@@ -142,16 +156,18 @@ def make_objective(config: RunConfig, manifest: Manifest, world: World) -> Objec
         vae,
         text_encoder,
         train_text=config.text.path is None,
-        text_padding=config.text.padding,
+        text_padding=config.text.padding or 0,
+        conditions=conditions,
+        remake=remake if config.model.init else None,
         device=world.device,
         dtype=dtype,
     )
 
 
 def make_vae(config: RunConfig) -> CausalVAE:
-    """The VAE to train: a fresh one, or `vae.path` as a start."""
+    """The VAE of `vae.path`, or a fresh one to train. In fp32 under any precision: it is exported as it is here."""
     if config.vae.path is None:
-        base = vae_preset(config.vae.preset)
+        base = vae_preset(config.vae.preset or "toy")
         return CausalVAE(VaeConfig(**(vars(base) | config.vae.overrides)))
     with about("vae.path"):
         vae = load_vae(config.vae.path, dtype=torch.float32)
@@ -176,30 +192,54 @@ def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
 
 
 def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
-    """The preset with its changes, fitted to the VAE and the text encoder; or `model.weights` as a start."""
-    follow = {"in_channels": channels, "out_channels": channels, "text_dim": text_dim}
-    follow["text_padding"] = config.text.padding
-    for name, value in follow.items():
-        if config.model.overrides.get(name, value) != value:
-            raise StditError(
-                f"model.{name} is {config.model.overrides[name]}, but the VAE and the text encoder make it {value}. "
-                f"Leave it out."
-            )
-    if config.model.weights is None:
+    """The preset with its changes, fitted to the VAE and the text encoder; or the weights of `model.init`."""
+    settings = config.model
+    if settings.init is None:
+        follow = {"in_channels": channels, "out_channels": channels, "text_dim": text_dim}
+        follow["text_padding"] = config.text.padding or 0
+        for name, value in follow.items():
+            if settings.overrides.get(name, value) != value:
+                raise StditError(
+                    f"model.{name} is {settings.overrides[name]}, but the VAE and the text encoder make it {value}. "
+                    f"Leave it out."
+                )
         with about("model"):
-            model = STDiT(TransformerConfig.preset(config.model.preset, **(config.model.overrides | follow)))
+            model = STDiT(TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow)))
     else:
-        with about("model.weights"):
-            model = load_transformer(config.model.weights, dtype=torch.float32)
-        for name, value in (config.model.overrides | follow).items():
-            if name != "text_padding" and getattr(model.config, name) != value:
-                raise StditError(f"{config.model.weights}: {name} is {getattr(model.config, name)}, not {value}.")
+        with about("model.init"):
+            path = transformer_path(settings)
+            model = load_transformer(path, dtype=torch.float32)
+            for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
+                if getattr(model.config, name) != value:
+                    whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")
+                    raise StditError(f"{path}: its {name} is {getattr(model.config, name)}, {whose} {value}.")
+            model = inflate(model) if settings.inflate else model
+        choose_trained(model, settings)
     model.checkpoint_blocks = config.model.checkpoint_blocks
     return model
 
 
-def open_caches(config: RunConfig) -> tuple[Cache | None, Cache | None]:
-    """The latents' and, where a frozen encoder's texts are cached, the texts'."""
+def make_conditions(config: RunConfig, model: TransformerConfig, vae: CausalVAE, device: torch.device) -> Conditions:
+    """What the weights take of a clip beside its text; loads their image encoder if they have one."""
+    encoder = None
+    if "image_text" in model.conditions and config.model.init and (Path(config.model.init) / "image_encoder").is_dir():
+        from stdit.text.images import load_image_encoder
+
+        with about("model.init"):
+            encoder = load_image_encoder(config.model.init).to(device)
+            if encoder.dim != model.image_text_dim:
+                raise StditError(f"image_encoder/ gives tokens of {encoder.dim}, not of {model.image_text_dim}.")
+    conditions = Conditions(model, vae, config.data.fps, encoder)
+    if conditions.gives_latents and config.data.cache is not None:
+        raise StditError(
+            f"data.cache={config.data.cache}: {config.model.init} takes a clip's first frames as latents of their own, "
+            f"which a cache of whole clips does not hold. Set data.cache=null."
+        )
+    return conditions
+
+
+def open_caches(config: RunConfig, world: World) -> tuple[Cache | None, Cache | None]:
+    """The latents' and, where a frozen encoder's texts are cached, the texts'; says so where they are not."""
     if config.data.cache is None or config.objective.kind == "vae":
         return None, None
     assert config.vae.path is not None
@@ -209,7 +249,9 @@ def open_caches(config: RunConfig) -> tuple[Cache | None, Cache | None]:
     settings = text_settings(config.data, text_identity(config.text.path, config.text.padding or 512))
     try:
         return latents, Cache.open(config.data.cache, settings)
-    except StditError:  # the encoder is there anyway, for dropped captions and for samples
+    except StditError as error:  # the encoder is there anyway, for dropped captions and for samples
+        if world.is_main:
+            print(f"captions are encoded while training, by {config.text.path}: {error}", flush=True)
         return latents, None
 
 

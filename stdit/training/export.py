@@ -17,7 +17,7 @@ from stdit.data.loader import Example, Loader
 from stdit.data.manifest import read_manifest
 from stdit.data.planner import PlanItem
 from stdit.data.video_write import write_video
-from stdit.diffusion.solvers import unipc_config
+from stdit.diffusion.solvers import static_shift, unipc_config, write_scheduler
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.files import publish_folder, publish_text
@@ -28,8 +28,10 @@ from stdit.training.ema import Ema
 from stdit.training.engine import Engine
 from stdit.training.objective import FlowModule, FlowObjective, VaeModule
 from stdit.training.parallel import World
+from stdit.training.start import EXPERTS
 from stdit.vae.autoencoder import CausalVAE, measure_latents
-from stdit.weights.io import save_vae
+from stdit.weights.files import read_json
+from stdit.weights.io import save_transformer, save_vae
 
 FORMAT = 1  # of export.json
 VAE_CLIPS = 256  # at most as many measure the latents' mean and deviation
@@ -51,8 +53,8 @@ def averaged_weights(engine: Engine, ema: Ema | None, world: World) -> dict[str,
 
 @torch.no_grad()
 def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A module of `Objective.fresh` filled with all its weights."""
-    parameters = dict(module.named_parameters())
+    """A module of `Objective.fresh` filled with all weights that train."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
@@ -61,18 +63,52 @@ def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 
 def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pipeline:
     """What samples with these weights, at the run's precision on this rank's device."""
-    objective, config = parts.objective, parts.config
+    objective, module = parts.objective, _trained(parts, weights)
     assert isinstance(objective, FlowObjective)
-    module = with_weights(objective.fresh(), weights)
-    assert isinstance(module, FlowModule)
     module.to(world.device, objective.dtype)
-    levels = config.objective.flow.noise_levels
-    shapes = tuple(map(str, parts.sampled_shapes))
-    settings = ModelSettings(config.data.fps, shapes, config.text.padding, levels.shift_tokens)
-    scheduler = unipc_config(levels.shift)
-    return Pipeline(
-        module.transformer, objective.vae, module.text_encoder or objective.text_encoder, scheduler, settings
-    )
+    scheduler = unipc_config(parts.config.objective.flow.noise_levels.shift or 1.0)
+    text_encoder = module.text_encoder or objective.text_encoder
+    return Pipeline(module.transformer, objective.vae, text_encoder, scheduler, _settings(parts))
+
+
+def _trained(parts: Parts, weights: dict[str, Tensor]) -> FlowModule:
+    module = with_weights(parts.objective.fresh(), weights)
+    assert isinstance(module, FlowModule)
+    return module
+
+
+def _settings(parts: Parts) -> ModelSettings:
+    config, shapes = parts.config, tuple(map(str, parts.sampled_shapes))
+    shift_tokens = config.objective.flow.noise_levels.shift_tokens
+    return ModelSettings(config.data.fps, shapes, config.text.padding, shift_tokens)
+
+
+def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: Path) -> None:
+    """Writes the model folder: that of `model.init` with what trained in its place, where all else is of there too."""
+    config = parts.config
+    assert isinstance(parts.objective, FlowObjective)
+    init = Path(config.model.init or "").expanduser()
+    index_path = init / "model_index.json"
+    if not (config.model.init and index_path.is_file() and {config.vae.path, config.text.path} == {str(init)}):
+        return make_pipeline(parts, weights, world).save(folder)
+    name = EXPERTS[config.model.expert or "high"][0]
+    index = read_json(index_path)
+    for part, value in index.items():
+        if isinstance(value, list) and any(value) and part != name and (init / part).is_dir():
+            shutil.copytree(init / part, folder / part)
+    transformer = _trained(parts, weights).transformer.to(parts.objective.dtype)
+    save_transformer(transformer, folder / name)
+    if config.model.inflate:
+        index[name] = ["stdit", "STDiT"]  # so that no other program takes it for an image model
+    publish_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        described = read_json(scheduler)
+        shift = config.objective.flow.noise_levels.shift
+        if static_shift(described) != shift:
+            described["flow_shift" if "flow_shift" in described else "shift"] = shift
+            write_scheduler(described, scheduler.parent)
+    _settings(parts).write(folder)
 
 
 def sample(pipeline: Pipeline, parts: Parts, step: int) -> list[str]:

@@ -7,7 +7,7 @@ ranks and micro-steps, the sums add up to the step's exact loss. Everything rand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -22,10 +22,11 @@ from stdit.diffusion.tasks import Task, check_weights, draw_task, frame_levels
 from stdit.diffusion.timesteps import TimestepConfig, noise_levels
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
-from stdit.models.packing import TextPack, TokenPack, pack_clips, pack_texts
+from stdit.models.packing import TextPack, TokenPack, pack_inputs, pack_texts
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
+from stdit.training.conditions import Conditions
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.losses import vae_loss
 
@@ -34,14 +35,18 @@ CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
 
 @dataclass
 class FlowConfig:
-    """caption_dropout: the share of clips trained with an empty caption, for guidance. tasks: their weights."""
+    """caption_dropout: the share of clips trained with an empty caption, for guidance.
+
+    tasks: their weights; unset: text_to_video, or image_to_video where weights are given an image in every call.
+    """
 
     noise_levels: TimestepConfig = field(default_factory=TimestepConfig)
     caption_dropout: float = 0.1
-    tasks: dict[str, float] = field(default_factory=lambda: {"text_to_video": 1.0})
+    tasks: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        check_weights(self.tasks)
+        if self.tasks is not None:
+            check_weights(self.tasks)
         if not 0 <= self.caption_dropout <= 1:
             raise StditError(f"caption_dropout {self.caption_dropout} must be in [0, 1].")
 
@@ -102,7 +107,7 @@ class Objective(Protocol):
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> Batch: ...
 
     def fresh(self) -> nn.Module:
-        """A module like `module` on the CPU with weights of its own, to be filled; no ZeRO in it."""
+        """A module like `module` on the CPU, to be filled with what trained; what did not is there. No ZeRO in it."""
         ...
 
 
@@ -137,7 +142,10 @@ class FlowModule(nn.Module):
             assert self.text_encoder is not None and batch.text_ids is not None
             # `.forward`, past the hooks: ZeRO-3 counts outputs of modules, and here a rank has as many as clips.
             text = pack_texts(self.text_encoder.forward(batch.text_ids), self.text_padding)
-        prediction = self.transformer(batch.pack, text)  # (N, pt·ph·pw·C)
+        config = self.transformer.config
+        prediction = self.transformer(batch.pack, text)  # (N, pt·ph·pw·C_out)
+        if config.out_channels > config.latent_channels:  # a variance is predicted too, and is out of the loss
+            prediction = prediction.unflatten(1, (config.patch_volume, -1))[..., : config.latent_channels].flatten(1)
         errors = (prediction.float() - batch.target).square().sum(1)  # (N,)
         return (errors * batch.token_weights).sum()
 
@@ -154,11 +162,16 @@ class FlowObjective:
         *,
         train_text: bool,
         text_padding: int,
+        conditions: Conditions,
+        remake: Callable[[], STDiT] | None = None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        """remake: gives the transformer as it starts, on the CPU; None where all of its weights train."""
         self.config, self.device, self.dtype = config, device, dtype
+        self.remake = remake or (lambda: STDiT(self.model_config))
         self.vae = vae.requires_grad_(False)
+        self.conditions = conditions
         self.text_encoder = text_encoder
         self.train_text = train_text
         self.text_padding = text_padding
@@ -181,11 +194,13 @@ class FlowObjective:
         """A clip's task, how many of its tokens are known by it, and the clip's weight in the loss."""
         latent, patch = example.shape.latent(self.vae.config.stride), self.model_config.patch
         task = draw_task(
-            self.config.flow.tasks, latent.frames,
+            self.config.flow.tasks or {"text_to_video": 1.0}, latent.frames,
             seed=key.seed, epoch=key.epoch, clip_id=example.clip_id, occurrence=example.occurrence,
         )  # fmt: skip
         grid = latent.grid(patch)
         known = task.known_frames // patch[0] * grid.height * grid.width
+        if self.conditions.gives_latents:
+            known = 0
         return task, known, example.weight * (grid.tokens - known) ** self.config.token_power
 
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:
@@ -198,13 +213,14 @@ class FlowObjective:
             [item.position for item in items], key.clips, [item.tokens for item in items], flow.noise_levels,
             seed=key.seed, epoch=key.epoch, step=key.step,
         )  # fmt: skip
-        noisy, clip_levels, targets, token_weights = [], [], [], []
+        noisy, clip_levels, targets, token_weights, tasks = [], [], [], [], []
         for example, x0, t in zip(examples, latents, levels):
             about = (key.epoch, example.clip_id, example.occurrence)
             generator = keyed_generator(key.seed, "noise", *about)
             noise = torch.randn(x0.shape, generator=generator).to(x0.device)
             task, known, weight = self._task(example, key)
-            level = frame_levels(task.mask(x0.shape[1]), t, patch[0]) if task.known_frames else t
+            level = frame_levels(task.mask(x0.shape[1]), t, patch[0]) if known else t
+            tasks.append(task)
             noisy.append(interpolate(x0, noise, levels_over_frames(level, x0)))
             clip_levels.append(level)
             target = output_tokens(velocity(x0, noise), patch)  # (n, pt·ph·pw·C)
@@ -213,7 +229,8 @@ class FlowObjective:
             each = torch.full((len(target),), weight / ((len(target) - known) * target.shape[1]))
             each[:known] = 0  # the first tokens
             token_weights.append(each)
-        pack = pack_clips(noisy, clip_levels, patch).to(self.device, self.dtype)
+        pack = pack_inputs(noisy, clip_levels, patch, self.conditions.of(examples, tasks))
+        pack = pack.to(self.device, self.dtype)
         text, ids = self._text(captions, examples)
         if text is not None:
             lengths = text.segments.lengths
@@ -251,13 +268,14 @@ class FlowObjective:
             if self.train_text:
                 inner = type(self.text_encoder.encoder)(self.text_encoder.encoder.config)
                 encoder = TextEncoder(inner, self.text_encoder.tokenizer, self.text_encoder.max_length)
-            return FlowModule(STDiT(self.model_config), encoder, self.text_padding).eval()
+            return FlowModule(self.remake(), encoder, self.text_padding).eval()
 
     def _nothing(self) -> FlowBatch:
         """One token of weight 0: a rank without clips runs every module that the others run."""
-        channels, patch = self.model_config.in_channels, self.model_config.patch
-        clip = torch.zeros(channels, *patch)
-        pack = pack_clips([clip], [torch.ones((), dtype=torch.float64)], patch).to(self.device, self.dtype)
+        patch = self.model_config.patch
+        clip = torch.zeros(self.model_config.latent_channels, *patch)
+        level = torch.ones((), dtype=torch.float64)
+        pack = pack_inputs([clip], [level], patch, [self.conditions.nothing()]).to(self.device, self.dtype)
         text, ids = self._text([""], [None])
         return FlowBatch(
             pack, output_tokens(clip, patch).to(self.device), torch.zeros(1, device=self.device), text, ids, 0.0, 0

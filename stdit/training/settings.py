@@ -41,27 +41,52 @@ class RunSettings:
 
 @dataclass
 class ModelSettings:
-    """preset: a size of `stdit.models.transformer`, whose settings may be changed one by one (`model.layers=4`).
+    """preset: a size of `stdit.models.transformer` (toy), whose settings may be changed one by one (`model.layers=4`).
+    Channels and text width follow from the VAE and the text encoder.
 
-    weights: a model folder or file to start from instead of fresh weights. checkpoint_blocks: recompute the blocks in
-    backward to save memory. Channels and text width follow from the VAE and the text encoder.
+    init: a model folder, or a transformer's folder or file, to start from instead of fresh weights. What a model folder
+    holds is the run's unless the config says otherwise: VAE, text encoder, text padding, shift.
+    expert: which of two experts (Wan 2.2 A14B) to train, at its own noise levels. inflate: put attention over time into
+    an image model (PixArt). freeze: "pretrained" trains what inflate adds alone. trainable: patterns of the names of
+    the parameters to train, such as "blocks.*.self_attn.*"; the others keep the values of init.
+    checkpoint_blocks: recompute the blocks in backward to save memory. attention_backend: auto, or one by name.
     """
 
-    preset: str = "toy"
-    weights: str | None = None
+    preset: str | None = None
+    init: str | None = None
+    expert: Literal["high", "low"] | None = None
+    inflate: bool = False
+    freeze: Literal["pretrained"] | None = None
+    trainable: list[str] = field(default_factory=list)
     checkpoint_blocks: bool = False
+    attention_backend: str = "auto"
     overrides: dict[str, Any] = field(
         default_factory=dict, metadata={"rest_of": "stdit.models.transformer:TransformerConfig"}
     )
 
+    def __post_init__(self) -> None:
+        if self.init and self.preset:
+            raise StditError(
+                f"preset {self.preset} and init {self.init} are both set: fresh weights, or those of init."
+            )
+        for name in ("expert", "inflate", "freeze", "trainable"):
+            if getattr(self, name) and not self.init:
+                raise StditError(f"{name} {getattr(self, name)} is about the weights of init, which is not set.")
+        if self.freeze and (not self.inflate or self.trainable):
+            raise StditError(f"freeze {self.freeze} goes with inflate, and not with trainable: it says what trains.")
+
 
 @dataclass
 class VaeSettings:
-    """path: a VAE folder; for a VAE's own training it starts there. Else preset and its settings: a fresh one."""
+    """path: a VAE folder; for a VAE's own training it starts there. Else preset (toy) and its settings: a fresh one."""
 
     path: str | None = None
-    preset: str = "toy"
+    preset: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict, metadata={"rest_of": "stdit.vae.autoencoder:VaeConfig"})
+
+    def __post_init__(self) -> None:
+        if self.path and self.preset:
+            raise StditError(f"path {self.path} and preset {self.preset} are both set: that VAE, or a fresh one.")
 
 
 @dataclass
@@ -81,16 +106,19 @@ class TrainedText:
 
 @dataclass
 class TextSettings:
-    """path: a folder with text_encoder/ and tokenizer/, frozen; or `trained`. padding: positions of a text, 0: none."""
+    """path: a folder with text_encoder/ and tokenizer/, frozen; or `trained`.
+
+    padding: positions of a text, 0: none; unset: as the weights of model.init are for, 512 for fresh ones.
+    """
 
     path: str | None = None
     trained: TrainedText | None = None
-    padding: int = 512
+    padding: int | None = None
 
     def __post_init__(self) -> None:
         if self.path and self.trained:
             raise StditError("path and trained are both set: either a frozen encoder or one trained along.")
-        if self.padding < 0:
+        if self.padding is not None and self.padding < 0:
             raise StditError(f"padding {self.padding} must not be negative.")
 
 

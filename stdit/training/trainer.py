@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -278,10 +279,11 @@ class Trainer:
                 log.write("eval", self.step, **measured)
                 self.say(", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
             else:
-                pipeline = export.make_pipeline(self.parts, weights, self.world)
                 if self.config.eval.prompts:
+                    pipeline = export.make_pipeline(self.parts, weights, self.world)
                     log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
-                export.publish(self.folder, self.step, pipeline.save)
+                write = partial(export.write_model, self.parts, weights, self.world)
+                export.publish(self.folder, self.step, write)
             log.write("end", self.step, model="model")
             self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
         self.world.barrier()

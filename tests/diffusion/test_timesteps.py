@@ -52,7 +52,30 @@ def test_shift_by_tokens_is_relative_to_the_base_and_composes():
     assert shift_noise_level(t, 1.0).tolist() == t.tolist()
 
 
-@pytest.mark.parametrize("wrong", [{"distribution": "normal"}, {"std": 0.0}, {"shift": -1.0}, {"shift_tokens": 0}])
+@pytest.mark.parametrize("distribution", ["logit_normal", "uniform"])
+@pytest.mark.parametrize("span", [(0.875, 1.0), (0.0, 0.875), (0.3, 0.6)])
+def test_levels_of_a_range_are_those_of_all_that_lie_in_it(distribution, span):
+    """Against rejection: the same distribution, drawn without a range, and what lies outside thrown away."""
+    everywhere = TimestepConfig(distribution, mean=0.4, std=1.2, shift=3.0, shift_tokens=16)
+    within = TimestepConfig(distribution, mean=0.4, std=1.2, shift=3.0, shift_tokens=16, range=span)
+    many = noise_levels(range(4000), 4000, [64] * 4000, everywhere, seed=0, epoch=0, step=0)
+    kept = many[(many >= span[0]) & (many <= span[1])]
+    found = noise_levels(range(500), 500, [64] * 500, within, seed=1, epoch=0, step=0)
+    assert span[0] <= found.min() and found.max() <= span[1]
+    assert stats.ks_2samp(kept.numpy(), found.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"range": (0.5, 0.5)},
+        {"range": (0.0, 1.5)},
+        {"distribution": "normal"},
+        {"std": 0.0},
+        {"shift": -1.0},
+        {"shift_tokens": 0},
+    ],
+)
 def test_wrong_config_is_an_error(wrong):
     with pytest.raises(StditError, match="noise levels"):
         TimestepConfig(**wrong)

@@ -59,3 +59,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "vae.yaml").write_text(yaml.safe_dump(vae))
     return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP with random weights, as a model folder has it."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    folder = tmp_path_factory.mktemp("image")
+    settings = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPVisionModel(CLIPVisionConfig(**settings, image_size=28, patch_size=14)).save_pretrained(
+            folder / "image_encoder"
+        )
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    CLIPImageProcessor(**size).save_pretrained(folder / "image_processor")
+    return folder

@@ -199,3 +199,15 @@ def test_a_vae_trains_on_keyed_squares_of_its_clips(tiny: Path) -> None:
     once, again, later = squares(0), squares(0), squares(1)
     assert all(map(torch.equal, once, again))
     assert not all(map(torch.equal, once, later))
+
+
+def test_attention_runs_on_the_backend_that_is_named(tiny: Path) -> None:
+    found = []
+    for backend in ("naive", "dense"):
+        parts = build(load_config(tiny / "flow.yaml", ["data.workers=0", f"model.attention_backend={backend}"]), ALONE)
+        assert parts.objective.module.transformer.attention_backend == backend
+        with torch.no_grad():
+            for p in parts.objective.module.transformer.parameters():
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            found.append(sum(float(parts.objective.module(batch)) for batch in prepared(parts, 1, 10_000)))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -24,6 +24,7 @@ from stdit.evaluation import report
 from stdit.training import export
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
+from stdit.training.build import open_caches
 from stdit.training.checkpoint import Checkpoint
 from stdit.training.feed import Feed, Step
 from stdit.training.metrics import SCHEMA, MetricsLog, read_metrics
@@ -339,13 +340,20 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     [
         (["vae.path=null"], "vae.path"),
         (["vae.path=nowhere"], "vae.path: nowhere: no such file"),
-        (["model.weights=nowhere"], "model.weights: nowhere: no such file"),
+        (["model.preset=null", "model.init=nowhere"], "model.init: nowhere: no such file"),
         (["text.trained=null"], "text.path or text.trained"),
         (["data.manifest=''"], "data.manifest"),
         (["data.shapes=[640x640x33]"], "no clip is in any bucket"),
         (["data.shapes=[36x32x5]"], "data.shapes: 36x32x5: .*Nearest: 32x32 or 40x32"),
         (["model.in_channels=16"], "model.in_channels is 16"),
         (["model.preset=tyo"], "'toy'"),
+        (["model.init=nowhere"], "preset toy and init nowhere are both set"),
+        (["vae.preset=toy"], "vae: path .* and preset toy are both set"),
+        (["vae.z_dim=5"], "vae.z_dim is 5, but .* has 4"),
+        (["model.expert=low"], "expert low is about the weights of init, which is not set"),
+        (["model.preset=null", "model.init=a", "model.freeze=pretrained"], "freeze pretrained goes with inflate"),
+        (["model.attention_backend=fast"], "model.attention_backend: .*'fast' does not exist"),
+        (["model.attention_backend=flash"], "model.attention_backend: .*runs on a GPU only"),
         (["parallel.deepspeed=nowhere.json"], "nowhere.json"),
         (["parallel.sequence_parallel=2"], "sequence_parallel"),
         (["plan.tokens_per_pack=10"], "tokens_per_pack"),
@@ -402,7 +410,9 @@ def test_metrics_follow_their_schema(whole: Path) -> None:
     check_lines(whole)
 
 
-def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(tiny: Path, tmp_path: Path) -> None:
+def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from stdit.data.buckets import assign
     from stdit.data.manifest import read_manifest
     from stdit.encode import encode_manifest, text_identity, vae_identity
@@ -427,6 +437,12 @@ def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(tiny: Path, tmp
     )
     train(tiny, tmp_path / "fly", *overrides, "schedule.steps=4")
     train(tiny, tmp_path / "cached", *overrides, "schedule.steps=4", f"data.cache={tmp_path / 'cache'}")
+    assert "captions are encoded while training" not in capsys.readouterr().out
+    open_caches(
+        load_config(tiny / "flow.yaml", [*overrides, f"data.cache={tmp_path / 'cache'}", "text.padding=9"]), ALONE
+    )
+    theirs, wanted = (text_identity(tmp_path / "text", length) for length in (32, 9))
+    assert f"text_encoder {theirs} there, {wanted} wanted" in capsys.readouterr().out
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-5)
     found = Checkpoint.latest(tmp_path / "fly")
     assert found is not None and all(name.startswith("transformer.") for name in found.about["parameters"])

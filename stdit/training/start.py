@@ -1,0 +1,100 @@
+"""What a run starts from: the weights of `model.init`, and what follows from them where its config says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from stdit.diffusion.solvers import static_shift
+from stdit.errors import StditError, about, nearest_name
+from stdit.models.config import TransformerConfig
+from stdit.models.inflate import NEW
+from stdit.models.transformer import STDiT
+from stdit.pipeline import ModelSettings as Described
+from stdit.training.settings import ModelSettings, RunConfig
+from stdit.weights.files import read_json
+from stdit.weights.io import find
+
+# Where a folder of two experts (Wan 2.2 A14B) has each: diffusers' name, the release's.
+EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2", "low_noise_model")}
+
+
+def follow_init(config: RunConfig) -> RunConfig:
+    """The config with its open settings filled in: from the folder that `model.init` names, or as for fresh weights.
+
+    A model folder gives the VAE, the text encoder, the text padding, the shift of the noise levels and, for one of two
+    experts, their range. Settings that are set stay.
+    """
+    settings, levels = config.model, config.objective.flow.noise_levels
+    vae, text, padding, described = config.vae, config.text, 512, Described()
+    shift, tokens, span, task = 1.0, levels.shift_tokens, (0.0, 1.0), "text_to_video"
+    if settings.init is not None and config.objective.kind == "flow":
+        folder = Path(settings.init).expanduser()
+        with about("model.init"):
+            described = Described.read(folder)
+            found: TransformerConfig = find("transformer", transformer_path(settings)).config
+        task = "image_to_video" if found.image_channels > 1 else task
+        padding = found.text_padding if described.text_padding is None else described.text_padding
+        if vae.path is None and (folder / "vae").is_dir():
+            vae = replace(vae, path=str(folder))
+        if text.path is None and text.trained is None and (folder / "text_encoder").is_dir():
+            text = replace(text, path=str(folder))
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        if scheduler.is_file() and levels.shift is None:
+            shift = static_shift(read_json(scheduler))
+            tokens = described.shift_tokens if tokens is None else tokens
+        if settings.expert is not None and levels.range is None:
+            boundary = _boundary(folder)
+            span = (boundary, 1.0) if settings.expert == "high" else (0.0, boundary)
+    levels = replace(
+        levels,
+        shift=shift if levels.shift is None else levels.shift,
+        shift_tokens=tokens,
+        range=span if levels.range is None else levels.range,
+    )
+    flow = replace(config.objective.flow, noise_levels=levels, tasks=config.objective.flow.tasks or {task: 1.0})
+    objective = replace(config.objective, flow=flow)
+    text = replace(text, padding=padding if text.padding is None else text.padding)
+    return replace(config, vae=vae, text=text, objective=objective)
+
+
+def transformer_path(settings: ModelSettings) -> Path:
+    """The folder or file of `model.init` that holds the transformer to train."""
+    assert settings.init is not None
+    folder = Path(settings.init).expanduser()
+    if settings.expert is None:
+        return folder
+    there = [folder / name for name in EXPERTS[settings.expert] if (folder / name).is_dir()]
+    if not there or not any((folder / name).is_dir() for name in EXPERTS["low"]):
+        raise StditError(
+            f"{folder}: has no two experts, so model.expert={settings.expert} is none of it. Leave it out."
+        )
+    return there[0]
+
+
+def choose_trained(model: STDiT, settings: ModelSettings) -> None:
+    """Lets train what `model.trainable` and `model.freeze` say."""
+    patterns = [NEW] if settings.freeze else settings.trainable
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise StditError(
+                f"model.trainable: {pattern!r} is no parameter's name.{nearest_name(pattern, parameters)} Patterns are "
+                f"such as 'blocks.*.self_attn.*'."
+            )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not patterns or any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _boundary(folder: Path) -> float:
+    """The noise level at which a folder's experts change."""
+    index = folder / "model_index.json"
+    value: Any = read_json(index).get("boundary_ratio") if index.is_file() else None
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise StditError(
+            f"{index}: says no boundary_ratio, the noise level at which the experts change. Set "
+            f"objective.flow.noise_levels.range, such as [0.875, 1] for the high one (Wan 2.2 T2V; I2V: [0.9, 1])."
+        )
+    return value

@@ -1,0 +1,241 @@
+"""Training that starts from a model folder, of every family: made by diffusers, with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import stdit
+from stdit.config import load_config
+from stdit.errors import StditError
+from stdit.models.config import TransformerConfig
+from stdit.models.transformer import STDiT
+from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
+from stdit.training.build import Parts, build
+from stdit.training.checkpoint import Checkpoint
+from stdit.training.engine import Engine, make_engine
+from stdit.training.export import write_model
+from stdit.training.objective import StepKey
+from stdit.training.parallel import World
+from stdit.weights.io import find
+
+pytest.importorskip("diffusers")
+sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
+from references import FAMILIES, randomise
+
+ALONE = World(0, 1, torch.device("cpu"))
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 18, "num_layers": 2}
+WAN = {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 10, "ffn_dim": 50, "freq_dim": 34}
+PIXART = {**HEADS, "cross_attention_dim": 36, "in_channels": 4, "out_channels": 8, "caption_channels": 10}
+# As many channels as the tests' VAE has latents: 4; its stride of frames is 2.
+SMALL: dict[str, dict[str, Any]] = {
+    "Wan": WAN,
+    "Wan I2V": {**WAN, "in_channels": 10, "image_dim": 12, "added_kv_proj_dim": 36},
+    "LTX-Video": {**HEADS, "cross_attention_dim": 36, "in_channels": 4, "out_channels": 4, "caption_channels": 10},
+    "Cosmos-Predict": {
+        **HEADS, "in_channels": 5, "out_channels": 4, "text_embed_dim": 10, "adaln_lora_dim": 6,
+        "extra_pos_embed_type": None,
+    },
+    "PixArt": {**PIXART, "sample_size": 128, "use_additional_conditions": True},
+}  # fmt: skip
+STDIT3 = TransformerConfig(
+    dim=24, heads=2, layers=2, ffn_dim=96, in_channels=4, out_channels=8, text_dim=10, family="stdit3",
+    attention="spatial_temporal_text", cross_norm="none", qk_norm="per_head_self", text_padding=0, rotary="time",
+    position="space_resolution", position_base=32, level_condition="fps", null_text=4,
+)  # fmt: skip
+
+
+def save_transformer(name: str, place: Path, seed: int = 0) -> None:
+    if name == "STDiT3":
+        model = randomise(STDiT(STDIT3), seed)
+        assert isinstance(model, STDiT)
+        stdit.save_transformer(model, place, "original")
+    else:
+        randomise(FAMILIES[name].build(SMALL[name]), seed).save_pretrained(place)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model folder of a family, with the tests' VAE and a small text encoder."""
+    root = tmp_path_factory.mktemp("folders")
+    tokenizer = build_word_tokenizer(["a small red circle moves left on black"])
+    TextEncoder(small_umt5(len(tokenizer), 10, 1, 2), tokenizer).save(root / "text_encoder", root / "tokenizer")
+
+    def make(name: str) -> Path:
+        place = root / name
+        if place.exists():
+            return place
+        save_transformer(name, place / "transformer")
+        for part in ("text_encoder", "tokenizer"):
+            shutil.copytree(root / part, place / part)
+        shutil.copytree(tiny / "vae", place / "vae")
+        (place / "scheduler").mkdir()
+        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+        if name == "PixArt":
+            scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
+        (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        index: dict[str, Any] = {"_class_name": "APipeline", "boundary_ratio": None}
+        parts = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+        (place / "model_index.json").write_text(json.dumps(index | {part: ["a", "b"] for part in parts}))
+        return place
+
+    return make
+
+
+def started(tiny: Path, tmp_path: Path, init: Path, *overrides: str) -> Parts:
+    """What a config builds that names the model folder alone, beside data and optimizer."""
+    raw = yaml.safe_load((tiny / "flow.yaml").read_text())
+    raw = {key: raw[key] for key in ("data", "plan", "optimizer", "schedule", "log")}
+    raw["optimizer"] = {"lr": 3e-3}
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(raw | {"model": {"init": str(init)}}))
+    return build(load_config(tmp_path / "tune.yaml", ["data.workers=0", *overrides]), ALONE)
+
+
+def train(parts: Parts, steps: int) -> tuple[Engine, list[float]]:
+    """Steps on the plan's first step, one pack, the same noise each time; the losses."""
+    config = parts.config
+    engine = make_engine(parts.objective.module, config.optimizer, config.parallel, config.run.precision, ALONE)
+    items = parts.plan.step(0)
+    shapes = {parts.assignment.shapes[item.bucket] for item in items}
+    assert {shape.is_image for shape in shapes} == {True, False} and len({s.width / s.height for s in shapes}) == 2
+    examples, losses = parts.loader.fetch(items, 0), []
+    for _ in range(steps):
+        batch = parts.objective.prepare(examples, items, StepKey(0, 0, 0, len(items)))
+        losses.append(float(engine.backward(batch, 1 / batch.weight, last=True)) / batch.weight)
+        engine.step(config.optimizer.lr)
+    return engine, losses
+
+
+@pytest.mark.parametrize("name", ["Wan", "Wan I2V", "LTX-Video", "Cosmos-Predict", "STDiT3"])
+def test_a_family_trains_on_mixed_shapes(
+    name: str, tiny: Path, tmp_path: Path, folder: Any, image_folder: Path
+) -> None:
+    init = folder(name)
+    if name == "Wan I2V" and not (init / "image_encoder").exists():
+        for part in ("image_encoder", "image_processor"):
+            shutil.copytree(image_folder / part, init / part)
+    parts = started(tiny, tmp_path, init)
+    assert parts.config.objective.flow.noise_levels.shift == 3 and parts.config.vae.path == str(init)
+    assert parts.config.text.padding == (512 if name in ("Wan", "Wan I2V", "Cosmos-Predict") else 0)
+    _, losses = train(parts, 6)
+    print(name, [round(loss, 4) for loss in losses])
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_folder_comes_back_with_what_trained_in_its_place(tiny: Path, tmp_path: Path, folder: Any) -> None:
+    init = folder("LTX-Video")
+    parts = started(tiny, tmp_path, init, "model.trainable=['blocks.*.self_attn.q.*','head.*']")
+    before = stdit.load_transformer(init).state_dict()
+    engine, _ = train(parts, 2)
+    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flats, engine.pieces)}
+    write_model(parts, weights, ALONE, tmp_path / "model")
+    after = stdit.load_transformer(tmp_path / "model").state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    trained = {name for name in after if ".self_attn.q." in name or name.startswith("head.")}
+    assert changed == trained == {name.removeprefix("transformer.") for name in weights}
+    listed = {path.relative_to(init) for path in init.rglob("*") if path.is_file()}
+    assert {path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*") if path.is_file()} == {
+        *listed, Path("stdit.json"),
+    }  # fmt: skip
+    for name in listed:
+        if name.parts[0] != "transformer":
+            same = (init / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+            assert same or name.name == "model_index.json", name
+    assert find("transformer", tmp_path / "model").config == find("transformer", init).config
+
+
+def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Path, folder: Any) -> None:
+    init = folder("PixArt")
+    parts = started(tiny, tmp_path, init, "model.inflate=true", "model.freeze=pretrained")
+    image, video = stdit.load_transformer(init), parts.objective.module.transformer
+    latents, t = torch.randn(1, 4, 3, 8, 8), torch.tensor([0.5])
+    text, size = torch.randn(1, 4, 10), (32, 32)
+    with torch.no_grad():
+        before, wanted = (model.predict(latents, t, text, size=size) for model in (video, image))
+        assert torch.equal(before, wanted)
+    engine, losses = train(parts, 6)
+    assert losses[-1] < losses[0]
+    state = video.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in image.state_dict().items())
+    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flats, engine.pieces)}
+    assert {name.removeprefix("transformer.") for name in weights} == state.keys() - image.state_dict().keys()
+    write_model(parts, weights, ALONE, tmp_path / "model")
+    again = stdit.load_transformer(tmp_path / "model")
+    with torch.no_grad():
+        after = again.predict(latents, t, text, size=size)
+        assert torch.equal(after, video.predict(latents, t, text, size=size))
+    assert not torch.allclose(after, before, rtol=1e-3)
+    assert json.loads((tmp_path / "model" / "model_index.json").read_text())["transformer"] == ["stdit", "STDiT"]
+    with pytest.raises(StditError, match=r"model\.init: only a model of images can be inflated"):
+        started(tiny, tmp_path, folder("Wan"), "model.inflate=true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.layers=3"], r"model\.init: .*: its layers is 2, model's 3"),
+        (["model.trainable=['blocks.*.self_attention.*']"], r"'blocks\.\*\.self_attention\.\*' is no parameter's name"),
+        (
+            ["text.path=null", "text.trained={dim: 16, layers: 1, heads: 2}"],
+            "its text_dim is 10, the text encoder's 16",
+        ),
+        (["model.expert=low"], "has no two experts"),
+        (["eval.prompts=[a]"], "eval.prompts: "),
+    ],
+)
+def test_what_contradicts_the_weights_is_named(
+    tiny: Path, tmp_path: Path, folder: Any, overrides: list[str], words: str
+) -> None:
+    name = "Cosmos-Predict" if "eval.prompts=[a]" in overrides else "Wan"
+    with pytest.raises(StditError, match=words):
+        started(tiny, tmp_path, folder(name), *overrides)
+
+
+@pytest.mark.parametrize(("expert", "span"), [("high", (0.875, 1)), ("low", (0, 0.875))])
+def test_an_expert_trains_at_its_own_noise_levels(
+    tiny: Path, tmp_path: Path, folder: Any, expert: str, span: tuple[float, float]
+) -> None:
+    init = shutil.copytree(folder("Wan"), tmp_path / "A14B")
+    save_transformer("Wan", init / "transformer_2", seed=1)
+    index = json.loads((init / "model_index.json").read_text())
+    index |= {"boundary_ratio": 0.875, "transformer_2": ["a", "b"]}
+    (init / "model_index.json").write_text(json.dumps(index))
+    parts = started(tiny, tmp_path, init, f"model.expert={expert}", "objective.flow.tasks={text_to_video: 1}")
+    name, other = ("transformer", "transformer_2") if expert == "high" else ("transformer_2", "transformer")
+    mine = stdit.load_transformer(init / name).state_dict()
+    trained = parts.objective.module.transformer.state_dict()
+    assert all(torch.equal(trained[key], tensor) for key, tensor in mine.items())
+    items = parts.plan.step(0)
+    for step in range(3):
+        batch = parts.objective.prepare(parts.loader.fetch(items, 0), items, StepKey(0, 0, step, len(items)))
+        assert span[0] <= batch.pack.levels.min() and batch.pack.levels.max() <= span[1]
+    weights = {n: p.detach() + 1 for n, p in parts.objective.module.named_parameters()}
+    write_model(parts, weights, ALONE, tmp_path / "model")
+    kept, new = (stdit.load_transformer(tmp_path / "model" / n).state_dict() for n in (other, name))
+    assert all(torch.equal(kept[key], t) for key, t in stdit.load_transformer(init / other).state_dict().items())
+    assert all(torch.equal(new[key], mine[key] + 1) for key in mine)
+
+
+def test_checkpoints_hold_what_trains(tiny: Path, tmp_path: Path, folder: Any) -> None:
+    from stdit.training import checkpoint
+
+    pattern = "model.trainable=['blocks.1.*']"
+    parts = started(tiny, tmp_path, folder("Wan"), pattern)
+    engine, _ = train(parts, 1)
+    checkpoint.save(tmp_path, 1, engine, None, {}, 0, ALONE)
+    found = Checkpoint.latest(tmp_path)
+    assert found is not None
+    assert {name.split(".")[1:3] == ["blocks", "1"] for name in found.about["parameters"]} == {True}
+    assert parts.parameters == sum(weight.numel() for weight in found.weights().values())
+    again = started(tiny, tmp_path, folder("Wan"), pattern)
+    found.load_weights(again.objective.module)
+    theirs = dict(parts.objective.module.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in again.objective.module.named_parameters())
