@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
 from stdit.training.conditions import Conditions
 from stdit.training.engine import PRECISIONS, check_engine, zero_stage
+from stdit.training.experts import ExpertsObjective
 from stdit.training.objective import FlowObjective, Objective, VaeObjective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
-from stdit.training.start import choose_trained, follow_init, transformer_path
+from stdit.training.start import EXPERTS, boundary_of, choose_trained, follow_init, transformer_path
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.io import load_transformer, load_vae
@@ -93,6 +94,8 @@ def check_evaluation(parts: Parts) -> None:
         held_out = assign(read_manifest(settings.manifest), parts.config.data)
         if not held_out.counts.any():
             raise StditError(f"eval.manifest={settings.manifest}: no clip in it fits any of data.shapes.")
+    if settings.prompts and isinstance(objective, ExpertsObjective):
+        raise StditError("eval.prompts: two experts are not sampled while they train. Leave it out with expert=both.")
     if settings.prompts and isinstance(objective, FlowObjective):
         shape = parts.sampled_shapes[0]
         size = VideoShape.parse(settings.size) if settings.size else shape
@@ -120,7 +123,10 @@ def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, 
     )
 
 
-def make_objective(config: RunConfig, manifest: Manifest, world: World) -> Objective:
+def make_objective(
+    config: RunConfig, manifest: Manifest, world: World, beside: FlowObjective | None = None
+) -> Objective:
+    """beside: an objective whose VAE and text encoder to use, of the other expert."""
     dtype = PRECISIONS[config.run.precision]
     if config.objective.kind == "vae":
         if world.size > 1 and zero_stage(config.parallel.deepspeed) > 1:
@@ -131,9 +137,11 @@ def make_objective(config: RunConfig, manifest: Manifest, world: World) -> Objec
         return VaeObjective(config.objective, make_vae(config), device=world.device, dtype=dtype, ranks=world.size)
     if not config.vae.path:
         raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")
-    vae = make_vae(config).to(world.device).eval()
-    text_encoder = make_text_encoder(config, manifest)
-    if config.text.path:
+    if config.model.expert == "both":
+        return make_experts(config, manifest, world)
+    vae = beside.vae if beside else make_vae(config).to(world.device).eval()
+    text_encoder = beside.text_encoder if beside else make_text_encoder(config, manifest)
+    if config.text.path and not beside:
         text_encoder.requires_grad_(False).to(world.device, dtype)
     remake = partial(make_transformer, config, vae.config.z_dim, text_encoder.dim)
     transformer = remake()
@@ -162,6 +170,19 @@ def make_objective(config: RunConfig, manifest: Manifest, world: World) -> Objec
         device=world.device,
         dtype=dtype,
     )
+
+
+def make_experts(config: RunConfig, manifest: Manifest, world: World) -> ExpertsObjective:
+    """Both experts of `model.init`, each with an objective of its own over one VAE and one text encoder."""
+    if config.text.path is None:
+        raise StditError("model.expert=both needs a frozen text encoder: set text.path.")
+    made: list[FlowObjective] = []
+    for name in EXPERTS:
+        one = replace(config, model=replace(config.model, expert=name))
+        objective = make_objective(one, manifest, world, beside=made[0] if made else None)
+        assert isinstance(objective, FlowObjective)
+        made.append(objective)
+    return ExpertsObjective(made[0], made[1], boundary_of(Path(config.model.init or "").expanduser()))
 
 
 def make_vae(config: RunConfig) -> CausalVAE:

@@ -26,6 +26,7 @@ from stdit.shapes import VideoShape
 from stdit.training.build import Parts
 from stdit.training.ema import Ema
 from stdit.training.engine import Engine
+from stdit.training.experts import ExpertsModule, ExpertsObjective
 from stdit.training.objective import FlowModule, FlowObjective, VaeModule
 from stdit.training.parallel import World
 from stdit.training.start import EXPERTS
@@ -63,18 +64,14 @@ def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 
 def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pipeline:
     """What samples with these weights, at the run's precision on this rank's device."""
-    objective, module = parts.objective, _trained(parts, weights)
+    objective = parts.objective
     assert isinstance(objective, FlowObjective)
+    module = with_weights(objective.fresh(), weights)
+    assert isinstance(module, FlowModule)
     module.to(world.device, objective.dtype)
     scheduler = unipc_config(parts.config.objective.flow.noise_levels.shift or 1.0)
     text_encoder = module.text_encoder or objective.text_encoder
     return Pipeline(module.transformer, objective.vae, text_encoder, scheduler, _settings(parts))
-
-
-def _trained(parts: Parts, weights: dict[str, Tensor]) -> FlowModule:
-    module = with_weights(parts.objective.fresh(), weights)
-    assert isinstance(module, FlowModule)
-    return module
 
 
 def _settings(parts: Parts) -> ModelSettings:
@@ -85,21 +82,24 @@ def _settings(parts: Parts) -> ModelSettings:
 
 def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: Path) -> None:
     """Writes the model folder: that of `model.init` with what trained in its place, where all else is of there too."""
-    config = parts.config
-    assert isinstance(parts.objective, FlowObjective)
+    config, objective = parts.config, parts.objective
+    assert isinstance(objective, FlowObjective | ExpertsObjective)
     init = Path(config.model.init or "").expanduser()
     index_path = init / "model_index.json"
     if not (config.model.init and index_path.is_file() and {config.vae.path, config.text.path} == {str(init)}):
         return make_pipeline(parts, weights, world).save(folder)
-    name = EXPERTS[config.model.expert or "high"][0]
+    module = with_weights(objective.fresh(), weights)
+    flows = [module.high, module.low] if isinstance(module, ExpertsModule) else [module]
+    names = [EXPERTS[name][0] for name in (EXPERTS if len(flows) == 2 else [config.model.expert or "high"])]
     index = read_json(index_path)
     for part, value in index.items():
-        if isinstance(value, list) and any(value) and part != name and (init / part).is_dir():
+        if isinstance(value, list) and any(value) and part not in names and (init / part).is_dir():
             shutil.copytree(init / part, folder / part)
-    transformer = _trained(parts, weights).transformer.to(parts.objective.dtype)
-    save_transformer(transformer, folder / name)
+    for name, flow in zip(names, flows):
+        assert isinstance(flow, FlowModule)
+        save_transformer(flow.transformer.to(objective.dtype), folder / name)
     if config.model.inflate:
-        index[name] = ["stdit", "STDiT"]  # so that no other program takes it for an image model
+        index[names[0]] = ["stdit", "STDiT"]  # so that no other program takes it for an image model
     publish_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():

@@ -203,16 +203,20 @@ class FlowObjective:
             known = 0
         return task, known, example.weight * (grid.tokens - known) ** self.config.token_power
 
+    def levels(self, items: Sequence[PlanItem], key: StepKey) -> Tensor:
+        """The noise level of each clip, (len(items),) fp64."""
+        return noise_levels(
+            [item.position for item in items], key.clips, [item.tokens for item in items],
+            self.config.flow.noise_levels, seed=key.seed, epoch=key.epoch, step=key.step,
+        )  # fmt: skip
+
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:
         if not examples:
             return self._nothing()
-        patch, flow = self.model_config.patch, self.config.flow
+        patch = self.model_config.patch
         examples, items, captions = self.ordered(examples, items, key)
         latents = self._latents(examples)
-        levels = noise_levels(
-            [item.position for item in items], key.clips, [item.tokens for item in items], flow.noise_levels,
-            seed=key.seed, epoch=key.epoch, step=key.step,
-        )  # fmt: skip
+        levels = self.levels(items, key)
         noisy, clip_levels, targets, token_weights, tasks = [], [], [], [], []
         for example, x0, t in zip(examples, latents, levels):
             about = (key.epoch, example.clip_id, example.occurrence)

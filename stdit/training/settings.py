@@ -46,15 +46,15 @@ class ModelSettings:
 
     init: a model folder, or a transformer's folder or file, to start from instead of fresh weights. What a model folder
     holds is the run's unless the config says otherwise: VAE, text encoder, text padding, shift.
-    expert: which of two experts (Wan 2.2 A14B) to train, at its own noise levels. inflate: put attention over time into
-    an image model (PixArt). freeze: "pretrained" trains what inflate adds alone. trainable: patterns of the names of
-    the parameters to train, such as "blocks.*.self_attn.*"; the others keep the values of init.
+    expert: which of two experts (Wan 2.2 A14B) to train, at its own noise levels, or both. inflate: put attention over
+    time into an image model (PixArt). freeze: "pretrained" trains what inflate adds alone. trainable: patterns of the
+    names of the parameters to train, such as "blocks.*.self_attn.*"; the others keep the values of init.
     checkpoint_blocks: recompute the blocks in backward to save memory. attention_backend: auto, or one by name.
     """
 
     preset: str | None = None
     init: str | None = None
-    expert: Literal["high", "low"] | None = None
+    expert: Literal["high", "low", "both"] | None = None
     inflate: bool = False
     freeze: Literal["pretrained"] | None = None
     trainable: list[str] = field(default_factory=list)

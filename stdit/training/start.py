@@ -46,8 +46,8 @@ def follow_init(config: RunConfig) -> RunConfig:
             shift = static_shift(read_json(scheduler))
             tokens = described.shift_tokens if tokens is None else tokens
         if settings.expert is not None and levels.range is None:
-            boundary = _boundary(folder)
-            span = (boundary, 1.0) if settings.expert == "high" else (0.0, boundary)
+            boundary = boundary_of(folder)
+            span = {"high": (boundary, 1.0), "low": (0.0, boundary), "both": span}[settings.expert]
     levels = replace(
         levels,
         shift=shift if levels.shift is None else levels.shift,
@@ -66,7 +66,8 @@ def transformer_path(settings: ModelSettings) -> Path:
     folder = Path(settings.init).expanduser()
     if settings.expert is None:
         return folder
-    there = [folder / name for name in EXPERTS[settings.expert] if (folder / name).is_dir()]
+    expert = "high" if settings.expert == "both" else settings.expert
+    there = [folder / name for name in EXPERTS[expert] if (folder / name).is_dir()]
     if not there or not any((folder / name).is_dir() for name in EXPERTS["low"]):
         raise StditError(
             f"{folder}: has no two experts, so model.expert={settings.expert} is none of it. Leave it out."
@@ -88,7 +89,7 @@ def choose_trained(model: STDiT, settings: ModelSettings) -> None:
         parameter.requires_grad_(not patterns or any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
-def _boundary(folder: Path) -> float:
+def boundary_of(folder: Path) -> float:
     """The noise level at which a folder's experts change."""
     index = folder / "model_index.json"
     value: Any = read_json(index).get("boundary_ratio") if index.is_file() else None

@@ -199,15 +199,22 @@ def test_what_contradicts_the_weights_is_named(
         started(tiny, tmp_path, folder(name), *overrides)
 
 
-@pytest.mark.parametrize(("expert", "span"), [("high", (0.875, 1)), ("low", (0, 0.875))])
-def test_an_expert_trains_at_its_own_noise_levels(
-    tiny: Path, tmp_path: Path, folder: Any, expert: str, span: tuple[float, float]
-) -> None:
+@pytest.fixture
+def experts(tmp_path: Path, folder: Any) -> Path:
+    """A model folder of two experts, whose weights differ."""
     init = shutil.copytree(folder("Wan"), tmp_path / "A14B")
     save_transformer("Wan", init / "transformer_2", seed=1)
     index = json.loads((init / "model_index.json").read_text())
     index |= {"boundary_ratio": 0.875, "transformer_2": ["a", "b"]}
     (init / "model_index.json").write_text(json.dumps(index))
+    return init
+
+
+@pytest.mark.parametrize(("expert", "span"), [("high", (0.875, 1)), ("low", (0, 0.875))])
+def test_an_expert_trains_at_its_own_noise_levels(
+    tiny: Path, tmp_path: Path, experts: Path, expert: str, span: tuple[float, float]
+) -> None:
+    init = experts
     parts = started(tiny, tmp_path, init, f"model.expert={expert}", "objective.flow.tasks={text_to_video: 1}")
     name, other = ("transformer", "transformer_2") if expert == "high" else ("transformer_2", "transformer")
     mine = stdit.load_transformer(init / name).state_dict()
@@ -222,6 +229,36 @@ def test_an_expert_trains_at_its_own_noise_levels(
     kept, new = (stdit.load_transformer(tmp_path / "model" / n).state_dict() for n in (other, name))
     assert all(torch.equal(kept[key], t) for key, t in stdit.load_transformer(init / other).state_dict().items())
     assert all(torch.equal(new[key], mine[key] + 1) for key in mine)
+
+
+def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path: Path, experts: Path) -> None:
+    """Two equal experts have the loss of one model; different ones both change, and come back as a folder of two."""
+    same = shutil.copytree(experts, tmp_path / "same")
+    shutil.copytree(same / "transformer", same / "transformer_2", dirs_exist_ok=True)
+    one = started(tiny, tmp_path, experts / "transformer", f"vae.path={experts}", f"text.path={experts}",
+                  "objective.flow.noise_levels.shift=3")  # fmt: skip
+    parts = started(tiny, tmp_path, same, "model.expert=both")
+    items = parts.plan.step(0)
+    examples, sides = parts.loader.fetch(items, 0), set()
+    for step in range(4):
+        key = StepKey(0, 0, step, len(items))
+        both, alone = parts.objective.prepare(examples, items, key), one.objective.prepare(examples, items, key)
+        assert both.weight == alone.weight == parts.objective.weight(examples, key)
+        assert both.low.pack.levels.max() < 0.875 or both.low.weight == 0
+        assert both.high.pack.levels.min() >= 0.875
+        sides |= {(both.high.weight > 0, both.low.weight > 0)}
+        with torch.no_grad():
+            assert float(parts.objective.module(both)) == pytest.approx(float(one.objective.module(alone)), rel=1e-5)
+    assert (True, True) in sides
+
+    parts = started(tiny, tmp_path, experts, "model.expert=both", "objective.flow.noise_levels.shift=9")
+    engine, losses = train(parts, 4)
+    assert losses[-1] < losses[0]
+    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flats, engine.pieces)}
+    write_model(parts, weights, ALONE, tmp_path / "model")
+    for name in ("transformer", "transformer_2"):
+        old, new = (stdit.load_transformer(place / name).state_dict() for place in (experts, tmp_path / "model"))
+        assert old.keys() == new.keys() and not torch.equal(old["head.head.weight"], new["head.head.weight"]), name
 
 
 def test_checkpoints_hold_what_trains(tiny: Path, tmp_path: Path, folder: Any) -> None:

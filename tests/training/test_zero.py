@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.training.checkpoint import Checkpoint
+from stdit.weights.io import save_transformer
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
@@ -46,11 +49,15 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = found.getsockname()[1]
     engines = [f"{stage}={jsons[stage]}={STEPS}" for stage in STAGES]
     engines += [f"moved={jsons['zero3']}={STEPS + 2}=zero1"]
+    engines += [f"frozen-{stage}={jsons[stage]}=2" for stage in STAGES]
+    sizes = yaml.safe_load(config)["model"]
+    sizes |= {"in_channels": 4, "out_channels": 4, "text_dim": 16, "text_padding": 32}
+    save_transformer(STDiT(TransformerConfig.preset(sizes.pop("preset"), **sizes)), out / "init")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         start(out, engines, environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}) for r in (0, 1)
     ]
-    finish(start(out, [f"one=={STEPS}", f"more=={STEPS + 2}=one"], environment))
+    finish(start(out, [f"one=={STEPS}", f"more=={STEPS + 2}=one", "frozen-one==2"], environment))
     for rank in ranks:
         finish(rank)
     finish(start(out, [f"alone=={STEPS + 2}=zero3"], environment))
@@ -94,6 +101,20 @@ def test_gradients_losses_and_clips_equal_one_rank(runs: Path, stage: str, optim
     first, second = found["packs"]
     assert all(len(a) == len(b) >= 2 for a, b in zip(first, second))  # the same number of micro-steps, several
     assert any(0 in step for step in first + second)  # and ranks that had nothing to do in one
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_what_trains_has_gradients_and_is_kept(runs: Path, stage: str) -> None:
+    expected, found = (load_file(runs / f"frozen-{name}-adamw" / "gradients.safetensors") for name in ("one", stage))
+    ours = {name for name in found if name.startswith("transformer.")}
+    assert expected.keys() == found.keys() and len(ours) > 20
+    assert all(".self_attn." in name or name.startswith("transformer.blocks.1.ffn.") for name in ours)
+    assert max(relative(found[name], gradient) for name, gradient in expected.items()) <= 1e-5
+    kept = Checkpoint.latest(runs / f"frozen-{stage}-adamw")
+    assert kept is not None and kept.weights().keys() == found.keys()
+    assert seen(runs, f"frozen-{stage}-adamw")["losses"] == pytest.approx(
+        seen(runs, "frozen-one-adamw")["losses"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)

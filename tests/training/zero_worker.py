@@ -1,7 +1,8 @@
 """One of several ranks (or the only one): trains under each DeepSpeed JSON and optimizer, rank 0 writes what it saw.
 
 Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain torch). NAME=JSON=STEPS=OTHER goes on
-from the checkpoints of OTHER, made before by whatever engine.
+from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
+init/ of the output folder and trains some of it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def main() -> None:
             folder = Path(out) / f"{name}-{optimizer}"
             settings = [f"optimizer.name={optimizer}", f"parallel.deepspeed={path or 'null'}", f"run={folder}"]
             settings += [f"schedule.steps={steps}"] + ["optimizer.lr=0.05"] * (optimizer == "sgd")
+            if name.startswith("frozen"):
+                settings += ["model.preset=null", f"model.init={Path(out) / 'init'}"]
+                settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
             if source and world.is_main:
                 shutil.copytree(Path(out) / f"{source[0]}-{optimizer}" / "checkpoints", folder / "checkpoints")
             world.barrier()
