@@ -310,7 +310,7 @@ def _write(
     stem, stems = _STEM, (_STEM,)
     if (kind, layout) == ("vae", "original"):
         stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
-    entries = {name: (dtypes[move.native[0]], move.foreign_shape) for move in table.moves for name in move.foreign}
+    entries, read_foreign = table.written(read, dtypes)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
     shards = _shards(sizes, shard_bytes)
     names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -322,7 +322,6 @@ def _write(
             "weight_map": {foreign: name for name, shard in zip(names, shards) for foreign in shard},
         }
     folder.mkdir(parents=True, exist_ok=True)
-    read_foreign = table.foreign_reader(read)
     stale = re.compile(rf"({'|'.join(map(re.escape, stems))})" + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     with ExitStack() as renames:  # the last entered is renamed first, the index at the end: without it shards are none
         for name, content in reversed(documents.items()):

@@ -8,7 +8,8 @@ the native side: our names and shapes give the foreign ones, so both directions,
         Rule("patch_embedding.weight", "patch_embedding.weight", Unflatten(1, (16, 1, 2, 2))),    # Linear to Conv3d
         Rule(("a.q.{leaf}", "a.k.{leaf}"), "a.qk.{leaf}"),                                        # fused over there
         Rule("a.kv.{leaf}", ("a.k.{leaf}", "a.v.{leaf}")),                                        # split over there
-        ignored=("rope.freqs",),                                     # over there, may be present, holds no weights
+        ignored=("accum_{rest}",),                                   # over there, may be present, holds no weights
+        computed={"rope.freqs": frequencies},                        # the same, and written back: a function gives it
     )
     table = keymap.table({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     table.check(shapes_in_the_file, place="model.safetensors")          # before a single tensor is read
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Protocol
 from stdit.errors import StditError, nearest_name
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -225,11 +227,18 @@ class Move:
 
 
 class KeyMap:
-    """Rules, first match wins; the foreign names that may be there and hold no weights (`ignored` templates); the
-    native names that have no place there and are left out of what is written (`absent`)."""
+    """Rules, first match wins; the foreign names that may be there and hold no weights (`ignored` templates); those of
+    them that a config tells to the last bit, so that they are written too (`computed`); the native names that have no
+    place there and are left out of what is written (`absent`)."""
 
-    def __init__(self, *rules: Rule, ignored: tuple[str, ...] = (), absent: tuple[str, ...] = ()):
-        self.rules, self.ignored, self.absent = rules, ignored, absent
+    def __init__(
+        self,
+        *rules: Rule,
+        ignored: tuple[str, ...] = (),
+        computed: Mapping[str, Callable[[], Tensor]] | None = None,
+        absent: tuple[str, ...] = (),
+    ):
+        self.rules, self.ignored, self.computed, self.absent = rules, ignored, computed or {}, absent
 
     def table(self, native: Mapping[str, Shape]) -> Table:
         """Applies the rules to a model's tensors. Every native tensor that is not `absent` takes part
@@ -250,7 +259,8 @@ class KeyMap:
             assert len(names) == len(set(names)), (
                 f"key map: two rules for {sorted({n for n in names if names.count(n) > 1})}"
             )
-        return Table(tuple(moves.values()), tuple(re.compile(_pattern(template)) for template in self.ignored))
+        passed_over = tuple(re.compile(_pattern(template)) for template in (*self.ignored, *self.computed))
+        return Table(tuple(moves.values()), passed_over, self.computed)
 
 
 @dataclass(frozen=True)
@@ -287,6 +297,7 @@ class Table:
 
     moves: tuple[Move, ...]
     ignored: tuple[re.Pattern[str], ...] = ()
+    computed: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     @cached_property
     def foreign_shapes(self) -> dict[str, Shape]:
@@ -324,15 +335,27 @@ class Table:
 
         return read_native
 
-    def foreign_reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-        """A function that gives any one foreign tensor by name, reading (again) what it is made of."""
+    def written(
+        self, read: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]
+    ) -> tuple[dict[str, tuple[torch.dtype, Shape]], Callable[[str], Tensor]]:
+        """What a file of this dialect holds, computed tensors too: dtypes and shapes by foreign name, and a function
+        that gives any one by name, reading (again) what it is made of.
+
+        read and dtypes are of the native tensors; what is computed has the dtype of the first of them.
+        """
         moves = {name: move for move in self.moves for name in move.foreign}
+        entries = {name: (dtypes[move.native[0]], move.foreign_shape) for name, move in moves.items()}
+        first = next(iter(entries.values()))[0]
+        made = {name: make().to(first) for name, make in self.computed.items()}
+        entries |= {name: (first, tuple(tensor.shape)) for name, tensor in made.items()}
 
         def read_foreign(name: str) -> Tensor:
+            if name in made:
+                return made[name]
             move = moves[name]
             return move.to_foreign([read(native) for native in move.native])[move.foreign.index(name)]
 
-        return read_foreign
+        return entries, read_foreign
 
     def to_foreign(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(foreign name, tensor) of everything; `read` gives a native tensor by name, each one once."""

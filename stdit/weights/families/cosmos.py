@@ -7,14 +7,17 @@ of q and k, and of their norms' weights, are permuted.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.weights.families import configs
 from stdit.weights.families.configs import block_rules, checked_transformer, needed
 from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads, output_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILY = "Cosmos-Predict transformer"
 _ORIGINAL_CLASS = "CosmosPredict"
@@ -35,6 +38,7 @@ SETTINGS: dict[str, Any] = {
 _OWN = ("text_padding", "rope_theta", "image_channels")
 _KEPT = (*_OWN, "heads", "patch", "in_channels", "rope_scale")  # beside an original
 _BLOCKS = r"(?:transformer_blocks\.|blocks\.(?:block)?)(\d+)\."
+_MAX_SIZE = (128, 240, 240)
 _DIFFUSERS = configs.Fields(
     "CosmosTransformer3DModel",
     {
@@ -54,7 +58,7 @@ _DIFFUSERS = configs.Fields(
         "mlp_ratio": 4.0,
         "text_embed_dim": 1024,
         "adaln_lora_dim": 256,
-        "max_size": (128, 240, 240),
+        "max_size": _MAX_SIZE,
         "patch_size": (1, 2, 2),
         "rope_scale": (2.0, 1.0, 1.0),
         "concat_padding_mask": True,
@@ -103,7 +107,7 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
     """config.json as diffusers' CosmosTransformer3DModel.save_pretrained writes it."""
     projected = config.text_embedding == "gelu"
     learned = config.position == "learned"
-    largest = tuple(a * b for a, b in zip(config.position_max, config.patch)) if learned else (128, 240, 240)
+    largest = tuple(a * b for a, b in zip(config.position_max, config.patch)) if learned else _MAX_SIZE
     return _DIFFUSERS.write(
         config,
         _OWN,
@@ -205,8 +209,28 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         Rule("blocks.{i}.ffn.0.weight", f"{layer}1.weight"),
         Rule("blocks.{i}.ffn.2.weight", f"{layer}2.weight"),
         Rule("head.low_rank.{j}.weight", f"{last}.{{j}}.weight"),
-        ignored=("logvar.{rest}", "pos_embedder.{rest}", "accum_{rest}", "{rest}._extra_state"),
+        ignored=("logvar.{rest}", "accum_{rest}", "pos_embedder.{rest}", "{rest}._extra_state"),
+        computed={f"pos_embedder.{name}": make for name, make in _rotary_buffers(config).items()},
     )
+
+
+def _rotary_buffers(config: TransformerConfig) -> dict[str, Callable[[], Tensor]]:
+    """What the originals keep of VideoRopePosition3DEmb: 1 all places along its longest axis, 2 the exponents too."""
+    import torch
+
+    from stdit.models.positions import rotary_axes
+
+    learned = config.position == "learned"
+    sizes = config.position_max if learned else tuple(size // side for size, side in zip(_MAX_SIZE, config.patch))
+    time, space, _ = rotary_axes(config.head_dim)
+
+    def exponents(size: int) -> Tensor:
+        return torch.arange(0, size, 2).float() / size
+
+    made: dict[str, Callable[[], Tensor]] = {"seq": lambda: torch.arange(max(sizes), dtype=torch.float32)}
+    if not learned:
+        made |= {"dim_spatial_range": lambda: exponents(space), "dim_temporal_range": lambda: exponents(time)}
+    return made
 
 
 _AXES = (("frame", "t"), ("row", "h"), ("column", "w"))

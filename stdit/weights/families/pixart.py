@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.weights.families import configs
 from stdit.weights.families.configs import block_rules, checked_transformer, end_rules
 from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILY = "PixArt transformer"
 _ORIGINAL_CLASS = "PixArtMS"
@@ -159,8 +162,25 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         Rule("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", Flatten(0, (1, 6))),
         Rule("head.modulation", "final_layer.scale_shift_table", Flatten(0, (1, 2))),
         Rule("head.head.{leaf}", "final_layer.linear.{leaf}"),
-        ignored=("pos_embed",),  # computed from the picture's size
+        computed={"pos_embed": lambda: _positions(config)},
     )
+
+
+def _positions(config: TransformerConfig) -> Tensor:
+    """The originals' get_2d_sincos_pos_embed for the picture they are made for: (1, side², D).
+
+    In numpy's functions and order, so that no bit differs. Their code reads it of no file, but some of its scripts
+    delete it from what they read and fail where it is not there.
+    """
+    import numpy as np
+    import torch
+
+    side, quarter = config.position_base, config.dim // 4
+    places = np.arange(side, dtype=np.float32) / config.position_stretch
+    angles = np.outer(places, 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter))
+    one = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
+    both = np.concatenate([np.tile(one, (side, 1)), np.repeat(one, side, axis=0)], axis=1)  # columns, then rows
+    return torch.from_numpy(both).float()[None]
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:

@@ -7,12 +7,15 @@ release's, whose config.json names no class that we know it by; its tensors' nam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.weights.families.configs import PIXART_LIKE, Fields, checked_transformer, patch_rules
 from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILY = "STDiT3 (Open-Sora 1.2)"
 CLASSES = ("STDiT3",)
@@ -127,5 +130,12 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         *rules,
         Rule("head.modulation", "final_layer.scale_shift_table", Flatten(0, (1, 2))),
         Rule("head.head.{leaf}", "final_layer.linear.{leaf}"),
-        ignored=("rope.freqs",),  # computed
+        computed={"rope.freqs": lambda: _frequencies(config)},
     )
+
+
+def _frequencies(config: TransformerConfig) -> Tensor:
+    """As rotary-embedding-torch makes and keeps them: (D_head/2,)."""
+    import torch
+
+    return 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 
@@ -32,7 +35,7 @@ def gradient_sum(name: str, gradient: torch.Tensor) -> float:
 
 def shapes_of(lines: np.ndarray) -> dict[str, tuple[int, ...]]:
     """Names and shapes out of the lines that `described` made of them."""
-    return {name: tuple(map(int, sizes.split(","))) for name, sizes in (line.split(":") for line in lines)}
+    return {name: tuple(int(n) for n in sizes.split(",") if n) for name, sizes in (line.split(":") for line in lines)}
 
 
 def described(tensors: Mapping[str, torch.Tensor]) -> np.ndarray:
@@ -48,45 +51,92 @@ def gradients_kept(named: Mapping[str, torch.Tensor], key: str) -> dict[str, np.
 
 
 def gradient_errors(found: Mapping[str, torch.Tensor], kept: Mapping[str, np.ndarray], key: str) -> dict[str, float]:
-    """How far gradients are from those kept, each relative to its norm."""
-    errors = {}
-    for name, wanted, norm in zip(kept[f"{key}names"], kept[f"{key}sums"], kept[f"{key}norms"]):
-        errors[str(name)] = abs(gradient_sum(str(name), found[str(name)]) - wanted) / max(norm, 1e-30)
-        errors[f"norm of {name}"] = abs(float(found[str(name)].norm()) - norm) / max(norm, 1e-30)
+    """How far gradients are from those kept, each relative to its norm; of a key's bias, whose gradient is 0 but for
+    rounding, to the norm of its weight's."""
+    names, errors = [str(name) for name in kept[f"{key}names"]], {}
+    norms = dict(zip(names, kept[f"{key}norms"]))
+    for name, wanted in zip(names, kept[f"{key}sums"]):
+        size = max(norms[name], norms[name.replace("to_k.bias", "to_k.weight")], 1e-30)
+        errors[name] = abs(gradient_sum(name, found[name]) - wanted) / size
+        errors[f"norm of {name}"] = abs(float(found[name].norm()) - norms[name]) / size
     return errors
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor | np.ndarray) -> float:
     wanted = torch.as_tensor(wanted)
-    return ((found - wanted).norm() / wanted.norm()).item()
+    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
 
 
-def check_released(module: Any, config: Any, kept: Mapping[str, np.ndarray], computed: str) -> None:
-    """A released size lacks no key and has none too many, but for what is computed, and counts as many parameters."""
-    from stdit.models.transformer import STDiT
+@dataclass(frozen=True)
+class Run:
+    """One call of `predict`: what it takes, a probe of what it gives, and which of that counts (1: all)."""
 
-    shapes = shapes_of(kept["released"])
+    key: str  # of what is kept of the reference's answer, after the config's number
+    arguments: dict[str, Any]
+    probe: torch.Tensor
+    counts: torch.Tensor | int = 1
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A family's own code: what is kept of it in `file`, and how stdit is asked the same.
+
+    family: its module of stdit.weights.families. computed: tensors that its state dict has and that are no weights.
+    config_json(number), runs(number): of each of its `count` configs.
+    """
+
+    name: str
+    family: str
+    file: Path
+    count: int
+    config_json: Callable[[int], dict[str, Any]]
+    runs: Callable[[int], list[Run]]
+    computed: tuple[str, ...] = ()
+
+
+def random_weights(model: nn.Module, golden: Golden, number: int) -> dict[str, np.ndarray]:
+    """Loads `weights` into a model, all but what is computed, and gives what is to be kept of its state dict."""
+    state = model.state_dict()
+    own = {name: state[name].clone() for name in golden.computed}
+    shapes = {name: tensor for name, tensor in state.items() if name not in own}
+    model.load_state_dict(weights({name: tuple(tensor.shape) for name, tensor in shapes.items()}) | own)
+    return {
+        f"{number}.shapes": described(shapes),
+        f"{number}.computed": np.array([f"{name} {hash_of(tensor)}" for name, tensor in own.items()]),
+    }
+
+
+def answers(model: nn.Module, golden: Golden, number: int, call: Callable[..., torch.Tensor]) -> dict[str, np.ndarray]:
+    """Outputs and gradients of every run. call(model, run's key, **its arguments): the output, shaped as its probe."""
+    kept: dict[str, np.ndarray] = {}
+    for run in golden.runs(number):
+        model.zero_grad()
+        latents = run.arguments["latents"].clone().requires_grad_()
+        out = call(model, run.key, **{**run.arguments, "latents": latents}) * run.counts
+        (out * run.probe).sum().backward()
+        key = f"{number}.{run.key}"
+        kept |= {f"{key}output": out.detach().numpy(), f"{key}latents": latents.grad.numpy()}
+        kept |= gradients_kept({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, key)
+    return kept
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model without its memory; what its constructor counts out has values, which some constructors ask for."""
+    for name in ("linspace", "arange"):
+        setattr(torch, name, partial(getattr(torch, name), device="cpu"))
     with torch.device("meta"):
-        ours = STDiT(config)
-    table = module.keymap(config, "original").table({n: tuple(t.shape) for n, t in ours.state_dict().items()})
-    assert not table.differences(shapes) and set(shapes) - set(table.foreign_shapes) == {computed}
-    count = sum(parameter.numel() for parameter in ours.parameters())
-    print(f"{module.FAMILY}: {count:,} parameters")
-    assert count == int(kept["parameters"])
+        return build()
 
 
-def check_round_trip(first: Path, again: Path, computed: str) -> None:
-    """original → stdit → original gives back every tensor bit for bit, but for what is computed."""
-    from safetensors.torch import load_file
+def released(build: Callable[[], nn.Module], golden: Golden) -> dict[str, np.ndarray]:
+    """Names, shapes and parameters of the released size."""
+    model = on_meta(build)
+    count = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in golden.computed)
+    return {"released": described(model.state_dict()), "parameters": np.array(count)}
 
-    import stdit
 
-    ours, wanted = stdit.load_transformer(first), load_file(first / "model.safetensors")
-    stdit.save_transformer(ours, again, "original")
-    found = load_file(next(again.glob("*.safetensors")))
-    assert stdit.load_transformer(again).config == ours.config
-    assert found.keys() == wanted.keys() - {computed}
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+def hash_of(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def stand_in(name: str, **members: object) -> None:

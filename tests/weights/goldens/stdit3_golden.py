@@ -12,12 +12,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from golden_tools import Registry, checkpoint_nothing, described, gradients_kept, stand_in, weights, xformers
+from golden_tools import (
+    Golden,
+    Registry,
+    Run,
+    answers,
+    checkpoint_nothing,
+    random_weights,
+    released,
+    stand_in,
+    xformers,
+)
 
-GOLDEN = Path(__file__).with_suffix(".npz")
 CONFIGS = (
     {"hidden_size": 24, "num_heads": 2, "in_channels": 3, "caption_channels": 7, "depth": 2, "input_sq_size": 512},
     {"hidden_size": 36, "num_heads": 3, "in_channels": 4, "caption_channels": 5, "depth": 1, "input_sq_size": 256},
@@ -45,6 +55,25 @@ def inputs(number: int) -> dict[str, torch.Tensor]:
     return made
 
 
+def runs(number: int) -> list[Run]:
+    given = inputs(number)
+    probe, denoised, t = (given.pop(name) for name in ("probe", "denoised", "t"))
+    used = denoised.repeat_interleave(CONFIGS[number].get("patch_size", (1, 2, 2))[0], 1)[:, None, :, None, None]
+    given |= {"fps": FPS[number], "size": SIZES[number]}
+    return [
+        Run("clip.", {**given, "t": t}, probe),
+        Run("frame.", {**given, "t": t[:, None] * denoised}, probe, used),
+    ]
+
+
+def config_json(number: int) -> dict[str, Any]:
+    notes = {"architectures": ["STDiT3"], "model_type": "STDiT3", "input_size": [None] * 3, "torch_dtype": "float32"}
+    return {**notes, "model_max_length": 6, **CONFIGS[number], "transformers_version": "4.36.2"}
+
+
+GOLDEN = Golden("STDiT3", "stdit3", Path(__file__).with_suffix(".npz"), 5, config_json, runs, ("rope.freqs",))
+
+
 def _stand_ins() -> None:
     xformers()
     stand_in("opensora.acceleration.checkpoint", auto_grad_checkpoint=checkpoint_nothing)
@@ -58,6 +87,12 @@ def _stand_ins() -> None:
         stand_in(f"opensora.{name.replace('/', '.')}", __path__=places)
 
 
+def call(model, key, *, latents, t, text, text_mask, fps, size):
+    width, height = (torch.full((2,), float(side)) for side in size)
+    mask, t = (t > 0, t.amax(1)) if t.ndim == 2 else (None, t)
+    return model(latents, t * 1000, text[:, None], text_mask, mask, torch.full((2,), fps), height, width)
+
+
 def main() -> None:
     _stand_ins()
     from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
@@ -65,34 +100,8 @@ def main() -> None:
     kept: dict[str, np.ndarray] = {}
     for number, config in enumerate(CONFIGS):
         model = STDiT3(STDiT3Config(**config, model_max_length=6)).eval()
-        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != "rope.freqs"}
-        model.load_state_dict(weights(shapes) | {"rope.freqs": model.state_dict()["rope.freqs"]})
-        given = inputs(number)
-        width, height = (torch.full((2,), float(side)) for side in SIZES[number])
-        fps = torch.full((2,), FPS[number])
-        for per in ("clip", "frame"):
-            model.zero_grad()
-            latents = given["latents"].clone().requires_grad_()
-            mask = {"clip": None, "frame": given["denoised"]}[per]
-            text = given["text"][:, None]
-            out = model(latents, given["t"] * 1000, text, given["text_mask"], mask, fps, height, width)
-            used = given["denoised"].repeat_interleave(model.patch_size[0], 1)[:, None, :, None, None]
-            probe = given["probe"] * (used if per == "frame" else 1)
-            (out * probe).sum().backward()
-            key = f"{number}.{per}."
-            kept[f"{key}output"] = (out * used if per == "frame" else out).detach().numpy()
-            kept[f"{key}latents"] = latents.grad.numpy()
-            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            kept |= gradients_kept(found, key)
-        state = {name: tensor for name, tensor in model.state_dict().items() if name != "rope.freqs"}
-        kept[f"{number}.shapes"] = described(state)
-    linspace = torch.linspace
-    torch.linspace = lambda *arguments: linspace(*arguments, device="cpu")  # its constructor asks for values
-    with torch.device("meta"):
-        released = STDiT3(STDiT3Config())
-    kept["released"] = described(released.state_dict())
-    kept["parameters"] = np.array(sum(p.numel() for n, p in released.named_parameters() if n != "rope.freqs"))
-    np.savez_compressed(GOLDEN, **kept)
+        kept |= random_weights(model, GOLDEN, number) | answers(model, GOLDEN, number, call)
+    np.savez_compressed(GOLDEN.file, **kept, **released(lambda: STDiT3(STDiT3Config()), GOLDEN))
 
 
 if __name__ == "__main__":
