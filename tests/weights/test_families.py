@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_tools import relative
 from references import FAMILIES, randomise
 from safetensors.torch import load_file, save_file
 
@@ -19,12 +20,9 @@ from stdit.weights.families import ltx
 
 pytest.importorskip("diffusers")
 
+STEM = "diffusion_pytorch_model.safetensors"
 CASES = [(name, number) for name, family in FAMILIES.items() for number in range(len(family.configs))]
 RELEASED = [(name, release) for name, family in FAMILIES.items() for release in family.released]
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
 
 
 def gradient_error(name: str, found, wanted) -> float:
@@ -48,16 +46,6 @@ def inputs(ours, family, number, per):
     return latents, t, text, mask
 
 
-@pytest.fixture(scope="module")
-def table():
-    """Rows of family, dialect and the largest errors, printed when all is done."""
-    rows: dict[tuple[str, str], list[float]] = {}
-    yield rows
-    print(f"\n{'family':22}{'dialect':14}{'output':>10}{'gradients':>12}   (largest relative error)")
-    for (family, dialect), (output, gradient) in rows.items():
-        print(f"{family:22}{dialect:14}{output:10.1e}{gradient:12.1e}")
-
-
 def dialects(family, theirs, place: Path) -> dict[str, Path]:
     """The reference's weights in every dialect, each where `load_transformer` finds it."""
     theirs.save_pretrained(place / "diffusers")
@@ -65,40 +53,48 @@ def dialects(family, theirs, place: Path) -> dict[str, Path]:
     for dialect in family.converters:
         stdit.save_transformer(stdit.load_transformer(place / "diffusers"), place / dialect, "original")
         places[dialect] = place / dialect
+        if dialect == "ComfyUI":
+            alone = place / dialect / STEM
+            save_file({f"model.diffusion_model.{name}": tensor for name, tensor in load_file(alone).items()}, alone)
     return places
 
 
+def gradients_of(model, output, probe) -> dict[str, torch.Tensor]:
+    """Of the sum of output × probe."""
+    model.zero_grad()
+    (output * probe).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 @pytest.mark.parametrize(("name", "number"), CASES)
-def test_outputs_and_gradients_are_the_references(name, number, tmp_path, table):
+def test_outputs_and_gradients_are_the_references(name, number, tmp_path, record_property):
     family = FAMILIES[name]
     config = family.configs[number]
     theirs = randomise(family.build(config), number)
     given = family.given(config)
-    for dialect, place in dialects(family, theirs, tmp_path).items():
-        ours, worst, worst_gradient = stdit.load_transformer(place), 0.0, 0.0
-        source = io.find("transformer", place)
-        for per in family.per:
-            latents, t, text, mask = inputs(ours, family, number, per)
-            theirs.zero_grad(), ours.zero_grad()
-            leaves = [latents.clone().requires_grad_(), latents.clone().requires_grad_()]
-            wanted = family.call(theirs, leaves[0], t, text, mask, given)
-            found = ours.predict(leaves[1], t, text, mask, **given)
-            worst = max(worst, relative(found, wanted))
-            probe = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(7))
-            (wanted * probe).sum().backward()
-            (found * probe).sum().backward()
-            gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in ours.named_parameters()}
-            gradients |= {n: torch.zeros_like(b) for n, b in ours.named_buffers()}
-            errors = {"latents": relative(leaves[1].grad, leaves[0].grad)}
-            moved = dict(source.table.to_foreign(gradients.__getitem__))
+    sources = {dialect: io.find("transformer", place) for dialect, place in dialects(family, theirs, tmp_path).items()}
+    models = {dialect: io.load(source) for dialect, source in sources.items()}
+    worst = {dialect: (0.0, 0.0) for dialect in sources}
+    for per in family.per:
+        latents, t, text, mask = inputs(models["diffusers"], family, number, per)
+        leaf = latents.clone().requires_grad_()
+        wanted = family.call(theirs, leaf, t, text, mask, given)
+        probe = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(7))
+        reference = gradients_of(theirs, wanted, probe)
+        for dialect, ours in models.items():
+            again = latents.clone().requires_grad_()
+            found = ours.predict(again, t, text, mask, **given)
+            zeros = {n: torch.zeros_like(tensor) for n, tensor in ours.state_dict().items()}  # what takes no part
+            moved = dict(sources[dialect].table.to_foreign((zeros | gradients_of(ours, found, probe)).__getitem__))
             moved = family.converters[dialect](moved) if dialect in family.converters else moved
-            wanted = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-            errors |= {n: gradient_error(n, moved, wanted) for n in wanted}
+            errors = {n: gradient_error(n, moved, reference) for n in reference}
+            errors["latents"] = relative(again.grad, leaf.grad)
             assert max(errors.values()) <= 1e-4, {n: e for n, e in errors.items() if e > 1e-4}
-            worst_gradient = max(worst_gradient, *errors.values())
-        assert worst <= 1e-5
-        before = table.get((name, dialect), [0.0, 0.0])
-        table[name, dialect] = [max(before[0], worst), max(before[1], worst_gradient)]
+            output, gradient = worst[dialect]
+            worst[dialect] = (max(output, relative(found, wanted)), max(gradient, *errors.values()))
+    for dialect, (output, gradient) in worst.items():
+        assert output <= 1e-5
+        record_property("errors", (name, dialect, output, gradient))
 
 
 @pytest.mark.parametrize(("name", "release"), RELEASED)
@@ -115,6 +111,10 @@ def test_released_sizes_lack_no_key_and_have_none_too_many(name, release, tmp_pa
     native = {key: tuple(tensor.shape) for key, tensor in ours.state_dict().items()}
     foreign = module.keymap(config, "diffusers").table(native)
     assert not foreign.differences(shapes) and foreign.foreign_shapes.keys() == shapes.keys()
+    for convert in {family.converters[dialect] for dialect in family.converters}:
+        original = module.keymap(config, "original").table(native).foreign_shapes
+        converted = convert({key: torch.empty(shape, device="meta") for key, shape in original.items()})
+        assert {key: tuple(tensor.shape) for key, tensor in converted.items()} == shapes
     count = sum(parameter.numel() for parameter in theirs.parameters())
     assert sum(parameter.numel() for parameter in ours.parameters()) == count
     print(f"{release}: {count:,} parameters, {len(shapes)} tensors")
@@ -128,19 +128,23 @@ def test_round_trips_are_bit_for_bit(name, number, tmp_path):
     wanted = dict(theirs.named_parameters())
     theirs.save_pretrained(tmp_path / "theirs")
     model = stdit.load_transformer(tmp_path / "theirs")
-    for layout in ("diffusers", *family.converters):
-        stdit.save_transformer(model, tmp_path / layout, "original" if layout != "diffusers" else layout)
+    for layout in ("diffusers", *(dialect for dialect in family.converters if dialect != "ComfyUI")):
+        stdit.save_transformer(model, tmp_path / layout, layout)
         again = stdit.load_transformer(tmp_path / layout)
         assert again.config == model.config
         assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
-        tensors = load_file(tmp_path / layout / "diffusion_pytorch_model.safetensors")
-        stdit.save_transformer(again, tmp_path / "again" / layout, "original" if layout != "diffusers" else layout)
-        twice = load_file(tmp_path / "again" / layout / "diffusion_pytorch_model.safetensors")
+        tensors = load_file(tmp_path / layout / STEM)
+        stdit.save_transformer(again, tmp_path / "again" / layout, layout)
+        twice = load_file(tmp_path / "again" / layout / STEM)
         assert twice.keys() == tensors.keys() and all(torch.equal(twice[key], tensors[key]) for key in tensors)
         back = tensors if layout == "diffusers" else family.converters[layout](tensors)
         assert back.keys() >= wanted.keys() and all(torch.equal(back[key], wanted[key]) for key in wanted)
-    opened, report = type(theirs).from_pretrained(tmp_path / "diffusers", output_loading_info=True)
+    lost = {name: theirs.config[name] for name in family.kept if name in family.configs[number]}
+    opened, report = type(theirs).from_pretrained(tmp_path / "diffusers", output_loading_info=True, **lost)
     assert not any(report.values())
+    given = (*inputs(model, family, number, family.per[-1]), family.given(family.configs[number]))
+    with torch.no_grad():
+        assert torch.equal(family.call(opened, *given), family.call(theirs, *given))
     written, first = (
         {k: v for k, v in model.config.items() if not k.startswith("_") and k not in family.kept}
         for model in (opened, theirs)
@@ -157,7 +161,7 @@ def test_a_single_file_tells_its_size_by_its_shapes(name, heads, prefix, tmp_pat
     theirs.save_pretrained(tmp_path / "diffusers")
     model = stdit.load_transformer(tmp_path / "diffusers")
     stdit.save_transformer(model, tmp_path / "original", "original")
-    tensors = load_file(tmp_path / "original" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(tmp_path / "original" / STEM)
     alone = {prefix + key: tensor for key, tensor in tensors.items()}
     if prefix:
         alone["vae.decoder.conv_in.weight"] = torch.ones(2)

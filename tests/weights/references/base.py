@@ -27,8 +27,8 @@ class Family:
     """name: of the class in diffusers. configs: five small ones. released: name: (config, parameters).
 
     call(model, latents, t, text, mask, given): what the reference computes, (B, C, T, H, W). converters: for dialects
-    that diffusers can read, its own function from a dialect's tensors to its names. per: of which t may be, beside a
-    clip. given(config): conditions for `predict`.
+    that diffusers can read, its own function from a dialect's tensors to its names ("ComfyUI" is an original's with a
+    prefix). per: of which t may be, beside a clip. given(config): conditions for `predict`.
     """
 
     name: str
