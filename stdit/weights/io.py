@@ -165,23 +165,39 @@ def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, st
     found, config_path = _config(kind, folder, files)
     family = family_of(kind, found, files.shapes)
     dialect = family.dialect_of(files.shapes)
+    others = [other.FAMILY for other in families(kind) if not dialect and other.dialect_of(files.shapes)]
+    if found and others:
+        raise StditError(
+            f"{files.path}: these tensors are of a {others[0]}, {config_path or 'the config in its metadata'} "
+            f"is of a {family.FAMILY}. Put the config.json of the weights beside them."
+        )
     config = family.config_from(found, files.shapes, config_path or files.path) if found or dialect else None
     if config is None or not dialect:
         known = ", nor a ".join(one.FAMILY for one in families(kind))
         raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
     table = family.keymap(config, dialect).table(_shapes(_on_meta(config)))
     if strict:
-        table.check(files.shapes, files.path, f"The config is {config_path}." if config_path else "")
+        where = f"the config {config_path} is of other weights" if config_path else "these are other weights"
+        table.check(files.shapes, files.path, f"The file is damaged, or {where}: get both from the same place again.")
     return Source(kind, family, files, config, config_path, dialect, table)
 
 
 def load(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
-    """Reads a source's tensors into its model. Peak memory is the model and one tensor."""
+    """Reads a source's tensors into its model. Peak memory is the model and one tensor.
+
+    What is on the CPU in its stored dtype and order stays a private view of the file; see stdit/weights/files.py.
+    """
     model = _on_meta(source.config)
-    tensors = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in source.table.to_native(source.files.read)
-    }
+    files = source.files
+    tensors: dict[str, Tensor] = {}
+    for move in source.table.moves:
+        stored = [files.read(name) for name in move.foreign]
+        there = {tensor.untyped_storage().data_ptr() for tensor in stored}
+        for name, tensor in zip(move.native, move.to_native(stored)):
+            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
+        if there.isdisjoint(tensors[name].untyped_storage().data_ptr() for name in move.native):
+            for name in move.foreign:
+                files.release(name)
     model.load_state_dict(tensors, strict=True, assign=True)
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not left or str(device) == "meta", (
@@ -272,12 +288,20 @@ def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any]
 
 
 def _on_meta(config: Any) -> nn.Module:
+    """The model without memory. Nothing is drawn: on the meta device that takes longer than reading the weights."""
     import torch
+    from torch.overrides import TorchFunctionMode
 
     from stdit.models.transformer import STDiT
     from stdit.vae.autoencoder import CausalVAE, VaeConfig
 
-    with torch.device("meta"):
+    class Undrawn(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_", "trunc_normal_"):
+                return args[0] if args else (kwargs or {})["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"), Undrawn():
         return CausalVAE(config) if isinstance(config, VaeConfig) else STDiT(config)
 
 

@@ -80,7 +80,7 @@ def test_a_file_cut_after_it_was_opened_is_an_error_and_no_crash(file):
 def test_headers_that_lie_take_no_memory(file):
     data = file.read_bytes()
     file.write_bytes(struct.pack("<Q", 2**62) + data[8:])
-    with pytest.raises(StditError, match="more than the 100000000"):
+    with pytest.raises(StditError, match="more than the 16000000"):
         open_file(file)
 
 
