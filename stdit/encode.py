@@ -16,7 +16,7 @@ from stdit.data.buckets import Assignment, DataConfig
 from stdit.data.cache import Cache, latent_key, latent_settings, text_key, text_settings
 from stdit.data.loader import Example, Loader
 from stdit.data.manifest import Manifest
-from stdit.data.probing import file_sha256
+from stdit.data.pixels import file_sha256
 from stdit.errors import StditError
 from stdit.weights.identity import folder_identity
 

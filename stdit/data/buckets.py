@@ -30,7 +30,10 @@ class DataConfig:
     mirror: flip half of the clips horizontally (keyed). Wrong wherever a caption or a sign says left or right.
     cache: the folder that `stdit data encode` wrote; latents then come from there and nothing is decoded.
     cache_dtype: float32, bfloat16 or float16, what the cache's tensors are stored as.
-    workers: threads that read ahead (0: none); batches are the same for any number.
+    workers: processes that read ahead (0: none, everything is read in the training's own); batches are the same for any
+        number. A file that crashes or hangs the decoder then costs its clip and not the run.
+    timeout: seconds that reading a clip may take before it is left out.
+    verify: also leave out clips whose file is not the one that was scanned, by its sha256 (read once a worker).
     prefetch: how many micro-steps they read ahead.
     keep_gb: decoded clips kept in memory, in GB, for data small enough; only where start is first and crop centre.
     """
@@ -47,6 +50,8 @@ class DataConfig:
     cache: str | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     workers: int = 2
+    timeout: float = 60.0
+    verify: bool = False
     prefetch: int = 4
     keep_gb: float = 0.0
 
@@ -75,6 +80,8 @@ class DataConfig:
             raise StditError(f"data.max_crop is {self.max_crop}; it is a share of the area, from 0 up to below 1.")
         if self.keep_gb and (self.start, self.crop) != ("first", "centre"):
             raise StditError("data.keep_gb needs data.start=first and data.crop=centre: other cuts differ by epoch.")
+        if not self.timeout > 0:
+            raise StditError(f"data.timeout is {self.timeout}; it must be a positive number of seconds.")
         if self.workers < 0 or self.prefetch < 1:
             raise StditError(
                 f"data.workers is {self.workers} (at least 0), data.prefetch {self.prefetch} (at least 1)."

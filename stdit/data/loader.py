@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stdit.data.buckets import Assignment, DataConfig, slack
 from stdit.data.cache import Cache, latent_key, text_key
+from stdit.data.isolated import READER
 from stdit.data.manifest import Clip, Manifest
-from stdit.data.video_io import VideoError, read_frames
+from stdit.data.video_io import Limits, VideoError, read_frames
 from stdit.errors import StditError
 from stdit.keyed import keyed_uniform
 from stdit.shapes import VideoShape
@@ -39,7 +40,8 @@ class Item(Protocol):
 class Example:
     """One clip, cut to its shape.
 
-    weight: 1, or 0 where the clip could not be read; its tensors are then zeros and `failure` says why.
+    weight: 1, or 0 where the clip could not be read; its tensors are then zeros, `failure` says why and `reason` in one
+        word (see `VideoError`; "not_encoded" for a clip that the cache has a failure of).
     frames: (T, H, W, 3) uint8, or None where latents come from the cache.
     latents: (C, T', H', W') normalised fp32, from the cache.
     text: (L, D) embedding of the caption, where the cache has text.
@@ -56,6 +58,7 @@ class Example:
     latents: Tensor | None = None
     text: Tensor | None = None
     failure: str | None = None
+    reason: str | None = None
 
     @property
     def video(self) -> Tensor:
@@ -73,8 +76,8 @@ class Loader:
     """Reads the clips of batches.
 
     Start, crop, mirroring and caption are keyed by (seed, epoch, clip id, occurrence). A clip that cannot be read keeps
-    its place with weight 0. Reads over the network are retried, then stop the run. Workers are threads: decoding and
-    scaling leave Python's lock free. `reader` is `video_io.read_frames` or what isolates it.
+    its place with weight 0. Reads over the network are retried, then stop the run. Each worker decodes in a process of
+    its own, which may crash or hang; with none, decoding is done here. `reader` takes the place of both.
     """
 
     def __init__(
@@ -86,11 +89,14 @@ class Loader:
         cache: Cache | None = None,
         text_cache: Cache | None = None,
         workers: int | None = None,
-        reader: Callable[..., np.ndarray] = read_frames,
+        reader: Callable[..., np.ndarray] | None = None,
     ) -> None:
         self.manifest, self.assignment, self.config, self.seed = manifest, assignment, config, seed
-        self.cache, self.text_cache, self.reader = cache, text_cache, reader
+        self.cache, self.text_cache = cache, text_cache
         self.workers = config.workers if workers is None else workers
+        self.reader = reader or (READER if self.workers else read_frames)
+        self.limits = Limits(seconds=config.timeout)
+        self.retries = 0  # of reads over the network
         self.kept: dict[int, np.ndarray] = {}  # decoded clips by row, up to config.keep_gb
         self.room = int(config.keep_gb * 1e9)
         if cache is not None:
@@ -127,18 +133,19 @@ class Loader:
         key = (epoch, clip.id, item.occurrence)
         caption = choose_caption(clip, keyed_uniform(self.seed, "caption", *key))
         text = None if self.text_cache is None else embedding(self.text_cache, caption)
-        frames = latents = failure = None
+        frames = latents = failure = reason = None
         if self.cache is not None:
             latents, failure = self._latents(item)
+            reason = failure and "not_encoded"
         else:
             try:
                 frames = torch.from_numpy(self._read(item.row, clip, shape, key))
             except VideoError as error:
-                failure = str(error)
+                failure, reason = str(error), error.reason
                 frames = torch.zeros(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
         weight = 0.0 if failure else 1.0
         return Example(
-            clip.id, item.row, item.occurrence, epoch, shape, weight, caption, frames, latents, text, failure
+            clip.id, item.row, item.occurrence, epoch, shape, weight, caption, frames, latents, text, failure, reason
         )
 
     def _read(self, row: int, clip: Clip, shape: VideoShape, key: tuple[int, str, int]) -> np.ndarray:
@@ -162,14 +169,16 @@ class Loader:
         if self.config.crop == "random":
             crop = (keyed_uniform(self.seed, "crop x", *key), keyed_uniform(self.seed, "crop y", *key))
         size = (shape.width, shape.height)
+        sha256 = clip.sha256 if self.config.verify else None
         for attempt in range(RETRIES + 1):
             try:
-                return self.reader(clip.path, shape.frames, size, self.config.fps, start, crop)
+                return self.reader(clip.path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
             except VideoError as error:
                 if error.reason != "unreadable" or "://" not in clip.path:
                     raise
                 if attempt == RETRIES:
                     raise StditError(f"{error} {attempt + 1} tries failed. Is the storage reachable?") from error
+                self.retries += 1
                 time.sleep(2**attempt)
         raise AssertionError("the last try returns or raises")
 

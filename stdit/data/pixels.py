@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation
 
+from stdit.data import hdr
 from stdit.errors import StditError
+from stdit.files import sha256_of
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
@@ -19,6 +24,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 class Limits:
     """What one read may cost. `seconds` is wall-clock time, checked between packets."""
 
+    bytes: int = 1 << 40  # of a file on this machine
     pixels: int = 8192 * 8192  # of one frame
     frames: int = 100_000  # decoded for one read
     packets: int = 2_000_000
@@ -31,8 +37,8 @@ LIMITS = Limits()
 class VideoError(StditError):
     """A file, or the part asked for, that cannot be read. `reason` is one word a program may read.
 
-    Reasons: missing, unreadable, empty, not_media, no_video, undecodable, no_frames, too_large, too_long, too_short,
-    damaged, timeout, and (from the probing processes) crashed.
+    Reasons: missing, unreadable, empty, changed, not_media, no_video, undecodable, no_frames, too_large, too_long,
+    too_short, damaged, timeout, and (from processes of `isolated`) crashed.
     """
 
     def __init__(self, path: str, reason: str, message: str) -> None:
@@ -51,7 +57,7 @@ def plain(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def check_file(path: str) -> None:
+def check_file(path: str, limits: Limits = LIMITS) -> None:
     if "://" in path:
         return
     try:
@@ -64,6 +70,32 @@ def check_file(path: str) -> None:
         raise VideoError(path, "unreadable", f"cannot be opened ({plain(error)}).") from error
     if size == 0:
         raise VideoError(path, "empty", "is an empty file.")
+    if size > limits.bytes:
+        raise VideoError(path, "too_large", f"has {size} bytes; the limit is {limits.bytes} bytes.")
+
+
+def check_content(path: str, sha256: str) -> None:
+    """Raises VideoError "changed" for another file than the one whose sha256 (hex) is given.
+
+    A file is hashed when it is first read, and again if its size or time changes.
+    """
+    size, time = 0, 0
+    if "://" not in path:
+        size, time = (status := os.stat(path)).st_size, status.st_mtime_ns
+    found = _known_sha256(path, size, time)
+    if found != sha256:
+        message = f"is not the file that was scanned (sha256 {found}, the manifest has {sha256}). Scan it again."
+        raise VideoError(path, "changed", message)
+
+
+@lru_cache(maxsize=1 << 16)
+def _known_sha256(path: str, size: int, time: int) -> str:
+    return file_sha256(path)
+
+
+def file_sha256(path: str) -> str:
+    with open_bytes(path) as file:
+        return sha256_of(file)
 
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -98,7 +130,10 @@ def cut(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -> 
 def to_rgb(
     frame: av.VideoFrame, pixel_aspect: float, size: tuple[int, int] | None, crop: tuple[float, float]
 ) -> np.ndarray:
-    """(H, W, 3) uint8 as displayed: swscale scales (bicubic, widened when shrinking) and converts in one pass."""
+    """(H, W, 3) uint8 as displayed: swscale scales (bicubic, widened when shrinking) and converts in one pass.
+
+    HDR (PQ, HLG) becomes sRGB as `hdr.to_srgb` says; other transfers stay as they are, as players leave them.
+    """
     transpose, flip_x, flip_y = orientation(frame)
     width, height = displayed_size(frame, pixel_aspect)
     if size is not None:
@@ -108,14 +143,17 @@ def to_rgb(
     # where the file does not say, HD is BT.709 and less is BT.601, as players assume
     unspecified = frame.colorspace in (0, 2) and frame.format.name != "rgb24"
     guess = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unspecified else None
+    bright = frame.color_trc in (hdr.PQ, hdr.HLG)
     rgb = frame.reformat(
         width,
         height,
-        "rgb24",
+        "rgb48le" if bright else "rgb24",
         src_colorspace=guess,
         interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
         threads=1,
     ).to_ndarray()
+    if bright:
+        rgb = hdr.to_srgb(rgb, frame.color_trc)
     if transpose:
         rgb = rgb.transpose(1, 0, 2)
     if flip_x:
@@ -123,6 +161,41 @@ def to_rgb(
     if flip_y:
         rgb = rgb[::-1]
     return np.ascontiguousarray(rgb if size is None else cut(rgb, size, crop))
+
+
+def progressive(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """The frames, one for each; those of two fields (interlaced) as of their first field's time, by FFmpeg's bwdif."""
+    graph, kind = None, None
+    for frame in frames:
+        if graph is None and not frame.interlaced_frame:
+            yield frame
+            continue
+        if graph is None or kind != (frame.width, frame.height, frame.format.name):
+            yield from _drained(graph)
+            kind = (frame.width, frame.height, frame.format.name)
+            graph = av.filter.Graph()
+            given = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+            )
+            graph.link_nodes(given, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
+            graph.configure()
+        graph.vpush(frame)
+        yield from _finished(graph)
+    yield from _drained(graph)
+
+
+def _drained(graph: av.filter.Graph | None) -> Iterator[av.VideoFrame]:
+    if graph is not None:
+        graph.vpush(None)
+        yield from _finished(graph)
+
+
+def _finished(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    while True:
+        try:
+            yield graph.vpull()
+        except (av.BlockingIOError, av.EOFError):
+            return
 
 
 def decode_image(path: str, limits: Limits) -> np.ndarray:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from stdit.data.captions import read_captions, sidecar
 from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write_manifest
@@ -24,6 +26,7 @@ class Scan:
     skipped: tuple[Skipped, ...]
     damaged: tuple[Skipped, ...]
     ignored: int  # files of other types that no caption names
+    reused: int = 0  # files that were probed by an earlier scan and have not changed since
 
 
 def scan(
@@ -41,7 +44,9 @@ def scan(
     """Probes every video and image under `folder` (hidden ones left out), in processes that may crash or hang.
 
     captions: a CSV or JSONL; None: `captions.csv` or `captions.jsonl` in the folder, else .txt files beside the videos.
-    out: the manifest to write, if there is a clip; what was skipped goes beside it as `….skipped.jsonl`.
+    out: the manifest to write, if there is a clip; what was skipped goes beside it as `….skipped.jsonl`, and what was
+        found of every file as `….probed.jsonl`, while it is found: a scan that was stopped goes on there, and files
+        whose size and time of change are the same are not probed again.
     uncaptioned: keep files without a caption (their captions are empty) instead of skipping them as "no_caption".
     verify: decode the files (each up to `video_io.VERIFY_PIXELS`), which finds damage; else only their first frame.
     timeout: seconds a file.
@@ -62,17 +67,24 @@ def scan(
         if _unnameable(file)
     ]
     on_start(len(present))
-    probed = probe_files(
-        [str(folder / file) for file in present],
-        workers or os.cpu_count() or 1,
-        VERIFY_PIXELS if verify else 0,
-        timeout,
-        lambda result: on_file(result.path),
-    )
+    paths = [str(folder / file) for file in present]
+    verify_pixels = VERIFY_PIXELS if verify else 0
+    with _remembered(None if out is None else Path(out).with_suffix(".probed.jsonl"), verify_pixels) as memory:
+        found = {path: result for path in paths if (result := memory.get(path))}
+        for path in found:
+            on_file(path)
+
+        def done(result: Probed) -> None:
+            memory.keep(result)
+            on_file(result.path)
+
+        new = [path for path in paths if path not in found]
+        found |= zip(new, probe_files(new, workers or os.cpu_count() or 1, verify_pixels, timeout, done))
     clips: dict[str, Clip] = {}
     names: dict[str, str] = {}
     damaged: list[Skipped] = []
-    for file, result in zip(present, probed):
+    for file, path in zip(present, paths):
+        result = found[path]
         if result.probe is None or result.sha256 is None:
             skipped.append(Skipped(file, result.reason or "undecodable", result.message or "cannot be read."))
             continue
@@ -91,14 +103,68 @@ def scan(
         else:
             clips[clip.id], names[clip.id] = clip, file
     manifest = Manifest.of(list(clips.values()), folder)
-    done = Scan(manifest, tuple(sorted(skipped, key=lambda s: s.file)), tuple(damaged), ignored)
+    scanned = Scan(
+        manifest, tuple(sorted(skipped, key=lambda s: s.file)), tuple(damaged), ignored, len(paths) - len(new)
+    )
     if out is not None:
         if len(manifest):
             write_manifest(manifest, out)
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in done.skipped]
+        lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in scanned.skipped]
         publish_text(skipped_path(out), "".join(lines))
-    return done
+    return scanned
+
+
+class _Memory:
+    """What was found of files, by path, with the size and time that a file had then."""
+
+    def __init__(self, verify_pixels: int, lines: list[dict[str, Any]], write: Callable[[bytes], object]) -> None:
+        self.verify_pixels, self.write = verify_pixels, write
+        self.known = {line["path"]: line for line in lines}
+        self.used: dict[str, dict[str, Any]] = {}
+
+    def get(self, path: str) -> Probed | None:
+        line = self.known.get(os.path.abspath(path))
+        if line is None or line["file"] != _state(path) or line["verify_pixels"] != self.verify_pixels:
+            return None
+        self.used[line["path"]] = line
+        return Probed(path, line["probe"], line["sha256"], line["reason"], line["message"])
+
+    def keep(self, result: Probed) -> None:
+        if result.reason in ("timeout", "crashed", "missing", "unreadable"):  # may be otherwise the next time
+            return
+        path = os.path.abspath(result.path)
+        line = asdict(result) | {"path": path, "file": _state(path), "verify_pixels": self.verify_pixels}
+        self.used[path] = line
+        self.write(json.dumps(line).encode() + b"\n")
+
+
+@contextmanager
+def _remembered(path: Path | None, verify_pixels: int) -> Iterator[_Memory]:
+    """What earlier scans wrote to this file; what is new is added as it comes, what is of no use any more goes."""
+    if path is None:
+        yield _Memory(verify_pixels, [], lambda _: None)
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # cut off as the scan was ended
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:  # a write is a line: several threads write
+        file.write(b"\n")  # after a line that was cut off
+        memory = _Memory(verify_pixels, lines, file.write)
+        yield memory
+    publish_text(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()))
+
+
+def _state(path: str) -> list[int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 def skipped_path(out: str | Path) -> Path:

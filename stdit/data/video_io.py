@@ -6,7 +6,7 @@ Importing this module is cheap (no torch): the processes that probe files import
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,12 +20,14 @@ from stdit.data.pixels import (
     LIMITS,
     Limits,
     VideoError,
+    check_content,
     check_file,
     cover,
     decode_image,
     displayed_size,
     is_image,
     plain,
+    progressive,
     to_rgb,
 )
 from stdit.data.video_write import contact_sheet, write_video
@@ -86,12 +88,16 @@ def probe(path: str, verify_pixels: int = VERIFY_PIXELS, limits: Limits = LIMITS
 
     Raises VideoError if not one frame can be decoded. A file damaged further in is described up to the damage.
     """
-    check_file(path)
+    check_file(path, limits)
     if is_image(path):
         frame = decode_image(path, limits)
         return Probe(frame.shape[1], frame.shape[0], 1.0, 1, 0.0, 0.0, Path(path).suffix[1:].lower(), image=True)
     with _open(path, limits) as source:
         return source.probe(verify_pixels)
+
+
+def _new_frames(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
 
 
 def read_frames(
@@ -102,21 +108,30 @@ def read_frames(
     start: float = 0.0,
     crop: tuple[float, float] = (0.5, 0.5),
     limits: Limits = LIMITS,
+    sha256: str | None = None,
+    allocate: Callable[[tuple[int, ...]], np.ndarray] = _new_frames,
 ) -> np.ndarray:
     """`count` frames at start, start + 1/fps, …: uint8 RGB (T, H, W, 3), each the source frame nearest in time.
 
     size: (width, height); frames are scaled with antialiasing to cover it, then cropped at `crop`, the share of the
     surplus that is cut off on the left and on top (0.5 is the centre). None keeps the displayed size. fps None takes
-    the source's frames one after another. Rotation, mirroring and pixel aspect ratio are applied.
+    the source's frames one after another. Rotation, mirroring and pixel aspect ratio are applied. Where the size
+    changes in mid-stream, each frame is scaled and cropped for itself; with size None, to the first one's size.
+    sha256: the file's, checked. allocate: makes the uint8 array of a shape that is filled and returned.
 
     Raises VideoError, whatever a strange file brings up in the decoder: one clip must not end a training.
     """
     if count < 1:
         raise ValueError(f"count is {count}, must be at least 1.")
     try:
-        return _read_frames(path, count, size, fps, start, crop, limits)
+        check_file(path, limits)
+        if sha256 is not None:
+            check_content(path, sha256)
+        return _read_frames(path, count, size, fps, start, crop, limits, allocate)
     except StditError:
         raise
+    except MemoryError as error:
+        raise VideoError(path, "too_large", "needs more memory than there is.") from error
     except Exception as error:
         if "://" in path and _of_storage(error):
             raise VideoError(path, "unreadable", f"reading failed ({plain(error)}).") from error
@@ -131,20 +146,23 @@ def _read_frames(
     start: float,
     crop: tuple[float, float],
     limits: Limits,
+    allocate: Callable[[tuple[int, ...]], np.ndarray],
 ) -> np.ndarray:
-    check_file(path)
     if is_image(path):
         if count > 1:
             raise VideoError(path, "too_short", f"is an image; {count} frames were asked for.")
         frame = decode_image(path, limits)
-        return (frame if size is None else cover(frame, size, crop))[None]
+        frame = frame if size is None else cover(frame, size, crop)
+        out = allocate((1, *frame.shape))
+        out[0] = frame
+        return out
     with _open(path, limits) as source:
         if fps is not None and start > 1.0:
-            frames = source.read(count, size, fps, start, crop, seek=True)
+            frames = source.read(count, size, fps, start, crop, allocate, seek=True)
             if frames is not None:
                 return frames
     with _open(path, limits) as source:  # from the beginning: also where seeking lands too late
-        frames = source.read(count, size, fps, start, crop, seek=False)
+        frames = source.read(count, size, fps, start, crop, allocate, seek=False)
         assert frames is not None
         return frames
 
@@ -206,7 +224,16 @@ class _Source:
 
     def frames(self) -> Generator[tuple[float, av.VideoFrame], None, None]:
         """(time, frame) in order; raises VideoError('damaged') where decoding fails."""
-        last, decoded = None, 0
+        last = None
+        for frame in progressive(self._decoded()):
+            now = _seconds(frame.pts, frame.time_base) - self.origin if self.timed and frame.pts is not None else None
+            if last is not None and (now is None or now <= last):
+                now = last + self.period  # no timestamp, or one that goes back
+            last = 0.0 if now is None else now
+            yield last, frame
+
+    def _decoded(self) -> Generator[av.VideoFrame, None, None]:
+        decoded = 0
         try:
             for packet in self.packets():
                 for frame in packet.decode():
@@ -214,16 +241,10 @@ class _Source:
                     decoded += 1
                     if decoded > self.limits.frames:
                         raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
-                    now = (
-                        _seconds(frame.pts, frame.time_base) - self.origin
-                        if self.timed and frame.pts is not None
-                        else None
-                    )
-                    if last is not None and (now is None or now <= last):
-                        now = last + self.period  # no timestamp, or one that goes back
-                    last = 0.0 if now is None else now
-                    yield last, frame
+                    yield frame
         except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
             # av's errors are OSErrors too; what is not about the data is about the disk or the network
             if isinstance(error, av.InvalidDataError | av.EOFError | av.PatchWelcomeError | av.ExternalError):
                 message = f"cannot be decoded after {decoded} frames ({plain(error)})."
@@ -237,6 +258,7 @@ class _Source:
         fps: float | None,
         start: float,
         crop: tuple[float, float],
+        allocate: Callable[[tuple[int, ...]], np.ndarray],
         seek: bool,
     ) -> np.ndarray | None:
         """As `read_frames`; None if the stream could not be sought to before `start`."""
@@ -248,19 +270,22 @@ class _Source:
                 self.container.seek(offset, stream=self.stream, backward=True)
             except av.FFmpegError:
                 return None
-        out: list[np.ndarray] = []
+        out, taken = np.empty(0), 0
         previous: tuple[float, av.VideoFrame] | None = None
         converted: np.ndarray | None = None
 
         def take_previous() -> None:
-            nonlocal converted
+            nonlocal converted, out, taken
             assert previous is not None
             if converted is None:
-                converted = to_rgb(previous[1], self.pixel_aspect, size, crop)
-            out.append(converted)
+                converted = to_rgb(previous[1], self.pixel_aspect, size if taken == 0 else out.shape[2:0:-1], crop)
+            if taken == 0:
+                out = allocate((count, *converted.shape))
+            out[taken] = converted
+            taken += 1
 
         def wanted() -> float:
-            return start + len(out) / fps if fps is not None else start
+            return start + taken / fps if fps is not None else start
 
         try:
             for now, frame in self.frames():
@@ -271,10 +296,10 @@ class _Source:
                         previous, converted = (now, frame), None
                         take_previous()
                 elif previous is not None:
-                    while len(out) < count and wanted() <= (previous[0] + now) / 2 + 1e-9:
+                    while taken < count and wanted() <= (previous[0] + now) / 2 + 1e-9:
                         take_previous()
-                if len(out) == count:
-                    return np.stack(out)
+                if taken == count:
+                    return out
                 previous, converted = (now, frame), None
         except VideoError as error:
             # what was decoded before the damage is good, and the last such frame stands for half its own period
@@ -287,10 +312,10 @@ class _Source:
             raise damage or VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
         # The last frame is shown for its own duration; half of it, or of a requested period, is within tolerance.
         tolerance = max(self.period, _seconds(previous[1].duration, previous[1].time_base), 1 / (fps or 1e9)) / 2
-        while fps is not None and len(out) < count and wanted() <= previous[0] + tolerance + 1e-3:
+        while fps is not None and taken < count and wanted() <= previous[0] + tolerance + 1e-3:
             take_previous()
-        if len(out) == count:
-            return np.stack(out)
+        if taken == count:
+            return out
         if damage is not None:
             raise damage
         rate = "" if fps is None else f" at {fps:g} fps"

@@ -23,7 +23,7 @@ from stdit.training.schedule import ScheduleConfig
 # On resume only these may differ: nothing in them changes what is computed.
 MAY_DIFFER = (
     "log.", "eval.", "checkpoint.", "parallel.", "run.path", "schedule.steps", "data.workers", "data.prefetch",
-    "data.keep_gb",
+    "data.timeout", "data.verify", "data.keep_gb",
 )  # fmt: skip
 
 # A field with the metadata "rest_of": "module:Class" holds those settings of its section that belong to that class.

@@ -221,8 +221,12 @@ class Trainer:
     def _note_failures(self, step: Step) -> None:
         for example in (one for examples in step.examples for one in examples):
             if example.failure and example.clip_id not in self.failures:
-                found = {"row": example.row, "epoch": example.epoch, "failure": example.failure}
-                self.failures[example.clip_id] = found
+                self.failures[example.clip_id] = {
+                    "row": example.row,
+                    "epoch": example.epoch,
+                    "reason": example.reason,
+                    "failure": example.failure,
+                }
                 self.unshared += 1
                 print(f"clip {example.row} left out of training: {example.failure}", flush=True)
 

@@ -196,7 +196,7 @@ def test_too_short_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [av.error.InvalidDataError(1, "bad"), ValueError("odd"), MemoryError(), zlib.error("bad"), IndexError("i")]
+    "error", [av.error.InvalidDataError(1, "bad"), ValueError("odd"), zlib.error("bad"), IndexError("i")]
 )
 def test_whatever_a_strange_clip_brings_up_is_a_reason(tmp_path, monkeypatch, error):
     def strange(*_):
@@ -220,7 +220,7 @@ def test_of_a_remote_file_only_the_clip_is_strange_not_the_network(monkeypatch):
         (NetworkError("503"), "unreadable"),
         (TimeoutError("slow"), "unreadable"),
         (ValueError("odd"), "undecodable"),
-        (MemoryError(), "undecodable"),
+        (MemoryError(), "too_large"),
     ):
         monkeypatch.setattr(video_io, "_read_frames", Mock(side_effect=error))
         with pytest.raises(VideoError) as found:

@@ -1,0 +1,269 @@
+"""Reading in processes of their own, so that a file that crashes or hangs the decoder costs itself and not the run.
+
+`python -m stdit.data.isolated` is such a process: a JSON request a line on standard input, a JSON answer a line on
+standard output. Frames come back through memory that both processes map, or after the answer where a system lets no
+process inherit memory (Windows). It imports neither torch nor pyarrow.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections import deque
+from dataclasses import asdict
+from typing import IO, Any, cast
+
+import numpy as np
+
+from stdit.data.pixels import LIMITS, Limits, VideoError
+from stdit.errors import StditError
+
+MEMORY = 4 << 30  # address space of one process besides the frames it returns, where the system can limit it
+GRACE = 5.0  # seconds past its own limit of time after which a process counts as hung
+START = 300.0  # seconds that starting may take: Python's imports from a slow shared disk
+
+
+class Reader:
+    """`video_io.read_frames` in other processes: as many as there are threads that call at the same time.
+
+    A process that dies or hangs is replaced; its clip ends in a VideoError of reason "crashed" or "timeout".
+    """
+
+    def __init__(self) -> None:
+        self._idle: deque[Worker] = deque()
+
+    def __call__(
+        self,
+        path: str,
+        count: int,
+        size: tuple[int, int],
+        fps: float | None = None,
+        start: float = 0.0,
+        crop: tuple[float, float] = (0.5, 0.5),
+        limits: Limits = LIMITS,
+        sha256: str | None = None,
+    ) -> np.ndarray:
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            worker = Worker()
+        try:
+            arguments = {"count": count, "size": size, "fps": fps, "start": start, "crop": crop, "sha256": sha256}
+            more = MEMORY + count * size[0] * size[1] * 3
+            seconds = limits.seconds + GRACE
+            answer, frames = worker.call("read", path, seconds, more, limits=asdict(limits), **arguments)
+        finally:
+            self._idle.append(worker)
+        if frames is None:
+            raise VideoError(path, answer["reason"], answer["message"])
+        return frames
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+
+READER = Reader()  # of all loaders: its processes go on from one to the next
+
+
+class Worker:
+    """One process, started when there is something to do, and again after it died. Not for two threads at once."""
+
+    def __init__(self) -> None:
+        self._process: _Process | None = None
+
+    def call(
+        self, task: str, path: str, seconds: float, memory: int = MEMORY, **arguments: Any
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        """The answer of a task (see `_TASKS`), and frames (T, H, W, 3) uint8 if it has any.
+
+        Raises VideoError: "timeout" after `seconds`, "crashed" if two processes died of it. It is given to a second one
+        because the system may have killed the first, for memory or as it ended the run's other processes.
+        """
+        request = {"task": task, "seconds": seconds, "memory": memory, "path": path, **arguments}
+        status: int | None = 0
+        for _ in range(2):
+            if self._process is None or self._process.popen.poll() is not None:
+                self.close()
+                self._process = _Process()
+            try:
+                answer = self._process.ask(request)
+            except queue.Empty:
+                self.close()
+                raise VideoError(path, "timeout", f"took longer than {seconds:g} s to read.") from None
+            if answer is not None:
+                return answer
+            status = self._process.popen.wait()
+        name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        raise VideoError(path, "crashed", f"crashed the decoder ({name}).")
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+
+class _Process:
+    def __init__(self) -> None:
+        self.memory = _shared_file()
+        given = () if self.memory is None else (self.memory.fileno(),)
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "stdit.data.isolated", *map(str, given)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            pass_fds=given,
+        )
+        self.end = weakref.finalize(self, _end, self.popen)
+        # read by a thread: neither a process that hangs nor one that the system cannot end may block the caller
+        self.answers: queue.SimpleQueue[tuple[dict[str, Any], np.ndarray | None] | None] = queue.SimpleQueue()
+        listening = threading.Thread(
+            target=_listen, args=(self.popen.stdout, self.memory, self.answers), name="stdit-reader", daemon=True
+        )
+        listening.start()
+        try:
+            started = self.answers.get(timeout=START)
+        except queue.Empty:
+            started = None
+        if started is None:
+            self.end()
+            raise StditError("the process that decodes files does not start. To see why: python -m stdit.data.isolated")
+
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None] | None:
+        """The answer, or None if the process died. Raises queue.Empty if there is none in time."""
+        assert self.popen.stdin is not None
+        try:
+            # surrogates (a file name that is not UTF-8) travel as \u escapes
+            self.popen.stdin.write(json.dumps(request).encode() + b"\n")
+            self.popen.stdin.flush()
+        except OSError:
+            return None
+        return self.answers.get(timeout=request["seconds"])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    assert process.stdin is not None
+    try:
+        process.stdin.close()
+        process.wait(timeout=1)
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # stuck in the system, on a disk that does not answer: nothing more can be done
+
+
+def _listen(stdout: IO[bytes], memory: IO[bytes] | None, answers: queue.SimpleQueue) -> None:
+    """Puts every answer of a process into the queue, and None when it has ended."""
+    with stdout:
+        for line in stdout:
+            if not line.endswith(b"\n"):
+                break
+            answer = json.loads(line)
+            frames = None
+            if shape := answer.pop("shape", None):
+                if memory is None:
+                    frames = np.frombuffer(stdout.read(math.prod(shape)), np.uint8)
+                else:
+                    with mmap.mmap(memory.fileno(), math.prod(shape)) as shared:
+                        frames = np.array(np.frombuffer(shared, np.uint8))
+                frames = frames.reshape(shape)
+            answers.put((answer, frames))
+    answers.put(None)
+
+
+def _shared_file() -> IO[bytes] | None:
+    """A file in memory (not in /dev/shm, which containers keep small) that a child process can inherit."""
+    if sys.platform == "win32":
+        return None
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stdit-frames"), "w+b", buffering=0)
+    return cast("IO[bytes]", tempfile.TemporaryFile(buffering=0))
+
+
+# What follows runs in the other process.
+
+
+class _Memory:
+    """Where the frames of one answer lie."""
+
+    def __init__(self, fd: int | None) -> None:
+        self.fd = fd
+
+    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
+        if self.fd is None:
+            return np.empty(shape, np.uint8)
+        os.ftruncate(self.fd, max(os.fstat(self.fd).st_size, math.prod(shape)))
+        return np.frombuffer(mmap.mmap(self.fd, math.prod(shape)), np.uint8).reshape(shape)
+
+
+def _read(memory: _Memory, limits: dict[str, Any], **arguments: Any) -> tuple[dict[str, Any], np.ndarray]:
+    from stdit.data.video_io import read_frames
+
+    frames = read_frames(**arguments, limits=Limits(**limits), allocate=memory.allocate)
+    return {"shape": frames.shape}, frames
+
+
+def _probe(memory: _Memory, path: str, verify_pixels: int) -> tuple[dict[str, Any], None]:
+    from stdit.data.probing import probe_and_hash
+
+    return probe_and_hash(path, verify_pixels), None
+
+
+_TASKS = {"read": _read, "probe": _probe}
+
+
+def _serve(fd: int | None) -> None:
+    import av.logging
+
+    import stdit.data.video_io  # noqa: F401 (before the first request's time runs)
+
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not come between the answers
+    av.logging.set_level(av.logging.PANIC)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # they ask the run to save and end; it still needs its clips
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    _limit("RLIMIT_CORE", 0)
+    memory = _Memory(fd)
+    out.write(b"{}\n")
+    out.flush()
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        seconds, task = request.pop("seconds"), _TASKS[request.pop("task")]
+        _limit("RLIMIT_AS", request.pop("memory"))
+        if hasattr(signal, "setitimer"):  # ends a process that hangs after the one that asked is gone
+            signal.setitimer(signal.ITIMER_REAL, seconds + GRACE)
+        frames = None  # not those of the last request, while memory is limited
+        try:
+            answer, frames = task(memory, **request)
+        except VideoError as error:
+            answer = {"reason": error.reason, "message": error.message}
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        out.write(json.dumps(answer).encode() + b"\n")
+        if frames is not None and fd is None:
+            out.write(np.ascontiguousarray(frames).data)
+        out.flush()
+
+
+def _limit(what: str, bytes_: int) -> None:
+    try:
+        import resource
+
+        hard = resource.getrlimit(getattr(resource, what))[1]
+        resource.setrlimit(getattr(resource, what), (bytes_ if hard < 0 else min(bytes_, hard), hard))
+    except (ImportError, AttributeError, ValueError, OSError):
+        pass  # no such limit on this system
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -1,0 +1,146 @@
+"""A decoder that crashes, hangs, eats memory or prints costs one clip: the marked files make it do so."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from stdit.data import isolated
+from stdit.data.buckets import DataConfig, assign
+from stdit.data.isolated import Reader, Worker
+from stdit.data.loader import Loader
+from stdit.data.manifest import Caption, Clip, Manifest, clip_id
+from stdit.data.pixels import file_sha256
+from stdit.data.planner import PlanItem
+from stdit.data.probing import probe_files
+from stdit.data.video_io import Limits, VideoError, probe, read_frames, write_video
+from stdit.errors import StditError
+
+# Read by Python as it starts the process: what the decoder does to the files with these names.
+MARKED = """
+import ctypes, os, signal, av
+plain = av.open
+def marked(file, *args, **kwargs):
+    name = os.path.basename(file)
+    if "crash" in name:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "once" in name and not os.path.exists(file[5:] + ".died"):
+        open(file[5:] + ".died", "w").close()
+        os.abort()
+    if "hang" in name:
+        ctypes.PyDLL(None).sleep(3600)  # holds Python's lock, as a decoder in an endless loop may
+    if "memory" in name:
+        bytearray(16 << 30)
+    if "print" in name:
+        os.write(1, b"{a library speaks}")
+    return plain(file, *args, **kwargs)
+av.open = marked
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of equal clips, whose names tell the reading processes what to do."""
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "sitecustomize.py").write_text(MARKED)
+    paths = [str(tmp_path / "start"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    ramp = np.arange(8, dtype=np.uint8)[:, None, None, None] * 20 + np.arange(16, dtype=np.uint8)[:, None]
+    write_video(tmp_path / "good.mp4", np.broadcast_to(ramp, (8, 16, 16, 3)), 8)
+    for name in ("crash", "once", "hang", "memory", "print"):
+        shutil.copyfile(tmp_path / "good.mp4", tmp_path / f"{name}.mp4")
+    return tmp_path
+
+
+def test_each_costs_its_own_clip(folder):
+    reader = Reader()
+
+    def read(name, **limits):
+        return reader(str(folder / f"{name}.mp4"), 5, (16, 16), 8.0, limits=Limits(**limits))
+
+    wanted = read_frames(str(folder / "good.mp4"), 5, (16, 16), 8.0)
+    for name in ("good", "print", "once"):
+        assert np.array_equal(read(name), wanted)
+    for name, reason, says in [("crash", "crashed", "SIGSEGV"), ("memory", "too_large", "more memory")]:
+        with pytest.raises(VideoError, match=rf"{name}\.mp4: .*{says}") as error:
+            read(name)
+        assert error.value.reason == reason
+    before = time.monotonic()
+    with pytest.raises(VideoError, match="longer than") as error:
+        read("hang", seconds=-isolated.GRACE + 1)  # at once, by any watch but the parent's
+    assert error.value.reason == "timeout" and time.monotonic() - before < isolated.START
+    assert np.array_equal(read("good"), wanted)  # in a new process
+    with pytest.raises(VideoError, match="not the file that was scanned") as error:
+        reader(str(folder / "good.mp4"), 5, (16, 16), 8.0, sha256="0" * 64)
+    assert error.value.reason == "changed"
+    (worker,) = reader._idle
+    popen = worker._process.popen
+    popen.send_signal(signal.SIGTERM)  # for the run, which still needs its clips
+    assert np.array_equal(read("good"), wanted) and popen.poll() is None
+    popen.kill()
+    popen.wait()
+    assert np.array_equal(read("good"), wanted)
+    reader.close()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_frames_of_growing_and_shrinking_size_come_back_whole(folder, monkeypatch, shared):
+    if not shared:
+        monkeypatch.setattr(isolated, "_shared_file", lambda: None)  # as on Windows
+    reader = Reader()
+    path = str(folder / "good.mp4")
+    kept = []
+    for count, size in [(2, (16, 16)), (8, (640, 480)), (1, (8, 8)), (8, (320, 480))]:
+        kept.append((reader(path, count, size, 8.0), read_frames(path, count, size, 8.0)))
+    assert all(np.array_equal(got, wanted) for got, wanted in kept)  # none was written over by a later one
+
+
+def test_a_process_that_does_not_start_is_an_error_not_a_skip(monkeypatch):
+    monkeypatch.setattr(isolated.sys, "executable", shutil.which("false"))
+    with pytest.raises(StditError, match="does not start"):
+        Worker().call("probe", "a.mp4", 1.0)
+
+
+@pytest.fixture
+def manifest(folder):
+    sha256 = file_sha256(str(folder / "good.mp4"))
+    rows = []
+    for number, name in enumerate(["good", "crash", "print", "once"]):
+        row = {"path": str(folder / f"{name}.mp4"), "captions": (Caption(name),), "sha256": sha256}
+        size = {"frames": 8, "fps": 8.0, "width": 16, "height": 16, "start": 0.0, "end": 1 + number / 100}
+        rows.append(Clip(id=clip_id(sha256, 0, size["end"]), **row, **size))
+    return Manifest.of(rows, folder)
+
+
+def test_a_crash_keeps_its_place_in_the_batch_and_the_others_are_as_in_process(manifest):
+    config = DataConfig(shapes=["16x16x5"], fps=8.0, prefetch=2, verify=True)
+    assignment = assign(manifest, config)
+    items = [PlanItem(row, n, 0, 0, 0, 0) for n in range(2) for row in range(4)]
+    batches = [items[:3], [], items[3:]]
+    alone = Loader(manifest, assignment, config, seed=3, workers=0)
+    wanted = list(alone.iterate(batches, epoch=0))  # the marks are for the other processes
+    for workers in (1, 4):
+        loader = Loader(manifest, assignment, config, seed=3, workers=workers, reader=Reader())
+        got = list(loader.iterate(batches, epoch=0))
+        assert [len(batch) for batch in got] == [3, 0, 5]
+        for a, b in zip([e for batch in got for e in batch], [e for batch in wanted for e in batch]):
+            assert (a.row, a.occurrence, a.caption) == (b.row, b.occurrence, b.caption)
+            if a.row == 1:
+                assert a.weight == 0 and a.reason == "crashed" and "crash.mp4" in a.failure and not a.frames.any()
+            else:
+                assert a.weight == 1 and a.failure is None and np.array_equal(a.frames, b.frames)
+
+
+def test_probing_names_what_crashes_or_hangs(folder):
+    paths = [str(folder / f"{name}.mp4") for name in ("good", "crash", "print", "hang", "once")]
+    results = probe_files(paths, 2, 10**6, timeout=3.0)
+    assert [r.path for r in results] == paths
+    assert [r.reason for r in results] == [None, "crashed", None, "timeout", None]
+    found = probe(paths[0])
+    assert (results[0].probe["width"], results[0].probe["frames"]) == (found.width, found.frames)
+    assert results[0].sha256 == results[2].sha256 == file_sha256(paths[0])
