@@ -19,6 +19,7 @@ import tempfile
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import IO, Any, cast
 
@@ -90,7 +91,7 @@ class Worker:
         because the system may have killed the first, for memory or as it ended the run's other processes.
         """
         request = {"task": task, "seconds": seconds, "memory": memory, "path": path, **arguments}
-        status: int | None = 0
+        status = 0
         for _ in range(2):
             if self._process is None or self._process.popen.poll() is not None:
                 self.close()
@@ -218,7 +219,7 @@ def _probe(memory: _Memory, path: str, verify_pixels: int) -> tuple[dict[str, An
     return probe_and_hash(path, verify_pixels), None
 
 
-_TASKS = {"read": _read, "probe": _probe}
+_TASKS: dict[str, Callable[..., tuple[dict[str, Any], np.ndarray | None]]] = {"read": _read, "probe": _probe}
 
 
 def _serve(fd: int | None) -> None:

@@ -275,12 +275,13 @@ class _Source:
         converted: np.ndarray | None = None
 
         def take_previous() -> None:
-            nonlocal converted, out, taken
+            nonlocal converted, out, taken, size
             assert previous is not None
             if converted is None:
-                converted = to_rgb(previous[1], self.pixel_aspect, size if taken == 0 else out.shape[2:0:-1], crop)
+                converted = to_rgb(previous[1], self.pixel_aspect, size, crop)
             if taken == 0:
                 out = allocate((count, *converted.shape))
+                size = converted.shape[1], converted.shape[0]
             out[taken] = converted
             taken += 1
 
@@ -303,11 +304,13 @@ class _Source:
                 previous, converted = (now, frame), None
         except VideoError as error:
             # what was decoded before the damage is good, and the last such frame stands for half its own period
-            if error.reason != "damaged":
+            if error.reason not in ("damaged", "undecodable"):
                 raise
             damage: VideoError | None = error
         else:
             damage = None
+        if previous is None and seek:  # landed where nothing more can be decoded
+            return None
         if previous is None:
             raise damage or VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
         # The last frame is shown for its own duration; half of it, or of a requested period, is within tolerance.
