@@ -77,8 +77,9 @@ def costs(config: RunConfig) -> Objective:
     import torch
 
     from stdit.models.transformer import STDiT, TransformerConfig
-    from stdit.training.objective import FlowObjective, VaeObjective
+    from stdit.training.objective import FlowObjective
     from stdit.training.start import follow_init, transformer_path
+    from stdit.training.vae_objective import VaeObjective
     from stdit.vae.autoencoder import CausalVAE, VaeConfig, preset
     from stdit.weights.io import find
 

@@ -14,17 +14,20 @@ here is a tensor that broadcasts against the latents. Known tokens are clean wha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from stdit.diffusion.flow import interpolate, velocity
+from stdit.diffusion.timesteps import shift_noise_level
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
+Distribution = Literal["logit_normal", "uniform"]
 INDICES = 1000  # noise levels of a DDPM, and the unit of most networks' time
 
 
@@ -39,7 +42,7 @@ class FlowPath:
     by_shape: bool = False
 
     name = "flow"
-    distribution: Literal["logit_normal", "uniform"] = field(default="logit_normal", init=False)
+    distribution: ClassVar[Distribution] = "logit_normal"
 
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(x0, noise, t)
@@ -51,17 +54,15 @@ class FlowPath:
         """x_0 of what the network saw and put out."""
         return x + t * output if self.reverse else x - t * output
 
-    def snap(self, t: Tensor) -> Tensor:
-        """The nearest levels that the path has, in fp64."""
-        return t
-
     def network_levels(self, levels: Tensor) -> Tensor:
         """What `TokenPack.levels` must be for these noise levels (K,); the network multiplies it by its time_scale."""
         return levels
 
-    def shift(self, shape: VideoShape) -> float:
-        """How far the family's own training and sampling move levels towards 1 for a clip of this shape."""
-        return open_sora_shift(shape) if self.by_shape else 1.0
+    def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
+        """Levels that were drawn for clips of these shapes, (n,) fp64 in (0, 1), as the family trains at them."""
+        if not self.by_shape:
+            return t
+        return shift_noise_level(t, torch.tensor([open_sora_shift(shape) for shape in shapes], dtype=t.dtype))
 
 
 def open_sora_shift(shape: VideoShape) -> float:
@@ -75,22 +76,22 @@ def open_sora_shift(shape: VideoShape) -> float:
     return math.sqrt(shape.height * shape.width / 512**2 * frames)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DdpmPath:
     """The discrete diffusion of Ho et al. (2020), variance-preserving, over 1000 indices.
 
-    alphas: (1000,) fp64, ᾱ of every index. prediction: "epsilon", or "v_prediction" (Salimans & Ho 2022).
+    betas: (1000,) fp32, of every index. prediction: "epsilon", or "v_prediction" (Salimans & Ho 2022).
     """
 
-    alphas: Tensor
+    betas: Tensor
     prediction: str = "epsilon"
 
     name = "ddpm"
-    distribution: Literal["logit_normal", "uniform"] = field(default="uniform", init=False)
+    distribution: ClassVar[Distribution] = "uniform"
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> DdpmPath:
-        """Of a diffusers scheduler's config; ᾱ rounded to fp32 as theirs are."""
+        """Of a diffusers scheduler's config."""
         kind, count = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", INDICES))
         start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
         if count != INDICES:
@@ -105,7 +106,12 @@ class DdpmPath:
             raise StditError(f"beta_schedule {kind!r} is not supported: linear or scaled_linear.")
         if len(betas) != count or not ((betas > 0) & (betas < 1)).all():
             raise StditError(f"a scheduler's betas must be {count} numbers between 0 and 1.")
-        return cls(torch.cumprod(1 - betas, 0).double(), str(config.get("prediction_type", "epsilon")))
+        return cls(betas, str(config.get("prediction_type", "epsilon")))
+
+    @cached_property
+    def alphas(self) -> Tensor:
+        """(1000,) fp64: ᾱ of every index, as fp32 has it in diffusers."""
+        return torch.cumprod(1 - self.betas, 0).double()
 
     def index(self, t: Tensor) -> Tensor:
         """t = index / 1000 to int64 indices."""
@@ -130,14 +136,42 @@ class DdpmPath:
         alpha, sigma = self._scales(t, x)
         return (x - sigma * output) / alpha if self.prediction == "epsilon" else alpha * x - sigma * output
 
-    def snap(self, t: Tensor) -> Tensor:
-        return (t * INDICES).floor().clamp(max=INDICES - 1) / INDICES
+    def variance_bound(self, values: Tensor, error: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The variational bound of a step back in bits, for a learned variance (Nichol & Dhariwal 2021, eq. 4 and 15).
+
+        values: v, what the network puts out beside its prediction: log σ² = f·log β + (1−f)·log β̃ with f = (v + 1)/2.
+        error: of the prediction, which the bound does not teach: detached here. x0: clean latents. t broadcasts
+        against them. KL(q(x_{i−1}|x_i, x_0) ‖ p), in which only the error counts, not x_i; at index 0 the likelihood
+        of x_0 in bins of 2/255, which latent models kept of pixels' (facebookresearch/DiT, `_vb_terms_bpd`).
+        """
+        index = self.index(t)
+        low, high, scale = (one.to(t.device)[index].to(values) for one in self._bound_tables)
+        share = (values + 1) / 2
+        log_variance = share * high + (1 - share) * low
+        distance = scale * error.detach()
+        divergence = log_variance - low - 1 + (low - log_variance).exp() + distance.square() * (-log_variance).exp()
+        narrow = (-0.5 * log_variance).exp()
+        above, below = (torch.special.ndtr(narrow * (distance + side / 255)) for side in (1, -1))
+        mass = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
+        return torch.where(index == 0, -mass.clamp(min=1e-12).log(), divergence / 2) / math.log(2)
+
+    @cached_property
+    def _bound_tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every index, fp64: log β̃ (β̃_0 is 0, β̃_1 stands for it), log β, and an error's share in the step's mean."""
+        beta = self.betas.double()
+        alpha = torch.cumprod(1 - beta, 0)
+        before = torch.cat([alpha.new_ones(1), alpha[:-1]])
+        posterior = beta * (1 - before) / (1 - alpha)
+        scale = beta / ((1 - beta) * (1 - alpha)).sqrt()
+        if self.prediction == "v_prediction":  # ε = √ᾱ·v + √(1−ᾱ)·x
+            scale = scale * alpha.sqrt()
+        return torch.cat([posterior[1:2], posterior[1:]]).log(), beta.log(), scale
 
     def network_levels(self, levels: Tensor) -> Tensor:
         return levels
 
-    def shift(self, shape: VideoShape) -> float:
-        return 1.0
+    def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
+        return (t * INDICES).floor().clamp(max=INDICES - 1) / INDICES
 
 
 @dataclass(frozen=True)
@@ -153,7 +187,7 @@ class EdmPath:
     sign: int = 1
 
     name = "edm"
-    distribution: Literal["logit_normal", "uniform"] = field(default="logit_normal", init=False)
+    distribution: ClassVar[Distribution] = "logit_normal"
     least_sigma = 0.001  # of known tokens, whose log would be −∞; with as much noise Cosmos' own code gives them
 
     def _sigma(self, t: Tensor, like: Tensor) -> Tensor:
@@ -171,14 +205,31 @@ class EdmPath:
         sigma, data = self._sigma(t, x), self.sigma_data
         return (data * x + self.sign * sigma * output) / (sigma**2 + data**2).sqrt()
 
-    def snap(self, t: Tensor) -> Tensor:
-        return t
-
     def network_levels(self, levels: Tensor) -> Tensor:
         return (levels.double() / (1 - levels.double())).clamp(min=self.least_sigma).log() / 4
 
-    def shift(self, shape: VideoShape) -> float:
-        return 1.0
+    def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
+        return t
 
 
 Path = FlowPath | DdpmPath | EdmPath
+
+
+def token_errors(
+    path: Path, output: Tensor, target: Tensor, places: int, levels: Tensor, clean: Tensor | None
+) -> Tensor:
+    """What the loss is of every token, (N,), summed over the `places` of its patch and their channels.
+
+    output: (N, places·C_out). target: (N, places·C). levels: (N,) noise levels. clean: (N, places·C) x_0, or None.
+    The square error of the first C channels. If there are twice as many, they are a variance: a DDPM's adds its bound
+    (Nichol & Dhariwal 2021, section 3.1, with λ = 1 as in facebookresearch/DiT), of a flow's nothing is made.
+    """
+    if output.shape == target.shape:
+        return (output - target).square().sum(1)
+    mean, values = output.unflatten(1, (places, -1)).chunk(2, dim=2)  # (N, places, C) each
+    error = mean - target.unflatten(1, (places, -1))
+    terms = error.square()
+    if isinstance(path, DdpmPath) and clean is not None:
+        x0 = clean.unflatten(1, (places, -1))
+        terms = terms + path.variance_bound(values, error, x0, levels[:, None, None])
+    return terms.sum((1, 2))

@@ -25,13 +25,14 @@ from stdit.keyed import keyed_generator, keyed_uniform
 class TimestepConfig:
     """The distribution of noise levels in training.
 
+    distribution: "own" is the path's: logit-normal for flows and EDM (whose σ are log-normal then), uniform for DDPMs.
     shift (unset: 1) moves every level; shift_tokens multiplies the shift by √(tokens / shift_tokens), so that a clip
     of shift_tokens tokens has the shift as written and larger clips see more noise. stdit samples with the same;
     diffusers, whose schedulers know only the shift as written, must be told another one for every size. range: of all
     levels, those that are drawn, for one of two experts; unset: all.
     """
 
-    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    distribution: Literal["own", "logit_normal", "uniform"] = "own"
     mean: float = 0.0
     std: float = 1.0
     shift: float | None = None
@@ -39,8 +40,10 @@ class TimestepConfig:
     range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.distribution not in ("logit_normal", "uniform"):
-            raise StditError(f"noise levels: distribution {self.distribution!r} is not known; logit_normal or uniform.")
+        if self.distribution not in ("own", "logit_normal", "uniform"):
+            raise StditError(
+                f"noise levels: distribution {self.distribution!r} is not known; own, logit_normal or uniform."
+            )
         if (
             self.std <= 0
             or (self.shift is not None and self.shift <= 0)

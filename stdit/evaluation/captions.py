@@ -25,7 +25,7 @@ from stdit.data.loader import Loader
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.planner import PlanItem
 from stdit.data.video_io import contact_sheet
-from stdit.diffusion.flow import interpolate, velocity
+from stdit.diffusion.solvers import path_of
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr
 from stdit.evaluation.toy import Accuracy
@@ -218,37 +218,39 @@ def caption_losses(
     tokens_per_pack: int,
     progress: Progress = lambda what, done, total: None,
 ) -> np.ndarray:
-    """(clips, captions, levels) fp64: the mean squared error of the velocity, over the draws.
+    """(clips, captions, levels) fp64: the mean squared error of what the network puts out, over the draws.
 
     A clip at one level and draw has the same noise under all captions, keyed by (seed, clip, level, draw). One forward
     holds as many (level, draw, caption) of a clip as tokens_per_pack has room for.
     """
-    patch = pipeline.transformer.config.patch
+    patch, path = pipeline.transformer.config.patch, path_of(pipeline.scheduler)
     texts = pipeline.encode_texts(captions)
     losses = np.zeros((len(clips), len(captions), len(levels)))
     for row, clip in enumerate(clips):
         progress("losses", row, len(clips))
         x0 = clip.latents.to(pipeline.device)  # (C, T', H', W')
         noisy, target = {}, {}
-        for level, t in enumerate(levels):
+        settled = path.settle(torch.tensor(levels, dtype=torch.float64), [clip.shape] * len(levels))
+        for level, t in enumerate(settled):
             for draw in range(draws):
                 generator = keyed_generator(seed, "caption loss", clip.id, level, draw)
                 noise = torch.randn(x0.shape, generator=generator).to(x0)
-                noisy[level, draw] = interpolate(x0, noise, t)
-                target[level, draw] = velocity(x0, noise)
+                noisy[level, draw] = path.noisy(x0, noise, t)
+                target[level, draw] = path.target(x0, noise, t)
         jobs = [(*key, column) for key in noisy for column in range(len(captions))]
         together = max(1, tokens_per_pack // LatentShape(*x0.shape[1:]).grid(patch).tokens)
         for start in range(0, len(jobs), together):
             part = jobs[start : start + together]
             pack = pack_clips(
                 [noisy[level, draw] for level, draw, _ in part],
-                [torch.tensor(levels[level], dtype=torch.float64) for level, _, _ in part],
+                [settled[level] for level, _, _ in part],
                 patch,
             )
+            pack.levels = path.network_levels(pack.levels)
             text = pack_texts([texts[column] for _, _, column in part], pipeline.text_padding)
             predicted = unpack_clips(pipeline.transformer(pack, text), pack, patch)
-            for (level, draw, column), v in zip(part, predicted):
-                error = (v.double() - target[level, draw].double()).square().mean()
+            for (level, draw, column), output in zip(part, predicted):
+                error = (output[: len(x0)].double() - target[level, draw].double()).square().mean()
                 losses[row, column, level] += float(error) / draws
     progress("losses", len(clips), len(clips))
     if not np.isfinite(losses).all():

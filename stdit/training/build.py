@@ -26,13 +26,15 @@ from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_enc
 from stdit.training.conditions import Conditions
 from stdit.training.engine import PRECISIONS, check_engine, zero_stage
 from stdit.training.experts import ExpertsObjective
-from stdit.training.objective import FlowObjective, Objective, VaeObjective
+from stdit.training.objective import FlowObjective, Objective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
 from stdit.training.start import EXPERTS, boundary_of, choose_trained, follow_init, transformer_path
+from stdit.training.vae_objective import VaeObjective
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.io import load_transformer, load_vae
+from stdit.weights.schedulers import scheduler_of
 
 
 @dataclass
@@ -167,6 +169,7 @@ def make_objective(
         text_padding=config.text.padding or 0,
         conditions=conditions,
         remake=remake if config.model.init else None,
+        scheduler=scheduler_of(config.model.init, transformer.config) if config.model.init else None,
         device=world.device,
         dtype=dtype,
     )

@@ -17,7 +17,7 @@ from stdit.data.loader import Example, Loader
 from stdit.data.manifest import read_manifest
 from stdit.data.planner import PlanItem
 from stdit.data.video_write import write_video
-from stdit.diffusion.solvers import static_shift, unipc_config, write_scheduler
+from stdit.diffusion.solvers import static_shift, with_static_shift, write_scheduler
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.files import publish_folder, publish_text
@@ -27,9 +27,10 @@ from stdit.training.build import Parts
 from stdit.training.ema import Ema
 from stdit.training.engine import Engine
 from stdit.training.experts import ExpertsModule, ExpertsObjective
-from stdit.training.objective import FlowModule, FlowObjective, VaeModule
+from stdit.training.objective import FlowModule, FlowObjective
 from stdit.training.parallel import World
 from stdit.training.start import EXPERTS
+from stdit.training.vae_objective import VaeModule
 from stdit.vae.autoencoder import CausalVAE, measure_latents
 from stdit.weights.files import read_json
 from stdit.weights.io import save_transformer, save_vae
@@ -69,7 +70,7 @@ def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pip
     module = with_weights(objective.fresh(), weights)
     assert isinstance(module, FlowModule)
     module.to(world.device, objective.dtype)
-    scheduler = unipc_config(parts.config.objective.flow.noise_levels.shift or 1.0)
+    scheduler = with_static_shift(objective.scheduler, parts.config.objective.flow.noise_levels.shift or 1.0)
     text_encoder = module.text_encoder or objective.text_encoder
     return Pipeline(module.transformer, objective.vae, text_encoder, scheduler, _settings(parts))
 
@@ -103,11 +104,9 @@ def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: 
     publish_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        described = read_json(scheduler)
-        shift = config.objective.flow.noise_levels.shift
+        described, shift = read_json(scheduler), config.objective.flow.noise_levels.shift
         if static_shift(described) != shift:
-            described["flow_shift" if "flow_shift" in described else "shift"] = shift
-            write_scheduler(described, scheduler.parent)
+            write_scheduler(with_static_shift(described, shift or 1.0), scheduler.parent)
     _settings(parts).write(folder)
 
 

@@ -1,4 +1,4 @@
-"""What a clip's loss is, for the transformer (flow matching) and for the VAE, behind one small interface.
+"""What a clip's loss is, for the transformer (along its weights' path) and for the VAE, behind one small interface.
 
 An objective turns the clips of a micro-step into a batch (`prepare`) and holds the one module of everything that
 trains; `module(batch)` returns Σ_c w_c · loss_c over the batch's clips. Divided by Σ_c w_c over the whole step, on all
@@ -7,17 +7,18 @@ ranks and micro-steps, the sums add up to the step's exact loss. Everything rand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stdit.data.loader import Example, to_video
+from stdit.data.loader import Example
 from stdit.data.planner import PlanItem
-from stdit.diffusion.flow import interpolate, levels_over_frames, velocity
+from stdit.diffusion.paths import Path, token_errors
+from stdit.diffusion.solvers import path_of, unipc_config
 from stdit.diffusion.tasks import Task, check_weights, draw_task, frame_levels
 from stdit.diffusion.timesteps import TimestepConfig, noise_levels
 from stdit.errors import StditError
@@ -28,7 +29,6 @@ from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.training.conditions import Conditions
 from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.losses import vae_loss
 
 CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
 
@@ -65,7 +65,7 @@ class VaeLossConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """kind: flow trains the transformer (and a text encoder), vae the VAE.
+    """kind: flow trains the transformer (and a text encoder) along the path of its weights, vae the VAE.
 
     token_power p: a clip weighs (its own weight) × (unknown tokens)^p; 1 counts every token alike, 0 every clip.
     """
@@ -113,14 +113,17 @@ class Objective(Protocol):
 
 @dataclass
 class FlowBatch:
-    """pack: noisy tokens; target: (N, pt·ph·pw·C) velocities; token_weights: (N,), 0 where known.
+    """pack: noisy tokens; target: (N, pt·ph·pw·C) what the network is to put out; token_weights: (N,), 0 where known.
 
+    levels: (N,) noise levels. clean: (N, pt·ph·pw·C) x_0 where a variance is learned, else None.
     text: packed embeddings, or None where `text_ids` (token ids a clip) go through an encoder that trains along.
     """
 
     pack: TokenPack
     target: Tensor
     token_weights: Tensor
+    levels: Tensor
+    clean: Tensor | None
     text: TextPack | None
     text_ids: list[list[int]] | None
     weight: float
@@ -130,8 +133,9 @@ class FlowBatch:
 class FlowModule(nn.Module):
     """Everything that trains: the transformer, and the text encoder if it trains along."""
 
-    def __init__(self, transformer: STDiT, text_encoder: TextEncoder | None, text_padding: int) -> None:
+    def __init__(self, transformer: STDiT, text_encoder: TextEncoder | None, text_padding: int, path: Path) -> None:
         super().__init__()
+        self.path = path
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.text_padding = text_padding
@@ -142,16 +146,14 @@ class FlowModule(nn.Module):
             assert self.text_encoder is not None and batch.text_ids is not None
             # `.forward`, past the hooks: ZeRO-3 counts outputs of modules, and here a rank has as many as clips.
             text = pack_texts(self.text_encoder.forward(batch.text_ids), self.text_padding)
-        config = self.transformer.config
-        prediction = self.transformer(batch.pack, text)  # (N, pt·ph·pw·C_out)
-        if config.out_channels > config.latent_channels:  # a variance is predicted too, and is out of the loss
-            prediction = prediction.unflatten(1, (config.patch_volume, -1))[..., : config.latent_channels].flatten(1)
-        errors = (prediction.float() - batch.target).square().sum(1)  # (N,)
+        output = self.transformer(batch.pack, text).float()  # (N, pt·ph·pw·C_out)
+        places = self.transformer.config.patch_volume
+        errors = token_errors(self.path, output, batch.target, places, batch.levels, batch.clean)  # (N,)
         return (errors * batch.token_weights).sum()
 
 
 class FlowObjective:
-    """Flow matching: the network predicts v = ε − x_0 of the unknown tokens (Lipman et al. 2022)."""
+    """The error of what the network puts out for the unknown tokens, along the path that its scheduler says."""
 
     def __init__(
         self,
@@ -164,10 +166,19 @@ class FlowObjective:
         text_padding: int,
         conditions: Conditions,
         remake: Callable[[], STDiT] | None = None,
+        scheduler: Mapping[str, Any] | None = None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """remake: gives the transformer as it starts, on the CPU; None where all of its weights train."""
+        """remake: gives the transformer as it starts, on the CPU; None where all of its weights train.
+
+        scheduler: the config of the one that belongs to the weights; None: Wan's.
+        """
+        self.scheduler = dict(scheduler or unipc_config(config.flow.noise_levels.shift or 1.0))
+        self.path = path_of(self.scheduler)
+        self.noise_levels = config.flow.noise_levels
+        if self.noise_levels.distribution == "own":
+            self.noise_levels = replace(self.noise_levels, distribution=self.path.distribution)
         self.config, self.device, self.dtype = config, device, dtype
         self.remake = remake or (lambda: STDiT(self.model_config))
         self.vae = vae.requires_grad_(False)
@@ -175,7 +186,7 @@ class FlowObjective:
         self.text_encoder = text_encoder
         self.train_text = train_text
         self.text_padding = text_padding
-        self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding)
+        self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding, self.path)
         self.model_config = transformer.config
         self._ids = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.tokenize([caption])[0])
         self._embedding = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.encode([caption])[0].to("cpu", dtype))
@@ -207,7 +218,7 @@ class FlowObjective:
         """The noise level of each clip, (len(items),) fp64."""
         return noise_levels(
             [item.position for item in items], key.clips, [item.tokens for item in items],
-            self.config.flow.noise_levels, seed=key.seed, epoch=key.epoch, step=key.step,
+            self.noise_levels, seed=key.seed, epoch=key.epoch, step=key.step,
         )  # fmt: skip
 
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:
@@ -216,7 +227,7 @@ class FlowObjective:
         patch = self.model_config.patch
         examples, items, captions = self.ordered(examples, items, key)
         latents = self._latents(examples)
-        levels = self.levels(items, key)
+        levels = self.path.settle(self.levels(items, key), [example.shape for example in examples])
         noisy, clip_levels, targets, token_weights, tasks = [], [], [], [], []
         for example, x0, t in zip(examples, latents, levels):
             about = (key.epoch, example.clip_id, example.occurrence)
@@ -225,9 +236,12 @@ class FlowObjective:
             task, known, weight = self._task(example, key)
             level = frame_levels(task.mask(x0.shape[1]), t, patch[0]) if known else t
             tasks.append(task)
-            noisy.append(interpolate(x0, noise, levels_over_frames(level, x0)))
+            x = self.path.noisy(x0, noise, t)
+            if known:
+                x[:, : task.known_frames] = x0[:, : task.known_frames]
+            noisy.append(x)
             clip_levels.append(level)
-            target = output_tokens(velocity(x0, noise), patch)  # (n, pt·ph·pw·C)
+            target = output_tokens(self.path.target(x0, noise, t), patch)  # (n, pt·ph·pw·C)
             targets.append(target)
 
             each = torch.full((len(target),), weight / ((len(target) - known) * target.shape[1]))
@@ -235,6 +249,9 @@ class FlowObjective:
             token_weights.append(each)
         pack = pack_inputs(noisy, clip_levels, patch, self.conditions.of(examples, tasks))
         pack = pack.to(self.device, self.dtype)
+        of_tokens, clean = self._tell(pack), None
+        if self.path.name == "ddpm" and self.model_config.out_channels > self.model_config.latent_channels:
+            clean = torch.cat([output_tokens(x0, patch) for x0 in latents]).to(self.device)
         text, ids = self._text(captions, examples)
         if text is not None:
             lengths = text.segments.lengths
@@ -245,6 +262,8 @@ class FlowObjective:
             pack,
             torch.cat(targets).float().to(self.device),
             torch.cat(token_weights).to(self.device),
+            of_tokens,
+            clean,
             text,
             ids,
             self.weight(examples, key),
@@ -272,18 +291,24 @@ class FlowObjective:
             if self.train_text:
                 inner = type(self.text_encoder.encoder)(self.text_encoder.encoder.config)
                 encoder = TextEncoder(inner, self.text_encoder.tokenizer, self.text_encoder.max_length)
-            return FlowModule(self.remake(), encoder, self.text_padding).eval()
+            return FlowModule(self.remake(), encoder, self.text_padding, self.path).eval()
+
+    def _tell(self, pack: TokenPack) -> Tensor:
+        """The noise level of every token, (N,); in the pack they become what the network is told."""
+        levels = pack.levels[pack.level_of]
+        pack.levels = self.path.network_levels(pack.levels)
+        return levels
 
     def _nothing(self) -> FlowBatch:
         """One token of weight 0: a rank without clips runs every module that the others run."""
         patch = self.model_config.patch
         clip = torch.zeros(self.model_config.latent_channels, *patch)
-        level = torch.ones((), dtype=torch.float64)
+        level = torch.full((), 0.5, dtype=torch.float64)
         pack = pack_inputs([clip], [level], patch, [self.conditions.nothing()]).to(self.device, self.dtype)
         text, ids = self._text([""], [None])
-        return FlowBatch(
-            pack, output_tokens(clip, patch).to(self.device), torch.zeros(1, device=self.device), text, ids, 0.0, 0
-        )
+        zeros = output_tokens(clip, patch).to(self.device)
+        weights = torch.zeros(1, device=self.device)
+        return FlowBatch(pack, zeros, weights, self._tell(pack), zeros, text, ids, 0.0, 0)
 
     @torch.no_grad()
     def _latents(self, examples: Sequence[Example]) -> list[Tensor]:
@@ -311,107 +336,6 @@ class FlowObjective:
                 text = self._embedding(caption)
             texts.append(text.to(self.device, self.dtype))
         return pack_texts(texts, self.text_padding), None
-
-
-@dataclass
-class VaeBatch:
-    """groups: clips of equal shape, (video (B,3,T,H,W), noise (B,z,T',H',W'), clip weights (B,))."""
-
-    groups: list[tuple[Tensor, Tensor, Tensor]]
-    weight: float
-    flops: int
-
-
-class VaeModule(nn.Module):
-    def __init__(self, vae: CausalVAE, config: VaeLossConfig, touch_all: bool) -> None:
-        super().__init__()
-        self.vae = vae
-        self.config = config
-        self.touch_all = touch_all
-
-    def forward(self, batch: VaeBatch) -> Tensor:
-        total = torch.zeros((), device=next(self.parameters()).device)
-        for video, noise, weights in batch.groups:
-            mean, logvar = self.vae.encode_moments(video)
-            output = self.vae.decode_raw(mean + (0.5 * logvar).exp() * noise.to(mean))
-            total = total + (vae_loss(output, video, mean, logvar, self.config.kl) * weights).sum()
-        if self.touch_all:  # images leave temporal layers out: every rank must have every gradient
-            total = total + 0.0 * sum(p.float().sum() for p in self.parameters())
-        return total
-
-
-class VaeObjective:
-    """L1 and KL. Tokens of a clip are the pixels it is trained on."""
-
-    def __init__(
-        self, config: ObjectiveConfig, vae: CausalVAE, *, device: torch.device, dtype: torch.dtype, ranks: int
-    ) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
-        self.vae = vae
-        side, step = config.vae.crop, vae.config.stride[1]
-        if side is not None and side % step:
-            near = sorted({max(step, side // step * step), side // step * step + step})
-            raise StditError(
-                f"objective.vae.crop is {side}; it must be a multiple of the VAE's stride, {step} pixels. "
-                f"Nearest: {' or '.join(map(str, near))}."
-            )
-        self.module = VaeModule(vae, config.vae, touch_all=ranks > 1)
-
-    def tokens(self, shape: VideoShape) -> int:
-        shape.latent(self.vae.config.stride)
-        part = self._part(shape)
-        part.latent(self.vae.config.stride)
-        return part.frames * part.height * part.width
-
-    @property
-    def cost(self) -> tuple[int, int]:
-        return 1, 0
-
-    def weight(self, examples: Sequence[Example], key: StepKey) -> float:
-        return sum(map(self._weight, examples), 0.0)
-
-    def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> VaeBatch:
-        by_shape: dict[VideoShape, list[Example]] = {}
-        for example in examples:
-            by_shape.setdefault(self._part(example.shape), []).append(example)
-        groups = []
-        for shape, alike in by_shape.items():
-            latent = shape.latent(self.vae.config.stride)
-            size = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
-            noise = [
-                torch.randn(size, generator=keyed_generator(key.seed, "noise", key.epoch, one.clip_id, one.occurrence))
-                for one in alike
-            ]
-            weights = [self._weight(one) for one in alike]
-            video = torch.stack([to_video(self._crop(one, shape, key)) for one in alike])  # (B, 3, T, H, W)
-            groups.append((
-                video.to(self.device, self.dtype),
-                torch.stack(noise).to(self.device, self.dtype),
-                torch.tensor(weights, dtype=torch.float32, device=self.device),
-            ))  # fmt: skip
-        return VaeBatch(groups, self.weight(examples, key), 0)
-
-    def _weight(self, example: Example) -> float:
-        return example.weight * self.tokens(example.shape) ** self.config.token_power
-
-    def _part(self, shape: VideoShape) -> VideoShape:
-        """What of a clip of this shape is trained on."""
-        side = self.config.vae.crop
-        return shape if side is None else VideoShape(shape.frames, min(side, shape.height), min(side, shape.width))
-
-    def _crop(self, example: Example, part: VideoShape, key: StepKey) -> Tensor:
-        """A clip's frames, or the keyed part of them, (T, H, W, 3) uint8."""
-        frames = example.frames
-        assert frames is not None
-        for axis, size in ((1, part.height), (2, part.width)):
-            room = frames.shape[axis] - size
-            draw = keyed_uniform(key.seed, f"vae crop {axis}", key.epoch, example.clip_id, example.occurrence)
-            frames = frames.narrow(axis, int(draw * (room + 1)), size)
-        return frames
-
-    def fresh(self) -> VaeModule:
-        with torch.random.fork_rng(devices=[]):
-            return VaeModule(CausalVAE(self.vae.config), self.config.vae, touch_all=False).eval()
 
 
 def output_tokens(clip: Tensor, patch: tuple[int, int, int]) -> Tensor:

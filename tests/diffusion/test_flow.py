@@ -28,16 +28,6 @@ def test_velocity_gives_both_ends_back_and_is_the_derivative(pair, t):
     torch.testing.assert_close((flow.interpolate(x0, noise, t + 1e-3) - x_t) / 1e-3, v, rtol=1e-9, atol=1e-9)
 
 
-def test_known_frames_at_level_0_stay_clean(pair):
-    x0, noise = pair
-    t = flow.levels_over_frames(torch.tensor([0.0, 0.5]), x0)  # two patch frames of two latent frames each
-    x_t = flow.interpolate(x0, noise, t)
-    assert torch.equal(x_t[:, :2], x0[:, :2])
-    torch.testing.assert_close(x_t[:, 2:], (x0 + noise)[:, 2:] / 2)
-    with pytest.raises(ValueError, match="do not fit 4"):
-        flow.levels_over_frames(torch.zeros(3), x0)
-
-
 def test_guidance():
     cond, uncond = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])
     assert guide(cond, uncond, 5).tolist() == [5.0, -6.0]

@@ -7,20 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
 
 from stdit.config import load_config
 from stdit.data.planner import split
+from stdit.diffusion.solvers import unipc_config, with_static_shift
 from stdit.diffusion.tasks import draw_task
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
-from stdit.models.packing import unpack_clips, unpatchify
+from stdit.models.packing import pack_texts, patchify, unpack_clips, unpatchify
+from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.pipeline import ModelSettings
 from stdit.shapes import TokenGrid
 from stdit.training.build import Parts, build
+from stdit.training.conditions import Conditions
 from stdit.training.export import make_pipeline
 from stdit.training.objective import FlowObjective, StepKey, output_tokens
 from stdit.training.parallel import World
+from stdit.weights.schedulers import default_scheduler
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -62,8 +66,6 @@ def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: Parts) -> None
         found = float(objective.module(batch))
         assert batch.text_ids is not None
         text = objective.text_encoder(batch.text_ids)
-        from stdit.models.packing import pack_texts
-
         prediction = objective.module.transformer(batch.pack, pack_texts(text, 32))
     expected = weights = 0.0
     kinds = set()
@@ -211,3 +213,105 @@ def test_attention_runs_on_the_backend_that_is_named(tiny: Path) -> None:
                 p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
             found.append(sum(float(parts.objective.module(batch)) for batch in prepared(parts, 1, 10_000)))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def family(parts: Parts, scheduler: dict, **changes: object) -> FlowObjective:
+    """An objective like that of `parts`, for fresh weights of another path."""
+    flow = parts.objective
+    assert isinstance(flow, FlowObjective)
+    z = flow.vae.config.z_dim
+    torch.manual_seed(3)
+    config = TransformerConfig(24, 2, 2, 48, z, text_dim=16, frequency_dim=32, **({"out_channels": z} | changes))
+    transformer = STDiT(config)
+    with torch.no_grad():
+        for p in transformer.parameters():
+            p += 0.1 * torch.randn(p.shape)
+    return FlowObjective(
+        flow.config, transformer, flow.vae, flow.text_encoder, train_text=True, text_padding=32, scheduler=scheduler,
+        conditions=Conditions(config, flow.vae, 8.0, None), device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
+EDM = {"_class_name": "EDMEulerScheduler"}
+PATHS = [
+    (DDIM, {"out_channels": 8}),  # PixArt, Latte: a learned variance
+    ({"_class_name": "EulerAncestralDiscreteScheduler"}, {}),  # Allegro
+    (EDM, {"time_scale": 1.0}),  # Cosmos-Predict1
+    ({"_class_name": "RFLOW"}, {"out_channels": 8}),  # STDiT3: the other half is not trained
+]
+
+
+@pytest.mark.parametrize(("scheduler", "changes"), PATHS)
+def test_every_path_has_its_own_noise_target_and_loss(parts: Parts, scheduler: dict, changes: dict) -> None:
+    """Noisy clips as diffusers' schedulers make them, known frames clean, and the loss written out clip by clip."""
+    objective = family(parts, scheduler, **changes)
+    items = parts.plan.step(0)
+    examples = parts.loader.fetch(items, 0)
+    key = StepKey(0, 0, 0, len(items))
+    batch = objective.prepare(examples, items, key)
+    with torch.no_grad():
+        found = float(objective.module(batch))
+        text = pack_texts(objective.text_encoder(batch.text_ids), 32)
+        output = objective.module.transformer(batch.pack, text)
+    clips = unpack_clips(output, batch.pack, (1, 2, 2))
+    examples, _, _ = objective.ordered(examples, items, key)
+    seen = batch.pack.tokens.split(batch.pack.segments.lengths)
+    levels = batch.levels.split(batch.pack.segments.lengths)
+    expected, kinds, path = 0.0, set(), objective.path
+    for example, clip, tokens, level in zip(examples, clips, seen, levels):
+        x0 = objective.vae.encode(example.video[None])[0]
+        noise = torch.randn(x0.shape, generator=keyed_generator(0, "noise", 0, example.clip_id, 0))
+        tasks = {"text_to_video": 2.0, "image_to_video": 1.0}
+        task = draw_task(tasks, x0.shape[1], seed=0, epoch=0, clip_id=example.clip_id)
+        kinds.add(task.name)
+        t = level[-1]
+        unknown = slice(task.known_frames, None)
+        if path.name == "ddpm":
+            index = (t * 1000).round().long()
+            assert index.double() / 1000 == t
+            x = DDPMScheduler().add_noise(x0[None], noise[None], index[None])[0]
+            target = noise
+        elif path.name == "edm":
+            theirs, sigma = EDMEulerScheduler(), (t / (1 - t)).float()
+            x = theirs.precondition_inputs(0.5 * x0 + sigma * noise, sigma)
+            clean = theirs.precondition_outputs(0.5 * x0 + sigma * noise, clip, sigma)
+            weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+        else:
+            x, target = (1 - t.float()) * x0 + t.float() * noise, x0 - noise
+        x[:, : task.known_frames] = x0[:, : task.known_frames]
+        torch.testing.assert_close(tokens, patchify(x, (1, 2, 2)), rtol=1e-5, atol=1e-5)
+        if path.name == "edm":
+            terms = weight * (clean - 0.5 * x0).square()
+        else:
+            terms = (clip[:4] - target).square()
+        if path.name == "ddpm" and len(clip) == 8:
+            terms = terms + path.variance_bound(clip[4:], clip[:4] - target, x0, t)
+        assert not level[: len(level) * task.known_frames // x0.shape[1]].any()
+        expected += x0[0, unknown].numel() / 4 * float(terms[:, unknown].mean())
+    assert len(kinds) == 2
+    assert found == pytest.approx(expected, rel=1e-4)
+    if path.name == "edm":
+        told = 0.25 * (batch.levels / (1 - batch.levels)).clamp(min=0.001).log()
+        torch.testing.assert_close(batch.pack.levels[batch.pack.level_of], told)
+
+    packs = list(itertools.chain.from_iterable(split(items, 2, 100)))
+    assert len(packs) > 2
+    with torch.no_grad():
+        total = sum(
+            float(objective.module(objective.prepare(parts.loader.fetch(pack, 0), pack, key))) for pack in packs
+        )
+    assert total == pytest.approx(found, rel=1e-5)  # however the step is split
+    nothing = objective.module(objective.prepare([], [], key))
+    assert float(nothing.detach()) == 0
+    gradients = torch.autograd.grad(nothing, list(objective.module.parameters()), allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+
+
+def test_the_scheduler_of_the_weights_goes_into_the_model_folder(parts: Parts) -> None:
+    """The folder's own, else the family's; a static shift follows the run's, others have none to follow."""
+    moved = with_static_shift(unipc_config(3.0), 2.0)
+    assert moved["flow_shift"] == 2.0
+    ltx = default_scheduler(TransformerConfig(24, 2, 2, 48, family="ltx"))
+    for config in (DDIM, EDM, ltx):
+        assert with_static_shift(config, 2.0) == config

@@ -9,6 +9,7 @@ from stdit.diffusion.solvers.folders import (
     read_scheduler,
     static_shift,
     unipc_config,
+    with_static_shift,
     write_scheduler,
 )
 from stdit.diffusion.solvers.schedulers import check_scheduler, make_solver, path_of
@@ -31,5 +32,6 @@ __all__ = [
     "read_scheduler",
     "static_shift",
     "unipc_config",
+    "with_static_shift",
     "write_scheduler",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 from stdit.diffusion.paths import FlowPath
 from stdit.diffusion.solvers.base import Solver
 from stdit.diffusion.timesteps import shift_noise_level
+from stdit.errors import StditError
 
 
 class Euler(Solver):
@@ -54,6 +55,8 @@ def even_sigmas(steps: int, shift: float, terminal: float | None = None) -> list
     is `terminal`, then 0. In fp32, as theirs."""
     sigmas = shift_noise_level(np.linspace(1.0, 1 / steps, steps).astype(np.float32), shift)
     if terminal:
+        if steps == 1:
+            raise StditError(f"one step has no last level to bring to shift_terminal {terminal}; take two or more.")
         left = 1 - sigmas
         sigmas = 1 - left / (left[-1] / (1 - terminal))
     return [*(float(sigma) for sigma in sigmas.astype(np.float32)), 0.0]

@@ -53,6 +53,13 @@ def named_config(name: str, config: Config) -> dict[str, Any]:
     return made | ({"clip_sample": False} if name == "ddim" else {})
 
 
+def with_static_shift(config: Config, shift: float) -> dict[str, Any]:
+    """A scheduler config with this static shift, where it holds one that is in use; else as it is."""
+    scheduler = SCHEDULERS[config["_class_name"]]
+    moved = any(config.get(key) for key in ("use_dynamic_shifting", "use_karras_sigmas"))
+    return {**config, scheduler.shift: float(shift)} if scheduler.shift and not moved else dict(config)
+
+
 def static_shift(config: Config) -> float:
     """The shift of the noise levels that a scheduler config holds, whatever the clip; 1 where it holds none."""
     scheduler = SCHEDULERS.get(config.get("_class_name", ""))
