@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,11 +29,11 @@ from stdit.training.experts import ExpertsObjective
 from stdit.training.objective import FlowObjective, Objective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
-from stdit.training.start import EXPERTS, boundary_of, choose_trained, follow_init, transformer_path
+from stdit.training.start import choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.autoencoder import preset as vae_preset
-from stdit.weights.io import load_transformer, load_vae
+from stdit.weights.io import boundary_of, find, load, load_vae
 from stdit.weights.schedulers import scheduler_of
 
 
@@ -177,15 +177,20 @@ def make_objective(
 
 def make_experts(config: RunConfig, manifest: Manifest, world: World) -> ExpertsObjective:
     """Both experts of `model.init`, each with an objective of its own over one VAE and one text encoder."""
-    if config.text.path is None:
-        raise StditError("model.expert=both needs a frozen text encoder: set text.path.")
+    folder = Path(config.model.init or "").expanduser()
+    if not (folder / "model_index.json").is_file() or {config.vae.path, config.text.path} != {str(folder)}:
+        raise StditError(
+            f"model.expert=both trains a diffusers folder with its own VAE and text encoder; model.init={folder}, "
+            f"vae.path={config.vae.path}, text.path={config.text.path}. Train one expert at a time."
+        )
     made: list[FlowObjective] = []
-    for name in EXPERTS:
+    experts: tuple[Literal["high", "low"], ...] = ("high", "low")
+    for name in experts:
         one = replace(config, model=replace(config.model, expert=name))
         objective = make_objective(one, manifest, world, beside=made[0] if made else None)
         assert isinstance(objective, FlowObjective)
         made.append(objective)
-    return ExpertsObjective(made[0], made[1], boundary_of(Path(config.model.init or "").expanduser()))
+    return ExpertsObjective(made[0], made[1], boundary_of(folder, made[0].model_config.image_channels > 0))
 
 
 def make_vae(config: RunConfig) -> CausalVAE:
@@ -232,7 +237,7 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
     else:
         with about("model.init"):
             path = transformer_path(settings)
-            model = load_transformer(path, dtype=torch.float32)
+            model = load(find("transformer", path), dtype=torch.float32)
             for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
                 if getattr(model.config, name) != value:
                     whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")

@@ -29,11 +29,10 @@ from stdit.training.engine import Engine
 from stdit.training.experts import ExpertsModule, ExpertsObjective
 from stdit.training.objective import FlowModule, FlowObjective
 from stdit.training.parallel import World
-from stdit.training.start import EXPERTS
 from stdit.training.vae_objective import VaeModule
 from stdit.vae.autoencoder import CausalVAE, measure_latents
 from stdit.weights.files import read_json
-from stdit.weights.io import save_transformer, save_vae
+from stdit.weights.io import EXPERT_FOLDERS, save_transformer, save_vae
 
 FORMAT = 1  # of export.json
 VAE_CLIPS = 256  # at most as many measure the latents' mean and deviation
@@ -91,7 +90,9 @@ def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: 
         return make_pipeline(parts, weights, world).save(folder)
     module = with_weights(objective.fresh(), weights)
     flows = [module.high, module.low] if isinstance(module, ExpertsModule) else [module]
-    names = [EXPERTS[name][0] for name in (EXPERTS if len(flows) == 2 else [config.model.expert or "high"])]
+    names = list(EXPERT_FOLDERS["diffusers"])
+    if len(flows) == 1:
+        names = [names[config.model.expert == "low"]]
     index = read_json(index_path)
     for part, value in index.items():
         if isinstance(value, list) and any(value) and part not in names and (init / part).is_dir():

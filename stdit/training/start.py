@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from stdit.diffusion.solvers import static_shift
 from stdit.errors import StditError, about, nearest_name
@@ -15,10 +14,7 @@ from stdit.models.transformer import STDiT
 from stdit.pipeline import ModelSettings as Described
 from stdit.training.settings import ModelSettings, RunConfig
 from stdit.weights.files import read_json
-from stdit.weights.io import find
-
-# Where a folder of two experts (Wan 2.2 A14B) has each: diffusers' name, the release's.
-EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2", "low_noise_model")}
+from stdit.weights.io import boundary_of, expert_places, find
 
 
 def follow_init(config: RunConfig) -> RunConfig:
@@ -46,7 +42,7 @@ def follow_init(config: RunConfig) -> RunConfig:
             shift = static_shift(read_json(scheduler))
             tokens = described.shift_tokens if tokens is None else tokens
         if settings.expert is not None and levels.range is None:
-            boundary = boundary_of(folder)
+            boundary = boundary_of(folder, found.image_channels > 0)
             span = {"high": (boundary, 1.0), "low": (0.0, boundary), "both": span}[settings.expert]
     levels = replace(
         levels,
@@ -64,15 +60,14 @@ def transformer_path(settings: ModelSettings) -> Path:
     """The folder or file of `model.init` that holds the transformer to train."""
     assert settings.init is not None
     folder = Path(settings.init).expanduser()
-    if settings.expert is None:
+    places = expert_places(folder)
+    if places is None and settings.expert is None:
         return folder
-    expert = "high" if settings.expert == "both" else settings.expert
-    there = [folder / name for name in EXPERTS[expert] if (folder / name).is_dir()]
-    if not there or not any((folder / name).is_dir() for name in EXPERTS["low"]):
-        raise StditError(
-            f"{folder}: has no two experts, so model.expert={settings.expert} is none of it. Leave it out."
-        )
-    return there[0]
+    if places is None:
+        raise StditError(f"{folder}: holds no two experts for model.expert={settings.expert}. Leave it out.")
+    if settings.expert is None:
+        raise StditError(f"{folder}: holds two experts. Set model.expert: high, low or both.")
+    return places["high" if settings.expert == "both" else settings.expert]
 
 
 def choose_trained(model: STDiT, settings: ModelSettings) -> None:
@@ -87,15 +82,3 @@ def choose_trained(model: STDiT, settings: ModelSettings) -> None:
             )
     for name, parameter in parameters.items():
         parameter.requires_grad_(not patterns or any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def boundary_of(folder: Path) -> float:
-    """The noise level at which a folder's experts change."""
-    index = folder / "model_index.json"
-    value: Any = read_json(index).get("boundary_ratio") if index.is_file() else None
-    if not isinstance(value, float) or not 0 < value < 1:
-        raise StditError(
-            f"{index}: says no boundary_ratio, the noise level at which the experts change. Set "
-            f"objective.flow.noise_levels.range, such as [0.875, 1] for the high one (Wan 2.2 T2V; I2V: [0.9, 1])."
-        )
-    return value

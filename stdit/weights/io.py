@@ -80,7 +80,7 @@ def load_transformer(
     """
     if expert not in ("both", *EXPERT_NAMES):
         raise StditError(f"expert {expert!r} is not known: both, high or low.")
-    places = _experts(Path(path).expanduser())
+    places = expert_places(Path(path).expanduser())
     if places is None:
         if expert != "both":
             raise StditError(f"{path}: holds one transformer, not the two experts that {expert!r} would choose from.")
@@ -216,7 +216,7 @@ def convert(source: Source, folder: str | os.PathLike[str], layout: str, shard_b
     _write(source.kind, source.config, read, dtypes, Path(folder), layout, shard_bytes)
 
 
-def _experts(folder: Path) -> dict[str, Path] | None:
+def expert_places(folder: Path) -> dict[str, Path] | None:
     """Where the two experts of a folder are, None where there are none."""
     for names in EXPERT_FOLDERS.values():
         if all((folder / name).is_dir() for name in names):
