@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import stdit
+from stdit.cli.data_plan import costs
 from stdit.config import load_config
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
@@ -45,7 +46,27 @@ SMALL: dict[str, dict[str, Any]] = {
         "extra_pos_embed_type": None,
     },
     "PixArt": {**PIXART, "sample_size": 128, "use_additional_conditions": True},
+    "Latte": {
+        **PIXART, "sample_size": 64, "patch_size": 2, "attention_bias": True, "activation_fn": "gelu-approximate",
+        "norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False, "norm_eps": 1e-6,
+    },
+    "Allegro": {
+        **HEADS, "cross_attention_dim": 36, "in_channels": 4, "out_channels": 4, "caption_channels": 10,
+        "patch_size": 2,
+    },
+    "Cosmos-Predict1": {
+        **HEADS, "in_channels": 4, "out_channels": 4, "text_embed_dim": 10, "adaln_lora_dim": 6,
+        "max_size": (8, 24, 24),
+    },
 }  # fmt: skip
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+LINEAR = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "PixArt": {"_class_name": "DPMSolverMultistepScheduler", **LINEAR},
+    "Latte": {"_class_name": "DDIMScheduler", **LINEAR, "clip_sample": False},
+    "Allegro": {"_class_name": "EulerAncestralDiscreteScheduler", **LINEAR},
+    "Cosmos-Predict1": {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5},
+}
 STDIT3 = TransformerConfig(
     dim=24, heads=2, layers=2, ffn_dim=96, in_channels=4, out_channels=8, text_dim=10, family="stdit3",
     attention="spatial_temporal_text", cross_norm="none", qk_norm="per_head_self", text_padding=0, rotary="time",
@@ -59,7 +80,7 @@ def save_transformer(name: str, place: Path, seed: int = 0) -> None:
         assert isinstance(model, STDiT)
         stdit.save_transformer(model, place, "original")
     else:
-        randomise(FAMILIES[name].build(SMALL[name]), seed).save_pretrained(place)
+        randomise(FAMILIES[name.removesuffix("1")].build(SMALL[name]), seed).save_pretrained(place)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +99,8 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
             shutil.copytree(root / part, place / part)
         shutil.copytree(tiny / "vae", place / "vae")
         (place / "scheduler").mkdir()
-        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
-        if name == "PixArt":
-            scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
-        (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        scheduler = json.dumps(SCHEDULERS.get(name, FLOW))
+        (place / "scheduler" / "scheduler_config.json").write_text(scheduler)
         index: dict[str, Any] = {"_class_name": "APipeline", "boundary_ratio": None}
         parts = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
         (place / "model_index.json").write_text(json.dumps(index | {part: ["a", "b"] for part in parts}))
@@ -114,7 +133,7 @@ def train(parts: Parts, steps: int) -> tuple[Engine, list[float]]:
     return engine, losses
 
 
-@pytest.mark.parametrize("name", ["Wan", "Wan I2V", "LTX-Video", "Cosmos-Predict", "STDiT3"])
+@pytest.mark.parametrize("name", [*SMALL, "STDiT3"])
 def test_a_family_trains_on_mixed_shapes(
     name: str, tiny: Path, tmp_path: Path, folder: Any, image_folder: Path
 ) -> None:
@@ -123,8 +142,9 @@ def test_a_family_trains_on_mixed_shapes(
         for part in ("image_encoder", "image_processor"):
             shutil.copytree(image_folder / part, init / part)
     parts = started(tiny, tmp_path, init)
-    assert parts.config.objective.flow.noise_levels.shift == 3 and parts.config.vae.path == str(init)
-    assert parts.config.text.padding == (512 if name in ("Wan", "Wan I2V", "Cosmos-Predict") else 0)
+    assert parts.config.objective.flow.noise_levels.shift == (1 if name in SCHEDULERS else 3)
+    assert parts.config.vae.path == str(init)
+    assert parts.config.text.padding == (512 if name.startswith(("Wan", "Cosmos")) else 0)
     _, losses = train(parts, 6)
     print(name, [round(loss, 4) for loss in losses])
     assert losses[-1] < 0.9 * losses[0]
@@ -155,6 +175,7 @@ def test_the_folder_comes_back_with_what_trained_in_its_place(tiny: Path, tmp_pa
 def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Path, folder: Any) -> None:
     init = folder("PixArt")
     parts = started(tiny, tmp_path, init, "model.inflate=true", "model.freeze=pretrained")
+    assert costs(parts.config).cost == parts.objective.cost
     image, video = stdit.load_transformer(init), parts.objective.module.transformer
     latents, t = torch.randn(1, 4, 3, 8, 8), torch.tensor([0.5])
     text, size = torch.randn(1, 4, 10), (32, 32)
@@ -187,7 +208,7 @@ def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Pat
             ["text.path=null", "text.trained={dim: 16, layers: 1, heads: 2}"],
             "its text_dim is 10, the text encoder's 16",
         ),
-        (["model.expert=low"], "has no two experts"),
+        (["model.expert=low"], "holds no two experts"),
         (["eval.prompts=[a]"], "eval.prompts: "),
     ],
 )
