@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
@@ -308,10 +310,27 @@ def test_every_path_has_its_own_noise_target_and_loss(parts: Parts, scheduler: d
     assert all(gradient is None or not gradient.any() for gradient in gradients)
 
 
-def test_the_scheduler_of_the_weights_goes_into_the_model_folder(parts: Parts) -> None:
-    """The folder's own, else the family's; a static shift follows the run's, others have none to follow."""
-    moved = with_static_shift(unipc_config(3.0), 2.0)
-    assert moved["flow_shift"] == 2.0
+@pytest.mark.parametrize(("scheduler", "changes"), PATHS)
+def test_what_trained_samples_along_its_own_path(parts: Parts, scheduler: dict, changes: dict) -> None:
+    """The pipeline of a run has the scheduler of its weights; variances are dropped, guidance and known frames work."""
+    run = copy.copy(parts)
+    run.objective = objective = family(parts, scheduler, **changes)
+    weights = {name: p.detach() for name, p in objective.module.named_parameters()}
+    pipeline = make_pipeline(run, weights, ALONE)
+    assert pipeline.scheduler == scheduler
+    known = {"image": np.full((32, 32, 3), 128, np.uint8)}
+    settings = dict(size=(32, 32), frames=5, steps=3, guidance=3.0)
+    free, again = (next(iter(pipeline.sample_latents(["a circle"], seed=1, **settings))) for _ in range(2))
+    assert free.shape == (4, 3, 8, 8) and free.isfinite().all() and torch.equal(free, again)
+    held = next(iter(pipeline.sample_latents(["a circle"], seed=1, known=known, **settings)))
+    image = objective.vae.encode(torch.full((1, 3, 1, 32, 32), 128 / 127.5 - 1))[0]
+    torch.testing.assert_close(held[:, :1], image, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(held[:, 1:], free[:, 1:])
+
+
+def test_a_static_shift_follows_the_runs() -> None:
+    """Where the scheduler holds one that is in use; others have none to follow."""
+    assert with_static_shift(unipc_config(3.0), 2.0)["flow_shift"] == 2.0
     ltx = default_scheduler(TransformerConfig(24, 2, 2, 48, family="ltx"))
     for config in (DDIM, EDM, ltx):
         assert with_static_shift(config, 2.0) == config
