@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from stdit.weights.io import Source
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inspect and convert weights.")
+_Model = Annotated[Path | None, typer.Option(help="For an adapter (LoRA): the model that it is for.")]
 _Pickle = Annotated[bool, typer.Option("--trust-pickle", help="Also open .pth and .bin files (tensors only).")]
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model folder, transformer/ or vae/, a Wan release, or a file.")],
+    path: Annotated[
+        Path, typer.Argument(help="A model folder, transformer/ or vae/, a Wan release, or a file; or a LoRA file.")
+    ],
+    model: _Model = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     trust_pickle: _Pickle = False,
 ) -> int:
@@ -28,6 +32,16 @@ def inspect(
     """
     import json as format
 
+    from stdit.weights import io, lora_files, lora_info
+
+    if lora_files.is_adapter(path):
+        config = None if model is None else io.find("transformer", model, trust_pickle).config
+        adapter = lora_info.describe(path, config)
+        if json:
+            print(format.dumps({"path": str(path), "models": [adapter]}, indent=2))
+        else:
+            _show_adapter(adapter)
+        return 0
     found = [_description(source) for source in _sources(path, trust_pickle, strict=False)]
     if json:
         print(format.dumps({"path": str(path), "models": found}, indent=2))
@@ -40,20 +54,33 @@ def inspect(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, made if it is not there.")],
-    layout: Annotated[str, typer.Option(help='"diffusers" or "original" (a Wan release\'s).')] = "diffusers",
+    layout: Annotated[
+        str, typer.Option(help='"diffusers" or "original" (a release\'s, ComfyUI\'s); a LoRA also "peft" or "kohya".')
+    ] = "diffusers",
+    model: _Model = None,
     trust_pickle: _Pickle = False,
 ) -> None:
     """Write weights in another layout, bit for bit, a tensor in memory at a time.
 
     A transformer or VAE alone goes straight into OUT; both, in diffusers' layout, into OUT/transformer and OUT/vae.
 
+    An adapter (LoRA) needs --model and becomes one file.
+
     Example: stdit weights convert Wan2.1-T2V-1.3B wan-diffusers --layout diffusers
     """
     from rich.console import Console
 
     from stdit.errors import StditError
-    from stdit.weights import io
+    from stdit.weights import io, lora_files
 
+    if lora_files.is_adapter(source):
+        if model is None:
+            raise StditError(f"{source}: is an adapter; say by --model which model it is for: its sizes are needed.")
+        config = io.find("transformer", model, trust_pickle).config
+        adapter = lora_files.read_adapter(source, config)
+        place = out if out.suffix == ".safetensors" else out / lora_files.FILES.get(layout, "lora.safetensors")
+        lora_files.write_adapter(adapter, place, config, layout)
+        return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
     if layout not in io.LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(io.LAYOUTS)}.")
     found = _sources(source, trust_pickle, strict=True)
@@ -123,6 +150,18 @@ def _preset(source: Source) -> str | None:
 
     presets: dict[str, Any] = transformer.PRESETS if source.kind == "transformer" else autoencoder.PRESETS
     return next((name for name, config in presets.items() if config == source.config), None)
+
+
+def _show_adapter(adapter: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"adapter (LoRA): {adapter['path']}", show_header=False, title_justify="left")
+    table.add_row("fits", ", ".join(adapter["fits"]) or "no family's names")
+    for what in ("ranks", "alphas", "dtypes", "targets"):
+        table.add_row(what, ", ".join(f"{value} ({count})" for value, count in adapter[what].items()))
+    table.add_row("size", f"{adapter['parameters']:,} parameters, {adapter['differences']} tensors added as a whole")
+    Console().print(table)
 
 
 def _show(models: list[dict[str, Any]]) -> None:

@@ -287,6 +287,12 @@ def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any]
     return {}, None
 
 
+def table_of(config: Any, dialect: str) -> tuple[ModuleType, Table]:
+    """The family of a config, and how its model's tensors are those of a dialect."""
+    family = importlib.import_module(f"stdit.weights.families.{getattr(config, 'family', 'wan_vae')}")
+    return family, family.keymap(config, dialect).table(_shapes(_on_meta(config)))
+
+
 def _on_meta(config: Any) -> nn.Module:
     """The model without memory. Nothing is drawn: on the meta device that takes longer than reading the weights."""
     import torch
@@ -327,8 +333,7 @@ def _write(
     """Writes a model whose native tensors `read` gives, a tensor in memory at a time; see save_transformer."""
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
-    family = importlib.import_module(f"stdit.weights.families.{getattr(config, 'family', 'wan_vae')}")
-    table = family.keymap(config, layout).table(_shapes(_on_meta(config)))
+    family, table = table_of(config, layout)
     described = family.config_to_diffusers(config) if layout == "diffusers" else family.config_to_original(config)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
     stem, stems = _STEM, (_STEM,)

@@ -13,6 +13,8 @@ import stdit
 from stdit.cli.main import app, run_command
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
+from stdit.weights.adapters import Adapter, Pair
+from stdit.weights.lora_files import write_adapter
 
 TRANSFORMER = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4)
 VAE = VaeConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=2)
@@ -95,3 +97,24 @@ def test_a_pickled_vae_beside_a_transformer_is_left_out_aloud(tmp_path, capsys):
     assert len(json.loads(output.out)["models"]) == 1 and "left out" in output.err and "pickle" in output.err
     assert run("inspect", tmp_path, "--json", "--trust-pickle") == 0
     assert len(json.loads(capsys.readouterr().out)["models"]) == 2
+
+
+def test_adapters_are_told_and_converted_for_their_model(folder, tmp_path, capsys):
+    pair = Pair(torch.ones(2, 12), torch.ones(8, 2), 3.0)
+    write_adapter(Adapter({"blocks.1.ffn.0.weight": pair}), tmp_path / "a.safetensors", TRANSFORMER, "kohya")
+    assert run("inspect", tmp_path / "a.safetensors", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["models"]
+    assert found["ranks"] == {"2": 1} and found["alphas"] == {"3.0": 1} and found["targets"] == {"blocks_*_ffn_0": 1}
+    assert found["fits"] == ["Wan transformer (original names)"]
+    assert run("inspect", tmp_path / "a.safetensors", "--model", folder) == 0
+    assert "Wan transformer" in capsys.readouterr().out
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "out") == 1
+    assert "say by --model which model it is for" in capsys.readouterr().err
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "out", "--model", folder) == 0
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert list(tensors) == [f"transformer.blocks.1.ffn.net.0.proj.lora_{part}.weight" for part in "AB"]
+    assert torch.equal(tensors["transformer.blocks.1.ffn.net.0.proj.lora_B.weight"], pair.up)
+    large = TransformerConfig(dim=16, heads=2, layers=2, ffn_dim=8, text_dim=4)
+    stdit.save_transformer(STDiT(large), tmp_path / "large")
+    assert run("inspect", tmp_path / "a.safetensors", "--model", tmp_path / "large") == 1
+    assert "Is it for a model of another size?" in capsys.readouterr().err

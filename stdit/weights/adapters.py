@@ -1,0 +1,145 @@
+"""Adapters (LoRA; Hu et al. 2022): what is added to a model's weights, and how it moves between dialects with them.
+
+An adapter is kept under our names. A key map moves it as it moves the weights: the rows of B (`up`) like a weight's
+rows, the columns of A (`down`) like its columns. Where a dialect has several of our weights in one, its pair is split
+into pairs that share A; several of ours become one pair with A stacked and B block-diagonal. All of it is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from stdit.errors import StditError
+from stdit.weights.keymap import Move, Table, Take
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is added to a weight (out, in…): alpha / rank · B·A. down: A, (rank, in…). up: B, (out, rank)."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """pairs: by the names of the weights they are added to. differences: whole tensors to add, by name."""
+
+    pairs: dict[str, Pair]
+    differences: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Adds adapters under our names, each times its strength, to a model's weights: in fp32 (fp64 for fp64), rounded
+    once to the weights' dtype. There is no way back but to load the model again."""
+    tensors = model.state_dict()  # the model's own memory
+    for name in dict.fromkeys(name for adapter, _ in adapters for name in (*adapter.pairs, *adapter.differences)):
+        weight = tensors[name]
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for adapter, strength in adapters:
+            if (pair := adapter.pairs.get(name)) is not None:
+                product = pair.up.to(total) @ pair.down.to(total).flatten(1)
+                total += product.view(total.shape) * (pair.scale * strength)
+            if (difference := adapter.differences.get(name)) is not None:
+                total += difference.to(total) * strength
+        weight.copy_(total)
+
+
+def to_native(adapter: Adapter, table: Table) -> Adapter:
+    """An adapter under another dialect's names, of which the table holds all, under ours."""
+    return _moved(adapter, table, back=True)
+
+
+def to_foreign(adapter: Adapter, table: Table) -> Adapter:
+    """And the way there."""
+    return _moved(adapter, table, back=False)
+
+
+def _moved(adapter: Adapter, table: Table, back: bool) -> Adapter:
+    pairs: dict[str, Pair] = {}
+    differences: dict[str, Tensor] = {}
+    for move in table.moves:
+        foreign_sizes = (move.foreign_shape[move.rule.dim] if move.foreign_shape else 1,) * len(move.foreign)
+        sides = (move.native, move.native_sizes), (move.foreign, foreign_sizes)
+        (given, given_sizes), (wanted, wanted_sizes) = reversed(sides) if back else sides
+        if any(name in adapter.pairs for name in given):
+            pair = _join([adapter.pairs.get(name) for name in given], given_sizes)
+            parts = _split(_stepped(pair, move, back), wanted_sizes)
+            pairs |= {name: part for name, part in zip(wanted, parts) if part is not None}
+        if any(name in adapter.differences for name in given):
+            whole = _zero_filled([adapter.differences.get(name) for name in given], given_sizes, move.rule.dim)
+            differences |= zip(wanted, move.to_native(whole) if back else move.to_foreign(whole))
+    return Adapter(pairs, differences)
+
+
+def _stepped(pair: Pair, move: Move, back: bool) -> Pair:
+    """Through the rule's steps: those of a weight's rows act on B, those of its columns on A."""
+    down, up = pair.down, pair.up
+    for step in reversed(move.rule.steps) if back else move.rule.steps:
+        turn = step.to_native if back else step.to_foreign
+        dim = getattr(step, "dim", 0)
+        if dim == 0 and isinstance(step, Take):
+            up = turn(up)
+        elif dim > 0:
+            down = turn(down)
+        else:
+            raise StditError(f"{move.native[0]} is no weight of a linear layer or a convolution: no LoRA fits it.")
+    return Pair(down, up, pair.alpha)
+
+
+def _join(pairs: Sequence[Pair | None], sizes: Sequence[int]) -> Pair:
+    """One pair for weights of so many rows one upon another; None leaves a weight as it is."""
+    there = [pair for pair in pairs if pair is not None]
+    first = there[0]
+    if len(pairs) == 1:
+        return first
+    if len(there) == len(pairs) and all(
+        pair.alpha == first.alpha and torch.equal(pair.down, first.down) for pair in there
+    ):
+        return Pair(first.down, torch.cat([pair.up for pair in there]), first.alpha)
+    rank = sum(pair.rank for pair in there)
+    up = first.up.new_zeros(sum(sizes), rank)
+    row = column = 0
+    for pair, size in zip(pairs, sizes):
+        if pair is not None:
+            up[row : row + size, column : column + pair.rank] = pair.up * (pair.scale / first.scale)
+            column += pair.rank
+        row += size
+    return Pair(torch.cat([pair.down for pair in there]), up, first.scale * rank)
+
+
+def _split(pair: Pair, sizes: Sequence[int]) -> list[Pair | None]:
+    """Pairs for weights of so many rows, that share A; but no rows of A that a weight's part of B leaves out, so that
+    what `_join` stacked comes apart again. None where nothing is added."""
+    if len(sizes) == 1:
+        return [pair]
+    parts: list[Pair | None] = []
+    for up in pair.up.split(list(sizes)):
+        used = up.any(0)
+        part = Pair(pair.down, up, pair.alpha)
+        if not used.all():
+            part = Pair(pair.down[used], up[:, used], pair.scale * int(used.sum()))
+        parts.append(part if used.any() else None)
+    if not any(parts):  # B is zero as at the start of a training
+        return [Pair(pair.down, up, pair.alpha) for up in pair.up.split(list(sizes))]
+    return parts
+
+
+def _zero_filled(tensors: Sequence[Tensor | None], sizes: Sequence[int], dim: int) -> list[Tensor]:
+    like = next(tensor for tensor in tensors if tensor is not None)
+    shapes = [(*like.shape[:dim], size, *like.shape[dim + 1 :]) for size in sizes]
+    return [like.new_zeros(shape) if tensor is None else tensor for tensor, shape in zip(tensors, shapes)]

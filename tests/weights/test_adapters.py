@@ -1,0 +1,352 @@
+"""LoRA files of every family and dialect: peft and diffusers make, save and open them; numbers are theirs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from references import FAMILIES, randomise
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import stdit
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.weights.adapters import Adapter, Pair, merge
+from stdit.weights.lora_files import is_adapter, open_adapter, read_adapter, write_adapter
+from stdit.weights.lora_info import describe
+
+pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+CASES = [(name, 0) for name in FAMILIES] + [("Cosmos-Predict", 3)]
+FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+
+
+def fresh(name: str, number: int) -> nn.Module:
+    return randomise(FAMILIES[name].build(FAMILIES[name].configs[number]), number)
+
+
+def by_peft(name: str) -> bool:
+    """diffusers' PixArt, Latte and Allegro know no adapters: peft wraps them, saves and opens."""
+    return name in ("PixArt", "Latte", "Allegro")
+
+
+def adapted(name: str, number: int, place: Path, **more) -> tuple[nn.Module, Path]:
+    """The reference with random A and B on every linear and convolution of it, made by peft, and the file of them."""
+    theirs = fresh(name, number)
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    targets = [module for module, one in theirs.named_modules() if isinstance(one, kinds)]
+    different = {targets[-1].replace(".", r"\."): 7}
+    settings = {"r": 3, "lora_alpha": 4, "rank_pattern": {targets[2]: 2}, "alpha_pattern": different}
+    config = peft.LoraConfig(target_modules=targets, **settings, **more)
+    wrapped = peft.get_peft_model(theirs, config) if by_peft(name) else theirs.add_adapter(config)
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if ".lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5 * 0.5)
+    if wrapped is None:
+        theirs.save_lora_adapter(place)
+        return theirs, place / FILE
+    wrapped.save_pretrained(place)
+    return theirs, place / PEFT_FILE
+
+
+def deltas(theirs: nn.Module) -> dict[str, torch.Tensor]:
+    """What peft adds to every tensor of the reference."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {key: one for key, one in theirs.named_modules() if isinstance(one, LoraLayer)}
+    return {f"{key}.weight": one.get_delta_weight(next(iter(one.lora_A))).detach() for key, one in layers.items()}
+
+
+def inputs(ours: STDiT, name: str, number: int):
+    family = FAMILIES[name]
+    generator = torch.Generator().manual_seed(number)
+    latents = torch.randn(2, ours.config.latent_channels, *family.grids[number], generator=generator)
+    text = torch.randn(2, family.text_tokens, ours.config.text_dim, generator=generator)
+    t = torch.rand(2, generator=generator)
+    return latents, t, text, torch.ones(text.shape[:2], dtype=torch.bool)
+
+
+@torch.no_grad()
+def outputs(ours: STDiT, theirs, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    given, (latents, t, text, mask) = FAMILIES[name].given(FAMILIES[name].configs[number]), inputs(ours, name, number)
+    wanted = FAMILIES[name].call(theirs, latents, t, text, mask, given)
+    return ours.predict(latents, t, text, mask, **given), wanted
+
+
+def base(name: str, number: int, place: Path) -> STDiT:
+    fresh(name, number).save_pretrained(place)
+    return stdit.load_transformer(place)
+
+
+def product(tensors: dict[str, torch.Tensor], start: str) -> torch.Tensor:
+    """alpha / rank · up · down of a file in ComfyUI's keys, written out."""
+    down, up = tensors[f"{start}.lora_down.weight"], tensors[f"{start}.lora_up.weight"]
+    whole = up.flatten(1) @ down.flatten(1) * (tensors[f"{start}.alpha"] / len(down))
+    return whole.view(len(up), *down.shape[1:])
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_what_diffusers_saved_changes_the_output_as_there_and_goes_back(name, number, tmp_path):
+    (theirs, file), ours = adapted(name, number, tmp_path), base(name, number, tmp_path / "base")
+    before = outputs(ours, theirs, name, number)[0]
+    adapter = read_adapter(file, ours.config)
+    merge(ours, [(adapter, 1.0)])
+    found, wanted = outputs(ours, theirs, name, number)
+    assert relative(before, wanted) > 0.05
+    assert relative(found, wanted) <= 1e-4
+    other = fresh(name, number)
+    if by_peft(name):
+        write_adapter(adapter, tmp_path / "back" / PEFT_FILE, ours.config, "peft")
+        peft.PeftModel.from_pretrained(other, tmp_path / "back")
+    else:
+        write_adapter(adapter, tmp_path / "back" / FILE, ours.config)
+        other.load_lora_adapter(tmp_path / "back", use_safetensors=True)  # without it diffusers passes over the alphas
+    first, second = deltas(theirs), deltas(other)
+    assert first.keys() == second.keys()
+    assert max(relative(second[key], first[key]) for key in first) <= 1e-6
+    assert relative(found, outputs(ours, other, name, number)[1]) <= 1e-4
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_original_names_say_the_same_by_diffusers_own_converters(name, number, tmp_path):
+    (theirs, file), ours = adapted(name, number, tmp_path), base(name, number, tmp_path / "base")
+    adapter = read_adapter(file, ours.config)
+    for layout in ("original", "kohya"):
+        write_adapter(adapter, tmp_path / f"{layout}.safetensors", ours.config, layout)
+        again = read_adapter(tmp_path / f"{layout}.safetensors", ours.config)
+        assert again.pairs.keys() == adapter.pairs.keys() and not again.differences
+        for key, pair in adapter.pairs.items():
+            other = again.pairs[key]
+            assert torch.equal(other.down, pair.down) and other.rank == pair.rank, key
+            assert relative(other.up * other.scale, pair.up * pair.scale) <= 1e-6, key
+    if not FAMILIES[name].converters:
+        return
+    stdit.save_transformer(ours, tmp_path / "original", "original")
+    tensors = load_file(tmp_path / "original" / "diffusion_pytorch_model.safetensors")
+    change = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    held = load_file(tmp_path / "original.safetensors")
+    for key in {key.rsplit(".lora_", 1)[0] for key in held if ".lora_" in key}:
+        change[f"{key.removeprefix('diffusion_model.')}.weight"] += product(held, key)
+    moved = FAMILIES[name].converters["original"](change)
+    for key, delta in deltas(theirs).items():
+        assert relative(moved[key], delta) <= 1e-6, key
+
+
+def test_an_adapter_of_fused_weights_is_split(tmp_path):
+    """Trained on PixArt's own qkv: A is shared, B split; written back bit for bit."""
+    name, number = "PixArt", 1
+    ours = base(name, number, tmp_path / "base")
+    dim = ours.config.dim
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for module, rows in (("blocks.1.attn.qkv", 3 * dim), ("blocks.0.cross_attn.kv_linear", 2 * dim)):
+        tensors[f"diffusion_model.{module}.lora_down.weight"] = torch.randn(3, dim, generator=generator)
+        tensors[f"diffusion_model.{module}.lora_up.weight"] = torch.randn(rows, 3, generator=generator)
+        tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "fused.safetensors")
+    adapter = read_adapter(tmp_path / "fused.safetensors", ours.config)
+    assert sorted(adapter.pairs) == [
+        *(f"blocks.0.cross_attn.{p}.weight" for p in "kv"),
+        *(f"blocks.1.self_attn.{p}.weight" for p in "kqv"),
+    ]
+    stdit.save_transformer(ours, tmp_path / "original", "original")
+    weights = load_file(tmp_path / "original" / "diffusion_pytorch_model.safetensors")
+    for key in ("blocks.1.attn.qkv", "blocks.0.cross_attn.kv_linear"):
+        weights[f"{key}.weight"] += product(tensors, f"diffusion_model.{key}")
+    theirs = FAMILIES[name].build(FAMILIES[name].configs[number])
+    moved = FAMILIES[name].converters["original"](weights)
+    moved.pop("y_embedder.y_embedding", None)
+    theirs.load_state_dict({**theirs.state_dict(), **moved})
+    merge(ours, [(adapter, 1.0)])
+    assert relative(*outputs(ours, theirs, name, number)) <= 1e-5
+    write_adapter(adapter, tmp_path / "again.safetensors", ours.config, "original")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("layout", ["original", "kohya"])
+def test_wans_files_open_in_diffusers_pipeline(layout, tmp_path):
+    """diffusers takes ComfyUI's and musubi's Wan files apart by name, with an alpha for every layer of the blocks."""
+    from diffusers.loaders import WanLoraLoaderMixin
+
+    (theirs, file), ours = adapted("Wan", 1, tmp_path), base("Wan", 1, tmp_path / "base")
+    adapter = read_adapter(file, ours.config)
+    adapter = Adapter({key: pair for key, pair in adapter.pairs.items() if key.startswith("blocks.")})
+    write_adapter(adapter, tmp_path / "out.safetensors", ours.config, layout)
+    state = WanLoraLoaderMixin.lora_state_dict(str(tmp_path / "out.safetensors"))
+    other = fresh("Wan", 1)
+    other.load_lora_adapter(state)
+    first, second = deltas(theirs), deltas(other)
+    assert len(second) == len(adapter.pairs)
+    assert max(relative(second[key], first[key]) for key in second) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["rslora", "bias", "pipeline", "no alpha"])
+def test_other_ways_to_say_the_scale(kind, tmp_path):
+    more = {"rslora": {"use_rslora": True}, "bias": {"lora_bias": True}}.get(kind, {})
+    (theirs, place), ours = adapted("Wan", 0, tmp_path, **more), base("Wan", 0, tmp_path / "base")
+    if kind == "pipeline":
+        from diffusers import WanPipeline
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft.utils import get_peft_model_state_dict
+
+        layers = get_peft_model_state_dict(theirs, adapter_name="default")
+        WanPipeline.save_lora_weights(tmp_path, layers, **_collate_lora_metadata({"transformer": theirs}))
+    wanted = deltas(theirs)
+    if kind == "no alpha":
+        save_file(tensors := load_file(place), place)
+        for key, delta in wanted.items():
+            down, up = (tensors[key.replace(".weight", f".lora_{part}.weight")].flatten(1) for part in "AB")
+            wanted[key] = (up @ down).view(delta.shape)
+    write_adapter(read_adapter(place, ours.config), tmp_path / "out.safetensors", ours.config, "original")
+    adapter = read_adapter(tmp_path / "out.safetensors", ours.config)
+    if kind == "bias":
+        assert len(adapter.differences) == len(adapter.pairs)
+        merge(ours, [(adapter, 1.0)])
+        assert relative(*outputs(ours, theirs, "Wan", 0)) <= 1e-4
+        with pytest.raises(StditError, match="as a whole, which diffusers' LoRA files have no place for"):
+            write_adapter(adapter, tmp_path / "no.safetensors", ours.config)
+        return
+    state = added(tmp_path / "out.safetensors", ours)
+    assert max(relative(state[key], delta) for key, delta in wanted.items()) <= 1e-6
+
+
+def added(path: Path, ours: STDiT) -> dict[str, torch.Tensor]:
+    """What a file adds to our weights, by diffusers' names."""
+    model = STDiT(ours.config)
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    merge(model, [(read_adapter(path, ours.config), 1.0)])
+    stdit.save_transformer(model, path.parent / "added")
+    return load_file(path.parent / "added" / "diffusion_pytorch_model.safetensors")
+
+
+def test_several_adapters_add_up_in_fp32_and_are_rounded_once():
+    config = TransformerConfig(dim=12, heads=2, layers=1, ffn_dim=8, text_dim=4)
+    model = STDiT(config).bfloat16()
+    name = "blocks.0.ffn.0.weight"
+    generator = torch.Generator().manual_seed(0)
+    pairs = [Pair(torch.randn(r, 12, generator=generator), torch.randn(8, r, generator=generator), 3.0) for r in (2, 5)]
+    bias = torch.randn(8, generator=generator)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    merge(model, [(Adapter({name: pairs[0]}), 0.7), (Adapter({name: pairs[1]}, {"blocks.0.ffn.0.bias": bias}), -1.5)])
+    wanted = before[name].double()
+    for pair, strength, rank in zip(pairs, (0.7, -1.5), (2, 5)):
+        wanted += strength * 3 / rank * pair.up.double() @ pair.down.double()
+    after = model.state_dict()
+    assert ((after[name].double() - wanted).abs() <= wanted.abs() * 2**-8).all()  # half a step of bfloat16
+    before["blocks.0.ffn.0.bias"] = (-1.5 * bias).bfloat16()  # it was zero
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if key != name)
+
+
+def written(tmp_path: Path, config: TransformerConfig) -> Path:
+    pairs = {}
+    for key, shape in (("blocks.0.self_attn.q.weight", (12, 12)), ("blocks.1.ffn.2.weight", (12, 8))):
+        pairs[key] = Pair(torch.ones(2, shape[1]), torch.ones(shape[0], 2), 2.0)
+    write_adapter(Adapter(pairs), tmp_path / "a.safetensors", config, "original")
+    return tmp_path / "a.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("Q.lora_up.weight"), r"q\.lora_down\.weight has no lora_up beside it"),
+        (lambda t: t.pop("Q.lora_down.weight"), r"q\.lora_up\.weight has no lora_down beside it"),
+        (lambda t: t.update({"Q.lora_down.weight": torch.ones(3, 12)}), r"lora_up\.weight is \(12, 2\); .* \(12, 3\)"),
+        (lambda t: t.update({"Q.lora_down.weight": torch.ones(2, 13)}), r"is \(2, 13\).*of another size"),
+        (lambda t: t.update({"Q.lora_down.weight": torch.ones(2, 12).int()}), "int32, not floating point"),
+        (lambda t: t.update({"Q.lora_up.weight": torch.full((12, 2), math.nan)}), "numbers that are not finite"),
+        (lambda t: t.update({"Q.alpha": torch.tensor(math.inf)}), "alpha of blocks.0.self_attn.q is inf"),
+        (lambda t: t.update({"Q.dora_scale": torch.ones(12, 1)}), r"holds DoRA \(diffusion_model.blocks.0"),
+        (lambda t: t.update({"Q.lokr_w1": torch.ones(2, 2)}), "holds LoKr"),
+        (lambda t: t.update({"Q.hada_w1_a": torch.ones(2, 2)}), "holds LoHa"),
+        (lambda t: t.update({"Q.weight": torch.ones(12, 12)}), "is not part of a LoRA"),
+        (lambda t: t.update({"Q.diff_b": torch.ones(11)}), r"diff_b is \(11,\)"),
+        (lambda t: t.update({"text_encoder.q.lora_A.weight": torch.ones(1, 2)}), "an adapter for another model"),
+        (lambda t: t.update({"transformer_2.q.lora_A.weight": torch.ones(1, 2)}), "an adapter for another model"),
+        (
+            lambda t: t.update({key.replace("s.1.", "s.7."): t.pop(key) for key in list(t) if "s.1." in key}),
+            r"adapts 1 layers that this Wan transformer of 2 blocks does not have, such as diffusion_model\.blocks\.7",
+        ),
+    ],
+)
+def test_damage_is_named(change, message, tmp_path):
+    config = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4)
+    path = written(tmp_path, config)
+    short = {key.replace("diffusion_model.blocks.0.self_attn.q", "Q"): t for key, t in load_file(path).items()}
+    change(short)
+    save_file({key.replace("Q", "diffusion_model.blocks.0.self_attn.q"): t for key, t in short.items()}, path)
+    with pytest.raises(StditError, match=message) as error:
+        read_adapter(path, config)
+    assert str(path) in str(error.value)
+
+
+def test_damaged_settings_and_other_families_are_named(tmp_path):
+    config = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4)
+    tensors = {
+        "transformer.proj_out.lora_A.weight": torch.ones(1, 12),
+        "transformer.proj_out.lora_B.weight": torch.ones(64, 1),
+    }
+    for text, message in [
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        ('{"transformer.use_dora": true}', "holds DoRA"),
+        ('{"init_lora_weights": "pissa_niter_4"}', "weights that were changed before"),
+        ('{"alpha_pattern": {"(a+)+b": 3}}', "alpha_pattern"),
+        ('{"lora_alpha": "16"}', "alpha of proj_out is '16'"),
+    ]:
+        save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+        with pytest.raises(StditError, match=message):
+            read_adapter(tmp_path / "a.safetensors", config)
+    _, file = adapted("Allegro", 0, tmp_path)
+    with pytest.raises(StditError, match="family it is tells `stdit weights inspect"):
+        read_adapter(file, config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_tells_what_it_is_without_its_model(name, tmp_path):
+    theirs, file = adapted(name, 0, tmp_path / "adapter")
+    found = describe(file)
+    family = {"Wan I2V": "Wan"}.get(name, name)
+    assert any(one.startswith(family) and "diffusers" in one for one in found["fits"]), found["fits"]
+    assert found["ranks"].keys() == {2, 3} and set(found["alphas"]) == {4, 7}
+    assert found["parameters"] == sum(p.numel() for key, p in theirs.named_parameters() if ".lora_" in key)
+    base(name, 0, tmp_path / "base")
+    assert is_adapter(file) and not is_adapter(tmp_path / "base")
+
+
+def test_names_joined_by_underscores_are_the_models_own(tmp_path):
+    config = TransformerConfig(dim=12, heads=2, layers=11, ffn_dim=8, text_dim=4, image_text_dim=6)
+    start = "lora_unet_blocks_10_cross_attn_k_img"
+    tensors = {f"{start}.lora_down.weight": torch.ones(1, 12), f"{start}.lora_up.weight": torch.ones(12, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert list(read_adapter(tmp_path / "a.safetensors", config).pairs) == ["blocks.10.cross_attn.k_img.weight"]
+    assert open_adapter(tmp_path / "a.safetensors").joined
+
+
+def test_diffusers_metadata_is_what_its_loader_takes(tmp_path):
+    config = TransformerConfig(dim=12, heads=2, layers=1, ffn_dim=8, text_dim=4)
+    pairs = {
+        "blocks.0.ffn.0.weight": Pair(torch.ones(2, 12), torch.ones(8, 2), 2.5),
+        "head.head.weight": Pair(torch.ones(3, 12), torch.ones(64, 3), 8.0),
+        "blocks.0.ffn.2.weight": Pair(torch.ones(2, 8), torch.ones(12, 2), 8.0),
+    }
+    write_adapter(Adapter(pairs), tmp_path / "a.safetensors", config)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        found = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert found["transformer.r"] == 2 and found["transformer.rank_pattern"] == {"^proj_out": 3}
+    assert found["transformer.lora_alpha"] == 8
+    assert found["transformer.alpha_pattern"] == {r"^blocks\.0\.ffn\.net\.0\.proj": 2.5}
