@@ -35,9 +35,11 @@ from stdit.models.transformer import STDiT
 from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder, load_text_encoder
 from stdit.vae.autoencoder import CausalVAE
+from stdit.weights.adapters import merge
 from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.files import read_json
 from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
+from stdit.weights.lora_files import read_adapter
 
 FORMAT = 1  # of stdit.json
 Known = Mapping[str, Any]  # {"image": (H, W, 3)} or {"video": (T, H, W, 3)}, uint8
@@ -357,6 +359,14 @@ class Pipeline:
         return make_solver(config, steps, shift, shape=shape, latent=latent)
 
     # ---- the model folder ----
+
+    def add_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
+        """Merges LoRA files, each with its weight, into the transformer: all of them or, on an error, none.
+
+        In fp32, rounded once to the transformer's dtype. To be rid of them, load the folder again.
+        """
+        read = [(read_adapter(path, self.transformer.config), weight) for path, weight in loras]
+        merge(self.transformer, read)
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,10 @@ def sample(
     image: Annotated[Path | None, typer.Option(help="Image file: the first frame.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video file to extend: its end becomes the beginning.")] = None,
     video_frames: Annotated[int | None, typer.Option(help="How many of its last frames to take.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA file and its weight, 1 if unsaid; several."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -77,6 +82,7 @@ def sample(
     ratio = _ratio(aspect) if aspect is not None else None
     seconds = _seconds(duration) if duration is not None else None
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
+    loras = [_lora(one) for one in lora or []]
     source = image or video
     if source is not None and not source.is_file():
         raise StditError(f"{source} is not a file.")
@@ -90,6 +96,7 @@ def sample(
         named_config(solver, {})  # an unknown name is an error before minutes of loading
     device = pick_device(device)
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    pipeline.add_loras(loras)
     fps = pipeline.settings.fps if fps is None else fps
     if ratio is None and wanted is None and source is not None:
         ratio = _source_ratio(source)
@@ -105,6 +112,7 @@ def sample(
         "fps": fps, "steps": steps, "guidance": guidance, "seed": seed, "solver": solver or pipeline.scheduler,
         "shift": shift, "image": str(image) if image else None, "video": str(video) if video else None,
         "known_frames": known_frames, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
+        "loras": [[str(file), weight] for file, weight in loras],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -177,6 +185,22 @@ def _seconds(text: str) -> float:
     if not match or not float(match[1]):
         raise typer.BadParameter(f"--duration {text!r}: write seconds, such as 3s or 2.5.")
     return float(match[1])
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """A file and its weight. A file of that very name is a file, so that C:\\a.safetensors and a:2 can be."""
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        file, weight = text, "1"
+    try:
+        strength = float(weight)
+    except ValueError:
+        file, strength = text, 1.0
+    if not math.isfinite(strength):
+        raise typer.BadParameter(f"--lora {text!r}: the weight must be a finite number.")
+    if not Path(file).exists():
+        raise StditError(f"--lora {text}: {file} is not a file.")
+    return Path(file), strength
 
 
 def _source_ratio(source: Path) -> float:

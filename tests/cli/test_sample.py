@@ -17,6 +17,8 @@ from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.pipeline import ModelSettings, Pipeline
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
+from stdit.weights.adapters import Adapter, Pair
+from stdit.weights.lora_files import write_adapter
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle moves left", "A blue square!"]
@@ -128,6 +130,37 @@ def test_an_empty_line_of_a_prompt_file_is_named(folder, tmp_path, capsys):
     file.write_text("")
     assert run(folder, tmp_path / "out", "--prompts", file) == 1
     assert "is empty" in capsys.readouterr().err
+
+
+def test_loras_are_added_with_their_weights(folder, tmp_path, capsys):
+    pipeline = Pipeline.load(folder)
+    config, name = pipeline.transformer.config, "blocks.0.ffn.0.weight"
+    generator = torch.Generator().manual_seed(0)
+    pair = Pair(torch.randn(2, 24, generator=generator), torch.randn(32, 2, generator=generator), 1.0)
+    write_adapter(Adapter({name: pair}), tmp_path / "a.safetensors", config, "kohya")
+    write_adapter(Adapter({name: pair}), tmp_path / "b:2", config)
+    (tmp_path / "b:2").rename(tmp_path / "b:2.safetensors")
+    words = ["--prompt", PROMPTS[0], "--frames", 1]
+    loras = ["--lora", f"{tmp_path / 'a.safetensors'}:0.75", "--lora", tmp_path / "b:2.safetensors"]
+    assert run(folder, tmp_path / "with", *words, *loras) == 0
+    with torch.no_grad():
+        pipeline.transformer.state_dict()[name] += (0.75 + 1) * 0.5 * pair.up @ pair.down
+    pipeline.save(tmp_path / "merged")
+    for where, out in ((tmp_path / "merged", "merged"), (folder, "without")):
+        assert run(where, tmp_path / out, *words) == 0
+    images = [read_image(next((tmp_path / out).glob("*.png"))) for out in ("with", "merged", "without")]
+    assert np.abs(images[0] - images[1]).max() <= 1 < np.abs(images[0] - images[2]).max()
+    assert json.loads(next((tmp_path / "with").glob("*.json")).read_text())["loras"][0][1] == 0.75
+    capsys.readouterr()
+    assert run(folder, tmp_path / "out", *words, "--lora", "no.safetensors:1") == 1
+    assert "no.safetensors is not a file" in capsys.readouterr().err
+    assert run(folder, tmp_path / "out", *words, "--lora", f"{tmp_path / 'a.safetensors'}:inf") == 2
+
+
+def read_image(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def test_the_script_of_a_clone_shows_its_help():
