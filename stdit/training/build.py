@@ -26,6 +26,7 @@ from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_enc
 from stdit.training.conditions import Conditions
 from stdit.training.engine import PRECISIONS, check_engine, zero_stage
 from stdit.training.experts import ExpertsObjective
+from stdit.training.lora import add_lora
 from stdit.training.objective import FlowObjective, Objective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
@@ -139,6 +140,10 @@ def make_objective(
         return VaeObjective(config.objective, make_vae(config), device=world.device, dtype=dtype, ranks=world.size)
     if not config.vae.path:
         raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")
+    if config.model.lora is not None and config.text.path is None:
+        raise StditError(
+            "model.lora trains adapters alone: set text.path, the encoder that the weights were made with."
+        )
     if config.model.expert == "both":
         return make_experts(config, manifest, world)
     vae = beside.vae if beside else make_vae(config).to(world.device).eval()
@@ -237,13 +242,17 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
     else:
         with about("model.init"):
             path = transformer_path(settings)
-            model = load(find("transformer", path), dtype=torch.float32)
+            frozen = settings.lora is not None  # then no master is kept of them
+            dtype = PRECISIONS[config.run.precision] if frozen else torch.float32
+            model = load(find("transformer", path), dtype=dtype)
             for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
                 if getattr(model.config, name) != value:
                     whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")
                     raise StditError(f"{path}: its {name} is {getattr(model.config, name)}, {whose} {value}.")
             model = inflate(model) if settings.inflate else model
         choose_trained(model, settings)
+        if settings.lora is not None:
+            add_lora(model, settings.lora, config.run.seed)
     model.checkpoint_blocks = config.model.checkpoint_blocks
     return model
 

@@ -27,6 +27,7 @@ from stdit.training.build import Parts
 from stdit.training.ema import Ema
 from stdit.training.engine import Engine
 from stdit.training.experts import ExpertsModule, ExpertsObjective
+from stdit.training.lora import adapter_of, export_adapter, merge_lora
 from stdit.training.objective import FlowModule, FlowObjective
 from stdit.training.parallel import World
 from stdit.training.vae_objective import VaeModule
@@ -54,11 +55,12 @@ def averaged_weights(engine: Engine, ema: Ema | None, world: World) -> dict[str,
 
 @torch.no_grad()
 def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A module of `Objective.fresh` filled with all weights that train."""
+    """A module of `Objective.fresh` filled with all weights that train; adapters are put into the weights."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
+    merge_lora(module)
     return module
 
 
@@ -81,9 +83,16 @@ def _settings(parts: Parts) -> ModelSettings:
 
 
 def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: Path) -> None:
-    """Writes the model folder: that of `model.init` with what trained in its place, where all else is of there too."""
+    """Writes the model folder: that of `model.init` with what trained in its place, where all else is of there too.
+
+    Of a run with adapters it is their file, and only if asked for the rest with the adapters merged."""
     config, objective = parts.config, parts.objective
     assert isinstance(objective, FlowObjective | ExpertsObjective)
+    if (lora := config.model.lora) is not None:
+        assert isinstance(objective, FlowObjective)
+        export_adapter(adapter_of(weights, lora), folder, objective.model_config, lora)
+        if not lora.merged:
+            return None
     init = Path(config.model.init or "").expanduser()
     index_path = init / "model_index.json"
     if not (config.model.init and index_path.is_file() and {config.vae.path, config.text.path} == {str(init)}):

@@ -16,6 +16,7 @@ from stdit.files import publish_text
 from stdit.shapes import VideoShape
 from stdit.training.checkpoint import CheckpointConfig
 from stdit.training.engine import ParallelConfig
+from stdit.training.lora import LoraConfig
 from stdit.training.objective import ObjectiveConfig
 from stdit.training.optimizer import OptimizerConfig
 from stdit.training.schedule import ScheduleConfig
@@ -49,6 +50,7 @@ class ModelSettings:
     expert: which of two experts (Wan 2.2 A14B) to train, at its own noise levels, or both. inflate: put attention over
     time into an image model (PixArt). freeze: "pretrained" trains what inflate adds alone. trainable: patterns of the
     names of the parameters to train, such as "blocks.*.self_attn.*"; the others keep the values of init.
+    lora: train adapters beside the weights, which all keep the values of init.
     checkpoint_blocks: recompute the blocks in backward to save memory. attention_backend: auto, or one by name.
     """
 
@@ -58,6 +60,7 @@ class ModelSettings:
     inflate: bool = False
     freeze: Literal["pretrained"] | None = None
     trainable: list[str] = field(default_factory=list)
+    lora: LoraConfig | None = None
     checkpoint_blocks: bool = False
     attention_backend: str = "auto"
     overrides: dict[str, Any] = field(
@@ -69,11 +72,15 @@ class ModelSettings:
             raise StditError(
                 f"preset {self.preset} and init {self.init} are both set: fresh weights, or those of init."
             )
-        for name in ("expert", "inflate", "freeze", "trainable"):
+        for name in ("expert", "inflate", "freeze", "trainable", "lora"):
             if getattr(self, name) and not self.init:
                 raise StditError(f"{name} {getattr(self, name)} is about the weights of init, which is not set.")
         if self.freeze and (not self.inflate or self.trainable):
             raise StditError(f"freeze {self.freeze} goes with inflate, and not with trainable: it says what trains.")
+        if self.lora and (self.freeze or self.trainable):
+            raise StditError("lora says what trains, and goes with neither freeze nor trainable.")
+        if self.lora and self.expert == "both":
+            raise StditError("lora trains adapters of one expert at a time: set expert to high or low.")
 
 
 @dataclass

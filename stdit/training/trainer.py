@@ -26,11 +26,13 @@ from stdit.training.checkpoint import Checkpoint
 from stdit.training.ema import Ema
 from stdit.training.engine import PRECISIONS, Engine, make_engine
 from stdit.training.feed import Feed, Step
+from stdit.training.lora import base_identity
 from stdit.training.metrics import MetricsLog, measure_peak, read_metrics
 from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
 from stdit.training.settings import MAY_DIFFER, RunConfig, differences, to_dict
+from stdit.training.start import transformer_path
 
 
 class Done(NamedTuple):
@@ -75,6 +77,7 @@ class Trainer:
         _set_deterministic(config.run.deterministic)
         self.parts: Parts = build(config, world)
         module = self.parts.objective.module
+        self._check_base()
         if self.resumed is not None:
             if self.resumed.state["plan"] != self.parts.plan.hash:
                 raise StditError(
@@ -91,6 +94,23 @@ class Trainer:
             loss = self.resumed.state["window"]
             self.window = [torch.tensor(one if world.is_main else 0.0, dtype=torch.float64) for one in loss]
         module.train()
+
+    def _check_base(self) -> None:
+        """Weights that adapters are trained over are in no checkpoint: a resumed run must find the same."""
+        model = self.config.model
+        self.base: str | None = None
+        error: Exception | None = None
+        if model.lora is not None and self.world.is_main:
+            try:
+                self.base = base_identity(transformer_path(model))
+                if self.resumed is not None and self.resumed.state.get("base") != self.base:
+                    raise StditError(
+                        f"{self.resumed.path} holds adapters over other weights: {model.init} has changed since. "
+                        f"Restore it, or choose another run=PATH."
+                    )
+            except StditError as found:
+                error = found
+        self.world.all_succeeded(error)
 
     def train(self) -> None:
         """To the last step; saves and raises `Interrupted` after a signal."""
@@ -245,6 +265,7 @@ class Trainer:
             "plan": self.parts.plan.hash,
             "window": window.tolist(),
             "failures": self.failures,
+            "base": self.base,
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoint.keep

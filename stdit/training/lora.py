@@ -1,0 +1,99 @@
+"""Training adapters (LoRA) over frozen weights: where they are put, how they start, and what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from stdit.errors import StditError
+from stdit.keyed import keyed_generator
+from stdit.models.lora import LoraLinear
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.weights.adapters import Adapter, Pair, merge
+from stdit.weights.identity import folder_identity
+from stdit.weights.io import find
+from stdit.weights.lora_files import FILES, write_adapter
+
+_START = "transformer."  # of its parameters' names in the module that trains
+
+
+@dataclass
+class LoraConfig:
+    """alpha / rank scales what an adapter adds. targets: patterns (* and ?) of the linear layers, by our names; unset:
+    all of attention and MLP. layout: of the exported file (stdit/weights/lora_files.py). merged: export the whole
+    model folder too, with the adapter in its weights.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["*blocks.*_attn.*", "*blocks.*.ffn.*"])
+    layout: Literal["diffusers", "peft", "original", "kohya"] = "diffusers"
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+            raise StditError(
+                f"rank {self.rank} must be at least 1, alpha {self.alpha:g} positive, and targets "
+                f"{self.targets} name some layers."
+            )
+
+
+def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:
+    """Freezes a model and puts adapters beside its target layers: A as peft starts it (Kaiming, uniform), keyed by the
+    layer's name; B zero, so that at first nothing changes. In fp32."""
+    model.requires_grad_(False)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for pattern in config.targets:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise StditError(
+                f"model.lora.targets: {pattern!r} is no linear layer of this model; they are named "
+                f"{', '.join(list(linears)[:3])}, …, blocks.0.self_attn.q, …, {next(reversed(linears))}."
+            )
+    for name, module in linears.items():
+        if any(fnmatchcase(name, pattern) for pattern in config.targets):
+            layer = LoraLinear(module, config.rank, config.alpha)
+            generator = keyed_generator(seed, "lora", name)
+            nn.init.kaiming_uniform_(layer.lora_down.weight, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(layer.lora_up.weight)
+            model.set_submodule(name, layer)
+
+
+def adapter_of(weights: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
+    """The adapter in the parameters that trained (the module's, or the transformer's alone), by name."""
+    pairs = {}
+    for name, down in weights.items():
+        if name.endswith(".lora_down.weight"):
+            layer = name.removesuffix(".lora_down.weight")
+            pair = Pair(down, weights[f"{layer}.lora_up.weight"], config.alpha)
+            pairs[f"{layer.removeprefix(_START)}.weight"] = pair
+    return Adapter(pairs)
+
+
+def export_adapter(adapter: Adapter, folder: Path, model: TransformerConfig, config: LoraConfig) -> None:
+    """Writes the adapter into a model folder."""
+    write_adapter(adapter, folder / FILES.get(config.layout, "lora.safetensors"), model, config.layout)
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Puts a module's adapters, if it has any, into its weights."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLinear)}
+    pairs = {
+        f"{name}.weight": Pair(layer.lora_down.weight, layer.lora_up.weight, layer.alpha)
+        for name, layer in layers.items()
+    }
+    merge(module, [(Adapter(pairs), 1.0)])
+    for name, layer in layers.items():
+        module.set_submodule(name, layer.plain())
+
+
+def base_identity(path: Path) -> str:
+    """SHA-256 of the files of the weights that adapters are trained over: no checkpoint holds them."""
+    files = find("transformer", path).files.files
+    return hashlib.sha256("".join(map(folder_identity, files)).encode()).hexdigest()

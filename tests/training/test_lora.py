@@ -1,0 +1,236 @@
+"""Training adapters: peft's gradients, a falling loss for every family, whole runs that go on and are exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from references import FAMILIES, randomise
+from safetensors.torch import load_file
+
+import stdit
+from stdit.config import load_config
+from stdit.errors import StditError
+from stdit.evaluation import report
+from stdit.models.lora import LoraLinear
+from stdit.models.packing import pack_clips, pack_texts
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
+from stdit.training import run as run_module
+from stdit.training import trainer as trainer_module
+from stdit.training.checkpoint import Checkpoint
+from stdit.training.engine import TorchEngine
+from stdit.training.lora import LoraConfig, adapter_of, add_lora
+from stdit.training.optimizer import OptimizerConfig
+from stdit.training.parallel import World
+from stdit.training.run import run
+from stdit.weights.adapters import Adapter, Pair, merge, to_foreign
+from stdit.weights.io import table_of
+from stdit.weights.lora_files import read_adapter
+
+ALONE = World(0, 1, torch.device("cpu"))
+CASES = [("Wan", 1), ("LTX-Video", 1), ("PixArt", 1), ("Latte", 0), ("Allegro", 0), ("Cosmos-Predict", 1)]
+
+
+def checkpoint(name: str, number: int, place: Path) -> torch.nn.Module:
+    """A model of diffusers' with random weights, saved."""
+    model = randomise(FAMILIES[name].build(FAMILIES[name].configs[number]), 0)
+    model.save_pretrained(place)
+    return model
+
+
+@pytest.mark.parametrize(("name", "number"), [("Wan", 1), ("PixArt", 1), ("Allegro", 0)])
+def test_gradients_are_pefts(name, number, tmp_path):
+    """A and B as peft drew them; B of Allegro's q and k has its rows permuted."""
+    peft = pytest.importorskip("peft")
+    theirs = checkpoint(name, number, tmp_path)
+    ours = stdit.load_transformer(tmp_path)
+    targets = [
+        module for module, one in theirs.named_modules() if isinstance(one, torch.nn.Linear) and ".attn" in module
+    ]
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=4, target_modules=targets))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if ".lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    theirs.save_pretrained(tmp_path / "lora")
+    adapter = read_adapter(tmp_path / "lora" / "adapter_model.safetensors", ours.config)
+    add_lora(ours, LoraConfig(rank=3, alpha=4, targets=["*_attn.*"]), seed=0)
+    layers = {key: one for key, one in ours.named_modules() if isinstance(one, LoraLinear)}
+    assert {f"{key}.weight" for key in layers} == adapter.pairs.keys()
+    with torch.no_grad():
+        for key, layer in layers.items():
+            layer.lora_down.weight.copy_(adapter.pairs[f"{key}.weight"].down)
+            layer.lora_up.weight.copy_(adapter.pairs[f"{key}.weight"].up)
+    latents = torch.randn(2, ours.config.in_channels, *FAMILIES[name].grids[number], generator=generator)
+    t, text = torch.rand(2, generator=generator), torch.randn(2, 6, ours.config.text_dim, generator=generator)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    wanted = FAMILIES[name].call(theirs.base_model.model, latents, t, text, mask, {})
+    found = ours.predict(latents, t, text, mask)
+    probe = torch.randn(wanted.shape, generator=generator)
+    (wanted * probe).sum().backward()
+    (found * probe).sum().backward()
+    assert relative(found, wanted) <= 1e-5
+    assert all((p.grad is None) != (".lora_" in key) for key, p in ours.named_parameters())
+    gradients = {
+        f"{key}.weight": Pair(one.lora_down.weight.grad, one.lora_up.weight.grad, 1.0) for key, one in layers.items()
+    }
+    there = to_foreign(Adapter(gradients), table_of(ours.config, "diffusers")[1]).pairs
+    parameters = dict(theirs.named_parameters())
+    for key, pair in there.items():
+        start = f"base_model.model.{key.removesuffix('.weight')}"
+        for part, gradient in (("A", pair.down), ("B", pair.up)):
+            assert relative(gradient, parameters[f"{start}.lora_{part}.default.weight"].grad) <= 1e-4, (key, part)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+
+
+class Denoiser(torch.nn.Module):
+    """Mixed shapes, images among them, in one pack."""
+
+    def __init__(self, transformer: STDiT) -> None:
+        super().__init__()
+        self.transformer = transformer
+        generator = torch.Generator().manual_seed(2)
+        config = transformer.config
+        grids = [[n * side for n, side in zip(grid, config.patch)] for grid in ((1, 2, 2), (4, 2, 3), (2, 3, 2))]
+        clips = [torch.randn(config.in_channels, *grid, generator=generator) for grid in grids]
+        levels = [torch.rand((), generator=generator, dtype=torch.float64) for _ in grids]
+        self.pack = pack_clips(clips, levels, config.patch)
+        texts = [torch.randn(length, config.text_dim, generator=generator) for length in (3, 5, 1)]
+        self.text = pack_texts(texts, config.text_padding and 8)
+
+    def forward(self, target: torch.Tensor) -> torch.Tensor:
+        return (self.transformer(self.pack, self.text).float() - target).square().mean()
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_the_loss_of_every_family_falls_on_mixed_shapes(name, number, tmp_path):
+    checkpoint(name, number, tmp_path)
+    model = stdit.load_transformer(tmp_path)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    module = Denoiser(model)
+    with torch.no_grad():
+        start = model(module.pack, module.text).clone()
+    config = LoraConfig(rank=4, alpha=8)
+    add_lora(model, config, seed=3)
+    teacher = stdit.load_transformer(tmp_path)
+    add_lora(teacher, config, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        assert torch.equal(model(module.pack, module.text), start)  # B is zero
+        for key, parameter in teacher.named_parameters():
+            if "lora_up" in key:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        target = teacher(module.pack, module.text)
+    engine = TorchEngine(module, OptimizerConfig(weight_decay=0.0, clip=0.0), "fp32", ALONE)
+    losses = []
+    for _ in range(10):
+        losses.append(float(engine.backward(target, 1.0, True)))
+        engine.step(4e-3)
+    assert losses[-1] < 0.9 * losses[0], losses
+    state = model.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in before.items())
+    adapter = adapter_of(state, config)
+    assert len(adapter.pairs) == sum("_attn." in key or ".ffn." in key for key in before if key.endswith("weight")
+                                     and before[key].ndim == 2)  # fmt: skip
+    merged = stdit.load_transformer(tmp_path)
+    merge(merged, [(adapter, 1.0)])
+    with torch.no_grad():
+        assert relative(merged(module.pack, module.text), model(module.pack, module.text)) <= 1e-5
+
+
+@pytest.fixture
+def made(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint by diffusers, a frozen text encoder, and lora.yaml."""
+    monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
+    monkeypatch.setattr(run_module, "draw", lambda *args: None)
+    monkeypatch.setattr(report, "write_report", lambda folder: folder)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 48, "freq_dim": 34}
+    wan = FAMILIES["Wan"].build({**sizes, "in_channels": 4, "out_channels": 4, "text_dim": 16})
+    randomise(wan, 0).save_pretrained(tmp_path / "base")
+    tokenizer = build_word_tokenizer(["a red circle moves left"])
+    TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer).save(
+        tmp_path / "text" / "text_encoder", tmp_path / "text" / "tokenizer"
+    )
+    config = yaml.safe_load((tiny / "flow.yaml").read_text())
+    lora = {"rank": 2, "alpha": 4, "merged": True}
+    config["model"] = {"init": str(tmp_path / "base"), "lora": lora}
+    config["text"] = {"path": str(tmp_path / "text"), "padding": 32}
+    config["schedule"] = {"steps": 5, "decay": "constant"}
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def train(made: Path, name: str, *overrides: str) -> Path:
+    run(load_config(made / "lora.yaml", [f"run={made / name}", *overrides]), ALONE)
+    return made / name
+
+
+def test_a_run_goes_on_exactly_and_exports_its_adapter(made):
+    whole, parted = train(made, "whole"), train(made, "parted", "schedule.steps=3")
+    train(made, "parted")
+    file = "model/pytorch_lora_weights.safetensors"
+    assert (whole / file).read_bytes() == (parted / file).read_bytes()
+    saved = Checkpoint.latest(whole)
+    names = set(saved.about["parameters"])
+    assert len(names) == 2 * 2 * 10 and all(".lora_" in name for name in names)
+    base = stdit.load_transformer(made / "base")
+    adapter = read_adapter(whole / file, base.config)
+    averages = adapter_of(saved.weights("ema"), LoraConfig(rank=2, alpha=4))
+    assert adapter.pairs.keys() == averages.pairs.keys()
+    assert all(torch.equal(pair.up, averages.pairs[key].up) and pair.up.any() for key, pair in adapter.pairs.items())
+    merge(base, [(adapter, 1.0)])
+    stdit.save_transformer(base, made / "merged")
+    merged = load_file(whole / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    wanted = load_file(made / "merged" / "diffusion_pytorch_model.safetensors")
+    assert merged.keys() == wanted.keys() and all(torch.equal(merged[key], wanted[key]) for key in wanted)
+
+    weights = made / "base" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(StditError, match="holds adapters over other weights"):
+        train(made, "parted", "schedule.steps=7")
+
+
+def test_bf16_keeps_adapters_in_fp32_and_any_layout_is_exported(made):
+    folder = train(made, "bf16", "run.precision=bf16", "model.lora.layout=kohya", "model.lora.merged=false",
+                   "schedule.steps=2")  # fmt: skip
+    assert sorted(path.name for path in (folder / "model").iterdir()) == ["export.json", "lora.safetensors"]
+    tensors = load_file(folder / "model" / "lora.safetensors")
+    assert "lora_unet_blocks_0_self_attn_q.lora_down.weight" in tensors
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    down = tensors["lora_unet_blocks_0_self_attn_q.lora_down.weight"]
+    assert not torch.equal(down, down.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.init=null"], "is about the weights of init, which is not set"),
+        (["text.path=null", "text.trained={}"], "model.lora trains adapters alone: set text.path"),
+        (["model.lora.targets=[blocks.9.*]"], r"model\.lora\.targets: 'blocks\.9\.\*' is no linear layer"),
+        (["model.lora.rank=0"], "rank 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_named(made, overrides, message):
+    with pytest.raises(StditError, match=message):
+        train(made, "wrong", *overrides)
+
+
+def test_adapters_start_as_keyed_and_in_pefts_range():
+    config = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=48, text_dim=4)
+    models = [STDiT(config), STDiT(config), STDiT(config)]
+    for model, targets, seed in zip(models, (["*ffn*"], ["*ffn*", "*q"], ["*ffn*"]), (5, 5, 6)):
+        add_lora(model, LoraConfig(rank=30, targets=targets), seed)
+    first, wider, other = (model.get_parameter("blocks.1.ffn.2.lora_down.weight") for model in models)
+    assert torch.equal(first, wider) and not torch.equal(first, other)  # keyed by the layer, not drawn in sequence
+    assert 0.95 * 48**-0.5 < first.abs().max() <= 48**-0.5
+    trained = [name for name, p in models[0].named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2 and all(".ffn." in name and ".lora_" in name for name in trained)
