@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_the_originals(name, number, tmp_path, record_
         assert max(errors.values()) <= 1e-4, {n: e for n, e in errors.items() if e > 1e-4}
         worst_gradient = max(worst_gradient, *errors.values())
     assert worst <= 1e-5
-    record_property("errors", (name, "original", worst, worst_gradient))
+    record_property("errors", (name, "original", float(worst), float(worst_gradient)))  # xdist takes no numpy
 
 
 @pytest.mark.parametrize("name", GOLDENS)
