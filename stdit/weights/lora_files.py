@@ -314,7 +314,7 @@ def _check_shapes(
                 f"{found.files.path}: {tensor} is {tuple(entry.shape)}; for {name}, which is {shape}, it should be "
                 f"{' or '.join(map(str, dict.fromkeys(wanted[part])))}. Is it for a model of another size?"
             )
-        if not entry.dtype.startswith(("float", "bfloat")):
+        if part != "alpha" and not entry.dtype.startswith(("float", "bfloat")):
             raise StditError(f"{found.files.path}: {tensor} is {entry.dtype}, not floating point.")
 
 

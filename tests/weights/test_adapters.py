@@ -332,8 +332,11 @@ def test_names_joined_by_underscores_are_the_models_own(tmp_path):
     config = TransformerConfig(dim=12, heads=2, layers=11, ffn_dim=8, text_dim=4, image_text_dim=6)
     start = "lora_unet_blocks_10_cross_attn_k_img"
     tensors = {f"{start}.lora_down.weight": torch.ones(1, 12), f"{start}.lora_up.weight": torch.ones(12, 1)}
+    tensors[f"{start}.alpha"] = torch.tensor(3)  # whole numbers are written too
     save_file(tensors, tmp_path / "a.safetensors")
-    assert list(read_adapter(tmp_path / "a.safetensors", config).pairs) == ["blocks.10.cross_attn.k_img.weight"]
+    pairs = read_adapter(tmp_path / "a.safetensors", config).pairs
+    assert list(pairs) == ["blocks.10.cross_attn.k_img.weight"]
+    assert pairs["blocks.10.cross_attn.k_img.weight"].scale == 3
     assert open_adapter(tmp_path / "a.safetensors").joined
 
 
