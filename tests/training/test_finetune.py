@@ -17,9 +17,12 @@ import stdit
 from stdit.cli.data_plan import costs
 from stdit.config import load_config
 from stdit.errors import StditError
+from stdit.evaluation import report
 from stdit.models.config import TransformerConfig
 from stdit.models.transformer import STDiT
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
+from stdit.training import run as run_module
+from stdit.training import trainer as trainer_module
 from stdit.training.build import Parts, build
 from stdit.training.checkpoint import Checkpoint
 from stdit.training.engine import Engine, make_engine
@@ -66,6 +69,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "Latte": {"_class_name": "DDIMScheduler", **LINEAR, "clip_sample": False},
     "Allegro": {"_class_name": "EulerAncestralDiscreteScheduler", **LINEAR},
     "Cosmos-Predict1": {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5},
+    "STDiT3": {"_class_name": "RFLOW", "use_timestep_transform": False},
 }
 STDIT3 = TransformerConfig(
     dim=24, heads=2, layers=2, ffn_dim=96, in_channels=4, out_channels=8, text_dim=10, family="stdit3",
@@ -143,7 +147,8 @@ def test_a_family_trains_on_mixed_shapes(
             shutil.copytree(image_folder / part, init / part)
     parts = started(tiny, tmp_path, init)
     assert parts.config.objective.flow.noise_levels.shift == (1 if name in SCHEDULERS else 3)
-    assert parts.config.vae.path == str(init)
+    paths = {"PixArt": "ddpm", "Latte": "ddpm", "Allegro": "ddpm", "Cosmos-Predict1": "edm"}
+    assert parts.objective.path.name == paths.get(name, "flow") and parts.config.vae.path == str(init)
     assert parts.config.text.padding == (512 if name.startswith(("Wan", "Cosmos")) else 0)
     _, losses = train(parts, 6)
     print(name, [round(loss, 4) for loss in losses])
@@ -170,6 +175,23 @@ def test_the_folder_comes_back_with_what_trained_in_its_place(tiny: Path, tmp_pa
             same = (init / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
             assert same or name.name == "model_index.json", name
     assert find("transformer", tmp_path / "model").config == find("transformer", init).config
+
+
+def test_a_run_of_some_of_the_weights_goes_on_where_it_stopped(
+    tiny: Path, tmp_path: Path, folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
+    monkeypatch.setattr(run_module, "draw", lambda *args: None)
+    monkeypatch.setattr(report, "write_report", lambda folder: folder)
+    settings = ["data.workers=0", "schedule={warmup: 1, decay: constant}", "model.trainable=['blocks.0.*']"]
+    started(tiny, tmp_path, folder("Wan"))  # writes the config
+    for name, ends in (("whole", [3]), ("parts", [1, 3])):
+        for steps in ends:
+            told = [*settings, f"run={tmp_path / name}", f"schedule.steps={steps}"]
+            run_module.run(load_config(tmp_path / "tune.yaml", told), ALONE)
+    weights = "model/transformer/diffusion_pytorch_model.safetensors"
+    whole, parts = ((tmp_path / name / weights).read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Path, folder: Any) -> None:
