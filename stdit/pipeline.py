@@ -272,13 +272,15 @@ class Pipeline:
             report(index + 1)
         return [*impose(solver.finish(x))]
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Normalised latents (C, T', H', W') of a clip to frames, uint8 (T, H, W, 3), rounded as diffusers does."""
-        weight = next(self.vae.parameters())
-        video = self.vae.decode(latents[None].to(weight))[0]  # (3, T, H, W)
-        frames = (video * 0.5 + 0.5).clamp(0, 1).float().permute(1, 2, 3, 0)
-        return (frames * 255).round().to(torch.uint8).cpu().numpy()
+        return np.concatenate(list(self.decode_stream(latents)))
+
+    def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """As `decode`, but gives the frames (t, H, W, 3) of each chunk as soon as it is decoded."""
+        for video in self.vae.decode_stream(latents.to(next(self.vae.parameters()))):  # (3, t, H, W)
+            frames = (video * 0.5 + 0.5).clamp(0, 1).float().permute(1, 2, 3, 0)
+            yield (frames * 255).round().to(torch.uint8).cpu().numpy()
 
     def shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> VideoShape:
         """The shape to sample, defaults filled in. Raises where strides and patch do not divide it."""

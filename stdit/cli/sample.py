@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,7 +123,8 @@ def sample(
             known=known, solver=solver, shift=shift, progress=step_done,
         )  # fmt: skip
         for index, (text, one) in enumerate(zip(texts, latents)):
-            written.append(_write(out, _name(index, text), pipeline.decode(one), text, index, fps, settings))
+            decoded = chain.from_iterable(pipeline.decode_stream(one))
+            written.append(_write(out, _name(index, text), decoded, shape.frames, text, index, fps, settings))
             clip_done()
     if as_json:
         print(json.dumps({"clips": [clip.__dict__ for clip in written], "settings": settings}, indent=2))
@@ -253,19 +255,37 @@ def _name(index: int, prompt: str) -> str:
 
 
 def _write(
-    out: Path, name: str, frames: np.ndarray, prompt: str, index: int, fps: float, settings: dict[str, Any]
+    out: Path,
+    name: str,
+    frames: Iterator[np.ndarray],
+    count: int,
+    prompt: str,
+    index: int,
+    fps: float,
+    settings: dict[str, Any],
 ) -> Written:
-    from stdit.data.video_io import contact_sheet, write_video
+    """Writes a clip's files. Its `count` frames go to the disk as they come; only those of the picture are kept."""
+    import numpy as np
+
+    from stdit.data.video_write import contact_sheet, sheet_frames, write_video
 
     still, note = out / f"{name}.png", out / f"{name}.json"
-    clip = None if len(frames) == 1 else out / f"{name}.mp4"
+    clip = None if count == 1 else out / f"{name}.mp4"
     if clip is None:
         from PIL import Image
 
-        Image.fromarray(frames[0]).save(still)
+        Image.fromarray(next(frames)).save(still)
     else:
-        write_video(clip, frames, fps)
-        contact_sheet([frames], still)
+        picks, kept = set(sheet_frames(count)), []
+
+        def keeping() -> Iterator[np.ndarray]:
+            for number, frame in enumerate(frames):
+                if number in picks:
+                    kept.append(frame.copy())  # not a view that holds its whole chunk
+                yield frame
+
+        write_video(clip, keeping(), fps)
+        contact_sheet([np.stack(kept)], still)
     about = {"prompt": prompt, "index": index, **settings}
     publish_text(note, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     return Written(prompt, str(clip) if clip else None, str(still), str(note))

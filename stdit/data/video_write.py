@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -14,12 +15,17 @@ from stdit.errors import StditError
 from stdit.files import publish
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18, threads: int = 1) -> None:
-    """Frames (T, H, W, 3) uint8 as an H.264 file that plays in a browser (yuv420p, BT.709, index in front)."""
-    frames = np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
-        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}.")
-    height, width = frames.shape[1:3]
+def write_video(
+    path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18, threads: int = 1
+) -> None:
+    """Frames uint8 (H, W, 3), one after another, as an H.264 file that plays in a browser (yuv420p, BT.709, index in
+    front). An iterator's frames are written as they come; where it raises, there is no file."""
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None or first.ndim != 3 or first.shape[-1] != 3 or first.dtype != np.uint8:
+        found = "there are none" if first is None else f"not {first.dtype} {first.shape}"
+        raise ValueError(f"frames must be uint8 (H, W, 3), one after another; {found}.")
+    height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise StditError(
             f"{path}: {width}x{height} cannot be written as H.264 (4:2:0 needs even sizes). "
@@ -34,10 +40,17 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 18,
             codec = stream.codec_context
             codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
             codec.color_range = 1  # limited
-            for rgb in frames:
+            for rgb in chain((first,), frames):
+                if rgb.shape != first.shape:
+                    raise ValueError(f"a frame is {rgb.shape}, the first was {first.shape}.")
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
                 container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
             container.mux(stream.encode())
+
+
+def sheet_frames(count: int, columns: int = 8) -> list[int]:
+    """The frames that a contact sheet shows of a clip of `count`."""
+    return np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int)).tolist()
 
 
 def contact_sheet(
@@ -53,7 +66,7 @@ def contact_sheet(
     rows, text = [], 14 if labels else 0
     for clip in clips:
         clip = np.asarray(clip)
-        picks = np.unique(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int))
+        picks = sheet_frames(len(clip), columns)
         width = max(1, round(clip.shape[2] * side / clip.shape[1]))
         rows.append([Image.fromarray(clip[i]).resize((width, side), Image.Resampling.BICUBIC) for i in picks])
     if not rows:

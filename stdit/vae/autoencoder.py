@@ -9,14 +9,17 @@ a prefix of a clip has a prefix of its latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from stdit.errors import StditError, nearest_name
+from stdit.errors import StditError
 from stdit.shapes import VideoShape
+from stdit.vae import streaming
+from stdit.vae.config import PRESETS as PRESETS
+from stdit.vae.config import VaeConfig as VaeConfig
+from stdit.vae.config import preset as preset
 from stdit.vae.layers import (
     AttentionBlock,
     CausalConv3d,
@@ -27,144 +30,12 @@ from stdit.vae.layers import (
     RMSNorm,
     UpLevel,
     Upsample,
+    activated,
     patchify,
     unpatchify,
 )
 
-# Of the released Wan 2.1 weights (its vae.py; also diffusers' defaults).
-WAN21_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-WAN21_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-# Of the released Wan 2.2 VAE (its vae2_2.py).
-WAN22_MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)  # fmt: skip
-WAN22_STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-)  # fmt: skip
-
 START_LOGVAR = -6.0  # an untrained encoder's posterior: narrow, else its noise drowns the latents for the first steps
-
-
-@dataclass(frozen=True)
-class VaeConfig:
-    """Shape of a CausalVAE.
-
-    base_dim: channels at full resolution; decoder_base_dim: the decoder's, None for the same.
-    dim_mult: channels of each level over base_dim; between two levels height and width halve.
-    num_res_blocks: residual blocks a level of the encoder has (the decoder has one more).
-    temporal_downsample: whether frames halve too, for each of the len(dim_mult) − 1 downsamplings.
-    z_dim: latent channels.
-    patch_size: pixels p×p are folded into channels before the encoder and unfolded after the decoder (Wan 2.2).
-    residual: Wan 2.2's averaging and repeating shortcuts around each level.
-    latents_mean, latents_std: of the raw latents, a channel; 0 and 1 are kept as None. Latents are normalised by them.
-    """
-
-    base_dim: int = 96
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temporal_downsample: tuple[bool, ...] = (False, True, True)
-    z_dim: int = 16
-    patch_size: int = 1
-    residual: bool = False
-    decoder_base_dim: int | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))  # YAML and JSON give lists
-        if self.latents_mean is not None and not any(self.latents_mean):
-            object.__setattr__(self, "latents_mean", None)
-        if self.latents_std is not None and all(std == 1 for std in self.latents_std):
-            object.__setattr__(self, "latents_std", None)
-        for name in ("base_dim", "num_res_blocks", "z_dim", "patch_size"):
-            if getattr(self, name) < 1:
-                raise StditError(f"VAE: {name} is {getattr(self, name)}, it must be at least 1.")
-        if self.decoder_base_dim is not None and self.decoder_base_dim < 1:
-            raise StditError(f"VAE: decoder_base_dim is {self.decoder_base_dim}, it must be at least 1.")
-        if not self.dim_mult or min(self.dim_mult) < 1:
-            raise StditError(f"VAE: dim_mult {self.dim_mult} must have at least one level, each at least 1.")
-        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise StditError(
-                f"VAE: temporal_downsample {self.temporal_downsample} has {len(self.temporal_downsample)} entries; "
-                f"{len(self.dim_mult)} levels in dim_mult have {len(self.dim_mult) - 1} downsamplings between them."
-            )
-        if sum(self.temporal_downsample) > 2:
-            raise StditError(
-                f"VAE: temporal_downsample {self.temporal_downsample} makes a temporal stride of {self.stride[0]}; "
-                f"diffusers and every program that reads Wan's VAEs run at most 4."
-            )
-        self._check_widths()
-        for name in ("latents_mean", "latents_std"):
-            value = getattr(self, name)
-            if value is not None and len(value) != self.z_dim:
-                raise StditError(f"VAE: {name} has {len(value)} entries, z_dim is {self.z_dim}.")
-            if value is not None and not all(map(math.isfinite, value)):
-                raise StditError(f"VAE: {name} {value} must be finite.")
-        if self.latents_std is not None and min(self.latents_std) <= 0:
-            raise StditError(f"VAE: latents_std {self.latents_std} must be positive.")
-
-    def _check_widths(self) -> None:
-        """Raises where a level's channels cannot be halved, or averaged and repeated, as the layout does."""
-        decoder = self.decoder_base_dim or self.base_dim
-        if not self.residual:
-            for mult in self.dim_mult[1:]:
-                if mult * decoder % 2:
-                    raise StditError(
-                        f"VAE: a level of {mult}×{decoder} channels cannot be halved by the decoder's upsampling. "
-                        "Choose an even base_dim."
-                    )
-            return
-        cells = [8 if time else 4 for time in self.temporal_downsample]
-        mults, top = self.dim_mult, self.dim_mult[-1]
-        averaged = zip((1, *mults), mults, (*cells, 1))
-        repeated = zip(mults[:0:-1], (top, *mults[:0:-1]), reversed(cells))
-        for fine, coarse, cell in (*averaged, *repeated):
-            if fine * cell % coarse:
-                raise StditError(
-                    f"VAE: dim_mult {mults}: {fine} times a cell of {cell} is no multiple of {coarse}, so the "
-                    "shortcut of a residual level cannot be averaged or repeated."
-                )
-
-    @property
-    def stride(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels to one latent."""
-        space = self.patch_size * 2 ** (len(self.dim_mult) - 1)
-        return 2 ** sum(self.temporal_downsample), space, space
-
-
-PRESETS: dict[str, VaeConfig] = {
-    "wan2.1": VaeConfig(latents_mean=WAN21_MEAN, latents_std=WAN21_STD),
-    "wan2.2": VaeConfig(
-        base_dim=160, decoder_base_dim=256, z_dim=48, patch_size=2, residual=True,
-        latents_mean=WAN22_MEAN, latents_std=WAN22_STD,
-    ),
-    # Stride 4×8×8 as Wan 2.1's, a 20th of its width: for demos and tests on a CPU.
-    "toy": VaeConfig(
-        base_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), z_dim=8, patch_size=2
-    ),
-}  # fmt: skip
-
-
-def preset(name: str) -> VaeConfig:
-    """The named config of PRESETS."""
-    if name not in PRESETS:
-        raise StditError(f"there is no VAE preset {name!r}.{nearest_name(name, PRESETS)} Known: {', '.join(PRESETS)}.")
-    return PRESETS[name]
 
 
 class Encoder(nn.Module):
@@ -191,8 +62,8 @@ class Encoder(nn.Module):
         x = self.conv1(x, past)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, past)
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), past)
+        norm, _, conv = self.head
+        return conv(activated(norm, conv, x, past), ready=True)
 
 
 class Decoder(nn.Module):
@@ -223,8 +94,8 @@ class Decoder(nn.Module):
         x = self.conv1(x, past)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x, past)
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), past)
+        norm, _, conv = self.head
+        return conv(activated(norm, conv, x, past), ready=True)
 
 
 def blocks(in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
@@ -278,22 +149,48 @@ class CausalVAE(nn.Module):
         self.conv1.weight[self.config.z_dim :].zero_()
         self.conv1.get_parameter("bias")[self.config.z_dim :].fill_(START_LOGVAR)
 
-    def encode(self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    def encode(
+        self,
+        video: Tensor,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        memory: int | None = None,
+    ) -> Tensor:
         """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W').
 
         sample: draw from the posterior, with fp32 noise from `generator` (on its own device); else its mode.
+        memory: bytes to work in, see `streaming.slices`. With gradients and no `memory`, all runs at once.
         """
-        mean, logvar = self.encode_moments(video)
+        self._check(video, more=False)
+        if torch.is_grad_enabled() and memory is None:
+            mean, logvar = self.encode_moments(video)
+        else:
+            mean, logvar = streaming.encode_moments(self, video, memory).chunk(2, dim=1)
         return self.normalise(draw(mean, logvar, generator) if sample else mean)
 
-    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes)."""
+    def decode(self, latents: Tensor, clamp: bool = True, memory: int | None = None) -> Tensor:
+        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes).
+
+        memory: as for `encode`.
+        """
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
             raise StditError(
                 f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
             )
-        video = self.decode_raw(self.denormalise(latents))
-        return video.clamp(-1, 1) if clamp else video
+        if torch.is_grad_enabled() and memory is None:
+            video = self.decode_raw(self.denormalise(latents))
+            return video.clamp(-1, 1) if clamp else video
+        return streaming.decode(self, latents, memory, clamp)
+
+    def encode_stream(self, frames: Iterable[Tensor], memory: int | None = None) -> Iterator[Tensor]:
+        """`encode` for frames as they come: see `streaming.encode_stream`."""
+        return streaming.encode_stream(self, frames, memory)
+
+    def decode_stream(
+        self, latents: Tensor | Iterable[Tensor], memory: int | None = None, clamp: bool = True
+    ) -> Iterator[Tensor]:
+        """`decode` with frames as they are ready: see `streaming.decode_stream`."""
+        return streaming.decode_stream(self, latents, memory, clamp)
 
     def encode_moments(self, video: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) in [−1, 1] -> mean and log-variance of the raw latents, (B, z, T', H', W') each.
@@ -302,15 +199,15 @@ class CausalVAE(nn.Module):
         has 1+k·stride frames, the others k·stride. The chunks' latents are those of the whole clip.
         """
         self._check(video, more=bool(past))
-        x = patchify(video, self.config.patch_size)  # (B, 3·p·p, T, H/p, W/p)
-        x = self.conv1(self.encoder(x, past))  # (B, 2z, T', H', W')
+        x = self.encoder(patchify(video, self.config.patch_size), past)  # (B, 2z, T', H', W')
+        x = self.conv1(x)
         mean, logvar = x.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode_raw(self, latents: Tensor, past: Past | None = None) -> Tensor:
         """Raw latents (B, z, T', H', W') -> (B, 3, T, H, W), not clamped. past: as in `encode_moments`."""
-        x = latents.to(memory_format=torch.channels_last_3d)
-        return unpatchify(self.decoder(self.conv2(x), past), self.config.patch_size)
+        x = self.conv2(latents.to(memory_format=torch.channels_last_3d))
+        return unpatchify(self.decoder(x, past), self.config.patch_size)
 
     def normalise(self, raw: Tensor) -> Tensor:
         """(raw − mean) / std a channel, (B, z, …)."""

@@ -4,7 +4,9 @@ Names of parameters are those of the releases (Wan-Video/Wan2.1, wan/modules/vae
 wan/modules/vae2_2.py); so are the numbers.
 
 Everything runs on a whole clip at once, or chunk by chunk with a `Past`, with the same result: each causal layer keeps
-there the last frames it saw. On a CPU the tensors are channels-last (T·H·W·C in memory), which halves a training step.
+there the last frames it saw. The tensors are channels-last (T·H·W·C in memory): on a CPU that halves a training step,
+and oneDNN's convolutions take them as they are. Without gradients on a CPU, norm and activation are one pass that stays
+in the cache and writes straight into the convolution's input, behind the frames of the past.
 """
 
 from __future__ import annotations
@@ -30,47 +32,64 @@ class CausalConv3d(nn.Conv3d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
-        self.memory = kernel[0] - 1
+        self.memory = kernel[0] - 1  # 0 or 2
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        """(B, C_in, T, H, W) -> (B, C_out, T, H, W)."""
-        if self.memory:
-            x = with_past(x, self.memory, self, past)  # (B, C_in, memory + T, H, W)
-        return convolve(self, x)
+    def forward(self, x: Tensor, past: Past | None = None, ready: bool = False) -> Tensor:
+        """(B, C_in, T, H, W) -> (B, C_out, T, H, W). ready: x has the frames of the past in front (see `activated`)."""
+        return convolve(self, x if ready or not self.memory else with_past(x, self, past))
+
+
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """conv(x). Kernels of one row and column run as what they are, which is twice as fast on a CPU as a 3-D one.
+    """conv(x); a single frame is what it is to the last tap, whose fellows would see zeros.
 
-    A single clip's 3-D convolution is not oneDNN's in torch but a slow one: there, the frames under the kernel are
-    set side by side as channels, and a 2-D convolution over frames takes its place, several times faster.
+    Kernels of one row and column run as what they are, which is twice as fast on a CPU as a 3-D one. A small single
+    clip's 3-D convolution is not oneDNN's in torch but a slow one. Without gradients oneDNN's is called by its name;
+    with them, the frames under the kernel are set side by side as channels, and a 2-D convolution over frames takes its
+    place, several times faster.
     """
-    if conv.kernel_size == (1, 1, 1):
-        y = F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias)  # (B, T, H, W, C_out)
+    taps = min(conv.kernel_size[0], x.shape[2])
+    weight = conv.weight[:, :, -taps:]
+    if weight.shape[2:] == (1, 1, 1):
+        y = F.linear(x.movedim(1, -1), weight.flatten(1), conv.bias)  # (B, T, H, W, C_out)
         return y.movedim(-1, 1)
-    if conv.kernel_size[1:] == (1, 1):
+    if weight.shape[3:] == (1, 1):
         rows = x.flatten(3)  # (B, C_in, T, H·W): a 2-D convolution, its height the time
-        y = F.conv2d(rows, conv.weight.flatten(3), conv.bias, stride=(conv.stride[0], 1))
+        y = F.conv2d(rows, weight.flatten(3), conv.bias, stride=(conv.stride[0], 1))
         return y.unflatten(3, x.shape[3:])
+    if taps == 1:
+        y = F.conv2d(to_frames(x), weight[:, :, 0], conv.bias, padding=conv.padding[1:])
+        return to_clips(y, len(x))
+    if x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not torch.is_grad_enabled():
+        ones = (1, 1, 1)
+        return torch.ops.aten.mkldnn_convolution(x, weight, conv.bias, conv.padding, ones, ones, 1)
     if x.device.type == "cpu" and len(x) == 1:
-        taps, frames = conv.kernel_size[0], x.movedim(1, -1)  # (1, T + taps − 1, H, W, C_in)
-        count = frames.shape[1] - taps + 1
-        beside = torch.cat([frames[0, k : k + count] for k in range(taps)], dim=-1)  # (T, H, W, taps·C_in)
-        weight = conv.weight.transpose(1, 2).flatten(1, 2)  # (C_out, taps·C_in, k_h, k_w)
+        frames = x[0].permute(1, 2, 3, 0)  # (T + taps − 1, H, W, C_in)
+        count = len(frames) - taps + 1
+        beside = torch.cat([frames[k : k + count] for k in range(taps)], dim=-1)  # (T, H, W, taps·C_in)
+        weight = weight.transpose(1, 2).flatten(1, 2)  # (C_out, taps·C_in, k_h, k_w)
         y = F.conv2d(beside.movedim(-1, 1), weight, conv.bias, padding=conv.padding[1:])  # (T, C_out, H, W)
         return to_clips(y, 1)
-    return F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)
+    return F.conv3d(x, weight, conv.bias, padding=conv.padding)
 
 
-def with_past(x: Tensor, frames: int, layer: nn.Module, past: Past | None) -> Tensor:
-    """`x` with the `frames` frames that came before it in front, zeros where the clip had not begun."""
+def with_past(x: Tensor, layer: nn.Module, past: Past | None, alone: bool = True) -> Tensor:
+    """`x` with the two frames that came before it in front, zeros where the clip had not begun.
+
+    alone: a clip's first frame by itself stays so: see `convolve`.
+    """
     before = None if past is None else past.get(layer)
-    missing = frames - (0 if before is None else before.shape[2])
     if before is not None:
         x = torch.cat([before, x], dim=2)
     if past is not None:
-        past[layer] = x[:, :, -frames:].clone()
-    return F.pad(x, (0, 0, 0, 0, missing, 0))
+        past[layer] = x[:, :, -2:].clone()
+    missing = 2 - (0 if before is None else before.shape[2])
+    return x if alone and x.shape[2] == 1 else F.pad(x, (0, 0, 0, 0, missing, 0))
+
+
+IN_CACHE = 1 << 18  # elements that a norm and its activation work on at a time
 
 
 class RMSNorm(nn.Module):
@@ -86,6 +105,40 @@ class RMSNorm(nn.Module):
         # The release divides by max(‖x‖, 1e-12); 1e-24 under the root is that for every ‖x‖ that is not zero.
         y = F.rms_norm(wide.movedim(1, -1), (c,), eps=1e-24 / c).movedim(-1, 1)
         return y.to(x.dtype) * self.gamma
+
+    def silu_into(self, out: Tensor, x: Tensor) -> None:
+        """out = silu(norm(x)), both (B, T, H, W, C), rounded once; some rows at a time, which stay in the cache."""
+        w, c = x.shape[-2:]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gamma = (self.gamma.flatten() * c**0.5).to(wide)
+        rows = max(1, IN_CACHE // (w * c))
+        for clip, clip_out in zip(x.flatten(1, 2), out.flatten(1, 2)):  # (T·H, W, C) each
+            for part, part_out in zip(clip.split(rows), clip_out.split(rows)):
+                part = part.to(wide)
+                length = torch.linalg.vector_norm(part, dim=-1, keepdim=True).clamp_min_(1e-12)
+                y = torch.div(part, length, out=part_out if part_out.dtype == wide else None)
+                F.silu(y.mul_(gamma), inplace=True)
+                if y is not part_out:
+                    part_out.copy_(y)
+
+
+def activated(norm: nn.Module, conv: nn.Module, x: Tensor, past: Past | None) -> Tensor:
+    """silu(norm(x)) with the frames of the past in front: what the CausalConv3d takes as `ready`."""
+    assert isinstance(norm, RMSNorm) and isinstance(conv, CausalConv3d)
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return with_past(F.silu(norm(x), inplace=True), conv, past)
+    b, c, t, h, w = x.shape
+    before = None if past is None else past.get(conv)
+    known = 0 if before is None else before.shape[2]
+    front = conv.memory if known + t > 1 else 0  # a clip's first frame alone stays alone: see `convolve`
+    room = x.new_empty((b, front + t, h, w, c))
+    room[:, : front - known] = 0
+    if before is not None:
+        room[:, front - known : front] = before.movedim(1, -1)
+    norm.silu_into(room[:, front:], x.movedim(1, -1))
+    if past is not None:
+        past[conv] = room[:, -conv.memory :].clone().movedim(-1, 1)
+    return room.movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -106,10 +159,16 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        norm1, silu, conv1, norm2, _, _, conv2 = self.residual
-        y = conv1(silu(norm1(x)), past)  # (B, C_out, T, H, W)
-        y = conv2(silu(norm2(y)), past)
-        return y + self.shortcut(x)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        y = conv1(activated(norm1, conv1, x, past), ready=True)  # (B, C_out, T, H, W)
+        z = activated(norm2, conv2, y, past)
+        del y  # the memory of a chunk is what three tensors take
+        return added(conv2(z, ready=True), self.shortcut(x))
+
+
+def added(y: Tensor, x: Tensor) -> Tensor:
+    """y + x, in y's memory where no gradient needs it."""
+    return y + x if torch.is_grad_enabled() else y.add_(x)
 
 
 class AttentionBlock(nn.Module):
@@ -178,12 +237,12 @@ class Upsample(nn.Module):
             started = past is not None and self in past
             first, rest = (x[:, :, :0], x) if started else (x[:, :, :1], x[:, :, 1:])
             if past is not None and not started:
-                past[self] = x[:, :, :0]
+                past[self] = x.new_empty((*x.shape[:2], 0, *x.shape[3:]))
             if rest.shape[2]:
-                rest = convolve(self.time_conv, with_past(rest, 2, self, past))  # (B, 2C, T, H, W)
+                rest = convolve(self.time_conv, with_past(rest, self, past, alone=False))  # (B, 2C, T, H, W)
                 rest = rest.unflatten(1, (2, -1)).permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C), memory's order
                 rest = rest.flatten(1, 2).movedim(-1, 1)  # (B, C, 2T, H, W)
-            x = torch.cat([first, rest], dim=2)
+            x = rest if started else torch.cat([first, rest], dim=2)
         return to_clips(self.resample(to_frames(x)), b)  # (B, C_out, T', 2H, 2W)
 
 
@@ -203,7 +262,7 @@ class DownLevel(nn.Module):
         y = x
         for layer in self.downsamples:
             y = layer(y, past)
-        return y + self.averaged(x)
+        return added(y, self.averaged(x))
 
     def averaged(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C_out, ⌈T / time⌉, H / space, W / space)."""
@@ -230,7 +289,7 @@ class UpLevel(nn.Module):
         y = x
         for layer in self.upsamples:
             y = layer(y, past)
-        return y + self.repeated(x)[:, :, -y.shape[2] :] if self.space else y
+        return added(y, self.repeated(x)[:, :, -y.shape[2] :]) if self.space else y
 
     def repeated(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C_out, T · time, H · space, W · space)."""

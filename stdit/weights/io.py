@@ -336,9 +336,9 @@ def _write(
     family, table = table_of(config, layout)
     described = family.config_to_diffusers(config) if layout == "diffusers" else family.config_to_original(config)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
-    stem, stems = _STEM, (_STEM,)
-    if (kind, layout) == ("vae", "original"):
-        stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
+    of_vae = (kind, layout) == ("vae", "original")
+    stem = _VAE_STEMS[config.residual] if of_vae else _STEM
+    stems = _VAE_STEMS if of_vae else (_STEM,)
     entries, read_foreign = table.written(read, dtypes)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
     shards = _shards(sizes, shard_bytes)

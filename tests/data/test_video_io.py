@@ -201,6 +201,23 @@ def test_written_video_reads_back(tmp_path, fps):
     assert (tmp_path / "clip.mp4").read_bytes().find(b"moov") < (tmp_path / "clip.mp4").read_bytes().find(b"mdat")
 
 
+def test_frames_are_written_as_they_come(tmp_path):
+    """From an iterator: the same file; no file where it raises, or where a frame is not as the first."""
+    frames = moving()
+    write_video(tmp_path / "whole.mp4", frames, 8)
+    write_video(tmp_path / "stream.mp4", iter(frames), 8)
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "stream.mp4").read_bytes()
+
+    def broken():
+        yield from frames[:3]
+        raise RuntimeError("the decoder died")
+
+    for bad, words in [(broken(), "died"), (iter([]), "there are none"), ([frames[0], frames[0, 1:]], "the first was")]:
+        with pytest.raises((RuntimeError, ValueError), match=words):
+            write_video(tmp_path / "bad.mp4", bad, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stream.mp4", "whole.mp4"]
+
+
 def test_colours_survive_writing_and_reading(tmp_path):
     """Range and matrix agree: flat primaries come back within 4:2:0's rounding, also in HD."""
     for height in (48, 720):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.vae.autoencoder import PRESETS, WAN21_MEAN, WAN21_STD, VaeConfig
+from stdit.vae.config import PRESETS, WAN21_MEAN, WAN21_STD, VaeConfig
 from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys
 from stdit.weights.keymap import KeyMap, Rule, Shape
 

@@ -1,0 +1,306 @@
+"""Clips of any length and size through a causal VAE in bounded memory: some latent frames, tiles and clips at a time.
+
+Chunks are exact: the causal layers' last frames go from one to the next. So are slices of a batch. Tiles are not: the
+convolutions' reach, and the attention within a frame, end where a tile does; they overlap, and are blended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stdit.errors import StditError
+from stdit.shapes import VideoShape
+from stdit.vae.config import VaeConfig
+from stdit.vae.layers import Past
+
+if TYPE_CHECKING:
+    from stdit.vae.autoencoder import CausalVAE
+
+DEFAULT_MEMORY = 256 << 20  # bytes to work in where the caller gives no budget; frames are tiled only under a given one
+MOST_LATENTS = 8  # latent frames of a chunk, however small they are: more gain nothing
+OVERLAP = 8  # latents that neighbouring tiles share
+MARGIN = 2  # of these, the outermost of a tile are not used: they see its border's zeros
+SMALLEST_TILE = 2 * OVERLAP
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What goes through a VAE at once: clips, latent frames, and rows × columns of latents."""
+
+    clips: int
+    latents: int
+    rows: int
+    columns: int
+
+
+def slices(config: VaeConfig, side: str, shape: tuple[int, int, int, int], itemsize: int, memory: int | None) -> Slices:
+    """The largest slices of `shape` (clips, latent frames, rows, columns; 0 latent frames: unknown) within `memory`.
+
+    side: "encoder" or "decoder". itemsize: bytes of a number. memory: bytes, beyond the weights and what goes in and
+    out; None: DEFAULT_MEMORY, but never tiles. First the clips are sliced, then their frames, then the frames are
+    tiled. Raises StditError where not even the smallest tile fits.
+    """
+    clips, latents, rows, columns = shape
+    budget = DEFAULT_MEMORY if memory is None else memory
+
+    def fits(clips: int, latents: int, rows: int = rows, columns: int = columns) -> bool:
+        return working_bytes(config, side, clips, latents, rows, columns, itemsize) <= budget
+
+    clips = next((n for n in range(clips, 1, -1) if fits(n, 1)), 1)
+    if memory is not None and not fits(1, 1):
+        while not fits(1, 1, rows, columns):
+            if max(rows, columns) <= SMALLEST_TILE:
+                least = working_bytes(config, side, 1, 1, rows, columns, itemsize)
+                raise StditError(
+                    f"memory {memory}: the smallest tile of this VAE's {side}, {columns}x{rows} latents, takes {least} "
+                    "bytes. Give at least as many."
+                )
+            if rows >= columns:
+                rows = max(SMALLEST_TILE, (rows + OVERLAP + 1) // 2)
+            else:
+                columns = max(SMALLEST_TILE, (columns + OVERLAP + 1) // 2)
+    most = min(latents or MOST_LATENTS, MOST_LATENTS)
+    latents = next((n for n in range(most, 1, -1) if fits(clips, n, rows, columns)), 1)
+    return Slices(clips, latents, rows, columns)
+
+
+def working_bytes(
+    config: VaeConfig, side: str, clips: int, latents: int, rows: int, columns: int, itemsize: int
+) -> int:
+    """About what a chunk takes beyond the weights, its frames and its latents: the past that the layers keep, the three
+    tensors of the level that needs most (a residual block's input, its convolution's, and the result), and the largest
+    weights in oneDNN's order."""
+    coarse = len(config.dim_mult) - 1
+    base = config.base_dim if side == "encoder" else config.decoder_base_dim or config.base_dim
+    blocks = config.num_res_blocks + (side == "decoder")
+    past = most = 0.0
+    for level, mult in enumerate(config.dim_mult):
+        pixels = rows * columns * 4 ** (coarse - level)
+        frames = latents * 2 ** sum(config.temporal_downsample[level:])
+        channels = mult * base
+        before = config.dim_mult[max(level - 1, 0) if side == "encoder" else min(level + 1, coarse)] * base
+        if side == "decoder" and not config.residual and level < coarse:
+            before //= 2
+        convolutions = 2 * blocks + (4 if level == coarse else 1)
+        past += 2 * pixels * (before + (convolutions - 1) * channels)
+        held = before if config.residual else 0
+        block = (frames + 2) * max(before, channels) + frames * (before + channels + held)
+        resampled = frames * channels * (2 if side == "encoder" else 1)
+        if side == "decoder" and level > 0:  # to the next level's pixels, before its convolution and after
+            doubled = 1 + config.temporal_downsample[level - 1]
+            resampled += 4 * doubled * frames * (channels + (channels if config.residual else channels // 2))
+        most = max(most, pixels * max(block, resampled))
+    weights = 27 * (max(config.dim_mult) * base) ** 2
+    return int(itemsize * (clips * (past + most) + weights))
+
+
+@dataclass
+class Tile:
+    """One tile of a frame: where it is in the input and in the output, its weights there, and its layers' past."""
+
+    source: tuple[slice, slice]
+    target: tuple[slice, slice]
+    weight: Tensor  # (rows, columns) of the output
+    past: Past = field(default_factory=dict)
+
+
+class Tiled:
+    """A side of a VAE over the chunks of a clip in order, each chunk tile by tile."""
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, Past], Tensor],
+        size: tuple[int, int],
+        tile: tuple[int, int],
+        scale_in: tuple[int, int],
+        scale_out: tuple[int, int],
+    ):
+        """run: a chunk and its past to the output. size, tile: rows and columns of latents; scale_in, scale_out: pixels
+        of the input and of the output to one latent."""
+        self.run, self.size = run, (size[0] * scale_out[0], size[1] * scale_out[1])
+        rows, columns = (spans(*s) for s in zip(size, tile))
+        ramps = [blend_weights(s, scale) for s, scale in zip((rows, columns), scale_out)]
+        self.tiles = [
+            Tile(
+                (_scaled(row, scale_in[0]), _scaled(column, scale_in[1])),
+                (_scaled(row, scale_out[0]), _scaled(column, scale_out[1])),
+                down[:, None] * across,
+            )
+            for row, down in zip(rows, ramps[0])
+            for column, across in zip(columns, ramps[1])
+        ]
+
+    def __call__(self, chunk: Tensor) -> Tensor:
+        if len(self.tiles) == 1:
+            return self.run(chunk, self.tiles[0].past)
+        whole = None
+        for tile in self.tiles:
+            part = self.run(chunk[..., tile.source[0], tile.source[1]], tile.past)
+            if whole is None:
+                whole = part.new_zeros((*part.shape[:3], *self.size))
+            whole[..., tile.target[0], tile.target[1]] += part * tile.weight.to(part)
+        assert whole is not None
+        return whole
+
+
+def _scaled(span: tuple[int, int], scale: int) -> slice:
+    return slice(span[0] * scale, span[1] * scale)
+
+
+def spans(size: int, tile: int) -> list[tuple[int, int]]:
+    """(first, end) of tiles that cover 0 … size, OVERLAP shared or a little more, as even as can be."""
+    if tile >= size:
+        return [(0, size)]
+    count = math.ceil((size - OVERLAP) / (tile - OVERLAP))
+    starts = [round(i * (size - tile) / (count - 1)) for i in range(count)]
+    return [(start, start + tile) for start in starts]
+
+
+def blend_weights(tiles: list[tuple[int, int]], scale: int) -> list[Tensor]:
+    """Each tile's weights along one side, `scale` of them to a latent; they sum to 1 wherever tiles meet.
+
+    From a border with another tile inwards they are 0 for MARGIN latents and then rise linearly over what is shared.
+    """
+    size = tiles[-1][1] * scale
+    whole, raw = torch.zeros(size, dtype=torch.float64), []
+    for first, end in tiles:
+        place = torch.arange(first, end, 1 / scale, dtype=torch.float64) + 0.5 / scale  # in latents
+        inside = torch.minimum(
+            torch.full_like(place, torch.inf) if first == 0 else place - first,
+            torch.full_like(place, torch.inf) if end == tiles[-1][1] else end - place,
+        )
+        raw.append(((inside - MARGIN) / (OVERLAP - 2 * MARGIN)).clamp(0, 1))
+        whole[_scaled((first, end), scale)] += raw[-1]
+    return [weight / whole[_scaled(span, scale)] for weight, span in zip(raw, tiles)]
+
+
+def encode_moments(vae: CausalVAE, video: Tensor, memory: int | None = None) -> Tensor:
+    """(B, 3, T, H, W) -> mean and log-variance of the raw latents behind one another, (B, 2z, T', H', W')."""
+    latent = VideoShape(*video.shape[2:]).latent(vae.config.stride)
+    cut = _slices(vae, "encoder", (len(video), latent.frames, latent.height, latent.width), memory)
+    frames = [1, *[n * vae.config.stride[0] for n in _lengths(latent.frames, cut)[1:]]]
+    whole = video.new_empty((len(video), 2 * vae.config.z_dim, latent.frames, latent.height, latent.width))
+    for clips, out in zip(video.split(cut.clips), whole.split(cut.clips)):
+        run = _encoder(vae, latent.height, latent.width, cut)
+        for chunk, part in zip(clips.split(frames, dim=2), out.split(_lengths(latent.frames, cut), dim=2)):
+            part.copy_(run(chunk))
+    return whole
+
+
+def decode(vae: CausalVAE, latents: Tensor, memory: int | None = None, clamp: bool = True) -> Tensor:
+    """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W)."""
+    count, _, frames, h, w = latents.shape
+    cut = _slices(vae, "decoder", (count, frames, h, w), memory)
+    stride = vae.config.stride
+    whole = latents.new_empty((count, 3, 1 + (frames - 1) * stride[0], h * stride[1], w * stride[2]))
+    for clips, out in zip(latents.split(cut.clips), whole.split(cut.clips)):
+        run, done = _decoder(vae, h, w, cut), 0
+        for chunk in clips.split(_lengths(frames, cut), dim=2):
+            part = run(chunk)
+            done += part.shape[2]
+            out[:, :, done - part.shape[2] : done] = part.clamp_(-1, 1) if clamp else part
+    return whole
+
+
+@torch.no_grad()
+def encode_stream(vae: CausalVAE, frames: Iterable[Tensor], memory: int | None = None) -> Iterator[Tensor]:
+    """Frames (3, H, W) in [−1, 1], 1+k·stride of them, to chunks of normalised latents (z, n, H', W'), as they come.
+
+    The posterior's mode: what `encode` gives for all frames at once. Only a chunk's frames are held. memory: bytes, as
+    in `slices`. Raises StditError for a frame that cannot be encoded, which it names by its number, for no frames, and,
+    when they end, for a number of frames that is not 1+k·stride.
+    """
+    source = _checked(frames, vae.config.stride)
+    first = next(source)
+    latent = VideoShape(1, *first.shape[1:]).latent(vae.config.stride)
+    cut = _slices(vae, "encoder", (1, 0, latent.height, latent.width), memory)
+    run, stride = _encoder(vae, latent.height, latent.width, cut), vae.config.stride[0]
+    weight = next(vae.parameters())
+    chunk = [first]
+    del first
+    while chunk:
+        video = torch.stack(chunk, 1)[None].to(weight)
+        chunk.clear()
+        yield vae.normalise(run(video).chunk(2, dim=1)[0])[0]
+        chunk.extend(islice(source, cut.latents * stride))
+
+
+@torch.no_grad()
+def decode_stream(
+    vae: CausalVAE, latents: Tensor | Iterable[Tensor], memory: int | None = None, clamp: bool = True
+) -> Iterator[Tensor]:
+    """Normalised latents of one clip, (z, T', H', W') whole or in chunks, to chunks of its frames (3, t, H, W).
+
+    What `decode` gives for all of them at once. memory: bytes, as in `slices`.
+    """
+    run, cut, begun = None, None, False
+    for whole in [latents] if isinstance(latents, Tensor) else latents:
+        if whole.ndim != 4 or whole.shape[0] != vae.config.z_dim:
+            raise StditError(
+                f"latents of shape {tuple(whole.shape)}: a stream of them is ({vae.config.z_dim}, n, H', W')."
+            )
+        if run is None or cut is None:
+            rows, columns = whole.shape[2:]
+            cut = _slices(vae, "decoder", (1, 0, rows, columns), memory)
+            run = _decoder(vae, rows, columns, cut)
+        for chunk in whole.split(_lengths(whole.shape[1], cut, begun), dim=1):
+            begun = True
+            video = run(chunk[None].to(next(vae.parameters())))[0]
+            yield video.clamp_(-1, 1) if clamp else video
+    if run is None:
+        raise StditError("there are no latents to decode: the iterator was empty. Give at least one frame's.")
+
+
+def _lengths(frames: int, cut: Slices, begun: bool = False) -> list[int]:
+    """Latent frames of each chunk of `frames`. A clip's first is a chunk of its own: its convolutions have one tap
+    instead of three."""
+    first = [] if begun else [1]
+    rest = frames - len(first)
+    return first + [min(cut.latents, rest - done) for done in range(0, rest, cut.latents)]
+
+
+def _slices(vae: CausalVAE, side: str, shape: tuple[int, int, int, int], memory: int | None) -> Slices:
+    return slices(vae.config, side, shape, next(vae.parameters()).element_size(), memory)
+
+
+def _encoder(vae: CausalVAE, rows: int, columns: int, cut: Slices) -> Tiled:
+    def run(chunk: Tensor, past: Past) -> Tensor:
+        return torch.cat(vae.encode_moments(chunk, past), dim=1)
+
+    return Tiled(run, (rows, columns), (cut.rows, cut.columns), vae.config.stride[1:], (1, 1))
+
+
+def _decoder(vae: CausalVAE, rows: int, columns: int, cut: Slices) -> Tiled:
+    def run(chunk: Tensor, past: Past) -> Tensor:
+        return vae.decode_raw(vae.denormalise(chunk), past)
+
+    return Tiled(run, (rows, columns), (cut.rows, cut.columns), (1, 1), vae.config.stride[1:])
+
+
+def _checked(frames: Iterable[Tensor], stride: tuple[int, int, int]) -> Iterator[Tensor]:
+    """The frames, each held to what the first one is; an error at the end where their number is not 1+k·stride."""
+    count, size = 0, None
+    for count, frame in enumerate(frames, 1):
+        if frame.ndim != 3 or frame.shape[0] != 3:
+            raise StditError(f"frame {count - 1} has shape {tuple(frame.shape)}: a stream's frames are (3, H, W).")
+        if not frame.is_floating_point():
+            raise StditError(
+                f"frame {count - 1} is {frame.dtype}: the VAE encodes floats in [-1, 1]. "
+                "From uint8: frame.float() / 127.5 - 1."
+            )
+        if size not in (None, frame.shape):
+            raise StditError(f"frame {count - 1} has shape {tuple(frame.shape)}, those before {tuple(size)}: scale it.")
+        if frame.isnan().any():
+            raise StditError(f"frame {count - 1} has NaN in it: leave the clip out, or mend the frame.")
+        size = frame.shape
+        yield frame
+    if size is None:
+        raise StditError("there are no frames to encode: the iterator was empty. Give at least one.")
+    VideoShape(count, *size[1:]).latent(stride)
