@@ -44,9 +44,9 @@ def inspect(
         return 0
     found = [_description(source) for source in _sources(path, trust_pickle, strict=False)]
     if json:
-        print(format.dumps({"path": str(path), "models": found}, indent=2))
+        print(format.dumps({"path": str(path), "models": found, "parts": _parts(path)}, indent=2))
     else:
-        _show(found)
+        _show(found, _parts(path))
     return int(any(model["missing"] or model["unexpected"] or model["misshaped"] for model in found))
 
 
@@ -57,12 +57,14 @@ def convert(
     layout: Annotated[
         str, typer.Option(help='"diffusers" or "original" (a release\'s, ComfyUI\'s); a LoRA also "peft" or "kohya".')
     ] = "diffusers",
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32; otherwise, and for adapters, as they are stored.")] = "",
     model: _Model = None,
     trust_pickle: _Pickle = False,
 ) -> None:
-    """Write weights in another layout, bit for bit, a tensor in memory at a time.
+    """Write weights in another layout or dtype; in the same dtype bit for bit. A tensor in memory at a time.
 
-    A transformer or VAE alone goes straight into OUT; both, in diffusers' layout, into OUT/transformer and OUT/vae.
+    A transformer or VAE alone goes straight into OUT; both, in diffusers' layout, into OUT/transformer and OUT/vae,
+    and the other parts of a model folder beside them as they are.
 
     An adapter (LoRA) needs --model and becomes one file.
 
@@ -83,6 +85,11 @@ def convert(
         return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
     if layout not in io.LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(io.LAYOUTS)}.")
+    import torch
+
+    dtypes = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+    if dtype not in dtypes:
+        raise StditError(f"dtype {dtype!r} is not one to convert to. Known: bf16, fp32.")
     found = _sources(source, trust_pickle, strict=True)
     places = [out / one.kind if len(found) > 1 and layout == "diffusers" else out for one in found]
     for one, place in zip(found, places):
@@ -91,8 +98,26 @@ def convert(
     console = Console(stderr=True)
     for one, place in zip(found, places):
         with console.status(f"{one.kind}: {one.parameters:,} parameters to {place}"):
-            io.convert(one, place, layout)
+            io.convert(one, place, layout, dtype=dtypes[dtype])
         console.print(f"{one.kind}: {one.dialect} → {layout}, {place}", highlight=False)
+    if len(found) > 1 and layout == "diffusers" and (source / "model_index.json").is_file():
+        with console.status("the other parts, as they are"):
+            _copy_others(source, out, {one.kind for one in found})
+
+
+def _copy_others(source: Path, out: Path, kinds: set[str]) -> None:
+    """The folders and JSON files of a model folder that are not converted; its index comes last."""
+    import shutil
+
+    from stdit.files import publish_folder, publish_text
+
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == "model_index.json"):
+        if entry.is_dir() and entry.name not in kinds and not entry.name.startswith("."):
+            part = out / f".{entry.name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            publish_folder(Path(shutil.copytree(entry, part)), out / entry.name)
+        elif entry.is_file() and entry.suffix == ".json":
+            publish_text(out / entry.name, entry.read_text("utf-8"))
 
 
 def _sources(path: Path, trust_pickle: bool, strict: bool) -> list[Source]:
@@ -130,6 +155,7 @@ def _description(source: Source) -> dict[str, Any]:
         "family": source.family.FAMILY,
         "dialect": source.dialect,
         "preset": _preset(source),
+        **_trained_for(source),
         "parameters": source.parameters,
         "bytes": size,
         "tensors": len(source.files.entries),
@@ -164,7 +190,35 @@ def _show_adapter(adapter: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _show(models: list[dict[str, Any]]) -> None:
+def _trained_for(source: Source) -> dict[str, str | None]:
+    """Which release it is, and what that was trained with; all None for sizes that nobody released."""
+    from stdit.weights.releases import release_of
+
+    found = release_of(source.config)
+    values = (found.name, found.objective, found.vae, found.text) if found else (None,) * 4
+    return dict(zip(("release", "objective", "expects_vae", "expects_text"), values))
+
+
+def _parts(path: Path) -> dict[str, str]:
+    """What else a model folder holds, by its folders: the class that each one's config names."""
+    from stdit.weights.files import read_json
+
+    documents = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    found = {}
+    for name in ("text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor", "transformer_2"):
+        if not (path / name).is_dir():
+            continue
+        document = path / name / documents.get(name, "config.json")
+        about = read_json(document) if document.is_file() else {}
+        kind = (
+            about.get("_class_name") or about.get("tokenizer_class") or next(iter(about.get("architectures") or ()), "")
+        )
+        shift = about.get("shift") or about.get("flow_shift")
+        found[name] = f"{kind or 'unnamed'}" + (f", shift {shift}" if shift else "")
+    return found
+
+
+def _show(models: list[dict[str, Any]], parts: dict[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -173,6 +227,10 @@ def _show(models: list[dict[str, Any]]) -> None:
         table = Table(title=f"{model['kind']}: {model['family']}", show_header=False, title_justify="left")
         size = f"{model['parameters'] / 1e9:.2f} B" if model["parameters"] >= 1e8 else f"{model['parameters']:,}"
         table.add_row("size", f"{size} parameters" + (f", preset {model['preset']}" if model["preset"] else ""))
+        if model["release"]:
+            table.add_row("release", model["release"])
+            table.add_row("trained for", model["objective"])
+            table.add_row("takes", f"VAE: {model['expects_vae']}\ntext: {model['expects_text']}")
         table.add_row("dialect", model["dialect"])
         table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in model["dtypes"].items()))
         table.add_row("files", "\n".join(model["files"][:4]) + ("\n…" if len(model["files"]) > 4 else ""))
@@ -184,4 +242,9 @@ def _show(models: list[dict[str, Any]]) -> None:
             names = list(model[what])
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             table.add_row(what, f"[red]{len(names)}[/]: {shown}" if names else "none")
+        console.print(table)
+    if parts:
+        table = Table(title="beside it", show_header=False, title_justify="left")
+        for name, about in parts.items():
+            table.add_row(name, about)
         console.print(table)

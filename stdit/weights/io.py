@@ -206,14 +206,29 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     return model
 
 
-def convert(source: Source, folder: str | os.PathLike[str], layout: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a source in another layout, a tensor in memory at a time."""
+def convert(
+    source: Source,
+    folder: str | os.PathLike[str],
+    layout: str,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a source in another layout, a tensor in memory at a time. dtype: of its numbers, None as they are."""
     import torch
 
-    entries = source.files.entries
-    dtypes = {n: getattr(torch, entries[move.foreign[0]].dtype) for move in source.table.moves for n in move.native}
-    read = source.table.native_reader(source.files.read)
-    _write(source.kind, source.config, read, dtypes, Path(folder), layout, shard_bytes)
+    files = source.files
+
+    def stored(name: str) -> torch.dtype:
+        found: torch.dtype = getattr(torch, files.entries[name].dtype)
+        return dtype if dtype is not None and found.is_floating_point else found
+
+    def read(name: str) -> Tensor:
+        tensor = files.read(name).to(stored(name), copy=True)
+        files.release(name)
+        return tensor
+
+    dtypes = {native: stored(move.foreign[0]) for move in source.table.moves for native in move.native}
+    _write(source.kind, source.config, source.table.native_reader(read), dtypes, Path(folder), layout, shard_bytes)
 
 
 def expert_places(folder: Path) -> dict[str, Path] | None:

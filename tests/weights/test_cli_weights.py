@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import stdit
 from stdit.cli.main import app, run_command
-from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.models.transformer import PRESETS, STDiT, TransformerConfig
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.weights.adapters import Adapter, Pair
+from stdit.weights.families import wan
 from stdit.weights.lora_files import write_adapter
 
 TRANSFORMER = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4)
@@ -55,8 +59,6 @@ def test_inspect_tells_what_is_wrong_and_fails(folder, capsys):
 
 
 def test_inspect_names_presets_without_their_weights(tmp_path, capsys):
-    from stdit.models.transformer import PRESETS
-
     stdit.save_transformer(STDiT(PRESETS["toy"]), tmp_path, "original")
     assert run("inspect", tmp_path, "--json") == 0
     found = json.loads(capsys.readouterr().out)["models"][0]
@@ -74,10 +76,60 @@ def test_convert_there_and_back_is_bit_for_bit(folder, tmp_path, capsys):
     assert stdit.load_transformer(tmp_path / "alone").config == TRANSFORMER
 
 
+def test_convert_copies_the_other_parts_and_changes_dtype(folder, tmp_path):
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0}'
+    )
+    for dtype in ("bf16", "fp32"):
+        assert run("convert", folder, tmp_path / dtype, "--dtype", dtype) == 0
+        assert (tmp_path / dtype / "model_index.json").is_file()
+        assert (
+            (tmp_path / dtype / "scheduler" / "scheduler_config.json").read_text().startswith('{"_class_name": "UniPC')
+        )
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    before, half = load_file(folder / name), load_file(tmp_path / "bf16" / name)
+    assert all(torch.equal(half[key], tensor.bfloat16()) for key, tensor in before.items())
+    assert (tmp_path / "fp32" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_inspect_tells_the_release_and_what_lies_beside(tmp_path, capsys):
+    """Of a header alone: the tensors of 14 billion parameters are a hole in a file."""
+    config = PRESETS["14B"]
+    place = tmp_path / "transformer"
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(wan.config_to_diffusers(config)))
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in STDiT(config).state_dict().items()}
+    header, stop = {}, 0
+    for name, shape in wan.keymap(config, "diffusers").table(shapes).foreign_shapes.items():
+        start, stop = stop, stop + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header).encode()
+    file = place / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + stop)
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}'
+    )
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text('{"architectures": ["UMT5EncoderModel"]}')
+    assert run("inspect", tmp_path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["models"][0]["release"].startswith("Wan 2.1 T2V 14B") and found["models"][0]["parameters"] > 14e9
+    assert found["models"][0]["objective"] == "rectified flow (velocity)"
+    assert found["parts"] == {"text_encoder": "UMT5EncoderModel", "scheduler": "UniPCMultistepScheduler, shift 5.0"}
+    assert run("inspect", tmp_path) == 0
+    assert "trained for" in (output := capsys.readouterr().out) and "UMT5EncoderModel" in output
+
+
 def test_mistakes_are_messages(folder, tmp_path, capsys):
     cases = [
         (("inspect", tmp_path / "absent"), "no such file or folder"),
         (("convert", folder, tmp_path / "x", "--layout", "comfy"), "layout 'comfy' does not exist"),
+        (("convert", folder, tmp_path / "x", "--dtype", "int4"), "dtype 'int4' is not one to convert to"),
         (("convert", folder / "vae", folder / "vae", "--layout", "original"), "Write to another folder"),
         (("inspect", tmp_path / "other.safetensors"), "holds neither a Wan transformer nor a"),
         (("inspect", tmp_path / "old.pth"), "is a pickle"),
