@@ -8,6 +8,25 @@ from dataclasses import dataclass
 from stdit.errors import StditError
 
 
+class Stride(tuple[int, ...]):
+    """(frames, rows, columns) of pixels to one latent, of which the first latent frame has `first` frames.
+
+    A plain tuple says the same of a causal VAE, where `first` is 1; Allegro's takes whole groups of 4.
+    """
+
+    first: int
+
+    def __new__(cls, sizes: tuple[int, int, int], first: int = 1) -> Stride:
+        made = super().__new__(cls, sizes)
+        made.first = first
+        return made
+
+
+def first_frames(stride: tuple[int, ...]) -> int:
+    """Frames of pixels in the first latent frame."""
+    return stride.first if isinstance(stride, Stride) else 1
+
+
 @dataclass(frozen=True, order=True)
 class TokenGrid:
     """Tokens of one clip: frames × height × width of patches."""
@@ -65,25 +84,26 @@ class VideoShape:
     def is_image(self) -> bool:
         return self.frames == 1
 
-    def latent(self, stride: tuple[int, int, int]) -> LatentShape:
-        """Latents under a causal VAE of stride (t, h, w): 1 + (frames − 1)/t frames. Raises if not divisible."""
-        t, h, w = stride
-        if (self.frames - 1) % t:
-            low, high = nearest_frames(self.frames, t)
+    def latent(self, stride: tuple[int, ...]) -> LatentShape:
+        """Latents under a VAE of stride (t, h, w): 1 + (frames − 1)/t frames if causal. Raises if not divisible."""
+        (t, h, w), first = stride, first_frames(stride)
+        if self.frames < first or (self.frames - first) % t:
+            low, high = nearest_frames(self.frames, t, first)
+            kind = "causal VAE" if first == 1 else "VAE"
             raise StditError(
-                f"{self.frames} frames: a causal VAE of temporal stride {t} takes 1+{t}k frames; "
-                f"nearest are {low} and {high}."
+                f"{self.frames} frames: a {kind} of temporal stride {t} takes {first}+{t}k frames; "
+                f"nearest {'is' if low == high else 'are'} {' and '.join(map(str, sorted({low, high})))}."
             )
         check_size(self.width, self.height, (w, h))
-        return LatentShape(1 + (self.frames - 1) // t, self.height // h, self.width // w)
+        return LatentShape(1 + (self.frames - first) // t, self.height // h, self.width // w)
 
-    def grid(self, stride: tuple[int, int, int], patch: tuple[int, int, int]) -> TokenGrid:
+    def grid(self, stride: tuple[int, ...], patch: tuple[int, int, int]) -> TokenGrid:
         """Token grid under a VAE stride and a patch; sizes must be multiples of stride × patch."""
         check_size(self.width, self.height, (stride[2] * patch[2], stride[1] * patch[1]))
         latent = self.latent(stride)
         if latent.frames % patch[0]:
             low = latent.frames // patch[0] * patch[0]
-            near = [1 + (n - 1) * stride[0] for n in (low, low + patch[0]) if n]
+            near = [first_frames(stride) + (n - 1) * stride[0] for n in (low, low + patch[0]) if n]
             raise StditError(
                 f"{self.frames} frames are {latent.frames} latent frames, which a patch of {patch[0]} frames does not "
                 f"divide; nearest {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}."
@@ -91,15 +111,15 @@ class VideoShape:
         return latent.grid(patch)
 
 
-def nearest_frames(frames: int, temporal_stride: int) -> tuple[int, int]:
-    """The largest 1+k·stride ≤ frames and the smallest ≥ frames."""
-    low = 1 + (max(frames, 1) - 1) // temporal_stride * temporal_stride
-    return (low, low) if low == frames else (low, low + temporal_stride)
+def nearest_frames(frames: int, temporal_stride: int, first: int = 1) -> tuple[int, int]:
+    """The largest first+k·stride ≤ frames and the smallest ≥ frames."""
+    low = first + (max(frames, first) - first) // temporal_stride * temporal_stride
+    return (low, low) if low >= frames else (low, low + temporal_stride)
 
 
-def frames_for(seconds: float, fps: float, temporal_stride: int) -> int:
-    """The number of frames 1+k·stride nearest to a duration (the shorter one on a tie)."""
-    low, high = nearest_frames(int(seconds * fps), temporal_stride)
+def frames_for(seconds: float, fps: float, temporal_stride: int, first: int = 1) -> int:
+    """The number of frames first+k·stride nearest to a duration (the shorter one on a tie)."""
+    low, high = nearest_frames(int(seconds * fps), temporal_stride, first)
     high = max(high, low + temporal_stride)
     return low if seconds * fps - low <= high - seconds * fps else high
 

@@ -19,7 +19,7 @@ LINES = [
     {"models", "vae", "text", "diffusion", "data"},
     {"weights"},
     {"encode"},
-    {"pipeline"},
+    {"pipeline", "model_folder", "known_frames"},
     {"evaluation"},
     {"training"},
     {"config"},

@@ -62,7 +62,7 @@ def encode(
         from stdit.text.encoders import load_text_encoder
 
         text_encoder = load_text_encoder(
-            run.text.path, max_length=run.text.padding or 512, dtype=torch.float32, device=device
+            run.text.path, max_length=run.text.padding or None, dtype=torch.float32, device=device
         ).eval()
         text_id = text_identity(run.text.path, text_encoder.max_length)
     with counting_bar(hidden=rank > 0) as progress:

@@ -81,11 +81,11 @@ def costs(config: RunConfig) -> Objective:
     from stdit.training.start import follow_init, transformer_path
     from stdit.training.vae_objective import VaeObjective
     from stdit.vae.autoencoder import CausalVAE, VaeConfig, preset
-    from stdit.weights.io import find
+    from stdit.weights.io import find, vae_config
 
     config = follow_init(config)
     if config.vae.path:
-        vae = find("vae", config.vae.path).config
+        vae = vae_config(config.vae.path)
     else:
         vae = VaeConfig(**(vars(preset(config.vae.preset or "toy")) | config.vae.overrides))
     nowhere = torch.device("meta")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @when_stopped("Clips that are written are kept in --out: run the same command again for all of them.")
 def sample(
-    model: Annotated[Path, typer.Option(help="Model folder (a run's, or one in diffusers' WanPipeline layout).")],
+    model: Annotated[Path, typer.Option(help="Model folder: a run's, or one in diffusers' layout.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
@@ -41,6 +41,7 @@ def sample(
     fps: Annotated[float | None, typer.Option(help="Frames a second; the model's own by default.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 30,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 5.0,
+    guidance_2: Annotated[float | None, typer.Option(help="Of the low-noise expert, where there are two.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the noise.")] = 0,
     solver: Annotated[
         str | None,
@@ -48,6 +49,7 @@ def sample(
     ] = None,
     shift: Annotated[float | None, typer.Option(help="Of the noise levels, in place of the model folder's.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image file: the first frame.")] = None,
+    last: Annotated[Path | None, typer.Option(help="Image file: the last frame, for weights that take one.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video file to extend: its end becomes the beginning.")] = None,
     video_frames: Annotated[int | None, typer.Option(help="How many of its last frames to take.")] = None,
     lora: Annotated[
@@ -84,14 +86,18 @@ def sample(
     seconds = _seconds(duration) if duration is not None else None
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
     loras = [_lora(one) for one in lora or []]
+    if last is not None and image is None and video is None:
+        raise typer.BadParameter("--last goes with --image or --video: how the clip begins.")
     source = image or video
-    if source is not None and not source.is_file():
-        raise StditError(f"{source} is not a file.")
+    for file in (source, last):
+        if file is not None and not file.is_file():
+            raise StditError(f"{file} is not a file.")
     import torch
 
+    from stdit.data.video_io import read_frames
     from stdit.diffusion.solvers import named_config
     from stdit.pipeline import Pipeline
-    from stdit.shapes import frames_for
+    from stdit.shapes import first_frames, frames_for
 
     if solver is not None:
         named_config(solver, {})  # an unknown name is an error before minutes of loading
@@ -102,16 +108,20 @@ def sample(
     if ratio is None and wanted is None and source is not None:
         ratio = _source_ratio(source)
     if seconds is not None:
-        frames = frames_for(seconds, fps, pipeline.vae.config.stride[0])
+        stride = pipeline.vae.config.stride
+        frames = frames_for(seconds, fps, stride[0], first_frames(stride))
     shape = pipeline.shape(wanted or _nearest_size(pipeline, ratio, resolution), frames)
     known = _known(pipeline, shape, fps, image, video, video_frames)
+    if known is not None and last is not None:
+        known["last"] = read_frames(str(last), 1, (shape.width, shape.height))[0]
     known_frames = 0 if known is None else 1 if "image" in known else len(known["video"])
     if not as_json:
-        print(_chosen(shape, fps, pipeline.settings.fps, len(texts), known_frames))
+        print(_chosen(shape, fps, fps if pipeline.knows_fps else pipeline.settings.fps, len(texts), known_frames))
     settings = {
         "model": str(model), "negative": negative, "size": f"{shape.width}x{shape.height}", "frames": shape.frames,
-        "fps": fps, "steps": steps, "guidance": guidance, "seed": seed, "solver": solver or pipeline.scheduler,
-        "shift": shift, "image": str(image) if image else None, "video": str(video) if video else None,
+        "fps": fps, "steps": steps, "guidance": guidance, "guidance_2": guidance_2, "seed": seed,
+        "solver": solver or pipeline.scheduler, "shift": shift, "image": str(image) if image else None,
+        "last": str(last) if last else None, "video": str(video) if video else None,
         "known_frames": known_frames, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
         "loras": [[str(file), weight] for file, weight in loras],
     }  # fmt: skip
@@ -120,7 +130,7 @@ def sample(
     with _progress(len(texts), hidden=as_json) as (step_done, clip_done):
         latents = pipeline.sample_latents(
             texts, (shape.width, shape.height), shape.frames, steps, guidance, negative, seed,
-            known=known, solver=solver, shift=shift, progress=step_done,
+            known=known, solver=solver, fps=fps, guidance_2=guidance_2, shift=shift, progress=step_done,
         )  # fmt: skip
         for index, (text, one) in enumerate(zip(texts, latents)):
             decoded = chain.from_iterable(pipeline.decode_stream(one))

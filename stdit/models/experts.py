@@ -12,8 +12,6 @@ from stdit.models.config import TransformerConfig
 from stdit.models.packing import TextPack, TokenPack
 from stdit.models.transformer import STDiT
 
-EXPERTS = ("high", "low")
-
 
 class Experts(nn.Module):
     """`high` predicts at noise levels from `boundary` on, `low` below it; to the caller they are one model.

@@ -1,15 +1,17 @@
 """Text encoders: T5-like encoders and their tokenizers from local folders, and a small one to train along.
 
-`TextEncoder` returns what diffusers' WanPipeline gets before it pads: the last hidden states of the valid positions of
+`TextEncoder` returns what diffusers' pipelines get before they pad: the last hidden states of the valid positions of
 each text, the end token included. Nothing here is ever downloaded.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,53 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def lower_prompt(text: str) -> str:
+    """In lower case, as diffusers' pipelines of PixArt, Latte and Allegro have it without `clean_caption`."""
+    return text.lower().strip()
+
+
+CLEANERS: dict[str, Callable[[str], str]] = {"mend": clean_prompt, "lower": lower_prompt, "none": str}
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How a family's pipeline brings a text to its encoder.
+
+    max_length: texts are cut to this many tokens, the end token included. clean: what is done to a text first, a key of
+    CLEANERS. sees_padding: the encoder attends to padding up to max_length, which is not returned.
+    """
+
+    max_length: int = 512
+    clean: str = "mend"
+    sees_padding: bool = False
+
+
+TREATMENTS = {  # by the class in model_index.json, without "Pipeline"; all others as Wan
+    "LTX": Treatment(128, "none", sees_padding=True),
+    "LTXImageToVideo": Treatment(128, "none", sees_padding=True),
+    "PixArtAlpha": Treatment(120, "lower"),
+    "PixArtSigma": Treatment(300, "lower"),
+    "Latte": Treatment(120, "lower"),
+    "Allegro": Treatment(512, "lower"),
+    "CosmosTextToWorld": Treatment(512, "none"),
+    "Cosmos2TextToImage": Treatment(512, "none"),
+    "Cosmos2VideoToWorld": Treatment(512, "none"),
+}
+
+
 class TextEncoder(nn.Module):
     """An encoder and its tokenizer. Trains like any module; has no dropout.
 
-    max_length: texts are cut to this many tokens, the end token included.
+    max_length: texts are cut to this many tokens, the end token included; by default the treatment's.
     """
 
-    def __init__(self, encoder: PreTrainedModel, tokenizer: Any, max_length: int = 512) -> None:
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        tokenizer: Any,
+        max_length: int | None = None,
+        treatment: Treatment | None = None,
+    ) -> None:
         super().__init__()
         if tokenizer.pad_token_id is None:
             raise StditError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json.")
@@ -63,7 +105,8 @@ class TextEncoder(nn.Module):
             )
         self.encoder = encoder
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.treatment = treatment or Treatment()
+        self.max_length = max_length or self.treatment.max_length
 
     @property
     def dim(self) -> int:
@@ -74,27 +117,31 @@ class TextEncoder(nn.Module):
         """Cleaned texts to token ids, the end token included, without padding."""
         if not texts:
             return []
-        cleaned = [clean_prompt(text) for text in texts]
+        cleaned = [CLEANERS[self.treatment.clean](text) for text in texts]
         return self.tokenizer(cleaned, truncation=True, max_length=self.max_length, add_special_tokens=True).input_ids
 
-    def forward(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Token ids of several texts to their embeddings: one (L, D) a text, L its number of ids. Keeps gradients."""
+    def forward(self, ids: Sequence[Sequence[int]], at_least: int = 0) -> list[Tensor]:
+        """Token ids of several texts to their embeddings: one (L, D) a text, L its number of ids. Keeps gradients.
+
+        at_least: as many positions of every text, those of padding too.
+        """
         if not ids:
             return []
         device = next(self.encoder.parameters()).device
-        longest = max(len(one) for one in ids)
+        longest = self.max_length if self.treatment.sees_padding else max(at_least, *(len(one) for one in ids))
         padded = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros(len(ids), longest, dtype=torch.long)
         for row, one in enumerate(ids):
             padded[row, : len(one)] = torch.tensor(one, dtype=torch.long)
             mask[row, : len(one)] = 1
-        hidden = self.encoder(padded.to(device), mask.to(device)).last_hidden_state  # (texts, longest, D)
-        return [hidden[row, : len(one)] for row, one in enumerate(ids)]
+        seen = torch.ones_like(mask) if self.treatment.sees_padding else mask
+        hidden = self.encoder(padded.to(device), seen.to(device)).last_hidden_state  # (texts, longest, D)
+        return [hidden[row, : max(at_least, len(one))] for row, one in enumerate(ids)]
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Texts to embeddings without gradients: one (L, D) a text."""
-        return self(self.tokenize(texts))
+    def encode(self, texts: Sequence[str], at_least: int = 0) -> list[Tensor]:
+        """Texts to embeddings without gradients: one (L, D) a text. at_least: as in `forward`."""
+        return self(self.tokenize(texts), at_least)
 
     @property
     def tokenizer_class(self) -> str:
@@ -115,16 +162,17 @@ def load_text_encoder(
     folder: str | Path,
     tokenizer: str | Path | None = None,
     *,
-    max_length: int = 512,
+    max_length: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> TextEncoder:
     """A T5, mT5 or UMT5 encoder from a local folder.
 
     folder: a model folder with text_encoder/ and tokenizer/, or a folder transformers reads. tokenizer: its folder;
-    by default the encoder's own, or the one beside it. dtype None keeps the stored one.
+    by default the encoder's own, or the one beside it. Texts are treated as the pipeline of the model folder treats
+    them. max_length: in place of its. dtype None keeps the stored one.
     """
-    folder = Path(folder)
+    folder, treatment = Path(folder), None
     if not folder.is_dir():
         raise StditError(
             f"{folder} is not a folder. Text encoders are read from local folders, nothing is downloaded: "
@@ -132,6 +180,7 @@ def load_text_encoder(
         )
     if (folder / "text_encoder").is_dir():
         tokenizer = tokenizer or folder / "tokenizer"
+        treatment = _treatment(folder / "model_index.json")
         folder = folder / "text_encoder"
     if tokenizer is None:
         names = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
@@ -139,8 +188,17 @@ def load_text_encoder(
         tokenizer = next((place for place in places if any((place / name).is_file() for name in names)), None)
     if tokenizer is None or not Path(tokenizer).is_dir():
         raise StditError(f"{folder}: no tokenizer in it or beside it ({tokenizer or folder.parent / 'tokenizer'}).")
-    encoder = TextEncoder(_load_encoder(folder, dtype), load_tokenizer(tokenizer), max_length)
+    encoder = TextEncoder(_load_encoder(folder, dtype), load_tokenizer(tokenizer), max_length, treatment)
     return encoder.to(device)
+
+
+def _treatment(index: Path) -> Treatment | None:
+    """That of the pipeline which a model_index.json names."""
+    try:
+        name = json.loads(index.read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return TREATMENTS.get(str(name).removesuffix("Pipeline"))
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -32,13 +32,20 @@ class ImageEncoder(nn.Module):
         out = self.encoder(pixels.to(self.encoder.device, self.encoder.dtype), output_hidden_states=True)
         return [*out.hidden_states[-2]]
 
+    def save(self, image_encoder: str | Path, image_processor: str | Path) -> None:
+        """Writes both folders of a model folder; transformers opens them."""
+        self.encoder.save_pretrained(image_encoder)
+        self.processor.save_pretrained(image_processor)
 
-def load_image_encoder(folder: str | Path) -> ImageEncoder:
-    """From a model folder with image_encoder/ and image_processor/, in the dtype it is stored in."""
+
+def load_image_encoder(
+    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> ImageEncoder:
+    """From a model folder with image_encoder/ and image_processor/. dtype None keeps the stored one."""
     folder = Path(folder)
     try:
         loaded: Any = CLIPVisionModel.from_pretrained(
-            str(folder / "image_encoder"), local_files_only=True, use_safetensors=True, dtype="auto",
+            str(folder / "image_encoder"), local_files_only=True, use_safetensors=True, dtype=dtype or "auto",
             output_loading_info=True,
         )  # fmt: skip
         processor = CLIPImageProcessor.from_pretrained(str(folder / "image_processor"), local_files_only=True)
@@ -48,4 +55,4 @@ def load_image_encoder(folder: str | Path) -> ImageEncoder:
     if info["missing_keys"] or info["mismatched_keys"]:
         lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise StditError(f"{folder / 'image_encoder'}: the weights do not fit config.json: {', '.join(lost[:5])}.")
-    return ImageEncoder(encoder, processor)
+    return ImageEncoder(encoder, processor).to(device)

@@ -106,7 +106,8 @@ def check_evaluation(parts: Parts) -> None:
         with about(f"eval.size={settings.size}, eval.frames={settings.frames}"):
             objective.tokens(asked)
         with about("eval.prompts"):  # whether such weights can be sampled
-            Pipeline(objective.module.transformer, objective.vae, objective.text_encoder, {})
+            pipeline = Pipeline(objective.module.transformer, objective.vae, objective.text_encoder, {})
+            pipeline.known_frames.of(None, asked)
 
 
 def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, config: RunConfig, epoch: int) -> Plan:
@@ -205,6 +206,8 @@ def make_vae(config: RunConfig) -> CausalVAE:
         return CausalVAE(VaeConfig(**(vars(base) | config.vae.overrides)))
     with about("vae.path"):
         vae = load_vae(config.vae.path, dtype=torch.float32)
+        if config.objective.kind == "vae" and not isinstance(vae, CausalVAE):
+            raise StditError(f"{config.vae.path}: a {vae.config.name} does not train here; VAEs in Wan's layout do.")
     for name, value in config.vae.overrides.items():
         if getattr(vae.config, name) != value:
             raise StditError(f"vae.{name} is {value}, but {config.vae.path} has {getattr(vae.config, name)}.")
@@ -213,16 +216,15 @@ def make_vae(config: RunConfig) -> CausalVAE:
 
 def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
     """The frozen encoder of `text.path`, or a fresh one whose words are the manifest's."""
-    length = config.text.padding or 512
     if config.text.path:
         with about("text.path"):
-            return load_text_encoder(config.text.path, max_length=length)
+            return load_text_encoder(config.text.path, max_length=config.text.padding or None)
     if config.text.trained is None:
         raise StditError("text.path or text.trained must be set: a folder with text_encoder/, or one to train along.")
     trained = config.text.trained
     tokenizer = build_word_tokenizer(caption["text"] for caption in _captions(manifest))
     encoder = small_umt5(len(tokenizer), trained.dim, trained.layers, trained.heads, seed=config.run.seed)
-    return TextEncoder(encoder.train(), tokenizer, max_length=length)
+    return TextEncoder(encoder.train(), tokenizer, max_length=config.text.padding or 512)
 
 
 def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stdit.models.experts import Experts
     from stdit.models.transformer import STDiT
     from stdit.vae.autoencoder import CausalVAE
+    from stdit.vae.others import OtherVAE
 
 KINDS = ("transformer", "vae")
 FAMILIES = {"transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"), "vae": ("wan_vae",)}
@@ -101,9 +102,38 @@ def load_vae(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     trust_pickle: bool = False,
-) -> CausalVAE:
-    """A causal VAE from a model folder, its vae/, an original Wan release, or a file; otherwise as load_transformer."""
+) -> Any:
+    """A causal VAE from a model folder, its vae/, an original Wan release, or a file; otherwise as load_transformer.
+
+    A CausalVAE; where config.json names another family's (`stdit.vae.others.CLASSES`), an OtherVAE, which diffusers
+    runs behind the same methods.
+    """
+    from stdit.vae.others import load_other
+
+    if (other := _other_vae(Path(path).expanduser())) is not None:
+        return load_other(*other, dtype, device)
     return load(find("vae", path, trust_pickle), dtype, device)
+
+
+def vae_config(path: str | os.PathLike[str]) -> Any:
+    """The config of the VAE that load_vae would load: at least `stride` and `z_dim`."""
+    from stdit.vae.others import load_other
+
+    other = _other_vae(Path(path).expanduser())
+    return find("vae", path).config if other is None else load_other(*other).config
+
+
+def _other_vae(folder: Path) -> tuple[str, Path] | None:
+    """Class and folder of another family's VAE, its files checked."""
+    from stdit.vae.others import CLASSES
+
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    path = folder / "config.json"
+    name = read_json(path).get("_class_name") if path.is_file() else None
+    if name not in CLASSES:
+        return None
+    open_folder(folder)  # raises for files that are damaged, before anything is read
+    return name, folder
 
 
 def save_transformer(
@@ -128,11 +158,18 @@ def save_transformer(
 
 
 def save_vae(
-    vae: CausalVAE, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
+    vae: CausalVAE | OtherVAE, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
 ) -> None:
     """As save_transformer. "diffusers" opens with AutoencoderKLWan.from_pretrained(folder); "original" is one file,
     Wan2.1_VAE.safetensors (Wan2.2_VAE where levels have shortcuts), which carries our config in its metadata."""
-    _save("vae", vae, Path(folder), layout, shard_bytes)
+    from stdit.vae.others import OtherVAE
+
+    if isinstance(vae, OtherVAE):
+        if layout != "diffusers":
+            raise StditError(f"layout {layout!r}: a {vae.config.name} is written as diffusers has it only.")
+        vae.module.save_pretrained(folder)
+    else:
+        _save("vae", vae, Path(folder), layout, shard_bytes)
 
 
 def families(kind: str) -> list[ModuleType]:

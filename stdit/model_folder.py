@@ -1,0 +1,191 @@
+"""Model folders in diffusers' pipeline layout: what each pipeline class does around its transformer, and their parts.
+
+What is written here opens in the class that model_index.json names, with the same result for the same noise, and what
+is saved there opens here. `stdit.json` holds what diffusers has no place for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stdit.diffusion.solvers import read_scheduler, write_scheduler
+from stdit.errors import StditError, nearest_name
+from stdit.files import publish_text
+from stdit.models.experts import Experts
+from stdit.models.transformer import STDiT
+from stdit.shapes import VideoShape
+from stdit.text.encoders import TextEncoder, load_text_encoder
+from stdit.vae.autoencoder import CausalVAE
+from stdit.vae.others import OtherVAE
+from stdit.weights.families.configs import DIFFUSERS_VERSION
+from stdit.weights.files import read_json
+from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
+
+if TYPE_CHECKING:
+    from stdit.text.images import ImageEncoder
+
+FORMAT = 1  # of stdit.json
+
+
+@dataclass(frozen=True)
+class PipelineKind:
+    """What one of diffusers' pipeline classes does around its transformer.
+
+    negative_follows: the negative prompt is brought to each prompt's length, with what the encoder says at positions of
+    padding. fps, shape: of the released weights; no shape: pictures of the size they were trained at.
+    """
+
+    fps: float
+    shape: str | None = None
+    negative_follows: bool = False
+
+
+KINDS = {
+    "WanPipeline": PipelineKind(16, "832x480x81"),
+    "WanImageToVideoPipeline": PipelineKind(16, "832x480x81"),
+    "LTXPipeline": PipelineKind(25, "704x512x161"),
+    "LTXImageToVideoPipeline": PipelineKind(25, "704x512x161"),
+    "PixArtAlphaPipeline": PipelineKind(1),
+    "PixArtSigmaPipeline": PipelineKind(1),
+    "LattePipeline": PipelineKind(8, "512x512x16", negative_follows=True),
+    "AllegroPipeline": PipelineKind(15, "1280x720x88"),
+    "CosmosTextToWorldPipeline": PipelineKind(30, "1280x704x121"),
+    "Cosmos2TextToImagePipeline": PipelineKind(16, "1360x768x1"),
+    "Cosmos2VideoToWorldPipeline": PipelineKind(16, "1280x704x93"),
+}
+REFUSED = {
+    "CosmosVideoToWorldPipeline": "Cosmos-Predict1 from a video adds noise to what it is given, which is not built",
+    "LTXConditionPipeline": "LTX-Video 0.9.5 and later take linear-quadratic steps and keyframes, which are not built",
+    "Cosmos2_5_PredictBasePipeline": "its text encoder (Cosmos-Reason1, a Qwen2.5-VL) is not built; its transformer is",
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a model folder says beyond its weights, in stdit.json: the defaults of sampling.
+
+    fps: frames a second it was trained at. shapes: what it was trained at, WIDTHxHEIGHTxFRAMES; the first is the
+    default. text_padding: positions that texts are padded to; None: as the transformer's config says. shift_tokens: a
+    clip of so many tokens is sampled with the scheduler's static shift, one of n with √(n / shift_tokens) times as
+    much, as it was trained; None: all with the static one, as diffusers does.
+    """
+
+    fps: float = 16.0
+    shapes: tuple[str, ...] = ("832x480x81",)
+    text_padding: int | None = None
+    shift_tokens: int | None = None
+
+    @classmethod
+    def read(cls, folder: str | Path, absent: ModelSettings | None = None) -> ModelSettings:
+        """From a model folder; where it has no stdit.json, `absent`, or else Wan's."""
+        path = Path(folder) / "stdit.json"
+        if not path.is_file():
+            return absent or cls()
+        found = read_json(path)
+        if found.pop("format", None) != FORMAT:
+            raise StditError(f"{path}: its format is not {FORMAT}, the one this version of stdit reads.")
+        for key in found:
+            if key not in cls.__dataclass_fields__:
+                raise StditError(f"{path}: unknown key {key!r}.{nearest_name(key, cls.__dataclass_fields__)}")
+        found["shapes"] = tuple(found.get("shapes", cls.shapes))
+        if not found["shapes"]:
+            raise StditError(f"{path}: shapes is empty.")
+        tokens = found.get("shift_tokens")
+        if tokens is not None and not (type(tokens) is int and tokens > 0):
+            raise StditError(f"{path}: shift_tokens is {tokens!r}; it must be a positive integer or null.")
+        return cls(**found)
+
+    def write(self, folder: str | Path) -> None:
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        publish_text(Path(folder) / "stdit.json", text)
+
+    @property
+    def shape(self) -> VideoShape:
+        """The default shape."""
+        return VideoShape.parse(self.shapes[0])
+
+
+@dataclass
+class ModelParts:
+    """What a model folder holds, in memory. index: its model_index.json, whose class says which pipeline it is for."""
+
+    transformer: STDiT | Experts
+    vae: CausalVAE | OtherVAE
+    text_encoder: TextEncoder
+    scheduler: dict[str, Any]
+    settings: ModelSettings
+    image_encoder: ImageEncoder | None = None
+    index: dict[str, Any] = field(default_factory=lambda: {"_class_name": "WanPipeline"})
+
+
+def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> ModelParts:
+    """Reads a model folder. dtype: of the transformer and the encoders; None keeps the stored ones."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
+    index = read_json(path)
+    name = index.get("_class_name")
+    if name in REFUSED:
+        raise StditError(f"{path}: a {name} is not supported: {REFUSED[name]}.")
+    if name not in KINDS:
+        raise StditError(
+            f"{path}: a {name} is not supported.{nearest_name(str(name), KINDS)} Supported: {', '.join(KINDS)}."
+        )
+    kind = KINDS[name]
+    transformer = load_transformer(folder, dtype=dtype, device=device).eval()
+    vae = load_vae(folder, device=device).eval()
+    text_encoder = load_text_encoder(folder, dtype=dtype, device=device)
+    image_encoder = None
+    if (folder / "image_encoder").is_dir():
+        from stdit.text.images import load_image_encoder
+
+        image_encoder = load_image_encoder(folder, dtype, device)
+    settings = ModelSettings.read(folder, _released(kind, transformer, vae))
+    scheduler = read_scheduler(folder / "scheduler", name)
+    return ModelParts(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
+
+
+def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: CausalVAE | OtherVAE) -> ModelSettings:
+    """The defaults of a folder that was not made here."""
+    if kind.shape is not None:
+        return ModelSettings(kind.fps, (kind.shape,))
+    side = transformer.config.position_base * transformer.config.patch[1] * vae.config.stride[1]
+    return ModelSettings(kind.fps, (f"{side}x{side}x1",))
+
+
+def save_parts(parts: ModelParts, folder: Path) -> None:
+    """Writes a model folder that diffusers' pipeline of its kind and `load_parts` open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    experts = isinstance(parts.transformer, Experts)
+    save_transformer(parts.transformer, folder if experts else folder / "transformer")
+    save_vae(parts.vae, folder / "vae")
+    parts.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
+    write_scheduler(parts.scheduler, folder / "scheduler")
+    parts.settings.write(folder)
+    family = importlib.import_module(f"stdit.weights.families.{parts.transformer.config.family}")
+    transformer = ["diffusers", family.config_to_diffusers(parts.transformer.config)["_class_name"]]
+    vae = parts.vae.config.name if isinstance(parts.vae, OtherVAE) else "AutoencoderKLWan"
+    index = {name: value for name, value in parts.index.items() if name != "_name_or_path"}
+    if index["_class_name"].startswith("Wan"):
+        index = {"expand_timesteps": False} | index
+        index["boundary_ratio"] = parts.transformer.boundary if isinstance(parts.transformer, Experts) else None
+        index["transformer_2"] = transformer if experts else [None, None]
+    index |= {
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", parts.scheduler["_class_name"]],
+        "text_encoder": ["transformers", type(parts.text_encoder.encoder).__name__],
+        "tokenizer": ["transformers", parts.text_encoder.tokenizer_class],
+        "transformer": transformer,
+        "vae": ["diffusers", vae],
+    }
+    if parts.image_encoder is not None:
+        parts.image_encoder.save(folder / "image_encoder", folder / "image_processor")
+        index["image_encoder"] = ["transformers", type(parts.image_encoder.encoder).__name__]
+        index["image_processor"] = ["transformers", type(parts.image_encoder.processor).__name__]
+    publish_text(folder / "model_index.json", json.dumps(dict(sorted(index.items())), indent=2) + "\n")

@@ -1,0 +1,193 @@
+"""Other families' autoencoders, run by diffusers (extra `vaes`) behind CausalVAE's encode and decode.
+
+Latents are normalised as diffusers' pipeline of the family does it: (raw − mean) · scaling_factor / std, each of which
+a config may leave out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stdit.errors import StditError
+from stdit.shapes import Stride, VideoShape
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What diffusers' classes do not say of themselves.
+
+    image: encodes pictures, so a clip goes through it frame by frame. whole: frames go in whole groups, with no first
+    frame of its own. tiled: knows no other way than tiles of `kernel` at every `stride` (frames, rows, columns).
+    """
+
+    family: str
+    image: bool = False
+    whole: bool = False
+    tiled: bool = False
+
+
+CLASSES = {
+    "AutoencoderKL": Kind("Stable Diffusion's image VAE: PixArt, Latte", image=True),
+    "AutoencoderKLLTXVideo": Kind("LTX-Video"),
+    "AutoencoderKLAllegro": Kind("Allegro", whole=True, tiled=True),
+    "AutoencoderKLCosmos": Kind("Cosmos-Predict1"),
+    "AutoencoderKLCogVideoX": Kind("CogVideoX"),
+    "AutoencoderKLHunyuanVideo": Kind("HunyuanVideo"),
+    "AutoencoderKLMochi": Kind("Mochi"),
+}
+
+
+@dataclass(frozen=True)
+class OtherConfig:
+    """name: diffusers' class. z_dim: latent channels. stride: frames, rows and columns of pixels to one latent."""
+
+    name: str
+    z_dim: int
+    stride: Stride
+
+
+class OtherVAE(nn.Module):
+    """Clips to latents and back through a diffusers autoencoder.
+
+    decode_level: what a timestep-conditioned decoder (LTX-Video 0.9.1 and later) is told of its latents' noise; 0 as
+    diffusers' pipeline by default.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        name = type(module).__name__
+        self.module, self.kind = module, CLASSES[name]
+        frames, side = _ratio(module, "temporal"), _ratio(module, "spatial")
+        stride = Stride((frames, side, side), first=frames if self.kind.whole else 1)
+        self.config = OtherConfig(name, int(module.config.latent_channels), stride)
+        self.decode_level = 0.0
+        if self.kind.tiled:
+            module.enable_tiling()
+
+    def encode(self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W'). sample: draw, else the mode."""
+        if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+            raise StditError(
+                f"video of {video.dtype} {tuple(video.shape)}: the VAE encodes floats in [-1, 1] (B, 3, T, H, W)."
+            )
+        shape = VideoShape(*video.shape[2:])
+        shape.latent(self.config.stride)  # raises where it does not divide
+        self._check_tiles(shape)
+        x = _frames(video) if self.kind.image else video
+        posterior = self.module.encode(x).latent_dist
+        raw = posterior.sample(generator) if sample else posterior.mode()
+        return self.normalise(_clips(raw, len(video)) if self.kind.image else raw)
+
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
+        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes)."""
+        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
+            raise StditError(
+                f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
+            )
+        stride = self.config.stride
+        frames, height, width = (n * s for n, s in zip(latents.shape[2:], stride))
+        self._check_tiles(VideoShape(frames + stride.first - stride[0], height, width))
+        raw = self.denormalise(latents)
+        if self.kind.image:
+            parts = [self.module.decode(frame).sample for frame in _frames(raw).split(1)]
+            video = _clips(torch.cat(parts), len(raw))
+        elif self.module.config.get("timestep_conditioning"):
+            with torch.random.fork_rng():  # its decoder may draw noise of its own: the same for every clip
+                torch.manual_seed(0)
+                video = self.module.decode(raw, raw.new_full((len(raw),), self.decode_level)).sample
+        else:
+            video = self.module.decode(raw).sample
+        video = video.transpose(1, 2) if self.kind.tiled else video  # Allegro's gives (B, T, 3, H, W)
+        return video.clamp(-1, 1) if clamp else video
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """(B, z, T', H', W') as encoded -> as the DiT sees them."""
+        mean, scale = self._statistics(raw)
+        return ((raw - mean) * scale).to(raw.dtype)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        mean, scale = self._statistics(latents)
+        return (latents / scale + mean).to(latents.dtype)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """mean and scaling_factor / std, of every channel, or of every channel and latent frame (Cosmos)."""
+        config = self.module.config
+
+        def values(name: str, absent: float) -> Tensor:
+            found = dict(self.module.named_buffers(recurse=False)).get(name, config.get(name))  # LTX-Video has buffers
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            if found is None:
+                return torch.full((1, 1, 1, 1, 1), absent, dtype=dtype, device=like.device)
+            table = torch.as_tensor(found, dtype=dtype, device=like.device).view(1, self.config.z_dim, -1, 1, 1)
+            if 1 < table.shape[2] < like.shape[2]:
+                raise StditError(
+                    f"{like.shape[2]} latent frames: {self.config.name} has statistics of {table.shape[2]} only."
+                )
+            return table[:, :, : like.shape[2]]
+
+        shift = config.get("shift_factor")
+        mean = values("latents_mean", 0.0 if shift is None else float(shift))
+        return mean, float(config.get("scaling_factor") or 1.0) / values("latents_std", 1.0)
+
+    def _check_tiles(self, shape: VideoShape) -> None:
+        """Raises for a clip that tiles would not cover (diffusers leaves such borders black)."""
+        if not self.kind.tiled:
+            return
+        for name, size, kernel, stride in zip(
+            ("frames", "height", "width"),
+            (shape.frames, shape.height, shape.width), self.module.kernel, self.module.stride,
+        ):  # fmt: skip
+            if size < kernel or (size - kernel) % stride:
+                near = sorted({kernel + max(size - kernel, 0) // stride * stride + n for n in (0, stride)})
+                raise StditError(
+                    f"{shape}: {self.config.name} goes in tiles, so {name} must be {kernel}+{stride}k, not {size}; "
+                    f"nearest are {' and '.join(map(str, near))}."
+                )
+
+
+def _ratio(module: Any, axis: str) -> int:
+    """Pixels to one latent: of the config, else of the module, else of the levels of an image VAE."""
+    name = f"{axis}_compression_ratio"
+    found = module.config.get(name) or module.__dict__.get(name)
+    if not found:
+        found = 1 if axis == "temporal" else 2 ** (len(module.config.block_out_channels) - 1)
+    return int(found)
+
+
+def _frames(clips: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B·T, C, H, W)."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def _clips(frames: Tensor, count: int) -> Tensor:
+    """(B·T, C, H, W) -> (B, C, T, H, W)."""
+    return frames.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def load_other(
+    name: str, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> OtherVAE:
+    """The autoencoder of a diffusers folder (config.json and safetensors), by its class; nothing is downloaded."""
+    try:
+        import diffusers
+    except ImportError:
+        raise StditError(
+            f"{folder}: a {name} ({CLASSES[name].family}) is run by diffusers, which is not installed: "
+            "pip install 'stdit[vaes]'."
+        ) from None
+    try:
+        module, info = getattr(diffusers, name).from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype
+        )
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise StditError(f"{folder}: diffusers cannot read a {name} there: {error}") from error
+    lost = {key: sorted(map(str, found)) for key, found in info.items() if found and key != "error_msgs"}
+    if lost:
+        raise StditError(f"{folder}: the VAE's weights do not fit its config.json: {lost}.")
+    return OtherVAE(module).to(device)
