@@ -153,6 +153,8 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
 
 def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: CausalVAE | OtherVAE) -> ModelSettings:
     """The defaults of a folder that was not made here."""
+    if transformer.config.family == "wan" and vae.config.z_dim == 48:  # Wan 2.2 TI2V 5B
+        return ModelSettings(24, ("1280x704x121",))
     if kind.shape is not None:
         return ModelSettings(kind.fps, (kind.shape,))
     side = transformer.config.position_base * transformer.config.patch[1] * vae.config.stride[1]

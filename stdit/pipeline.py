@@ -50,7 +50,7 @@ class Pipeline:
     """A model folder in memory: a transformer, a VAE, a text encoder and a scheduler's config.
 
     image_encoder: for weights that see its tokens (Wan 2.1 I2V). index: model_index.json of the folder; its
-    `_class_name` is the diffusers pipeline that this one does the same as.
+    `_class_name` is the diffusers pipeline that this one does the same as; else the one that the scheduler is for.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Pipeline:
             )
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.image_encoder, self.scheduler, self.settings = image_encoder, dict(scheduler), settings or ModelSettings()
-        self.index = dict(index or {"_class_name": "WanPipeline"})
+        self.index = dict(index or {"_class_name": scheduler.get("_pipeline", "WanPipeline")})
         self.known_frames = KnownFrames(config, vae, image_encoder)
 
     @property
@@ -178,6 +178,8 @@ class Pipeline:
         latent = shape.latent(self.vae.config.stride)
         noises = self._noise(len(prompts), latent, seed, noise)
         given = self._given(known, len(prompts), shape)
+        if guidance_2 is not None and not isinstance(self.transformer, Experts):
+            raise StditError(f"guidance_2 {guidance_2:g}: is for the second of two experts; this model has one.")
         scales = (guidance, guidance if guidance_2 is None else guidance_2)
         request = Request(shape, fps or self.settings.fps, steps, scales, seed, solver, shift)
         texts = self.encode_texts(prompts)
@@ -301,7 +303,8 @@ class Pipeline:
 
     def _negatives(self, negative_prompt: str, texts: Sequence[Tensor]) -> list[Tensor]:
         """The negative prompt beside each text."""
-        if not KINDS[self.index["_class_name"]].negative_follows:
+        kind = KINDS.get(self.index["_class_name"])
+        if kind is None or not kind.negative_follows:
             return self.encode_texts([negative_prompt]) * len(texts)
         (negative,) = self.encode_texts([negative_prompt], max(map(len, texts)))
         return [negative[: len(text)] for text in texts]

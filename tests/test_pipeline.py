@@ -240,6 +240,8 @@ def test_defaults_come_from_the_folder(ours, theirs, tmp_path):
         ({"known": {"image": np.zeros((32, 48, 3), np.float32)}}, "uint8"),
         ({"solver": "ddim"}, "'ddim'"),
         ({"steps": 0}, "steps"),
+        ({"guidance_2": 3.0}, "this model has one"),
+        ({"known": {"image": np.zeros((32, 48, 3), np.uint8), "last": np.zeros((32, 48, 3), np.uint8)}}, "last frame"),
     ],
 )
 def test_errors_say_what_is_wrong(ours, settings, message):
