@@ -44,11 +44,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 SIZES: dict[str, float] = {"small": 0.34, "large": 0.53}  # width over √(frame area): similar in pixels in every bucket
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
-BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # colour at the top, at the bottom
-    "black": ((20, 20, 24), (20, 20, 24)),
-    "grey": ((96, 96, 92), (96, 96, 92)),
-    "dusk": ((44, 36, 72), (96, 64, 60)),
-}  # near each other: a white one outweighs the shape in the latents' variance, and so in the loss
+BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # upper left corner, lower right corner
+    "black": ((0, 0, 4), (60, 60, 64)),
+    "grey": ((60, 60, 56), (136, 136, 132)),
+    "dusk": ((30, 22, 62), (112, 80, 72)),
+}
+# They are near each other, since a white one outweighs the shape in the latents' variance, and so in the loss. And each
+# tells one place of the frame from another, which relative positions alone do not: directions are learned sooner.
 SOFT_EDGE = 0.04  # of √(frame area): what an edge is blurred over, as by a lens
 TRAVEL = (0.15, 0.85)  # the centre's first and last place along the direction, as a share of the frame
 
@@ -167,11 +169,16 @@ def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter |
     outside = outline_distance(spec.shape, dx, dy, np.float32(half)) / edge
     coverage = np.clip(0.5 - outside, 0, 1)[..., None]  # (T, H, W, 1)
 
-    top, bottom = (np.array(colour, np.float32) for colour in BACKGROUNDS[spec.background])
-    down = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / height
-    background = (top + (bottom - top) * down)[None, :, None, :]  # (1, H, 1, 3)
+    first, last = (np.array(colour, np.float32) for colour in BACKGROUNDS[spec.background])
+    background = first + (last - first) * diagonal(width, height)[None, :, :, None]  # (1, H, W, 3)
     colour = np.clip(np.array(COLOURS[spec.colour], np.float32) + 255 * np.array(jitter.colour, np.float32), 0, 255)
     return (background + coverage * (colour - background) + 0.5).astype(np.uint8)
+
+
+def diagonal(width: int, height: int) -> np.ndarray:
+    """How far each pixel lies from the upper left corner to the lower right one, 0 to 1: (H, W) fp32."""
+    across, down = ((np.arange(size, dtype=np.float32) + 0.5) / size for size in (width, height))
+    return (down[:, None] + across[None, :]) / 2
 
 
 def _path(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from stdit.data.toy import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, ToySpec, outline_distance
+from stdit.data.toy import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, ToySpec, diagonal, outline_distance
 from stdit.errors import StditError
 from stdit.evaluation.metrics import binomial_p, wilson_interval
 
@@ -64,8 +64,8 @@ def read_clip(frames: np.ndarray) -> ToyReading:
     if background is None:
         return ToyReading(NONE, NONE, NONE, NONE, NONE)
     name = _nearest_background(background)
-    down = ((np.arange(frames.shape[1], dtype=np.float32) + 0.5) / frames.shape[1])[:, None]
-    field = (background[0] + (background[1] - background[0]) * down)[None, :, None, :]  # (1, H, 1, 3)
+    along = diagonal(frames.shape[2], frames.shape[1])[None, :, :, None]
+    field = background[0] + (background[1] - background[0]) * along  # (1, H, W, 3)
     core = _core_colour(pixels - field, pixels)
     if core is None:
         return ToyReading(NONE, NONE, NONE, NONE, name)
@@ -78,19 +78,19 @@ def read_clip(frames: np.ndarray) -> ToyReading:
 
 
 def _fit_background(pixels: np.ndarray) -> np.ndarray | None:
-    """(2, 3): the colours at the top and at the bottom of a linear fit to the neutral pixels of all frames."""
+    """(2, 3): the colours of the first and last corner in a linear fit to the neutral pixels of all frames."""
     frames, height, width, _ = pixels.shape
-    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[None, :, None], (frames, height, width)).reshape(-1)
-    every = max(1, len(down) // 10_007)  # some ten thousand pixels are plenty
-    down, values = down[::every], pixels.reshape(-1, 3)[::every]
+    along = np.broadcast_to(diagonal(width, height), (frames, height, width)).reshape(-1)
+    every = max(1, len(along) // 10_007)  # some ten thousand pixels are plenty
+    along, values = along[::every], pixels.reshape(-1, 3)[::every]
     keep = values.max(1) - values.min(1) < _NEUTRAL
     fit = np.zeros((2, 3))
     for _ in range(3):  # each time without what is far from the last fit: edges, shadows of a blurry decoder
         if keep.sum() < max(8, 0.05 * keep.size):
             return None
-        design = np.stack([1 - down[keep], down[keep]], 1)
+        design = np.stack([1 - along[keep], along[keep]], 1)
         fit = np.linalg.solve(design.T @ design + 1e-6 * np.eye(2), design.T @ values[keep])
-        residual = np.abs(values - fit[0] - (fit[1] - fit[0]) * down[:, None]).max(1)
+        residual = np.abs(values - fit[0] - (fit[1] - fit[0]) * along[:, None]).max(1)
         keep = residual < max(12.0, 3 * float(np.median(residual[keep])))
     return fit.astype(np.float32)
 

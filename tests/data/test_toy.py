@@ -83,8 +83,11 @@ def test_what_is_not_a_caption_is_named(caption, said):
 @pytest.mark.parametrize("shape, share", [("circle", np.pi / 4), ("square", 1.0), ("triangle", 0.5)])
 @pytest.mark.parametrize("size", SIZES)
 def test_shapes_have_the_area_of_their_formula(shape, share, size):
-    frame = render(ToySpec("red", shape, size, "none", "black"), 200, 120, 1)[0].astype(float)
-    coverage = ((frame - (20, 20, 24)) / (np.array(COLOURS["red"]) - (20, 20, 24)))[..., 0]
+    red, blue = (
+        render(ToySpec(colour, shape, size, "none", "black"), 200, 120, 1)[0, ..., 0].astype(float)
+        for colour in ("red", "blue")
+    )
+    coverage = (red - blue) / (COLOURS["red"][0] - COLOURS["blue"][0])
     width = SIZES[size] * np.sqrt(200 * 120)
     assert coverage.sum() == pytest.approx(share * width**2, rel=0.02)  # soft corners
 
