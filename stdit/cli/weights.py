@@ -191,12 +191,15 @@ def _show_adapter(adapter: dict[str, Any]) -> None:
 
 
 def _trained_for(source: Source) -> dict[str, str | None]:
-    """Which release it is, and what that was trained with; all None for sizes that nobody released."""
+    """What a transformer was trained to put out, and which release it is; that is None for sizes nobody released."""
+    if source.kind != "transformer":
+        return dict.fromkeys(("release", "objective", "expects_vae", "expects_text"))
     from stdit.weights.releases import release_of
+    from stdit.weights.schedulers import objective_of
 
     found = release_of(source.config)
-    values = (found.name, found.objective, found.vae, found.text) if found else (None,) * 4
-    return dict(zip(("release", "objective", "expects_vae", "expects_text"), values))
+    release = (found.name, found.vae, found.text) if found else (None,) * 3
+    return {"objective": objective_of(source.config), **dict(zip(("release", "expects_vae", "expects_text"), release))}
 
 
 def _parts(path: Path) -> dict[str, str]:
@@ -229,8 +232,9 @@ def _show(models: list[dict[str, Any]], parts: dict[str, str]) -> None:
         table.add_row("size", f"{size} parameters" + (f", preset {model['preset']}" if model["preset"] else ""))
         if model["release"]:
             table.add_row("release", model["release"])
-            table.add_row("trained for", model["objective"])
             table.add_row("takes", f"VAE: {model['expects_vae']}\ntext: {model['expects_text']}")
+        if model["objective"]:
+            table.add_row("trained for", model["objective"])
         table.add_row("dialect", model["dialect"])
         table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in model["dtypes"].items()))
         table.add_row("files", "\n".join(model["files"][:4]) + ("\n…" if len(model["files"]) > 4 else ""))

@@ -87,8 +87,15 @@ class StepKey:
 
 
 class Batch(Protocol):
-    weight: float  # Σ_c w_c
-    flops: int  # forward and backward
+    @property
+    def weight(self) -> float:
+        """Σ_c w_c."""
+        ...
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward."""
+        ...
 
 
 class Objective(Protocol):

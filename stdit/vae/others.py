@@ -6,6 +6,7 @@ a config may leave out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,11 @@ class OtherVAE(nn.Module):
             video = self.module.decode(raw).sample
         video = video.transpose(1, 2) if self.kind.tiled else video  # Allegro's gives (B, T, 3, H, W)
         return video.clamp(-1, 1) if clamp else video
+
+    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """`decode` of one clip (z, T', H', W'), an image VAE's frame by frame: (3, t, H, W) each."""
+        for part in latents.split(1, dim=1) if self.kind.image else (latents,):
+            yield self.decode(part[None])[0]
 
     def normalise(self, raw: Tensor) -> Tensor:
         """(B, z, T', H', W') as encoded -> as the DiT sees them."""

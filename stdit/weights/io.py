@@ -281,7 +281,7 @@ def boundary_of(folder: Path, from_image: bool) -> float:
     path = folder / "model_index.json"
     if not path.is_file():
         return BOUNDARIES["image" if from_image else "text"]
-    found = read_json(path).get("boundary_ratio")
+    found: Any = read_json(path).get("boundary_ratio")
     if type(found) not in (int, float) or not 0 < found < 1:
         raise StditError(f"{path}: boundary_ratio is {found!r}; it must be a noise level between 0 and 1.")
     return float(found)

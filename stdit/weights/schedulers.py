@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stdit.diffusion.solvers import euler_config, read_scheduler, unipc_config
+from stdit.diffusion.solvers import euler_config, path_of, read_scheduler, unipc_config
 from stdit.models.config import TransformerConfig
 from stdit.weights.files import read_json
 
@@ -54,3 +54,13 @@ def scheduler_of(path: str | Path, config: TransformerConfig) -> dict[str, Any]:
     index = folder / "model_index.json"
     pipeline = read_json(index).get("_class_name", "") if index.is_file() else ""
     return read_scheduler(folder / "scheduler", pipeline)
+
+
+def objective_of(config: TransformerConfig) -> str:
+    """What weights of a family were trained to put out, in words."""
+    learned = config.out_channels == 2 * config.latent_channels
+    return {
+        "flow": "rectified flow (velocity)",
+        "ddpm": "DDPM (noise and learned variance)" if learned else "DDPM (noise)",
+        "edm": "EDM (denoiser, preconditioned)",
+    }[path_of(default_scheduler(config)).name]
