@@ -106,10 +106,10 @@ class OtherVAE(nn.Module):
         video = video.transpose(1, 2) if self.kind.tiled else video  # Allegro's gives (B, T, 3, H, W)
         return video.clamp(-1, 1) if clamp else video
 
-    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """`decode` of one clip (z, T', H', W'), an image VAE's frame by frame: (3, t, H, W) each."""
-        for part in latents.split(1, dim=1) if self.kind.image else (latents,):
-            yield self.decode(part[None])[0]
+    def decode_stream(self, latents: Tensor, clamp: bool = True) -> Iterator[Tensor]:
+        """`decode` of one clip (z, T', H', W'): its frames (3, t, H, W) when ready, one by one from an image VAE."""
+        for part in latents[None].split(1, dim=2) if self.kind.image else [latents[None]]:
+            yield self.decode(part, clamp)[0]
 
     def normalise(self, raw: Tensor) -> Tensor:
         """(B, z, T', H', W') as encoded -> as the DiT sees them."""

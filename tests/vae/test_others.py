@@ -100,6 +100,9 @@ def test_latents_and_frames_are_those_of_the_familys_pipeline(name, tmp_path):
     torch.testing.assert_close(latents, normalise(theirs, raw), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.decode(latents, clamp=False), whole, rtol=1e-4, atol=1e-4)
     assert ours.decode(50 * latents).abs().max() <= 1
+    streamed = list(ours.decode_stream(latents[0], clamp=False))
+    assert len(streamed) == (frames if name == "Stable Diffusion 3" else 1)
+    torch.testing.assert_close(torch.cat(streamed, dim=1), whole[0], rtol=1e-4, atol=1e-4)
     first, again = (ours.encode(video, True, torch.Generator().manual_seed(seed)) for seed in (0, 0))
     assert torch.equal(first, again) and not torch.equal(first, latents)
     stdit.save_vae(ours, tmp_path / "back")
