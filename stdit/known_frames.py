@@ -93,9 +93,9 @@ class KnownFrames:
                 f"these weights take {self.config.image_channels} channels beside the latents; a mask of {group} and "
                 f"{len(latents)} of the VAE's are {len(image)}."
             )
-        return Given(image=image, image_text=self._image_text(first, last, shape))
+        return Given(image=image, image_text=self._image_text(first, last))
 
-    def _image_text(self, first: Tensor, last: Tensor | None, shape: VideoShape) -> Tensor | None:
+    def _image_text(self, first: Tensor, last: Tensor | None) -> Tensor | None:
         if self.image_encoder is None:
             return None
         pictures = [first[0]] if last is None else [first[0], last[0]]
