@@ -173,7 +173,7 @@ class CausalVAE(nn.Module):
 
         memory: as for `encode`.
         """
-        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
+        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or not latents.numel():
             raise StditError(
                 f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
             )

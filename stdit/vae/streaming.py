@@ -7,8 +7,8 @@ convolutions' reach, and the attention within a frame, end where a tile does; th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -41,42 +41,43 @@ class Slices:
 
 
 def slices(config: VaeConfig, side: str, shape: tuple[int, int, int, int], itemsize: int, memory: int | None) -> Slices:
-    """The largest slices of `shape` (clips, latent frames, rows, columns; 0 latent frames: unknown) within `memory`.
+    """The largest slices of `shape` (clips, latent frames, rows, columns; 0 latent frames: a stream) within `memory`.
 
     side: "encoder" or "decoder". itemsize: bytes of a number. memory: bytes, beyond the weights and what goes in and
     out; None: DEFAULT_MEMORY, but never tiles. First the clips are sliced, then their frames, then the frames are
-    tiled. Raises StditError where not even the smallest tile fits.
+    tiled. A stream keeps the past of all its tiles, a whole clip goes through tile by tile. Raises StditError where not
+    even the smallest tile fits.
     """
-    clips, latents, rows, columns = shape
+    clips, latents, height, width = shape
+    rows, columns = height, width
     budget = DEFAULT_MEMORY if memory is None else memory
 
-    def fits(clips: int, latents: int, rows: int = rows, columns: int = columns) -> bool:
-        return working_bytes(config, side, clips, latents, rows, columns, itemsize) <= budget
+    def takes(clips: int, frames: int, rows: int, columns: int) -> int:
+        kept = 1 if latents else len(spans(height, rows)) * len(spans(width, columns))
+        return working_bytes(config, side, clips, frames, rows, columns, itemsize, kept)
 
-    clips = next((n for n in range(clips, 1, -1) if fits(n, 1)), 1)
-    if memory is not None and not fits(1, 1):
-        while not fits(1, 1, rows, columns):
-            if max(rows, columns) <= SMALLEST_TILE:
-                least = working_bytes(config, side, 1, 1, rows, columns, itemsize)
-                raise StditError(
-                    f"memory {memory}: the smallest tile of this VAE's {side}, {columns}x{rows} latents, takes {least} "
-                    "bytes. Give at least as many."
-                )
-            if rows >= columns:
-                rows = max(SMALLEST_TILE, (rows + OVERLAP + 1) // 2)
-            else:
-                columns = max(SMALLEST_TILE, (columns + OVERLAP + 1) // 2)
+    clips = next((n for n in range(clips, 1, -1) if takes(n, 1, rows, columns) <= budget), 1)
+    while memory is not None and (least := takes(1, 1, rows, columns)) > memory:
+        if max(rows, columns) <= SMALLEST_TILE:
+            raise StditError(
+                f"memory {memory}: in the smallest tiles, {columns}x{rows} latents, this VAE's {side} takes "
+                f"{least} bytes. Give at least as many."
+            )
+        if rows >= columns:
+            rows = max(SMALLEST_TILE, (rows + OVERLAP + 1) // 2)
+        else:
+            columns = max(SMALLEST_TILE, (columns + OVERLAP + 1) // 2)
     most = min(latents or MOST_LATENTS, MOST_LATENTS)
-    latents = next((n for n in range(most, 1, -1) if fits(clips, n, rows, columns)), 1)
-    return Slices(clips, latents, rows, columns)
+    together = next((n for n in range(most, 1, -1) if takes(clips, n, rows, columns) <= budget), 1)
+    return Slices(clips, together, rows, columns)
 
 
 def working_bytes(
-    config: VaeConfig, side: str, clips: int, latents: int, rows: int, columns: int, itemsize: int
+    config: VaeConfig, side: str, clips: int, latents: int, rows: int, columns: int, itemsize: int, tiles: int = 1
 ) -> int:
-    """About what a chunk takes beyond the weights, its frames and its latents: the past that the layers keep, the three
-    tensors of the level that needs most (a residual block's input, its convolution's, and the result), and the largest
-    weights in oneDNN's order."""
+    """About what a chunk takes beyond the weights, its frames and its latents: the past that the layers keep for each
+    of `tiles`, the three tensors of the level that needs most (a residual block's input, its convolution's, and the
+    result), and the largest weights in oneDNN's order."""
     coarse = len(config.dim_mult) - 1
     base = config.base_dim if side == "encoder" else config.decoder_base_dim or config.base_dim
     blocks = config.num_res_blocks + (side == "decoder")
@@ -98,56 +99,42 @@ def working_bytes(
             resampled += 4 * doubled * frames * (channels + (channels if config.residual else channels // 2))
         most = max(most, pixels * max(block, resampled))
     weights = 27 * (max(config.dim_mult) * base) ** 2
-    return int(itemsize * (clips * (past + most) + weights))
+    return int(itemsize * (clips * (tiles * past + most) + weights))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tile:
-    """One tile of a frame: where it is in the input and in the output, its weights there, and its layers' past."""
+    """One tile of a frame: where it is in the input and in the output, and its weights there (None: it is all)."""
 
     source: tuple[slice, slice]
     target: tuple[slice, slice]
-    weight: Tensor  # (rows, columns) of the output
-    past: Past = field(default_factory=dict)
+    weight: Tensor | None  # (rows, columns) of the output
+
+    def of(self, chunk: Tensor) -> Tensor:
+        return chunk[..., self.source[0], self.source[1]]
+
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        """Adds the tile's result to what was zeros."""
+        if self.weight is None:
+            whole.copy_(part)
+        else:
+            whole[..., self.target[0], self.target[1]] += part * self.weight.to(part)
 
 
-class Tiled:
-    """A side of a VAE over the chunks of a clip in order, each chunk tile by tile."""
-
-    def __init__(
-        self,
-        run: Callable[[Tensor, Past], Tensor],
-        size: tuple[int, int],
-        tile: tuple[int, int],
-        scale_in: tuple[int, int],
-        scale_out: tuple[int, int],
-    ):
-        """run: a chunk and its past to the output. size, tile: rows and columns of latents; scale_in, scale_out: pixels
-        of the input and of the output to one latent."""
-        self.run, self.size = run, (size[0] * scale_out[0], size[1] * scale_out[1])
-        rows, columns = (spans(*s) for s in zip(size, tile))
-        ramps = [blend_weights(s, scale) for s, scale in zip((rows, columns), scale_out)]
-        self.tiles = [
-            Tile(
-                (_scaled(row, scale_in[0]), _scaled(column, scale_in[1])),
-                (_scaled(row, scale_out[0]), _scaled(column, scale_out[1])),
-                down[:, None] * across,
-            )
-            for row, down in zip(rows, ramps[0])
-            for column, across in zip(columns, ramps[1])
-        ]
-
-    def __call__(self, chunk: Tensor) -> Tensor:
-        if len(self.tiles) == 1:
-            return self.run(chunk, self.tiles[0].past)
-        whole = None
-        for tile in self.tiles:
-            part = self.run(chunk[..., tile.source[0], tile.source[1]], tile.past)
-            if whole is None:
-                whole = part.new_zeros((*part.shape[:3], *self.size))
-            whole[..., tile.target[0], tile.target[1]] += part * tile.weight.to(part)
-        assert whole is not None
-        return whole
+def tiles(size: tuple[int, int], cut: Slices, scale_in: tuple[int, int], scale_out: tuple[int, int]) -> list[Tile]:
+    """size: rows and columns of latents; scale_in, scale_out: pixels of the input and of the output to one latent."""
+    rows, columns = spans(size[0], cut.rows), spans(size[1], cut.columns)
+    down, across = blend_weights(rows, scale_out[0]), blend_weights(columns, scale_out[1])
+    alone = len(rows) == len(columns) == 1
+    return [
+        Tile(
+            (_scaled(row, scale_in[0]), _scaled(column, scale_in[1])),
+            (_scaled(row, scale_out[0]), _scaled(column, scale_out[1])),
+            None if alone else vertical[:, None] * horizontal,
+        )
+        for row, vertical in zip(rows, down)
+        for column, horizontal in zip(columns, across)
+    ]
 
 
 def _scaled(span: tuple[int, int], scale: int) -> slice:
@@ -183,30 +170,34 @@ def blend_weights(tiles: list[tuple[int, int]], scale: int) -> list[Tensor]:
 
 def encode_moments(vae: CausalVAE, video: Tensor, memory: int | None = None) -> Tensor:
     """(B, 3, T, H, W) -> mean and log-variance of the raw latents behind one another, (B, 2z, T', H', W')."""
+    t = vae.config.stride[0]
     latent = VideoShape(*video.shape[2:]).latent(vae.config.stride)
+    whole = video.new_zeros((len(video), 2 * vae.config.z_dim, latent.frames, latent.height, latent.width))
     cut = _slices(vae, "encoder", (len(video), latent.frames, latent.height, latent.width), memory)
-    frames = [1, *[n * vae.config.stride[0] for n in _lengths(latent.frames, cut)[1:]]]
-    whole = video.new_empty((len(video), 2 * vae.config.z_dim, latent.frames, latent.height, latent.width))
+    lengths = _lengths(latent.frames, cut)
     for clips, out in zip(video.split(cut.clips), whole.split(cut.clips)):
-        run = _encoder(vae, latent.height, latent.width, cut)
-        for chunk, part in zip(clips.split(frames, dim=2), out.split(_lengths(latent.frames, cut), dim=2)):
-            part.copy_(run(chunk))
+        for tile in _tiles(vae, "encoder", latent.height, latent.width, cut):
+            past: Past = {}
+            chunks = tile.of(clips).split([1, *(n * t for n in lengths[1:])], dim=2)
+            for chunk, part in zip(chunks, out.split(lengths, dim=2)):
+                tile.put(part, _encode(vae, chunk, past))
     return whole
 
 
 def decode(vae: CausalVAE, latents: Tensor, memory: int | None = None, clamp: bool = True) -> Tensor:
     """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W)."""
     count, _, frames, h, w = latents.shape
+    t, *stride = vae.config.stride
+    whole = latents.new_zeros((count, 3, 1 + (frames - 1) * t, h * stride[0], w * stride[1]))
     cut = _slices(vae, "decoder", (count, frames, h, w), memory)
-    stride = vae.config.stride
-    whole = latents.new_empty((count, 3, 1 + (frames - 1) * stride[0], h * stride[1], w * stride[2]))
+    lengths = _lengths(frames, cut)
     for clips, out in zip(latents.split(cut.clips), whole.split(cut.clips)):
-        run, done = _decoder(vae, h, w, cut), 0
-        for chunk in clips.split(_lengths(frames, cut), dim=2):
-            part = run(chunk)
-            done += part.shape[2]
-            out[:, :, done - part.shape[2] : done] = part.clamp_(-1, 1) if clamp else part
-    return whole
+        for tile in _tiles(vae, "decoder", h, w, cut):
+            past: Past = {}
+            parts = out.split([1, *(n * t for n in lengths[1:])], dim=2)
+            for chunk, part in zip(tile.of(clips).split(lengths, dim=2), parts):
+                tile.put(part, _decode(vae, chunk, past))
+    return whole.clamp_(-1, 1) if clamp else whole
 
 
 @torch.no_grad()
@@ -221,15 +212,14 @@ def encode_stream(vae: CausalVAE, frames: Iterable[Tensor], memory: int | None =
     first = next(source)
     latent = VideoShape(1, *first.shape[1:]).latent(vae.config.stride)
     cut = _slices(vae, "encoder", (1, 0, latent.height, latent.width), memory)
-    run, stride = _encoder(vae, latent.height, latent.width, cut), vae.config.stride[0]
-    weight = next(vae.parameters())
+    run = _Stream(vae, "encoder", latent.height, latent.width, cut)
     chunk = [first]
     del first
     while chunk:
-        video = torch.stack(chunk, 1)[None].to(weight)
+        video = torch.stack(chunk, 1)[None].to(next(vae.parameters()))
         chunk.clear()
         yield vae.normalise(run(video).chunk(2, dim=1)[0])[0]
-        chunk.extend(islice(source, cut.latents * stride))
+        chunk.extend(islice(source, cut.latents * vae.config.stride[0]))
 
 
 @torch.no_grad()
@@ -242,14 +232,14 @@ def decode_stream(
     """
     run, cut, begun = None, None, False
     for whole in [latents] if isinstance(latents, Tensor) else latents:
-        if whole.ndim != 4 or whole.shape[0] != vae.config.z_dim:
+        if whole.ndim != 4 or whole.shape[0] != vae.config.z_dim or not whole.numel():
             raise StditError(
                 f"latents of shape {tuple(whole.shape)}: a stream of them is ({vae.config.z_dim}, n, H', W')."
             )
         if run is None or cut is None:
             rows, columns = whole.shape[2:]
             cut = _slices(vae, "decoder", (1, 0, rows, columns), memory)
-            run = _decoder(vae, rows, columns, cut)
+            run = _Stream(vae, "decoder", rows, columns, cut)
         for chunk in whole.split(_lengths(whole.shape[1], cut, begun), dim=1):
             begun = True
             video = run(chunk[None].to(next(vae.parameters())))[0]
@@ -270,18 +260,40 @@ def _slices(vae: CausalVAE, side: str, shape: tuple[int, int, int, int], memory:
     return slices(vae.config, side, shape, next(vae.parameters()).element_size(), memory)
 
 
-def _encoder(vae: CausalVAE, rows: int, columns: int, cut: Slices) -> Tiled:
-    def run(chunk: Tensor, past: Past) -> Tensor:
-        return torch.cat(vae.encode_moments(chunk, past), dim=1)
-
-    return Tiled(run, (rows, columns), (cut.rows, cut.columns), vae.config.stride[1:], (1, 1))
+def _encode(vae: CausalVAE, chunk: Tensor, past: Past) -> Tensor:
+    return torch.cat(vae.encode_moments(chunk, past), dim=1)
 
 
-def _decoder(vae: CausalVAE, rows: int, columns: int, cut: Slices) -> Tiled:
-    def run(chunk: Tensor, past: Past) -> Tensor:
-        return vae.decode_raw(vae.denormalise(chunk), past)
+def _decode(vae: CausalVAE, chunk: Tensor, past: Past) -> Tensor:
+    return vae.decode_raw(vae.denormalise(chunk), past)
 
-    return Tiled(run, (rows, columns), (cut.rows, cut.columns), (1, 1), vae.config.stride[1:])
+
+def _tiles(vae: CausalVAE, side: str, rows: int, columns: int, cut: Slices) -> list[Tile]:
+    stride = vae.config.stride[1:]
+    return tiles((rows, columns), cut, *((stride, (1, 1)) if side == "encoder" else ((1, 1), stride)))
+
+
+class _Stream:
+    """A side of a VAE over the chunks of a clip in order, each chunk tile by tile."""
+
+    def __init__(self, vae: CausalVAE, side: str, rows: int, columns: int, cut: Slices):
+        self.vae, self.run = vae, _encode if side == "encoder" else _decode
+        self.size = (
+            (rows, columns) if side == "encoder" else (rows * vae.config.stride[1], columns * vae.config.stride[2])
+        )
+        self.tiles: list[tuple[Tile, Past]] = [(tile, {}) for tile in _tiles(vae, side, rows, columns, cut)]
+
+    def __call__(self, chunk: Tensor) -> Tensor:
+        whole = None
+        for tile, past in self.tiles:
+            part = self.run(self.vae, tile.of(chunk), past)
+            if tile.weight is None:
+                return part
+            if whole is None:
+                whole = part.new_zeros((*part.shape[:3], *self.size))
+            tile.put(whole, part)
+        assert whole is not None
+        return whole
 
 
 def _checked(frames: Iterable[Tensor], stride: tuple[int, int, int]) -> Iterator[Tensor]:

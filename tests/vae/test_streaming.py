@@ -195,6 +195,8 @@ def test_decoding_says_what_is_wrong_with_the_latents():
         list(vae.decode_stream(iter([])))
     with pytest.raises(StditError, match=r"\(3, n, H', W'\)"):
         list(vae.decode_stream(torch.zeros(1, 3, 1, 2, 2)))
+    with pytest.raises(StditError, match=r"\(3, n, H', W'\)"):
+        list(vae.decode_stream(torch.zeros(3, 0, 2, 2)))
 
 
 def test_tiles_cover_and_their_weights_sum_to_one():
@@ -210,7 +212,7 @@ def test_tiles_cover_and_their_weights_sum_to_one():
 
 
 @torch.no_grad()
-def test_tiles_are_the_whole_where_no_layer_sees_their_border():
+def test_tiles_are_the_whole_where_no_layer_sees_their_border(monkeypatch):
     """Without attention a layer's reach is finite: away from borders tiles are exact, and blending keeps them so."""
     config = VaeConfig(base_dim=2, dim_mult=(1,), num_res_blocks=1, temporal_downsample=(), z_dim=1)
     vae = random_vae(config, torch.float64)
@@ -224,5 +226,16 @@ def test_tiles_are_the_whole_where_no_layer_sees_their_border():
     tiled = vae.encode(video, memory=memory)
     assert_close(tiled[..., :8, :13], whole[..., :8, :13], rtol=0, atol=1e-12)  # the first tile's alone, and 8 inside
     assert 0 < relative(tiled, whole) < 0.15
+    monkeypatch.setattr(streaming, "slices", lambda *_: cut)  # a stream keeps the past of all tiles: it takes more
+    streamed = list(vae.encode_stream(video[0].unbind(1)))
+    assert_close(torch.cat(streamed, 1), tiled[0], rtol=0, atol=1e-12)
+    decoded = vae.decode(tiled)
+    assert_close(torch.cat(list(vae.decode_stream(tiled[0])), 1), decoded[0], rtol=0, atol=1e-12)
+    monkeypatch.undo()
+    for frames in (2, 0):
+        least = [working_bytes(config, "encoder", 1, 1, 16, 16, 8, tiles) for tiles in (1, 4 * 3)][frames == 0]
+        assert slices(config, "encoder", (1, frames, 40, 34), 8, least) == Slices(1, 1, 16, 16)
+        with pytest.raises(StditError, match="Give at least as many"):
+            slices(config, "encoder", (1, frames, 40, 34), 8, least - 1)
     with pytest.raises(StditError, match="Give at least as many"):
         vae.encode(video, memory=1000)
