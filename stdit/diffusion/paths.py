@@ -96,8 +96,9 @@ class DdpmPath:
         start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
         if count != INDICES:
             raise StditError(f"a DDPM of num_train_timesteps {count} is not supported, only one of {INDICES}.")
-        if config.get("trained_betas") is not None:
-            betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+        if (trained := config.get("trained_betas")) is not None:
+            right = isinstance(trained, list | tuple) and all(type(beta) in (int, float) for beta in trained)
+            betas = torch.tensor(trained if right else [], dtype=torch.float32)
         elif kind == "linear":
             betas = torch.linspace(start, end, count, dtype=torch.float32)
         elif kind == "scaled_linear":

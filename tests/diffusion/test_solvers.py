@@ -322,6 +322,13 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
         ({**ALLEGRO, "trained_betas": [0.1, 0.2]}, "1000 numbers"),
         ({**COSMOS1, "sigma_schedule": "exponential"}, "sigma_schedule"),
         ({**COSMOS2, "sigma_data": 0.5}, "sigma_data"),
+        ({**COSMOS1, "rho": 0}, "rho = 0; it must be a positive number"),
+        ({**solvers.euler_config(), "shift": "three"}, "shift = 'three'"),
+        ({**solvers.unipc_config(), "flow_shift": math.inf}, "flow_shift = inf"),
+        ({**PIXART, "beta_start": []}, "beta_start"),
+        ({**ALLEGRO, "trained_betas": "0.1"}, "1000 numbers"),
+        ({**ALLEGRO, "beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
+        ({**LATTE, "timestep_spacing": 7}, "timestep_spacing 7"),
         ({**solvers.euler_config(), "shfit": 3.0}, "'shift'"),
         ({"_class_name": "UniPCMultistepScheduler"}, "epsilon"),
         ({**solvers.unipc_config(), "lower_order_final": False}, "lower_order_final"),
@@ -334,5 +341,7 @@ def test_what_is_not_reproduced_is_an_error(config, message):
         solvers.make_solver(config, 5)
     with pytest.raises(StditError, match="steps"):
         solvers.make_solver(solvers.euler_config(), 0)
+    with pytest.raises(StditError, match="are both 1024"):
+        solvers.make_solver({**LTX, "max_image_seq_len": 1024}, 5, **SIZE)
     with pytest.raises(StditError, match="leave shift out"):
         solvers.make_solver(PIXART, 5, shift=2.0)

@@ -70,6 +70,8 @@ def dynamic_shift(positions: int, config: Mapping[str, Any]) -> float:
     """
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    if many == few:
+        raise StditError(f"use_dynamic_shifting: base_image_seq_len and max_image_seq_len are both {few}.")
     slope = (high - low) / (many - few)
     mu = positions * slope + (low - slope * few)
     return float(mu) if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)

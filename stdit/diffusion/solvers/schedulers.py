@@ -266,6 +266,9 @@ SCHEDULERS: dict[str, Scheduler] = {
         ("num_sampling_steps", "cfg_scale", "sample_method", "loc", "scale", "transform_scale"),
     ),
 }
+# Options that are read and are no numbers; those that are must be finite, and these positive.
+_NO_NUMBERS = {"timestep_spacing", "sample_method", "disable_corrector", "trained_betas"}
+_POSITIVE = {"num_train_timesteps", "shift", "flow_shift", "sigma_min", "sigma_max", "sigma_data", "rho"}
 # Options that some files keep, without effect on the solvers that do not read them.
 _IGNORED = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "beta_start"}
 _IGNORED |= {"beta_end", "beta_schedule", "trained_betas", "dynamic_thresholding_ratio", "sample_max_value"}
@@ -273,9 +276,15 @@ _IGNORED |= {"timestep_spacing", "steps_offset", "sigma_min", "sigma_max", "clip
 _IGNORED |= {"set_alpha_to_one", "skip_prk_steps", "interpolation_type"}
 
 
+def _given(config: Config) -> dict[str, Any]:
+    """Without the options that are null, which diffusers takes as if they were not there."""
+    return {key: value for key, value in config.items() if value is not None}
+
+
 def check_scheduler(config: Config, where: str = "scheduler") -> None:
     """Raises where a scheduler config asks for something that is not reproduced; `where` names it in the error."""
-    name = config.get("_class_name", "")
+    config = _given(config)
+    name = str(config.get("_class_name", ""))
     if name not in SCHEDULERS:
         raise StditError(
             f"{where}: the scheduler {name!r} is not supported. Supported: {', '.join(SCHEDULERS)}."
@@ -297,9 +306,15 @@ def check_scheduler(config: Config, where: str = "scheduler") -> None:
         ("sigma_min" in config and "sigma_max" in config) or _pipeline(config).startswith("Cosmos2")
     ):
         raise StditError(f"{where}: {name} with use_karras_sigmas needs sigma_min and sigma_max, as Cosmos' have them.")
+    for key in scheduler.read:
+        value = config.get(key, 1)
+        number = type(value) in (int, float) and math.isfinite(value)
+        if key not in _NO_NUMBERS and not (number and (value > 0 or key not in _POSITIVE)):
+            kind = "a positive number" if key in _POSITIVE else "a number"
+            raise StditError(f"{where}: {name} with {key} = {value!r}; it must be {kind}.")
     known = {*scheduler.allowed, *scheduler.read}
     for key, value in config.items():
-        if key.startswith("_") or key in known or key in _IGNORED or value in (None, False):
+        if key.startswith("_") or key in known or key in _IGNORED or value is False:
             continue  # an option of a later diffusers that is off changes nothing
         raise StditError(
             f"{where}: {name} has an option {key} = {value!r} that is not known here.{nearest_name(key, known)}"
@@ -309,7 +324,7 @@ def check_scheduler(config: Config, where: str = "scheduler") -> None:
 def path_of(config: Config, where: str = "scheduler") -> Path:
     """The path that weights beside this scheduler config are for."""
     check_scheduler(config, where)
-    return SCHEDULERS[config["_class_name"]].path(config)
+    return SCHEDULERS[config["_class_name"]].path(_given(config))
 
 
 def make_solver(
@@ -327,6 +342,7 @@ def make_solver(
     shape, latent: the clip's, in pixels and latents; asked for where the levels depend on them.
     """
     check_scheduler(config, where)
+    config = _given(config)
     name = config["_class_name"]
     if not 1 <= steps <= int(config.get("num_train_timesteps", 1000)):
         raise StditError(f"steps must be between 1 and {config.get('num_train_timesteps', 1000)}, not {steps}.")
