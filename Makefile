@@ -20,8 +20,8 @@ demo: DIT_STEPS = 1000
 demo: SHAPES = 64x64x17 80x48x17 96x48x17 64x64x25
 demo-full: DEMO = demo-full
 demo-full: CLIPS = 3000
-demo-full: VAE_STEPS = 1500
-demo-full: DIT_STEPS = 3500
+demo-full: VAE_STEPS = 1000
+demo-full: DIT_STEPS = 3000
 demo-full: SHAPES = 64x64x17 80x48x17 48x80x17 64x64x9 80x48x9 48x80x9 96x48x17 64x64x25
 demo demo-full: install
 	stdit data toy $(DEMO)/videos --clips $(CLIPS)

@@ -75,7 +75,7 @@ def test_latents_that_the_patch_does_not_divide():
 def test_nearest_frames_surround(frames, stride):
     low, high = nearest_frames(frames, stride)
     assert low % stride == 1 % stride and high % stride == 1 % stride and low >= 1
-    assert low == high == frames if low == high else low <= max(frames, 1) <= high == low + stride
+    assert low == high == max(frames, 1) if low == high else low <= max(frames, 1) <= high == low + stride
 
 
 @given(st.floats(0, 60), st.floats(0.1, 120), st.integers(1, 16))

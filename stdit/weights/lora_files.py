@@ -175,14 +175,14 @@ def read_adapter(path: str | os.PathLike[str], config: TransformerConfig) -> Ada
         name = names[module]
         if "down" in parts:
             shape = table.foreign_shapes[name]
-            down = _finite(found, parts["down"]).reshape(-1, *shape[1:])
-            pairs[name] = Pair(down, _finite(found, parts["up"]).flatten(1), found.alpha(module))
+            down = _tensor(found, parts["down"]).reshape(-1, *shape[1:])
+            pairs[name] = Pair(down, _tensor(found, parts["up"]).flatten(1), found.alpha(module))
         if "diff" in parts:
-            differences[name] = _finite(found, parts["diff"])
+            differences[name] = _tensor(found, parts["diff"])
         if "diff_b" in parts:
-            differences[_bias(name)] = _finite(found, parts["diff_b"])
+            differences[_bias(name)] = _tensor(found, parts["diff_b"])
         if "up_bias" in parts:
-            differences[_bias(name)] = _finite(found, parts["up_bias"]) * pairs[name].scale
+            differences[_bias(name)] = _tensor(found, parts["up_bias"]) * pairs[name].scale
     return to_native(Adapter(pairs, differences), table)
 
 
@@ -318,12 +318,9 @@ def _check_shapes(
             raise StditError(f"{found.files.path}: {tensor} is {entry.dtype}, not floating point.")
 
 
-def _finite(found: LoraFile, name: str) -> Tensor:
+def _tensor(found: LoraFile, name: str) -> Tensor:
     tensor = found.files.read(name)
-    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # little can be done in fp8
-    if not bool(tensor.isfinite().all()):
-        raise StditError(f"{found.files.path}: {found.files.prefix}{name} holds numbers that are not finite.")
-    return tensor
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # little can be done in fp8
 
 
 def _bias(weight: str) -> str:

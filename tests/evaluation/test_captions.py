@@ -24,6 +24,7 @@ from stdit.evaluation.captions import (
     group_captions,
     measures,
 )
+from stdit.models.config import TransformerConfig
 from stdit.pipeline import ModelSettings, Pipeline
 
 WORDS = ("eat", "help", "milk", "no")
@@ -56,7 +57,7 @@ class Words(nn.Module):
         super().__init__()
         self.captions = ["", *captions]
 
-    def encode(self, texts):
+    def encode(self, texts, at_least=0):
         return [torch.tensor([[self.captions.index(text) - 1.0]]) for text in texts]
 
 
@@ -68,7 +69,8 @@ class Oracle(nn.Module):
     def __init__(self, clip_of):
         super().__init__()
         self.clip_of = clip_of  # caption index, n -> tokens (n, 3)
-        self.config = SimpleNamespace(in_channels=3, out_channels=3, text_dim=1, text_padding=0, patch=(1, 1, 1))
+        channels = {"in_channels": 3, "out_channels": 3, "text_dim": 1}
+        self.config = TransformerConfig(2, 1, 1, 1, **channels, text_padding=0, patch=(1, 1, 1))
         self.patch_embedding = nn.Linear(1, 1)
 
     def forward(self, pack, text):
