@@ -265,9 +265,7 @@ class Pipeline:
     @torch.no_grad()
     def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
         """As `decode`, but gives the frames (t, H, W, 3) of each chunk as soon as it is decoded."""
-        latents = latents.to(next(self.vae.parameters()))
-        native = isinstance(self.vae, CausalVAE)  # others give a clip at once
-        for video in self.vae.decode_stream(latents) if native else self.vae.decode(latents[None]):  # (3, t, H, W)
+        for video in self.vae.decode_stream(latents.to(next(self.vae.parameters()))):  # (3, t, H, W)
             frames = (video * 0.5 + 0.5).clamp(0, 1).float().permute(1, 2, 3, 0)
             yield (frames * 255).round().to(torch.uint8).cpu().numpy()
 
