@@ -42,7 +42,7 @@ def inspect(
         else:
             _show_adapter(adapter)
         return 0
-    found = [_description(source) for source in _sources(path, trust_pickle, strict=False)]
+    found = [_description(part, source) for part, source in _sources(path, trust_pickle, strict=False).items()]
     if json:
         print(format.dumps({"path": str(path), "models": found, "parts": _parts(path)}, indent=2))
     else:
@@ -55,7 +55,7 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, made if it is not there.")],
     layout: Annotated[
-        str, typer.Option(help='"diffusers" or "original" (a release\'s, ComfyUI\'s); a LoRA also "peft" or "kohya".')
+        str, typer.Option(help='"diffusers", "original" (a release\'s) or "comfyui"; a LoRA also "peft" or "kohya".')
     ] = "diffusers",
     dtype: Annotated[str, typer.Option(help="bf16 or fp32; otherwise, and for adapters, as they are stored.")] = "",
     model: _Model = None,
@@ -91,28 +91,37 @@ def convert(
     if dtype not in dtypes:
         raise StditError(f"dtype {dtype!r} is not one to convert to. Known: bf16, fp32.")
     found = _sources(source, trust_pickle, strict=True)
-    places = [out / one.kind if len(found) > 1 and layout == "diffusers" else out for one in found]
-    for one, place in zip(found, places):
-        if place.resolve() in {file.parent.resolve() for other in found for file in other.files.files}:
-            raise StditError(f"{place}: is where {one.kind} is read from. Write to another folder.")
+
+    def place_of(part: str) -> Path:
+        if part in io.EXPERT_NAMES:
+            return (
+                out
+                / io.EXPERT_FOLDERS["diffusers" if layout == "diffusers" else "original"][io.EXPERT_NAMES.index(part)]
+            )
+        return out / part if len(found) > 1 and layout == "diffusers" else out
+
+    places = {part: place_of(part) for part in found}
+    for part, place in places.items():
+        if place.resolve() in {file.parent.resolve() for one in found.values() for file in one.files.files}:
+            raise StditError(f"{place}: is where {part} is read from. Write to another folder.")
     console = Console(stderr=True)
-    for one, place in zip(found, places):
-        with console.status(f"{one.kind}: {one.parameters:,} parameters to {place}"):
-            io.convert(one, place, layout, dtype=dtypes[dtype])
-        console.print(f"{one.kind}: {one.dialect} → {layout}, {place}", highlight=False)
+    for part, one in found.items():
+        with console.status(f"{part}: {one.parameters:,} parameters to {places[part]}"):
+            io.convert(one, places[part], layout, dtype=dtypes[dtype])
+        console.print(f"{part}: {one.dialect} → {layout}, {places[part]}", highlight=False)
     if len(found) > 1 and layout == "diffusers" and (source / "model_index.json").is_file():
         with console.status("the other parts, as they are"):
-            _copy_others(source, out, {one.kind for one in found})
+            _copy_others(source, out, {place.name for place in places.values()})
 
 
-def _copy_others(source: Path, out: Path, kinds: set[str]) -> None:
+def _copy_others(source: Path, out: Path, converted: set[str]) -> None:
     """The folders and JSON files of a model folder that are not converted; its index comes last."""
     import shutil
 
     from stdit.files import publish_folder, publish_text
 
     for entry in sorted(source.iterdir(), key=lambda entry: entry.name == "model_index.json"):
-        if entry.is_dir() and entry.name not in kinds and not entry.name.startswith("."):
+        if entry.is_dir() and entry.name not in converted and not entry.name.startswith("."):
             part = out / f".{entry.name}.part"
             shutil.rmtree(part, ignore_errors=True)
             publish_folder(Path(shutil.copytree(entry, part)), out / entry.name)
@@ -120,28 +129,30 @@ def _copy_others(source: Path, out: Path, kinds: set[str]) -> None:
             publish_text(out / entry.name, entry.read_text("utf-8"))
 
 
-def _sources(path: Path, trust_pickle: bool, strict: bool) -> list[Source]:
-    """The transformer and the VAE that are at `path`, or the error that says why there is neither."""
+def _sources(path: Path, trust_pickle: bool, strict: bool) -> dict[str, Source]:
+    """What is at `path`: transformer (or two experts, high and low) and vae; or the error that says why nothing is."""
     from stdit.errors import StditError
     from stdit.weights import io
 
-    kinds, problems = [], []
-    for kind in io.KINDS:
+    experts = io.expert_places(path.expanduser())
+    parts, problems = [], []
+    for part, place in {**(experts or {"transformer": path}), "vae": path}.items():
+        kind = "vae" if part == "vae" else "transformer"
         try:
-            kinds += [kind] if io.holds(kind, path, trust_pickle) else []
+            parts += [(part, kind, place)] if io.holds(kind, place, trust_pickle) else []
         except StditError as error:
             problems.append(error)
-    if not kinds and problems:
+    if not parts and problems:
         raise problems[0]
-    if not kinds:
+    if not parts:
         known = " nor a ".join(family.FAMILY for kind in io.KINDS for family in io.families(kind))
         raise StditError(f"{path}: holds neither a {known}.")
     for problem in problems:
         typer.echo(f"left out: {problem}", err=True)
-    return [io.find(kind, path, trust_pickle, strict) for kind in kinds]
+    return {part: io.find(kind, place, trust_pickle, strict) for part, kind, place in parts}
 
 
-def _description(source: Source) -> dict[str, Any]:
+def _description(part: str, source: Source) -> dict[str, Any]:
     import dataclasses
 
     differences = source.table.differences(source.files.shapes)
@@ -151,6 +162,7 @@ def _description(source: Source) -> dict[str, Any]:
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
         size += entry.stop - entry.start
     return {
+        "part": part,
         "kind": source.kind,
         "family": source.family.FAMILY,
         "dialect": source.dialect,
@@ -227,7 +239,7 @@ def _show(models: list[dict[str, Any]], parts: dict[str, str]) -> None:
 
     console = Console()
     for model in models:
-        table = Table(title=f"{model['kind']}: {model['family']}", show_header=False, title_justify="left")
+        table = Table(title=f"{model['part']}: {model['family']}", show_header=False, title_justify="left")
         size = f"{model['parameters'] / 1e9:.2f} B" if model["parameters"] >= 1e8 else f"{model['parameters']:,}"
         table.add_row("size", f"{size} parameters" + (f", preset {model['preset']}" if model["preset"] else ""))
         if model["release"]:

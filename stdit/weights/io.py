@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 KINDS = ("transformer", "vae")
 FAMILIES = {"transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"), "vae": ("wan_vae",)}
-LAYOUTS = ("diffusers", "original")
+LAYOUTS = ("diffusers", "original", "comfyui")
 EXPERT_NAMES = ("high", "low")
 EXPERT_FOLDERS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}
 BOUNDARIES = {"text": 0.875, "image": 0.9}  # of Wan 2.2 T2V-A14B and I2V-A14B, for folders that do not say
@@ -142,8 +143,9 @@ def save_transformer(
     """Writes config.json and safetensors into `folder`, in shards above shard_bytes.
 
     layout: "diffusers" opens with from_pretrained(folder) of the family's class (WanTransformer3DModel for what stdit
-    trains), "original" is a release's. Of two experts each has a folder in `folder`, transformer/ and transformer_2/ or
-    high_noise_model/ and low_noise_model/; the noise level between them is model_index.json's (`Pipeline.save`).
+    trains), "original" is a release's, "comfyui" that in one file with its prefix. Of two experts each has a folder in
+    `folder`, transformer/ and transformer_2/ or high_noise_model/ and low_noise_model/; the noise level between them is
+    model_index.json's (`Pipeline.save`).
 
     What was there before stays until all new files are written beside it; then they are renamed. A process that is
     killed among the renames leaves the old model, the new one, or a folder that does not load: never a mixture.
@@ -151,7 +153,7 @@ def save_transformer(
     from stdit.models.experts import Experts
 
     if isinstance(model, Experts):
-        for name, expert in zip(EXPERT_FOLDERS.get(layout, EXPERT_NAMES), (model.high, model.low)):
+        for name, expert in zip(expert_folders(layout).values(), (model.high, model.low)):
             _save("transformer", expert, Path(folder) / name, layout, shard_bytes)
     else:
         _save("transformer", model, Path(folder), layout, shard_bytes)
@@ -266,6 +268,11 @@ def convert(
 
     dtypes = {native: stored(move.foreign[0]) for move in source.table.moves for native in move.native}
     _write(source.kind, source.config, source.table.native_reader(read), dtypes, Path(folder), layout, shard_bytes)
+
+
+def expert_folders(layout: str) -> dict[str, str]:
+    """The folder of each of two experts in a layout."""
+    return dict(zip(EXPERT_NAMES, EXPERT_FOLDERS["diffusers" if layout == "diffusers" else "original"]))
 
 
 def expert_places(folder: Path) -> dict[str, Path] | None:
@@ -385,13 +392,17 @@ def _write(
     """Writes a model whose native tensors `read` gives, a tensor in memory at a time; see save_transformer."""
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
-    family, table = table_of(config, layout)
-    described = family.config_to_diffusers(config) if layout == "diffusers" else family.config_to_original(config)
+    dialect = "diffusers" if layout == "diffusers" else "original"
+    family, table = table_of(config, dialect)
+    described = family.config_to_diffusers(config) if dialect == "diffusers" else family.config_to_original(config)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
-    of_vae = (kind, layout) == ("vae", "original")
-    stem = _VAE_STEMS[config.residual] if of_vae else _STEM
-    stems = _VAE_STEMS if of_vae else (_STEM,)
     entries, read_foreign = table.written(read, dtypes)
+    stem, stems = _STEM, (_STEM,)
+    if kind == "vae" and dialect == "original":
+        stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
+    elif layout == "comfyui":  # one file, which carries the config in its metadata
+        stem, stems, shard_bytes = config.family, (config.family,), sys.maxsize
+        entries = {PREFIXES[0] + name: entry for name, entry in entries.items()}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
     shards = _shards(sizes, shard_bytes)
     names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -410,7 +421,8 @@ def _write(
             part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
         for name, shard in zip(names, shards):
             held = {foreign: entries[foreign] for foreign in shard}
-            write_tensors(renames.enter_context(publish(folder / name)), held, read_foreign, metadata)
+            part = renames.enter_context(publish(folder / name))
+            write_tensors(part, held, lambda key: read_foreign(key.removeprefix(PREFIXES[0])), metadata)
         for entry in [*folder.iterdir()]:  # all is written: what of the old would mix with it goes first
             if entry.name in documents or (stale.fullmatch(entry.name) and entry.name not in names):
                 entry.unlink()

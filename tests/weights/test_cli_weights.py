@@ -76,6 +76,28 @@ def test_convert_there_and_back_is_bit_for_bit(folder, tmp_path, capsys):
     assert stdit.load_transformer(tmp_path / "alone").config == TRANSFORMER
 
 
+def test_two_experts_are_told_and_converted_each_into_its_folder(tmp_path, capsys):
+    for name, seed in (("transformer", 0), ("transformer_2", 1)):
+        torch.manual_seed(seed)
+        stdit.save_transformer(STDiT(TRANSFORMER), tmp_path / "A14B" / name)
+    assert run("inspect", tmp_path / "A14B", "--json") == 0
+    assert [one["part"] for one in json.loads(capsys.readouterr().out)["models"]] == ["high", "low"]
+    assert run("convert", tmp_path / "A14B", tmp_path / "original", "--layout", "original") == 0
+    assert run("convert", tmp_path / "original", tmp_path / "back") == 0
+    for part in ("transformer", "transformer_2"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "A14B" / name).read_bytes()
+
+
+def test_comfyui_gets_one_file_with_its_prefix(folder, tmp_path):
+    assert run("convert", folder / "transformer", tmp_path / "comfyui", "--layout", "comfyui") == 0
+    assert [entry.name for entry in (tmp_path / "comfyui").iterdir()] == ["wan.safetensors"]
+    assert all(key.startswith("model.diffusion_model.") for key in load_file(tmp_path / "comfyui" / "wan.safetensors"))
+    assert run("convert", tmp_path / "comfyui" / "wan.safetensors", tmp_path / "back") == 0
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (folder / "transformer" / name).read_bytes()
+
+
 def test_convert_copies_the_other_parts_and_changes_dtype(folder, tmp_path):
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(
