@@ -47,6 +47,9 @@ class Blocks(nn.Module):
         video = z.repeat_interleave(8, 3).repeat_interleave(8, 4).repeat_interleave(4, 2)  # (B, 3, 4T', H, W)
         return video[:, :, 3:].clamp(-1, 1)
 
+    def decode_stream(self, z):
+        yield self.decode(z[None])[0]
+
 
 class Words(nn.Module):
     """A text encoder: a caption's place in a list; the empty one's is −1."""
