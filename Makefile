@@ -15,13 +15,13 @@ $(VENV)/.installed: pyproject.toml
 # The whole main job on moving shapes. Every line is a command of its own and continues where it was interrupted.
 demo: DEMO = demo
 demo: CLIPS = 1000
-demo: VAE_STEPS = 500
-demo: DIT_STEPS = 850
+demo: VAE_STEPS = 400
+demo: DIT_STEPS = 700
 demo: SHAPES = 64x64x17 96x48x17 64x64x25
 demo-full: DEMO = demo-full
 demo-full: CLIPS = 3000
-demo-full: VAE_STEPS = 1000
-demo-full: DIT_STEPS = 2000
+demo-full: VAE_STEPS = 1500
+demo-full: DIT_STEPS = 4000
 demo-full: SHAPES = 64x64x17 80x48x17 48x80x17 64x64x9 80x48x9 48x80x9 96x48x17 64x64x25
 demo demo-full: install
 	stdit data toy $(DEMO)/videos --clips $(CLIPS)
