@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 # The whole main job on moving shapes. Every line is a command of its own and continues where it was interrupted.
 demo: DEMO = demo
 demo: CLIPS = 1000
-demo: VAE_STEPS = 400
+demo: VAE_STEPS = 460
 demo: DIT_STEPS = 700
 demo: SHAPES = 64x64x17 96x48x17 64x64x25
 demo-full: DEMO = demo-full
