@@ -397,7 +397,8 @@ def _write(
     described = family.config_to_diffusers(config) if dialect == "diffusers" else family.config_to_original(config)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
     entries, read_foreign = table.written(read, dtypes)
-    stem, stems = _STEM, (_STEM,)
+    stem = _STEM
+    stems: tuple[str, ...] = (_STEM,)
     if kind == "vae" and dialect == "original":
         stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
     elif layout == "comfyui":  # one file, which carries the config in its metadata
