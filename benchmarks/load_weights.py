@@ -5,7 +5,7 @@ into a buffer that is allocated and touched before, then loads the checkpoint an
 those two is what counts. Memory is the peak of the resident set above what it was before the load; pages of a
 mapped file count.
 
-    python benchmarks/load_weights.py                 # about 9 GB of free disk
+    python benchmarks/load_weights.py                 # about 12 GB of free disk
     python benchmarks/load_weights.py --layers 3 --rounds 3
 """
 

@@ -176,10 +176,7 @@ def _clips(frames: Tensor, count: int) -> Tensor:
     return frames.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def load_other(
-    name: str, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> OtherVAE:
-    """The autoencoder of a diffusers folder (config.json and safetensors), by its class; nothing is downloaded."""
+def _class(name: str, folder: Path) -> Any:
     try:
         import diffusers
     except ImportError:
@@ -187,8 +184,23 @@ def load_other(
             f"{folder}: a {name} ({CLASSES[name].family}) is run by diffusers, which is not installed: "
             "pip install 'stdit[vaes]'."
         ) from None
+    return getattr(diffusers, name)
+
+
+def other_config(name: str, folder: Path) -> OtherConfig:
+    """What load_other's would have as its config, of config.json alone: no weight is read."""
+    found = _class(name, folder)
+    with torch.device("meta"):
+        return OtherVAE(found.from_config(found.load_config(str(folder), local_files_only=True))).config
+
+
+def load_other(
+    name: str, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> OtherVAE:
+    """The autoencoder of a diffusers folder (config.json and safetensors), by its class; nothing is downloaded."""
+    found = _class(name, folder)
     try:
-        module, info = getattr(diffusers, name).from_pretrained(
+        module, info = found.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype
         )
     except (OSError, ValueError, RuntimeError, AttributeError) as error:

@@ -2,7 +2,7 @@
 
 A safetensors header is read and checked here, every offset against the file's size, before memory is taken. Tensors
 are then views of the file, mapped privately: nothing is copied, the system's cache of the file is the weights' memory
-(reading into memory of our own takes two to four times as long, nearly all of it the system clearing new pages), and
+(reading into memory of our own takes longer, most of it the system clearing new pages), and
 what is written to a tensor, as training does, stays in this process and never reaches the file.
 
 What mapping asks for: while a model lives, its file may be renamed, removed or replaced by another (as `publish` does),

@@ -117,11 +117,11 @@ def load_vae(
 
 
 def vae_config(path: str | os.PathLike[str]) -> Any:
-    """The config of the VAE that load_vae would load: at least `stride` and `z_dim`."""
-    from stdit.vae.others import load_other
+    """The config of the VAE that load_vae would load: at least `stride` and `z_dim`. No weight is read."""
+    from stdit.vae.others import other_config
 
     other = _other_vae(Path(path).expanduser())
-    return find("vae", path).config if other is None else load_other(*other).config
+    return find("vae", path).config if other is None else other_config(*other)
 
 
 def _other_vae(folder: Path) -> tuple[str, Path] | None:

@@ -13,6 +13,7 @@ import stdit
 from stdit.errors import StditError
 from stdit.shapes import Stride, VideoShape, frames_for
 from stdit.vae.others import OtherVAE
+from stdit.weights.io import vae_config
 
 FOUR = (8, 8, 8, 8)
 ONES = (1, 1, 1, 1, 1)
@@ -84,6 +85,7 @@ def test_latents_and_frames_are_those_of_the_familys_pipeline(name, tmp_path):
     ours = stdit.load_vae(tmp_path).eval()
     _, _, stride, normalise = VAES[name]
     assert isinstance(ours, OtherVAE) and tuple(ours.config.stride) == stride
+    assert vae_config(tmp_path) == ours.config
     frames = 1 + stride[0]
     video = torch.rand(1, 3, frames, 32, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     if name == "Stable Diffusion 3":

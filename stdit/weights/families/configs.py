@@ -23,6 +23,7 @@ PLAIN_BLOCKS: dict[str, tuple[Any, ...]] = {
     "norm_elementwise_affine": (False,),
     "norm_eps": (1e-6,),
 }
+PICTURE_KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # beside an original, of frames
 PIXART_BLOCKS = {**PLAIN_BLOCKS, "dropout": (0.0,), "norm_type": ("ada_norm_single",)}
 
 

@@ -25,7 +25,6 @@ SETTINGS: dict[str, Any] = {
     "position": "space_time",
 }
 _OWN = ("text_padding",)
-_KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # beside an original
 _BLOCKS = r"(?:temporal_)?transformer_blocks\.(\d+)\."
 _DIFFUSERS = configs.Fields(
     "LatteTransformer3DModel",
@@ -58,7 +57,7 @@ def config_from(
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or (found.get("_class_name") == _ORIGINAL_CLASS and "_stdit" in found):
-        values = _values_from_shapes(shapes, place) | configs.described(found, _KEPT, place)
+        values = _values_from_shapes(shapes, place) | configs.described(found, configs.PICTURE_KEPT, place)
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     known = {**found, "_class_name": _DIFFUSERS.class_name}
     if found.get("_class_name") == _ORIGINAL_CLASS:  # the release's has the keys of a larger class
@@ -83,7 +82,7 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """A config.json beside an original's tensors."""
-    return configs.describe(_ORIGINAL_CLASS, config, _KEPT)
+    return configs.describe(_ORIGINAL_CLASS, config, configs.PICTURE_KEPT)
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:

@@ -32,7 +32,6 @@ SETTINGS: dict[str, Any] = {
     "position": "space",
 }
 _OWN = ("text_padding",)
-_KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # beside an original
 _BLOCKS = r"(?:transformer_)?blocks\.(\d+)\."
 _DIFFUSERS = configs.Fields(
     "PixArtTransformer2DModel",
@@ -69,7 +68,7 @@ def config_from(
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
-        values = _values_from_shapes(shapes, place) | configs.described(found, _KEPT, place)
+        values = _values_from_shapes(shapes, place) | configs.described(found, configs.PICTURE_KEPT, place)
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     inflated = found.get("_class_name") == _INFLATED_CLASS
     values, theirs = _DIFFUSERS.read({**found, "_class_name": _DIFFUSERS.class_name}, _OWN, place)
@@ -103,7 +102,7 @@ def _is_inflated(config: TransformerConfig) -> bool:
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """A config.json beside an original's tensors, which have none: what their shapes do not say."""
-    return configs.describe(_ORIGINAL_CLASS, config, _KEPT)
+    return configs.describe(_ORIGINAL_CLASS, config, configs.PICTURE_KEPT)
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
