@@ -1,6 +1,7 @@
 """Small random models of every family, made by diffusers, and how each is called: the oracles of test_families.py."""
 
 from references.base import Family
+from references.base import in_fp64 as in_fp64
 from references.base import randomise as randomise
 from references.pixart_like import ALLEGRO, LATTE, PIXART
 from references.video import COSMOS, LTX, WAN, WAN_IMAGE

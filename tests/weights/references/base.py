@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Converter = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -20,6 +22,28 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
             spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + ("norm" in name))
     return model.float().eval()
+
+
+class _Doubled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
+
+
+@contextmanager
+def in_fp64() -> Iterator[None]:
+    """Whatever is made and called in here computes in fp64, where its code says fp32 too (norms, tables, angles)."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubled():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @dataclass(frozen=True)
