@@ -67,7 +67,7 @@ REFUSED = {
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class FolderSettings:
     """What a model folder says beyond its weights, in stdit.json: the defaults of sampling.
 
     fps: frames a second it was trained at. shapes: what it was trained at, WIDTHxHEIGHTxFRAMES; the first is the
@@ -82,7 +82,7 @@ class ModelSettings:
     shift_tokens: int | None = None
 
     @classmethod
-    def read(cls, folder: str | Path, absent: ModelSettings | None = None) -> ModelSettings:
+    def read(cls, folder: str | Path, absent: FolderSettings | None = None) -> FolderSettings:
         """From a model folder; where it has no stdit.json, `absent`, or else Wan's."""
         path = Path(folder) / "stdit.json"
         if not path.is_file():
@@ -119,7 +119,7 @@ class ModelParts:
     vae: CausalVAE | OtherVAE
     text_encoder: TextEncoder
     scheduler: dict[str, Any]
-    settings: ModelSettings
+    settings: FolderSettings
     image_encoder: ImageEncoder | None = None
     index: dict[str, Any] = field(default_factory=lambda: {"_class_name": "WanPipeline"})
 
@@ -146,19 +146,19 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
         from stdit.text.images import load_image_encoder
 
         image_encoder = load_image_encoder(folder, dtype, device)
-    settings = ModelSettings.read(folder, _released(kind, transformer, vae))
+    settings = FolderSettings.read(folder, _released(kind, transformer, vae))
     scheduler = read_scheduler(folder / "scheduler", name)
     return ModelParts(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
 
 
-def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: CausalVAE | OtherVAE) -> ModelSettings:
+def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: CausalVAE | OtherVAE) -> FolderSettings:
     """The defaults of a folder that was not made here."""
     if transformer.config.family == "wan" and vae.config.z_dim == 48:  # Wan 2.2 TI2V 5B
-        return ModelSettings(24, ("1280x704x121",))
+        return FolderSettings(24, ("1280x704x121",))
     if kind.shape is not None:
-        return ModelSettings(kind.fps, (kind.shape,))
+        return FolderSettings(kind.fps, (kind.shape,))
     side = transformer.config.position_base * transformer.config.patch[1] * vae.config.stride[1]
-    return ModelSettings(kind.fps, (f"{side}x{side}x1",))
+    return FolderSettings(kind.fps, (f"{side}x{side}x1",))
 
 
 def save_parts(parts: ModelParts, folder: Path) -> None:

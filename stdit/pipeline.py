@@ -18,7 +18,7 @@ from stdit.diffusion.timesteps import shift_by_tokens
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.known_frames import Given, Known, KnownFrames
-from stdit.model_folder import KINDS, ModelParts, ModelSettings, load_parts, save_parts
+from stdit.model_folder import KINDS, FolderSettings, ModelParts, load_parts, save_parts
 from stdit.models.experts import Experts
 from stdit.models.packing import TextPack, pack_inputs, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT
@@ -30,7 +30,7 @@ from stdit.vae.others import OtherVAE
 from stdit.weights.adapters import merge
 from stdit.weights.lora_files import read_adapter
 
-__all__ = ["ModelSettings", "Pipeline"]
+__all__ = ["FolderSettings", "Pipeline"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Pipeline:
         vae: CausalVAE | OtherVAE,
         text_encoder: TextEncoder,
         scheduler: Mapping[str, Any],
-        settings: ModelSettings | None = None,
+        settings: FolderSettings | None = None,
         image_encoder: ImageEncoder | None = None,
         index: Mapping[str, Any] | None = None,
     ) -> None:
@@ -74,7 +74,7 @@ class Pipeline:
                 f"the transformer takes texts of width {config.text_dim}, the text encoder gives {text_encoder.dim}."
             )
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
-        self.image_encoder, self.scheduler, self.settings = image_encoder, dict(scheduler), settings or ModelSettings()
+        self.image_encoder, self.scheduler, self.settings = image_encoder, dict(scheduler), settings or FolderSettings()
         self.index = dict(index or {"_class_name": scheduler.get("_pipeline", "WanPipeline")})
         self.known_frames = KnownFrames(config, vae, image_encoder)
 
@@ -133,7 +133,7 @@ class Pipeline:
         where there are two. noise: (1 or prompts, C, T', H', W') in place of the seed's first. known: frames given as
         condition, {"image": the first frame} or {"video": the first 1+k·stride frames}, and for some weights with them
         {"last": the last frame}; one for all prompts or one each. solver: None for the folder's own, a short name such
-        as "euler" or "unipc", or a diffusers scheduler's config. shift: in place of the folder's (see `ModelSettings`).
+        as "euler" or "unipc", or a diffusers scheduler's config. shift: in place of the folder's (`FolderSettings`).
         tokens_per_pack: the most video tokens in one forward (never less than a clip). progress: called with (steps
         done, steps in all).
         """

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from stdit.diffusion import solvers
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.pipeline import ModelSettings, Pipeline
+from stdit.pipeline import FolderSettings, Pipeline
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 
@@ -58,7 +58,7 @@ def theirs() -> WanPipeline:
 def folder(theirs, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "stranger"
     theirs.save_pretrained(path)
-    ModelSettings(fps=8, shapes=("48x32x9", "32x64x5"), text_padding=PADDING).write(path)
+    FolderSettings(fps=8, shapes=("48x32x9", "32x64x5"), text_padding=PADDING).write(path)
     return path
 
 
@@ -131,7 +131,7 @@ def test_a_shift_by_tokens_moves_the_static_one(ours, theirs, solver):
 def test_what_we_save_opens_in_wan_pipeline(ours, theirs, tmp_path, caplog):
     """Both ways: every tensor survives our folder, nothing is missing, and the result is the same."""
     ours.save(tmp_path)
-    assert ModelSettings.read(tmp_path) == ours.settings
+    assert FolderSettings.read(tmp_path) == ours.settings
     again = WanPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     for part in ("transformer", "vae", "text_encoder"):
@@ -159,7 +159,7 @@ def test_a_model_made_here_runs_in_wan_pipeline(vae, tmp_path):
     text_encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
     made = Pipeline(
         randomise(STDiT(config), 0), randomise(CausalVAE(vae), 1), text_encoder,
-        solvers.unipc_config(), ModelSettings(fps=8, shapes=("48x32x9",)),
+        solvers.unipc_config(), FolderSettings(fps=8, shapes=("48x32x9",)),
     )  # fmt: skip
     made.save(tmp_path)
     again = WanPipeline.from_pretrained(tmp_path)
@@ -223,7 +223,7 @@ def test_seed_decides(ours):
 def test_defaults_come_from_the_folder(ours, theirs, tmp_path):
     assert str(ours.shape()) == "48x32x9" and str(ours.shape(frames=5)) == "48x32x5"
     assert ours.settings.fps == 8 and ours.text_padding == PADDING
-    assert ModelSettings.read(tmp_path).shape.frames == 81  # Wan's, for a folder without stdit.json
+    assert FolderSettings.read(tmp_path).shape.frames == 81  # Wan's, for a folder without stdit.json
 
 
 @pytest.mark.parametrize(
@@ -257,10 +257,10 @@ def test_folders_that_cannot_be_loaded(folder, tmp_path):
         Pipeline.load(tmp_path)
     (tmp_path / "stdit.json").write_text(json.dumps({"format": 1, "fsp": 8}))
     with pytest.raises(StditError, match="'fps'"):
-        ModelSettings.read(tmp_path)
+        FolderSettings.read(tmp_path)
     (tmp_path / "stdit.json").write_text(json.dumps({"format": 1, "shift_tokens": 0}))
     with pytest.raises(StditError, match="shift_tokens is 0"):
-        ModelSettings.read(tmp_path)
+        FolderSettings.read(tmp_path)
     (tmp_path / "stdit.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(StditError, match="format"):
-        ModelSettings.read(tmp_path)
+        FolderSettings.read(tmp_path)

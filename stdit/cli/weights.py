@@ -74,6 +74,7 @@ def convert(
 
     from stdit.errors import StditError
     from stdit.weights import io, lora_files
+    from stdit.weights.experts import EXPERT_NAMES, expert_folders
 
     if lora_files.is_adapter(source):
         if model is None:
@@ -93,11 +94,8 @@ def convert(
     found = _sources(source, trust_pickle, strict=True)
 
     def place_of(part: str) -> Path:
-        if part in io.EXPERT_NAMES:
-            return (
-                out
-                / io.EXPERT_FOLDERS["diffusers" if layout == "diffusers" else "original"][io.EXPERT_NAMES.index(part)]
-            )
+        if part in EXPERT_NAMES:
+            return out / expert_folders(layout)[part]
         return out / part if len(found) > 1 and layout == "diffusers" else out
 
     places = {part: place_of(part) for part in found}
@@ -133,8 +131,10 @@ def _sources(path: Path, trust_pickle: bool, strict: bool) -> dict[str, Source]:
     """What is at `path`: transformer (or two experts, high and low) and vae; or the error that says why nothing is."""
     from stdit.errors import StditError
     from stdit.weights import io
+    from stdit.weights.experts import expert_places
+    from stdit.weights.families import KINDS, families
 
-    experts = io.expert_places(path.expanduser())
+    experts = expert_places(path.expanduser())
     parts, problems = [], []
     for part, place in {**(experts or {"transformer": path}), "vae": path}.items():
         kind = "vae" if part == "vae" else "transformer"
@@ -145,7 +145,7 @@ def _sources(path: Path, trust_pickle: bool, strict: bool) -> dict[str, Source]:
     if not parts and problems:
         raise problems[0]
     if not parts:
-        known = " nor a ".join(family.FAMILY for kind in io.KINDS for family in io.families(kind))
+        known = " nor a ".join(family.FAMILY for kind in KINDS for family in families(kind))
         raise StditError(f"{path}: holds neither a {known}.")
     for problem in problems:
         typer.echo(f"left out: {problem}", err=True)

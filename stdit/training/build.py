@@ -34,7 +34,8 @@ from stdit.training.start import choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.autoencoder import preset as vae_preset
-from stdit.weights.io import boundary_of, find, load, load_vae
+from stdit.weights.experts import boundary_of
+from stdit.weights.io import find, load, load_vae
 from stdit.weights.schedulers import scheduler_of
 
 

@@ -21,7 +21,7 @@ from stdit.diffusion.solvers import static_shift, with_static_shift, write_sched
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.files import publish_folder, publish_text
-from stdit.pipeline import ModelSettings, Pipeline
+from stdit.pipeline import FolderSettings, Pipeline
 from stdit.shapes import VideoShape
 from stdit.training.build import Parts
 from stdit.training.ema import Ema
@@ -32,8 +32,9 @@ from stdit.training.objective import FlowModule, FlowObjective
 from stdit.training.parallel import World
 from stdit.training.vae_objective import VaeModule
 from stdit.vae.autoencoder import CausalVAE, measure_latents
+from stdit.weights.experts import expert_folders
 from stdit.weights.files import read_json
-from stdit.weights.io import EXPERT_FOLDERS, save_transformer, save_vae
+from stdit.weights.io import save_transformer, save_vae
 
 FORMAT = 1  # of export.json
 VAE_CLIPS = 256  # at most as many measure the latents' mean and deviation
@@ -76,10 +77,10 @@ def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pip
     return Pipeline(module.transformer, objective.vae, text_encoder, scheduler, _settings(parts))
 
 
-def _settings(parts: Parts) -> ModelSettings:
+def _settings(parts: Parts) -> FolderSettings:
     config, shapes = parts.config, tuple(map(str, parts.sampled_shapes))
     shift_tokens = config.objective.flow.noise_levels.shift_tokens
-    return ModelSettings(config.data.fps, shapes, config.text.padding, shift_tokens)
+    return FolderSettings(config.data.fps, shapes, config.text.padding, shift_tokens)
 
 
 def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: Path) -> None:
@@ -99,7 +100,7 @@ def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: 
         return make_pipeline(parts, weights, world).save(folder)
     module = with_weights(objective.fresh(), weights)
     flows = [module.high, module.low] if isinstance(module, ExpertsModule) else [module]
-    names = list(EXPERT_FOLDERS["diffusers"])
+    names = list(expert_folders("diffusers").values())
     if len(flows) == 1:
         names = [names[config.model.expert == "low"]]
     index = read_json(index_path)
@@ -164,7 +165,7 @@ def export_vae(parts: Parts, weights: dict[str, Tensor], step: int, world: World
 
     def write(folder: Path) -> None:
         save_vae(vae, folder / "vae")
-        ModelSettings(parts.config.data.fps, tuple(map(str, parts.shapes)), None).write(folder)
+        FolderSettings(parts.config.data.fps, tuple(map(str, parts.shapes)), None).write(folder)
 
     measured = {"psnr": vae_psnr(vae, parts)}
     publish(Path(parts.config.run.path), step, write)

@@ -11,10 +11,11 @@ from stdit.errors import StditError, about, nearest_name
 from stdit.models.config import TransformerConfig
 from stdit.models.inflate import NEW
 from stdit.models.transformer import STDiT
-from stdit.pipeline import ModelSettings as Described
+from stdit.pipeline import FolderSettings
 from stdit.training.settings import ModelSettings, RunConfig
+from stdit.weights.experts import boundary_of, expert_places
 from stdit.weights.files import read_json
-from stdit.weights.io import boundary_of, expert_places, find
+from stdit.weights.io import find
 
 
 def follow_init(config: RunConfig) -> RunConfig:
@@ -24,12 +25,12 @@ def follow_init(config: RunConfig) -> RunConfig:
     experts, their range. Settings that are set stay.
     """
     settings, levels = config.model, config.objective.flow.noise_levels
-    vae, text, padding, described = config.vae, config.text, 512, Described()
+    vae, text, padding, described = config.vae, config.text, 512, FolderSettings()
     shift, tokens, span, task = 1.0, levels.shift_tokens, (0.0, 1.0), "text_to_video"
     if settings.init is not None and config.objective.kind == "flow":
         folder = Path(settings.init).expanduser()
         with about("model.init"):
-            described = Described.read(folder)
+            described = FolderSettings.read(folder)
             found: TransformerConfig = find("transformer", transformer_path(settings)).config
         task = "image_to_video" if found.image_channels > 1 else task
         padding = found.text_padding if described.text_padding is None else described.text_padding

@@ -6,7 +6,6 @@ its device and dtype, into a model that was built without memory.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -21,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.files import publish
+from stdit.weights.experts import EXPERT_NAMES, boundary_of, expert_folders, expert_places
+from stdit.weights.families import families, family_of, on_meta, shapes_of, table_of
 from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
-from stdit.weights.keymap import Shape, Table
+from stdit.weights.keymap import Table
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +34,7 @@ if TYPE_CHECKING:
     from stdit.vae.autoencoder import CausalVAE
     from stdit.vae.others import OtherVAE
 
-KINDS = ("transformer", "vae")
-FAMILIES = {"transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"), "vae": ("wan_vae",)}
 LAYOUTS = ("diffusers", "original", "comfyui")
-EXPERT_NAMES = ("high", "low")
-EXPERT_FOLDERS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}
-BOUNDARIES = {"text": 0.875, "image": 0.9}  # of Wan 2.2 T2V-A14B and I2V-A14B, for folders that do not say
 SHARD_BYTES = 5_000_000_000
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.")
@@ -174,18 +170,6 @@ def save_vae(
         _save("vae", vae, Path(folder), layout, shard_bytes)
 
 
-def families(kind: str) -> list[ModuleType]:
-    """The modules of all families of a kind. Names shared by several belong to the first, unless a config says."""
-    return [importlib.import_module(f"stdit.weights.families.{name}") for name in FAMILIES[kind]]
-
-
-def family_of(kind: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModuleType:
-    """The family of a config.json, or else of tensors by their names; where neither is known, the first."""
-    known = families(kind)
-    named = [family for family in known if found.get("_class_name") in family.CLASSES]
-    return (named or [family for family in known if family.dialect_of(shapes)] or known)[0]
-
-
 def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -> bool:
     """Whether a transformer or VAE is at `path`, by folder and tensor names. Raises where files cannot be opened."""
     place = Path(path).expanduser()
@@ -214,7 +198,7 @@ def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, st
     if config is None or not dialect:
         known = ", nor a ".join(one.FAMILY for one in families(kind))
         raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
-    table = family.keymap(config, dialect).table(_shapes(_on_meta(config)))
+    table = family.keymap(config, dialect).table(shapes_of(on_meta(config)))
     if strict:
         where = f"the config {config_path} is of other weights" if config_path else "these are other weights"
         table.check(files.shapes, files.path, f"The file is damaged, or {where}: get both from the same place again.")
@@ -226,7 +210,7 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
 
     What is on the CPU in its stored dtype and order stays a private view of the file; see stdit/weights/files.py.
     """
-    model = _on_meta(source.config)
+    model = on_meta(source.config)
     files = source.files
     tensors: dict[str, Tensor] = {}
     for move in source.table.moves:
@@ -268,30 +252,6 @@ def convert(
 
     dtypes = {native: stored(move.foreign[0]) for move in source.table.moves for native in move.native}
     _write(source.kind, source.config, source.table.native_reader(read), dtypes, Path(folder), layout, shard_bytes)
-
-
-def expert_folders(layout: str) -> dict[str, str]:
-    """The folder of each of two experts in a layout."""
-    return dict(zip(EXPERT_NAMES, EXPERT_FOLDERS["diffusers" if layout == "diffusers" else "original"]))
-
-
-def expert_places(folder: Path) -> dict[str, Path] | None:
-    """Where the two experts of a folder are, None where there are none."""
-    for names in EXPERT_FOLDERS.values():
-        if all((folder / name).is_dir() for name in names):
-            return {expert: folder / name for expert, name in zip(EXPERT_NAMES, names)}
-    return None
-
-
-def boundary_of(folder: Path, from_image: bool) -> float:
-    """The noise level between a folder's experts: its model_index.json's boundary_ratio, or as Wan 2.2 has it."""
-    path = folder / "model_index.json"
-    if not path.is_file():
-        return BOUNDARIES["image" if from_image else "text"]
-    found: Any = read_json(path).get("boundary_ratio")
-    if type(found) not in (int, float) or not 0 < found < 1:
-        raise StditError(f"{path}: boundary_ratio is {found!r}; it must be a noise level between 0 and 1.")
-    return float(found)
 
 
 def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
@@ -344,34 +304,6 @@ def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any]
             if isinstance(document, dict):
                 return document, None
     return {}, None
-
-
-def table_of(config: Any, dialect: str) -> tuple[ModuleType, Table]:
-    """The family of a config, and how its model's tensors are those of a dialect."""
-    family = importlib.import_module(f"stdit.weights.families.{getattr(config, 'family', 'wan_vae')}")
-    return family, family.keymap(config, dialect).table(_shapes(_on_meta(config)))
-
-
-def _on_meta(config: Any) -> nn.Module:
-    """The model without memory. Nothing is drawn: on the meta device that takes longer than reading the weights."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    from stdit.models.transformer import STDiT
-    from stdit.vae.autoencoder import CausalVAE, VaeConfig
-
-    class Undrawn(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_", "trunc_normal_"):
-                return args[0] if args else (kwargs or {})["tensor"]
-            return func(*args, **(kwargs or {}))
-
-    with torch.device("meta"), Undrawn():
-        return CausalVAE(config) if isinstance(config, VaeConfig) else STDiT(config)
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _save(kind: str, model: nn.Module, folder: Path, layout: str, shard_bytes: int) -> None:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish, publish_text
+from stdit.weights.families import table_of
 from stdit.weights.files import TensorFiles, open_file, read_json, write_tensors
-from stdit.weights.io import table_of
 from stdit.weights.keymap import Shape, Table
 
 if TYPE_CHECKING:

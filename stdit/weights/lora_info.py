@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stdit.weights.io import families, table_of
+from stdit.weights.families import families, table_of
 from stdit.weights.lora_files import LoraFile, fitted, open_adapter
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from stdit.data.manifest import read_manifest
 from stdit.data.toy import all_specs, still_specs
 from stdit.diffusion.solvers import unipc_config
 from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.pipeline import ModelSettings, Pipeline
+from stdit.pipeline import FolderSettings, Pipeline
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
     config = TransformerConfig(dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
     sizes = VaeConfig(base_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True), z_dim=4)
     encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
-    settings = ModelSettings(fps=8, shapes=("32x32x5", "48x32x5"), text_padding=16)
+    settings = FolderSettings(fps=8, shapes=("32x32x5", "48x32x5"), text_padding=16)
     path = tmp_path_factory.mktemp("model")
     Pipeline(STDiT(config), CausalVAE(sizes), encoder, unipc_config(), settings).save(path)
     return path

@@ -14,7 +14,7 @@ from stdit.cli.sample import sample
 from stdit.data.video_io import probe, read_frames, write_video
 from stdit.diffusion.solvers import unipc_config
 from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.pipeline import ModelSettings, Pipeline
+from stdit.pipeline import FolderSettings, Pipeline
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.weights.adapters import Adapter, Pair
@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     config = TransformerConfig(dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
     sizes = VaeConfig(base_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True), z_dim=4)
     encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
-    settings = ModelSettings(fps=8, shapes=("48x32x9",), text_padding=16)
+    settings = FolderSettings(fps=8, shapes=("48x32x9",), text_padding=16)
     path = tmp_path_factory.mktemp("model")
     transformer = STDiT(config)
     torch.nn.init.normal_(transformer.head.head.weight, std=0.3)  # a fresh one is 0, and no other weight would matter

@@ -25,7 +25,7 @@ from stdit.evaluation.captions import (
     measures,
 )
 from stdit.models.config import TransformerConfig
-from stdit.pipeline import ModelSettings, Pipeline
+from stdit.pipeline import FolderSettings, Pipeline
 
 WORDS = ("eat", "help", "milk", "no")
 PEOPLE = ("a grey T-shirt", "an orange sweater")
@@ -119,7 +119,7 @@ def known_tokens(data: DataConfig) -> tuple[list[str], list[torch.Tensor]]:
 
 
 def pipeline(captions, clip_of) -> Pipeline:
-    settings = ModelSettings(fps=8, shapes=("32x32x5", "32x32x9"), text_padding=0)
+    settings = FolderSettings(fps=8, shapes=("32x32x5", "32x32x9"), text_padding=0)
     return Pipeline(Oracle(clip_of), Blocks(), Words(captions), unipc_config(), settings)  # type: ignore[arg-type]
 
 

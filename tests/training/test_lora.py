@@ -27,7 +27,7 @@ from stdit.training.optimizer import OptimizerConfig
 from stdit.training.parallel import World
 from stdit.training.run import run
 from stdit.weights.adapters import Adapter, Pair, merge, to_foreign
-from stdit.weights.io import table_of
+from stdit.weights.families import table_of
 from stdit.weights.lora_files import read_adapter
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -19,7 +19,7 @@ from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.models.packing import pack_texts, patchify, unpack_clips, unpatchify
 from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.pipeline import ModelSettings
+from stdit.pipeline import FolderSettings
 from stdit.shapes import TokenGrid
 from stdit.training.build import Parts, build
 from stdit.training.conditions import Conditions
@@ -178,7 +178,7 @@ def test_a_shift_by_tokens_goes_into_the_model_folder(tiny: Path, tmp_path: Path
     parts = build(load_config(tiny / "flow.yaml", overrides), ALONE)
     weights = {name: p.detach() for name, p in parts.objective.module.named_parameters()}
     make_pipeline(parts, weights, ALONE).save(tmp_path)
-    assert ModelSettings.read(tmp_path).shift_tokens == 96
+    assert FolderSettings.read(tmp_path).shift_tokens == 96
     assert UniPCMultistepScheduler.from_pretrained(tmp_path / "scheduler").config.flow_shift == 2.5
 
 

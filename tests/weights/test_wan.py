@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import pytest
@@ -326,82 +324,6 @@ def test_a_config_of_other_weights_says_so(folder, tmp_path):
     (place / "config.json").write_text("{")
     with pytest.raises(StditError, match=r"config.json: not valid JSON"):
         stdit.load_transformer(place)
-
-
-# Saving.
-
-
-def test_saving_again_leaves_no_stale_shards_and_no_other_files_touched(folder, tmp_path):
-    model = stdit.load_transformer(folder)
-    (tmp_path / "notes.txt").write_text("mine")
-    stdit.save_transformer(model, tmp_path, shard_bytes=20_000)
-    stdit.save_transformer(model, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors", "notes.txt"]
-    assert (tmp_path / "config.json").stat().st_mode & 0o777 == (tmp_path / "notes.txt").stat().st_mode & 0o777
-
-
-def test_a_save_that_fails_leaves_the_earlier_one_whole(folder, tmp_path, monkeypatch):
-    model = stdit.load_transformer(folder)
-    stdit.save_transformer(model, tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-
-    def full_disk(path, *_):
-        Path(path).write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(io, "write_tensors", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        stdit.save_transformer(model, tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("before", [10**9, 20_000])
-@pytest.mark.parametrize("after", [10**9, 20_000])
-def test_killed_among_the_renames_is_never_a_mixture(folder, tmp_path, monkeypatch, before, after):
-    old = stdit.load_transformer(folder)
-    new = stdit.load_transformer(folder)
-    with torch.no_grad():
-        for parameter in new.parameters():
-            parameter.add_(1)
-    replace, loaded = os.replace, []
-    for renames in range(50):
-        place = tmp_path / str(renames)
-        stdit.save_transformer(old, place, shard_bytes=before)
-        left = [renames]
-
-        def until_killed(source, target, left=left):
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt
-            replace(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", until_killed)
-            with contextlib.suppress(KeyboardInterrupt):
-                stdit.save_transformer(new, place, shard_bytes=after)
-        try:
-            found = stdit.load_transformer(place)
-        except StditError:
-            continue
-        whole = [all(map(torch.equal, found.parameters(), model.parameters())) for model in (old, new)]
-        assert any(whole), renames
-        loaded.append(whole[1])
-        if left[0] >= 0:
-            break
-    assert loaded[-1] and left[0] == 0  # all renames were made, and no fewer
-
-
-def test_saving_the_same_weights_gives_the_same_bytes(folder, tmp_path):
-    model = stdit.load_transformer(folder)
-    for name in ("one", "two"):
-        stdit.save_transformer(model, tmp_path / name)
-    for file in (tmp_path / "one").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-
-
-def test_an_unknown_layout_is_named(folder, tmp_path):
-    with pytest.raises(StditError, match="layout 'comfy' does not exist"):
-        stdit.save_transformer(stdit.load_transformer(folder), tmp_path, "comfy")
 
 
 def test_text_padding_and_rotary_base_survive_a_trip_through_diffusers_config(tmp_path):
