@@ -1,0 +1,110 @@
+"""LPIPS, how different two pictures look (Zhang et al. 2018, richzhang/PerceptualSimilarity, version 0.1, VGG16)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stdit.errors import StditError
+
+WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16's convolutions
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of LPIPS' ScalingLayer, for colours in [−1, 1]
+SMALLEST = 2 ** (len(WIDTHS) - 1)  # pixels a side: four poolings halve it
+WANTED = (
+    "It takes two files, or one with both: torchvision's VGG16 (vgg16-397923af.pth, tensors features.0.weight …) and "
+    "LPIPS' heads (vgg.pth of lpips/weights/v0.1 in richzhang/PerceptualSimilarity, tensors lin0.model.1.weight …); "
+    ".safetensors with the same names will do."
+)
+
+
+class Lpips(nn.Module):
+    """LPIPS of VGG16, frozen. path: a folder, a file or several files that hold torchvision's VGG16 and LPIPS' heads.
+
+    Read are .safetensors and .pth (tensors alone); tensors by other names, such as VGG16's classifier, are left.
+    Raises StditError that names what is missing, misshaped or there twice.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        self.ends = []  # the number of layers up to the last activation of each size
+        c = 3
+        with torch.device("meta"):
+            for widths in WIDTHS:
+                layers += [nn.MaxPool2d(2)] if layers else []
+                for width in widths:
+                    layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU(inplace=True)]
+                    c = width
+                self.ends.append(len(layers))
+            self.features = nn.Sequential(*layers)  # numbered as torchvision's
+            self.heads = nn.ParameterList(torch.empty(1, widths[-1], 1, 1) for widths in WIDTHS)
+        self._read(path)
+        self.requires_grad_(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, 3, T, H, W) in [−1, 1] each -> (B,): LPIPS of each pair of frames, then the mean over frames."""
+        if a.shape != b.shape or a.ndim != 5 or a.shape[1] != 3 or min(a.shape[3:]) < SMALLEST:
+            raise StditError(
+                f"LPIPS compares clips of one shape (B, 3, T, H, W), of at least {SMALLEST}x{SMALLEST} pixels, not "
+                f"{tuple(a.shape)} with {tuple(b.shape)}."
+            )
+        frames = torch.cat([clip.transpose(1, 2).flatten(0, 1) for clip in (a, b)]).to(
+            self.heads[0]
+        )  # (2·B·T, 3, H, W)
+        x = (frames - frames.new_tensor(SHIFT).view(3, 1, 1)) / frames.new_tensor(SCALE).view(3, 1, 1)
+        total = torch.zeros((), device=a.device)
+        for start, end, head in zip((0, *self.ends), self.ends, self.heads):
+            x = self.features[start:end](x)  # (2·B·T, C, H', W')
+            # vector_norm's gradient is 0 where all channels are 0; that of √Σx² is not a number
+            unit = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+            difference = torch.sub(*unit.chunk(2)).square()  # (B·T, C, H', W')
+            total = total + F.conv2d(difference, head).float().mean((1, 2, 3))
+        return total.view(a.shape[0], a.shape[2]).mean(1)
+
+    def _read(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
+        wanted = {name: name for name in self.state_dict() if name.startswith("features.")}
+        wanted |= {f"lin{i}.model.1.weight": f"heads.{i}" for i in range(len(WIDTHS))}
+        places = [path] if isinstance(path, str | os.PathLike) else path
+        found: dict[str, Tensor] = {}
+        source: dict[str, Path] = {}
+        for file in [file for place in places for file in _files(Path(place).expanduser())]:
+            for name, tensor in _tensors(file).items():
+                if name not in wanted:
+                    continue
+                if name in found:
+                    raise StditError(f"LPIPS: {source[name]} and {file} both hold {name}. Name the files to read.")
+                shape = self.state_dict()[wanted[name]].shape
+                if tensor.shape != shape:
+                    raise StditError(f"LPIPS: {file}: {name} is {tuple(tensor.shape)}, not {tuple(shape)}. {WANTED}")
+                found[name], source[name] = tensor.float(), file
+        if missing := [name for name in wanted if name not in found]:
+            raise StditError(f"LPIPS: {', '.join(map(str, places))}: no {missing[0]} there. {WANTED}")
+        self.load_state_dict({wanted[name]: tensor for name, tensor in found.items()}, assign=True)
+
+
+def _files(place: Path) -> list[Path]:
+    if place.is_dir():
+        return sorted(file for file in place.iterdir() if file.suffix in (".safetensors", ".pth"))
+    if not place.is_file():
+        raise StditError(f"LPIPS: {place}: no such file or folder. {WANTED}")
+    return [place]
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StditError(f"LPIPS: {file} cannot be read as a file of tensors alone: {reason}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise StditError(f"LPIPS: {file} does not hold a dictionary of tensors. {WANTED}")
+    return found
