@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stdit.cli.eval_captions import captions
+from stdit.cli.eval_vae import vae
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure a trained model.")
 
@@ -22,6 +23,7 @@ def group() -> None:
 
 
 app.command()(captions)
+app.command()(vae)
 
 
 @app.command()

@@ -19,8 +19,12 @@ def psnr(clip: np.ndarray, reference: np.ndarray, peak: float = 255.0) -> float:
     clip, reference = np.asarray(clip), np.asarray(reference)
     if clip.shape != reference.shape:
         raise StditError(f"PSNR compares clips of one shape, not {clip.shape} with {reference.shape}.")
-    mse = np.mean((clip.astype(np.float64) - reference.astype(np.float64)) ** 2)
-    return math.inf if mse == 0 else float(10 * np.log10(peak**2 / mse))
+    return decibels(float(np.mean((clip.astype(np.float64) - reference.astype(np.float64)) ** 2)), peak)
+
+
+def decibels(mse: float, peak: float = 255.0) -> float:
+    """PSNR in dB of a mean squared error; infinity for none."""
+    return math.inf if mse == 0 else 10 * math.log10(peak**2 / mse)
 
 
 def mean_psnr(clips: Sequence[np.ndarray], references: Sequence[np.ndarray], peak: float = 255.0) -> float:
@@ -30,6 +34,42 @@ def mean_psnr(clips: Sequence[np.ndarray], references: Sequence[np.ndarray], pea
             f"PSNR of {len(clips)} clips against {len(references)} references: give the same number, not 0."
         )
     return float(np.mean([min(psnr(clip, reference, peak), 100.0) for clip, reference in zip(clips, references)]))
+
+
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # of the Gaussian window, in pixels: 11×11
+SMALLEST_SSIM = 2 * SSIM_RADIUS + 1
+
+
+def ssim(frame: np.ndarray, reference: np.ndarray, peak: float = 255.0) -> float:
+    """Structural similarity of two pictures (H, W, C) (Wang et al. 2004): mean over pixels and channels, 1 if equal.
+
+    Each channel by itself; Gaussian window of σ 1.5 cut off at 11×11, population variances, K 0.01 and 0.03; pixels
+    whose window would reach over the border, 5 on each side, do not count. This is scikit-image's
+    `structural_similarity(…, channel_axis=-1, data_range=peak, gaussian_weights=True, use_sample_covariance=False)`.
+    """
+    x, y = np.asarray(frame, np.float64), np.asarray(reference, np.float64)
+    if x.shape != y.shape or x.ndim != 3 or min(x.shape[:2]) < SMALLEST_SSIM:
+        raise StditError(
+            f"SSIM compares pictures of one shape (H, W, C), at least {SMALLEST_SSIM} pixels a side, not {x.shape} "
+            f"with {y.shape}."
+        )
+    window = np.exp(-0.5 * (np.arange(-SSIM_RADIUS, SSIM_RADIUS + 1) / SSIM_SIGMA) ** 2)
+    window /= window.sum()
+
+    def local(values: np.ndarray) -> np.ndarray:
+        """The mean under the window wherever all of it is inside."""
+        for axis in (0, 1):
+            count = values.shape[axis] - 2 * SSIM_RADIUS
+            parts = (np.take(values, range(i, i + count), axis) * weight for i, weight in enumerate(window))
+            values = sum(parts, np.zeros(()))
+        return values
+
+    mean_x, mean_y = local(x), local(y)
+    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
+    covariance = local(x * y) - product
+    variances = local(x * x + y * y) - squares
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    return float(np.mean((2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))))
 
 
 def binomial_p(right: int, total: int, chance: float) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stdit.errors import StditError
-from stdit.evaluation.metrics import binomial_p, mean_psnr, psnr, wilson_interval
+from stdit.evaluation.metrics import binomial_p, mean_psnr, psnr, ssim, wilson_interval
 
 
 def test_psnr_is_scikit_images():
@@ -20,6 +20,20 @@ def test_psnr_is_scikit_images():
     )
     with pytest.raises(StditError, match="one shape"):
         psnr(one, other[:4])
+
+
+@pytest.mark.parametrize("size", [(11, 11), (13, 30)])
+def test_ssim_is_scikit_images(size):
+    reference = pytest.importorskip("skimage.metrics", reason="pip install 'stdit[dev]'").structural_similarity
+    rng = np.random.default_rng(0)
+    one = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    other = np.clip(one + rng.normal(0, 40, one.shape), 0, 255).astype(np.uint8)
+    same = dict(channel_axis=-1, gaussian_weights=True, use_sample_covariance=False)
+    assert ssim(other, one) == pytest.approx(reference(one, other, data_range=255, **same), abs=1e-6)
+    assert ssim(other / 255, one / 255, peak=1) == pytest.approx(ssim(other, one), abs=1e-9)
+    assert ssim(one, one) == 1
+    with pytest.raises(StditError, match="at least 11 pixels"):
+        ssim(one[:10], one[:10])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""`stdit eval vae` as it is called, on a small VAE of random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stdit.cli.main import app, run_command
+from stdit.data.video_io import write_video
+from stdit.vae.autoencoder import CausalVAE, VaeConfig
+from stdit.weights.io import load_vae, save_vae
+
+
+def stdit(*words: object) -> int:
+    return run_command(app, [str(word) for word in words], prog="stdit")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """A folder: a video of 22 frames, an image, something that is neither, and a picture that is too small."""
+    folder = tmp_path_factory.mktemp("clips")
+    frames = np.random.default_rng(0).integers(0, 256, (22, 24, 34, 3)).astype(np.uint8)
+    write_video(folder / "a.mp4", frames, 8)
+    Image.fromarray(frames[0]).save(folder / "b.png")
+    Image.fromarray(frames[0, :8]).save(folder / "small.png")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    torch.manual_seed(0)
+    config = VaeConfig(base_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True), z_dim=4)
+    save_vae(CausalVAE(config), tmp_path / "model" / "vae")
+    return tmp_path / "model"
+
+
+def test_a_folder_of_clips(clips, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("eval", "vae", clips, "--model", model, "--out", out, "--device", "cpu", "--frames", 20)
+    assert stdit(*words) == 0
+    printed = capsys.readouterr().out
+    assert "2 clips" in printed and "grey levels of 255" in printed and "broken.mp4" in printed
+    result = json.loads((out / "evaluation-vae.json").read_text())
+    assert [clip["shape"] for clip in result["clips"]] == ["32x24x17", "32x24x1"]  # legal sizes, 1+4k frames
+    assert len(result["failures"]) == 2 and "24x34" not in result["failures"][0]
+    assert any("8" in failure and "smaller than 11" in failure for failure in result["failures"])
+    psnrs = [clip["measures"]["psnr"] for clip in result["clips"]]
+    assert result["measures"]["psnr"] == pytest.approx(sum(psnrs) / 2) and result["measures"]["lpips"] is None
+    assert result["clips"][0]["latents"]["count"] == 5 * 6 * 8  # latent frames, rows, columns
+    assert (out / result["clips"][0]["picture"]).stat().st_size > 500
+
+    record = out / "evaluation-vae.jsonl"
+    lines = record.read_text().splitlines()
+    assert len(lines) == 3
+    marked = lines[1].replace('"psnr": ', '"psnr": 7')  # what is there is taken, what was cut off is done again
+    record.write_text("\n".join([lines[0], marked, lines[2][:40]]))
+    assert stdit(*words, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["clips"][0]["measures"]["psnr"] > 70
+    assert again["clips"][1] == result["clips"][1]
+    assert stdit(*words, "--size", "16x12", "--limit", 1, "--json") == 0  # other settings: from the beginning
+    other = json.loads(capsys.readouterr().out)
+    assert [clip["shape"] for clip in other["clips"]] == ["16x12x17"] and other["measures"]["psnr"] < 70
+
+
+def test_the_normalisation_is_written(clips, model, tmp_path, capsys):
+    words = ("eval", "vae", clips, "--model", model, "--out", tmp_path / "out", "--device", "cpu", "--pictures", 0)
+    assert stdit(*words, "--write-normalisation") == 0
+    assert "latents_mean" in capsys.readouterr().out and not (tmp_path / "out" / "evaluation-vae").exists()
+    vae = load_vae(model)
+    result = json.loads((tmp_path / "out" / "evaluation-vae.json").read_text())
+    assert vae.config.latents_mean == pytest.approx(result["latents"]["mean"])
+    assert vae.config.latents_std == pytest.approx(result["latents"]["std"])
+
+
+def test_what_is_wrong_is_said(clips, model, tmp_path, capsys):
+    def fails(*words: object) -> str:
+        assert stdit("eval", "vae", *words, "--out", tmp_path / "out", "--device", "cpu") == 1
+        return capsys.readouterr().err
+
+    assert "WIDTHxHEIGHT alone" in fails(clips, "--model", model, "--size", "32x24x5")
+    assert "no clip could be measured" in fails(clips, "--model", model, "--size", "64x64")
+    assert "no such file or folder" in fails(clips, "--model", model, "--lpips", tmp_path / "none")
+    save_vae(load_vae(model), tmp_path / "original", layout="original")
+    words = (clips, "--model", tmp_path / "original", "--limit", 1, "--write-normalisation")
+    assert "stdit weights convert" in fails(*words)
