@@ -1,13 +1,15 @@
 """Model folders in diffusers' pipeline layout: what each pipeline class does around its transformer, and their parts.
 
 What is written here opens in the class that model_index.json names, with the same result for the same noise, and what
-is saved there opens here. `stdit.json` holds what diffusers has no place for.
+is saved there opens here. `stdit.json` holds what diffusers has no place for. An adapter alone, as training writes it,
+is a model folder too: its `base.json` says where the rest is.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +25,12 @@ from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder, load_text_encoder
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.others import OtherVAE
+from stdit.weights.adapters import merge
+from stdit.weights.experts import expert_adapter_places
 from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.files import read_json
 from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
+from stdit.weights.lora_files import read_adapter
 
 if TYPE_CHECKING:
     from stdit.text.images import ImageEncoder
@@ -111,6 +116,40 @@ class FolderSettings:
         return VideoShape.parse(self.shapes[0])
 
 
+@dataclass(frozen=True)
+class Base:
+    """What an adapter's model folder says of the weights below it, in base.json: paths, which load_parts follows.
+
+    transformer: a model folder, or a transformer's folder or file. pipeline: the class to sample as, where it is none.
+    """
+
+    transformer: str
+    vae: str
+    text_encoder: str
+    pipeline: str = "WanPipeline"
+
+    @classmethod
+    def read(cls, folder: Path) -> Base:
+        """Of a folder; one without base.json is its own."""
+        path = folder / "base.json"
+        if not path.is_file():
+            return cls(str(folder), str(folder), str(folder), pipeline="")
+        found = read_json(path)
+        if found.pop("format", None) != FORMAT or found.keys() != cls.__dataclass_fields__.keys():
+            raise StditError(f"{path}: not of format {FORMAT} with {', '.join(cls.__dataclass_fields__)}.")
+        base = cls(**{key: str(value) for key, value in found.items()})
+        for name in ("transformer", "vae", "text_encoder"):
+            if not Path(getattr(base, name)).exists():
+                raise StditError(
+                    f"{path}: {name}, {getattr(base, name)}, over which this adapter was trained, is not there. Write "
+                    f"where it is now; or load that model with the adapter: --model MODEL --lora {folder}."
+                )
+        return base
+
+    def write(self, folder: Path) -> None:
+        publish_text(folder / "base.json", json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+
+
 @dataclass
 class ModelParts:
     """What a model folder holds, in memory. index: its model_index.json, whose class says which pipeline it is for."""
@@ -125,11 +164,15 @@ class ModelParts:
 
 
 def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> ModelParts:
-    """Reads a model folder. dtype: of the transformer and the encoders; None keeps the stored ones."""
-    path = folder / "model_index.json"
-    if not path.is_file():
+    """Reads a model folder. dtype: of the transformer and the encoders; None keeps the stored ones.
+
+    Of an adapter's (base.json) the parts are those that it was trained over, with the adapter merged.
+    """
+    base = Base.read(folder)
+    path = Path(base.transformer) / "model_index.json"
+    if not (path.is_file() or base.pipeline):
         raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
-    index = read_json(path)
+    index = read_json(path) if path.is_file() else {"_class_name": base.pipeline}
     name = index.get("_class_name")
     if name in REFUSED:
         raise StditError(f"{path}: a {name} is not supported: {REFUSED[name]}.")
@@ -138,17 +181,46 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
             f"{path}: a {name} is not supported.{nearest_name(str(name), KINDS)} Supported: {', '.join(KINDS)}."
         )
     kind = KINDS[name]
-    transformer = load_transformer(folder, dtype=dtype, device=device).eval()
-    vae = load_vae(folder, device=device).eval()
-    text_encoder = load_text_encoder(folder, dtype=dtype, device=device)
+    transformer = load_transformer(base.transformer, dtype=dtype, device=device).eval()
+    if base.pipeline:
+        add_loras(transformer, [(folder, 1.0)])
+    vae = load_vae(base.vae, device=device).eval()
+    text_encoder = load_text_encoder(base.text_encoder, dtype=dtype, device=device)
     image_encoder = None
-    if (folder / "image_encoder").is_dir():
+    if (path.parent / "image_encoder").is_dir():
         from stdit.text.images import load_image_encoder
 
-        image_encoder = load_image_encoder(folder, dtype, device)
+        image_encoder = load_image_encoder(path.parent, dtype, device)
     settings = FolderSettings.read(folder, _released(kind, transformer, vae))
     scheduler = read_scheduler(folder / "scheduler", name)
     return ModelParts(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
+
+
+def add_loras(
+    transformer: STDiT | Experts,
+    loras: Sequence[tuple[str | Path, float]],
+    loras_2: Sequence[tuple[str | Path, float]] = (),
+) -> None:
+    """Merges LoRA files, each with its weight: all of them or, on an error, none. See `Pipeline.add_loras`."""
+    two = isinstance(transformer, Experts)
+    high, low = (transformer.high, transformer.low) if isinstance(transformer, Experts) else (transformer, transformer)
+    wanted: list[tuple[STDiT, str | Path, float]] = []
+    for path, weight in loras:
+        places = {name: place for name, place in expert_adapter_places(Path(path)).items() if place.is_dir()}
+        if places and not two:
+            raise StditError(
+                f"{path}: holds adapters of two experts (Wan 2.2 A14B); these weights are one transformer."
+            )
+        wanted += [({"high": high, "low": low}[name], place, weight) for name, place in places.items()]
+        if not places:
+            wanted.append((high, path, weight))
+    for path, weight in loras_2:
+        if not two:
+            raise StditError(f"{path}: is meant for the second of two experts; these weights are one transformer.")
+        wanted.append((low, path, weight))
+    read = [(model, read_adapter(path, model.config), weight) for model, path, weight in wanted]
+    for expert in dict.fromkeys((high, low)):
+        merge(expert, [(adapter, weight) for model, adapter, weight in read if model is expert])
 
 
 def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: CausalVAE | OtherVAE) -> FolderSettings:

@@ -18,7 +18,7 @@ from stdit.diffusion.timesteps import shift_by_tokens
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.known_frames import Given, Known, KnownFrames
-from stdit.model_folder import KINDS, FolderSettings, ModelParts, load_parts, save_parts
+from stdit.model_folder import KINDS, FolderSettings, ModelParts, add_loras, load_parts, save_parts
 from stdit.models.experts import Experts
 from stdit.models.packing import TextPack, pack_inputs, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT
@@ -27,8 +27,6 @@ from stdit.text.encoders import TextEncoder
 from stdit.text.images import ImageEncoder
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.others import OtherVAE
-from stdit.weights.adapters import merge
-from stdit.weights.lora_files import read_adapter
 
 __all__ = ["FolderSettings", "Pipeline"]
 
@@ -333,17 +331,16 @@ class Pipeline:
                 shift = static_shift(self.scheduler) * shift_by_tokens(tokens, self.settings.shift_tokens)
         return make_solver(config, request.steps, shift, shape=shape, latent=shape.latent(self.vae.config.stride))
 
-    def add_loras(self, loras: Sequence[tuple[str | Path, float]]) -> None:
+    def add_loras(
+        self, loras: Sequence[tuple[str | Path, float]], loras_2: Sequence[tuple[str | Path, float]] = ()
+    ) -> None:
         """Merges LoRA files, each with its weight, into the transformer: all of them or, on an error, none.
 
+        Of two experts (Wan 2.2 A14B) `loras` go into the one for high noise, as diffusers' load_lora_weights puts them
+        into `transformer`, and `loras_2` into the other; a model folder with an adapter for each goes into both.
         In fp32, rounded once to the transformer's dtype. To be rid of them, load the folder again.
         """
-        if isinstance(self.transformer, Experts):
-            if loras:
-                raise StditError(f"{loras[0][0]}: LoRA files for one of two experts (Wan 2.2 A14B) are not merged yet.")
-            return
-        read = [(read_adapter(path, self.transformer.config), weight) for path, weight in loras]
-        merge(self.transformer, read)
+        add_loras(self.transformer, loras, loras_2)
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:

@@ -56,6 +56,10 @@ def sample(
         list[str] | None,
         typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA file and its weight, 1 if unsaid; several."),
     ] = None,
+    lora_2: Annotated[
+        list[str] | None,
+        typer.Option("--lora-2", metavar="FILE[:WEIGHT]", help="For the low-noise expert, where there are two."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -85,7 +89,7 @@ def sample(
     ratio = _ratio(aspect) if aspect is not None else None
     seconds = _seconds(duration) if duration is not None else None
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
-    loras = [_lora(one) for one in lora or []]
+    loras, loras_2 = ([_lora(one) for one in given or []] for given in (lora, lora_2))
     if last is not None and image is None and video is None:
         raise typer.BadParameter("--last goes with --image or --video: how the clip begins.")
     source = image or video
@@ -103,7 +107,7 @@ def sample(
         named_config(solver, {})  # an unknown name is an error before minutes of loading
     device = pick_device(device)
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
-    pipeline.add_loras(loras)
+    pipeline.add_loras(loras, loras_2)
     fps = pipeline.settings.fps if fps is None else fps
     if ratio is None and wanted is None and source is not None:
         ratio = _source_ratio(source)
@@ -124,6 +128,7 @@ def sample(
         "last": str(last) if last else None, "video": str(video) if video else None,
         "known_frames": known_frames, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
         "loras": [[str(file), weight] for file, weight in loras],
+        "loras_2": [[str(file), weight] for file, weight in loras_2],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     written = []

@@ -239,8 +239,9 @@ def caption_losses(
                 target[level, draw] = path.target(x0, noise, t)
         jobs = [(*key, column) for key in noisy for column in range(len(captions))]
         together = max(1, tokens_per_pack // LatentShape(*x0.shape[1:]).grid(patch).tokens)
-        for start in range(0, len(jobs), together):
-            part = jobs[start : start + together]
+        boundary = getattr(pipeline.transformer, "boundary", 0.0)  # of two experts, each has forwards of its own
+        sides = [[job for job in jobs if bool(settled[job[0]] >= boundary) is high] for high in (True, False)]
+        for part in [side[start : start + together] for side in sides for start in range(0, len(side), together)]:
             pack = pack_clips(
                 [noisy[level, draw] for level, draw, _ in part],
                 [settled[level] for level, _, _ in part],

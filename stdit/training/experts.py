@@ -46,6 +46,7 @@ class ExpertsObjective:
         self.high, self.low, self.boundary = high, low, boundary
         self.module = ExpertsModule(high.module, low.module)
         self.vae, self.text_encoder, self.dtype = high.vae, high.text_encoder, high.dtype
+        self.model_config, self.scheduler = high.model_config, high.scheduler
 
     def tokens(self, shape: VideoShape) -> int:
         return self.high.tokens(shape)

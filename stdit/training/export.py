@@ -21,13 +21,14 @@ from stdit.diffusion.solvers import static_shift, with_static_shift, write_sched
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.files import publish_folder, publish_text
-from stdit.pipeline import FolderSettings, Pipeline
+from stdit.model_folder import Base, FolderSettings
+from stdit.pipeline import Pipeline
 from stdit.shapes import VideoShape
 from stdit.training.build import Parts
 from stdit.training.ema import Ema
 from stdit.training.engine import Engine
 from stdit.training.experts import ExpertsModule, ExpertsObjective
-from stdit.training.lora import adapter_of, export_adapter, merge_lora
+from stdit.training.lora import export_adapters, merge_lora
 from stdit.training.objective import FlowModule, FlowObjective
 from stdit.training.parallel import World
 from stdit.training.vae_objective import VaeModule
@@ -86,14 +87,13 @@ def _settings(parts: Parts) -> FolderSettings:
 def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: Path) -> None:
     """Writes the model folder: that of `model.init` with what trained in its place, where all else is of there too.
 
-    Of a run with adapters it is their file, and only if asked for the rest with the adapters merged."""
+    Of a run with adapters it is their files and where the rest is, or if asked for the rest with them merged."""
     config, objective = parts.config, parts.objective
     assert isinstance(objective, FlowObjective | ExpertsObjective)
     if (lora := config.model.lora) is not None:
-        assert isinstance(objective, FlowObjective)
-        export_adapter(adapter_of(weights, lora), folder, objective.model_config, lora)
+        export_adapters(weights, folder, objective.model_config, lora, config.model.expert)
         if not lora.merged:
-            return None
+            return write_base(parts, folder)
     init = Path(config.model.init or "").expanduser()
     index_path = init / "model_index.json"
     if not (config.model.init and index_path.is_file() and {config.vae.path, config.text.path} == {str(init)}):
@@ -118,6 +118,19 @@ def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: 
         described, shift = read_json(scheduler), config.objective.flow.noise_levels.shift
         if static_shift(described) != shift:
             write_scheduler(with_static_shift(described, shift or 1.0), scheduler.parent)
+    _settings(parts).write(folder)
+
+
+def write_base(parts: Parts, folder: Path) -> None:
+    """What makes a model folder of an adapter alone: where the weights below it are, and how they are sampled."""
+    config, objective = parts.config, parts.objective
+    assert isinstance(objective, FlowObjective | ExpertsObjective)
+    given = (config.model.init, config.vae.path, config.text.path)
+    transformer, vae, text_encoder = (str(Path(place or "").expanduser().resolve()) for place in given)
+    pipeline = objective.scheduler.get("_pipeline", "WanPipeline")
+    Base(transformer, vae, text_encoder, pipeline).write(folder)
+    scheduler = with_static_shift(objective.scheduler, config.objective.flow.noise_levels.shift or 1.0)
+    write_scheduler(scheduler, folder / "scheduler")
     _settings(parts).write(folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ from stdit.keyed import keyed_generator
 from stdit.models.lora import LoraLinear
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights.adapters import Adapter, Pair, merge
+from stdit.weights.experts import expert_adapter_places
 from stdit.weights.identity import folder_identity
 from stdit.weights.io import find
 from stdit.weights.lora_files import FILES, write_adapter
@@ -65,20 +66,33 @@ def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:
             model.set_submodule(name, layer)
 
 
-def adapter_of(weights: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
-    """The adapter in the parameters that trained (the module's, or the transformer's alone), by name."""
-    pairs = {}
+def adapter_of(weights: Mapping[str, Tensor], config: LoraConfig, expert: str = "") -> Adapter:
+    """The adapter in the parameters that trained (the module's, or the transformer's alone), by name. expert: which
+    one's, where two train together."""
+    pairs, start = {}, f"{expert}." if expert else ""
     for name, down in weights.items():
-        if name.endswith(".lora_down.weight"):
+        if name.startswith(start) and name.endswith(".lora_down.weight"):
             layer = name.removesuffix(".lora_down.weight")
             pair = Pair(down, weights[f"{layer}.lora_up.weight"], config.alpha)
-            pairs[f"{layer.removeprefix(_START)}.weight"] = pair
+            pairs[f"{layer.removeprefix(start).removeprefix(_START)}.weight"] = pair
     return Adapter(pairs)
 
 
-def export_adapter(adapter: Adapter, folder: Path, model: TransformerConfig, config: LoraConfig) -> None:
-    """Writes the adapter into a model folder."""
-    write_adapter(adapter, folder / FILES.get(config.layout, "lora.safetensors"), model, config.layout)
+def export_adapters(
+    weights: Mapping[str, Tensor], folder: Path, model: TransformerConfig, config: LoraConfig, expert: str | None
+) -> None:
+    """Writes the adapter that trained into a model folder; of experts each its own, where `expert_adapter_places` says.
+
+    weights: as `adapter_of` takes them. expert: high, low or both; None where there is one transformer.
+    """
+    if expert is None:
+        places = {"": folder}
+    elif expert == "both":
+        places = expert_adapter_places(folder)
+    else:
+        places = {"": expert_adapter_places(folder)[expert]}
+    for name, place in places.items():
+        write_adapter(adapter_of(weights, config, name), place / FILES[config.layout], model, config.layout)
 
 
 def merge_lora(module: nn.Module) -> None:
@@ -93,7 +107,7 @@ def merge_lora(module: nn.Module) -> None:
         module.set_submodule(name, layer.plain())
 
 
-def base_identity(path: Path) -> str:
+def base_identity(paths: Iterable[Path]) -> str:
     """SHA-256 of the files of the weights that adapters are trained over: no checkpoint holds them."""
-    files = find("transformer", path).files.files
+    files = [file for path in paths for file in find("transformer", path).files.files]
     return hashlib.sha256("".join(map(folder_identity, files)).encode()).hexdigest()

@@ -79,8 +79,6 @@ class ModelSettings:
             raise StditError(f"freeze {self.freeze} goes with inflate, and not with trainable: it says what trains.")
         if self.lora and (self.freeze or self.trainable):
             raise StditError("lora says what trains, and goes with neither freeze nor trainable.")
-        if self.lora and self.expert == "both":
-            raise StditError("lora trains adapters of one expert at a time: set expert to high or low.")
 
 
 @dataclass

@@ -71,6 +71,13 @@ def transformer_path(settings: ModelSettings) -> Path:
     return places["high" if settings.expert == "both" else settings.expert]
 
 
+def transformer_paths(settings: ModelSettings) -> list[Path]:
+    """The folders or files of `model.init` that hold what is trained, or trained over: both experts', if both are."""
+    path = transformer_path(settings)
+    places = expert_places(path.parent) if settings.expert == "both" else None
+    return list(places.values()) if places else [path]
+
+
 def choose_trained(model: STDiT, settings: ModelSettings) -> None:
     """Lets train what `model.trainable` and `model.freeze` say."""
     patterns = [NEW] if settings.freeze else settings.trainable

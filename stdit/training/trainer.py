@@ -32,7 +32,7 @@ from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
 from stdit.training.settings import MAY_DIFFER, RunConfig, differences, to_dict
-from stdit.training.start import transformer_path
+from stdit.training.start import transformer_paths
 
 
 class Done(NamedTuple):
@@ -102,7 +102,7 @@ class Trainer:
         error: Exception | None = None
         if model.lora is not None and self.world.is_main:
             try:
-                self.base = base_identity(transformer_path(model))
+                self.base = base_identity(transformer_paths(model))
                 if self.resumed is not None and self.resumed.state.get("base") != self.base:
                     raise StditError(
                         f"{self.resumed.path} holds adapters over other weights: {model.init} has changed since. "

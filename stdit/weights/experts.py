@@ -35,3 +35,8 @@ def boundary_of(folder: Path, from_image: bool) -> float:
     if type(found) not in (int, float) or not 0 < found < 1:
         raise StditError(f"{path}: boundary_ratio is {found!r}; it must be a noise level between 0 and 1.")
     return float(found)
+
+
+def expert_adapter_places(folder: Path) -> dict[str, Path]:
+    """The folder of each expert's adapter (LoRA) in the model folder of a training; what did not train has none."""
+    return {expert: folder / "lora" / name for expert, name in expert_folders("diffusers").items()}

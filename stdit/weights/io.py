@@ -273,6 +273,11 @@ def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, Tenso
         if (folder / f"{kind}_2").is_dir():
             raise StditError(f"{folder}: holds two models, {kind}/ and {kind}_2/ (Wan 2.2 A14B). Name one of them.")
         return folder / kind, open_folder(folder / kind, trust_pickle)
+    if (folder / "base.json").is_file():
+        raise StditError(
+            f"{folder}: is an adapter (LoRA); its base.json names the model below it. Where a whole one is wanted, "
+            "train with model.lora.merged=true, or name that model."
+        )
     if (folder / "model_index.json").is_file():
         raise StditError(f"{folder}: is a model folder without {kind}/.")
     if kind == "transformer" and (folder / "high_noise_model").is_dir():

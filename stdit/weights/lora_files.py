@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from stdit.weights.adapters import Adapter, Pair
 
 LAYOUTS = ("diffusers", "peft", "original", "kohya")
-FILES = {"diffusers": "pytorch_lora_weights.safetensors", "peft": "adapter_model.safetensors"}  # others: any name
+FILES = {
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "peft": "adapter_model.safetensors",
+    "original": "lora.safetensors",  # any name would do
+    "kohya": "lora.safetensors",
+}
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names whose dots became underscores
 _PARTS = {
@@ -111,7 +116,7 @@ class LoraFile:
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether a safetensors file, or one in a folder under diffusers' or peft's name, is an adapter by its tensors'
+    """Whether a safetensors file, or one in a folder under a name of FILES, is an adapter by its tensors'
     names. Raises where it cannot be read."""
     place = _place(path)
     if not place.is_file() or place.suffix not in (".safetensors", ".sft"):
@@ -234,7 +239,7 @@ def write_adapter(
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
-    """The file itself, or in a folder the one that has a name that programs look for."""
+    """The file itself, or in a folder the one that has a name of FILES."""
     place = Path(path).expanduser()
     return next((place / name for name in FILES.values() if (place / name).is_file()), place)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,16 @@ from references import FAMILIES, randomise
 from safetensors.torch import load_file
 
 import stdit
+from stdit.cli.main import app, run_command
 from stdit.config import load_config
+from stdit.diffusion.solvers import unipc_config, write_scheduler
 from stdit.errors import StditError
 from stdit.evaluation import report
+from stdit.evaluation.report import write_report
 from stdit.models.lora import LoraLinear
 from stdit.models.packing import pack_clips, pack_texts
 from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.pipeline import Pipeline
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
@@ -32,6 +38,10 @@ from stdit.weights.lora_files import read_adapter
 
 ALONE = World(0, 1, torch.device("cpu"))
 CASES = [("Wan", 1), ("LTX-Video", 1), ("PixArt", 1), ("Latte", 0), ("Allegro", 0), ("Cosmos-Predict", 1)]
+WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 48, "freq_dim": 34,
+    "in_channels": 4, "out_channels": 4, "text_dim": 16,
+}  # fmt: skip
 
 
 def checkpoint(name: str, number: int, place: Path) -> torch.nn.Module:
@@ -151,9 +161,7 @@ def made(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
     monkeypatch.setattr(run_module, "draw", lambda *args: None)
     monkeypatch.setattr(report, "write_report", lambda folder: folder)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 48, "freq_dim": 34}
-    wan = FAMILIES["Wan"].build({**sizes, "in_channels": 4, "out_channels": 4, "text_dim": 16})
-    randomise(wan, 0).save_pretrained(tmp_path / "base")
+    randomise(FAMILIES["Wan"].build(WAN), 0).save_pretrained(tmp_path / "base")
     tokenizer = build_word_tokenizer(["a red circle moves left"])
     TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer).save(
         tmp_path / "text" / "text_encoder", tmp_path / "text" / "tokenizer"
@@ -202,12 +210,122 @@ def test_a_run_goes_on_exactly_and_exports_its_adapter(made):
 def test_bf16_keeps_adapters_in_fp32_and_any_layout_is_exported(made):
     folder = train(made, "bf16", "run.precision=bf16", "model.lora.layout=kohya", "model.lora.merged=false",
                    "schedule.steps=2")  # fmt: skip
-    assert sorted(path.name for path in (folder / "model").iterdir()) == ["export.json", "lora.safetensors"]
+    assert sorted(path.name for path in (folder / "model").iterdir()) == [
+        "base.json", "export.json", "lora.safetensors", "scheduler", "stdit.json",
+    ]  # fmt: skip
     tensors = load_file(folder / "model" / "lora.safetensors")
     assert "lora_unet_blocks_0_self_attn_q.lora_down.weight" in tensors
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     down = tensors["lora_unet_blocks_0_self_attn_q.lora_down.weight"]
     assert not torch.equal(down, down.bfloat16().float())
+
+
+@pytest.mark.parametrize("init", ["base", "two"])
+def test_an_adapters_folder_alone_samples_is_measured_and_reported(made, two, init, capsys):
+    """Over a transformer's folder with a VAE and a text encoder of elsewhere, and over a model folder."""
+    extra = ["model.lora.merged=false"]
+    if init == "two":
+        shutil.rmtree(two / "transformer_2")
+        index = json.loads((two / "model_index.json").read_text())
+        index = {key: value for key, value in index.items() if key not in ("transformer_2", "boundary_ratio")}
+        (two / "model_index.json").write_text(json.dumps(index))
+        extra += ["vae.path=null", "text.path=null"]
+    settings = [f"model.init={made / init}", "eval={steps: 2, guidance: 1}", "objective.flow.noise_levels.shift=5"]
+    alone, merged = train(made, "alone", *settings, *extra), train(made, "merged", *settings, *extra[1:])
+    assert not (alone / "model" / "transformer").exists()
+    pipelines = [Pipeline.load(run / "model") for run in (alone, merged)]
+    assert pipelines[0].settings == pipelines[1].settings
+    assert pipelines[0].scheduler == pipelines[1].scheduler and pipelines[0].scheduler["flow_shift"] == 5
+    frames = [pipeline("a red circle", steps=2).astype(int) for pipeline in pipelines]
+    assert abs(frames[0] - frames[1]).max() <= 1
+    generator = torch.Generator().manual_seed(3)
+    latents, text = torch.randn(1, 4, 2, 4, 6, generator=generator), torch.randn(1, 3, 16, generator=generator)
+    before = Pipeline.load(alone / "model")
+    before.add_loras([(alone / "model", -1.0)])
+    with torch.no_grad():
+        outputs = [one.transformer.predict(latents, torch.tensor([0.4]), text) for one in (*pipelines, before)]
+    assert relative(outputs[0], outputs[1]) <= 1e-6 and relative(outputs[0], outputs[2]) > 1e-3
+
+    few = ["--device", "cpu", "--steps", "1", "--guidance", "1"]
+    for words in (
+        ["sample", "--prompt", "a red circle", "--out", made / "clips"],
+        ["eval", "captions", "--out", alone, "--clips", "2", "--levels", "1", "--draws", "1"],
+    ):
+        assert run_command(app, [*map(str, words), "--model", str(alone / "model"), *few]) == 0, capsys.readouterr().err
+    assert (made / "clips" / "000-a-red-circle.mp4").is_file() and (alone / "evaluation-captions.json").is_file()
+    assert write_report(alone).is_file()
+
+    with pytest.raises(StditError, match=r"is an adapter \(LoRA\); its base.json names the model below it"):
+        stdit.load_transformer(alone / "model")
+    (made / init).rename(made / "elsewhere")
+    with pytest.raises(StditError, match=r"base\.json: transformer, .*, over which this adapter was trained, is not"):
+        Pipeline.load(alone / "model")
+
+
+@pytest.fixture
+def two(made: Path, tiny: Path) -> Path:
+    """A model folder of two experts, whose weights differ."""
+    folder = made / "two"
+    shutil.copytree(made / "base", folder / "transformer")
+    randomise(FAMILIES["Wan"].build(WAN), 1).save_pretrained(folder / "transformer_2")
+    shutil.copytree(tiny / "vae", folder / "vae")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(made / "text" / part, folder / part)
+    write_scheduler(unipc_config(3.0), folder / "scheduler")
+    parts = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler")
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, **{part: ["diffusers", "A"] for part in parts}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("expert", ["both", "low"])
+def test_each_expert_has_an_adapter_that_diffusers_puts_into_its_own_transformer(made, two, expert):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    settings = [f"model.init={two}", f"model.expert={expert}", "vae.path=null", "text.path=null", "text.padding=null"]
+    settings += ["model.lora.merged=false", "objective.flow.noise_levels.shift=9"]
+    whole, parted = train(made, "whole", *settings), train(made, "parted", *settings, "schedule.steps=2")
+    train(made, "parted", *settings)
+    names = ["transformer", "transformer_2"] if expert == "both" else ["transformer_2"]
+    assert sorted(path.name for path in (whole / "model" / "lora").iterdir()) == names
+    files = [whole / "model" / "lora" / name / "pytorch_lora_weights.safetensors" for name in names]
+    for file in files:
+        assert file.read_bytes() == (parted / file.relative_to(whole)).read_bytes()
+
+    theirs = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(), boundary_ratio=0.875,
+        **{name: WanTransformer3DModel.from_pretrained(two / name) for name in ("transformer", "transformer_2")},
+    )  # fmt: skip
+    for file in files:
+        second = file.parent.name == "transformer_2"
+        theirs.load_lora_weights(file.parent, weight_name=file.name, load_into_transformer_2=second)
+    ours, plain = Pipeline.load(whole / "model").transformer, stdit.load_transformer(two)
+    added = Pipeline.load(two)
+    added.add_loras([(file, 1.0) for file in files if file.parent.name == "transformer"], [(files[-1], 1.0)])
+    generator = torch.Generator().manual_seed(3)
+    latents, text = torch.randn(2, 4, 2, 4, 6, generator=generator), torch.randn(2, 3, 16, generator=generator)
+    t = torch.tensor([0.95, 0.3])
+    with torch.no_grad():
+        found, before, told = (model.predict(latents, t, text) for model in (ours, plain, added.transformer))
+        models = (theirs.transformer, theirs.transformer_2)
+        each = [m(latents[i : i + 1], t[i : i + 1] * 1000, text[i : i + 1])[0] for i, m in enumerate(models)]
+        wanted = torch.cat(each)
+    assert relative(found, wanted) <= 1e-5 and torch.equal(found, told)
+    assert [bool(relative(found[i], before[i]) > 1e-3) for i in (0, 1)] == [expert == "both", True]
+
+    few = ["--clips", "2", "--levels", "4", "--draws", "1", "--steps", "1", "--guidance", "1", "--device", "cpu"]
+    assert run_command(app, ["eval", "captions", "--model", f"{whole / 'model'}", "--out", f"{whole}", *few]) == 0
+
+    single = Pipeline.load(two)
+    single.transformer = single.transformer.high
+    for given in (([(whole / "model", 1.0)],), ([], [(files[0], 1.0)])):
+        with pytest.raises(StditError, match="these weights are one transformer"):
+            single.add_loras(*given)
+    with pytest.raises(StditError, match="holds adapters over other weights"):
+        content = bytearray((two / "transformer_2" / "diffusion_pytorch_model.safetensors").read_bytes())
+        content[-2] ^= 1
+        (two / "transformer_2" / "diffusion_pytorch_model.safetensors").write_bytes(content)
+        train(made, "parted", *settings, "schedule.steps=6")
 
 
 @pytest.mark.parametrize(
