@@ -26,10 +26,11 @@ class TimestepConfig:
     """The distribution of noise levels in training.
 
     distribution: "own" is the path's: logit-normal for flows and EDM (whose σ are log-normal then), uniform for DDPMs.
-    shift (unset: 1) moves every level; shift_tokens multiplies the shift by √(tokens / shift_tokens), so that a clip
-    of shift_tokens tokens has the shift as written and larger clips see more noise. stdit samples with the same;
-    diffusers, whose schedulers know only the shift as written, must be told another one for every size. range: of all
-    levels, those that are drawn, for one of two experts; unset: all.
+    shift moves every level (unset: as the scheduler beside the weights does, by the clip's size where it does so; 1 for
+    fresh ones); shift_tokens multiplies the shift by √(tokens / shift_tokens), so that a clip of shift_tokens tokens
+    has the shift as written and larger clips see more noise. stdit samples with the same; diffusers, whose schedulers
+    know only the shift as written, must be told another one for every size. range: of all levels, those that are
+    drawn, for one of two experts; unset: all.
     """
 
     distribution: Literal["own", "logit_normal", "uniform"] = "own"
@@ -114,21 +115,22 @@ def noise_levels(
     seed: int,
     epoch: int,
     step: int,
+    shifts: Sequence[float] | None = None,
 ) -> Tensor:
     """The noise level of each of some clips of a step.
 
     positions: where the clips stand in the global step. count: clips in the global step. tokens: tokens of each clip.
+    shifts: of each clip, in place of what config makes of its tokens.
     Returns (len(positions),) fp64 in (0, 1), and in config.range.
     """
     u = stratified_uniform(positions, count, seed=seed, epoch=epoch, step=step)
     static = 1.0 if config.shift is None else config.shift
-    shifts = torch.tensor(
-        [static * (shift_by_tokens(n, config.shift_tokens) if config.shift_tokens else 1.0) for n in tokens],
-        dtype=torch.float64,
-    )
+    if shifts is None:
+        shifts = [static * (shift_by_tokens(n, config.shift_tokens) if config.shift_tokens else 1.0) for n in tokens]
+    moves = torch.tensor(shifts, dtype=torch.float64)
     low, high = config.range or (0.0, 1.0)
     if (low, high) != (0.0, 1.0):  # the quantiles between those of the ends
-        ends = [shift_noise_level(torch.full_like(shifts, t), 1 / shifts).clamp(0, 1) for t in (low, high)]
+        ends = [shift_noise_level(torch.full_like(moves, t), 1 / moves).clamp(0, 1) for t in (low, high)]
         first, last = (uniform_from_levels(t, config) for t in ends)
         u = first + u * (last - first)
-    return shift_noise_level(levels_from_uniform(u, config), shifts).clamp(low, high)
+    return shift_noise_level(levels_from_uniform(u, config), moves).clamp(low, high)

@@ -17,7 +17,7 @@ from stdit.data.loader import Example, Loader
 from stdit.data.manifest import read_manifest
 from stdit.data.planner import PlanItem
 from stdit.data.video_write import write_video
-from stdit.diffusion.solvers import static_shift, with_static_shift, write_scheduler
+from stdit.diffusion.solvers import with_static_shift, write_scheduler
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.files import publish_folder, publish_text
@@ -73,7 +73,7 @@ def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pip
     module = with_weights(objective.fresh(), weights)
     assert isinstance(module, FlowModule)
     module.to(world.device, objective.dtype)
-    scheduler = with_static_shift(objective.scheduler, parts.config.objective.flow.noise_levels.shift or 1.0)
+    scheduler = with_static_shift(objective.scheduler, parts.config.objective.flow.noise_levels.shift)
     text_encoder = module.text_encoder or objective.text_encoder
     return Pipeline(module.transformer, objective.vae, text_encoder, scheduler, _settings(parts))
 
@@ -115,9 +115,9 @@ def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: 
     publish_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        described, shift = read_json(scheduler), config.objective.flow.noise_levels.shift
-        if static_shift(described) != shift:
-            write_scheduler(with_static_shift(described, shift or 1.0), scheduler.parent)
+        described = read_json(scheduler)
+        if (moved := with_static_shift(described, config.objective.flow.noise_levels.shift)) != described:
+            write_scheduler(moved, scheduler.parent)
     _settings(parts).write(folder)
 
 
@@ -129,7 +129,7 @@ def write_base(parts: Parts, folder: Path) -> None:
     transformer, vae, text_encoder = (str(Path(place or "").expanduser().resolve()) for place in given)
     pipeline = objective.scheduler.get("_pipeline", "WanPipeline")
     Base(transformer, vae, text_encoder, pipeline).write(folder)
-    scheduler = with_static_shift(objective.scheduler, config.objective.flow.noise_levels.shift or 1.0)
+    scheduler = with_static_shift(objective.scheduler, config.objective.flow.noise_levels.shift)
     write_scheduler(scheduler, folder / "scheduler")
     _settings(parts).write(folder)
 

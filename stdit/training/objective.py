@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stdit.data.loader import Example
 from stdit.data.planner import PlanItem
 from stdit.diffusion.paths import Path, token_errors
-from stdit.diffusion.solvers import path_of, unipc_config
+from stdit.diffusion.solvers import dynamic_shift, path_of, unipc_config
 from stdit.diffusion.tasks import Task, check_weights, draw_task, frame_levels
 from stdit.diffusion.timesteps import TimestepConfig, noise_levels
 from stdit.errors import StditError
@@ -222,10 +222,18 @@ class FlowObjective:
         return task, known, example.weight * (grid.tokens - known) ** self.config.token_power
 
     def levels(self, items: Sequence[PlanItem], key: StepKey) -> Tensor:
-        """The noise level of each clip, (len(items),) fp64."""
+        """The noise level of each clip, (len(items),) fp64.
+
+        Where a scheduler moves them by the clip's size, training draws them moved as much: for LTX-Video the
+        logit-normal with its mean at log(shift) of Lightricks' trainer (ShiftedLogitNormalTimestepSampler).
+        """
+        tokens, shifts = [item.tokens for item in items], None
+        if self.noise_levels.shift is None and self.scheduler.get("use_dynamic_shifting"):
+            volume = self.model_config.patch_volume
+            shifts = [dynamic_shift(count * volume, self.scheduler) for count in tokens]
         return noise_levels(
-            [item.position for item in items], key.clips, [item.tokens for item in items],
-            self.noise_levels, seed=key.seed, epoch=key.epoch, step=key.step,
+            [item.position for item in items], key.clips, tokens, self.noise_levels,
+            seed=key.seed, epoch=key.epoch, step=key.step, shifts=shifts,
         )  # fmt: skip
 
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:

@@ -14,19 +14,20 @@ from stdit.models.transformer import STDiT
 from stdit.pipeline import FolderSettings
 from stdit.training.settings import ModelSettings, RunConfig
 from stdit.weights.experts import boundary_of, expert_places
-from stdit.weights.files import read_json
 from stdit.weights.io import find
+from stdit.weights.schedulers import scheduler_of
 
 
 def follow_init(config: RunConfig) -> RunConfig:
     """The config with its open settings filled in: from the folder that `model.init` names, or as for fresh weights.
 
-    A model folder gives the VAE, the text encoder, the text padding, the shift of the noise levels and, for one of two
-    experts, their range. Settings that are set stay.
+    A model folder gives the VAE, the text encoder, the text padding, the shift of the noise levels (it stays unset
+    where the scheduler has one for every size) and, for one of two experts, their range. Settings that are set stay.
     """
     settings, levels = config.model, config.objective.flow.noise_levels
     vae, text, padding, described = config.vae, config.text, 512, FolderSettings()
-    shift, tokens, span, task = 1.0, levels.shift_tokens, (0.0, 1.0), "text_to_video"
+    shift: float | None = 1.0
+    tokens, span, task = levels.shift_tokens, (0.0, 1.0), "text_to_video"
     if settings.init is not None and config.objective.kind == "flow":
         folder = Path(settings.init).expanduser()
         with about("model.init"):
@@ -38,9 +39,10 @@ def follow_init(config: RunConfig) -> RunConfig:
             vae = replace(vae, path=str(folder))
         if text.path is None and text.trained is None and (folder / "text_encoder").is_dir():
             text = replace(text, path=str(folder))
-        scheduler = folder / "scheduler" / "scheduler_config.json"
-        if scheduler.is_file() and levels.shift is None:
-            shift = static_shift(read_json(scheduler))
+        if levels.shift is None:
+            scheduler = scheduler_of(folder, found)
+            by_size = tokens is None and scheduler.get("use_dynamic_shifting")
+            shift = None if by_size else static_shift(scheduler)
             tokens = described.shift_tokens if tokens is None else tokens
         if settings.expert is not None and levels.range is None:
             boundary = boundary_of(folder, found.image_channels > 0)

@@ -155,6 +155,32 @@ def test_a_family_trains_on_mixed_shapes(
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_noise_levels_move_by_the_clips_size_as_ltx_own_trainer_draws_them(
+    tiny: Path, tmp_path: Path, folder: Any
+) -> None:
+    """Lightricks' ShiftedLogitNormalTimestepSampler: the normal's mean is diffusers' calculate_shift of the tokens."""
+    from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+
+    init = shutil.copytree(folder("LTX-Video"), tmp_path / "ltx")
+    described = {**FLOW, "shift": 1.0, "use_dynamic_shifting": True, "base_image_seq_len": 16, "shift_terminal": 0.1}
+    described |= {"max_image_seq_len": 64, "base_shift": 0.95, "max_shift": 2.05, "time_shift_type": "exponential"}
+    (init / "scheduler" / "scheduler_config.json").write_text(json.dumps(described))
+    parts, plain = (started(tiny, tmp_path, init, *more) for more in ([], ["objective.flow.noise_levels.shift=1"]))
+    assert parts.config.objective.flow.noise_levels.shift is None
+    items = parts.plan.step(0)
+    moved, drawn = (one.objective.levels(items, StepKey(0, 0, 0, len(items))) for one in (parts, plain))
+    means = [calculate_shift(item.tokens, 16, 64, 0.95, 2.05) for item in items]
+    assert len(set(means)) > 2
+    wanted = torch.logit(drawn) + torch.tensor(means, dtype=torch.float64)
+    torch.testing.assert_close(torch.logit(moved), wanted, rtol=1e-9, atol=1e-9)
+
+    for one, config in ((parts, described), (plain, {**described, "use_dynamic_shifting": False})):
+        weights = {name: p.detach() for name, p in one.objective.module.named_parameters()}
+        write_model(one, weights, ALONE, tmp_path / "model")
+        assert json.loads((tmp_path / "model" / "scheduler" / "scheduler_config.json").read_text()) == config
+        shutil.rmtree(tmp_path / "model")
+
+
 def test_the_folder_comes_back_with_what_trained_in_its_place(tiny: Path, tmp_path: Path, folder: Any) -> None:
     init = folder("LTX-Video")
     parts = started(tiny, tmp_path, init, "model.trainable=['blocks.*.self_attn.q.*','head.*']")

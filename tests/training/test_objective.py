@@ -332,5 +332,6 @@ def test_a_static_shift_follows_the_runs() -> None:
     """Where the scheduler holds one that is in use; others have none to follow."""
     assert with_static_shift(unipc_config(3.0), 2.0)["flow_shift"] == 2.0
     ltx = default_scheduler(TransformerConfig(24, 2, 2, 48, family="ltx"))
-    for config in (DDIM, EDM, ltx):
-        assert with_static_shift(config, 2.0) == config
+    assert with_static_shift(ltx, 2.0) == {**ltx, "shift": 2.0, "use_dynamic_shifting": False}
+    for config, shift in ((DDIM, 2.0), (EDM, 2.0), (ltx, None)):
+        assert with_static_shift(config, shift) == config

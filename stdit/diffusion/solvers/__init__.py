@@ -2,7 +2,7 @@
 
 from stdit.diffusion.solvers.base import Solver
 from stdit.diffusion.solvers.edm import EdmEuler
-from stdit.diffusion.solvers.flow import Euler, OpenSora, UniPC
+from stdit.diffusion.solvers.flow import Euler, OpenSora, UniPC, dynamic_shift
 from stdit.diffusion.solvers.folders import (
     euler_config,
     named_config,
@@ -25,6 +25,7 @@ __all__ = [
     "Solver",
     "UniPC",
     "check_scheduler",
+    "dynamic_shift",
     "euler_config",
     "make_solver",
     "named_config",

@@ -53,15 +53,19 @@ def named_config(name: str, config: Config) -> dict[str, Any]:
     return made | ({"clip_sample": False} if name == "ddim" else {})
 
 
-def with_static_shift(config: Config, shift: float) -> dict[str, Any]:
-    """A scheduler config with this static shift, where it holds one that is in use; else as it is."""
-    scheduler = SCHEDULERS[config["_class_name"]]
-    moved = any(config.get(key) for key in ("use_dynamic_shifting", "use_karras_sigmas"))
-    return {**config, scheduler.shift: float(shift)} if scheduler.shift and not moved else dict(config)
+def with_static_shift(config: Config, shift: float | None) -> dict[str, Any]:
+    """A scheduler config with this static shift, in place of one by the clip's size too; as it is where shift is None
+    or it holds none that is in use."""
+    scheduler, dynamic = SCHEDULERS[config["_class_name"]], bool(config.get("use_dynamic_shifting"))
+    if shift is None or not scheduler.shift or config.get("use_karras_sigmas"):
+        return dict(config)
+    if not dynamic and static_shift(config) == shift:
+        return dict(config)
+    return {**config, scheduler.shift: float(shift)} | ({"use_dynamic_shifting": False} if dynamic else {})
 
 
 def static_shift(config: Config) -> float:
-    """The shift of the noise levels that a scheduler config holds, whatever the clip; 1 where it holds none."""
+    """The shift that a scheduler config holds for all clips alike; 1 where it holds none."""
     scheduler = SCHEDULERS.get(config.get("_class_name", ""))
     return float(config.get(scheduler.shift, 1.0)) if scheduler and scheduler.shift else 1.0
 
