@@ -225,7 +225,6 @@ class Pipeline:
             level = torch.tensor(t, dtype=torch.float64)
             levels = [self._levels(mask, level) for mask in masks]
             pack = pack_inputs(impose(solver.network_input(index, x)) * copies, levels * copies, patch, conditions)
-            pack.levels = solver.path.network_levels(pack.levels)
             output = torch.stack(unpack_clips(self.transformer(pack, text), pack, patch))[:, :z].float()
             if copies == 2:
                 output = self._guided(output[: len(x)], output[len(x) :], request, t)

@@ -54,10 +54,6 @@ class FlowPath:
         """x_0 of what the network saw and put out."""
         return x + t * output if self.reverse else x - t * output
 
-    def network_levels(self, levels: Tensor) -> Tensor:
-        """What `TokenPack.levels` must be for these noise levels (K,); the network multiplies it by its time_scale."""
-        return levels
-
     def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
         """Levels that were drawn for clips of these shapes, (n,) fp64 in (0, 1), as the family trains at them."""
         if not self.by_shape:
@@ -168,9 +164,6 @@ class DdpmPath:
             scale = scale * alpha.sqrt()
         return torch.cat([posterior[1:2], posterior[1:]]).log(), beta.log(), scale
 
-    def network_levels(self, levels: Tensor) -> Tensor:
-        return levels
-
     def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
         return (t * INDICES).floor().clamp(max=INDICES - 1) / INDICES
 
@@ -181,7 +174,7 @@ class EdmPath:
 
     Their loss, λ(σ)·|D − σ_d·x_0|² with λ = (σ² + σ_d²)/(σ·σ_d)², is the plain square error of F, since λ·c_out² = 1. A
     level is t = σ/(σ + 1), so log-normal σ are logit-normal t of the same mean and deviation. The network is told
-    log(σ)/4. sign: −1 where c_out is negative ("v_prediction").
+    log(σ)/4 (`stdit.models.positions.network_time`). sign: −1 where c_out is negative ("v_prediction").
     """
 
     sigma_data: float = 0.5
@@ -189,7 +182,6 @@ class EdmPath:
 
     name = "edm"
     distribution: ClassVar[Distribution] = "logit_normal"
-    least_sigma = 0.001  # of known tokens, whose log would be −∞; with as much noise Cosmos' own code gives them
 
     def _sigma(self, t: Tensor, like: Tensor) -> Tensor:
         return (t.double() / (1 - t.double())).to(like)
@@ -205,9 +197,6 @@ class EdmPath:
     def clean(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         sigma, data = self._sigma(t, x), self.sigma_data
         return (data * x + self.sign * sigma * output) / (sigma**2 + data**2).sqrt()
-
-    def network_levels(self, levels: Tensor) -> Tensor:
-        return (levels.double() / (1 - levels.double())).clamp(min=self.least_sigma).log() / 4
 
     def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
         return t

@@ -247,7 +247,6 @@ def caption_losses(
                 [settled[level] for level, _, _ in part],
                 patch,
             )
-            pack.levels = path.network_levels(pack.levels)
             text = pack_texts([texts[column] for _, _, column in part], pipeline.text_padding)
             predicted = unpack_clips(pipeline.transformer(pack, text), pack, patch)
             for (level, draw, column), output in zip(part, predicted):

@@ -57,6 +57,10 @@ CHOICES: dict[str, dict[str, str]] = {
         "gelu": "one layer with GELU to text_width",
         "none": "cross-attention takes the text as it is",
     },
+    "network_time": {
+        "level": "the network is told the noise level × time_scale",
+        "log_sigma": "it is told log(σ)/4 of σ = t/(1 − t), as EDM's denoisers are (Karras et al. 2022)",
+    },
     "level_condition": {
         "none": "the noise level alone modulates",
         "size": "the embeddings of the picture's height, width and their ratio are added to the noise level's",
@@ -98,7 +102,8 @@ class TransformerConfig:
     activation: str = "gelu_tanh"
     modulation: str = "table"
     modulation_rank: int = 256  # of "low_rank"
-    time_scale: float = 1000.0  # the network's time is noise level × time_scale
+    network_time: str = "level"
+    time_scale: float = 1000.0  # of "level"
     level_condition: str = "none"
     text_embedding: str = "mlp"
     text_width: int = 0  # of what "gelu" gives to cross-attention

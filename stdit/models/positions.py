@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from stdit.shapes import TokenGrid
 
+LEAST_SIGMA = 0.001  # that a network of log(σ) is told
+
 
 def grid_positions(grid: TokenGrid) -> Tensor:
     """Frame, row and column of every token of a grid in packing order: (n, 3) int64."""
@@ -76,12 +78,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-def level_sinusoids(levels: Tensor, size: int, scale: float = 1000.0) -> Tensor:
-    """[cos, sin] of the network time t·scale, computed in fp64 as in Wan (437 would become 438 in bf16).
+def network_time(levels: Tensor, kind: str = "level", scale: float = 1000.0) -> Tensor:
+    """What the network is told of noise levels t in [0, 1], (K,), in fp64 as in Wan (437 would become 438 in bf16).
 
-    levels: (K,) noise levels t in [0, 1]. Returns (K, size) in fp64.
+    kind: TransformerConfig.network_time. Of "log_sigma" the least σ is 0.001, that of known frames in Cosmos' own code:
+    the log of 0 would be −∞.
     """
-    return sinusoids(levels.to(_widest(levels.device)) * scale, size)
+    t = levels.to(_widest(levels.device))
+    return (t / (1 - t)).clamp(min=LEAST_SIGMA).log() / 4 if kind == "log_sigma" else t * scale
 
 
 def sinusoids(values: Tensor, size: int, sine_first: bool = False) -> Tensor:

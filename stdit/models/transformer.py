@@ -41,7 +41,7 @@ from stdit.models.packing import (
     temporal_segments,
     unpack_clips,
 )
-from stdit.models.positions import level_sinusoids
+from stdit.models.positions import network_time, sinusoids
 from stdit.shapes import TokenGrid
 
 __all__ = ["CONDITIONS", "PRESETS", "STDiT", "TransformerConfig", "cost_coefficients", "transformer_flops"]
@@ -314,11 +314,12 @@ class STDiT(nn.Module):
             of_level, of_clip, index = level_clip_pairs(pack)
             levels = levels[of_level]
         with torch.autocast(pack.tokens.device.type, enabled=False):
-            sinusoids = level_sinusoids(levels, config.frequency_dim, config.time_scale).to(wide)
-            c = self.time_embedding(sinusoids)
+            times = network_time(levels, config.network_time, config.time_scale)
+            waves = sinusoids(times, config.frequency_dim).to(wide)
+            c = self.time_embedding(waves)
             if config.level_condition != "none":
                 c = c + self.clip_embedding.of_clips(pack, wide)[of_clip]
-            modulation = self.time_projection(c if config.modulation == "table" else sinusoids)
+            modulation = self.time_projection(c if config.modulation == "table" else waves)
         return c, modulation.unflatten(1, (-1, config.dim)), index
 
     def run(self, block: nn.Module, *arguments: Any) -> Tensor:
@@ -332,8 +333,10 @@ class STDiT(nn.Module):
         """The raw network output for a batch of clips of one shape.
 
         latents: (B, C, T, H, W). t: noise levels in [0, 1], fp32 or fp64: (B,), (B, T/pt) per patch frame or (B, n)
-        per token. text: (B, L, D_text), attended as given: nothing pads. text_mask: (B, L) bool, False drops a
-        position. Returns (B, C_out, T, H, W) in the latents' dtype.
+        per token. They are those of the family's path: a flow's t, a DDPM's index / 1000, EDM's σ/(σ + 1) < 1
+        (Cosmos-Predict1); what the network is told of them, config.network_time says. text: (B, L, D_text), attended as
+        given: nothing pads. text_mask: (B, L) bool, False drops a position. Returns (B, C_out, T, H, W) in the latents'
+        dtype.
 
         conditions, those of `config.conditions` only: fps, a number or (B,); size, (width, height) in pixels or
         (B, 2); image, (B, image_channels, T, H, W) beside the latents; image_text, (B, I, image_text_dim), the
@@ -386,5 +389,9 @@ class STDiT(nn.Module):
             raise StditError(f"text is {tuple(text.shape)}; wanted ({len(latents)}, L, {config.text_dim}).")
         if t.ndim not in (1, 2) or len(t) != len(latents):
             raise StditError(f"t is {tuple(t.shape)}; wanted ({len(latents)},), with frames or tokens as second size.")
+        if config.network_time == "log_sigma" and (t >= 1).any():
+            raise StditError(
+                "t of 1 is σ = t/(1 − t) = ∞, of which these weights (EDM) cannot be told: give a lower one."
+            )
         if text_mask is not None and text_mask.shape != text.shape[:2]:
             raise StditError(f"text_mask is {tuple(text_mask.shape)}; wanted {tuple(text.shape[:2])}.")

@@ -122,14 +122,13 @@ class Objective(Protocol):
 class FlowBatch:
     """pack: noisy tokens; target: (N, pt·ph·pw·C) what the network is to put out; token_weights: (N,), 0 where known.
 
-    levels: (N,) noise levels. clean: (N, pt·ph·pw·C) x_0 where a variance is learned, else None.
+    clean: (N, pt·ph·pw·C) x_0 where a variance is learned, else None.
     text: packed embeddings, or None where `text_ids` (token ids a clip) go through an encoder that trains along.
     """
 
     pack: TokenPack
     target: Tensor
     token_weights: Tensor
-    levels: Tensor
     clean: Tensor | None
     text: TextPack | None
     text_ids: list[list[int]] | None
@@ -155,7 +154,8 @@ class FlowModule(nn.Module):
             text = pack_texts(self.text_encoder.forward(batch.text_ids), self.text_padding)
         output = self.transformer(batch.pack, text).float()  # (N, pt·ph·pw·C_out)
         places = self.transformer.config.patch_volume
-        errors = token_errors(self.path, output, batch.target, places, batch.levels, batch.clean)  # (N,)
+        levels = batch.pack.levels[batch.pack.level_of]
+        errors = token_errors(self.path, output, batch.target, places, levels, batch.clean)  # (N,)
         return (errors * batch.token_weights).sum()
 
 
@@ -264,7 +264,7 @@ class FlowObjective:
             token_weights.append(each)
         pack = pack_inputs(noisy, clip_levels, patch, self.conditions.of(examples, tasks))
         pack = pack.to(self.device, self.dtype)
-        of_tokens, clean = self._tell(pack), None
+        clean = None
         if self.path.name == "ddpm" and self.model_config.out_channels > self.model_config.latent_channels:
             clean = torch.cat([output_tokens(x0, patch) for x0 in latents]).to(self.device)
         text, ids = self._text(captions, examples)
@@ -277,7 +277,6 @@ class FlowObjective:
             pack,
             torch.cat(targets).float().to(self.device),
             torch.cat(token_weights).to(self.device),
-            of_tokens,
             clean,
             text,
             ids,
@@ -308,12 +307,6 @@ class FlowObjective:
                 encoder = TextEncoder(inner, self.text_encoder.tokenizer, self.text_encoder.max_length)
             return FlowModule(self.remake(), encoder, self.text_padding, self.path).eval()
 
-    def _tell(self, pack: TokenPack) -> Tensor:
-        """The noise level of every token, (N,); in the pack they become what the network is told."""
-        levels = pack.levels[pack.level_of]
-        pack.levels = self.path.network_levels(pack.levels)
-        return levels
-
     def _nothing(self) -> FlowBatch:
         """One token of weight 0: a rank without clips runs every module that the others run."""
         patch = self.model_config.patch
@@ -323,7 +316,7 @@ class FlowObjective:
         text, ids = self._text([""], [None])
         zeros = output_tokens(clip, patch).to(self.device)
         weights = torch.zeros(1, device=self.device)
-        return FlowBatch(pack, zeros, weights, self._tell(pack), zeros, text, ids, 0.0, 0)
+        return FlowBatch(pack, zeros, weights, zeros, text, ids, 0.0, 0)
 
     @torch.no_grad()
     def _latents(self, examples: Sequence[Example]) -> list[Tensor]:

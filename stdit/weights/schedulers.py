@@ -37,7 +37,7 @@ def default_scheduler(config: TransformerConfig) -> dict[str, Any]:
         }
     if config.family != "cosmos":
         return unipc_config()
-    if config.position == "learned":  # Cosmos-Predict1
+    if config.network_time == "log_sigma":  # Cosmos-Predict1
         sigmas = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "final_sigmas_type": "sigma_min"}
         return {"_class_name": "EDMEulerScheduler", **sigmas, "_pipeline": "CosmosTextToWorldPipeline"}
     if config.text_embedding == "gelu":  # 2.5

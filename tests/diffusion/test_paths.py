@@ -13,7 +13,7 @@ from scipy import stats
 from stdit.diffusion import solvers
 from stdit.diffusion.paths import DdpmPath, EdmPath, FlowPath, token_errors
 from stdit.diffusion.timesteps import TimestepConfig, noise_levels
-from stdit.models.positions import level_sinusoids, sinusoids
+from stdit.models.positions import network_time, sinusoids
 from stdit.shapes import VideoShape
 
 DDPM = {"_class_name": "DDIMScheduler", "clip_sample": False}
@@ -63,7 +63,7 @@ def test_the_network_is_told_the_ddpm_index_itself():
     indices = torch.arange(1000)
     levels = DdpmPath.of(DDPM).settle((indices.double() + 0.5) / 1000, [])
     assert torch.equal(DdpmPath.of(DDPM).index(levels), indices)
-    assert torch.equal(level_sinusoids(levels, 8), sinusoids(indices, 8))
+    assert torch.equal(sinusoids(network_time(levels), 8), sinusoids(indices, 8))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -78,7 +78,8 @@ def test_edm_agrees_with_diffusers(prediction, data, pair):
         x = data * z + sigma * noise
         seen = path.noisy(z, noise, t)
         torch.testing.assert_close(seen, theirs.precondition_inputs(x, sigma))
-        assert path.network_levels(t[None]).item() == pytest.approx(theirs.precondition_noise(sigma).item(), rel=1e-9)
+        told = network_time(t[None], "log_sigma").item()
+        assert told == pytest.approx(theirs.precondition_noise(sigma).item(), rel=1e-9)
         output = torch.randn(z.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         clean = theirs.precondition_outputs(x, output, sigma)
         torch.testing.assert_close(path.clean(output, seen, t) * data, clean)
@@ -86,11 +87,6 @@ def test_edm_agrees_with_diffusers(prediction, data, pair):
         torch.testing.assert_close(
             (output - path.target(z, noise, t)).square(), weight * (clean - data * z).square(), rtol=1e-6, atol=1e-9
         )
-
-
-def test_known_tokens_have_a_finite_level_everywhere():
-    for path in PATHS:
-        assert path.network_levels(torch.tensor([0.0, 0.5], dtype=torch.float64)).isfinite().all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -197,7 +193,7 @@ def test_levels_are_drawn_as_the_family_trains():
     assert torch.equal(indices, indices.round()) and torch.equal(indices.unique(), torch.arange(1000.0).double())
     assert (torch.bincount(indices.long()) - 4).abs().max() <= 1
     t = noise_levels(range(4000), 4000, [1] * 4000, TimestepConfig(mean=-0.4, std=1.3), **key)
-    sigma = (EdmPath().network_levels(t) * 4).exp()
+    sigma = t / (1 - t)
     assert stats.kstest(sigma.numpy(), stats.lognorm(1.3, scale=math.exp(-0.4)).cdf).pvalue > 1e-3
     moved = FlowPath(reverse=True, by_shape=True).settle(t[:2], [VideoShape(1, 512, 512), VideoShape(34, 256, 256)])
     ratio = 10**0.5 / 2

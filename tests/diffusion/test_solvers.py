@@ -13,6 +13,7 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
 from stdit.diffusion import solvers
 from stdit.errors import StditError
+from stdit.models.positions import network_time
 from stdit.shapes import LatentShape, VideoShape
 
 
@@ -126,7 +127,7 @@ def test_edm_agrees_with_diffusers(changes, steps):
     theirs = theirs_of(config)
     theirs.set_timesteps(steps)
     ours = solvers.make_solver(config, steps)
-    levels = ours.path.network_levels(torch.tensor(ours.levels, dtype=torch.float64))
+    levels = network_time(torch.tensor(ours.levels, dtype=torch.float64), "log_sigma")
     assert levels.tolist() == pytest.approx(theirs.timesteps.tolist(), rel=1e-6)
     x, y = noise() * theirs.config.sigma_max, ours.start(noise())
     for index, t in enumerate(theirs.timesteps):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from stdit.models.positions import apply_rotary, grid_positions, level_sinusoids, rotary_axes, rotary_table
+from stdit.models.positions import apply_rotary, grid_positions, network_time, rotary_axes, rotary_table, sinusoids
 from stdit.shapes import TokenGrid
 
 
@@ -52,9 +52,13 @@ def test_far_positions_are_computed_in_fp64():
     assert abs(cos[0, 0, 0].item() - math.cos(100_000)) < 1e-7
 
 
-def test_level_sinusoids_are_cosines_then_sines_of_a_thousand_t():
-    found = level_sinusoids(torch.tensor([0.437, 1.0], dtype=torch.float64), 8)
-    for row, t in zip(found.tolist(), (437.0, 1000.0)):
-        angles = [t * 10000 ** (-i / 4) for i in range(4)]
+def test_the_network_is_told_a_thousand_t_or_log_sigma_as_cosines_then_sines():
+    t = torch.tensor([0.437, 1.0], dtype=torch.float64)
+    found = sinusoids(network_time(t), 8)
+    for row, time in zip(found.tolist(), (437.0, 1000.0)):
+        angles = [time * 10000 ** (-i / 4) for i in range(4)]
         assert row == pytest.approx([math.cos(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-10)
     assert found.dtype == torch.float64
+    sigma = torch.tensor([0.0, 0.0005, 0.002, 80.0], dtype=torch.float64)
+    wanted = [math.log(max(one, 0.001)) / 4 for one in sigma.tolist()]
+    assert network_time(sigma / (sigma + 1), "log_sigma").tolist() == pytest.approx(wanted, rel=1e-12)

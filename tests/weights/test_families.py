@@ -235,3 +235,23 @@ def test_a_condition_that_is_needed_or_not_taken_is_named(tmp_path):
         latents, t, text, _ = inputs(ours, family, number, "clip")
         with pytest.raises(StditError, match=message):
             ours.predict(latents, t, text[:, :6], **given)
+
+
+def test_cosmos_predict1_is_told_what_its_pipeline_tells_it_of_a_noise_level(tmp_path):
+    """A level is σ/(σ + 1); CosmosTextToWorldPipeline gives the network its scheduler's timesteps, log(σ)/4."""
+    from diffusers import EDMEulerScheduler
+
+    family = FAMILIES["Cosmos-Predict"]
+    theirs = randomise(family.build(family.configs[2]), 2)
+    theirs.save_pretrained(tmp_path)
+    ours = stdit.load_transformer(tmp_path)
+    latents, _, text, _ = inputs(ours, family, 2, "clip")
+    scheduler, padding = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0), latents.new_zeros(1, 1, *latents.shape[3:])
+    scheduler.set_timesteps(5)
+    with torch.no_grad():
+        for sigma, told in zip(scheduler.sigmas, scheduler.timesteps):
+            t = (sigma.double() / (sigma.double() + 1)).expand(2)
+            wanted = theirs(latents, told.expand(2), text, fps=30, padding_mask=padding, return_dict=False)[0]
+            assert relative(ours.predict(latents, t, text, fps=30), wanted) <= 1e-5
+    with pytest.raises(StditError, match=r"t of 1 is σ = t/\(1 − t\) = ∞"):
+        ours.predict(latents, torch.tensor([0.3, 1.0]), text, fps=30)

@@ -2,7 +2,7 @@
 
     x = solver.start(noise)
     for index, level in enumerate(solver.levels):
-        output = network(solver.network_input(index, x), solver.path.network_levels(level))  # guided, without variances
+        output = network(solver.network_input(index, x), level)  # guided, without variances
         x = solver.step(index, output, x, fresh noise if solver.draws else None)
     latents = solver.finish(x)
 

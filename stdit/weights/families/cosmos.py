@@ -85,7 +85,7 @@ def config_from(
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
         values = _values_from_shapes(shapes, configs.described(found, _KEPT, place), place)
-        return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+        return checked_transformer(SETTINGS | _network_time(values) | values, shapes, place, _BLOCKS)
     values, theirs = _DIFFUSERS.read(found, _OWN, place)
     dim, text = theirs["num_attention_heads"] * theirs["attention_head_dim"], theirs["text_embed_dim"]
     values |= {"heads": theirs["num_attention_heads"], "dim": dim, "frequency_dim": dim}
@@ -100,7 +100,12 @@ def config_from(
         values |= {"position": "learned", "position_max": sizes}
     values["blank_channels"] = int(theirs["concat_padding_mask"])
     values.setdefault("image_channels", int(values["in_channels"] == values["out_channels"] + 1))  # a mask of frames
-    return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+    return checked_transformer(SETTINGS | _network_time(values) | values, shapes, place, _BLOCKS)
+
+
+def _network_time(values: Mapping[str, Any]) -> dict[str, str]:
+    """1, which alone has learned positions, is an EDM denoiser; 2 and 2.5 are flows."""
+    return {"network_time": "log_sigma" if values.get("position") == "learned" else "level"}
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:

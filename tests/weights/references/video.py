@@ -68,6 +68,8 @@ LTX = Family(
 def _call_cosmos(model: nn.Module, latents: Tensor, t: Tensor, text: Tensor, mask: Tensor, given: dict) -> Tensor:
     padding = latents.new_zeros(1, 1, *latents.shape[3:])
     time = t if t.ndim == 1 else t[:, None, :, None, None]
+    if model.config.extra_pos_embed_type:  # Cosmos-Predict1: its scheduler gives log(σ)/4
+        time = (time / (1 - time)).log() / 4
     known = given.get("image")
     return model(latents, time, text, None, mask, given.get("fps"), known, padding_mask=padding, return_dict=False)[0]
 
