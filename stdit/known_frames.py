@@ -85,8 +85,7 @@ class KnownFrames:
         if last is not None:
             video[:, :, -1:], is_known[-1] = _video(last), 1
         latents = self._encode(video)  # (z, T', H', W')
-        mask = torch.cat([is_known[:1].expand(group - 1), is_known]).view(-1, group).T  # (group, T')
-        mask = mask[:, :, None, None].expand(-1, -1, *latents.shape[2:])
+        mask = frame_mask(is_known, group)[:, :, None, None].expand(-1, -1, *latents.shape[2:])
         image = torch.cat([mask.to(latents), latents])
         if len(image) != self.config.image_channels:
             raise StditError(
@@ -148,6 +147,12 @@ class KnownFrames:
         if name == "last" and len(frames) != 1:
             raise StditError(f"known last is {len(frames)} frames; it is one.")
         return frames
+
+
+def frame_mask(is_known: Tensor, group: int) -> Tensor:
+    """Of frames, (T,) numbers, to (group, T'): a channel for each frame of a latent one; the first is one alone, and
+    says the same in all."""
+    return torch.cat([is_known[:1].expand(group - 1), is_known]).view(-1, group).T
 
 
 def _video(frames: Tensor) -> Tensor:

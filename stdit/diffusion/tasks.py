@@ -15,15 +15,18 @@ from torch import Tensor
 from stdit.errors import StditError, nearest_name
 from stdit.keyed import keyed_uniform
 
-TASKS = ("text_to_video", "image_to_video", "extend")
+TASKS = ("text_to_video", "image_to_video", "extend", "first_last_to_video")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task of one clip: the first `known_frames` latent frames are given."""
+    """A task of one clip: the first `known_frames` latent frames are given. last: the last frame of the video too, to
+    weights that take an image beside the noise; it is no known token.
+    """
 
     name: str = "text_to_video"
     known_frames: int = 0
+    last: bool = False
 
     def mask(self, latent_frames: int) -> Tensor:
         """(T',) bool over latent frames, true where known. At least one frame must stay unknown."""
@@ -62,6 +65,8 @@ def draw_task(
         return Task()
     if name == "image_to_video":
         return Task(name, 1)
+    if name == "first_last_to_video":
+        return Task(name, 1, last=True)
     low = min(2, latent_frames - 1)
     pick = keyed_uniform(seed, "known frames", epoch, clip_id, occurrence)
     return Task(name, low + int(pick * (latent_frames - low)))

@@ -161,6 +161,7 @@ def make_objective(
     tasks = [
         name for name, weight in (config.objective.flow.tasks or {}).items() if weight > 0 and name != "text_to_video"
     ]
+    conditions.check(tasks)
     patch = transformer.config.patch
     if tasks and patch[0] > 1:
         raise StditError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from stdit.data.loader import Example
 from stdit.diffusion.tasks import Task
 from stdit.errors import StditError
+from stdit.known_frames import frame_mask
 from stdit.models.config import TransformerConfig
 from stdit.vae.autoencoder import CausalVAE
 
@@ -28,7 +29,8 @@ class Conditions:
 
     `image` is either a mask of the known frames beside known tokens (Cosmos-Predict), or, instead of known tokens, as
     many mask channels as the VAE's stride has frames and the latents of the clip with its unknown frames grey (Wan's
-    image to video; diffusers' WanImageToVideoPipeline). There the image encoder sees the first frame of that clip.
+    image to video; diffusers' WanImageToVideoPipeline). There the image encoder sees the first frame of that clip, and
+    for weights with positions for both (FLF2V) its last one too.
     """
 
     def __init__(
@@ -49,9 +51,15 @@ class Conditions:
                 "model.init: these weights see their image through an encoder as well, and there is no image_encoder/ "
                 "beside them. Name the model folder that has it."
             )
-        if self.positions:
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """Raises for a task that these weights cannot be given."""
+        sees_first = self.image_encoder is not None and not self.positions
+        if "first_last_to_video" in tasks and (not self.gives_latents or sees_first):
+            take = "see the tokens of a first image alone" if self.gives_latents else "take no image beside the noise"
             raise StditError(
-                "model.init: weights for a first and a last image (Wan FLF2V) do not train here: no task gives both."
+                f"objective.flow.tasks: first_last_to_video is for weights that take a first and a last image "
+                f"(Wan FLF2V, Wan 2.2 I2V); these {take}."
             )
 
     @torch.no_grad()
@@ -59,16 +67,19 @@ class Conditions:
         """The conditions of each clip."""
         found: list[dict[str, Any]] = [self._numbers(example) for example in examples]
         if self.gives_latents:
-            videos = [self._given(example, task) for example, task in zip(examples, tasks)]
-            for one, video, task in zip(found, videos, tasks):
+            clips = [self._given(example, task) for example, task in zip(examples, tasks)]
+            for one, (video, is_known) in zip(found, clips):
                 z = self.vae.encode(video[None])[0].float()
-                mask = z.new_zeros(self.vae.config.stride[0], *z.shape[1:])
-                mask[:, : task.known_frames] = 1
-                one["image"] = torch.cat([mask, z])
+                mask = frame_mask(is_known, self.vae.config.stride[0])[:, :, None, None]
+                one["image"] = torch.cat([mask.expand(-1, -1, *z.shape[2:]).to(z), z])
             if self.image_encoder is not None:
-                frames = [video[:, 0].permute(1, 2, 0).add(1).mul(127.5).round().to(torch.uint8) for video in videos]
-                for one, tokens in zip(found, self.image_encoder.encode(frames)):
-                    one["image_text"] = tokens
+                seen = (0, -1) if self.positions else (0,)
+                frames = [video[:, at] for video, _ in clips for at in seen]
+                tokens = self.image_encoder.encode(
+                    [frame.permute(1, 2, 0).add(1).mul(127.5).round().to(torch.uint8) for frame in frames]
+                )
+                for number, one in enumerate(found):
+                    one["image_text"] = torch.cat(tokens[number * len(seen) : (number + 1) * len(seen)])
         elif self.channels:
             for one, example, task in zip(found, examples, tasks):
                 latent = example.shape.latent(self.vae.config.stride)
@@ -80,7 +91,7 @@ class Conditions:
         """Conditions of a clip of one token, which weighs nothing."""
         found: dict[str, Any] = {"fps": self.fps, "size": (self.patch[2], self.patch[1])}
         found["image"] = torch.zeros(self.channels, *self.patch)
-        found["image_text"] = torch.zeros(1, self.width)
+        found["image_text"] = torch.zeros(self.positions or 1, self.width)
         return {name: self._tensor(found[name]) for name in self.names}
 
     def _numbers(self, example: Example) -> dict[str, Any]:
@@ -91,9 +102,12 @@ class Conditions:
     def _tensor(self, value: Any) -> Tensor:
         return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
 
-    def _given(self, example: Example, task: Task) -> Tensor:
-        """The clip (3, T, H, W) with its unknown frames grey."""
+    def _given(self, example: Example, task: Task) -> tuple[Tensor, Tensor]:
+        """The clip (3, T, H, W) with its unknown frames grey, and which are known, (T,)."""
         video = example.video.to(next(self.vae.parameters()))
-        known = 1 + (task.known_frames - 1) * self.vae.config.stride[0] if task.known_frames else 0
-        video[:, known:] = 0
-        return video
+        is_known = torch.zeros(video.shape[1])
+        is_known[: 1 + (task.known_frames - 1) * self.vae.config.stride[0] if task.known_frames else 0] = 1
+        if task.last:
+            is_known[-1] = 1
+        video[:, is_known == 0] = 0
+        return video, is_known

@@ -37,7 +37,8 @@ CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
 class FlowConfig:
     """caption_dropout: the share of clips trained with an empty caption, for guidance.
 
-    tasks: their weights; unset: text_to_video, or image_to_video where weights are given an image in every call.
+    tasks: their weights; unset: text_to_video, or where weights are given an image in every call image_to_video, or
+    first_last_to_video (Wan FLF2V).
     """
 
     noise_levels: TimestepConfig = field(default_factory=TimestepConfig)

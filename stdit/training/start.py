@@ -34,6 +34,7 @@ def follow_init(config: RunConfig) -> RunConfig:
             described = FolderSettings.read(folder)
             found: TransformerConfig = find("transformer", transformer_path(settings)).config
         task = "image_to_video" if found.image_channels > 1 else task
+        task = "first_last_to_video" if found.image_text_positions else task
         padding = found.text_padding if described.text_padding is None else described.text_padding
         if vae.path is None and (folder / "vae").is_dir():
             vae = replace(vae, path=str(folder))

@@ -8,7 +8,7 @@ import torch
 from stdit.diffusion.tasks import TASKS, Task, check_weights, draw_task, frame_levels
 from stdit.errors import StditError
 
-WEIGHTS = {"text_to_video": 2.0, "image_to_video": 1.0, "extend": 1.0}
+WEIGHTS = {"text_to_video": 2.0, "image_to_video": 1.0, "extend": 0.5, "first_last_to_video": 0.5}
 
 
 def draw(clip: int, weights=WEIGHTS, latent_frames=5, **key):
@@ -18,10 +18,11 @@ def draw(clip: int, weights=WEIGHTS, latent_frames=5, **key):
 def test_tasks_come_in_their_proportions_and_leave_something_to_generate():
     tasks = [draw(clip) for clip in range(2000)]
     counts = Counter(task.name for task in tasks)
-    for name, share in zip(TASKS, (0.5, 0.25, 0.25)):
+    for name, share in zip(TASKS, (0.5, 0.25, 0.125, 0.125)):
         assert abs(counts[name] / 2000 - share) < 5 * (share * (1 - share) / 2000) ** 0.5
-    known = {name: {task.known_frames for task in tasks if task.name == name} for name in TASKS}
-    assert known == {"text_to_video": {0}, "image_to_video": {1}, "extend": {2, 3, 4}}
+    known = {name: {(task.known_frames, task.last) for task in tasks if task.name == name} for name in TASKS}
+    some = {(2, False), (3, False), (4, False)}
+    assert list(known.values()) == [{(0, False)}, {(1, False)}, some, {(1, True)}]
 
 
 def test_drawn_by_key_and_not_by_the_order_of_the_config():

@@ -40,7 +40,9 @@ def vae(tiny: Path) -> CausalVAE:
     return load_vae(tiny / "vae", dtype=torch.float32).eval()
 
 
-def test_the_first_image_is_given_as_diffusers_gives_it(tiny: Path, vae: CausalVAE, image_folder: Path) -> None:
+def test_first_and_last_images_are_given_as_diffusers_gives_them(
+    tiny: Path, vae: CausalVAE, image_folder: Path
+) -> None:
     """Mask, latents of the image before grey, and CLIP tokens, by WanImageToVideoPipeline's own methods."""
     from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
     from PIL import Image
@@ -57,8 +59,8 @@ def test_the_first_image_is_given_as_diffusers_gives_it(tiny: Path, vae: CausalV
     _, wanted = pipe.prepare_latents(first, 1, 4, 32, 48, 9, torch.float32, "cpu", torch.Generator())
     tokens = pipe.encode_image(Image.fromarray(example.frames[0].numpy()), "cpu")
 
-    weights = config(**WAN_IMAGE, image_text_dim=12)
-    conditions = Conditions(weights, vae, 8.0, load_image_encoder(image_folder))
+    encoder = load_image_encoder(image_folder)
+    conditions = Conditions(config(**WAN_IMAGE, image_text_dim=12), vae, 8.0, encoder)
     (found,) = conditions.of([example], [Task("image_to_video", 1)])
     (more,) = conditions.of([example], [Task("extend", 3)])
     assert found.keys() == {"image", "image_text"} and found["image"].shape == (6, 5, 8, 12)
@@ -66,6 +68,17 @@ def test_the_first_image_is_given_as_diffusers_gives_it(tiny: Path, vae: CausalV
     torch.testing.assert_close(found["image_text"], tokens[0], rtol=0, atol=1e-6)
     assert more["image"][:2, :, 0, 0].tolist() == [[1, 1, 1, 0, 0]] * 2
     torch.testing.assert_close(more["image"][2:, :3], vae.encode(example.video[None, :, :5])[0], rtol=0, atol=2e-5)
+
+    both = Conditions(config(**WAN_IMAGE, image_text_dim=12, image_text_positions=10), vae, 8.0, encoder)
+    found, image = both.of([example, clip(1, 32, 48)], [Task("first_last_to_video", 1, last=True), Task()])
+    ends = [Image.fromarray(example.frames[at].numpy()) for at in (0, -1)]
+    _, wanted = pipe.prepare_latents(
+        first, 1, 4, 32, 48, 9, torch.float32, "cpu", torch.Generator(), last_image=example.video[None, :, -1]
+    )
+    torch.testing.assert_close(found["image"], wanted[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(found["image_text"], pipe.encode_image(ends, "cpu").flatten(0, 1), rtol=0, atol=1e-6)
+    assert found["image"][:2, :, 0, 0].tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 1]]
+    assert not image["image"][:2].any() and image["image_text"].shape == both.nothing()["image_text"].shape == (10, 12)
 
 
 def test_rates_sizes_and_masks_are_the_clips_own(vae: CausalVAE) -> None:
@@ -87,9 +100,15 @@ def test_what_cannot_be_given_is_named(vae: CausalVAE, image_folder: Path, tmp_p
         Conditions(config(**WAN_IMAGE, image_text_dim=12), vae, 8.0, None)
     with pytest.raises(StditError, match="takes 3 channels of an image; known are 1, a mask of frames, and 6"):
         Conditions(config(in_channels=7, out_channels=4, image_channels=3), vae, 8.0, None)
-    with pytest.raises(StditError, match="first and a last image"):
-        weights = config(**WAN_IMAGE, image_text_dim=12, image_text_positions=10)
-        Conditions(weights, vae, 8.0, load_image_encoder(image_folder))
+    first_alone = Conditions(config(**WAN_IMAGE, image_text_dim=12), vae, 8.0, load_image_encoder(image_folder))
+    for conditions, words in (
+        (first_alone, "see the tokens of a first image alone"),
+        (Conditions(config(), vae, 8.0, None), "take no image beside the noise"),
+    ):
+        conditions.check(["image_to_video", "extend"])
+        with pytest.raises(StditError, match=f"first_last_to_video is for weights .*; these {words}"):
+            conditions.check(["first_last_to_video"])
+    Conditions(config(**WAN_IMAGE), vae, 8.0, None).check(["first_last_to_video"])  # Wan 2.2 I2V
     with pytest.raises(StditError, match=f"{tmp_path}: its image_encoder/"):
         load_image_encoder(tmp_path)
 

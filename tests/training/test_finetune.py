@@ -43,6 +43,7 @@ PIXART = {**HEADS, "cross_attention_dim": 36, "in_channels": 4, "out_channels": 
 SMALL: dict[str, dict[str, Any]] = {
     "Wan": WAN,
     "Wan I2V": {**WAN, "in_channels": 10, "image_dim": 12, "added_kv_proj_dim": 36},
+    "Wan FLF2V": {**WAN, "in_channels": 10, "image_dim": 12, "added_kv_proj_dim": 36, "pos_embed_seq_len": 10},
     "LTX-Video": {**HEADS, "cross_attention_dim": 36, "in_channels": 4, "out_channels": 4, "caption_channels": 10},
     "Cosmos-Predict": {
         **HEADS, "in_channels": 5, "out_channels": 4, "text_embed_dim": 10, "adaln_lora_dim": 6,
@@ -84,7 +85,8 @@ def save_transformer(name: str, place: Path, seed: int = 0) -> None:
         assert isinstance(model, STDiT)
         stdit.save_transformer(model, place, "original")
     else:
-        randomise(FAMILIES[name.removesuffix("1")].build(SMALL[name]), seed).save_pretrained(place)
+        family = FAMILIES[name.removesuffix("1").replace("FLF2V", "I2V")]
+        randomise(family.build(SMALL[name]), seed).save_pretrained(place)
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +144,16 @@ def test_a_family_trains_on_mixed_shapes(
     name: str, tiny: Path, tmp_path: Path, folder: Any, image_folder: Path
 ) -> None:
     init = folder(name)
-    if name == "Wan I2V" and not (init / "image_encoder").exists():
+    if name in ("Wan I2V", "Wan FLF2V") and not (init / "image_encoder").exists():
         for part in ("image_encoder", "image_processor"):
             shutil.copytree(image_folder / part, init / part)
     parts = started(tiny, tmp_path, init)
     assert parts.config.objective.flow.noise_levels.shift == (1 if name in SCHEDULERS else 3)
     paths = {"PixArt": "ddpm", "Latte": "ddpm", "Allegro": "ddpm", "Cosmos-Predict1": "edm"}
     assert parts.objective.path.name == paths.get(name, "flow") and parts.config.vae.path == str(init)
+    assert parts.config.objective.flow.tasks == {
+        {"Wan I2V": "image_to_video", "Wan FLF2V": "first_last_to_video"}.get(name, "text_to_video"): 1
+    }
     assert parts.config.text.padding == (512 if name.startswith(("Wan", "Cosmos")) else 0)
     _, losses = train(parts, 6)
     print(name, [round(loss, 4) for loss in losses])
