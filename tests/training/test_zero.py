@@ -20,8 +20,11 @@ import yaml
 from safetensors.torch import load_file
 
 from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
 from stdit.training.checkpoint import Checkpoint
-from stdit.weights.io import save_transformer
+from stdit.training.lora import LoraConfig, adapter_of
+from stdit.weights.io import find, save_transformer
+from stdit.weights.lora_files import read_adapter
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
@@ -49,15 +52,21 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = found.getsockname()[1]
     engines = [f"{stage}={jsons[stage]}={STEPS}" for stage in STAGES]
     engines += [f"moved={jsons['zero3']}={STEPS + 2}=zero1"]
-    engines += [f"frozen-{stage}={jsons[stage]}=2" for stage in STAGES]
+    engines += [f"{kind}-{stage}={jsons[stage]}=2" for kind in ("frozen", "lora") for stage in STAGES]
+    engines += [f"lora-moved={jsons['zero1']}=4=lora-zero3"]
     sizes = yaml.safe_load(config)["model"]
     sizes |= {"in_channels": 4, "out_channels": 4, "text_dim": 16, "text_padding": 32}
     save_transformer(STDiT(TransformerConfig.preset(sizes.pop("preset"), **sizes)), out / "init")
+    tokenizer = build_word_tokenizer(["a small red circle moves left"])
+    TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer).save(
+        out / "text" / "text_encoder", out / "text" / "tokenizer"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         start(out, engines, environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}) for r in (0, 1)
     ]
-    finish(start(out, [f"one=={STEPS}", f"more=={STEPS + 2}=one", "frozen-one==2"], environment))
+    alone = [f"one=={STEPS}", f"more=={STEPS + 2}=one", "frozen-one==2", "lora-one==2", "lora-more==4=lora-one"]
+    finish(start(out, alone, environment))
     for rank in ranks:
         finish(rank)
     finish(start(out, [f"alone=={STEPS + 2}=zero3"], environment))
@@ -115,6 +124,39 @@ def test_only_what_trains_has_gradients_and_is_kept(runs: Path, stage: str) -> N
     assert seen(runs, f"frozen-{stage}-adamw")["losses"] == pytest.approx(
         seen(runs, "frozen-one-adamw")["losses"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_train_resume_and_are_exported_as_on_one_rank(runs: Path, stage: str) -> None:
+    for optimizer in ("sgd", "adamw"):
+        one, other = runs / f"lora-one-{optimizer}", runs / f"lora-{stage}-{optimizer}"
+        expected, found = (load_file(folder / "gradients.safetensors") for folder in (one, other))
+        assert expected.keys() == found.keys() and len(found) == 2 * 2 * 10
+        assert all(".lora_" in name for name in found)
+        assert all(gradient.any() for gradient in expected.values())
+        assert max(relative(found[name], gradient) for name, gradient in expected.items()) <= 1e-5
+        assert seen(runs, other.name)["losses"] == pytest.approx(seen(runs, one.name)["losses"], rel=1e-5)
+    config = find("transformer", runs / "init").config
+    adapter = read_adapter(other / "model" / "pytorch_lora_weights.safetensors", config)
+    kept = Checkpoint.latest(other)
+    assert kept is not None and kept.weights().keys() == found.keys()
+    averages = adapter_of(kept.weights("ema"), LoraConfig(rank=3, alpha=5))
+    assert adapter.pairs.keys() == averages.pairs.keys()
+    for name, pair in averages.pairs.items():
+        assert torch.equal(adapter.pairs[name].up, pair.up) and torch.equal(adapter.pairs[name].down, pair.down), name
+    expected, found = (
+        load_file(folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (one, other)
+    )
+    before = load_file(runs / "init" / "diffusion_pytorch_model.safetensors")
+    assert all(relative(found[name], weight) <= 1e-5 for name, weight in expected.items() if weight.any())
+    assert sum(not torch.equal(found[name], weight) for name, weight in before.items()) == 2 * 10
+
+
+def test_adapters_go_on_under_another_stage(runs: Path) -> None:
+    for optimizer in ("sgd", "adamw"):
+        expected, found = seen(runs, f"lora-more-{optimizer}"), seen(runs, f"lora-moved-{optimizer}")
+        assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -2,7 +2,7 @@
 
 Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain torch). NAME=JSON=STEPS=OTHER goes on
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
-init/ of the output folder and trains some of it.
+init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from stdit.config import RunConfig, load_config
-from stdit.training import build
+from stdit.training import build, export
 from stdit.training import trainer as trainer_module
 from stdit.training.feed import Feed
 from stdit.training.parallel import World, join_world, leave_world
@@ -33,9 +34,13 @@ def main() -> None:
             folder = Path(out) / f"{name}-{optimizer}"
             settings = [f"optimizer.name={optimizer}", f"parallel.deepspeed={path or 'null'}", f"run={folder}"]
             settings += [f"schedule.steps={steps}"] + ["optimizer.lr=0.05"] * (optimizer == "sgd")
-            if name.startswith("frozen"):
+            if name.startswith(("frozen", "lora")):
                 settings += ["model.preset=null", f"model.init={Path(out) / 'init'}"]
+            if name.startswith("frozen"):
                 settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
+            if name.startswith("lora"):
+                settings += ["model.lora={rank: 3, alpha: 5, merged: true}", "text.trained=null"]
+                settings += [f"text.path={Path(out) / 'text'}"]
             if source and world.is_main:
                 shutil.copytree(Path(out) / f"{source[0]}-{optimizer}" / "checkpoints", folder / "checkpoints")
             world.barrier()
@@ -77,6 +82,10 @@ def train(config: str, overrides: list[str], out: Path, world: World) -> None:
         trainer.update()
     trainer.save()
     feed.close()
+    if trainer.config.model.lora is not None:
+        weights = export.averaged_weights(trainer.engine, trainer.ema, world)
+        if weights is not None:
+            export.publish(out, steps, partial(export.write_model, trainer.parts, weights, world))
     packs = world.gather(micro_steps)
     if world.is_main:
         (out / "seen.json").write_text(json.dumps({"losses": losses, "ids": ids, "packs": packs}))
