@@ -181,13 +181,13 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        b, c, t, h, w = x.shape
-        frames = to_frames(x)  # (B·T, C, H, W)
-        qkv = self.to_qkv(self.norm(frames))  # (B·T, 3C, H, W)
-        qkv = qkv.permute(0, 2, 3, 1).reshape(b * t, 1, h * w, 3 * c)
-        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        y = y.reshape(b * t, h, w, c).permute(0, 3, 1, 2)  # (B·T, C, H, W)
-        return x + to_clips(self.proj(y), b)
+        tokens = self.norm(to_frames(x)).flatten(2).transpose(1, 2)  # (B·T, H·W, C)
+        # as a Linear: a convolution of one frame may put the channels first, and attention then takes a slow, wide way
+        qkv = F.linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias)[:, None]  # (B·T, 1, H·W, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        y = F.linear(y, self.proj.weight.flatten(1), self.proj.bias).transpose(1, 2)  # (B·T, C, H·W)
+        return x + to_clips(y.unflatten(2, x.shape[3:]), x.shape[0])
 
 
 class Downsample(nn.Module):
