@@ -58,9 +58,16 @@ class Encoder(nn.Module):
         self.middle = middle(c)
         self.head = head(c, 2 * config.z_dim)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def fine(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """All that sees a neighbourhood only, down to (B, C, T', H', W')."""
         x = self.conv1(x, past)
-        for layer in (*self.downsamples, *self.middle):
+        for layer in self.downsamples:
+            x = layer(x, past)
+        return x
+
+    def coarse(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """The rest, in which all positions of a frame see one another."""
+        for layer in self.middle:
             x = layer(x, past)
         norm, _, conv = self.head
         return conv(activated(norm, conv, x, past), ready=True)
@@ -90,9 +97,16 @@ class Decoder(nn.Module):
             self.upsamples.extend(layers)
         self.head = head(c, 3 * config.patch_size**2)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def coarse(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """The part in which all positions of a frame see one another, to (B, C, T', H', W')."""
         x = self.conv1(x, past)
-        for layer in (*self.middle, *self.upsamples):
+        for layer in self.middle:
+            x = layer(x, past)
+        return x
+
+    def fine(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """The rest, which sees a neighbourhood only."""
+        for layer in self.upsamples:
             x = layer(x, past)
         norm, _, conv = self.head
         return conv(activated(norm, conv, x, past), ready=True)
@@ -198,16 +212,31 @@ class CausalVAE(nn.Module):
         past: {} for the first chunk of a clip of several, then the same object for the chunks that follow; the first
         has 1+k·stride frames, the others k·stride. The chunks' latents are those of the whole clip.
         """
-        self._check(video, more=bool(past))
-        x = self.encoder(patchify(video, self.config.patch_size), past)  # (B, 2z, T', H', W')
-        x = self.conv1(x)
-        mean, logvar = x.chunk(2, dim=1)
-        return mean, logvar.clamp(-30.0, 20.0)
+        return self.encode_coarse(self.encode_fine(video, past), past)
 
     def decode_raw(self, latents: Tensor, past: Past | None = None) -> Tensor:
         """Raw latents (B, z, T', H', W') -> (B, 3, T, H, W), not clamped. past: as in `encode_moments`."""
-        x = self.conv2(latents.to(memory_format=torch.channels_last_3d))
-        return unpatchify(self.decoder(x, past), self.config.patch_size)
+        return self.decode_fine(self.decode_coarse(latents, past), past)
+
+    # Both are two halves, so that frames can be tiled: what sees a neighbourhood only may be, the attention may not.
+
+    def encode_fine(self, video: Tensor, past: Past | None = None) -> Tensor:
+        """The first half of `encode_moments`: (B, 3, T, H, W) -> (B, C, T', H', W')."""
+        self._check(video, more=bool(past))
+        return self.encoder.fine(patchify(video, self.config.patch_size), past)
+
+    def encode_coarse(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
+        """The second half."""
+        mean, logvar = self.conv1(self.encoder.coarse(x, past)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def decode_coarse(self, latents: Tensor, past: Past | None = None) -> Tensor:
+        """The first half of `decode_raw`: raw latents (B, z, T', H', W') -> (B, C, T', H', W')."""
+        return self.decoder.coarse(self.conv2(latents.to(memory_format=torch.channels_last_3d)), past)
+
+    def decode_fine(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """The second half: -> (B, 3, T, H, W)."""
+        return unpatchify(self.decoder.fine(x, past), self.config.patch_size)
 
     def normalise(self, raw: Tensor) -> Tensor:
         """(raw − mean) / std a channel, (B, z, …)."""

@@ -1,13 +1,15 @@
 """Clips of any length and size through a causal VAE in bounded memory: some latent frames, tiles and clips at a time.
 
-Chunks are exact: the causal layers' last frames go from one to the next. So are slices of a batch. Tiles are not: the
-convolutions' reach, and the attention within a frame, end where a tile does; they overlap, and are blended.
+Chunks are exact: the causal layers' last frames go from one to the next. So are slices of a batch. Tiles are nearly:
+the attention within a frame, and what stands at the latents' resolution around it, run on the whole frame; the levels
+between that and the pixels, which take the memory, run in tiles, whose convolutions do not see past their borders.
+They overlap there, and are blended.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -45,16 +47,18 @@ def slices(config: VaeConfig, side: str, shape: tuple[int, int, int, int], items
 
     side: "encoder" or "decoder". itemsize: bytes of a number. memory: bytes, beyond the weights and what goes in and
     out; None: DEFAULT_MEMORY, but never tiles. First the clips are sliced, then their frames, then the frames are
-    tiled. A stream keeps the past of all its tiles, a whole clip goes through tile by tile. Raises StditError where not
-    even the smallest tile fits.
+    tiled. A stream keeps the past of all its tiles; a whole clip goes through tile by tile, and what is between the
+    tiled levels and the rest is kept for all its frames. Raises StditError where not even the smallest tile fits.
     """
     clips, latents, height, width = shape
     rows, columns = height, width
     budget = DEFAULT_MEMORY if memory is None else memory
 
     def takes(clips: int, frames: int, rows: int, columns: int) -> int:
+        tiled = (rows, columns) != (height, width)
         kept = 1 if latents else len(spans(height, rows)) * len(spans(width, columns))
-        return working_bytes(config, side, clips, frames, rows, columns, itemsize, kept)
+        between = coarse_bytes(config, side, frames, latents, height, width, itemsize) if tiled else 0
+        return between + working_bytes(config, side, clips, frames, rows, columns, itemsize, kept)
 
     clips = next((n for n in range(clips, 1, -1) if takes(n, 1, rows, columns) <= budget), 1)
     while memory is not None and (least := takes(1, 1, rows, columns)) > memory:
@@ -102,35 +106,38 @@ def working_bytes(
     return int(itemsize * (clips * (tiles * past + most) + weights))
 
 
+def coarse_bytes(config: VaeConfig, side: str, chunk: int, latents: int, rows: int, columns: int, itemsize: int) -> int:
+    """About what the untiled half takes of a tiled frame of rows × columns: what goes to the tiles or comes from them,
+    of `latents` frames (0: of a stream's chunk), the past of five convolutions, and the attention's five tensors."""
+    base = config.base_dim if side == "encoder" else config.decoder_base_dim or config.base_dim
+    return int(itemsize * rows * columns * config.dim_mult[-1] * base * ((latents or chunk) + 10 + 5 * chunk))
+
+
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a frame: where it is in the input and in the output, and its weights there (None: it is all)."""
+    """One tile of a frame: where it is in the input and in the output, and its weights there."""
 
     source: tuple[slice, slice]
     target: tuple[slice, slice]
-    weight: Tensor | None  # (rows, columns) of the output
+    weight: Tensor  # (rows, columns) of the output
 
     def of(self, chunk: Tensor) -> Tensor:
         return chunk[..., self.source[0], self.source[1]]
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Adds the tile's result to what was zeros."""
-        if self.weight is None:
-            whole.copy_(part)
-        else:
-            whole[..., self.target[0], self.target[1]] += part * self.weight.to(part)
+        whole[..., self.target[0], self.target[1]] += part * self.weight.to(part)
 
 
 def tiles(size: tuple[int, int], cut: Slices, scale_in: tuple[int, int], scale_out: tuple[int, int]) -> list[Tile]:
     """size: rows and columns of latents; scale_in, scale_out: pixels of the input and of the output to one latent."""
     rows, columns = spans(size[0], cut.rows), spans(size[1], cut.columns)
     down, across = blend_weights(rows, scale_out[0]), blend_weights(columns, scale_out[1])
-    alone = len(rows) == len(columns) == 1
     return [
         Tile(
             (_scaled(row, scale_in[0]), _scaled(column, scale_in[1])),
             (_scaled(row, scale_out[0]), _scaled(column, scale_out[1])),
-            None if alone else vertical[:, None] * horizontal,
+            vertical[:, None] * horizontal,
         )
         for row, vertical in zip(rows, down)
         for column, horizontal in zip(columns, across)
@@ -176,11 +183,8 @@ def encode_moments(vae: CausalVAE, video: Tensor, memory: int | None = None) -> 
     cut = _slices(vae, "encoder", (len(video), latent.frames, latent.height, latent.width), memory)
     lengths = _lengths(latent.frames, cut)
     for clips, out in zip(video.split(cut.clips), whole.split(cut.clips)):
-        for tile in _tiles(vae, "encoder", latent.height, latent.width, cut):
-            past: Past = {}
-            chunks = tile.of(clips).split([1, *(n * t for n in lengths[1:])], dim=2)
-            for chunk, part in zip(chunks, out.split(lengths, dim=2)):
-                tile.put(part, _encode(vae, chunk, past))
+        run = _Stream(vae, "encoder", latent.height, latent.width, cut)
+        run.clip(clips.split([1, *(n * t for n in lengths[1:])], dim=2), out.split(lengths, dim=2))
     return whole
 
 
@@ -192,11 +196,8 @@ def decode(vae: CausalVAE, latents: Tensor, memory: int | None = None, clamp: bo
     cut = _slices(vae, "decoder", (count, frames, h, w), memory)
     lengths = _lengths(frames, cut)
     for clips, out in zip(latents.split(cut.clips), whole.split(cut.clips)):
-        for tile in _tiles(vae, "decoder", h, w, cut):
-            past: Past = {}
-            parts = out.split([1, *(n * t for n in lengths[1:])], dim=2)
-            for chunk, part in zip(tile.of(clips).split(lengths, dim=2), parts):
-                tile.put(part, _decode(vae, chunk, past))
+        run = _Stream(vae, "decoder", h, w, cut)
+        run.clip(clips.split(lengths, dim=2), out.split([1, *(n * t for n in lengths[1:])], dim=2))
     return whole.clamp_(-1, 1) if clamp else whole
 
 
@@ -260,40 +261,59 @@ def _slices(vae: CausalVAE, side: str, shape: tuple[int, int, int, int], memory:
     return slices(vae.config, side, shape, next(vae.parameters()).element_size(), memory)
 
 
-def _encode(vae: CausalVAE, chunk: Tensor, past: Past) -> Tensor:
-    return torch.cat(vae.encode_moments(chunk, past), dim=1)
-
-
-def _decode(vae: CausalVAE, chunk: Tensor, past: Past) -> Tensor:
-    return vae.decode_raw(vae.denormalise(chunk), past)
-
-
-def _tiles(vae: CausalVAE, side: str, rows: int, columns: int, cut: Slices) -> list[Tile]:
-    stride = vae.config.stride[1:]
-    return tiles((rows, columns), cut, *((stride, (1, 1)) if side == "encoder" else ((1, 1), stride)))
-
-
 class _Stream:
     """A side of a VAE over the chunks of a clip in order, each chunk tile by tile."""
 
     def __init__(self, vae: CausalVAE, side: str, rows: int, columns: int, cut: Slices):
-        self.vae, self.run = vae, _encode if side == "encoder" else _decode
-        self.size = (
-            (rows, columns) if side == "encoder" else (rows * vae.config.stride[1], columns * vae.config.stride[2])
-        )
-        self.tiles: list[tuple[Tile, Past]] = [(tile, {}) for tile in _tiles(vae, side, rows, columns, cut)]
+        self.vae, self.decodes, stride = vae, side == "decoder", vae.config.stride[1:]
+        scale_in, scale_out = ((1, 1), stride) if self.decodes else (stride, (1, 1))
+        self.size = rows * scale_out[0], columns * scale_out[1]
+        self.past: Past = {}  # of what runs on the whole frame
+        self.tiles: list[tuple[Tile, Past]] = [(tile, {}) for tile in tiles((rows, columns), cut, scale_in, scale_out)]
 
     def __call__(self, chunk: Tensor) -> Tensor:
+        """The next chunk of a stream."""
+        x = self._before(chunk)
+        if len(self.tiles) == 1:
+            return self._after(self._fine(x, self.past))
         whole = None
         for tile, past in self.tiles:
-            part = self.run(self.vae, tile.of(chunk), past)
-            if tile.weight is None:
-                return part
-            if whole is None:
-                whole = part.new_zeros((*part.shape[:3], *self.size))
+            part = self._fine(tile.of(x), past)
+            whole = self._empty(part) if whole is None else whole
             tile.put(whole, part)
         assert whole is not None
-        return whole
+        return self._after(whole)
+
+    def clip(self, chunks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """All chunks of a clip to `out`, zeros before: each tile over all of them, so that one tile's past is kept."""
+        if len(self.tiles) == 1:
+            for chunk, part in zip(chunks, out):
+                part.copy_(self(chunk))
+            return
+        given = [self._before(chunk) for chunk in chunks]
+        found = [*out] if self.decodes else []
+        for tile, past in self.tiles:
+            for number, x in enumerate(given):
+                part = self._fine(tile.of(x), past)
+                if number == len(found):
+                    found.append(self._empty(part))
+                tile.put(found[number], part)
+            past.clear()
+        if not self.decodes:
+            for x, part in zip(found, out):
+                part.copy_(self._after(x))
+
+    def _before(self, chunk: Tensor) -> Tensor:
+        return self.vae.decode_coarse(self.vae.denormalise(chunk), self.past) if self.decodes else chunk
+
+    def _fine(self, x: Tensor, past: Past) -> Tensor:
+        return self.vae.decode_fine(x, past) if self.decodes else self.vae.encode_fine(x, past)
+
+    def _after(self, x: Tensor) -> Tensor:
+        return x if self.decodes else torch.cat(self.vae.encode_coarse(x, self.past), dim=1)
+
+    def _empty(self, part: Tensor) -> Tensor:
+        return part.new_zeros((*part.shape[:3], *self.size))
 
 
 def _checked(frames: Iterable[Tensor], stride: tuple[int, int, int]) -> Iterator[Tensor]:

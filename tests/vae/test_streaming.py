@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from stdit.errors import StditError
 from stdit.vae import streaming
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.vae.streaming import SMALLEST_TILE, Slices, blend_weights, slices, spans, working_bytes
+from stdit.vae.config import PRESETS
+from stdit.vae.streaming import Slices, blend_weights, coarse_bytes, slices, spans, working_bytes
 
 STATISTICS = dict(latents_mean=(0.5, -1, 0), latents_std=(1, 2, 0.5))
 WAN21 = VaeConfig(base_dim=4, num_res_blocks=1, z_dim=3, **STATISTICS)
@@ -211,31 +212,57 @@ def test_tiles_cover_and_their_weights_sum_to_one():
         assert_close(total, torch.ones_like(total))
 
 
+PLAIN = VaeConfig(base_dim=2, dim_mult=(1,), num_res_blocks=1, temporal_downsample=(), z_dim=1)
+
+
 @torch.no_grad()
-def test_tiles_are_the_whole_where_no_layer_sees_their_border(monkeypatch):
-    """Without attention a layer's reach is finite: away from borders tiles are exact, and blending keeps them so."""
-    config = VaeConfig(base_dim=2, dim_mult=(1,), num_res_blocks=1, temporal_downsample=(), z_dim=1)
-    vae = random_vae(config, torch.float64)
-    for side in (vae.encoder, vae.decoder):
-        side.middle[1].proj.weight.zero_()
-    video = clip(config, 2, 40, 34, torch.float64)[None]
-    whole = vae.encode(video, memory=1 << 30)
-    memory = working_bytes(config, "encoder", 1, 1, SMALLEST_TILE, 24, 8)
-    cut = slices(config, "encoder", (1, 2, 40, 34), 8, memory)
-    assert (cut.rows, cut.columns) == (16, 21)
-    tiled = vae.encode(video, memory=memory)
-    assert_close(tiled[..., :8, :13], whole[..., :8, :13], rtol=0, atol=1e-12)  # the first tile's alone, and 8 inside
-    assert 0 < relative(tiled, whole) < 0.15
-    monkeypatch.setattr(streaming, "slices", lambda *_: cut)  # a stream keeps the past of all tiles: it takes more
-    streamed = list(vae.encode_stream(video[0].unbind(1)))
-    assert_close(torch.cat(streamed, 1), tiled[0], rtol=0, atol=1e-12)
-    decoded = vae.decode(tiled)
-    assert_close(torch.cat(list(vae.decode_stream(tiled[0])), 1), decoded[0], rtol=0, atol=1e-12)
-    monkeypatch.undo()
-    least = working_bytes(config, "encoder", 1, 1, 16, 16, 8)
-    assert slices(config, "encoder", (1, 2, 40, 34), 8, least) == Slices(1, 1, 16, 16)
-    for frames, budget in ((2, least - 1), (0, least)):
+def test_tiles_are_the_whole_where_their_margin_covers_the_convolutions(monkeypatch):
+    """The attention among all positions of a frame is not cut; a tile's convolutions reach 3 (encoder) and 5 far."""
+    vae = random_vae(PLAIN, torch.float64)
+    video = clip(PLAIN, 2, 26, 21, torch.float64)[None]
+    whole = vae.encode(video)
+    decoded = vae.decode(whole, clamp=False)
+    monkeypatch.setattr(streaming, "slices", lambda *_: Slices(1, 1, 16, 18))
+    for overlap, margin, least, most in ((8, 2, 1e-9, 0.1), (12, 5, 0, 1e-12)):
+        monkeypatch.setattr(streaming, "OVERLAP", overlap)
+        monkeypatch.setattr(streaming, "MARGIN", margin)
+        assert least <= relative(vae.encode(video), whole) <= most
+        assert least <= relative(vae.decode(whole, clamp=False), decoded) <= most
+        streamed = torch.cat(list(vae.encode_stream(video[0].unbind(1))), 1)
+        assert_close(streamed, vae.encode(video)[0], rtol=0, atol=1e-12)
+        streamed = torch.cat(list(vae.decode_stream(whole[0], clamp=False)), 1)
+        assert_close(streamed, vae.decode(whole, clamp=False)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_tiles_are_as_small_as_the_memory_wants(side):
+    config, shape = PRESETS["wan2.1"], (1, 2, 40, 34)
+
+    def takes(rows: int, columns: int) -> int:
+        return coarse_bytes(config, side, 1, *shape[1:], 4) + working_bytes(config, side, 1, 1, rows, columns, 4)
+
+    assert slices(config, side, shape, 4, takes(16, 24)) == Slices(1, 1, 16, 21)
+    least = takes(16, 16)
+    assert slices(config, side, shape, 4, least) == Slices(1, 1, 16, 16)
+    for frames, budget in ((2, least - 1), (0, least)):  # a stream keeps the past of all tiles: it takes more
         with pytest.raises(StditError, match="Give at least as many"):
-            slices(config, "encoder", (1, frames, 40, 34), 8, budget)
+            slices(config, side, (1, frames, *shape[2:]), 4, budget)
+
+
+@torch.no_grad()
+def test_a_memory_that_is_too_small_is_said():
     with pytest.raises(StditError, match="Give at least as many"):
-        vae.encode(video, memory=1000)
+        random_vae(TINY).encode(clip(TINY, 5)[None], memory=1000)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@torch.no_grad()
+def test_tiles_keep_to_the_memory(side, tmp_path):
+    config, shape = replace(TINY, base_dim=16, z_dim=16, latents_mean=None, latents_std=None), (1, 3, 24, 24)
+    vae = random_vae(config)  # of fewer channels, oneDNN's convolutions take other ways
+    given = clip(config, 5, 24, 24)[None] if side == "encoder" else torch.zeros(1, 16, 3, 24, 24)
+    run = vae.encode if side == "encoder" else vae.decode
+    memory = coarse_bytes(config, side, 1, *shape[1:], 4) + working_bytes(config, side, 1, 1, 16, 16, 4)
+    assert slices(config, side, shape, 4, memory) == Slices(1, 1, 16, 16)
+    out = run(given, memory=memory).nbytes  # is not counted
+    assert 0.4 * memory < peak(lambda: run(given, memory=memory), tmp_path) - out < 1.35 * memory
