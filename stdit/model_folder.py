@@ -244,7 +244,9 @@ def save_parts(parts: ModelParts, folder: Path) -> None:
     parts.settings.write(folder)
     family = importlib.import_module(f"stdit.weights.families.{parts.transformer.config.family}")
     transformer = ["diffusers", family.config_to_diffusers(parts.transformer.config)["_class_name"]]
-    vae = parts.vae.config.name if isinstance(parts.vae, OtherVAE) else "AutoencoderKLWan"
+    vae = ["diffusers", parts.vae.config.name if isinstance(parts.vae, OtherVAE) else "AutoencoderKLWan"]
+    if isinstance(parts.vae, CausalVAE) and parts.vae.config.groups:
+        vae = ["stdit", "CausalVAE"]  # no other program has a class for it
     index = {name: value for name, value in parts.index.items() if name != "_name_or_path"}
     if index["_class_name"].startswith("Wan"):
         index = {"expand_timesteps": False} | index
@@ -256,7 +258,7 @@ def save_parts(parts: ModelParts, folder: Path) -> None:
         "text_encoder": ["transformers", type(parts.text_encoder.encoder).__name__],
         "tokenizer": ["transformers", parts.text_encoder.tokenizer_class],
         "transformer": transformer,
-        "vae": ["diffusers", vae],
+        "vae": vae,
     }
     if parts.image_encoder is not None:
         parts.image_encoder.save(folder / "image_encoder", folder / "image_processor")

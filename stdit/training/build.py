@@ -35,6 +35,7 @@ from stdit.training.vae_objective import VaeObjective
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.experts import boundary_of
+from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import find, load, load_vae
 from stdit.weights.schedulers import scheduler_of
 
@@ -206,10 +207,18 @@ def make_vae(config: RunConfig) -> CausalVAE:
     if config.vae.path is None:
         base = vae_preset(config.vae.preset or "toy")
         return CausalVAE(VaeConfig(**(vars(base) | config.vae.overrides)))
+    if config.vae.inflate and config.objective.kind != "vae":
+        raise StditError("vae.inflate starts a VAE's own training (objective.kind=vae); a DiT takes a trained one.")
     with about("vae.path"):
-        vae = load_vae(config.vae.path, dtype=torch.float32)
+        if config.vae.inflate:
+            vae = inflate_image_vae(config.vae.path, config.vae.overrides.get("temporal_downsample"))
+        else:
+            vae = load_vae(config.vae.path, dtype=torch.float32)
         if config.objective.kind == "vae" and not isinstance(vae, CausalVAE):
-            raise StditError(f"{config.vae.path}: a {vae.config.name} does not train here; VAEs in Wan's layout do.")
+            raise StditError(
+                f"{config.vae.path}: a {vae.config.name} does not train here; VAEs in Wan's layout do, and Stable "
+                "Diffusion's image VAE with vae.inflate=true."
+            )
     for name, value in config.vae.overrides.items():
         if getattr(vae.config, name) != value:
             raise StditError(f"vae.{name} is {value}, but {config.vae.path} has {getattr(vae.config, name)}.")

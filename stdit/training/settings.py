@@ -83,15 +83,22 @@ class ModelSettings:
 
 @dataclass
 class VaeSettings:
-    """path: a VAE folder; for a VAE's own training it starts there. Else preset (toy) and its settings: a fresh one."""
+    """path: a VAE folder; for a VAE's own training it starts there. Else preset (toy) and its settings: a fresh one.
+
+    inflate: path is an image VAE (Stable Diffusion's), whose training goes on as a causal video VAE;
+    `vae.temporal_downsample` may say where its frames halve.
+    """
 
     path: str | None = None
     preset: str | None = None
+    inflate: bool = False
     overrides: dict[str, Any] = field(default_factory=dict, metadata={"rest_of": "stdit.vae.autoencoder:VaeConfig"})
 
     def __post_init__(self) -> None:
         if self.path and self.preset:
             raise StditError(f"path {self.path} and preset {self.preset} are both set: that VAE, or a fresh one.")
+        if self.inflate and not self.path:
+            raise StditError("inflate is about the image VAE of path, which is not set.")
 
 
 @dataclass

@@ -27,10 +27,10 @@ from stdit.vae.layers import (
     Downsample,
     Past,
     ResidualBlock,
-    RMSNorm,
     UpLevel,
     Upsample,
     activated,
+    norm,
     patchify,
     unpatchify,
 )
@@ -48,15 +48,15 @@ class Encoder(nn.Module):
         c = config.base_dim
         self.downsamples = nn.Sequential()
         for level, width in enumerate(widths):
-            layers, temporal = blocks(c, width, config.num_res_blocks), None
+            layers, temporal = blocks(c, width, config.num_res_blocks, config.groups), None
             if level < len(widths) - 1:
                 temporal = config.temporal_downsample[level]
                 layers.append(Downsample(width, temporal))
             cell = (1, 1) if temporal is None else (1 + temporal, 2)
             self.downsamples.extend([DownLevel(layers, width, *cell)] if config.residual else layers)
             c = width
-        self.middle = middle(c)
-        self.head = head(c, 2 * config.z_dim)
+        self.middle = middle(c, config.groups)
+        self.head = head(c, 2 * config.z_dim, config.groups)
 
     def fine(self, x: Tensor, past: Past | None = None) -> Tensor:
         """All that sees a neighbourhood only, down to (B, C, T', H', W')."""
@@ -69,8 +69,8 @@ class Encoder(nn.Module):
         """The rest, in which all positions of a frame see one another."""
         for layer in self.middle:
             x = layer(x, past)
-        norm, _, conv = self.head
-        return conv(activated(norm, conv, x, past), ready=True)
+        first, _, conv = self.head
+        return conv(activated(first, conv, x, past), ready=True)
 
 
 class Decoder(nn.Module):
@@ -82,20 +82,20 @@ class Decoder(nn.Module):
         temporal = config.temporal_downsample[::-1]
         c = widths[0]
         self.conv1 = CausalConv3d(config.z_dim, c, (3, 3, 3))
-        self.middle = middle(c)
+        self.middle = middle(c, config.groups)
         self.upsamples = nn.Sequential()
         for level, width in enumerate(widths):
-            layers = blocks(c, width, config.num_res_blocks + 1)
+            layers = blocks(c, width, config.num_res_blocks + 1, config.groups)
             c = width
             if level < len(widths) - 1:
-                c = width if config.residual else width // 2
+                c = width // 2 if config.upsampling_halves else width
                 layers.append(Upsample(width, c, temporal[level]))
                 if config.residual:
                     layers = [UpLevel(layers, width, 1 + temporal[level], 2)]
             elif config.residual:
                 layers = [UpLevel(layers)]
             self.upsamples.extend(layers)
-        self.head = head(c, 3 * config.patch_size**2)
+        self.head = head(c, 3 * config.patch_size**2, config.groups)
 
     def coarse(self, x: Tensor, past: Past | None = None) -> Tensor:
         """The part in which all positions of a frame see one another, to (B, C, T', H', W')."""
@@ -108,22 +108,26 @@ class Decoder(nn.Module):
         """The rest, which sees a neighbourhood only."""
         for layer in self.upsamples:
             x = layer(x, past)
-        norm, _, conv = self.head
-        return conv(activated(norm, conv, x, past), ready=True)
+        first, _, conv = self.head
+        return conv(activated(first, conv, x, past), ready=True)
 
 
-def blocks(in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
+def blocks(in_channels: int, out_channels: int, count: int, groups: int) -> list[nn.Module]:
     """`count` residual blocks, the first of which changes the channels."""
-    return [ResidualBlock(out_channels if i else in_channels, out_channels) for i in range(count)]
+    return [ResidualBlock(out_channels if i else in_channels, out_channels, groups) for i in range(count)]
 
 
-def middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
-
-
-def head(in_channels: int, out_channels: int) -> nn.Sequential:
+def middle(channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
-        RMSNorm(in_channels, 3), nn.SiLU(inplace=True), CausalConv3d(in_channels, out_channels, (3, 3, 3))
+        ResidualBlock(channels, channels, groups),
+        AttentionBlock(channels, groups),
+        ResidualBlock(channels, channels, groups),
+    )
+
+
+def head(in_channels: int, out_channels: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        norm(in_channels, 3, groups), nn.SiLU(inplace=True), CausalConv3d(in_channels, out_channels, (3, 3, 3))
     )
 
 

@@ -42,6 +42,8 @@ class VaeConfig:
     z_dim: latent channels.
     patch_size: pixels p×p are folded into channels before the encoder and unfolded after the decoder (Wan 2.2).
     residual: Wan 2.2's averaging and repeating shortcuts around each level.
+    groups: 0 for Wan's RMS norm; else Stable Diffusion's layers: a norm of so many groups of channels over each frame,
+        and upsampling that keeps the channels.
     latents_mean, latents_std: of the raw latents, a channel; 0 and 1 are kept as None. Latents are normalised by them.
     """
 
@@ -52,6 +54,7 @@ class VaeConfig:
     z_dim: int = 16
     patch_size: int = 1
     residual: bool = False
+    groups: int = 0
     decoder_base_dim: int | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
@@ -95,13 +98,17 @@ class VaeConfig:
     def _check_widths(self) -> None:
         """Raises where a level's channels cannot be halved, or averaged and repeated, as the layout does."""
         decoder = self.decoder_base_dim or self.base_dim
-        if not self.residual:
+        for width in (mult * base for base in (self.base_dim, decoder) for mult in self.dim_mult):
+            if self.groups < 0 or (self.groups and width % self.groups):
+                raise StditError(f"VAE: a level of {width} channels cannot be normalised in groups={self.groups}.")
+        if self.upsampling_halves:
             for mult in self.dim_mult[1:]:
                 if mult * decoder % 2:
                     raise StditError(
                         f"VAE: a level of {mult}×{decoder} channels cannot be halved by the decoder's upsampling. "
                         "Choose an even base_dim."
                     )
+        if not self.residual:
             return
         cells = [8 if time else 4 for time in self.temporal_downsample]
         mults, top = self.dim_mult, self.dim_mult[-1]
@@ -113,6 +120,11 @@ class VaeConfig:
                     f"VAE: dim_mult {mults}: {fine} times a cell of {cell} is no multiple of {coarse}, so the "
                     "shortcut of a residual level cannot be averaged or repeated."
                 )
+
+    @property
+    def upsampling_halves(self) -> bool:
+        """Whether the decoder's upsampling halves the channels."""
+        return not self.residual and not self.groups
 
     @property
     def stride(self) -> tuple[int, int, int]:

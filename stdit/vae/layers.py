@@ -122,10 +122,21 @@ class RMSNorm(nn.Module):
                     part_out.copy_(y)
 
 
+class FrameGroupNorm(nn.GroupNorm):
+    """Stable Diffusion's group norm, of each frame by itself: (B, C, T, H, W) or (B·T, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.ndim == 4 else to_clips(super().forward(to_frames(x)), len(x))
+
+
+def norm(channels: int, dims: int, groups: int) -> nn.Module:
+    return FrameGroupNorm(groups, channels, eps=1e-6) if groups else RMSNorm(channels, dims)
+
+
 def activated(norm: nn.Module, conv: nn.Module, x: Tensor, past: Past | None) -> Tensor:
     """silu(norm(x)) with the frames of the past in front: what the CausalConv3d takes as `ready`."""
-    assert isinstance(norm, RMSNorm) and isinstance(conv, CausalConv3d)
-    if torch.is_grad_enabled() or x.device.type != "cpu":
+    assert isinstance(conv, CausalConv3d)
+    if not isinstance(norm, RMSNorm) or torch.is_grad_enabled() or x.device.type != "cpu":
         return with_past(F.silu(norm(x), inplace=True), conv, past)
     b, c, t, h, w = x.shape
     before = None if past is None else past.get(conv)
@@ -144,13 +155,13 @@ def activated(norm: nn.Module, conv: nn.Module, x: Tensor, past: Past | None) ->
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), two causal 3×3×3 convolutions."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 0):
         super().__init__()
         self.residual = nn.Sequential(
-            RMSNorm(in_channels, 3),
+            norm(in_channels, 3, groups),
             nn.SiLU(inplace=True),
             CausalConv3d(in_channels, out_channels, (3, 3, 3)),
-            RMSNorm(out_channels, 3),
+            norm(out_channels, 3, groups),
             nn.SiLU(inplace=True),
             nn.Identity(),  # the release's dropout, which it never uses
             CausalConv3d(out_channels, out_channels, (3, 3, 3)),
@@ -174,9 +185,9 @@ def added(y: Tensor, x: Tensor) -> Tensor:
 class AttentionBlock(nn.Module):
     """x + attention among the H·W positions of each frame, one head over all channels."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = 0):
         super().__init__()
-        self.norm = RMSNorm(channels, 2)
+        self.norm = norm(channels, 2, groups)
         self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 

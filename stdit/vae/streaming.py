@@ -91,7 +91,7 @@ def working_bytes(
         frames = latents * 2 ** sum(config.temporal_downsample[level:])
         channels = mult * base
         before = config.dim_mult[max(level - 1, 0) if side == "encoder" else min(level + 1, coarse)] * base
-        if side == "decoder" and not config.residual and level < coarse:
+        if side == "decoder" and config.upsampling_halves and level < coarse:
             before //= 2
         convolutions = 2 * blocks + (4 if level == coarse else 1)
         past += 2 * pixels * (before + (convolutions - 1) * channels)
@@ -100,7 +100,7 @@ def working_bytes(
         resampled = frames * channels * (2 if side == "encoder" else 1)
         if side == "decoder" and level > 0:  # to the next level's pixels, before its convolution and after
             doubled = 1 + config.temporal_downsample[level - 1]
-            resampled += 4 * doubled * frames * (channels + (channels if config.residual else channels // 2))
+            resampled += 4 * doubled * frames * (channels + channels // (1 + config.upsampling_halves))
         most = max(most, pixels * max(block, resampled))
     weights = 27 * (max(config.dim_mult) * base) ** 2
     return int(itemsize * (clips * (tiles * past + most) + weights))

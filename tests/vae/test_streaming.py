@@ -44,7 +44,7 @@ def chunk_length(monkeypatch, latents: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("config", [WAN21, WAN22], ids=["2.1", "2.2"])
+@pytest.mark.parametrize("config", [WAN21, WAN22, replace(WAN21, groups=2)], ids=["2.1", "2.2", "groups"])
 @torch.no_grad()
 def test_streamed_equals_whole(config, dtype, tolerance, monkeypatch):
     """The whole: the first frame, then all others in one chunk. Every chunk length from one latent frame up."""

@@ -19,7 +19,8 @@ from stdit.weights.keymap import KeyMap, Rule, Shape
 FAMILY = "Wan causal video VAE"
 DIFFUSERS_CLASS = "AutoencoderKLWan"
 ORIGINAL_CLASS = "WanVAE_"
-CLASSES = (DIFFUSERS_CLASS, ORIGINAL_CLASS)
+OWN_CLASS = "CausalVAE"  # what Wan's layout has no place for: no other program has a class for it
+CLASSES = (DIFFUSERS_CLASS, ORIGINAL_CLASS, OWN_CLASS)
 
 # The names that other programs give to fields of VaeConfig; the spelling of "temperal" is theirs.
 _DIFFUSERS_FIELDS = {
@@ -51,7 +52,7 @@ def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: ob
     values, always with `place`.
     """
     kind = found.get("_class_name")
-    if kind not in (None, DIFFUSERS_CLASS, ORIGINAL_CLASS):
+    if kind not in (None, *CLASSES):
         raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {FAMILY}s ({DIFFUSERS_CLASS}).")
     if not found:
         values = _values_from_shapes(shapes, place)
@@ -68,7 +69,10 @@ def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: ob
 
 
 def config_to_diffusers(config: VaeConfig) -> dict[str, Any]:
-    """config.json as diffusers' AutoencoderKLWan.save_pretrained writes it, every value explicit."""
+    """config.json as diffusers' AutoencoderKLWan.save_pretrained writes it, every value explicit; our own of a VAE with
+    Stable Diffusion's layers."""
+    if config.groups:
+        return {"_class_name": OWN_CLASS, **_listed(vars(config))}
     values = {theirs: getattr(config, ours) for theirs, ours in _DIFFUSERS_FIELDS.items()}
     return {
         "_class_name": DIFFUSERS_CLASS,
@@ -88,6 +92,8 @@ def config_to_diffusers(config: VaeConfig) -> dict[str, Any]:
 
 def config_to_original(config: VaeConfig) -> dict[str, Any]:
     """A config.json of the arguments of the release's class; the release itself has none."""
+    if config.groups:
+        raise StditError("no release has a VAE of groups: write layout 'diffusers', which is stdit's own for it.")
     values = {theirs: getattr(config, ours) for theirs, ours in _ORIGINAL_FIELDS.items()}
     own = {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}}
     return {"_class_name": ORIGINAL_CLASS, "_stdit": _listed(own), **_listed(values)}
@@ -102,7 +108,7 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
 
 def keymap(config: VaeConfig, dialect: str) -> KeyMap:
     """Our names ↔ that dialect's."""
-    if dialect == "original":
+    if dialect == "original" or config.groups:
         return KeyMap(Rule("{rest}", "{rest}"))
     rules = [
         Rule("conv1.{leaf}", "quant_conv.{leaf}"),
@@ -110,36 +116,37 @@ def keymap(config: VaeConfig, dialect: str) -> KeyMap:
         Rule("{side:encoder|decoder}.conv1.{leaf}", "{side}.conv_in.{leaf}"),
         Rule("{side:encoder|decoder}.head.0.gamma", "{side}.norm_out.gamma"),
         Rule("{side:encoder|decoder}.head.2.{leaf}", "{side}.conv_out.{leaf}"),
-        *_residual_block("{side:encoder|decoder}.middle.0", "{side}.mid_block.resnets.0"),
+        *residual_block("{side:encoder|decoder}.middle.0", "{side}.mid_block.resnets.0"),
         Rule("{side:encoder|decoder}.middle.1.{rest}", "{side}.mid_block.attentions.0.{rest}"),
-        *_residual_block("{side:encoder|decoder}.middle.2", "{side}.mid_block.resnets.1"),
+        *residual_block("{side:encoder|decoder}.middle.2", "{side}.mid_block.resnets.1"),
     ]
     if config.residual:  # levels nested on both sides; what is no block is resample.1 and time_conv
         for ours, theirs in (
             ("encoder.downsamples.{l}.downsamples", "encoder.down_blocks.{l}"),
             ("decoder.upsamples.{l}.upsamples", "decoder.up_blocks.{l}"),
         ):
-            rules += _residual_block(f"{ours}.{{i}}", f"{theirs}.resnets.{{i}}")
+            rules += residual_block(f"{ours}.{{i}}", f"{theirs}.resnets.{{i}}")
             rules.append(
                 Rule(f"{ours}.{{i}}.{{rest}}", f"{theirs}.{'down' if 'down' in ours else 'up'}sampler.{{rest}}")
             )
         return KeyMap(*rules)
-    rules += _residual_block("encoder.downsamples.{i}", "encoder.down_blocks.{i}")
+    rules += residual_block("encoder.downsamples.{i}", "encoder.down_blocks.{i}")
     rules.append(Rule("encoder.downsamples.{i}.{rest}", "encoder.down_blocks.{i}.{rest}"))
     blocks = config.num_res_blocks + 1
     for level in range(len(config.dim_mult)):  # a flat list of blocks here, levels there
         first, theirs = level * (blocks + 1), f"decoder.up_blocks.{level}"
         for block in range(blocks):
-            rules += _residual_block(f"decoder.upsamples.{first + block}", f"{theirs}.resnets.{block}")
+            rules += residual_block(f"decoder.upsamples.{first + block}", f"{theirs}.resnets.{block}")
         rules.append(Rule(f"decoder.upsamples.{first + blocks}.{{rest}}", f"{theirs}.upsamplers.0.{{rest}}"))
     return KeyMap(*rules)
 
 
-def _residual_block(ours: str, theirs: str) -> list[Rule]:
+def residual_block(ours: str, theirs: str) -> list[Rule]:
+    """A residual block as diffusers names its tensors, of Wan's VAEs and of Stable Diffusion's."""
     return [
-        Rule(f"{ours}.residual.0.gamma", f"{theirs}.norm1.gamma"),
+        Rule(f"{ours}.residual.0.{{leaf}}", f"{theirs}.norm1.{{leaf}}"),
         Rule(f"{ours}.residual.2.{{leaf}}", f"{theirs}.conv1.{{leaf}}"),
-        Rule(f"{ours}.residual.3.gamma", f"{theirs}.norm2.gamma"),
+        Rule(f"{ours}.residual.3.{{leaf}}", f"{theirs}.norm2.{{leaf}}"),
         Rule(f"{ours}.residual.6.{{leaf}}", f"{theirs}.conv2.{{leaf}}"),
         Rule(f"{ours}.shortcut.{{leaf}}", f"{theirs}.conv_shortcut.{{leaf}}"),
     ]

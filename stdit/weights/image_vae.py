@@ -1,0 +1,152 @@
+"""Stable Diffusion's image VAE (diffusers' AutoencoderKL) as the start of a causal video VAE.
+
+At first the video VAE does to every frame what the image VAE does, and an image is the same to the last bits: its
+convolutions see the present frame alone until they are trained (I3D's inflation, Carreira & Zisserman 2017, with all of
+the weight in one tap, as causal video VAEs have it). Where frames halve, the last of two is kept; where they double, it
+is shown twice. The image VAE's norm is kept, a group norm over each frame: Wan's layout has no place for that, so what
+is trained from here is stdit's own (`VaeConfig.groups`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stdit.errors import StditError
+from stdit.vae.autoencoder import CausalVAE, VaeConfig
+from stdit.vae.layers import Downsample, Upsample
+from stdit.weights.families.configs import checked_keys
+from stdit.weights.families.wan_vae import residual_block
+from stdit.weights.files import open_folder, read_json
+from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
+
+CLASS = "AutoencoderKL"
+_DEFAULTS: dict[str, Any] = {  # of diffusers, where a config.json says nothing
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+_ONLY: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True}
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_NO_MATTER = ("sample_size", "force_upcast")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_OLD_ATTENTION = ("query", "key", "value", "proj_attn")  # of files from before diffusers 0.18
+
+
+@torch.no_grad()
+def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequence[bool] | None = None) -> CausalVAE:
+    """A causal video VAE in fp32 that starts as the image VAE of a folder (its own, or a model folder with vae/).
+
+    temporal_downsample: whether frames halve, for each downsampling; None: at the last two, as in Wan's.
+    Raises StditError for another class, for settings that have no counterpart, and for tensors that do not fit.
+    """
+    folder = Path(path).expanduser()
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    place = folder / "config.json"
+    found = read_json(place)
+    files = open_folder(folder)
+    vae = CausalVAE(_config(found, temporal_downsample, place))
+    for module in vae.modules():
+        if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+            weight = module.time_conv.weight.zero_()  # (C or 2C, C, 3, 1, 1)
+            for half in weight.split(weight.shape[1]):
+                half[:, :, -1, 0, 0].fill_diagonal_(1)
+    absent = []
+    for name, conv in (("use_quant_conv", "conv1"), ("use_post_quant_conv", "conv2")):
+        if not found.get(name, True):
+            absent.append(f"{conv}.")
+            module = vae.get_submodule(conv)
+            module.get_parameter("weight").zero_()[:, :, 0, 0, 0].fill_diagonal_(1)
+            module.get_parameter("bias").zero_()
+    state = vae.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    image = {
+        name: shape[:2] + shape[-2:] if len(shape) == 5 else shape
+        for name, shape in shapes.items()
+        if ".time_conv." not in name and not name.startswith(tuple(absent))
+    }
+    table = _keymap(vae.config, files.shapes).table(image)
+    table.check(files.shapes, files.path, f"Does {place} belong to these weights?")
+    for name, tensor in table.to_native(files.read):
+        target = state[name]
+        if target.ndim == 5:
+            target.zero_()[:, :, -1].copy_(tensor)
+        else:
+            target.copy_(tensor)
+    return vae
+
+
+def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None, place: Path) -> VaeConfig:
+    """Latents are normalised as diffusers' pipelines do it: (raw − shift) · scaling_factor, or with a mean and std."""
+    if found.get("_class_name") != CLASS:
+        raise StditError(f"{place}: {found.get('_class_name')!r} is no image VAE to inflate; {CLASS} is.")
+    known = (*_DEFAULTS, *_ONLY, *_BLOCKS, *_NO_MATTER)
+    checked_keys(found, {name: name for name in known}, (), place)
+    for name, only in (*_ONLY.items(), *_BLOCKS.items()):
+        values = found.get(name, only)
+        if any(value != only for value in (values if isinstance(values, list) else [values])):
+            raise StditError(f"{place}: {name} is {values!r}; stdit inflates image VAEs with {only!r} only.")
+    theirs = _DEFAULTS | {name: found[name] for name in _DEFAULTS if name in found}
+    try:
+        widths, z = [int(width) for width in theirs["block_out_channels"]], int(theirs["latent_channels"])
+        if any(width % widths[0] for width in widths):
+            raise StditError(f"block_out_channels {widths} must be multiples of the first.")
+        if temporal_downsample is None:
+            temporal_downsample = [level >= len(widths) - 3 for level in range(len(widths) - 1)]
+        shift, scale = theirs["shift_factor"] or 0.0, float(theirs["scaling_factor"] or 1.0)
+        return VaeConfig(
+            base_dim=widths[0],
+            dim_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=int(theirs["layers_per_block"]),
+            temporal_downsample=tuple(temporal_downsample),
+            z_dim=z,
+            groups=int(theirs["norm_num_groups"]),
+            latents_mean=tuple(theirs["latents_mean"] or [float(shift)] * z),
+            latents_std=tuple(std / scale for std in theirs["latents_std"] or [1.0] * z),
+        )
+    except (StditError, TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise StditError(f"{place}: {error}") from None
+
+
+def _keymap(config: VaeConfig, names: Mapping[str, Shape]) -> KeyMap:
+    """Our names, without time, ↔ diffusers'."""
+    theirs = "{side}.mid_block.attentions.0"
+    old = "encoder.mid_block.attentions.0.query.weight" in names
+    *qkv, out = _OLD_ATTENTION if old else _ATTENTION
+    linear = Flatten(1, (config.dim_mult[-1] * config.base_dim, 1, 1))  # a Linear there, a convolution of 1×1 here
+    side = "{side:encoder|decoder}"
+    rules = [
+        Rule("conv1.{leaf}", "quant_conv.{leaf}"),
+        Rule("conv2.{leaf}", "post_quant_conv.{leaf}"),
+        Rule(f"{side}.conv1.{{leaf}}", "{side}.conv_in.{leaf}"),
+        Rule(f"{side}.head.0.{{leaf}}", "{side}.conv_norm_out.{leaf}"),
+        Rule(f"{side}.head.2.{{leaf}}", "{side}.conv_out.{leaf}"),
+        Rule(f"{side}.middle.1.norm.{{leaf}}", f"{theirs}.group_norm.{{leaf}}"),
+        Rule(f"{side}.middle.1.to_qkv.weight", tuple(f"{theirs}.{name}.weight" for name in qkv), linear),
+        Rule(f"{side}.middle.1.to_qkv.bias", tuple(f"{theirs}.{name}.bias" for name in qkv)),
+        Rule(f"{side}.middle.1.proj.weight", f"{theirs}.{out}.weight", linear),
+        Rule(f"{side}.middle.1.proj.bias", f"{theirs}.{out}.bias"),
+        *residual_block(f"{side}.middle.0", "{side}.mid_block.resnets.0"),
+        *residual_block(f"{side}.middle.2", "{side}.mid_block.resnets.1"),
+    ]
+    for ours, yours, sampler, blocks in (
+        ("encoder.downsamples", "encoder.down_blocks", "downsamplers", config.num_res_blocks),
+        ("decoder.upsamples", "decoder.up_blocks", "upsamplers", config.num_res_blocks + 1),
+    ):
+        for level in range(len(config.dim_mult)):  # a flat list of blocks here, levels there
+            first, to = level * (blocks + 1), f"{yours}.{level}"
+            for block in range(blocks):
+                rules += residual_block(f"{ours}.{first + block}", f"{to}.resnets.{block}")
+            rules.append(Rule(f"{ours}.{first + blocks}.resample.1.{{leaf}}", f"{to}.{sampler}.0.conv.{{leaf}}"))
+    return KeyMap(*rules)
