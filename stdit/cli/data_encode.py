@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from stdit.cli.memory import MEMORY, limit_memory
 from stdit.cli.stopped import when_stopped
 
 
@@ -19,6 +20,7 @@ def encode(
     out: Annotated[Path, typer.Option(help="The cache's folder; what it already holds is kept.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value to change in the config.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Clips the VAE encodes at once.")] = 4,
+    memory: Annotated[int | None, MEMORY] = None,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "",
     retry_failed: Annotated[bool, typer.Option(help="Try clips again that could not be read before.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -54,6 +56,7 @@ def encode(
     device = pick_device(device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     with about("vae.path"):
         vae = load_vae(run.vae.path, dtype=torch.float32, device=device).eval()
+    limit_memory(vae, memory)
     for shape in assignment.shapes:
         with about(f"data.shapes: {shape}"):
             shape.latent(vae.config.stride)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stdit.cli.memory import MEMORY
 from stdit.cli.stopped import when_stopped
 
 
@@ -30,6 +31,7 @@ def vae(
         typer.Option("--write-normalisation", help="Put the latents' mean and deviation into the VAE's config.json."),
     ] = False,
     pictures: Annotated[int, typer.Option(min=0, help="Pictures of so many clips.")] = 16,
+    memory: Annotated[int | None, MEMORY] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation-vae.json instead of a table.")] = False,
 ) -> None:
@@ -56,14 +58,15 @@ def vae(
             model,
             clips,
             out,
-            shape and (shape.width, shape.height),
+            None if shape is None else (shape.width, shape.height),
             frames,
             fps,
             limit,
             lpips or (),
             pictures,
-            device=device,
-            progress=progress,
+            memory,
+            device,
+            progress,
         )
     written = write_normalisation(model, result["latents"]) if write else None
     if as_json:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stdit.cli.device import pick_device
+from stdit.cli.memory import MEMORY, limit_memory
 from stdit.cli.stopped import when_stopped
 from stdit.errors import StditError
 from stdit.files import publish_text
@@ -61,6 +62,7 @@ def sample(
         typer.Option("--lora-2", metavar="FILE[:WEIGHT]", help="For the low-noise expert, where there are two."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    memory: Annotated[int | None, MEMORY] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -107,6 +109,7 @@ def sample(
         named_config(solver, {})  # an unknown name is an error before minutes of loading
     device = pick_device(device)
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    limit_memory(pipeline.vae, memory)
     pipeline.add_loras(loras, loras_2)
     fps = pipeline.settings.fps if fps is None else fps
     if ratio is None and wanted is None and source is not None:
@@ -127,6 +130,7 @@ def sample(
         "solver": solver or pipeline.scheduler, "shift": shift, "image": str(image) if image else None,
         "last": str(last) if last else None, "video": str(video) if video else None,
         "known_frames": known_frames, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
+        "memory": memory,
         "loras": [[str(file), weight] for file, weight in loras],
         "loras_2": [[str(file), weight] for file, weight in loras_2],
     }  # fmt: skip

@@ -137,6 +137,7 @@ class CausalVAE(nn.Module):
     def __init__(self, config: VaeConfig):
         super().__init__()
         self.config = config
+        self.memory: int | None = None  # bytes that encoding and decoding work in where the call says nothing
         self.encoder = Encoder(config)
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
@@ -177,8 +178,10 @@ class CausalVAE(nn.Module):
         """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W').
 
         sample: draw from the posterior, with fp32 noise from `generator` (on its own device); else its mode.
-        memory: bytes to work in, see `streaming.slices`. With gradients and no `memory`, all runs at once.
+        memory: bytes to work in, see `streaming.slices`; None: `self.memory`. With gradients and neither, all runs at
+        once.
         """
+        memory = self.memory if memory is None else memory
         self._check(video, more=False)
         if torch.is_grad_enabled() and memory is None:
             mean, logvar = self.encode_moments(video)
@@ -191,6 +194,7 @@ class CausalVAE(nn.Module):
 
         memory: as for `encode`.
         """
+        memory = self.memory if memory is None else memory
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or not latents.numel():
             raise StditError(
                 f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
@@ -202,13 +206,13 @@ class CausalVAE(nn.Module):
 
     def encode_stream(self, frames: Iterable[Tensor], memory: int | None = None) -> Iterator[Tensor]:
         """`encode` for frames as they come: see `streaming.encode_stream`."""
-        return streaming.encode_stream(self, frames, memory)
+        return streaming.encode_stream(self, frames, self.memory if memory is None else memory)
 
     def decode_stream(
         self, latents: Tensor | Iterable[Tensor], memory: int | None = None, clamp: bool = True
     ) -> Iterator[Tensor]:
         """`decode` with frames as they are ready: see `streaming.decode_stream`."""
-        return streaming.decode_stream(self, latents, memory, clamp)
+        return streaming.decode_stream(self, latents, self.memory if memory is None else memory, clamp)
 
     def encode_moments(self, video: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) in [−1, 1] -> mean and log-variance of the raw latents, (B, z, T', H', W') each.

@@ -66,6 +66,8 @@ def test_encode_then_again_then_after_a_move(folder, tmp_path, capsys):
         status = run_command(app, ["data", "encode", *args, "--json", *options], "stdit")
         return status, capsys.readouterr()
 
+    status, said = encode("--memory", "1kB")
+    assert status == 1 and "memory 1000: " in said.err
     status, said = encode()
     assert status == 0 and json.loads(said.out) | {"cache": ""} == {
         "cache": "", "clips": 2, "reused": 0, "texts": 0, "failures": [], "left_out": {}

@@ -106,6 +106,8 @@ def test_a_frame_or_the_end_of_a_video_is_known(folder, tmp_path, capsys):
         (["--prompt", "a", "--fps", "0"], 2, "positive"),
         (["--prompt", "a", "--solver", "unpic"], 1, "'unipc'"),
         (["--prompt", "a", "--dtype", "half"], 2, "bfloat16"),
+        (["--prompt", "a", "--memory", "much"], 2, "8GB, 500MB or 2GiB"),
+        (["--prompt", "a", "--memory", "1kB"], 1, "Give at least"),
         (["--prompt", "a", "--device", "tpu"], 1, "--device 'tpu'"),
         (["--prompt", "a", "--resolution", "0"], 1, "short side 0"),
         (["--prompt", "a", "--image", "nowhere.png"], 1, "nowhere.png"),
