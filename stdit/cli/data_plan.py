@@ -91,7 +91,7 @@ def costs(config: RunConfig) -> Objective:
     nowhere = torch.device("meta")
     with nowhere:
         if config.objective.kind == "vae":
-            return VaeObjective(config.objective, CausalVAE(vae), device=nowhere, dtype=torch.float32, ranks=1)
+            return VaeObjective(config.objective, lambda: CausalVAE(vae), device=nowhere, dtype=torch.float32)
         if config.model.init:
             model = find("transformer", transformer_path(config.model)).config
             model = model.inflated() if config.model.inflate else model

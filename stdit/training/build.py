@@ -140,7 +140,13 @@ def make_objective(
                 "a VAE trains under ZeRO 0 or 1: images and videos run different layers, which stages 2 and 3 "
                 "cannot. Use parallel.deepspeed=deepspeed_configs/zero1.json."
             )
-        return VaeObjective(config.objective, make_vae(config), device=world.device, dtype=dtype, ranks=world.size)
+        lpips = None
+        if (settings := config.objective.vae.lpips) is not None:
+            from stdit.vae.perceptual import Lpips
+
+            with about("objective.vae.lpips"):
+                lpips = Lpips(settings.path).to(world.device)
+        return VaeObjective(config.objective, partial(make_vae, config), lpips, device=world.device, dtype=dtype)
     if not config.vae.path:
         raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")
     if config.model.lora is not None and config.text.path is None:
@@ -205,6 +211,10 @@ def make_experts(config: RunConfig, manifest: Manifest, world: World) -> Experts
 def make_vae(config: RunConfig) -> CausalVAE:
     """The VAE of `vae.path`, or a fresh one to train. In fp32 under any precision: it is exported as it is here."""
     if config.vae.path is None:
+        if config.objective.vae.train != "all":
+            raise StditError(
+                f"objective.vae.train={config.objective.vae.train} keeps the rest of a VAE: set vae.path to it."
+            )
         base = vae_preset(config.vae.preset or "toy")
         return CausalVAE(VaeConfig(**(vars(base) | config.vae.overrides)))
     if config.vae.inflate and config.objective.kind != "vae":

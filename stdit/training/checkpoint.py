@@ -50,12 +50,21 @@ class CheckpointConfig:
 
 
 def save(
-    folder: Path, step: int, engine: Engine, ema: Ema | None, state: dict[str, Any], keep: int, world: World
+    folder: Path,
+    step: int,
+    engine: Engine,
+    ema: Ema | None,
+    state: dict[str, Any],
+    keep: int,
+    world: World,
+    critic: Engine | None = None,
 ) -> Path:
     """Publishes `checkpoints/step-N` of a run folder, then removes all but the last `keep`. Called on every rank.
 
-    state: what else the run needs to go on (JSON). Raises StditError on a full disk; earlier checkpoints are kept.
+    state: what else the run needs to go on (JSON). critic: of what trains against `engine`'s module.
+    Raises StditError on a full disk; earlier checkpoints are kept.
     """
+    engines = [engine] if critic is None else [engine, critic]
     folder = folder / "checkpoints"
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
     with _disk_errors(temporary):
@@ -70,13 +79,18 @@ def save(
         try:
             if world.is_main or not engine.replicated:
                 shard = temporary / f"rank-{world.rank:05d}.safetensors"
-                save_file(dict(_tensors(engine, ema)), shard)
+                tensors = dict(_tensors(engine, ema))
+                if critic is not None:
+                    tensors |= dict(_tensors(critic, None))
+                save_file(tensors, shard)
                 sync(shard)  # by its own rank: another machine's disk cache is not rank 0's
         except Exception as found:  # safetensors raises its own type on a full disk
             error = found
         world.all_succeeded(error)
-        groups = [{k: _number(k, v) for k, v in group.items()} for group in group_state(engine.optimizer)]
-        shapes = world.gather({piece.name: piece.shape for pieces in engine.pieces for piece in pieces})
+        kept = [group for one in engines for group in group_state(one.optimizer)]
+        groups = [{k: _number(k, v) for k, v in group.items()} for group in kept]
+        every = [piece for one in engines for pieces in one.pieces for piece in pieces]
+        shapes = world.gather({piece.name: piece.shape for piece in every})
         try:
             if world.is_main:
                 parameters = {name: list(shape) for rank in shapes for name, shape in rank.items()}
@@ -167,9 +181,9 @@ class Checkpoint:
         }
 
     @torch.no_grad()
-    def load_weights(self, module: nn.Module) -> None:
-        """Into a module before its engine is made; strict in names and shapes."""
-        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    def load_weights(self, *modules: nn.Module) -> None:
+        """Into all modules that train, before their engines are made; strict in names and shapes."""
+        parameters = {name: p for module in modules for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: list(p.shape) for name, p in parameters.items()}
         if shapes != self.about["parameters"]:
             names = {name for name in shapes.keys() | self.about["parameters"].keys()}
@@ -179,8 +193,18 @@ class Checkpoint:
             parameters[name].copy_(weight)
 
     @torch.no_grad()
-    def load_state(self, engine: Engine, ema: Ema | None) -> None:
-        """Masters, the optimizer's state and averages into the pieces of this rank."""
+    def load_state(self, engine: Engine, ema: Ema | None, critic: Engine | None = None) -> None:
+        """Masters, the optimizers' state and averages into the pieces of this rank."""
+        self._load_pieces(engine, ema)
+        groups = engine.optimizer.param_groups
+        if critic is not None:
+            self._load_pieces(critic, None)
+            groups = [*groups, *critic.optimizer.param_groups]
+        for group, kept in zip(groups, self.about.get("groups", [])):
+            for name, (value, dtype) in kept.items():
+                group[name] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
+
+    def _load_pieces(self, engine: Engine, ema: Ema | None) -> None:
         kinds = {key.split("/", 1)[0] for key in self._index}
         cut = {kind for kind in kinds if "." not in kind} - {"master", "ema"}  # the optimizer's, cut like the masters
         group = engine.optimizer.param_groups[0]
@@ -201,10 +225,6 @@ class Checkpoint:
                     kept, _, name = kind.partition(".")
                     value = value.to(flat.device) if on_device else value
                     engine.optimizer.state[flat][name] = value.item() if kept == "number" else value
-
-        for group, kept in zip(engine.optimizer.param_groups, self.about.get("groups", [])):
-            for name, (value, dtype) in kept.items():
-                group[name] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
 
     def _whole(self, key: str) -> Tensor | None:
         if key not in self._index:

@@ -42,6 +42,8 @@ class ExpertsObjective:
     An expert that a micro-step has no clip for runs a token of weight 0, so that all ranks run the same modules.
     """
 
+    critic = None
+
     def __init__(self, high: FlowObjective, low: FlowObjective, boundary: float) -> None:
         self.high, self.low, self.boundary = high, low, boundary
         self.module = ExpertsModule(high.module, low.module)

@@ -33,6 +33,7 @@ from stdit.training.objective import FlowModule, FlowObjective
 from stdit.training.parallel import World
 from stdit.training.vae_objective import VaeModule
 from stdit.vae.autoencoder import CausalVAE, measure_latents
+from stdit.vae.finetune import join_taps
 from stdit.weights.experts import expert_folders
 from stdit.weights.files import read_json
 from stdit.weights.io import save_transformer, save_vae
@@ -57,12 +58,13 @@ def averaged_weights(engine: Engine, ema: Ema | None, world: World) -> dict[str,
 
 @torch.no_grad()
 def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A module of `Objective.fresh` filled with all weights that train; adapters are put into the weights."""
+    """A module of `Objective.fresh` filled with all weights that train; adapters and split kernels are joined again."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
     merge_lora(module)
+    join_taps(module)
     return module
 
 
@@ -168,13 +170,17 @@ def vae_psnr(vae: CausalVAE, parts: Parts) -> float:
 
 
 def export_vae(parts: Parts, weights: dict[str, Tensor], step: int, world: World) -> dict[str, float]:
-    """Measures the mean and deviation of the VAE's latents and publishes it. Returns its PSNR."""
+    """Measures the mean and deviation of the VAE's latents and publishes it. Returns its PSNR.
+
+    Where only the decoder trained, the latents and with them the numbers that normalise them are what they were.
+    """
     module = with_weights(parts.objective.fresh(), weights)
     assert isinstance(module, VaeModule)
     vae = module.vae.to(world.device)
-    videos = (one.video[None].to(world.device) for one in _clips(parts, None, VAE_CLIPS))
-    mean, std = measure_latents(vae, videos)
-    vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
+    if parts.config.objective.vae.train != "decoder":
+        videos = (one.video[None].to(world.device) for one in _clips(parts, None, VAE_CLIPS))
+        mean, std = measure_latents(vae, videos)
+        vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
 
     def write(folder: Path) -> None:
         save_vae(vae, folder / "vae")

@@ -28,7 +28,10 @@ from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.training.conditions import Conditions
+from stdit.training.optimizer import OptimizerConfig
 from stdit.vae.autoencoder import CausalVAE
+from stdit.vae.discriminator import DiscriminatorConfig
+from stdit.vae.finetune import Part
 
 CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
 
@@ -53,13 +56,38 @@ class FlowConfig:
 
 
 @dataclass
+class LpipsConfig:
+    """path: the folder or file with its weights, see `stdit.vae.perceptual`. weight: beside the L1's 1."""
+
+    path: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.path or not self.weight > 0:
+            raise StditError(f"path {self.path!r} must name LPIPS's weights, and weight {self.weight:g} be positive.")
+
+
+@dataclass
 class VaeLossConfig:
-    """kl: weight of the KL beside the L1. crop: train on keyed squares of so many pixels instead of whole frames."""
+    """Weights beside the L1's 1, 0 for none: kl; wavelet, sharper details for nothing; outlier, Movie Gen's with 1e5.
+
+    lpips, discriminator: terms with settings of their own. train: what of the VAE trains, see `choose_trained`.
+    crop: train on keyed squares of so many pixels instead of whole frames.
+    """
 
     kl: float = 1e-6
+    wavelet: float = 0.0
+    outlier: float = 0.0
+    lpips: LpipsConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
+    train: Part = "all"
     crop: int | None = None
 
     def __post_init__(self) -> None:
+        if min(self.kl, self.wavelet, self.outlier) < 0:
+            raise StditError(
+                f"kl {self.kl:g}, wavelet {self.wavelet:g}, outlier {self.outlier:g} must not be negative."
+            )
         if self.crop is not None and self.crop < 1:
             raise StditError(f"crop {self.crop} must be a positive number of pixels, or null for whole frames.")
 
@@ -85,6 +113,7 @@ class StepKey:
     epoch: int
     step: int  # in the epoch
     clips: int
+    done: int = 0  # optimizer steps before it, in the whole run
 
 
 class Batch(Protocol):
@@ -99,9 +128,24 @@ class Batch(Protocol):
         ...
 
 
+@dataclass
+class Critic:
+    """What trains against an objective's module by an optimizer of its own, from optimizer step `start` on.
+
+    module: takes a batch after the objective's module did, and returns Σ_c w_c · its own loss of c.
+    """
+
+    module: nn.Module
+    optimizer: OptimizerConfig
+    start: int
+
+
 class Objective(Protocol):
     @property
     def module(self) -> nn.Module: ...
+
+    @property
+    def critic(self) -> Critic | None: ...
 
     def tokens(self, shape: VideoShape) -> int: ...
 
@@ -162,6 +206,8 @@ class FlowModule(nn.Module):
 
 class FlowObjective:
     """The error of what the network puts out for the unknown tokens, along the path that its scheduler says."""
+
+    critic = None
 
     def __init__(
         self,

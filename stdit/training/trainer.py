@@ -26,13 +26,12 @@ from stdit.training.checkpoint import Checkpoint
 from stdit.training.ema import Ema
 from stdit.training.engine import PRECISIONS, Engine, make_engine
 from stdit.training.feed import Feed, Step
-from stdit.training.lora import base_identity
 from stdit.training.metrics import MetricsLog, measure_peak, read_metrics
 from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
 from stdit.training.settings import MAY_DIFFER, RunConfig, differences, to_dict
-from stdit.training.start import transformer_paths
+from stdit.training.start import check_base
 
 
 class Done(NamedTuple):
@@ -42,6 +41,7 @@ class Done(NamedTuple):
     tokens: int
     flops: int
     stop: int  # the signal that asks any rank to save and stop, or 0
+    critic: Tensor | None = None  # its loss, as loss is
 
 
 class Trainer:
@@ -76,41 +76,28 @@ class Trainer:
         config, world = self.config, self.world
         _set_deterministic(config.run.deterministic)
         self.parts: Parts = build(config, world)
-        module = self.parts.objective.module
-        self._check_base()
+        module, critic = self.parts.objective.module, self.parts.objective.critic
+        self.base = check_base(config, self.resumed, world)
         if self.resumed is not None:
             if self.resumed.state["plan"] != self.parts.plan.hash:
                 raise StditError(
                     f"{self.resumed.path} was made with other data: {config.data.manifest} has changed since, so its "
                     f"steps would be others. Restore the manifest, or choose another run=PATH."
                 )
-            self.resumed.load_weights(module)
+            self.resumed.load_weights(module, *([critic.module] if critic else []))
         self.engine: Engine = make_engine(module, config.optimizer, config.parallel, config.run.precision, world)
+        self.critic: Engine | None = None
+        if critic is not None:
+            self.critic = make_engine(critic.module, critic.optimizer, config.parallel, config.run.precision, world)
+            critic.module.train()
         ema = config.optimizer.ema
         self.ema = Ema(self.engine.flats, ema) if ema.decay > 0 else None
         if self.resumed is not None:
-            self.resumed.load_state(self.engine, self.ema)
+            self.resumed.load_state(self.engine, self.ema, self.critic)
             self.failures = dict(self.resumed.state["failures"])
             loss = self.resumed.state["window"]
             self.window = [torch.tensor(one if world.is_main else 0.0, dtype=torch.float64) for one in loss]
         module.train()
-
-    def _check_base(self) -> None:
-        """Weights that adapters are trained over are in no checkpoint: a resumed run must find the same."""
-        model = self.config.model
-        self.base: str | None = None
-        error: Exception | None = None
-        if model.lora is not None and self.world.is_main:
-            try:
-                self.base = base_identity(transformer_paths(model))
-                if self.resumed is not None and self.resumed.state.get("base") != self.base:
-                    raise StditError(
-                        f"{self.resumed.path} holds adapters over other weights: {model.init} has changed since. "
-                        f"Restore it, or choose another run=PATH."
-                    )
-            except StditError as found:
-                error = found
-        self.world.all_succeeded(error)
 
     def train(self) -> None:
         """To the last step; saves and raises `Interrupted` after a signal."""
@@ -135,7 +122,7 @@ class Trainer:
                 self.window.append(done.loss)
                 clock.count(done.tokens, done.flops)
                 if self.step % config.log.every == 0 or self.step == config.schedule.steps:
-                    self._log(log, progress, clock, step, norm, rate)
+                    self._log(log, progress, clock, step, norm, rate, done.critic)
                 progress.advance(self.step)
                 if done.stop or self.step % config.checkpoint.every == 0 or self.step == config.schedule.steps:
                     self.save()
@@ -158,7 +145,7 @@ class Trainer:
     def accumulate(self, step: Step) -> Done:
         """Forward and backward of all micro-steps: the gradient of the step's exact loss is then in the engine."""
         config, world, objective = self.config, self.world, self.parts.objective
-        key = StepKey(config.run.seed, step.epoch, step.index, step.clips)
+        key = StepKey(config.run.seed, step.epoch, step.index, step.clips, self.step)
         self._note_failures(step)
         mine = sum(objective.weight(examples, key) for examples in step.examples)
         signals = [self.stop_signal == signal.SIGINT, self.stop_signal not in (None, signal.SIGINT)]
@@ -170,21 +157,33 @@ class Trainer:
                 f"step {self.step + 1}: none of its {step.clips} clips could be read: there is nothing to learn from. "
                 f"{reasons[0] if reasons else ''} The run can go on from its last checkpoint."
             )
-        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        total, against = torch.zeros(2, dtype=torch.float64, device=world.device)
+        critic = self._critic_in_this_step()
         flops = 0
         for number, (examples, items) in enumerate(zip(step.examples, step.items)):
             batch = objective.prepare(examples, items, key)
             flops += batch.flops
-            total += self.engine.backward(batch, 1 / weight, last=number == len(step.items) - 1).double()
+            last = number == len(step.items) - 1
+            total += self.engine.backward(batch, 1 / weight, last).double()
+            if critic is not None:
+                against += critic.backward(batch, 1 / weight, last).double()
             del batch  # before the next one is made
         tokens = sum(item.tokens for items in step.items for item in items)
         stop = int(signal.SIGTERM) if ended else int(signal.SIGINT) if interrupted else 0
-        return Done(total / weight, tokens, flops, stop)
+        return Done(total / weight, tokens, flops, stop, None if critic is None else against / weight)
+
+    def _critic_in_this_step(self) -> Engine | None:
+        described = self.parts.objective.critic
+        return self.critic if described is not None and self.step >= described.start else None
 
     def update(self) -> tuple[float, float]:
         """The optimizer's step and the average's. Returns the gradient's norm before clipping, and the rate."""
-        rate = self.config.optimizer.lr * self.config.schedule.factor(self.step)
+        factor = self.config.schedule.factor(self.step)
+        rate = self.config.optimizer.lr * factor
         norm = self.engine.step(rate)
+        if (critic := self._critic_in_this_step()) is not None:
+            assert self.parts.objective.critic is not None
+            norm += 0.0 * critic.step(self.parts.objective.critic.optimizer.lr * factor)  # not finite if that is not
         self.step += 1
         if not math.isfinite(norm):  # all ranks have the same: none of them saves
             raise self._diverged(f"the gradient's norm is {norm}")
@@ -193,9 +192,17 @@ class Trainer:
         return norm, rate
 
     def _log(
-        self, log: MetricsLog | None, progress: Progress, clock: _Clock, step: Step, norm: float, rate: float
+        self,
+        log: MetricsLog | None,
+        progress: Progress,
+        clock: _Clock,
+        step: Step,
+        norm: float,
+        rate: float,
+        critic: Tensor | None = None,
     ) -> None:
         mine = [sum(float(one) for one in self.window), clock.tokens, clock.flops, self.unshared]
+        mine += [] if critic is None else [float(critic)]
         sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
         loss = sums[0] / len(self.window)
         self.window = []
@@ -204,6 +211,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         values = clock.rates(int(sums[1]), int(sums[2]), self.peak * self.world.size)
+        values |= {} if critic is None else {"critic_loss": sums[4]}
         progress.show(loss=loss, tokens_per_second=values["tokens_per_second"], mfu=values["mfu"])
         if log is not None:
             log.write(
@@ -269,7 +277,7 @@ class Trainer:
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoint.keep
-        checkpoint.save(self.folder, self.step, self.engine, self.ema, state, keep, self.world)
+        checkpoint.save(self.folder, self.step, self.engine, self.ema, state, keep, self.world, self.critic)
 
     def _evaluation_is_due(self) -> bool:
         """After the last step it is part of `_finish`."""

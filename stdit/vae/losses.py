@@ -1,24 +1,74 @@
-"""What a VAE trains on: reconstruction and a small pull of the posterior towards a standard normal."""
+"""What a VAE trains on, term by term: every one is a clip's own, (B,), a mean over the clip, alike at any shape."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEVELS = 3  # of wavelets
+OUTLIER_RADIUS = 3.0  # standard deviations, Movie Gen's r
 
-def vae_loss(output: Tensor, video: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> Tensor:
-    """L1 + kl_weight · KL of a VAE (Rombach et al. 2022, appendix G, without its perceptual and adversarial terms).
 
-    output, video: (B, 3, T, H, W) in [−1, 1]; mean, logvar: (B, z, T', H', W') of the raw latents.
-    The L1 is the mean over a clip's elements (frames, rows, columns, colours), the KL the mean over its latent
-    elements, in nats; so both mean the same at any shape. Returns (B,).
+def pixel_loss(output: Tensor, video: Tensor) -> Tensor:
+    """The mean absolute error of (B, 3, T, H, W) in [−1, 1]. Returns (B,)."""
+    return F.l1_loss(output.float(), video.float(), reduction="none").flatten(1).mean(1)
+
+
+def wavelet_loss(output: Tensor, video: Tensor, levels: int = LEVELS) -> Tensor:
+    """The mean absolute error of the detail coefficients of each level, summed over levels. Returns (B,).
+
+    The video-DWT loss of LTX-Video (HaCohen et al. 2024, section 2) over several levels. It weighs what changes from
+    pixel to pixel, and from frame to frame, higher than the L1 of pixels does, and needs no weights.
     """
-    reconstruction = F.l1_loss(output.float(), video.float(), reduction="none").flatten(1).mean(1)  # (B,)
-    kl = kl_to_normal(mean, logvar).flatten(1).mean(1)  # (B,)
-    return reconstruction + kl_weight * kl
+    low = output.float() - video.float()  # the transform is linear
+    total = low.new_zeros(len(low))
+    for _ in range(levels):
+        low, *details = haar(low)
+        coefficients = torch.cat([band.flatten(1) for band in details], dim=1)
+        if coefficients.shape[1]:
+            total = total + coefficients.abs().mean(1)
+    return total
 
 
-def kl_to_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, e^logvar) ‖ N(0, 1)) in nats an element, same shape (Kingma & Welling 2014, appendix B)."""
+def haar(x: Tensor) -> list[Tensor]:
+    """One level of the orthonormal Haar transform of (B, C, T, H, W) over time, rows and columns: eight bands.
+
+    The first is low in all three. Of an odd number of frames the first stays as it is, in the low half: so time is cut
+    as a causal VAE cuts it, and an image has no temporal details. Odd rows and columns go the same way.
+    """
+    bands = [x]
+    for dim in (2, 3, 4):
+        bands = [half for band in bands for half in _halves(band, dim)]
+    return bands
+
+
+def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    odd = x.shape[dim] % 2
+    pairs = x.narrow(dim, odd, x.shape[dim] - odd).unflatten(dim, (-1, 2))
+    a, b = pairs.unbind(dim + 1)
+    low, high = (a + b) * 0.5**0.5, (a - b) * 0.5**0.5
+    return (torch.cat([x.narrow(dim, 0, odd), low], dim) if odd else low), high
+
+
+def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
+    """The mean over a clip's latents (B, z, T', H', W') of KL(N(mean, e^logvar) ‖ N(0, 1)) in nats. Returns (B,).
+
+    Kingma & Welling 2014, appendix B; small weights as in Rombach et al. 2022, appendix G.
+    """
     mean, logvar = mean.float(), logvar.float()
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+    return (0.5 * (mean.square() + logvar.exp() - 1 - logvar)).flatten(1).mean(1)
+
+
+def outlier_penalty(latents: Tensor, radius: float = OUTLIER_RADIUS) -> Tensor:
+    """Movie Gen's outlier penalty (Polyak et al. 2024, section 3.1.1), which keeps a VAE from hiding what it cannot
+    hold in a few bright spots: the mean over positions of max(‖X_ij − Mean(X)‖ − r·‖Std(X)‖, 0), frame by frame.
+
+    latents: (B, z, T', H', W'). Norms are over channels, Mean and Std over a frame's positions. Returns (B,).
+    """
+    x = latents.float()
+    mean = x.mean((3, 4), keepdim=True)
+    variance = (x - mean).square().mean((3, 4))  # (B, z, T')
+    reach = radius * (variance.sum(1) + 1e-12).sqrt()[..., None, None]  # ‖Std‖; a root of 0 has no gradient
+    distance = ((x - mean).square().sum(1) + 1e-12).sqrt()  # (B, T', H', W')
+    return (distance - reach).clamp_min(0).flatten(1).mean(1)

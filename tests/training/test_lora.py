@@ -203,7 +203,7 @@ def test_a_run_goes_on_exactly_and_exports_its_adapter(made):
     content = bytearray(weights.read_bytes())
     content[-2] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(StditError, match="holds adapters over other weights"):
+    with pytest.raises(StditError, match="goes with other weights"):
         train(made, "parted", "schedule.steps=7")
 
 

@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("zero_worker.py")
 STEPS = 20
 STAGES = ("zero1", "zero2", "zero3")
+VAE_STEPS = 4
+VAE_STAGES = ("zero0", "zero1")
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +42,18 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = (tiny / "flow.yaml").read_text().replace("tokens_per_pack: 200", "tokens_per_pack: 100")
     assert "tokens_per_pack: 100" in config
     (out / "flow.yaml").write_text(config)
+    vae = yaml.safe_load((tiny / "vae.yaml").read_text())
+    vae["plan"] = {"largest_clips_per_step": 4, "tokens_per_pack": 48 * 32 * 5}
+    vae["objective"]["vae"] = {"wavelet": 0.5, "outlier": 1.0, "discriminator": {"dim": 8, "layers": 3, "lr": 2e-3}}
+    (out / "vae.yaml").write_text(yaml.safe_dump(vae))
     partitioned = json.loads((ROOT / "deepspeed_configs" / "zero3.json").read_text())
     partitioned["zero_optimization"]["stage3_param_persistence_threshold"] = (
         0  # parameters as small as ours are cut too
     )
     (out / "zero3.json").write_text(json.dumps(partitioned))
     jsons = {stage: ROOT / "deepspeed_configs" / f"{stage}.json" for stage in STAGES} | {"zero3": out / "zero3.json"}
+    jsons["zero0"] = out / "zero0.json"
+    jsons["zero0"].write_text(json.dumps({"zero_optimization": {"stage": 0}}))
 
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -54,6 +62,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engines += [f"moved={jsons['zero3']}={STEPS + 2}=zero1"]
     engines += [f"{kind}-{stage}={jsons[stage]}=2" for kind in ("frozen", "lora") for stage in STAGES]
     engines += [f"lora-moved={jsons['zero1']}=4=lora-zero3"]
+    engines += [f"vae-{stage}={jsons[stage]}={VAE_STEPS}" for stage in VAE_STAGES]
     sizes = yaml.safe_load(config)["model"]
     sizes |= {"in_channels": 4, "out_channels": 4, "text_dim": 16, "text_padding": 32}
     save_transformer(STDiT(TransformerConfig.preset(sizes.pop("preset"), **sizes)), out / "init")
@@ -66,10 +75,11 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         start(out, engines, environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}) for r in (0, 1)
     ]
     alone = [f"one=={STEPS}", f"more=={STEPS + 2}=one", "frozen-one==2", "lora-one==2", "lora-more==4=lora-one"]
+    alone += [f"vae-one=={VAE_STEPS}", f"vae-more=={VAE_STEPS + 2}=vae-one"]
     finish(start(out, alone, environment))
     for rank in ranks:
         finish(rank)
-    finish(start(out, [f"alone=={STEPS + 2}=zero3"], environment))
+    finish(start(out, [f"alone=={STEPS + 2}=zero3", f"vae-alone=={VAE_STEPS + 2}=vae-zero1"], environment))
     return out
 
 
@@ -180,3 +190,24 @@ def test_a_run_goes_on_under_another_stage_and_number_of_ranks(runs: Path, name:
     expected, found = seen(runs, f"more-{optimizer}"), seen(runs, f"{name}-{optimizer}")
     assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stage", VAE_STAGES)
+def test_a_vae_and_its_discriminator_equal_one_rank(runs: Path, stage: str, optimizer: str) -> None:
+    expected, found = (load_file(runs / f"vae-{name}-{optimizer}" / "gradients.safetensors") for name in ("one", stage))
+    assert expected.keys() == found.keys()
+    assert {name.split(".")[0] for name in found} == {"vae", "discriminator"}
+    for name, gradient in expected.items():
+        assert gradient.any(), name
+        assert relative(found[name], gradient) <= 1e-4, name
+    expected, found = seen(runs, f"vae-one-{optimizer}"), seen(runs, f"vae-{stage}-{optimizer}")
+    assert found["ids"] == expected["ids"] and all(len(step) >= 2 for rank in found["packs"] for step in rank)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_vae_goes_on_with_its_discriminator_on_another_number_of_ranks(runs: Path, optimizer: str) -> None:
+    expected, found = seen(runs, f"vae-more-{optimizer}"), seen(runs, f"vae-alone-{optimizer}")
+    assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)

@@ -3,6 +3,7 @@
 Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain torch). NAME=JSON=STEPS=OTHER goes on
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
 init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them.
+One that begins with vae takes vae.yaml beside the config.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def main() -> None:
             if source and world.is_main:
                 shutil.copytree(Path(out) / f"{source[0]}-{optimizer}" / "checkpoints", folder / "checkpoints")
             world.barrier()
-            train(config, settings, folder, world)
+            train(
+                Path(config).with_name("vae.yaml") if name.startswith("vae") else Path(config), settings, folder, world
+            )
     leave_world()
 
 
@@ -58,7 +61,7 @@ def build_random(config: RunConfig, world: World) -> build.Parts:
     return parts
 
 
-def train(config: str, overrides: list[str], out: Path, world: World) -> None:
+def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     trainer_module.build = build_random
     trainer = Trainer(load_config(config, overrides), world)
     trainer.prepare()
@@ -75,6 +78,7 @@ def train(config: str, overrides: list[str], out: Path, world: World) -> None:
         micro_steps.append([len(items) for items in step.items])
         if number == first:
             gradients = trainer.engine.gradients()
+            gradients |= trainer.critic.gradients() if trainer.critic is not None else {}
             if world.is_main:
                 out.mkdir(parents=True, exist_ok=True)
                 save_file({name: one.contiguous() for name, one in gradients.items()}, out / "gradients.safetensors")

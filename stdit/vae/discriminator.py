@@ -1,0 +1,96 @@
+"""The critic of a VAE's training: a 3-D patch discriminator, its losses, and how much its word counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv3d_weight
+
+from stdit.errors import StditError
+
+
+@dataclass
+class DiscriminatorConfig:
+    """weight: of its term, 1: its gradient at the decoder's last layer is as long as that of the pixels' terms.
+
+    start: the first optimizer step that it takes part in. lr: of its AdamW, on the run's schedule.
+    dim: channels of its first layer. layers: halvings of height and width; all but the first halve frames, too.
+    """
+
+    weight: float = 0.5
+    start: int = 0
+    lr: float = 1e-4
+    dim: int = 64
+    layers: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0 or not self.lr > 0 or self.start < 0:
+            raise StditError(
+                f"weight {self.weight:g} and lr {self.lr:g} must be positive, start {self.start} not negative."
+            )
+        if self.dim < 8 or self.dim % 8 or not 1 <= self.layers <= 6:
+            raise StditError(f"dim {self.dim} must be a multiple of 8, and layers {self.layers} from 1 to 6.")
+
+
+class Discriminator(nn.Module):
+    """Clips (B, 3, T, H, W) to logits (B, T', H', W'), each of the patch and the frames about it; high is real.
+
+    PatchGAN (Isola et al. 2017) with kernels of three frames, so that what flickers looks wrong; an image is a clip of
+    one frame between zeros. Norms are a clip's own: what it says of a clip does not depend on the others of a batch.
+    """
+
+    def __init__(self, config: DiscriminatorConfig):
+        super().__init__()
+        widths = [config.dim * min(2**i, 8) for i in range(config.layers)]
+        self.layers = nn.Sequential()
+        for i, (inner, outer) in enumerate(zip([3, *widths], widths)):
+            stride = (1, 2, 2) if i == 0 else (2, 2, 2)
+            self.layers.append(nn.Conv3d(inner, outer, (3, 4, 4), stride, padding=1))
+            if i:
+                self.layers.append(nn.GroupNorm(8, outer))
+            self.layers.append(nn.LeakyReLU(0.2))
+        # No convolution: the gradient of one with a single channel out is NaN in bf16 on a CPU (torch 2.15, oneDNN).
+        self.head = nn.Linear(widths[-1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(x.to(memory_format=torch.channels_last_3d))  # (B, C, T', H', W')
+        return self.head(x.movedim(1, -1)).squeeze(-1)
+
+
+def hinge_loss(real: Tensor, made: Tensor) -> Tensor:
+    """What the discriminator minimises (Lim & Ye 2017): logits (B, …) of clips and of reconstructions to (B,).
+
+    0 where all real logits are above 1 and all others below −1; 1 for who says 0 to all.
+    """
+    return 0.5 * (F.relu(1 - real.float()).flatten(1).mean(1) + F.relu(1 + made.float()).flatten(1).mean(1))
+
+
+def fooling_loss(made: Tensor) -> Tensor:
+    """What the VAE minimises: minus the mean logit of its reconstructions, (B, …) to (B,)."""
+    return -made.float().flatten(1).mean(1)
+
+
+def adaptive_weight(conv: nn.Conv3d, x: Tensor, wanted: Tensor, other: Tensor) -> Tensor:
+    """How many times the second loss's gradient at a layer's weights goes into the first's: ‖∇₁‖ / (‖∇₂‖ + 1e-4), at
+    most 1e4 (Esser et al. 2021, eq. 7). For each clip alone, so that it does not depend on who shares its batch.
+
+    conv: stride 1. x: (B, C_in, T + past, H, W), what it saw, past frames in front; wanted, other: (B, C_out, T, H, W),
+    the gradients of the two losses of each clip with respect to what it put out. Returns (B,) in fp32.
+    """
+    first, second = _kernel_gradient_norms(conv, x, wanted), _kernel_gradient_norms(conv, x, other)
+    return (first / (second + 1e-4)).clamp(max=1e4)
+
+
+@torch.no_grad()
+def _kernel_gradient_norms(conv: nn.Conv3d, x: Tensor, gradient: Tensor) -> Tensor:
+    taps = x.shape[2] - gradient.shape[2] + 1  # a first frame alone meets the last tap alone
+    size = (conv.out_channels, conv.in_channels, taps, *conv.kernel_size[1:])
+    assert not isinstance(conv.padding, str)
+    norms = [
+        conv3d_weight(one.float(), size, g.float().contiguous(), padding=conv.padding).norm()
+        for one, g in zip(x.split(1), gradient.split(1))
+    ]
+    return torch.stack(norms)
