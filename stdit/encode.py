@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.buckets import Assignment, DataConfig
-from stdit.data.cache import Cache, latent_key, latent_settings, text_key, text_settings
+from stdit.data.cache import Cache, cuts, latent_key, latent_settings, text_key, text_settings
 from stdit.data.loader import Example, Loader
 from stdit.data.manifest import Manifest
 from stdit.data.pixels import file_sha256
@@ -93,23 +93,28 @@ def encode_manifest(
 
     vae_id, text_id: what the encoders' weights are, such as `vae_identity` and `text_identity` of their folders.
 
-    Clips start at their first frame and are cropped at the centre. A shard is one fixed list of clips, encoded in fixed
-    batches and published whole; so a call that was killed is continued by the same call, and the files are the same,
-    byte for byte, as those of a call that was not. Ranks share out the shards. A clip that cannot be read is recorded
-    as failed (`retry_failed` tries those shards again).
+    Clips start at their first frame and are cropped at the centre, or are cut `config.crops` ways. A shard is one fixed
+    list of clips, which follows from the manifest, encoded in fixed batches and published whole; so a call that was
+    killed is continued by the same call, by any number of ranks, and the files are the same, byte for byte, as those of
+    a call that was not. Ranks share out the shards. A clip that cannot be read is recorded as failed (`retry_failed`
+    tries those shards again).
     """
-    cache = Cache.create(out, latent_settings(config, vae_id))
-    shards = list(_shards(cache, manifest, assignment, clips_per_shard, retry_failed))
-    reused = int((assignment.bucket >= 0).sum()) - sum(len(items) for _, items in shards)
+    cut = cuts(config)
+    cache = Cache.create(out, latent_settings(config, vae_id), write_settings=rank == 0)
+    shards = list(_shards(cache, manifest, assignment, config.crops, clips_per_shard, retry_failed))
+    reused = int((assignment.bucket >= 0).sum()) * config.crops - sum(len(items) for _, items in shards)
     # by number among all shards, done or not: what other ranks have finished by now must not change who does what
     todo = [(name, items) for number, (name, items) in enumerate(shards) if items and number % ranks == rank]
-    texts = [] if text_encoder is None or rank else _texts(manifest, assignment)
     on_start(sum(len(items) for _, items in todo))
-    loader = Loader(manifest, assignment, config.fixed(), seed=0)
+    loader = Loader(manifest, assignment, cut, seed=0)
     batches = [items[i : i + batch] for _, items in todo for i in range(0, len(items), batch)]
     examples = loader.iterate(batches, epoch=0)
     failures: list[tuple[str, str]] = []
     dtype = getattr(torch, config.cache_dtype)
+
+    def key(example: Example) -> str:
+        return latent_key(example.clip_id, example.shape, example.occurrence if config.crops > 1 else None)
+
     for name, items in todo:
         tensors: dict[str, Tensor] = {}
         failed: dict[str, str] = {}
@@ -117,18 +122,19 @@ def encode_manifest(
             got = next(examples)
             good = [example for example in got if example.failure is None]
             for example, latents in zip(good, _encode(vae, good, device)):
-                tensors[latent_key(example.clip_id, example.shape)] = latents.to(dtype)
+                tensors[key(example)] = latents.to(dtype)
             for example in got:
                 if example.failure is not None:
-                    failed[latent_key(example.clip_id, example.shape)] = example.failure
+                    failed[key(example)] = example.failure
                     failures.append((example.clip_id, example.failure))
             on_clips(len(got))
         cache.write_shard(name, tensors, failed)
     new = 0
-    if text_encoder is not None and texts:
+    if text_encoder is not None:
         if text_id is None:
             raise ValueError("text_id is needed with a text encoder.")
-        new = _encode_texts(texts, text_encoder, Cache.create(out, text_settings(config, text_id)), dtype, batch)
+        text_cache = Cache.create(out, text_settings(config, text_id), write_settings=rank == 0)
+        new = _encode_texts(_texts(manifest, assignment), text_encoder, text_cache, dtype, batch, rank, ranks)
     return Encoded(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
 
 
@@ -146,22 +152,25 @@ def _encode(vae: Vae, examples: Sequence[Example], device: str | torch.device) -
 
 
 def _shards(
-    cache: Cache, manifest: Manifest, assignment: Assignment, clips_per_shard: int, retry_failed: bool
+    cache: Cache, manifest: Manifest, assignment: Assignment, crops: int, clips_per_shard: int, retry_failed: bool
 ) -> Iterator[tuple[str, list[_Item]]]:
     """(name, clips to encode) of all shards; no clips for one that is there. A shard's name follows from its clips."""
     for bucket, shape in enumerate(assignment.shapes):
         rows = np.flatnonzero(assignment.bucket == bucket)
         ids = manifest.ids.take(rows).to_pylist()
-        positions = cache.find([latent_key(clip_id, shape) for clip_id in ids])
-        for first in range(0, len(rows), clips_per_shard):
-            part = slice(first, first + clips_per_shard)
-            name = f"{shape}-{hashlib.sha256(' '.join(ids[part]).encode()).hexdigest()[:16]}"
-            there = positions[part]
-            if cache.has_shard(name):
-                redo = retry_failed and any(cache.failure(p) is not None for p in there[there >= 0])
-                there = np.full_like(there, -1 if redo else 0)
-            # clips that another shard has (the manifest has grown since) are not encoded again
-            yield name, [_Item(int(row), 0, bucket) for row, at in zip(rows[part], there) if at < 0]
+        for cut in range(crops):
+            keys = [latent_key(clip_id, shape, cut if crops > 1 else None) for clip_id in ids]
+            positions = cache.find(keys)
+            for first in range(0, len(rows), clips_per_shard):
+                part = slice(first, first + clips_per_shard)
+                name = f"{shape}-{hashlib.sha256(' '.join(keys[part]).encode()).hexdigest()[:16]}"
+                there = positions[part]
+                if cache.has_shard(name):
+                    own = [p for p in there if retry_failed and p >= 0 and cache.shard(p) == name]
+                    redo = own if any(cache.failure(p) is not None for p in own) else []
+                    there = np.where(np.isin(there, redo), -1, 0)
+                # clips that another shard has (the manifest has grown since) are not encoded again
+                yield name, [_Item(int(row), cut, bucket) for row, at in zip(rows[part], there) if at < 0]
 
 
 def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
@@ -170,14 +179,16 @@ def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
     return sorted({"", *(caption["text"] for row in captions for caption in row)})
 
 
-def _encode_texts(texts: list[str], encoder: TextEncoder, cache: Cache, dtype: torch.dtype, batch: int) -> int:
+def _encode_texts(
+    texts: list[str], encoder: TextEncoder, cache: Cache, dtype: torch.dtype, batch: int, rank: int, ranks: int
+) -> int:
     new = 0
     known = cache.find([text_key(text) for text in texts])
-    for first in range(0, len(texts), TEXTS_PER_SHARD):
+    for number, first in enumerate(range(0, len(texts), TEXTS_PER_SHARD)):
         part = slice(first, first + TEXTS_PER_SHARD)
         name = f"text-{hashlib.sha256(''.join(map(text_key, texts[part])).encode()).hexdigest()[:16]}"
         todo = [text for text, at in zip(texts[part], known[part]) if at < 0]
-        if cache.has_shard(name) or not todo:
+        if number % ranks != rank or cache.has_shard(name) or not todo:
             continue
         tensors: dict[str, Tensor] = {}
         for i in range(0, len(todo), batch):

@@ -15,11 +15,15 @@ from stdit.cli.stopped import when_stopped
 
 @when_stopped("What is encoded is kept: the same command goes on from there.")
 def encode(
-    manifest: Annotated[Path, typer.Argument(help="The manifest to encode.")],
+    manifest: Annotated[str, typer.Argument(help="The manifest to encode, or its URL.")],
     config: Annotated[Path, typer.Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
-    out: Annotated[Path, typer.Option(help="The cache's folder; what it already holds is kept.")],
+    out: Annotated[str, typer.Option(help="The cache's folder or URL; what it already holds is kept.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value to change in the config.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Clips the VAE encodes at once.")] = 4,
+    crops: Annotated[
+        int,
+        typer.Option(min=0, help="Cuts of every clip, sets data.crops: training draws one each time. 0: the config's."),
+    ] = 0,
     memory: Annotated[int | None, MEMORY] = None,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "",
     retry_failed: Annotated[bool, typer.Option(help="Try clips again that could not be read before.")] = False,
@@ -27,7 +31,7 @@ def encode(
 ) -> int:
     """Encode the latents of a manifest's clips and the embeddings of its captions, each once.
 
-    Killed and started again it goes on where it was. Under torchrun, the ranks share the work.
+    Killed and started again it goes on where it was, on any number of ranks. Under torchrun, the ranks share the work.
 
     Example: stdit data encode videos/manifest.parquet --config configs/toy/dit.yaml --out videos/cache
     """
@@ -38,12 +42,13 @@ def encode(
     from stdit.config import load_config
     from stdit.data.buckets import assign
     from stdit.data.manifest import read_manifest
+    from stdit.data.storage import STORAGE
     from stdit.encode import encode_manifest, text_identity, vae_identity
     from stdit.errors import StditError, about
     from stdit.training.start import follow_init
     from stdit.weights.io import load_vae
 
-    run = follow_init(load_config(config, overrides or []))
+    run = follow_init(load_config(config, [*(overrides or []), *([f"data.crops={crops}"] if crops else [])]))
     if run.vae.path is None:
         raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
     clips = read_manifest(manifest)
@@ -89,13 +94,15 @@ def encode(
         )
     if as_json:
         failures = [{"id": clip_id, "failure": failure} for clip_id, failure in done.failures]
-        answer = {"cache": str(out), "clips": done.clips, "reused": done.reused, "texts": done.texts}
+        answer: dict[str, object] = {"cache": out, "clips": done.clips, "reused": done.reused, "texts": done.texts}
+        answer["retries"] = STORAGE.retries
         print(json.dumps({**answer, "failures": failures, "left_out": assignment.reasons}, ensure_ascii=False))
         return 0
     for _, failure in done.failures:
         print(f"skipped: {failure}")
     print(
         f"{out}: {done.clips} clips encoded, {done.reused} were there, {done.texts} texts, {len(done.failures)} failed"
+        + (f", {STORAGE.retries} requests tried again" if STORAGE.retries else "")
         + (f"; left out: {left_out}" if left_out else "")
         + "."
     )

@@ -22,13 +22,13 @@ SHOWN = 40  # rows of a table; the file beside the manifest has all
 
 @when_stopped("A manifest is written when all files are probed: run the same command again.")
 def scan(
-    folder: Annotated[Path, typer.Argument(help="Folder of videos and images, read with its subfolders.")],
+    folder: Annotated[str, typer.Argument(help="Folder or URL of videos, images and tar shards, with its subfolders.")],
     out: Annotated[Path, typer.Option(metavar="MANIFEST", help="The manifest to write (.parquet).")],
     captions: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="CSV (file,caption[,weight]) or JSONL. Without: captions.csv or captions.jsonl in FOLDER, "
-            "else .txt files beside the videos, a caption a line."
+            "else .txt files beside the videos, a caption a line. Tar shards have their own."
         ),
     ] = None,
     allow_uncaptioned: Annotated[
@@ -39,7 +39,7 @@ def scan(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a file may take.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
-    """Probe every file of a folder, write the manifest, and say what was skipped and why.
+    """Probe every file of a folder or URL, write the manifest, and say what was skipped and why.
 
     Example: stdit data scan videos --out videos/manifest.parquet
     """
@@ -48,6 +48,7 @@ def scan(
     from stdit.cli.bars import counting_bar
     from stdit.data.scan import scan as scan_folder
     from stdit.data.scan import skipped_path
+    from stdit.data.storage import STORAGE
     from stdit.errors import StditError
 
     if out.suffix.lower() != ".parquet":
@@ -66,7 +67,7 @@ def scan(
             on_file=lambda _: progress.advance(task),
         )
     if as_json:
-        print(json.dumps(_summary(result, out), ensure_ascii=False))
+        print(json.dumps(_summary(result, out, STORAGE.retries), ensure_ascii=False))
     else:
         console = Console()
         _table(console, "Skipped", result.skipped)
@@ -80,6 +81,7 @@ def scan(
             f"{len(result.skipped)} files skipped"
             + (f" (all in {skipped_path(out)})" if result.skipped else "")
             + (f"; {result.ignored} files of other types" if result.ignored else "")
+            + (f"; {STORAGE.retries} requests tried again" if STORAGE.retries else "")
             + ".",
             highlight=False,
             soft_wrap=True,
@@ -92,7 +94,7 @@ def scan(
     return 0
 
 
-def _summary(result: Scan, out: Path) -> dict[str, object]:
+def _summary(result: Scan, out: Path, retries: int) -> dict[str, object]:
     return {
         "manifest": str(out) if len(result.manifest) else None,
         "clips": len(result.manifest),
@@ -100,6 +102,7 @@ def _summary(result: Scan, out: Path) -> dict[str, object]:
         "skipped": [asdict(s) for s in result.skipped],
         "damaged": [asdict(s) for s in result.damaged],
         "ignored": result.ignored,
+        "retries": retries,
     }
 
 

@@ -19,7 +19,7 @@ from stdit.shapes import VideoShape
 class DataConfig:
     """What is read, and how clips are cut.
 
-    manifest: the manifest file.
+    manifest: the manifest file, or its URL.
     shapes: WIDTHxHEIGHTxFRAMES (WIDTHxHEIGHT for images); clips go to exactly one of them.
     fps: frames a second that videos are read at. Sources of fewer than 0.9·fps would show frames twice: they are
         left out unless `repeat_frames`.
@@ -28,8 +28,10 @@ class DataConfig:
     start: "random" (keyed by seed, epoch and clip) or "first": where in a longer source the clip starts.
     crop: "random" (keyed) or "centre": which part of a frame of another aspect ratio is kept.
     mirror: flip half of the clips horizontally (keyed). Wrong wherever a caption or a sign says left or right.
-    cache: the folder that `stdit data encode` wrote; latents then come from there and nothing is decoded.
+    cache: the folder, or URL, that `stdit data encode` wrote; latents then come from there and nothing is decoded.
     cache_dtype: float32, bfloat16 or float16, what the cache's tensors are stored as.
+    crops: cuts of each clip that the cache holds. 1: from the first frame and at the centre. More: as `start`, `crop`
+        and `mirror` say, keyed by clip and number; training draws one of them for every occurrence.
     workers: processes that read ahead (0: none, everything is read in the training's own); batches are the same for any
         number. A file that crashes or hangs the decoder then costs its clip and not the run.
     timeout: seconds that reading a clip may take before it is left out.
@@ -49,6 +51,7 @@ class DataConfig:
     mirror: bool = False
     cache: str | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    crops: int = 1
     workers: int = 2
     timeout: float = 60.0
     verify: bool = False
@@ -80,6 +83,10 @@ class DataConfig:
             raise StditError(f"data.max_crop is {self.max_crop}; it is a share of the area, from 0 up to below 1.")
         if self.keep_gb and (self.start, self.crop) != ("first", "centre"):
             raise StditError("data.keep_gb needs data.start=first and data.crop=centre: other cuts differ by epoch.")
+        if self.crops < 1 or (self.crops > 1 and (self.start, self.crop, self.mirror) == ("first", "centre", False)):
+            raise StditError(
+                f"data.crops is {self.crops}; it is 1, or more if data.start or data.crop is random or data.mirror on."
+            )
         if not self.timeout > 0:
             raise StditError(f"data.timeout is {self.timeout}; it must be a positive number of seconds.")
         if self.workers < 0 or self.prefetch < 1:

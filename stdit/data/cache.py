@@ -6,6 +6,7 @@
     CACHE/text-…/                                          the same for text embeddings
 
 The folder's name is the hash of the settings, so another VAE never reads, and never mixes with, this one's latents.
+CACHE may be a URL of any fsspec scheme: shards are then fetched into `storage`'s bounded folder and mapped there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stdit.data.buckets import DataConfig
+from stdit.data.paths import is_remote, join
+from stdit.data.storage import STORAGE, Storage
 from stdit.errors import StditError
-from stdit.files import publish, publish_text
 from stdit.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -36,16 +39,26 @@ _INDEX = pa.schema([("key", pa.string()), ("shard", pa.string()), ("failure", pa
 _OPEN_SHARDS = 64
 
 
+def cuts(config: DataConfig) -> DataConfig:
+    """The config by which the cached clips are cut: from the first frame and at the centre, or `crops` ways by key."""
+    return config.fixed() if config.crops == 1 else replace(config, cache=None, keep_gb=0.0)
+
+
 def latent_settings(config: DataConfig, vae_identity: str) -> dict[str, Any]:
-    """What decides a latent besides the clip and its shape."""
+    """What decides a latent besides the clip, its shape and, where clips are cut several ways, the number of the cut.
+
+    How many cuts there are is not among it: more can be added.
+    """
+    cut = cuts(config)
     return {
         "format": FORMAT,
         "kind": "latents",
         "vae": vae_identity,
         "fps": float(config.fps),
-        "start": "first",
-        "crop": "centre",
+        "start": cut.start,
+        "crop": cut.crop,
         "dtype": config.cache_dtype,
+        **({"mirror": True} if cut.mirror else {}),
     }
 
 
@@ -53,8 +66,9 @@ def text_settings(config: DataConfig, text_encoder_identity: str) -> dict[str, A
     return {"format": FORMAT, "kind": "text", "text_encoder": text_encoder_identity, "dtype": config.cache_dtype}
 
 
-def latent_key(clip_id: str, shape: VideoShape) -> str:
-    return f"{clip_id}/{shape}"
+def latent_key(clip_id: str, shape: VideoShape, cut: int | None = None) -> str:
+    """cut: which of several; None where there is one, from the first frame and at the centre."""
+    return f"{clip_id}/{shape}" if cut is None else f"{clip_id}/{shape}/{cut}"
 
 
 def text_key(text: str) -> str:
@@ -64,33 +78,43 @@ def text_key(text: str) -> str:
 class Cache:
     """Tensors of one settings. `open` for reading; `create` also for writing."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder, self.settings = folder, dict(settings)
+    def __init__(self, folder: str, settings: Mapping[str, Any], storage: Storage = STORAGE) -> None:
+        self.folder, self.settings, self.storage = folder, dict(settings), storage
         self._lock = Lock()
         self._shards: OrderedDict[str, Any] = OrderedDict()
         self.reload()
 
     @classmethod
-    def create(cls, root: str | Path, settings: Mapping[str, Any]) -> Cache:
-        folder = Path(root) / _name(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        publish_text(folder / "settings.json", json.dumps(dict(settings), indent=1, sort_keys=True))
-        return cls(folder, settings)
+    def create(
+        cls, root: str | Path, settings: Mapping[str, Any], storage: Storage = STORAGE, write_settings: bool = True
+    ) -> Cache:
+        """write_settings: for one of several ranks that write to one cache."""
+        folder = join(str(root).removeprefix("file://"), _name(settings))
+        if not is_remote(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        if write_settings:
+            _remove_parts(folder, "settings.json")
+            text = json.dumps(dict(settings), indent=1, sort_keys=True)
+            storage.write(join(folder, "settings.json"), text.encode())
+        return cls(folder, settings, storage)
 
     @classmethod
-    def open(cls, root: str | Path, settings: Mapping[str, Any]) -> Cache:
+    def open(cls, root: str | Path, settings: Mapping[str, Any], storage: Storage = STORAGE) -> Cache:
         """The tensors made with exactly these settings; otherwise an error that says what the folder holds instead."""
-        folder = Path(root) / _name(settings)
-        if (folder / "settings.json").is_file():
-            return cls(folder, settings)
+        root = str(root).removeprefix("file://")
+        folder = join(root, _name(settings))
+        if "settings.json" in storage.names(folder):
+            return cls(folder, settings, storage)
         kind, others = settings["kind"], []
-        for path in sorted(Path(root).glob(f"{kind}-*/settings.json")):
-            other = json.loads(path.read_text())
+        for name in storage.names(root):
+            if not name.startswith(f"{kind}-") or "settings.json" not in storage.names(join(root, name)):
+                continue
+            other = json.loads(storage.read(join(join(root, name), "settings.json")))
             names = sorted({*settings, *other})
             differs = [
                 f"{n} {other.get(n)} there, {settings.get(n)} wanted" for n in names if other.get(n) != settings.get(n)
             ]
-            others.append(f"{path.parent.name}: {'; '.join(differs)}")
+            others.append(f"{name}: {'; '.join(differs)}")
         held = "holds no " + kind if not others else f"holds other {kind}:\n  " + "\n  ".join(others)
         raise StditError(
             f"cache {root} {held}.\n`stdit data encode MANIFEST --config CFG --out {root}` adds those wanted here."
@@ -98,7 +122,10 @@ class Cache:
 
     def reload(self) -> None:
         """Reads the index anew."""
-        parts = [pq.read_table(path, schema=_INDEX) for path in sorted(self.folder.glob("*.parquet"))]
+        names = [name for name in self.storage.names(self.folder) if name.endswith(".parquet") and name[0] != "."]
+        contents = self.storage.read_all([join(self.folder, name) for name in names])
+        parts = [_index_part(join(self.folder, name), content) for name, content in zip(names, contents)]
+        self._complete = {name.removesuffix(".parquet") for name in names}
         self.index = pa.concat_tables(parts) if parts else _INDEX.empty_table()
         # keys begin with a SHA-256 in hex: its first 8 bytes, sorted, find one key among millions in 16 bytes a key
         prefixes = "".join(pc.utf8_slice_codeunits(self.index.column("key"), 0, 16).to_pylist())
@@ -110,7 +137,7 @@ class Cache:
         return self.index.num_rows
 
     def has_shard(self, name: str) -> bool:
-        return (self.folder / f"{name}.parquet").is_file()
+        return name in self._complete
 
     def find(self, keys: Sequence[str] | pa.Array) -> np.ndarray:
         """(keys,) positions in the index, −1 for a key that is not there."""
@@ -127,42 +154,68 @@ class Cache:
         """Why there is no tensor at this position of the index, or None."""
         return self.index.column("failure")[int(position)].as_py()
 
+    def shard(self, position: int) -> str:
+        return self.index.column("shard")[int(position)].as_py()
+
     def key(self, position: int) -> str:
         return self.index.column("key")[int(position)].as_py()
 
     def tensor(self, position: int) -> torch.Tensor:
         """The tensor at a position of the index, in fp32 (a view of the file where it is stored so)."""
-        name, key = self.index.column("shard")[int(position)].as_py(), self.key(position)
+        name, key = self.shard(position), self.key(position)
+        path = join(self.folder, f"{name}.safetensors")
+        if is_remote(path):  # opened for this tensor alone: what is open cannot make room
+            with self.storage.local(path) as local:
+                return self._open_shard(name, local).get_tensor(key).float()
         with self._lock:
-            shard = self._shards.pop(name, None) or self._open_shard(name)
+            shard = self._shards.pop(name, None) or self._open_shard(name, path)
             self._shards[name] = shard  # the most recently used last
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
             return shard.get_tensor(key).float()
 
-    def _open_shard(self, name: str) -> Any:
+    def _open_shard(self, name: str, path: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        path = self.folder / f"{name}.safetensors"
         try:
-            return safe_open(str(path), framework="pt")
+            return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise StditError(
-                f"{path} cannot be read ({error}). Remove {name}.parquet beside it and run `stdit data encode` again."
+                f"{join(self.folder, name)}.safetensors cannot be read ({error}). "
+                f"Remove {name}.parquet beside it and run `stdit data encode` again."
             ) from error
 
     def write_shard(self, name: str, tensors: Mapping[str, torch.Tensor], failures: Mapping[str, str]) -> None:
-        """Publishes a shard: the tensors first, then, renamed into place, the index part that makes them count."""
+        """Publishes a shard: the tensors first, then the index part that makes them count."""
         from safetensors.torch import save
 
+        _remove_parts(self.folder, name)
         metadata = {"stdit_cache": str(FORMAT)}
-        with publish(self.folder / f"{name}.safetensors") as part:
-            part.write_bytes(save({k: t.contiguous() for k, t in tensors.items()}, metadata))
+        content = save({k: t.contiguous() for k, t in tensors.items()}, metadata)
+        self.storage.write(join(self.folder, f"{name}.safetensors"), content)
         keys = [*tensors, *failures]
         columns = [keys, [name] * len(keys), [None] * len(tensors) + list(failures.values())]
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _INDEX)], schema=_INDEX)
-        with publish(self.folder / f"{name}.parquet") as part:
-            pq.write_table(table, part)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer)
+        self.storage.write(join(self.folder, f"{name}.parquet"), buffer.getvalue().to_pybytes())
+        self._complete.add(name)
+
+
+def _index_part(path: str, content: bytes) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(content), schema=_INDEX)
+    except (pa.ArrowException, OSError) as error:
+        raise StditError(
+            f"{path} cannot be read as Parquet ({error}). Remove it and run `stdit data encode` again."
+        ) from error
+
+
+def _remove_parts(folder: str, name: str) -> None:
+    """Removes what a killed process left half-written of the files of this name."""
+    if not is_remote(folder):
+        for part in Path(folder).glob(f".{name}*.part"):
+            part.unlink(missing_ok=True)
 
 
 def _name(settings: Mapping[str, Any]) -> str:

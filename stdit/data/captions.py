@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
+import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stdit.data.manifest import Caption, json_lines
+from stdit.data.paths import is_remote
 from stdit.errors import StditError
 
 
-def read_captions(path: Path, folder: Path) -> dict[str, list[Caption]]:
+def read_captions(path: Path, folder: str) -> dict[str, list[Caption]]:
     """{file relative to `folder`: captions} of a CSV (columns file, caption and perhaps weight) or a JSONL
     (file with caption, or with captions: a list of texts or of {text, weight}). A file may have several lines."""
     if not path.is_file():
@@ -28,28 +30,27 @@ def read_captions(path: Path, folder: Path) -> dict[str, list[Caption]]:
                 raise StditError(f"{path}, line {line} names no file.")
             relative = _relative(name, path.parent, folder)
             if not relative.startswith("../"):  # a file elsewhere, of a table that captions more than this folder
-                found.setdefault(relative, []).extend(_of(row, f"{path}, line {line}"))
+                found.setdefault(relative, []).extend(captions_of(row, f"{path}, line {line}"))
     except UnicodeDecodeError as error:
         raise StditError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
     return found
 
 
-def sidecar(file: Path) -> list[Caption]:
-    """The captions of `clip.txt` or `clip.mp4.txt` beside clip.mp4, one a line."""
-    for path in (file.with_suffix(".txt"), file.with_name(file.name + ".txt")):
-        if path.is_file():
-            try:
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise StditError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-            return [Caption(line.strip()) for line in lines if line.strip()]
-    return []
+def caption_lines(text: bytes, where: str) -> list[Caption]:
+    """The captions of a text file, one a line."""
+    try:
+        lines = text.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise StditError(f"{where} is not UTF-8 ({error}). Save it as UTF-8.") from error
+    return [Caption(line.strip()) for line in lines if line.strip()]
 
 
-def _relative(name: str, beside: Path, folder: Path) -> str:
+def _relative(name: str, beside: Path, folder: str) -> str:
     """The name as found in `folder`: as it stands, or relative to the captions file's own folder."""
+    if is_remote(folder):
+        return posixpath.normpath(name.removeprefix(folder + "/"))
     name = name if os.sep == "\\" else name.replace("\\", "/")
-    for path in (folder / name, beside / name):
+    for path in (Path(folder, name), beside / name):
         if path.exists():
             return os.path.relpath(path, folder).replace(os.sep, "/")
     return os.path.normpath(name).replace(os.sep, "/")
@@ -70,7 +71,8 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield reader.line_num, row
 
 
-def _of(row: dict[str, Any], where: str) -> Iterator[Caption]:
+def captions_of(row: dict[str, Any], where: str) -> Iterator[Caption]:
+    """A row's `captions` or `caption`; raises StditError for one that is no text with a positive weight."""
     values = row.get("captions") if isinstance(row.get("captions"), list) else [row.get("caption")]
     for value in values or []:
         text, weight = (

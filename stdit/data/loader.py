@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +17,11 @@ from stdit.data.buckets import Assignment, DataConfig, slack
 from stdit.data.cache import Cache, latent_key, text_key
 from stdit.data.isolated import READER
 from stdit.data.manifest import Clip, Manifest
+from stdit.data.storage import STORAGE, Storage, StorageError
 from stdit.data.video_io import Limits, VideoError, read_frames
 from stdit.errors import StditError
 from stdit.keyed import keyed_uniform
 from stdit.shapes import VideoShape
-
-RETRIES = 4  # of a read over the network, after 1, 2, 4 and 8 seconds
 
 
 class Item(Protocol):
@@ -76,8 +75,8 @@ class Loader:
     """Reads the clips of batches.
 
     Start, crop, mirroring and caption are keyed by (seed, epoch, clip id, occurrence). A clip that cannot be read keeps
-    its place with weight 0. Reads over the network are retried, then stop the run. Each worker decodes in a process of
-    its own, which may crash or hang; with none, decoding is done here. `reader` takes the place of both.
+    its place with weight 0; storage that cannot be reached, after all tries, stops the run. Each worker decodes in a
+    process of its own, which may crash or hang; with none, decoding is done here. `reader` takes the place of both.
     """
 
     def __init__(
@@ -90,13 +89,13 @@ class Loader:
         text_cache: Cache | None = None,
         workers: int | None = None,
         reader: Callable[..., np.ndarray] | None = None,
+        storage: Storage = STORAGE,
     ) -> None:
         self.manifest, self.assignment, self.config, self.seed = manifest, assignment, config, seed
         self.cache, self.text_cache = cache, text_cache
         self.workers = config.workers if workers is None else workers
         self.reader = reader or (READER if self.workers else read_frames)
-        self.limits = Limits(seconds=config.timeout)
-        self.retries = 0  # of reads over the network
+        self.limits, self.storage = Limits(seconds=config.timeout), storage
         self.kept: dict[int, np.ndarray] = {}  # decoded clips by row, up to config.keep_gb
         self.room = int(config.keep_gb * 1e9)
         if cache is not None:
@@ -135,7 +134,7 @@ class Loader:
         text = None if self.text_cache is None else embedding(self.text_cache, caption)
         frames = latents = failure = reason = None
         if self.cache is not None:
-            latents, failure = self._latents(item)
+            latents, failure = self._latents(item, key)
             reason = failure and "not_encoded"
         else:
             try:
@@ -170,29 +169,28 @@ class Loader:
             crop = (keyed_uniform(self.seed, "crop x", *key), keyed_uniform(self.seed, "crop y", *key))
         size = (shape.width, shape.height)
         sha256 = clip.sha256 if self.config.verify else None
-        for attempt in range(RETRIES + 1):
-            try:
-                return self.reader(clip.path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
-            except VideoError as error:
-                if error.reason != "unreadable" or "://" not in clip.path:
-                    raise
-                if attempt == RETRIES:
-                    raise StditError(f"{error} {attempt + 1} tries failed. Is the storage reachable?") from error
-                self.retries += 1
-                time.sleep(2**attempt)
-        raise AssertionError("the last try returns or raises")
+        try:
+            with self.storage.local(clip.path) as path:
+                return self.reader(path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
+        except VideoError as error:  # which may name a local copy
+            raise VideoError(clip.path, error.reason, error.message) from error
+        except StorageError as error:
+            if error.reason in ("missing", "too_large"):
+                raise VideoError(clip.path, error.reason, error.message) from error
+            raise  # of the storage, and so perhaps of all clips: the run stops
 
     # ----------------------------------------------------------------------------------------------------- the cache
 
-    def _latents(self, item: Item) -> tuple[Tensor, str | None]:
+    def _latents(self, item: Item, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
         assert self.cache is not None
-        position = int(self.positions[item.row])
+        cut = int(keyed_uniform(self.seed, "cut", *key) * self.config.crops)
+        position = int(self.positions[item.row, cut])
         failure = self.cache.failure(position)
         if failure is None:
             return self.cache.tensor(position), None
-        for row in np.flatnonzero(self.assignment.bucket == item.bucket):  # one of the same shape, for its zeros
-            if self.cache.failure(self.positions[row]) is None:
-                return torch.zeros_like(self.cache.tensor(self.positions[row])), failure
+        for other in self.positions[self.assignment.bucket == item.bucket].flat:  # one of the same shape, for its zeros
+            if self.cache.failure(other) is None:
+                return torch.zeros_like(self.cache.tensor(other)), failure
         shape = self.assignment.shapes[item.bucket]
         raise StditError(
             f"{self.cache.folder}: every clip of shape {shape} failed to encode, the first with: {failure}"
@@ -205,22 +203,28 @@ class Loader:
                 raise StditError(
                     f"data.{name} is {wanted}, but the cache was encoded with {held}: set data.{name}={held}."
                 )
-        if self.config.mirror:
-            raise StditError("data.mirror cannot be had from cached latents: set data.mirror=false or data.cache=null.")
+        if self.config.mirror and not cache.settings.get("mirror"):
+            raise StditError(
+                "data.mirror cannot be had from latents of one cut: set data.mirror=false or encode with --crops 2."
+            )
 
     def _positions(self, cache: Cache) -> np.ndarray:
-        """(rows,) where the cache has each clip's latents; every clip that has a shape must be there."""
-        positions = np.full(len(self.manifest), -1, np.int64)
-        missing = 0
+        """(rows, crops) where the cache has each clip's latents; those of every clip that has a shape must be there."""
+        crops = self.config.crops
+        positions = np.full((len(self.manifest), crops), -1, np.int64)
         for index, shape in enumerate(self.assignment.shapes):
             rows = np.flatnonzero(self.assignment.bucket == index)
-            keys = [latent_key(clip_id, shape) for clip_id in self.manifest.ids.take(rows).to_pylist()]
-            positions[rows] = cache.find(keys)
-            missing += int((positions[rows] < 0).sum())
+            ids = self.manifest.ids.take(rows).to_pylist()
+            for cut in range(crops):
+                keys = [latent_key(clip_id, shape, cut if crops > 1 else None) for clip_id in ids]
+                positions[rows, cut] = cache.find(keys)
+        wanted = self.assignment.bucket >= 0
+        missing = int((positions[wanted] < 0).any(1).sum())
         if missing:
+            more = f" --crops {crops}" if crops > 1 else ""
             raise StditError(
-                f"{cache.folder} lacks the latents of {missing} of {int((self.assignment.bucket >= 0).sum())} clips. "
-                f"Run `stdit data encode {self.manifest.source} --config CFG --out {cache.folder.parent}`."
+                f"{cache.folder} lacks the latents of {missing} of {int(wanted.sum())} clips. Run "
+                f"`stdit data encode {self.manifest.source} --config CFG{more} --out {os.path.dirname(cache.folder)}`."
             )
         return positions
 

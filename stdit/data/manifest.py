@@ -3,7 +3,8 @@
 Columns: `id` (sha256 of the file's sha256 with start and end, not of the path), `path`, `captions` (list of {text,
 weight}), `frames`, `fps`, `width`, `height` (as displayed), `start`, `end` (seconds; both 0 for an image), `sha256`.
 A path inside the manifest's folder is stored relative to it, so the folder can be moved as a whole; others are
-absolute, or URLs of any fsspec scheme. Further columns are kept.
+absolute, or URLs of any fsspec scheme; a file in a tar shard is `SHARD.tar#OFFSET+SIZE/NAME` of either (`paths.py`).
+Further columns are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stdit.errors import StditError, nearest_name
+from stdit.data.paths import is_remote, join
+from stdit.data.storage import STORAGE
+from stdit.errors import StditError, about, nearest_name
 from stdit.files import publish
 
 FORMAT = 1
@@ -90,7 +93,7 @@ class Manifest:
 
     def __init__(self, table: pa.Table, folder: str | Path = ".", source: str = "manifest") -> None:
         self.table = _checked(table, source)
-        self.folder = Path(folder)
+        self.folder = str(folder)
         self.source = source
 
     @classmethod
@@ -114,7 +117,7 @@ class Manifest:
         return (self[row] for row in range(len(self)))
 
     def _resolve(self, path: str) -> str:
-        return path if "://" in path or os.path.isabs(path) else os.path.join(self.folder, path)
+        return path if "://" in path or os.path.isabs(path) else join(self.folder, path)
 
     def column(self, name: str) -> np.ndarray:
         """(rows,) of a column of numbers."""
@@ -191,11 +194,11 @@ def _checked(table: pa.Table, source: str) -> pa.Table:
     return checked
 
 
-# ------------------------------------------------------------------------------------------------ reading and writing
-
-
 def read_manifest(path: str | Path) -> Manifest:
-    """A manifest file: .parquet, .jsonl or .csv."""
+    """A manifest file: .parquet, .jsonl or .csv, or the URL of one."""
+    if is_remote(str(path)):
+        with about(str(path)), STORAGE.local(str(path)) as local:
+            return Manifest(read_manifest(local).table, str(path).rpartition("/")[0], str(path))
     path = Path(path)
     if not path.is_file():
         raise StditError(f"{path}: no such manifest. `stdit data scan FOLDER --out {path}` makes one.")

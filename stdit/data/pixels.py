@@ -14,6 +14,7 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation
 
 from stdit.data import hdr
+from stdit.data.paths import file_of, open_bytes, split_member
 from stdit.errors import StditError
 from stdit.files import sha256_of
 
@@ -58,16 +59,19 @@ def plain(error: BaseException) -> str:
 
 
 def check_file(path: str, limits: Limits = LIMITS) -> None:
-    if "://" in path:
-        return
+    member, file = split_member(path), file_of(path)
     try:
-        size = os.stat(path).st_size
-        with open(path, "rb"):
+        size = os.stat(file).st_size
+        with open(file, "rb"):
             pass
     except FileNotFoundError as error:
         raise VideoError(path, "missing", "no such file.") from error
     except (OSError, ValueError) as error:
         raise VideoError(path, "unreadable", f"cannot be opened ({plain(error)}).") from error
+    if member is not None:
+        if member.offset + member.size > size:
+            raise VideoError(path, "damaged", f"reaches beyond the end of its tar, at {size} bytes. Scan again.")
+        size = member.size
     if size == 0:
         raise VideoError(path, "empty", "is an empty file.")
     if size > limits.bytes:
@@ -79,10 +83,8 @@ def check_content(path: str, sha256: str) -> None:
 
     A file is hashed when it is first read, and again if its size or time changes.
     """
-    size, time = 0, 0
-    if "://" not in path:
-        size, time = (status := os.stat(path)).st_size, status.st_mtime_ns
-    found = _known_sha256(path, size, time)
+    status = os.stat(file_of(path))
+    found = _known_sha256(path, status.st_size, status.st_mtime_ns)
     if found != sha256:
         message = f"is not the file that was scanned (sha256 {found}, the manifest has {sha256}). Scan it again."
         raise VideoError(path, "changed", message)
@@ -221,14 +223,6 @@ def decode_image(path: str, limits: Limits) -> np.ndarray:
         raise VideoError(path, "not_media", "is not an image that can be opened.") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise VideoError(path, "damaged", f"cannot be decoded ({plain(error)}).") from error
-
-
-def open_bytes(path: str) -> Any:
-    if "://" in path:
-        import fsspec
-
-        return fsspec.open(path, "rb").open()
-    return open(path, "rb")
 
 
 def cover(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -> np.ndarray:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from stdit.data.isolated import Worker
 from stdit.data.pixels import VideoError, check_file, file_sha256
+from stdit.data.storage import STORAGE, StorageError
+
+Opened = Callable[[str], AbstractContextManager[str]]
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,12 @@ def probe_files(
     verify_pixels: int,
     timeout: float,
     on_done: Callable[[Probed], None] = lambda _: None,
+    opened: Opened = STORAGE.local,
 ) -> list[Probed]:
-    """Every path probed, in the order given. A file that takes longer than `timeout` seconds has reason "timeout"."""
+    """Every path probed, in the order given. A file that takes longer than `timeout` seconds has reason "timeout".
+
+    opened: gives a local path of the same bytes. Raises StorageError where that stays unreachable.
+    """
     results: list[Probed | None] = [None] * len(paths)
     jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(paths)):
@@ -46,7 +54,7 @@ def probe_files(
                     index = jobs.get_nowait()
                 except queue.Empty:
                     return
-                results[index] = result = _probe(worker, paths[index], verify_pixels, timeout)
+                results[index] = result = _probe(worker, paths[index], verify_pixels, timeout, opened)
                 on_done(result)
         except BaseException as error:
             failures.append(error)
@@ -67,11 +75,16 @@ def probe_files(
     return [result for result in results if result is not None]
 
 
-def _probe(worker: Worker, path: str, verify_pixels: int, timeout: float) -> Probed:
+def _probe(worker: Worker, path: str, verify_pixels: int, timeout: float, opened: Opened) -> Probed:
     try:
-        return Probed(path, **worker.call("probe", path, timeout, verify_pixels=verify_pixels)[0])
+        with opened(path) as local:
+            return Probed(path, **worker.call("probe", local, timeout, verify_pixels=verify_pixels)[0])
     except VideoError as error:
         return Probed(path, None, None, error.reason, error.message)
+    except StorageError as error:
+        if error.reason == "unreachable":
+            raise
+        return Probed(path, None, None, error.video_reason, error.message)
 
 
 def probe_and_hash(path: str, verify_pixels: int) -> dict[str, Any]:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.data.captions import read_captions, sidecar
+from stdit.data.captions import read_captions
 from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write_manifest
-from stdit.data.probing import Probed, probe_files
-from stdit.data.video_io import IMAGE_SUFFIXES, VERIFY_PIXELS, VIDEO_SUFFIXES
-from stdit.errors import StditError
+from stdit.data.paths import is_remote
+from stdit.data.probing import Opened, Probed, probe_files
+from stdit.data.sources import MEDIA, File, Folder, tar_members
+from stdit.data.storage import STORAGE, StorageError
+from stdit.data.video_io import VERIFY_PIXELS
+from stdit.errors import about
 from stdit.files import publish_text
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True)
@@ -43,69 +50,91 @@ def scan(
 ) -> Scan:
     """Probes every video and image under `folder` (hidden ones left out), in processes that may crash or hang.
 
+    folder: a folder or a URL of any fsspec scheme. Tar shards in it are looked into: see `sources.tar_members`.
     captions: a CSV or JSONL; None: `captions.csv` or `captions.jsonl` in the folder, else .txt files beside the videos.
     out: the manifest to write, if there is a clip; what was skipped goes beside it as `….skipped.jsonl`, and what was
         found of every file as `….probed.jsonl`, while it is found: a scan that was stopped goes on there, and files
         whose size and time of change are the same are not probed again.
     uncaptioned: keep files without a caption (their captions are empty) instead of skipping them as "no_caption".
     verify: decode the files (each up to `video_io.VERIFY_PIXELS`), which finds damage; else only their first frame.
-    timeout: seconds a file.
+    timeout: seconds a file, of decoding.
+    on_start: is told how many files there are; again as tars are opened.
 
     A file damaged further in is a clip up to the damage. Files with equal content are one clip, with all captions.
+    Raises StorageError where storage stays unreachable: the same scan goes on from there.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise StditError(f"{folder} is not a folder.")
-    table = _captions_file(folder, captions)
-    captioned = {} if table is None else read_captions(table, folder)
-    files, ignored = _files(folder, captioned, table, out)
-    texts = {file: captioned.get(file, []) if table is not None else sidecar(folder / file) for file in files}
-    present = [file for file in files if not _unnameable(file)]
-    skipped = [
-        Skipped(file.encode("utf-8", "replace").decode(), "name", "has a name that is not UTF-8. Rename it.")
-        for file in files
-        if _unnameable(file)
-    ]
-    on_start(len(present))
-    paths = [str(folder / file) for file in present]
-    verify_pixels = VERIFY_PIXELS if verify else 0
-    with _remembered(None if out is None else Path(out).with_suffix(".probed.jsonl"), verify_pixels) as memory:
-        found = {path: result for path in paths if (result := memory.get(path))}
-        for path in found:
-            on_file(path)
-
-        def done(result: Probed) -> None:
-            memory.keep(result)
-            on_file(result.path)
-
-        new = [path for path in paths if path not in found]
-        found |= zip(new, probe_files(new, workers or os.cpu_count() or 1, verify_pixels, timeout, done))
-    clips: dict[str, Clip] = {}
-    names: dict[str, str] = {}
+    source = Folder(str(folder))
+    table = str(captions) if captions is not None else source.captions_file()
+    captioned = {} if table is None else _table(table, source.root)
+    names, tars, ignored = _names(source, captioned, table, out)
+    texts = captioned if table is not None else source.sidecars(names)
+    skipped: list[Skipped] = []
     damaged: list[Skipped] = []
-    for file, path in zip(present, paths):
-        result = found[path]
+    files: list[File] = []
+    found: dict[str, Probed] = {}
+    verify_pixels = VERIFY_PIXELS if verify else 0
+    reused = 0
+    with _remembered(None if out is None else Path(out).with_suffix(".probed.jsonl"), verify_pixels) as memory:
+
+        def look_at(more: list[File], opened: Opened) -> None:
+            nonlocal reused
+            for file in more:
+                if _unnameable(file.name):
+                    name = file.name.encode("utf-8", "replace").decode()
+                    skipped.append(Skipped(name, "name", "has a name that is not UTF-8. Rename it."))
+            more = [file for file in more if not _unnameable(file.name)]
+            files.extend(more)
+            on_start(len(files))
+            known = {file.path: result for file in more if (result := memory.get(file))}
+            for path in known:
+                on_file(path)
+            new = {file.path: file for file in more if file.path not in known}
+
+            def done(result: Probed) -> None:
+                memory.keep(new[result.path], result)
+                on_file(result.path)
+
+            probed = probe_files(list(new), workers or os.cpu_count() or 1, verify_pixels, timeout, done, opened)
+            found.update(known | dict(zip(new, probed)))
+            reused += len(known)
+
+        look_at([source.file(name) for name in names], STORAGE.local)
+        for name in tars:
+            try:
+                damage = _look_into(source.file(name), memory, look_at)
+            except (tarfile.TarError, OSError) as error:
+                skipped.append(Skipped(name, "not_media", f"is no tar that can be read ({error})."))
+            except StorageError as error:
+                if error.reason == "unreachable":
+                    raise
+                skipped.append(Skipped(name, error.video_reason, error.message))
+            else:
+                if damage:
+                    damaged.append(Skipped(name, "damaged", f"{damage} The files before that are used."))
+    clips: dict[str, Clip] = {}
+    first_of: dict[str, str] = {}
+    for file in files:
+        result = found[file.path]
+        captions_ = tuple(texts.get(file.name, ())) or file.captions
         if result.probe is None or result.sha256 is None:
-            skipped.append(Skipped(file, result.reason or "undecodable", result.message or "cannot be read."))
+            skipped.append(Skipped(file.name, result.reason or "undecodable", result.message or "cannot be read."))
             continue
-        if not texts[file] and not uncaptioned:
-            skipped.append(Skipped(file, "no_caption", "has no caption."))
+        if not captions_ and not uncaptioned:
+            skipped.append(Skipped(file.name, "no_caption", "has no caption."))
             continue
-        clip = _clip(result, texts[file])
+        clip = _clip(result, captions_)
         if result.probe["damage"]:
-            damaged.append(Skipped(file, "damaged", f"{result.probe['damage']} The frames before that are used."))
+            damaged.append(Skipped(file.name, "damaged", f"{result.probe['damage']} The frames before that are used."))
         if clip.id in clips:
             first = clips[clip.id]
             merged = tuple(dict.fromkeys((*first.captions, *clip.captions)))
             clips[clip.id] = Clip(**{**first.__dict__, "captions": merged})
-            message = f"has the same content as {names[clip.id]}; its captions are added there."
-            skipped.append(Skipped(file, "duplicate", message))
+            message = f"has the same content as {first_of[clip.id]}; its captions are added there."
+            skipped.append(Skipped(file.name, "duplicate", message))
         else:
-            clips[clip.id], names[clip.id] = clip, file
-    manifest = Manifest.of(list(clips.values()), folder)
-    scanned = Scan(
-        manifest, tuple(sorted(skipped, key=lambda s: s.file)), tuple(damaged), ignored, len(paths) - len(new)
-    )
+            clips[clip.id], first_of[clip.id] = clip, file.name
+    manifest = Manifest.of(list(clips.values()), "." if is_remote(source.root) else source.root)
+    scanned = Scan(manifest, tuple(sorted(skipped, key=lambda s: s.file)), tuple(damaged), ignored, reused)
     if out is not None:
         if len(manifest):
             write_manifest(manifest, out)
@@ -115,27 +144,73 @@ def scan(
     return scanned
 
 
+def _look_into(tar: File, memory: _Memory, look_at: Callable[[list[File], Opened], None]) -> str | None:
+    """Probes what is in a tar, fetched whole where it is remote; returns what is wrong further in, if anything."""
+    if tar.name.lower().endswith(_COMPRESSED):
+        raise tarfile.ReadError("it is compressed: only in a plain .tar can a file be read where it lies")
+    known = memory.members(tar)
+    if known is not None and all(memory.get(file) for file in known[0]):
+        look_at(known[0], STORAGE.local)
+        return known[1]
+    with STORAGE.local(tar.path) as local:
+        members, damage = known or tar_members(tar, local)
+        if known is None:
+            memory.keep_members(tar, members, damage)
+        look_at(members, lambda path: nullcontext(local + path.removeprefix(tar.path)))
+    return damage
+
+
 class _Memory:
-    """What was found of files, by path, with the size and time that a file had then."""
+    """What was found of files, by path, with the state (size, time) that a file had then."""
 
     def __init__(self, verify_pixels: int, lines: list[dict[str, Any]], write: Callable[[bytes], object]) -> None:
         self.verify_pixels, self.write = verify_pixels, write
         self.known = {line["path"]: line for line in lines}
         self.used: dict[str, dict[str, Any]] = {}
 
-    def get(self, path: str) -> Probed | None:
-        line = self.known.get(os.path.abspath(path))
-        if line is None or line["file"] != _state(path) or line["verify_pixels"] != self.verify_pixels:
+    def get(self, file: File) -> Probed | None:
+        line = self._line(file)
+        if line is None or line["verify_pixels"] != self.verify_pixels:
             return None
-        self.used[line["path"]] = line
-        return Probed(path, line["probe"], line["sha256"], line["reason"], line["message"])
+        return Probed(file.path, line["probe"], line["sha256"], line["reason"], line["message"])
 
-    def keep(self, result: Probed) -> None:
+    def keep(self, file: File, result: Probed) -> None:
         if result.reason in ("timeout", "crashed", "missing", "unreadable"):  # may be otherwise the next time
             return
-        path = os.path.abspath(result.path)
-        line = asdict(result) | {"path": path, "file": _state(path), "verify_pixels": self.verify_pixels}
-        self.used[path] = line
+        self._keep(file, asdict(result) | {"verify_pixels": self.verify_pixels})
+
+    def members(self, tar: File) -> tuple[list[File], str | None] | None:
+        """What `tar_members` said."""
+        line = self._line(tar)
+        if line is None or "members" not in line:
+            return None
+        members = []
+        for name, place, captions in line["members"]:
+            path = tar.path + place
+            members.append(File(f"{tar.name}/{name}", path, tar.state, tuple(Caption(*one) for one in captions)))
+        return members, line["damage"]
+
+    def keep_members(self, tar: File, members: list[File], damage: str | None) -> None:
+        rows = [
+            (
+                file.name.removeprefix(f"{tar.name}/"),
+                file.path.removeprefix(tar.path),
+                [astuple(c) for c in file.captions],
+            )
+            for file in members
+        ]
+        self._keep(tar, {"members": rows, "damage": damage})
+
+    def _line(self, file: File) -> dict[str, Any] | None:
+        line = self.known.get(_absolute(file.path))
+        if line is None or file.state is None or line["file"] != file.state:
+            return None
+        self.used[line["path"]] = line
+        return line
+
+    def _keep(self, file: File, values: dict[str, Any]) -> None:
+        path = _absolute(file.path)
+        self.used[path] = line = {**values, "path": path, "file": file.state}
         self.write(json.dumps(line).encode() + b"\n")
 
 
@@ -159,12 +234,8 @@ def _remembered(path: Path | None, verify_pixels: int) -> Iterator[_Memory]:
     publish_text(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()))
 
 
-def _state(path: str) -> list[int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
 
 
 def skipped_path(out: str | Path) -> Path:
@@ -176,43 +247,37 @@ def _unnameable(file: str) -> bool:
     return any(0xD800 <= ord(c) <= 0xDFFF for c in file)
 
 
-def _captions_file(folder: Path, captions: str | Path | None) -> Path | None:
-    if captions is not None:
-        return Path(captions)
-    tables = [folder / name for name in ("captions.csv", "captions.jsonl") if (folder / name).is_file()]
-    if len(tables) > 1:
-        raise StditError(f"{folder} has both captions.csv and captions.jsonl. Name one with --captions.")
-    return tables[0] if tables else None
+def _table(path: str, root: str) -> dict[str, list[Caption]]:
+    if not is_remote(path):
+        return read_captions(Path(path), root)
+    with about(path), STORAGE.local(path) as local:
+        return read_captions(Path(local), root)
 
 
-def _files(
-    folder: Path, captioned: dict[str, list[Caption]], table: Path | None, out: str | Path | None
-) -> tuple[list[str], int]:
-    """Files to probe, relative to the folder, in order of name: media by suffix, and whatever a caption names."""
-    files, ignored = set(captioned), 0
-    own = {os.path.abspath(path) for path in (table, out) if path is not None}
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            path = os.path.join(root, name)
-            relative = os.path.relpath(path, folder).replace(os.sep, "/")
-            if name.startswith(".") or relative in files:
-                continue
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-                files.add(relative)
-            elif os.path.abspath(path) not in own:
-                ignored += 1
-    return sorted(files), ignored
+def _names(
+    source: Folder, captioned: dict[str, list[Caption]], table: str | None, out: str | Path | None
+) -> tuple[list[str], list[str], int]:
+    """Files to probe, in order of name (media by suffix, and whatever a caption names); tars; how many others."""
+    tars = {name for name in source if name.lower().endswith((".tar", *_COMPRESSED))}
+    in_tars = {name for name in captioned if any(name[: at.end()] in tars for at in re.finditer(r"\.tar(?=/)", name))}
+    files, ignored = set(captioned) - in_tars - tars, 0
+    own = {_absolute(str(path)) for path in (table, out) if path is not None}
+    for name in source:
+        if os.path.splitext(name)[1].lower() in MEDIA:
+            files.add(name)
+        elif name not in files and name not in tars and _absolute(source.path(name)) not in own:
+            ignored += 1
+    return sorted(files), sorted(tars), ignored
 
 
-def _clip(result: Probed, captions: list[Caption]) -> Clip:
+def _clip(result: Probed, captions: tuple[Caption, ...]) -> Clip:
     found, sha256 = result.probe, result.sha256
     assert found is not None and sha256 is not None
     start, end = round(found["start"], 6), round(found["end"], 6)
     return Clip(
         id=clip_id(sha256, start, end),
-        path=os.path.abspath(result.path),
-        captions=tuple(captions),
+        path=_absolute(result.path),
+        captions=captions,
         frames=found["frames"],
         fps=found["fps"],
         width=found["width"],

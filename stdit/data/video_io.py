@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from stdit.data.paths import open_bytes, split_member
 from stdit.data.pixels import (
     IMAGE_SUFFIXES,
     LIMITS,
@@ -133,8 +134,6 @@ def read_frames(
     except MemoryError as error:
         raise VideoError(path, "too_large", "needs more memory than there is.") from error
     except Exception as error:
-        if "://" in path and _of_storage(error):
-            raise VideoError(path, "unreadable", f"reading failed ({plain(error)}).") from error
         raise VideoError(path, "undecodable", f"cannot be decoded ({type(error).__name__}: {error}).") from error
 
 
@@ -165,14 +164,6 @@ def _read_frames(
         frames = source.read(count, size, fps, start, crop, allocate, seek=False)
         assert frames is not None
         return frames
-
-
-def _of_storage(error: Exception) -> bool:
-    """Whether an error is of reading over a network: an OSError, or of a type that a file system's library has."""
-    if isinstance(error, av.FFmpegError):
-        return False
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or library not in ("builtins", "PIL", "struct", "zlib")
 
 
 # ---------------------------------------------------------------------------------------------------------- videos
@@ -384,27 +375,16 @@ def _is_cover_art(stream: av.VideoStream) -> bool:
 
 @contextmanager
 def _open(path: str, limits: Limits) -> Iterator[_Source]:
-    """The file's first video stream. A path of any fsspec scheme ("s3://…") is read through fsspec."""
-    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-    remote = None
+    """The file's first video stream."""
+    options = {"format_whitelist": _FORMATS}
+    part = open_bytes(path) if split_member(path) else None
     try:
-        if "://" in path:
-            import fsspec
-
-            try:
-                remote = fsspec.open(path, "rb").open()
-            except FileNotFoundError as error:
-                raise VideoError(path, "missing", "no such file.") from error
-            except (OSError, ValueError, ImportError) as error:
-                raise VideoError(path, "unreadable", f"cannot be opened ({plain(error)}).") from error
-            options.pop("protocol_whitelist")
-        try:
-            container = av.open(remote or f"file:{path}", options=options, metadata_errors="replace")
-        except (av.FFmpegError, ValueError) as error:
-            message = f"is not a video file that can be opened ({plain(error)})."
-            raise VideoError(path, "not_media", message) from error
-        with container:
-            yield _Source(path, container, limits)
-    finally:
-        if remote is not None:
-            remote.close()
+        if part is None:
+            options["protocol_whitelist"] = "file"
+        container = av.open(part or f"file:{path}", mode="r", options=options, metadata_errors="replace")
+    except (av.FFmpegError, ValueError) as error:
+        if part is not None:
+            part.close()
+        raise VideoError(path, "not_media", f"is not a video file that can be opened ({plain(error)}).") from error
+    with part or nullcontext(), container:
+        yield _Source(path, container, limits)

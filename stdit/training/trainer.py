@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import stdit
+from stdit.data.storage import STORAGE
 from stdit.errors import Interrupted, StditError
 from stdit.training import checkpoint, export
 from stdit.training.build import Parts, build
@@ -201,7 +202,7 @@ class Trainer:
         rate: float,
         critic: Tensor | None = None,
     ) -> None:
-        mine = [sum(float(one) for one in self.window), clock.tokens, clock.flops, self.unshared]
+        mine = [sum(float(one) for one in self.window), clock.tokens, clock.flops, self.unshared, STORAGE.retries]
         mine += [] if critic is None else [float(critic)]
         sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
         loss = sums[0] / len(self.window)
@@ -211,12 +212,12 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         values = clock.rates(int(sums[1]), int(sums[2]), self.peak * self.world.size)
-        values |= {} if critic is None else {"critic_loss": sums[4]}
+        values |= {} if critic is None else {"critic_loss": sums[5]}
         progress.show(loss=loss, tokens_per_second=values["tokens_per_second"], mfu=values["mfu"])
         if log is not None:
             log.write(
                 "train", self.step, epoch=step.epoch, loss=loss, grad_norm=norm, lr=rate, clips=step.clips,
-                failed=len(self.failures), **values,
+                failed=len(self.failures), storage_retries=int(sums[4]), **values,
             )  # fmt: skip
 
     def _diverged(self, what: str) -> StditError:

@@ -70,7 +70,7 @@ def test_encode_then_again_then_after_a_move(folder, tmp_path, capsys):
     assert status == 1 and "memory 1000: " in said.err
     status, said = encode()
     assert status == 0 and json.loads(said.out) | {"cache": ""} == {
-        "cache": "", "clips": 2, "reused": 0, "texts": 0, "failures": [], "left_out": {}
+        "cache": "", "clips": 2, "reused": 0, "texts": 0, "retries": 0, "failures": [], "left_out": {}
     }  # fmt: skip
     shutil.move(folder / "0.mp4", folder / "moved.mp4")
     (folder / "captions.csv").write_text("file,caption\nmoved.mp4,zero\n1.mp4,one\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_another_vae_is_an_error_that_names_both(tmp_path):
 def test_a_shard_without_its_index_is_not_there(tmp_path):
     cache = Cache.create(tmp_path, SETTINGS)
     cache.write_shard("one", {text_key("a"): torch.zeros(1)}, {})
-    (cache.folder / "one.parquet").unlink()
+    Path(cache.folder, "one.parquet").unlink()
     cache.reload()
     assert len(cache) == 0 and not cache.has_shard("one")
 
@@ -70,7 +71,7 @@ def test_a_shard_without_its_index_is_not_there(tmp_path):
 def test_a_damaged_shard_says_what_to_do(tmp_path):
     cache = Cache.create(tmp_path, SETTINGS)
     cache.write_shard("one", {text_key("a"): torch.zeros(100)}, {})
-    path = cache.folder / "one.safetensors"
+    path = Path(cache.folder, "one.safetensors")
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(StditError, match=r"one\.safetensors cannot be read.*Remove one\.parquet"):
         Cache.open(tmp_path, SETTINGS).tensor(0)

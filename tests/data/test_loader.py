@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from stdit.data import loader as loader_module
 from stdit.data import video_io
 from stdit.data.buckets import DataConfig, assign
-from stdit.data.cache import Cache, latent_settings, text_key, text_settings
+from stdit.data.cache import Cache, latent_key, latent_settings, text_key, text_settings
 from stdit.data.loader import Loader, choose_caption, to_video
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
-from stdit.data.video_io import VideoError, read_frames, write_video
+from stdit.data.storage import Storage, StorageError
+from stdit.data.video_io import read_frames, write_video
+from stdit.encode import encode_manifest
 from stdit.errors import StditError
 
 
@@ -150,23 +151,66 @@ def test_a_strange_clip_keeps_its_place_with_weight_0(clips, monkeypatch):
     assert not examples[0].frames.any()
 
 
-def test_the_network_is_tried_again_then_stops_the_run(clips, monkeypatch):
-    slept = []
-    monkeypatch.setattr(loader_module.time, "sleep", slept.append)
+class Away(Storage):
+    """A storage that gives no file, for this reason."""
+
+    def __init__(self, reason):
+        super().__init__()
+        self.reason = reason
+
+    def local(self, path):
+        raise StorageError(path, self.reason, "said so.")
+
+
+def test_what_storage_does_not_give_costs_the_clip_or_stops_the_run(clips):
     remote = Manifest.of([Clip(**{**clips[0].__dict__, "path": "s3://bucket/0.mp4"})])
-    failures = [2]
+    for reason in ("missing", "too_large"):
+        loader = Loader(remote, assign(remote, CONFIG), CONFIG, seed=0, storage=Away(reason), workers=0)
+        example = loader.fetch([Item(0, 0, 0)], 0)[0]
+        assert (example.weight, example.reason, example.failure) == (0, reason, "s3://bucket/0.mp4: said so.")
+    for reason in ("denied", "unreachable", "wrong"):
+        loader = Loader(remote, assign(remote, CONFIG), CONFIG, seed=0, storage=Away(reason), workers=0)
+        with pytest.raises(StditError, match=r"bucket/0\.mp4: said so"):
+            loader.fetch([Item(0, 0, 0)], 0)
 
-    def reader(path, *args):
-        if failures[0]:
-            failures[0] -= 1
-            raise VideoError(path, "unreadable", "reading failed (503).")
-        return read_frames(clips[0].path, *args)
 
-    loader = Loader(remote, assign(remote, CONFIG), CONFIG, seed=0, reader=reader)
-    assert loader.fetch([Item(0, 0, 0)], 0)[0].weight == 1 and slept == [1, 2] and loader.retries == 2
-    failures[0] = 100
-    with pytest.raises(StditError, match="5 tries failed"):
-        loader.fetch([Item(0, 0, 0)], 0)
+def test_cached_cuts_are_drawn_by_key_and_are_those_of_the_files(clips, tmp_path):
+    """As many cuts as asked for, each what its own start and crop give, drawn evenly and alike by any loader."""
+    config = replace(CONFIG, crops=3, mirror=True)
+    manifest = Manifest.of([clips[row] for row in range(3)])
+    assignment = assign(manifest, config)
+
+    class Vae:
+        def encode(self, video):
+            return video
+
+    for crops in (2, 3):  # one more: the others are there
+        more = replace(config, crops=crops)
+        done = encode_manifest(manifest, assignment, more, Vae(), None, tmp_path, vae_id="vae", clips_per_shard=2)
+    assert (done.clips, done.reused) == (3, 6)
+    cache = Cache.open(tmp_path, latent_settings(config, "vae"))
+    assert len(cache) == 9
+    plain = Loader(manifest, assignment, replace(config, crops=1), seed=0, workers=0)
+    cuts = {}
+    for row in range(3):
+        for cut in range(3):
+            key = latent_key(manifest[row].id, assignment.shapes[assignment.bucket[row]], cut)
+            cuts[row, cut] = cache.tensor(cache.position(key))
+            wanted = plain.fetch([Item(row, cut, int(assignment.bucket[row]))], epoch=0)[0].video
+            assert torch.equal(cuts[row, cut], wanted)
+    assert not torch.equal(cuts[0, 0], cuts[0, 1])
+    wanted = [Item(row, n, int(assignment.bucket[row])) for row in range(3) for n in range(100)]
+    first = Loader(manifest, assignment, config, seed=7, cache=cache).fetch(wanted, epoch=1)
+    again = Loader(manifest, assignment, config, seed=7, cache=cache).fetch(wanted[::-1], epoch=1)[::-1]
+    later = Loader(manifest, assignment, config, seed=7, cache=cache).fetch(wanted, epoch=2)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(first, again))
+    assert not all(torch.equal(a.latents, b.latents) for a, b in zip(first, later))
+    drawn = Counter(next(c for c in range(3) if torch.equal(e.latents, cuts[e.row, c])) for e in first)
+    assert all(70 < drawn[cut] < 130 for cut in range(3))
+    with pytest.raises(StditError, match=r"lacks the latents of 3 of 3 clips.*--crops 4"):
+        Loader(manifest, assignment, replace(config, crops=4), seed=7, cache=cache)
+    with pytest.raises(StditError, match=r"data\.crops is 2"):
+        assign(manifest, replace(CONFIG, crops=2, start="first", crop="centre"))
 
 
 def test_a_bug_in_a_worker_is_not_hidden(clips):

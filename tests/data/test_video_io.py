@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zlib
 from fractions import Fraction
-from unittest.mock import Mock
 
 import av
 import av.filter
@@ -264,22 +263,6 @@ def test_whatever_a_strange_clip_brings_up_is_a_reason(tmp_path, monkeypatch, er
         with pytest.raises(VideoError, match=rf"{name}: cannot be decoded \({type(error).__name__}") as found:
             read_frames(str(tmp_path / name), count, (8, 8), 8.0)
         assert found.value.reason == "undecodable"
-
-
-def test_of_a_remote_file_only_the_clip_is_strange_not_the_network(monkeypatch):
-    class NetworkError(Exception):
-        pass
-
-    for error, reason in (
-        (NetworkError("503"), "unreadable"),
-        (TimeoutError("slow"), "unreadable"),
-        (ValueError("odd"), "undecodable"),
-        (MemoryError(), "too_large"),
-    ):
-        monkeypatch.setattr(video_io, "_read_frames", Mock(side_effect=error))
-        with pytest.raises(VideoError) as found:
-            read_frames("s3://bucket/a.mp4", 5)
-        assert found.value.reason == reason
 
 
 def test_limits(tmp_path, videos):

@@ -232,7 +232,7 @@ def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None
 
     class TwoRanks(World):
         def sum_(self, values: torch.Tensor) -> torch.Tensor:
-            return values.add_(torch.tensor([1.0, 5.0, 7.0, 2.0], dtype=torch.float64))
+            return values.add_(torch.tensor([1.0, 5.0, 7.0, 2.0, 3.0], dtype=torch.float64))
 
         def gather(self, value: Any) -> list[Any]:
             return [value, {"a": {}, "b": {}}]
@@ -246,6 +246,7 @@ def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None
     trainer._log(log, Progress(0, 1, False), clock, Step(0, 0, 4, [], []), 1.0, 0.1)
     (line,) = read_metrics(tmp_path, "train")
     assert (line["failed"], line["loss"], line["tokens"]) == (2, 3.0, 15) and trainer.unshared == 0
+    assert line["storage_retries"] == 3
 
 
 def test_a_finished_run_says_so(tiny: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

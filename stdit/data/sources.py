@@ -1,0 +1,136 @@
+"""What a scan looks at: media files under a folder or a URL, and those in tar shards (WebDataset's layout) there."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import tarfile
+from dataclasses import dataclass
+from typing import Any
+
+from stdit.data.captions import caption_lines, captions_of
+from stdit.data.manifest import Caption
+from stdit.data.paths import Member, is_remote, join
+from stdit.data.storage import STORAGE, StorageError
+from stdit.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from stdit.errors import StditError
+
+MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+_TEXT_BYTES = 1 << 20  # of a caption file in a tar; longer ones are none
+
+
+@dataclass(frozen=True)
+class File:
+    """name: relative to the scanned folder, as people see it; of a tar's member, the tar's and then its own.
+
+    state: another one when the file changes; None for a local file that is not there. captions: a tar member's own.
+    """
+
+    name: str
+    path: str
+    state: list[Any] | None
+    captions: tuple[Caption, ...] = ()
+
+
+class Folder:
+    """The names of all files under a folder or a URL, hidden ones left out; read once."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.removeprefix("file://").rstrip("/") or "/"
+        self._states: dict[str, list[Any] | None] = {}
+        if is_remote(self.root):
+            self._states = {url[len(self.root) + 1 :]: state for url, state in STORAGE.find(self.root).items()}
+            return
+        if not os.path.isdir(self.root):
+            raise StditError(f"{root} is not a folder.")
+        for here, folders, names in os.walk(self.root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            relative = os.path.relpath(here, self.root).replace(os.sep, "/")
+            for name in names:
+                if not name.startswith("."):
+                    self._states[name if relative == "." else f"{relative}/{name}"] = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._states
+
+    def __iter__(self) -> Any:
+        return iter(self._states)
+
+    def path(self, name: str) -> str:
+        return join(self.root, name)
+
+    def file(self, name: str) -> File:
+        path = self.path(name)
+        try:
+            if is_remote(path):
+                return File(name, path, self._states.get(name) or STORAGE.state(path))
+            status = os.stat(path)
+            return File(name, path, [status.st_size, status.st_mtime_ns])
+        except (OSError, StorageError) as error:
+            if isinstance(error, StorageError) and error.reason == "unreachable":
+                raise
+            return File(name, path, None)
+
+    def captions_file(self) -> str | None:
+        tables = [name for name in ("captions.csv", "captions.jsonl") if name in self]
+        if len(tables) > 1:
+            raise StditError(f"{self.root} has both captions.csv and captions.jsonl. Name one with --captions.")
+        return self.path(tables[0]) if tables else None
+
+    def sidecars(self, names: list[str]) -> dict[str, list[Caption]]:
+        """The captions of `clip.txt` or `clip.mp4.txt` beside clip.mp4, one a line."""
+        texts = {}
+        for name in names:
+            beside = [text for text in (os.path.splitext(name)[0] + ".txt", name + ".txt") if text in self]
+            if beside:
+                texts[name] = self.path(beside[0])
+        contents = STORAGE.read_all(list(texts.values()))
+        return {name: caption_lines(text, path) for (name, path), text in zip(texts.items(), contents)}
+
+
+def tar_members(tar: File, local: str) -> tuple[list[File], str | None]:
+    """The videos and images of a tar, whose bytes are in the file `local`, and what is wrong further in, if anything.
+
+    Files whose names are the same up to the first dot belong together: `clip.txt` (a caption a line) or else
+    `clip.json` (caption, captions or text) captions `clip.mp4`. Raises tarfile.TarError, OSError: it is no tar.
+    """
+    media: list[tuple[str, Member]] = []
+    captions: dict[str, tuple[Caption, ...]] = {}
+    damage = None
+    with tarfile.open(local, "r:") as shard:
+        try:
+            for info in shard:
+                name = posixpath.normpath("/" + info.name)[1:]  # without a way out of the tar
+                folder, base = posixpath.split(name)
+                if not info.isreg() or info.issparse() or base.startswith("."):
+                    continue
+                key, suffix = posixpath.join(folder, base.partition(".")[0]), posixpath.splitext(base)[1].lower()
+                if suffix in MEDIA:
+                    media.append((key, Member(tar.path, info.offset_data, info.size, name)))
+                elif suffix in (".txt", ".json") and info.size <= _TEXT_BYTES:
+                    content = shard.extractfile(info)
+                    found = _captions(content.read() if content else b"", suffix)
+                    if suffix == ".txt" or key not in captions:
+                        captions[key] = found or captions.get(key, ())
+        except (tarfile.TarError, OSError, ValueError) as error:
+            damage = f"cannot be read to its end ({error})."
+        assert shard.fileobj is not None
+        shard.fileobj.seek(shard.offset)
+        if damage is None and any(shard.fileobj.read(tarfile.BLOCKSIZE)):  # an end is empty
+            damage = f"is no tar from byte {shard.offset} on."
+    files = [File(f"{tar.name}/{m.name}", str(m), tar.state, captions.get(key, ())) for key, m in media]
+    return files, damage
+
+
+def _captions(content: bytes, suffix: str) -> tuple[Caption, ...]:
+    """What a caption file says; one that says nothing readable leaves its clip without a caption, which is named."""
+    try:
+        if suffix == ".txt":
+            return tuple(caption_lines(content, ""))
+        row = json.loads(content)
+        if not isinstance(row, dict):
+            return ()
+        return tuple(captions_of({"caption": row.get("text"), **row}, ""))
+    except (StditError, ValueError):
+        return ()

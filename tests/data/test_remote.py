@@ -1,0 +1,283 @@
+"""Clips and cache of an S3-compatible server that fails, dawdles and cuts connections: nothing is lost, all is counted.
+
+moto's server on loopback is the store; what goes wrong happens in a proxy before it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import tarfile
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+from stdit.data import storage as storage_module
+from stdit.data.buckets import DataConfig, assign
+from stdit.data.cache import Cache, latent_key, latent_settings
+from stdit.data.loader import Loader
+from stdit.data.manifest import read_manifest
+from stdit.data.paths import split_member
+from stdit.data.planner import PlanItem
+from stdit.data.scan import scan
+from stdit.data.storage import STORAGE, StorageError
+from stdit.data.video_io import write_video
+from stdit.encode import encode_manifest
+from stdit.errors import StditError
+
+pytest.importorskip("moto.server", reason="moto's server is not installed: pip install 'stdit[dev]'")
+pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'stdit[remote]'")
+
+TIMEOUT = 1.5
+CONFIG = DataConfig(shapes=["16x16x5"], fps=8.0, max_crop=0.7)
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Passes requests on; those of objects go wrong as `faults` says, one after another."""
+
+    protocol_version = "HTTP/1.1"
+    upstream = ""
+    faults: list = []  # noqa: RUF012
+    done: Counter = Counter()  # noqa: RUF012
+    seen: list = []  # noqa: RUF012
+    lock = threading.Lock()
+
+    def _pass_on(self):
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        connection = http.client.HTTPConnection(self.upstream)
+        connection.request(self.command, self.path, content, dict(self.headers))
+        answer = connection.getresponse()
+        body = answer.read()
+        with self.lock:
+            self.seen.append((self.command, self.path))
+            of_object = self.path.count("/") > 1 and "list-type" not in self.path
+            fault = self.faults.pop(0) if self.faults and of_object else None
+            self.done[fault] += 1
+        if fault in (500, 503, 403):
+            return self._answer(
+                fault, {}, b"<Error><Code>InternalError</Code></Error>" if self.command != "HEAD" else b""
+            )
+        if fault == "stalls":
+            time.sleep(3 * TIMEOUT)
+        if fault == "refuses":
+            self.close_connection = True
+            return None
+        self._answer(answer.status, dict(answer.getheaders()), body, fault)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass_on
+
+    def _answer(self, status, headers, body, fault=None):
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "cut" and len(body) > 1:
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.close()
+            return
+        pieces = 5 if fault == "slow" else 1  # slow: within the time it may take
+        for part in np.array_split(np.frombuffer(body, np.uint8), pieces):
+            self.wfile.write(part.tobytes())
+            time.sleep(0.1 * (pieces > 1))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    """moto's server and the proxy before it: (boto3's client of the server itself, the proxy's URL)."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": "*", "no_proxy": "*",
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        moto.start()
+        host, port = moto.get_host_and_port()
+        Proxy.upstream = f"{host}:{port}"
+        proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+        proxy.handle_error = lambda *_: None  # of connections that are cut
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{proxy.server_address[1]}"
+        patch.setenv("AWS_ENDPOINT_URL_S3", url)
+        client = boto3.client("s3", endpoint_url=f"http://{Proxy.upstream}")
+        client.create_bucket(Bucket="bucket")
+        yield client, url
+        proxy.shutdown()
+        moto.stop()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Six captioned clips, three of them in a tar."""
+    folder, apart = tmp_path_factory.mktemp("videos"), tmp_path_factory.mktemp("apart")
+    for number in range(6):
+        frames = np.random.default_rng(number).integers(0, 256, (10, 16, 24, 3), dtype=np.uint8)
+        where = folder if number < 3 else apart
+        write_video(where / f"{number}.mp4", frames, 8)
+        (where / f"{number}.txt").write_text(f"clip {number}")
+    with tarfile.open(folder / "shard.tar", "w") as shard:
+        for file in sorted(apart.iterdir()):
+            shard.add(file, file.name)
+    return folder
+
+
+@pytest.fixture
+def store(server, tmp_path, monkeypatch):
+    """What reads the store, with fresh copies and quick to try again."""
+    settings = {"_folder": tmp_path / "copies", "_limit": 1 << 30, "_allowance": -1.0, "retries": 0}
+    for name, value in {**settings, "pause": 0.01, "timeout": TIMEOUT}.items():
+        monkeypatch.setattr(STORAGE, name, value)
+    monkeypatch.setattr(storage_module, "BLOCK", 2000)
+    for name, value in (("faults", []), ("done", Counter()), ("seen", [])):
+        monkeypatch.setattr(Proxy, name, value)
+    STORAGE._info.cache_clear()
+    return STORAGE
+
+
+@pytest.fixture
+def uploaded(server, videos):
+    for file in videos.iterdir():
+        server[0].upload_file(str(file), "bucket", f"videos/{file.name}")
+    return videos
+
+
+# what needs another try: 500, 503, "cut", "stalls" (not "refuses": aiohttp opens a connection anew by itself)
+TROUBLE = [500, "slow", "cut", None, "stalls", 503, None, "slow", "cut", 500]
+
+
+def counted():
+    return sum(Proxy.done[fault] for fault in (500, 503, "cut", "stalls"))
+
+
+def examples(manifest, workers=0):
+    assignment = assign(manifest, CONFIG)
+    items = [PlanItem(row, 0, 0, 0, 0, 0) for row in range(len(manifest))]
+    loader = Loader(manifest, assignment, CONFIG, seed=5, workers=workers)
+    return next(loader.iterate([items], epoch=0))
+
+
+def by_content(manifest):
+    return {clip.id: replace(clip, path="") for clip in manifest}
+
+
+def test_a_scan_loses_nothing(uploaded, store, tmp_path, caplog):
+    here = scan(uploaded, workers=1)
+    Proxy.faults.extend(TROUBLE)
+    found = scan("s3://bucket/videos", out=tmp_path / "m.parquet", workers=1)
+    assert by_content(found.manifest) == by_content(here.manifest) and len(found.manifest) == 6
+    assert not Proxy.faults and store.retries == counted() == 6
+    assert len([record for record in caplog.records if record.name == "stdit.data.storage"]) == 6
+    assert all(clip.path.startswith("s3://bucket/videos/") for clip in read_manifest(tmp_path / "m.parquet"))
+    server_asked = len(Proxy.seen)
+    again = scan("s3://bucket/videos", out=tmp_path / "m.parquet", workers=1)
+    assert again.reused == 6 and again.manifest.hash == found.manifest.hash
+    asked = Proxy.seen[server_asked:]
+    assert not [path for method, path in asked if ".mp4" in path or ".tar" in path]  # captions alone are read again
+
+
+def test_clips_are_those_of_the_files(uploaded, store, tmp_path):
+    here = examples(scan(uploaded, workers=1).manifest)
+    scan("s3://bucket/videos", out=tmp_path / "m.parquet", workers=1)
+    for copy in (tmp_path / "copies").iterdir():
+        copy.unlink()
+    before = store.retries
+    Proxy.done.clear()
+    Proxy.faults.extend(TROUBLE)
+    got = examples(read_manifest(tmp_path / "m.parquet"), workers=2)
+    assert not Proxy.faults and store.retries - before == counted() == 6
+    wanted = {example.clip_id: example for example in here}
+    assert [example.weight for example in got] == [1] * 6
+    assert all(torch.equal(example.frames, wanted[example.clip_id].frames) for example in got)
+    members = [split_member(clip.path) for clip in read_manifest(tmp_path / "m.parquet")]
+    sizes = {copy.stat().st_size for copy in (tmp_path / "copies").iterdir()}
+    assert {member.size for member in members if member} < sizes  # of the tar its members alone
+
+
+class Vae:
+    def encode(self, video):
+        return torch.nn.functional.avg_pool3d(video, (1, 4, 4))
+
+
+def test_a_cache_is_written_and_read_through_it_all(server, videos, store, tmp_path):
+    manifest = scan(videos, workers=1).manifest
+    assignment = assign(manifest, CONFIG)
+
+    def encode(out):
+        return encode_manifest(manifest, assignment, CONFIG, Vae(), None, out, vae_id="vae", batch=2, clips_per_shard=2)
+
+    encode(tmp_path / "cache")
+    Proxy.faults.extend([None, 500, None, 503, 500, "slow", None, "stalls"])
+    assert encode("s3://bucket/cache").clips == 6
+    assert not Proxy.faults and store.retries == counted() == 4
+    listed = server[0].list_objects_v2(Bucket="bucket", Prefix="cache/")["Contents"]
+    stored = {o["Key"]: server[0].get_object(Bucket="bucket", Key=o["Key"])["Body"].read() for o in listed}
+    here = {str(p.relative_to(tmp_path)): p.read_bytes() for p in (tmp_path / "cache").rglob("*") if p.is_file()}
+    assert stored == here and len(here) == 7
+    assert encode("s3://bucket/cache").reused == 6
+
+    Proxy.faults.extend(TROUBLE)
+    before = store.retries
+    Proxy.done.clear()
+    cache = Cache.open("s3://bucket/cache", latent_settings(CONFIG, "vae"))
+    local = Cache.open(tmp_path / "cache", latent_settings(CONFIG, "vae"))
+    for clip in manifest:
+        key = latent_key(clip.id, assignment.shapes[0])
+        assert torch.equal(cache.tensor(cache.position(key)), local.tensor(local.position(key)))
+    assert not Proxy.faults and store.retries - before == counted() == 6
+    with pytest.raises(StditError, match="vae vae there, other wanted"):
+        Cache.open("s3://bucket/cache", latent_settings(CONFIG, "other"))
+
+
+def test_what_stays_wrong_names_the_file_and_the_way_out(uploaded, store, tmp_path, server):
+    scan("s3://bucket/videos", out=tmp_path / "m.parquet", workers=1)
+    manifest = read_manifest(tmp_path / "m.parquet")
+    for copy in (tmp_path / "copies").iterdir():
+        copy.unlink()
+    store._info.cache_clear()
+    server[0].delete_object(Bucket="bucket", Key="videos/1.mp4")
+    got = {manifest[example.row].path: example for example in examples(manifest)}
+    gone = got["s3://bucket/videos/1.mp4"]
+    assert gone.weight == 0 and gone.reason == "missing" and "s3://bucket/videos/1.mp4: no such file" in gone.failure
+    assert sum(example.weight for example in got.values()) == 5
+    for copy in (tmp_path / "copies").iterdir():
+        copy.unlink()
+    Proxy.faults.append(403)
+    with pytest.raises(StorageError, match=r"s3://bucket/videos/.*access is denied.*credentials"):
+        examples(manifest)
+    Proxy.faults[:] = ["refuses"] * 100
+    with pytest.raises(StorageError, match=r"8 tries failed.*reachable"):
+        examples(manifest)
+
+
+def test_over_http_too(uploaded, store, server):
+    """As a plain web server, which lists its folders as pages and knows no ranges."""
+    import functools
+    import http.server
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(uploaded))
+    handler.func.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_address[1]}"
+        found = scan(url, workers=1)
+        assert by_content(found.manifest) == by_content(scan(uploaded, workers=1).manifest)
+        assert [example.weight for example in examples(found.manifest)] == [1] * 6
+        web.shutdown()
