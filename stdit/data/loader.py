@@ -17,7 +17,7 @@ from stdit.data.buckets import Assignment, DataConfig, slack
 from stdit.data.cache import Cache, latent_key, text_key
 from stdit.data.isolated import READER
 from stdit.data.manifest import Clip, Manifest
-from stdit.data.storage import STORAGE, Storage, StorageError
+from stdit.data.storage import OF_ONE_FILE, STORAGE, Storage, StorageError
 from stdit.data.video_io import Limits, VideoError, read_frames
 from stdit.errors import StditError
 from stdit.keyed import keyed_uniform
@@ -175,7 +175,7 @@ class Loader:
         except VideoError as error:  # which may name a local copy
             raise VideoError(clip.path, error.reason, error.message) from error
         except StorageError as error:
-            if error.reason in ("missing", "too_large"):
+            if error.reason in OF_ONE_FILE:
                 raise VideoError(clip.path, error.reason, error.message) from error
             raise  # of the storage, and so perhaps of all clips: the run stops
 

@@ -1,8 +1,6 @@
 """Files of any fsspec URL (s3://, gs://, https://, …) as local ones: fetched into a bounded folder, retried, counted.
 
-STDIT_LOCAL is the folder (default: stdit/remote in the user's cache folder), shared by all processes of a machine, and
-STDIT_LOCAL_GB its bound (default 32): what was used longest ago goes first, what is being read stays. Credentials and
-endpoints are fsspec's and the storage's own: AWS_* variables, ~/.config/fsspec, and so on.
+Credentials and endpoints are fsspec's and the storage's own: AWS_* variables, ~/.config/fsspec, and so on.
 """
 
 from __future__ import annotations
@@ -13,16 +11,16 @@ import json
 import logging
 import os
 import random
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
+from stdit.data.copies import Copies
 from stdit.data.paths import Member, is_remote, split_member
 from stdit.errors import StditError
 from stdit.files import publish
@@ -31,16 +29,15 @@ TRIES = 8  # of one request, with pauses of 0.5, 1, 2, … seconds, a minute in 
 LONGEST_PAUSE = 30.0
 TIMEOUT = 60.0  # seconds for one request, which asks for at most BLOCK bytes
 BLOCK = 8 << 20
-PROCESSES = 16  # that share the folder, at a guess
-STALE = 3600.0  # seconds after which a part that nobody finished is taken for a dead process's
+OF_ONE_FILE = ("missing", "too_large", "changed")  # reasons that say nothing of other files
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
 class StorageError(StditError):
-    """A file that storage does not give. `reason`: missing, denied, too_large, unreachable (after all tries) or wrong
-    (a URL that cannot work)."""
+    """A file that storage does not give. `reason`: missing, denied, too_large, changed (while it was read), unreachable
+    (after all tries) or wrong (a URL that cannot work)."""
 
     def __init__(self, path: str, reason: str, message: str) -> None:
         super().__init__(f"{path}: {message}")
@@ -49,7 +46,7 @@ class StorageError(StditError):
     @property
     def video_reason(self) -> str:
         """The reason as a `VideoError` has it."""
-        return self.reason if self.reason in ("missing", "too_large") else "unreadable"
+        return self.reason if self.reason in OF_ONE_FILE else "unreadable"
 
 
 class Storage:
@@ -66,31 +63,11 @@ class Storage:
         pause: float = 0.5,
         timeout: float = TIMEOUT,
     ) -> None:
-        self._folder, self._limit = folder, limit
+        self.copies = Copies(folder, limit)
         self.tries, self.pause, self.timeout = tries, pause, timeout
         self.retries = 0
-        self._lock, self._looking = threading.Lock(), threading.Lock()
-        self._allowance = -1.0
+        self._lock = threading.Lock()
         self._info = lru_cache(maxsize=1 << 16)(self._ask_info)
-
-    @property
-    def folder(self) -> Path:
-        """Where fetched files lie."""
-        if self._folder is None:
-            home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-            self._folder = os.environ.get("STDIT_LOCAL") or os.path.join(home, "stdit", "remote")
-        return Path(self._folder)
-
-    @property
-    def limit(self) -> int:
-        """Bytes that fetched files may take."""
-        if self._limit is None:
-            text = os.environ.get("STDIT_LOCAL_GB", "32")
-            try:
-                self._limit = int(float(text) * 1e9)
-            except (ValueError, OverflowError):
-                raise StditError(f"STDIT_LOCAL_GB is {text!r}; it must be a number of gigabytes.") from None
-        return self._limit
 
     @contextmanager
     def local(self, path: str) -> Iterator[str]:
@@ -104,17 +81,18 @@ class Storage:
         member = split_member(path)
         name = member.name if member else path.partition("?")[0]
         for _ in range(self.tries):
-            copy = self.folder / self._copy_name(path, member, os.path.splitext(name)[1])
-            held = _hold(copy)
+            copy = self._copy_name(path, member, os.path.splitext(name)[1])
+            held = self.copies.hold(copy)
             if held is None:
                 self._fetch(path, member, copy)
-                held = _hold(copy)
+                held = self.copies.hold(copy)
             if held is not None:  # otherwise another process needed the room at once
                 break
         else:
-            raise StorageError(path, "unreachable", f"its copies in {self.folder} keep vanishing: {_ROOM}")
+            message = f"its copies in {self.copies.folder} are dropped at once: raise STDIT_LOCAL_GB."
+            raise StorageError(path, "unreachable", message)
         with held:
-            yield str(copy)
+            yield str(self.copies.folder / copy)
 
     def read(self, path: str) -> bytes:
         """The content of a file."""
@@ -212,6 +190,8 @@ class Storage:
         for number in range(1, self.tries + 1):
             try:
                 return request()
+            except StorageError:
+                raise
             except Exception as error:
                 self._give_up(path, error, number)
                 pause = min(LONGEST_PAUSE, self.pause * 2 ** (number - 1)) * random.uniform(0.75, 1.25)
@@ -241,101 +221,42 @@ class Storage:
         text = json.dumps([path, state])
         return hashlib.sha256(text.encode()).hexdigest()[:32] + (suffix.lower() if suffix[1:].isalnum() else "")
 
-    def _fetch(self, path: str, member: Member | None, copy: Path) -> None:
+    def _fetch(self, path: str, member: Member | None, copy: str) -> None:
         """Block by block, so that a connection that is cut costs a block."""
         url = member.tar if member else path
         info = self._info(url)
         start, size = (member.offset, member.size) if member else (0, info.get("size"))
-        if size is not None and size > self.limit:
-            raise StorageError(path, "too_large", f"has {size} bytes, STDIT_LOCAL_GB allows {self.limit}. Raise it.")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room(size or 0)
+        if size is not None and size > self.copies.limit:
+            message = f"has {size} bytes, STDIT_LOCAL_GB allows {self.copies.limit}. Raise it."
+            raise StorageError(path, "too_large", message)
         system, name = self._system(url)
-        part = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}.part")
-        try:
-            with open(part, "wb") as file:
-                if size is None:
-                    file.write(self._retried(path, lambda: system.cat_file(name, **self._within(system))))
-                while size is not None and file.tell() < size:
-                    first = start + file.tell()
-                    end = min(first + BLOCK, start + size)
-                    file.write(self._block(path, system, name, first, end, info.get("size")))
-            os.replace(part, copy)
-        finally:
-            part.unlink(missing_ok=True)
+        with self.copies.add(copy, size or 0) as file:
+            if size is None:
+                file.write(self._retried(path, lambda: system.cat_file(name, **self._within(system))))
+            while size is not None and file.tell() < size:
+                first = start + file.tell()
+                file.write(self._block(path, url, first, min(first + BLOCK, start + size), info))
+            if size is not None and size > BLOCK:
+                self._check_same(path, url, info)
 
-    def _block(self, path: str, system: Any, name: str, first: int, end: int, total: int | None) -> bytes:
+    def _block(self, path: str, url: str, first: int, end: int, info: dict[str, Any]) -> bytes:
+        system, name = self._system(url)
+
         def request() -> bytes:
             got = system.cat_file(name, start=first, end=end, **self._within(system))
-            if len(got) == total:  # from a server that knows no ranges
+            if len(got) == info["size"]:  # from a server that knows no ranges
                 got = got[first:end]
             if len(got) != end - first:
-                self._info.cache_clear()  # perhaps it is another file by now
+                self._check_same(path, url, info)
                 raise OSError(f"{len(got)} bytes came, {end - first} were asked for")
             return got
 
         return self._retried(path, request)
 
-    def _make_room(self, size: int) -> None:
-        """Looks at the folder only now and then: a process may add a share of what was free when it last looked."""
-        with self._looking:
-            self._allowance -= size
-            if self._allowance >= 0:
-                return
-            files, used = [], 0
-            with os.scandir(self.folder) as entries:
-                for entry in entries:
-                    with suppress(OSError):  # gone meanwhile
-                        status = entry.stat()
-                        used += status.st_size
-                        finished = not entry.name.startswith(".")
-                        if finished or time.time() - status.st_mtime > STALE:
-                            files.append((finished, status.st_mtime, status.st_size, entry.path))
-            wanted = self.limit if used + size <= self.limit else 0.9 * self.limit
-            for _, _, bytes_, path in sorted(files):
-                if used + size <= wanted:
-                    break
-                if _drop(path):
-                    used -= bytes_
-            self._allowance = (self.limit - used - size) / PROCESSES
-
-
-_ROOM = "more is read at the same time than STDIT_LOCAL_GB has room for. Raise it."
-
-
-def _hold(path: Path) -> BinaryIO | None:
-    """The file opened, marked as used now and locked against `_drop`; None if it is not there."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
-    except FileNotFoundError:
-        return None
-    with suppress(ImportError, OSError):  # Windows keeps open files by itself
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_SH)
-    with suppress(OSError):
-        os.utime(path)
-    if os.path.exists(path):
-        return file
-    file.close()
-    return None
-
-
-def _drop(path: str) -> bool:
-    """Removes a fetched file unless someone holds it."""
-    try:
-        with open(path, "rb") as file, suppress(ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-            return True
-        os.unlink(path)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
+    def _check_same(self, path: str, url: str, info: dict[str, Any]) -> None:
+        if _state(self._ask_info(url)) != _state(info):
+            self._info.cache_clear()
+            raise StorageError(path, "changed", "was written to while it was read.")
 
 
 def _state(info: dict[str, Any]) -> list[Any]:

@@ -6,20 +6,24 @@ moto's server on loopback is the store; what goes wrong happens in a proxy befor
 from __future__ import annotations
 
 import http.client
+import json
 import tarfile
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 
+from stdit.cli.main import app, run_command
 from stdit.data import storage as storage_module
 from stdit.data.buckets import DataConfig, assign
 from stdit.data.cache import Cache, latent_key, latent_settings
+from stdit.data.copies import Copies
 from stdit.data.loader import Loader
 from stdit.data.manifest import read_manifest
 from stdit.data.paths import split_member
@@ -142,8 +146,8 @@ def videos(tmp_path_factory):
 @pytest.fixture
 def store(server, tmp_path, monkeypatch):
     """What reads the store, with fresh copies and quick to try again."""
-    settings = {"_folder": tmp_path / "copies", "_limit": 1 << 30, "_allowance": -1.0, "retries": 0}
-    for name, value in {**settings, "pause": 0.01, "timeout": TIMEOUT}.items():
+    settings = {"copies": Copies(tmp_path / "copies", 1 << 30), "retries": 0, "pause": 0.01, "timeout": TIMEOUT}
+    for name, value in settings.items():
         monkeypatch.setattr(STORAGE, name, value)
     monkeypatch.setattr(storage_module, "BLOCK", 2000)
     for name, value in (("faults", []), ("done", Counter()), ("seen", [])):
@@ -178,17 +182,19 @@ def by_content(manifest):
     return {clip.id: replace(clip, path="") for clip in manifest}
 
 
-def test_a_scan_loses_nothing(uploaded, store, tmp_path, caplog):
+def test_a_scan_loses_nothing(uploaded, store, tmp_path, caplog, capsys):
     here = scan(uploaded, workers=1)
     Proxy.faults.extend(TROUBLE)
-    found = scan("s3://bucket/videos", out=tmp_path / "m.parquet", workers=1)
-    assert by_content(found.manifest) == by_content(here.manifest) and len(found.manifest) == 6
+    command = ["data", "scan", "s3://bucket/videos", "--out", str(tmp_path / "m.parquet"), "--workers", "1", "--json"]
+    assert run_command(app, command, "stdit") == 0 and json.loads(capsys.readouterr().out)["retries"] == 6
+    found = read_manifest(tmp_path / "m.parquet")
+    assert by_content(found) == by_content(here.manifest) and len(found) == 6
     assert not Proxy.faults and store.retries == counted() == 6
     assert len([record for record in caplog.records if record.name == "stdit.data.storage"]) == 6
-    assert all(clip.path.startswith("s3://bucket/videos/") for clip in read_manifest(tmp_path / "m.parquet"))
+    assert all(clip.path.startswith("s3://bucket/videos/") for clip in found)
     server_asked = len(Proxy.seen)
     again = scan("s3://bucket/videos", out=tmp_path / "m.parquet", workers=1)
-    assert again.reused == 6 and again.manifest.hash == found.manifest.hash
+    assert again.reused == 6 and again.manifest.hash == found.hash
     asked = Proxy.seen[server_asked:]
     assert not [path for method, path in asked if ".mp4" in path or ".tar" in path]  # captions alone are read again
 
@@ -269,10 +275,7 @@ def test_what_stays_wrong_names_the_file_and_the_way_out(uploaded, store, tmp_pa
 
 def test_over_http_too(uploaded, store, server):
     """As a plain web server, which lists its folders as pages and knows no ranges."""
-    import functools
-    import http.server
-
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(uploaded))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(uploaded))
     handler.func.log_message = lambda *_: None
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()

@@ -175,6 +175,26 @@ def test_a_scheme_nobody_knows_says_so(tmp_path):
     assert error.value.reason == "wrong"
 
 
+def test_a_file_that_changes_while_it_is_read_is_never_a_mixture(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(storage_module, "BLOCK", 100)
+    plain = Flaky.cat_file
+    for other in (bytes(250), b"short"):  # of the same size, and of another
+        files("a.bin", b"1" * 250)
+
+        def change(self, path, start=None, end=None, other=other, **kwargs):
+            if start == 100:
+                files("a.bin", other)
+            return plain(self, path, start, end, **kwargs)
+
+        monkeypatch.setattr(Flaky, "cat_file", change)
+        store = storage(tmp_path)
+        with pytest.raises(StorageError, match=r"a\.bin: was written to while") as error:
+            content_of(store, "flaky://a.bin")
+        assert error.value.reason == "changed"
+        monkeypatch.setattr(Flaky, "cat_file", plain)
+        assert content_of(store, "flaky://a.bin") == other
+
+
 def test_copies_stay_bounded_and_what_is_read_stays(tmp_path, files):
     for number in range(40):
         files(f"{number}.bin", bytes([number]) * 1000)
@@ -233,7 +253,7 @@ def test_the_environment_says_where_and_how_much(tmp_path, monkeypatch):
     monkeypatch.setenv("STDIT_LOCAL", str(tmp_path))
     monkeypatch.setenv("STDIT_LOCAL_GB", "1.5")
     store = Storage()
-    assert store.folder == tmp_path and store.limit == 1_500_000_000
+    assert store.copies.folder == tmp_path and store.copies.limit == 1_500_000_000
     monkeypatch.setenv("STDIT_LOCAL_GB", "much")
     with pytest.raises(StditError, match="STDIT_LOCAL_GB is 'much'"):
-        assert Storage().limit
+        assert Storage().copies.limit
