@@ -64,9 +64,23 @@ class Copies:
         return None
 
     @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """One thread of one process at a time is in this context for a name (not on Windows: it may be several)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / f".{name}.lock"
+        with open(lock, "wb") as file:
+            with suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    @contextmanager
     def add(self, name: str, size: int) -> Iterator[BinaryIO]:
         """A file to write a new copy of `size` bytes to; it takes its place when the context ends without an error."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._make_room(size)
         part = self.folder / f".{name}.{secrets.token_hex(4)}.part"
         try:

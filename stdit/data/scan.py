@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from stdit.data.captions import read_captions
+from stdit.data.listing import MEDIA, File, Folder, tar_members
 from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write_manifest
 from stdit.data.paths import is_remote
 from stdit.data.probing import Opened, Probed, probe_files
-from stdit.data.sources import MEDIA, File, Folder, tar_members
 from stdit.data.storage import STORAGE, StorageError
 from stdit.data.video_io import VERIFY_PIXELS
 from stdit.errors import about
@@ -50,7 +50,7 @@ def scan(
 ) -> Scan:
     """Probes every video and image under `folder` (hidden ones left out), in processes that may crash or hang.
 
-    folder: a folder or a URL of any fsspec scheme. Tar shards in it are looked into: see `sources.tar_members`.
+    folder: a folder or a URL of any fsspec scheme. Tar shards in it are looked into: see `listing.tar_members`.
     captions: a CSV or JSONL; None: `captions.csv` or `captions.jsonl` in the folder, else .txt files beside the videos.
     out: the manifest to write, if there is a clip; what was skipped goes beside it as `….skipped.jsonl`, and what was
         found of every file as `….probed.jsonl`, while it is found: a scan that was stopped goes on there, and files

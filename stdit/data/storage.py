@@ -84,8 +84,11 @@ class Storage:
             copy = self._copy_name(path, member, os.path.splitext(name)[1])
             held = self.copies.hold(copy)
             if held is None:
-                self._fetch(path, member, copy)
-                held = self.copies.hold(copy)
+                with self.copies.alone(copy):  # what others have fetched meanwhile is there
+                    held = self.copies.hold(copy)
+                    if held is None:
+                        self._fetch(path, member, copy)
+                        held = self.copies.hold(copy)
             if held is not None:  # otherwise another process needed the room at once
                 break
         else:

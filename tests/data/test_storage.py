@@ -6,6 +6,8 @@ import logging
 import os
 import random
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
@@ -212,6 +214,21 @@ def test_copies_stay_bounded_and_what_is_read_stays(tmp_path, files):
     with pytest.raises(StorageError, match=r"10001 bytes, STDIT_LOCAL_GB") as error:
         content_of(store, "flaky://large.bin")
     assert error.value.reason == "too_large"
+
+
+def test_what_many_ask_for_at_once_is_fetched_once(tmp_path, files, monkeypatch):
+    files("a.bin", b"content")
+    plain = Flaky.cat_file
+
+    def slow(self, *arguments, **options):
+        time.sleep(0.05)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Flaky, "cat_file", slow)
+    stores = [storage(tmp_path), storage(tmp_path)]  # as two processes
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda number: content_of(stores[number % 2], "flaky://a.bin"), range(8)))
+    assert got == [b"content"] * 8 and len(Flaky.asked) == 1 == len(copies(tmp_path))
 
 
 def test_many_threads_read_through_a_small_folder(tmp_path, files):

@@ -15,12 +15,12 @@ from PIL import Image
 from stdit.data import scan as scan_module
 from stdit.data.buckets import DataConfig, assign
 from stdit.data.isolated import Reader
+from stdit.data.listing import File, tar_members
 from stdit.data.loader import Loader
 from stdit.data.manifest import Caption, read_manifest
 from stdit.data.paths import split_member
 from stdit.data.planner import PlanItem
 from stdit.data.scan import scan
-from stdit.data.sources import File, tar_members
 from stdit.data.video_io import VideoError, probe, read_frames, write_video
 
 
