@@ -11,7 +11,7 @@ from typing import Any
 import av
 import av.filter
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from stdit.data import hdr
 from stdit.data.paths import file_of, open_bytes, split_member
@@ -130,10 +130,15 @@ def cut(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -> 
 
 
 def to_rgb(
-    frame: av.VideoFrame, pixel_aspect: float, size: tuple[int, int] | None, crop: tuple[float, float]
+    frame: av.VideoFrame,
+    pixel_aspect: float,
+    size: tuple[int, int] | None,
+    crop: tuple[float, float],
+    reformatter: VideoReformatter,
 ) -> np.ndarray:
     """(H, W, 3) uint8 as displayed: swscale scales (bicubic, widened when shrinking) and converts in one pass.
 
+    reformatter: the same for all frames of a read, since it keeps swscale's tables; a frame's own makes them anew.
     HDR (PQ, HLG) becomes sRGB as `hdr.to_srgb` says; other transfers stay as they are, as players leave them.
     """
     transpose, flip_x, flip_y = orientation(frame)
@@ -146,7 +151,8 @@ def to_rgb(
     unspecified = frame.colorspace in (0, 2) and frame.format.name != "rgb24"
     guess = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unspecified else None
     bright = frame.color_trc in (hdr.PQ, hdr.HLG)
-    rgb = frame.reformat(
+    rgb = reformatter.reformat(
+        frame,
         width,
         height,
         "rgb48le" if bright else "rgb24",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from stdit.data.paths import open_bytes, split_member
 from stdit.data.pixels import (
@@ -190,6 +191,7 @@ class _Source:
         ratio = float(self.stream.sample_aspect_ratio or 1)
         self.pixel_aspect = ratio if 0.1 <= ratio <= 10 else 1.0
         self.packet_times: list[float] = []
+        self.reformatter = VideoReformatter()
         # AVI stores no presentation times; what FFmpeg makes up for reordered frames goes back and forth
         self.timed = container.format.name != "avi"
 
@@ -269,7 +271,7 @@ class _Source:
             nonlocal converted, out, taken, size
             assert previous is not None
             if converted is None:
-                converted = to_rgb(previous[1], self.pixel_aspect, size, crop)
+                converted = to_rgb(previous[1], self.pixel_aspect, size, crop, self.reformatter)
             if taken == 0:
                 out = allocate((count, *converted.shape))
                 size = converted.shape[1], converted.shape[0]
