@@ -74,7 +74,7 @@ def vae(
         return
     console = Console()
     for view in tables(result):
-        console.print(view)
+        console.print(view, highlight=False)
     for failure in result["failures"]:
         console.print(f"left out: {failure}", highlight=False, markup=False, soft_wrap=True)
     if written is not None:
@@ -83,7 +83,7 @@ def vae(
 
 
 def tables(result: dict[str, Any]) -> list[Any]:
-    """The measures over all clips with what they mean, and the latents' channels, as rich tables."""
+    """The measures over all clips and the latents' channels as rich tables, with what they mean."""
     from rich.table import Table
 
     look: dict[str, Any] = {"padding": (0, 1, 0, 0), "box": None, "title_justify": "left"}
@@ -97,10 +97,10 @@ def tables(result: dict[str, Any]) -> list[Any]:
         worst = max(found, key=lambda one: abs(one - 1)) if name in ("motion", "sharpness") else None
         worst = worst or (max(found) if name in ("lpips", "flicker") else min(found))
         measures.add_row(name, f"{value:.4g}", f"{worst:.4g}", result["definitions"][name])
-    latents = Table(title="Latents", caption=result["definitions"]["latents"], caption_justify="left", **look)
+    latents = Table(title="Raw latents", **look)
     for name in ("channel", "mean", "std", "outliers", "furthest"):
         latents.add_column(name, justify="right")
     columns = [result["latents"][name] for name in ("mean", "std", "outliers", "furthest")]
     for channel, (mean, std, outliers, furthest) in enumerate(zip(*columns)):
         latents.add_row(str(channel), f"{mean:.4f}", f"{std:.4f}", f"{outliers:.2%}", f"{furthest:.1f}")
-    return [measures, latents]
+    return [measures, latents, result["definitions"]["latents"]]
