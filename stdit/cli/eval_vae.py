@@ -94,8 +94,10 @@ def tables(result: dict[str, Any]) -> list[Any]:
         if value is None:
             continue
         found = [clip["measures"][name] for clip in result["clips"] if clip["measures"][name] is not None]
-        worst = max(found, key=lambda one: abs(one - 1)) if name in ("motion", "sharpness") else None
-        worst = worst or (max(found) if name in ("lpips", "flicker") else min(found))
+        if name in ("motion", "sharpness"):
+            worst = max(found, key=lambda one: abs(one - 1))
+        else:
+            worst = max(found) if name in ("lpips", "flicker") else min(found)
         measures.add_row(name, f"{value:.4g}", f"{worst:.4g}", result["definitions"][name])
     latents = Table(title="Raw latents", **look)
     for name in ("channel", "mean", "std", "outliers", "furthest"):

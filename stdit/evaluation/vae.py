@@ -134,13 +134,11 @@ def pooled_statistics(clips: Sequence[dict[str, Any]]) -> dict[str, list[float]]
 
 
 @torch.no_grad()
-def reconstructed(
-    vae: Any, pieces: Iterator[np.ndarray], memory: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+def reconstructed(vae: Any, pieces: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
     """A clip in pieces, uint8 (t, H, W, 3), through the VAE and back: (source, reconstruction, raw latents) of parts.
 
-    The latents (z, n, H', W') of a part are those that became known with it. A CausalVAE streams within `memory`
-    bytes (see `streaming.slices`); another family's takes the clip whole.
+    The latents (z, n, H', W') of a part are those that became known with it. A CausalVAE streams; another family's
+    takes the clip whole.
     """
     weight = next(vae.parameters())
     if not isinstance(vae, CausalVAE):
@@ -158,11 +156,11 @@ def reconstructed(
                 yield to_video(torch.from_numpy(frame[None])).to(weight)[:, 0]
 
     def latents_of() -> Iterator[Tensor]:
-        for chunk in vae.encode_stream(frames(), memory):
+        for chunk in vae.encode_stream(frames()):
             found.append(chunk)
             yield chunk
 
-    for video in vae.decode_stream(latents_of(), memory):
+    for video in vae.decode_stream(latents_of()):
         count = video.shape[1]
         z = vae.denormalise(torch.cat(found, 1)[None])[0] if found else weight.new_empty(vae.config.z_dim, 0, 1, 1)
         found.clear()
@@ -194,7 +192,7 @@ def evaluate_vae(
     size: (width, height) that clips are scaled to cover and cut to at the centre; None: each its own, cut to multiples
     of the VAE's stride. frames: at most so many of each clip from its start. fps: that they are read at; None: each its
     own. limit: only the first so many clips. lpips: files or folders of LPIPS' weights. pictures: of the first so many
-    clips. memory: bytes for the VAE to work in.
+    clips. memory: bytes for a CausalVAE to work in.
 
     Writes out/evaluation-vae.json, out/evaluation-vae/ with a picture of a clip's source, reconstruction and their
     difference, and out/evaluation-vae.jsonl with each clip when it is done: a call that was stopped goes on from there.
@@ -202,6 +200,7 @@ def evaluate_vae(
     """
     began = time.perf_counter()
     vae = load_vae(model, dtype=torch.float32, device=device).eval()
+    vae.memory = memory
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     manifest, failures = _manifest(Path(clips))
@@ -226,7 +225,7 @@ def evaluate_vae(
                 continue
             try:
                 cut = _cut(clip, vae.config.stride, size, frames, fps)
-                line = _measure(vae, clip, cut, perceptual, memory, picture and out / picture)
+                line = _measure(vae, clip, cut, perceptual, picture and out / picture)
             except VideoError as error:
                 failures.append(str(error))
                 continue
@@ -295,15 +294,13 @@ def _cut(clip: Clip, stride: tuple[int, ...], size: tuple[int, int] | None, fram
     return Cut(width, height, nearest_frames(count, stride[0], first)[0], rate)
 
 
-def _measure(
-    vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, memory: int | None, picture: Path | None
-) -> dict[str, Any]:
+def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path | None) -> dict[str, Any]:
     measures = ClipMeasures(lpips)
     latents: list[Tensor] = []
     shown: list[tuple[np.ndarray, np.ndarray]] = []
     picks = set(sheet_frames(cut.frames, PICTURE_FRAMES))
     done = 0
-    for source, rebuilt, found in reconstructed(vae, _pieces(clip, cut), memory):
+    for source, rebuilt, found in reconstructed(vae, _pieces(clip, cut)):
         if not found.isfinite().all():
             raise StditError(f"{clip.path}: the VAE gives latents that are not finite. Has its training diverged?")
         measures.add(source, rebuilt)
