@@ -40,7 +40,7 @@ class Folder:
         self.root = root.removeprefix("file://").rstrip("/") or "/"
         self._states: dict[str, list[Any] | None] = {}
         if is_remote(self.root):
-            self._states = {url[len(self.root) + 1 :]: state for url, state in STORAGE.find(self.root).items()}
+            self._states = STORAGE.find(self.root)
             return
         if not os.path.isdir(self.root):
             raise StditError(f"{root} is not a folder.")

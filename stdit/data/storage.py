@@ -137,28 +137,28 @@ class Storage:
         return sorted(one.rstrip("/").rpartition("/")[2] for one in found)
 
     def find(self, folder: str) -> dict[str, list[Any] | None]:
-        """URLs of all files under a remote folder, hidden ones left out; each with its `state` where the list says it.
+        """Names in a remote folder of all files under it but hidden ones; each with its `state` where the list says it.
 
         Every folder is a request of its own: one that fails does not start the whole again.
         """
         system, first = self._system(folder)
         system.invalidate_cache()
         found: dict[str, list[Any] | None] = {}
-        folders, seen = [first.rstrip("/")], set()
+        first = first.rstrip("/")
+        folders, seen = [first], set()
         while folders:
             name = folders.pop()
             if name in seen:
                 continue
             seen.add(name)
-            url = system.unstrip_protocol(name)
-            for info in self._retried(url, partial(system.ls, name, detail=True)):
+            for info in self._retried(system.unstrip_protocol(name), partial(system.ls, name, detail=True)):
                 child = info["name"].rstrip("/")
                 if child == name or child.rpartition("/")[2].startswith("."):
                     continue
                 if info["type"] == "directory":
                     folders.append(child)
                 elif not info["name"].endswith("/"):
-                    found[system.unstrip_protocol(child)] = None if info.get("size") is None else _state(info)
+                    found[child[len(first) + 1 :]] = None if info.get("size") is None else _state(info)
         return found
 
     def state(self, url: str) -> list[Any]:
