@@ -9,6 +9,9 @@ import yaml
 
 from stdit.config import RunConfig, differences, from_dict, load_config, save_config, to_dict
 from stdit.errors import StditError
+from stdit.vae.config import preset
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -28,6 +31,17 @@ def test_yaml_then_overrides(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "")) == RunConfig()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_that_comes_along_is_read_and_consistent(path: Path) -> None:
+    config = load_config(path)
+    config.data.check()
+    if config.objective.kind == "vae" and config.vae.preset:
+        stride = preset(config.vae.preset).stride
+        for shape in config.data.video_shapes():
+            shape.latent(stride)  # raises where it does not divide
+            assert shape.frames * shape.height * shape.width <= config.plan.tokens_per_pack
 
 
 def test_what_is_saved_reads_back(tmp_path: Path) -> None:

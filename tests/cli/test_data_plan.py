@@ -151,7 +151,7 @@ def test_costs_are_those_of_the_training(files, tmp_path):
             assert found.tokens(shape) == objective.tokens(shape)
 
 
-@pytest.mark.parametrize("name", ["toy/vae.yaml", "asl-vae.yaml"])
+@pytest.mark.parametrize("name", ["toy/vae.yaml", "vae/asl.yaml"])
 def test_a_vae_on_crops_has_the_plan_of_its_training(files, name, capsys):
     """Clips are planned by the squares that are trained on (objective.vae.crop), not by whole frames."""
     import torch

@@ -12,6 +12,7 @@ from stdit.vae.finetune import Part, choose_trained, join_taps
 
 CONFIG = VaeConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=3, patch_size=2)
 WAN22 = replace(CONFIG, decoder_base_dim=8, dim_mult=(1, 1), residual=True)
+INFLATED = replace(CONFIG, groups=2)  # as from an image VAE
 
 
 def changed(config: VaeConfig, part: Part) -> tuple[CausalVAE, CausalVAE]:
@@ -30,7 +31,7 @@ def changed(config: VaeConfig, part: Part) -> tuple[CausalVAE, CausalVAE]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [CONFIG, WAN22])
+@pytest.mark.parametrize("config", [CONFIG, WAN22, INFLATED])
 def test_decoder_only_leaves_latents_bit_for_bit(config: VaeConfig):
     before, after = changed(config, "decoder")
     clip = torch.rand(1, 3, 5, 16, 16) * 2 - 1
@@ -42,7 +43,7 @@ def test_decoder_only_leaves_latents_bit_for_bit(config: VaeConfig):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [CONFIG, WAN22])
+@pytest.mark.parametrize("config", [CONFIG, WAN22, INFLATED])
 def test_temporal_only_leaves_images_bit_for_bit(config: VaeConfig):
     before, after = changed(config, "temporal")
     image, clip = torch.rand(1, 3, 1, 16, 16) * 2 - 1, torch.rand(1, 3, 5, 16, 16) * 2 - 1
