@@ -19,6 +19,7 @@ from stdit.data.isolated import READER
 from stdit.data.loader import to_video
 from stdit.data.manifest import Clip, Manifest, json_lines, read_manifest
 from stdit.data.scan import scan
+from stdit.data.storage import OF_ONE_FILE, STORAGE, StorageError
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import contact_sheet, sheet_frames
 from stdit.encode import vae_identity
@@ -329,9 +330,17 @@ def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path 
 
 
 def _pieces(clip: Clip, cut: Cut) -> Iterator[np.ndarray]:
-    for first in range(0, cut.frames, PIECE):
-        count = min(PIECE, cut.frames - first)
-        yield READER(clip.path, count, (cut.width, cut.height), cut.fps, clip.start + first / cut.fps)
+    try:
+        with STORAGE.local(clip.path) as path:
+            for first in range(0, cut.frames, PIECE):
+                count = min(PIECE, cut.frames - first)
+                yield READER(path, count, (cut.width, cut.height), cut.fps, clip.start + first / cut.fps)
+    except VideoError as error:  # which may name a local copy
+        raise VideoError(clip.path, error.reason, error.message) from error
+    except StorageError as error:
+        if error.reason in OF_ONE_FILE:
+            raise VideoError(clip.path, error.reason, error.message) from error
+        raise
 
 
 def _mean(values: Iterator[float | None]) -> float | None:
