@@ -6,9 +6,10 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,73 +69,19 @@ def scan(
     captioned = {} if table is None else _table(table, source.root)
     names, tars, ignored = _names(source, captioned, table, out)
     texts = captioned if table is not None else source.sidecars(names)
-    skipped: list[Skipped] = []
-    damaged: list[Skipped] = []
-    files: list[File] = []
-    found: dict[str, Probed] = {}
     verify_pixels = VERIFY_PIXELS if verify else 0
-    reused = 0
     with _remembered(None if out is None else Path(out).with_suffix(".probed.jsonl"), verify_pixels) as memory:
-
-        def look_at(more: list[File], opened: Opened) -> None:
-            nonlocal reused
-            for file in more:
-                if _unnameable(file.name):
-                    name = file.name.encode("utf-8", "replace").decode()
-                    skipped.append(Skipped(name, "name", "has a name that is not UTF-8. Rename it."))
-            more = [file for file in more if not _unnameable(file.name)]
-            files.extend(more)
-            on_start(len(files))
-            known = {file.path: result for file in more if (result := memory.get(file))}
-            for path in known:
-                on_file(path)
-            new = {file.path: file for file in more if file.path not in known}
-
-            def done(result: Probed) -> None:
-                memory.keep(new[result.path], result)
-                on_file(result.path)
-
-            probed = probe_files(list(new), workers or os.cpu_count() or 1, verify_pixels, timeout, done, opened)
-            found.update(known | dict(zip(new, probed)))
-            reused += len(known)
-
-        look_at([source.file(name) for name in names], STORAGE.local)
+        probe = partial(
+            probe_files, workers=workers or os.cpu_count() or 1, verify_pixels=verify_pixels, timeout=timeout
+        )
+        found = _Found(memory, probe, on_start, on_file)
+        found.look_at([source.file(name) for name in names])
         for name in tars:
-            try:
-                damage = _look_into(source.file(name), memory, look_at)
-            except (tarfile.TarError, OSError) as error:
-                skipped.append(Skipped(name, "not_media", f"is no tar that can be read ({error})."))
-            except StorageError as error:
-                if error.reason == "unreachable":
-                    raise
-                skipped.append(Skipped(name, error.video_reason, error.message))
-            else:
-                if damage:
-                    damaged.append(Skipped(name, "damaged", f"{damage} The files before that are used."))
-    clips: dict[str, Clip] = {}
-    first_of: dict[str, str] = {}
-    for file in files:
-        result = found[file.path]
-        captions_ = tuple(texts.get(file.name, ())) or file.captions
-        if result.probe is None or result.sha256 is None:
-            skipped.append(Skipped(file.name, result.reason or "undecodable", result.message or "cannot be read."))
-            continue
-        if not captions_ and not uncaptioned:
-            skipped.append(Skipped(file.name, "no_caption", "has no caption."))
-            continue
-        clip = _clip(result, captions_)
-        if result.probe["damage"]:
-            damaged.append(Skipped(file.name, "damaged", f"{result.probe['damage']} The frames before that are used."))
-        if clip.id in clips:
-            first = clips[clip.id]
-            merged = tuple(dict.fromkeys((*first.captions, *clip.captions)))
-            clips[clip.id] = Clip(**{**first.__dict__, "captions": merged})
-            message = f"has the same content as {first_of[clip.id]}; its captions are added there."
-            skipped.append(Skipped(file.name, "duplicate", message))
-        else:
-            clips[clip.id], first_of[clip.id] = clip, file.name
-    manifest = Manifest.of(list(clips.values()), "." if is_remote(source.root) else source.root)
-    scanned = Scan(manifest, tuple(sorted(skipped, key=lambda s: s.file)), tuple(damaged), ignored, reused)
+            found.look_into(source.file(name))
+    clips = found.clips(texts, uncaptioned)
+    manifest = Manifest.of(clips, "." if is_remote(source.root) else source.root)
+    skipped = tuple(sorted(found.skipped, key=lambda s: s.file))
+    scanned = Scan(manifest, skipped, tuple(found.damaged), ignored, found.reused)
     if out is not None:
         if len(manifest):
             write_manifest(manifest, out)
@@ -144,20 +91,92 @@ def scan(
     return scanned
 
 
-def _look_into(tar: File, memory: _Memory, look_at: Callable[[list[File], Opened], None]) -> str | None:
-    """Probes what is in a tar, fetched whole where it is remote; returns what is wrong further in, if anything."""
-    if tar.name.lower().endswith(_COMPRESSED):
-        raise tarfile.ReadError("it is compressed: only in a plain .tar can a file be read where it lies")
-    known = memory.members(tar)
-    if known is not None and all(memory.get(file) for file in known[0]):
-        look_at(known[0], STORAGE.local)
-        return known[1]
-    with STORAGE.local(tar.path) as local:
-        members, damage = known or tar_members(tar, local)
-        if known is None:
-            memory.keep_members(tar, members, damage)
-        look_at(members, lambda path: nullcontext(local + path.removeprefix(tar.path)))
-    return damage
+class _Found:
+    """What has been looked at so far, and what came of it."""
+
+    def __init__(
+        self,
+        memory: _Memory,
+        probe: Callable[..., list[Probed]],
+        on_start: Callable[[int], None],
+        on_file: Callable[[str], None],
+    ) -> None:
+        self.memory, self.probe, self.on_start, self.on_file = memory, probe, on_start, on_file
+        self.files: list[tuple[File, Probed]] = []
+        self.skipped: list[Skipped] = []
+        self.damaged: list[Skipped] = []
+        self.reused = 0
+
+    def look_at(self, files: list[File], opened: Opened = STORAGE.local) -> None:
+        """Probes files, unless an earlier scan has. opened: as `probe_files` has it."""
+        for file in files:
+            if _unnameable(file.name):
+                name = file.name.encode("utf-8", "replace").decode()
+                self.skipped.append(Skipped(name, "name", "has a name that is not UTF-8. Rename it."))
+        files = [file for file in files if not _unnameable(file.name)]
+        self.on_start(len(self.files) + len(files))
+        known = {file.path: result for file in files if (result := self.memory.get(file))}
+        for path in known:
+            self.on_file(path)
+        new = {file.path: file for file in files if file.path not in known}
+
+        def done(result: Probed) -> None:
+            self.memory.keep(new[result.path], result)
+            self.on_file(result.path)
+
+        results = known | dict(zip(new, self.probe(list(new), on_done=done, opened=opened)))
+        self.files += [(file, results[file.path]) for file in files]
+        self.reused += len(known)
+
+    def look_into(self, tar: File) -> None:
+        """Probes what is in a tar, which is fetched whole if it is remote and has changed."""
+        known = self.memory.members(tar)
+        try:
+            if tar.name.lower().endswith(_COMPRESSED):
+                raise tarfile.ReadError("it is compressed: only in a plain .tar can a file be read where it lies")
+            if known is not None and all(self.memory.get(file) for file in known[0]):
+                members, damage = known
+                self.look_at(members)
+            else:
+                with STORAGE.local(tar.path) as local:
+                    members, damage = known or tar_members(tar, local)
+                    self.memory.keep_members(tar, members, damage)
+                    self.look_at(members, lambda path: nullcontext(local + path.removeprefix(tar.path)))
+        except (tarfile.TarError, OSError) as error:
+            self.skipped.append(Skipped(tar.name, "not_media", f"is no tar that can be read ({error})."))
+        except StorageError as error:
+            if error.reason == "unreachable":
+                raise
+            self.skipped.append(Skipped(tar.name, error.video_reason, error.message))
+        else:
+            if damage:
+                self.damaged.append(Skipped(tar.name, "damaged", f"{damage} The files before that are used."))
+
+    def clips(self, texts: Mapping[str, Sequence[Caption]], uncaptioned: bool) -> list[Clip]:
+        """A clip of every file that can be one; why the others are none joins `skipped`."""
+        clips: dict[str, Clip] = {}
+        first_of: dict[str, str] = {}
+        for file, result in self.files:
+            captions = tuple(texts.get(file.name, ())) or file.captions
+            if result.probe is None or result.sha256 is None:
+                reason, message = result.reason or "undecodable", result.message or "cannot be read."
+                self.skipped.append(Skipped(file.name, reason, message))
+                continue
+            if not captions and not uncaptioned:
+                self.skipped.append(Skipped(file.name, "no_caption", "has no caption."))
+                continue
+            clip = _clip(result, captions)
+            if damage := result.probe["damage"]:
+                self.damaged.append(Skipped(file.name, "damaged", f"{damage} The frames before that are used."))
+            if clip.id in clips:
+                first = clips[clip.id]
+                merged = tuple(dict.fromkeys((*first.captions, *clip.captions)))
+                clips[clip.id] = Clip(**{**first.__dict__, "captions": merged})
+                message = f"has the same content as {first_of[clip.id]}; its captions are added there."
+                self.skipped.append(Skipped(file.name, "duplicate", message))
+            else:
+                clips[clip.id], first_of[clip.id] = clip, file.name
+        return list(clips.values())
 
 
 class _Memory:

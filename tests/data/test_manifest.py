@@ -91,9 +91,9 @@ def test_what_did_not_change_is_not_probed_again(tmp_path, monkeypatch):
     """Neither by the same scan later nor by one that goes on after it was killed."""
     probed: list[str] = []
 
-    def counted(paths, *arguments):
+    def counted(paths, **options):
         probed.extend(path.rpartition("/")[2] for path in paths)
-        return probe_files(paths, *arguments)
+        return probe_files(paths, **options)
 
     monkeypatch.setattr("stdit.data.scan.probe_files", counted)
     out = tmp_path / "out" / "m.parquet"
