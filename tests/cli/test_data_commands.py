@@ -72,6 +72,8 @@ def test_encode_then_again_then_after_a_move(folder, tmp_path, capsys):
     assert status == 0 and json.loads(said.out) | {"cache": ""} == {
         "cache": "", "clips": 2, "reused": 0, "texts": 0, "retries": 0, "failures": [], "left_out": {}
     }  # fmt: skip
+    status, said = encode("--crops", "3")  # cut at random: none of those is there
+    assert status == 0 and (json.loads(said.out)["clips"], json.loads(said.out)["reused"]) == (6, 0)
     shutil.move(folder / "0.mp4", folder / "moved.mp4")
     (folder / "captions.csv").write_text("file,caption\nmoved.mp4,zero\n1.mp4,one\n")
     scan(folder)
