@@ -12,7 +12,7 @@ from typing import Any
 from stdit.data.captions import caption_lines, captions_of
 from stdit.data.manifest import Caption
 from stdit.data.paths import Member, is_remote, join
-from stdit.data.storage import STORAGE, StorageError
+from stdit.data.storage import STORAGE, StorageError, side_by_side
 from stdit.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from stdit.errors import StditError
 
@@ -59,6 +59,10 @@ class Folder:
 
     def path(self, name: str) -> str:
         return join(self.root, name)
+
+    def files(self, names: list[str]) -> list[File]:
+        """Asks side by side: a web server is asked for each."""
+        return side_by_side(self.file, names)
 
     def file(self, name: str) -> File:
         path = self.path(name)

@@ -75,9 +75,9 @@ def scan(
             probe_files, workers=workers or os.cpu_count() or 1, verify_pixels=verify_pixels, timeout=timeout
         )
         found = _Found(memory, probe, on_start, on_file)
-        found.look_at([source.file(name) for name in names])
-        for name in tars:
-            found.look_into(source.file(name))
+        found.look_at(source.files(names))
+        for tar in source.files(tars):
+            found.look_into(tar)
     clips = found.clips(texts, uncaptioned)
     manifest = Manifest.of(clips, "." if is_remote(source.root) else source.root)
     skipped = tuple(sorted(found.skipped, key=lambda s: s.file))
