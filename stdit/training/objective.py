@@ -276,8 +276,7 @@ class FlowObjective:
         """
         tokens, shifts = [item.tokens for item in items], None
         if self.noise_levels.shift is None and self.scheduler.get("use_dynamic_shifting"):
-            volume = self.model_config.patch_volume
-            shifts = [dynamic_shift(count * volume, self.scheduler) for count in tokens]
+            shifts = [dynamic_shift(count * self.model_config.patch_volume, self.scheduler) for count in tokens]
         return noise_levels(
             [item.position for item in items], key.clips, tokens, self.noise_levels,
             seed=key.seed, epoch=key.epoch, step=key.step, shifts=shifts,
