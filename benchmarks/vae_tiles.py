@@ -37,7 +37,11 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     video = to_video(torch.from_numpy(frames))[None]
     latent = shape.latent(vae.config.stride)
     side = streaming.SMALLEST_TILE
-    result: dict[str, object] = {"clip": args.clip.name, "shape": str(shape), "latents": f"{latent.width}x{latent.height}x{latent.frames}"}
+    result: dict[str, object] = {
+        "clip": args.clip.name,
+        "shape": str(shape),
+        "latents": f"{latent.width}x{latent.height}x{latent.frames}",
+    }
     latents = vae.encode(video)
     for name, run, given in (("encoder", vae.encode, video), ("decoder", vae.decode, latents)):
         sizes = (vae.config, name, 1)
