@@ -21,7 +21,10 @@ FAMILIES = {
     "PixArt": (pixart.SETTINGS | {"position_base": 8}, "ddpm", "PixArtAlphaPipeline"),
     "Latte": (latte.SETTINGS | {"position_base": 8}, "ddpm", "LattePipeline"),
     "Allegro": (allegro.SETTINGS, "ddpm", "AllegroPipeline"),
-    "Cosmos 1": (COSMOS | {"position": "learned", "position_max": (2, 2, 2)}, "edm", "CosmosTextToWorldPipeline"),
+    "Cosmos 1": (
+        COSMOS | {"position": "learned", "position_max": (2, 2, 2), "network_time": "log_sigma"},
+        "edm", "CosmosTextToWorldPipeline",
+    ),
     "Cosmos 2": (COSMOS, "flow", "Cosmos2TextToImagePipeline"),
     "Cosmos 2.5": (
         COSMOS | {"text_embedding": "gelu", "text_width": 16}, "flow", "Cosmos2_5_PredictBasePipeline",
