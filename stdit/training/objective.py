@@ -69,7 +69,7 @@ class LpipsConfig:
 
 @dataclass
 class VaeLossConfig:
-    """Weights beside the L1's 1, 0 for none: kl; wavelet, sharper details for nothing; outlier, Movie Gen's with 1e5.
+    """Weights beside the L1's 1, 0 for none: kl; wavelet, for details; outlier, Movie Gen's with 1e5.
 
     lpips, discriminator: terms with settings of their own. train: what of the VAE trains, see `choose_trained`.
     crop: train on keyed squares of so many pixels instead of whole frames.

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from stdit.vae.losses import haar, kl_loss, outlier_penalty, pixel_loss, wavelet_loss
+from stdit.vae.losses import FAINT, haar, kl_loss, outlier_penalty, pixel_loss, wavelet_loss
 
 
 def test_kl_equals_torch_distributions():
@@ -49,21 +49,38 @@ def test_wavelets_are_the_matrices_of_haar_and_orthonormal(size: tuple[int, int,
     assert bands[4].numel() > 0 or size[0] == 1  # an image has no temporal details
 
 
-def test_the_wavelet_loss_of_known_errors():
+def strength(coefficient: float) -> float:
+    """How far a band of such coefficients is from one of zeros."""
+    return math.sqrt(coefficient**2 + FAINT**2) - FAINT
+
+
+def test_the_wavelet_loss_of_known_pictures():
     rows, columns = torch.arange(8)[:, None], torch.arange(8)
     board = (0.1 * (-1.0) ** (rows + columns)).expand(2, 3, 1, 8, 8)
     zeros = torch.zeros(2, 3, 1, 8, 8)
     assert_close(wavelet_loss(zeros + 0.3, zeros), torch.zeros(2))  # flat: the pixels' own loss sees it
     # One of three bands has 2 · 0.1 everywhere, and nothing is left for coarser levels.
-    assert_close(wavelet_loss(zeros, board), torch.full((2,), 0.2 / 3))
-    flicker = torch.zeros(1, 3, 5, 8, 8)
+    assert_close(wavelet_loss(zeros, board), torch.full((2,), strength(0.2) / 3))
+    assert_close(wavelet_loss(-board, board), torch.zeros(2))  # as strong, one pixel further
+
+
+def test_the_wavelet_loss_of_known_motion():
+    still = torch.zeros(1, 3, 5, 8, 8)
+    flicker, slow = still.clone(), still.clone()
     flicker[:, :, 1::2], flicker[:, :, 2::2] = 0.1, -0.1
-    # 2 pairs of frames × 4×4 cells of 2 · √2 · 0.1, among the 320 coefficients less 3 · 4 · 4 low ones.
-    assert_close(wavelet_loss(flicker, torch.zeros_like(flicker)), torch.tensor([32 * 2 * 2**0.5 * 0.1 / 272]))
-    slow = torch.zeros(1, 3, 5, 8, 8)
-    slow[:, :, 1:3], slow[:, :, 3:] = 0.1, -0.1  # the second level's pair
-    (level,) = wavelet_loss(slow, torch.zeros_like(slow))
-    assert_close(level, torch.tensor(4 * (2 * 2**0.5 * 0.1 * 2 * 2**0.5) / (3 * 16 - 2 * 4)))
+    # 2 pairs of frames of 2 · √2 · 0.1 in one band, of 4 · 2 cells in temporal and 3 · 3 in other bands.
+    assert_close(wavelet_loss(flicker, still), torch.tensor([2 * strength(0.2 * 2**0.5) / 17]))
+    slow[:, :, 1:3], slow[:, :, 3:] = 0.1, -0.1  # the second level's one pair, 4 · 1 and 3 · 2 cells
+    assert_close(wavelet_loss(slow, still), torch.tensor([strength(0.8) / 10]))
+    assert wavelet_loss(flicker[:, :, :1], still[:, :, :1]) == 0
+
+
+def test_texture_that_is_another_draw_is_nearer_than_none():
+    """To the pixels' loss it is the other way round."""
+    one, other = torch.randn(2, 1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.2
+    flat = torch.zeros_like(one)
+    assert wavelet_loss(other, one) < 0.5 * wavelet_loss(flat, one)
+    assert pixel_loss(other, one) > pixel_loss(flat, one)
 
 
 @pytest.mark.parametrize("frames", [1, 3])
