@@ -1,17 +1,26 @@
-"""Time, memory and balance of the planner on a synthetic trace (7 aspect ratios, images to 720p×121 frames, Wan 14B).
+"""The planner on a synthetic trace (Wan 14B's costs, 7 aspect ratios, images to 720p×121 frames): balance, whether
+every clip is there once, time and memory, and beside it other ways to make batches, in one run.
 
-python benchmarks/planner.py --clips 1000000 --groups 8 64
+python benchmarks/planner.py --out docs/planner.json                # 1 million clips on 8, 64 and 4,096 ranks
+python benchmarks/planner.py --only large --clips 10000000          # buckets, steps and packs: seconds and peak memory
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import resource
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from stdit.data.planner import Plan, PlanConfig, balance, split
+from stdit.data.buckets import DataConfig, assign_columns
+from stdit.data.packs import Packs, split
+from stdit.data.planner import Plan, PlanConfig
 from stdit.shapes import VideoShape, size_for
 
 ASPECTS = (16 / 9, 3 / 2, 4 / 3, 1.0, 3 / 4, 2 / 3, 9 / 16)
@@ -20,6 +29,9 @@ FRAMES = (1, 17, 33, 49, 65, 81, 97, 121)
 STRIDE, PATCH = (4, 8, 8), (1, 2, 2)
 # Wan 14B, forward: 2 FLOPs a weight and token in 40 blocks of width 5120, MLP 13824; 4·width FLOPs a block and token².
 COST = (40 * 2 * (6 * 5120**2 + 2 * 5120 * 13824), 40 * 4 * 5120)
+SETTINGS = ((1.1, 4.0), (2.0, 2.0))  # largest clips a rank: work of a step, tokens of a pack
+WANTED = (0.97, 0.99)  # balance below 64 ranks, and from there on
+SAME_STEPS = (1, 2, 8, 64)  # ranks that must share one list of steps
 
 
 def trace(clips: int, seed: int = 0) -> tuple[np.ndarray, list[VideoShape], list[int]]:
@@ -40,39 +52,214 @@ def trace(clips: int, seed: int = 0) -> tuple[np.ndarray, list[VideoShape], list
     return bucket, shapes, [shape.grid(STRIDE, PATCH).tokens for shape in shapes]
 
 
+def columns(bucket: np.ndarray, shapes: list[VideoShape], seed: int = 0) -> dict[str, np.ndarray]:
+    """What a manifest would say of clips that go to these buckets at 16 fps: of 24 to 30 fps, a little larger."""
+    random = np.random.RandomState(seed)
+    sides = np.array([(s.frames, s.height, s.width) for s in shapes])[bucket]  # (clips, 3)
+    frames, height, width = sides.T
+    margin = random.randint(0, 8, len(bucket)).astype(np.int32)
+    fps = random.choice([24.0, 25.0, 30.0], len(bucket))
+    end = np.where(frames == 1, 0.0, frames / 16 + 0.1)
+    counts = np.where(frames == 1, 1, np.ceil(end * fps)).astype(np.int32)
+    found = {"frames": counts, "fps": fps, "width": (width + margin).astype(np.int32)}
+    return found | {"height": (height + margin).astype(np.int32), "start": np.zeros(len(bucket)), "end": end}
+
+
+# Other schemes. Each yields (steps, ranks) arrays of work, and the number of clips that an epoch has in them.
+
+Scheme = Callable[[np.ndarray, np.ndarray, np.ndarray, int, np.random.RandomState], tuple[np.ndarray, int]]
+
+
+def in_steps(work: np.ndarray, clips: np.ndarray, ranks: int) -> tuple[np.ndarray, int]:
+    """Batches one after another, one a rank; the last step, if not full, is dropped."""
+    full = len(work) // ranks * ranks
+    return work[:full].reshape(-1, ranks), int(clips[:full].sum())
+
+
+def one_clip(bucket, tokens, work, ranks, random):
+    """A clip a rank."""
+    return in_steps(work[random.permutation(bucket)], np.ones(len(bucket), int), ranks)
+
+
+def bucket_batches(cost: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Scheme:
+    """Every rank takes a batch of a bucket of its own: as many clips as cost what the largest clip costs."""
+
+    def scheme(bucket, tokens, work, ranks, random):
+        each = np.maximum(1, cost(tokens, work).max() // cost(tokens, work)).astype(int)
+        batches = np.repeat(np.arange(len(tokens)), np.bincount(bucket, minlength=len(tokens)) // each)
+        batches = random.permutation(batches)
+        return in_steps((each * work)[batches], each[batches], ranks)
+
+    return scheme
+
+
+def token_packs(bucket, tokens, work, ranks, random):
+    """Clips of any shapes in random order, until a pack has the tokens of the largest clip."""
+    sizes, costs, most = tokens.tolist(), work.tolist(), int(tokens.max())
+    packs, clips, room = [0.0], [0], most
+    for b in random.permutation(bucket).tolist():
+        if sizes[b] > room:
+            packs.append(0.0)
+            clips.append(0)
+            room = most
+        packs[-1] += costs[b]
+        clips[-1] += 1
+        room -= sizes[b]
+    return in_steps(np.array(packs), np.array(clips), ranks)
+
+
+def same_bucket(bucket, tokens, work, ranks, random):
+    """All ranks take a batch of the same bucket, of the tokens of the largest clip."""
+    each = tokens.max() // tokens
+    steps = np.bincount(bucket, minlength=len(tokens)) // (each * ranks)
+    return np.repeat(each * work, steps)[:, None].repeat(ranks, 1), int((steps * each * ranks).sum())
+
+
+SCHEMES: dict[str, Scheme] = {
+    "batch 1, a random bucket per rank": one_clip,
+    "equal-token bucket batches": bucket_batches(lambda tokens, work: tokens),
+    "token-budget packs": token_packs,
+    "equal-FLOP bucket batches": bucket_batches(lambda tokens, work: work),
+    "the same bucket on all ranks, equal tokens": same_bucket,
+}
+
+
+def others(bucket: np.ndarray, tokens: list[int], ranks: int) -> Iterator[dict[str, Any]]:
+    n = np.array(tokens)
+    costs = COST[0] * n.astype(float) + COST[1] * n.astype(float) ** 2
+    for name, scheme in SCHEMES.items():
+        work, clips = scheme(bucket, n, costs, ranks, np.random.RandomState(1))
+        balance = float(work.mean(1).sum() / work.max(1).sum()) if len(work) else None
+        yield {"scheme": name, "ranks": ranks, "balance": balance, "dropped": 1 - clips / len(bucket)}
+
+
+def measure(plan: Plan, ranks: int, bound: int, most: int | None = None) -> dict[str, Any]:
+    """Every step of the epoch (the first `most`) dealt to the ranks: balance, every clip there once, memory kept."""
+    steps = min(most or plan.num_steps, plan.num_steps)
+    seen, wanted = np.zeros(len(plan.bucket), np.int32), plan.bucket >= 0
+    if steps < plan.num_steps:
+        wanted = np.isin(np.arange(len(seen)), np.concatenate([plan.items(i).row for i in range(steps)]))
+    ideal, slowest, least, fullest, micro_steps = 0.0, 0.0, 1.0, 0, 0
+    digest = []
+    dealt = 0.0
+    for index in range(steps):
+        start = time.perf_counter()
+        packs = split(plan.items(index), ranks, bound)
+        dealt += time.perf_counter() - start
+        tokens, works = zip(*(micro.sums() for micro in packs))
+        rows = [item.row for micro in packs for pack in micro for item in pack]
+        np.add.at(seen, rows, 1)
+        digest.append(hashlib.sha256(np.sort(np.array(rows, "<i8")).tobytes()).hexdigest()[:16])
+        mean, most = sum(map(sum, works)) / ranks, sum(map(max, works))
+        ideal, slowest, least = ideal + mean, slowest + most, min(least, mean / most)
+        fullest = max(fullest, *(max(held) for held in tokens))
+        micro_steps += len(packs)
+    return {
+        "ranks": ranks,
+        "steps": steps,
+        "clips_a_step": plan.num_items / plan.num_steps,
+        "balance": ideal / slowest,
+        "least_balance": least,
+        "micro_steps": micro_steps / steps,
+        "dropped": int((seen[wanted] == 0).sum()),
+        "repeated": int((seen > wanted).sum()),
+        "fullest_pack": fullest,
+        "tokens_per_pack": bound,
+        "seconds_a_step": dealt / steps,
+        "steps_are": digest,
+    }
+
+
+def balance_run(clips: int, ranks: int) -> dict[str, Any]:
+    """Whole epochs on so many ranks, ours and the others'."""
+    bucket, shapes, tokens = trace(clips)
+    found: dict[str, Any] = {"clips": clips, "buckets": len(shapes), "stdit": [], "others": []}
+    for per_rank, room in SETTINGS:
+        plan = Plan(bucket, tokens, COST, PlanConfig(ranks * per_rank), seed=0, names=shapes)
+        row = measure(plan, ranks, int(room * max(tokens)))
+        complete = row["dropped"] == row["repeated"] == 0 and row["fullest_pack"] <= row["tokens_per_pack"]
+        row |= {
+            "work_per_step": plan.work_per_step,
+            "largest_clips_a_rank": per_rank,
+            "steps_are": row["steps_are"][:4],
+        }
+        row |= {"holds": complete and row["balance"] >= WANTED[ranks >= 64]}
+        found["stdit"].append(row)
+        print(
+            f"stdit, {ranks} ranks, a step of {per_rank:g} and a pack of {room:g} largest clips a rank: balance "
+            f"{row['balance']:.4f} (least {row['least_balance']:.4f}, wanted {WANTED[ranks >= 64]}), {plan.num_steps} "
+            f"steps, {row['micro_steps']:.2f} micro-steps, {row['dropped']} dropped, {row['repeated']} repeated, "
+            f"fullest pack {row['fullest_pack']} of {row['tokens_per_pack']}, {row['seconds_a_step'] * 1e3:.1f} ms each"
+            + ("" if row["holds"] else "  DOES NOT HOLD"),
+            flush=True,
+        )
+    for row in others(bucket, tokens, ranks):
+        found["others"].append(row)
+        shown = "no step" if row["balance"] is None else f"balance {row['balance']:.3f}"
+        print(f"{row['scheme']}, {ranks} ranks: {shown}, {row['dropped']:.1%} dropped", flush=True)
+    return found
+
+
+def same_run(clips: int) -> list[dict[str, Any]]:
+    """One work_per_step on several numbers of ranks: every step has the same clips on all."""
+    bucket, shapes, tokens = trace(clips)
+    plan = Plan(bucket, tokens, COST, PlanConfig(1.1 * max(SAME_STEPS)), seed=0, names=shapes)
+    rows = [measure(plan, ranks, 4 * max(tokens), most=40) for ranks in SAME_STEPS]
+    assert len({tuple(row["steps_are"]) for row in rows}) == 1, "steps differ by ranks"
+    print(
+        f"one work_per_step ({plan.work_per_step:.3g} FLOPs), the same {rows[0]['steps']} steps of {plan.num_steps}: "
+        + ", ".join(f"{row['ranks']} ranks {row['balance']:.4f}" for row in rows)
+    )
+    return [{**row, "steps_are": row["steps_are"][:4]} for row in rows]
+
+
+def large_run(clips: int, ranks: int) -> dict[str, Any]:
+    """What a training does with a manifest's columns, on one core: buckets, steps, and all packs of all ranks."""
+    bucket, shapes, tokens = trace(clips)
+    table = columns(bucket, shapes)
+    del bucket
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    config = DataConfig(shapes=[str(shape) for shape in shapes], fps=16.0)
+    times = {}
+    begun, start = time.perf_counter(), time.process_time()  # of one core, whoever else uses the machine
+    assignment = assign_columns(**table, shapes=shapes, config=config)
+    times["buckets"] = time.process_time() - start
+    plan = Plan(assignment.bucket, tokens, COST, PlanConfig(1.1 * ranks), seed=0, names=shapes)
+    plan.items(0)
+    times["steps"] = time.process_time() - start - times["buckets"]
+    for index in range(plan.num_steps):
+        packs: list[Packs] = split(plan.items(index), ranks, 4 * max(tokens))
+        assert len(packs[0][0])  # one rank's clips
+    times["packs"] = time.process_time() - start - sum(times.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    total, wall = sum(times.values()), time.perf_counter() - begun
+    print(
+        f"{clips} clips for {ranks} ranks: buckets {times['buckets']:.1f} s, {plan.num_steps} steps "
+        f"{times['steps']:.1f} s, all their packs {times['packs']:.1f} s, together {total:.1f} s of a core (wanted: "
+        f"60), {wall:.1f} s by the clock; peak memory {peak:.2f} GiB, of which {before:.2f} before (wanted: 4); "
+        f"{assignment.reasons or 'no clip'} left out"
+    )
+    found = {"clips": clips, "ranks": ranks, "steps": plan.num_steps, "core_seconds": times}
+    return found | {"clock_seconds": wall, "peak_gib": peak, "before_gib": before}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("balance", "same", "large"), nargs="+", default=["balance", "same"])
     parser.add_argument("--clips", type=int, default=1_000_000)
-    parser.add_argument("--groups", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--largest-per-group", type=float, nargs="+", default=[1, 2, 4], help="work of a step")
-    parser.add_argument("--bound", type=float, nargs="+", default=[1.0, 1.5, 2, 4], help="tokens of a pack / largest")
-    parser.add_argument("--steps", type=int, default=20, help="how many steps to split; 0: all")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 4096])
+    parser.add_argument("--out", type=Path, help="JSON; what it has of other parts and ranks is kept")
     args = parser.parse_args()
-    bucket, shapes, tokens = trace(args.clips)
-    images = np.isin(bucket, [b for b, shape in enumerate(shapes) if shape.is_image]).mean()
-    print(f"{args.clips} clips, {len(shapes)} buckets, {images:.0%} images")
-    for groups in args.groups:
-        for per_group in args.largest_per_group:
-            start = time.perf_counter()
-            plan = Plan(bucket, tokens, COST, PlanConfig(groups * per_group), seed=0, names=shapes)
-            made = time.perf_counter() - start
-            count = min(args.steps or plan.num_steps, plan.num_steps)
-            steps = [plan.step(i) for i in range(count)]
-            work = np.array([float(sum(item.work for item in step)) for step in steps])
-            print(
-                f"groups {groups}, a step of {per_group:g} largest clips a group: {plan.num_steps} steps of "
-                f"{len(steps[0])} clips, made in {made:.2f} s; work of steps min/mean {work.min() / work.mean():.5f}"
-            )
-            for bound in args.bound:
-                start = time.perf_counter()
-                splits = [split(step, groups, int(bound * max(tokens))) for step in steps]
-                took = (time.perf_counter() - start) / count
-                values = [balance(s) for s in splits]
-                print(
-                    f"  bound {bound:g}×: balance {balance(*splits):.4f} (least {min(values):.4f}), micro-steps "
-                    f"{np.mean([len(s) for s in splits]):.1f}, {took * 1e3:.1f} ms a step"
-                )
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    found = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    if "balance" in args.only:
+        for ranks in args.ranks:
+            found[f"{ranks} ranks"] = balance_run(args.clips, ranks)
+    if "same" in args.only:
+        found["same steps"] = same_run(args.clips)
+    if "large" in args.only:
+        found["large"] = large_run(args.clips, max(args.ranks))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

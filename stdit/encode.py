@@ -102,7 +102,8 @@ def encode_manifest(
     cut = cuts(config)
     cache = Cache.create(out, latent_settings(config, vae_id), write_settings=rank == 0)
     shards = list(_shards(cache, manifest, assignment, config.crops, clips_per_shard, retry_failed))
-    reused = int((assignment.bucket >= 0).sum()) * config.crops - sum(len(items) for _, items in shards)
+    wanted = sum(len(assignment.rows(bucket)) for bucket in range(len(assignment.shapes))) * config.crops
+    reused = wanted - sum(len(items) for _, items in shards)
     # by number among all shards, done or not: what other ranks have finished by now must not change who does what
     todo = [(name, items) for number, (name, items) in enumerate(shards) if items and number % ranks == rank]
     on_start(sum(len(items) for _, items in todo))
@@ -156,7 +157,7 @@ def _shards(
 ) -> Iterator[tuple[str, list[_Item]]]:
     """(name, clips to encode) of all shards; no clips for one that is there. A shard's name follows from its clips."""
     for bucket, shape in enumerate(assignment.shapes):
-        rows = np.flatnonzero(assignment.bucket == bucket)
+        rows = assignment.rows(bucket)
         ids = manifest.ids.take(rows).to_pylist()
         for cut in range(crops):
             keys = [latent_key(clip_id, shape, cut if crops > 1 else None) for clip_id in ids]
@@ -174,7 +175,7 @@ def _shards(
 
 
 def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
-    rows = np.flatnonzero(assignment.bucket >= 0)
+    rows = assignment.rows()
     captions = manifest.table.column("captions").take(rows).to_pylist()
     return sorted({"", *(caption["text"] for row in captions for caption in row)})
 

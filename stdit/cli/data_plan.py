@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +15,16 @@ import typer
 
 if TYPE_CHECKING:
     from stdit.data.buckets import Assignment
+    from stdit.data.manifest import Manifest
     from stdit.data.plan_picture import Measures
     from stdit.data.planner import Plan
-    from stdit.training.objective import Objective
+    from stdit.training.footprint import Footprint
     from stdit.training.settings import RunConfig
 
 FORMAT = 1  # of the JSON
 SHOWN = 40  # buckets in the table
 GOOD = 0.95  # a balance below this comes with advice
+TIMES = {"a step": "seconds_per_step", "an epoch": "seconds_per_epoch"}
 
 
 def plan(
@@ -27,10 +33,15 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Set on top of it.")] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks of the training.")] = 1,
     steps: Annotated[int, typer.Option(min=0, help="How many steps to deal and measure; 0: all.")] = 200,
+    epoch: Annotated[int, typer.Option(min=0, help="Whose steps to show, where epochs differ (data.stages).")] = 0,
+    rate: Annotated[
+        str | None,
+        typer.Option(metavar="FLOPS|RUN", help="Measured FLOP/s a rank, or a run's folder: tells the time of a step."),
+    ] = None,
     picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Also draw the plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """What training will do with a manifest: buckets, drops, steps, packs and their balance. Nothing is decoded.
+    """What training will do with a manifest: buckets, drops, steps, packs, balance, memory. Nothing is decoded.
 
     Example: stdit data plan clips.parquet --config configs/toy/dit.yaml --world-size 8 --picture plan.png
     """
@@ -42,6 +53,7 @@ def plan(
     from stdit.data.plan_picture import draw_plan, measure_plan
     from stdit.errors import StditError
     from stdit.training.build import make_plan
+    from stdit.training.footprint import footprint, outline
 
     settings = load_config(config, overrides or [])
     group_size = settings.parallel.sequence_parallel
@@ -50,20 +62,34 @@ def plan(
     groups = world_size // group_size
     clips = read_manifest(manifest)
     assignment = assign(clips, settings.data)
+    stage = assignment.stages[settings.data.stage_of(epoch)]
     console = Console(stderr=as_json)
-    if not as_json or not len(assignment.counts) or not assignment.counts.sum():
-        _print_drops(console, assignment, len(clips))
-    made = make_plan(clips, assignment, costs(settings), settings, 0)
-    work_unit = "pixel" if settings.objective.kind == "vae" else "FLOP"
+    if not as_json or not stage.counts.any():
+        _print_drops(console, stage, len(clips))
+    objective = outline(settings)
+    made = make_plan(clips, assignment, objective, settings, epoch)
+    pixels = settings.objective.kind == "vae"
+    work_unit = "pixel" if pixels else "FLOP"
     bound = made.token_bound(group_size)
     measures = measure_plan(made, groups, bound, steps, _progress)
     if picture is not None:
         draw_plan(made, assignment.shapes, groups, bound, picture, measures, work_unit)
-    summary = summarise(made, assignment, measures, groups, bound)
-    summary |= {"world_size": world_size, "work_unit": work_unit}
+    largest = assignment.shapes[max(range(len(made.tokens)), key=lambda b: (made.counts[b] > 0, made.tokens[b]))]
+    fullest = -(-max(measures.fullest) // group_size)
+    needed = footprint(settings, objective, largest, fullest, world_size)
+    summary = summarise(made, stage, measures, groups, bound, needed)
+    summary |= {"world_size": world_size, "work_unit": work_unit, "epoch": epoch}
+    summary["stages"] = _stages(settings, assignment, partial(make_plan, clips, assignment, objective, settings))
+    summary["sources"] = _sources(clips, settings.data.sources, made)
+    if rate is not None:
+        found = measured_rate(rate, pixels)
+        seconds = summary["work_per_step"] * (1 if pixels else 3) / (world_size * found * summary["balance"])
+        summary |= {"rate": found, "seconds_per_step": seconds, "seconds_per_epoch": seconds * made.num_steps}
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
         return
+    _print_list(console, "Stages", summary["stages"])
+    _print_list(console, "Sources", summary["sources"])
     _print_buckets(console, summary)
     _print_steps(console, summary)
     for line in advice(summary):
@@ -72,45 +98,33 @@ def plan(
         console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
 
 
-def costs(config: RunConfig) -> Objective:
-    """The training's own objective, which says what clips cost, over models of the run's sizes without any weights."""
-    import torch
+def measured_rate(given: str, pixels: bool) -> float:
+    """Work a second and rank, of forward and backward: a number, or what a run folder's metrics.jsonl says."""
+    from stdit.errors import StditError
+    from stdit.training.metrics import read_metrics
 
-    from stdit.models.transformer import STDiT, TransformerConfig
-    from stdit.training.objective import FlowObjective
-    from stdit.training.start import follow_init, transformer_path
-    from stdit.training.vae_objective import VaeObjective
-    from stdit.vae.autoencoder import CausalVAE, VaeConfig, preset
-    from stdit.weights.io import find, vae_config
-
-    config = follow_init(config)
-    if config.vae.path:
-        vae = vae_config(config.vae.path)
-    else:
-        vae = VaeConfig(**(vars(preset(config.vae.preset or "toy")) | config.vae.overrides))
-    nowhere = torch.device("meta")
-    with nowhere:
-        if config.objective.kind == "vae":
-            return VaeObjective(config.objective, lambda: CausalVAE(vae), device=nowhere, dtype=torch.float32)
-        if config.model.init:
-            model = find("transformer", transformer_path(config.model)).config
-            model = model.inflated() if config.model.inflate else model
+    try:
+        rate = float(given)
+    except ValueError:
+        starts, lines = read_metrics(given, "start"), read_metrics(given, "train")
+        if pixels:
+            rates = [line["tokens_per_second"] / starts[-1]["ranks"] for line in lines]
         else:
-            channels = {"in_channels": vae.z_dim, "out_channels": vae.z_dim}
-            model = TransformerConfig.preset(config.model.preset or "toy", **(config.model.overrides | channels))
-        return FlowObjective(
-            config.objective,
-            STDiT(model),
-            CausalVAE(vae),
-            None,  # type: ignore[arg-type]  # captions cost nothing in a plan
-            train_text=False,
-            text_padding=0,
-            conditions=None,  # type: ignore[arg-type]  # nor do these
-            device=nowhere,
-        )
+            rates = [line["mfu"] * starts[-1]["peak_flops"] for line in lines if line["mfu"]]
+        if not rates:
+            raise StditError(
+                f"--rate {given}: neither a number of FLOP/s a rank, such as 2e14, nor a run folder whose "
+                f"metrics.jsonl has lines of training."
+            ) from None
+        rate = statistics.median(rates)
+    if not 0 < rate < math.inf:
+        raise StditError(f"--rate {given}: it must be positive.")
+    return rate
 
 
-def summarise(plan: Plan, assignment: Assignment, measures: Measures, groups: int, bound: int) -> dict[str, Any]:
+def summarise(
+    plan: Plan, assignment: Assignment, measures: Measures, groups: int, bound: int, needed: Footprint
+) -> dict[str, Any]:
     """What `--json` prints. Work is in forward FLOPs; of a VAE's training, in pixels (`work_unit`)."""
     count = len(measures.steps)
     kept = assignment.bucket >= 0
@@ -127,6 +141,7 @@ def summarise(plan: Plan, assignment: Assignment, measures: Measures, groups: in
                 "tokens": plan.tokens[b],
                 "work": plan.work[b],
                 "share_of_work": int(plan.counts[b]) * plan.work[b] / plan.total_work,
+                "crop_loss": float(assignment.crop_losses[b]),
             }
             for b, shape in enumerate(assignment.shapes)
         ],
@@ -144,6 +159,8 @@ def summarise(plan: Plan, assignment: Assignment, measures: Measures, groups: in
         "balance": measures.total_balance,
         "balance_least": min(measures.balance),
         "balance_best": measures.best_balance,
+        "steps_with_a_clip_over_a_share": measures.indivisible,
+        "memory_per_rank": {**asdict(needed), "total": needed.total},
         "hash": plan.hash,
     }
 
@@ -151,18 +168,23 @@ def summarise(plan: Plan, assignment: Assignment, measures: Measures, groups: in
 def advice(summary: dict[str, Any]) -> list[str]:
     """What would make the plan better, if it is not good."""
     lines = [
-        f"no clip reaches {bucket['shape']}: the bucket is empty; take it out of data.shapes or add such clips."
+        f"no clip goes to {bucket['shape']}: the bucket is empty; take it out of data.shapes or add such clips."
         for bucket in summary["buckets"]
         if not bucket["clips"]
     ]
+    over = summary["steps_with_a_clip_over_a_share"]
+    if over:
+        lines.append(
+            f"{over} of {summary['measured_steps']} steps have a clip of more work than a group's share of the step: "
+            f"the best balance that can be had is {summary['balance_best']:.3f}."
+        )
     if summary["balance"] >= GOOD or summary["groups"] == 1:
         return lines
     share = summary["work_per_step"] / summary["groups"] / summary["largest_clip_work"]
     if share < 1:
         lines.append(
-            f"a step is the work of {share:.2g} of the largest clip a group, and a clip cannot be divided: the balance "
-            f"cannot exceed {summary['balance_best']:.3f}. Raise plan.largest_clips_per_step to {summary['groups']} or "
-            f"more, or parallel.sequence_parallel."
+            f"a step is the work of {share:.2g} of the largest clip a group, and a clip cannot be divided: raise "
+            f"plan.largest_clips_per_step to {summary['groups']} or more, or parallel.sequence_parallel."
         )
     else:
         lines.append(
@@ -170,6 +192,32 @@ def advice(summary: dict[str, Any]) -> list[str]:
             "clips, which fill gaps, raise the balance."
         )
     return lines
+
+
+def _stages(config: RunConfig, assignment: Assignment, plan_of: Callable[[int], Plan]) -> list[dict[str, Any]]:
+    """Of a curriculum."""
+    found, first = [], 0
+    for stage, assigned in zip(config.data.stages, assignment.stages):
+        made = plan_of(first)
+        shown: dict[str, Any] = {"epoch": first, "epochs": stage.epochs, "area": stage.area, "frames": stage.frames}
+        shown |= {"clips": made.num_items, "steps_per_epoch": made.num_steps, "dropped": assigned.reasons}
+        found.append(shown)
+        first += stage.epochs or 0
+    return found
+
+
+def _sources(clips: Manifest, sources: dict[str, float], plan: Plan) -> list[dict[str, Any]]:
+    from stdit.data.sources import source_of
+
+    if not sources:
+        return []
+    source, there = source_of(clips, list(sources)), plan.bucket >= 0
+    found = []
+    for number, (pattern, weight) in enumerate([*sources.items(), ("others", 1.0)]):
+        mine = source == (number if number < len(sources) else -1)
+        row = {"source": pattern, "weight": weight, "clips": int((mine & there).sum())}
+        found.append(row | {"clips_in_epoch": int(mine[plan.rows].sum())})
+    return found
 
 
 def _progress(steps: Sequence[int]) -> Iterable[int]:
@@ -201,7 +249,7 @@ def _print_buckets(console: Any, summary: dict[str, Any]) -> None:
 
     rows = sorted(summary["buckets"], key=lambda bucket: (-bucket["share_of_work"], bucket["tokens"]))
     table = Table("shape", title=f"Shape buckets: {summary['planned']:,} clips", title_justify="left")
-    for name in ("clips", "tokens", "forward", "share of work"):
+    for name in ("clips", "tokens", "forward", "share of work", "cut off"):
         table.add_column(name, justify="right")
     for row in rows[:SHOWN]:
         table.add_row(
@@ -210,11 +258,12 @@ def _print_buckets(console: Any, summary: dict[str, Any]) -> None:
             f"{row['tokens']:,}",
             readable_work(row["work"], summary["work_unit"]),
             f"{row['share_of_work']:.1%}",
+            f"{row['crop_loss']:.1%}",
         )
     if len(rows) > SHOWN:
         rest = rows[SHOWN:]
         share = sum(row["share_of_work"] for row in rest)
-        table.add_row(f"and {len(rest)} more", f"{sum(row['clips'] for row in rest):,}", "", "", f"{share:.1%}")
+        table.add_row(f"and {len(rest)} more", f"{sum(row['clips'] for row in rest):,}", "", "", f"{share:.1%}", "")
     console.print(table)
 
 
@@ -240,7 +289,28 @@ def _print_steps(console: Any, summary: dict[str, Any]) -> None:
         ("tokens of the fullest pack", f"{s['fullest_pack']:,} of {s['tokens_per_pack']:,}"),
         ("balance (mean work / largest)", f"{s['balance']:.4f} (least {s['balance_least']:.4f})"),
         ("area lost to cropping", f"{s['crop_loss']:.1%}"),
+        ("memory a rank", f"{s['memory_per_rank']['total'] / 2**30:.2f} GiB"),
+        *((f"  {name}", f"{size / 2**30:.2f} GiB") for name, size in s["memory_per_rank"].items() if name != "total"),
+        *((f"time {of}", _duration(s[key])) for of, key in TIMES.items() if key in s),
         ("plan", s["hash"][:16]),
     ):
         table.add_row(name, value)
     console.print(table)
+
+
+def _print_list(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*("" if value is None or value == {} else str(value) for value in row.values()))
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -11,8 +11,84 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 from stdit.data.manifest import Manifest
-from stdit.errors import StditError
-from stdit.shapes import VideoShape
+from stdit.errors import StditError, about
+from stdit.shapes import VideoShape, frames_for
+
+
+@dataclass
+class ShapeRule:
+    """Shapes by rule: every area at every aspect ratio, for every duration at `data.fps`.
+
+    areas: WIDTHxHEIGHT, each standing for its pixels. aspects: WIDTH:HEIGHT. durations: seconds, 0 for images.
+    multiple: of which widths and heights are (the VAE's stride times the patch). frame_stride: frames are one and a
+        multiple of it (the VAE's stride in time). What the rule gives is rounded to both.
+    """
+
+    areas: list[str]
+    aspects: list[str]
+    durations: list[float]
+    multiple: int = 16
+    frame_stride: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("areas", "aspects", "durations"):
+            if not getattr(self, name):
+                raise StditError(f"{name} is empty: a rule takes at least one.")
+        if min(self.multiple, self.frame_stride) < 1:
+            raise StditError(f"multiple {self.multiple} and frame_stride {self.frame_stride} must be at least 1.")
+
+    def shapes(self, fps: float) -> tuple[VideoShape, ...]:
+        """Without repetition: where two aspect ratios round to one size there is one shape."""
+        sizes, lengths = [], []
+        for area in map(VideoShape.parse, self.areas):
+            if not area.is_image:
+                raise StditError(f"areas: {area} has frames; an area is WIDTHxHEIGHT alone.")
+            for aspect in map(_aspect, self.aspects):
+                sides = math.sqrt(area.width * area.height * aspect), math.sqrt(area.width * area.height / aspect)
+                sizes.append([max(1, round(side / self.multiple)) * self.multiple for side in sides])
+        for seconds in self.durations:
+            frames = frames_for(seconds, fps, self.frame_stride) if seconds else 1
+            if seconds < 0 or (seconds and frames == 1):
+                raise StditError(
+                    f"durations: {seconds:g} s at {fps:g} fps is less than {1 + self.frame_stride} frames. Write 0 for "
+                    f"images, {self.frame_stride / fps:g} or more for videos."
+                )
+            lengths.append(frames)
+        return tuple(dict.fromkeys(VideoShape(n, height, width) for n in lengths for width, height in sizes))
+
+
+def _aspect(text: str) -> float:
+    """ "16:9" as 16/9."""
+    width, _, height = text.partition(":")
+    try:
+        value = float(width) / float(height)
+    except (ValueError, ZeroDivisionError):
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise StditError(f"aspects: {text!r} is not WIDTH:HEIGHT, such as 16:9.")
+    return value
+
+
+@dataclass
+class Stage:
+    """A part of a curriculum: every clip goes to the best shape within these limits.
+
+    epochs: how many it lasts; unset: to the end of the run, for the last stage alone.
+    area: WIDTHxHEIGHT, the most pixels a frame. frames: the most frames.
+    """
+
+    epochs: int | None = None
+    area: str | None = None
+    frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.epochs < 1:
+            raise StditError(f"epochs is {self.epochs}; a stage lasts at least one.")
+
+    def allows(self, shape: VideoShape) -> bool:
+        most = None if self.area is None else VideoShape.parse(self.area)
+        small = most is None or shape.width * shape.height <= most.width * most.height
+        return small and (self.frames is None or shape.frames <= self.frames)
 
 
 @dataclass
@@ -21,6 +97,10 @@ class DataConfig:
 
     manifest: the manifest file, or its URL.
     shapes: WIDTHxHEIGHTxFRAMES (WIDTHxHEIGHT for images); clips go to exactly one of them.
+    rule: gives the shapes instead (see `ShapeRule`).
+    stages: a curriculum over epochs (see `Stage`); none: all shapes in all epochs.
+    sources: how often an epoch has the clips of a source, by a pattern of their paths as the manifest has them
+        ("talks/*": 0.5); the first pattern that fits counts, what none fits comes once.
     fps: frames a second that videos are read at. Sources of fewer than 0.9·fps would show frames twice: they are
         left out unless `repeat_frames`.
     max_crop: the share of a frame's area that cutting to another aspect ratio may cost.
@@ -42,6 +122,9 @@ class DataConfig:
 
     manifest: str = ""
     shapes: list[str] = field(default_factory=list)
+    rule: ShapeRule | None = None
+    stages: list[Stage] = field(default_factory=list)
+    sources: dict[str, float] = field(default_factory=dict)
     fps: float = 16.0
     repeat_frames: bool = False
     max_crop: float = 0.5
@@ -60,25 +143,49 @@ class DataConfig:
 
     def video_shapes(self) -> tuple[VideoShape, ...]:
         """The shapes, parsed and checked; raises StditError naming the value."""
+        if self.rule is not None:
+            if self.shapes:
+                raise StditError("data.shapes and data.rule are both set: a list, or a rule that gives it.")
+            with about("data.rule"):
+                return self.rule.shapes(self.fps)
         shapes = tuple(VideoShape.parse(text) for text in self.shapes)
         if not shapes:
-            raise StditError("data.shapes is empty. List the shapes to train, such as [832x480x81, 480x832x81].")
+            raise StditError(
+                "data.shapes is empty. List the shapes to train, such as [832x480x81, 480x832x81], or set data.rule."
+            )
         twice = next((str(s) for i, s in enumerate(shapes) if s in shapes[:i]), None)
         if twice:
             raise StditError(f"data.shapes names {twice} twice.")
         return shapes
+
+    def stage_of(self, epoch: int) -> int:
+        """The number of an epoch's stage, from 0."""
+        for number, stage in enumerate(self.stages[:-1]):
+            epoch -= stage.epochs or 0
+            if epoch < 0:
+                return number
+        return max(0, len(self.stages) - 1)
 
     def fixed(self) -> DataConfig:
         """The same, with every clip decoded and cut alike each time: what caches and measures are made of."""
         return replace(self, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0)
 
     def check(self) -> None:
-        self.video_shapes()
+        if not self.fps > 0:
+            raise StditError(f"data.fps is {self.fps}; it must be positive.")
+        shapes = self.video_shapes()
+        for number, stage in enumerate(self.stages, 1):
+            if (stage.epochs is None) != (number == len(self.stages)):
+                raise StditError(
+                    f"data.stages: stage {number} of {len(self.stages)} has epochs {stage.epochs}; the last one has "
+                    f"none and goes on to the end, the others say how many they last."
+                )
+            with about(f"data.stages: stage {number}"):
+                if not any(map(stage.allows, shapes)):
+                    raise StditError(f"no shape of data.shapes is within area {stage.area} and frames {stage.frames}.")
         for name, kind in get_type_hints(DataConfig).items():
             if (allowed := get_args(kind)) and get_origin(kind) is Literal and getattr(self, name) not in allowed:
                 raise StditError(f"data.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
-        if not self.fps > 0:
-            raise StditError(f"data.fps is {self.fps}; it must be positive.")
         if not 0 <= self.max_crop < 1:
             raise StditError(f"data.max_crop is {self.max_crop}; it is a share of the area, from 0 up to below 1.")
         if self.keep_gb and (self.start, self.crop) != ("first", "centre"):
@@ -112,17 +219,35 @@ class Assignment:
     bucket: (rows,) int32 index into shapes, −1 for a clip in none.
     reason: (rows,) int8 index into REASONS, −1 for a clip that has a shape.
     lost: (rows,) float32 share of the frame's area that is cut off (0 where the clip has no bucket).
+    earlier: the stages of a curriculum before this, its last one; all have the same shapes.
     """
 
     bucket: np.ndarray
     shapes: tuple[VideoShape, ...]
     reason: np.ndarray
     lost: np.ndarray
+    earlier: tuple[Assignment, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Assignment, ...]:
+        return (*self.earlier, self)
+
+    def rows(self, bucket: int | None = None) -> np.ndarray:
+        """The rows that go to a bucket, or to any, in at least one stage."""
+        there = [stage.bucket >= 0 if bucket is None else stage.bucket == bucket for stage in self.stages]
+        return np.flatnonzero(np.logical_or.reduce(there))
 
     @cached_property
     def counts(self) -> np.ndarray:
         """(shapes,) clips in each."""
         return np.bincount(self.bucket[self.bucket >= 0], minlength=len(self.shapes))
+
+    @cached_property
+    def crop_losses(self) -> np.ndarray:
+        """(shapes,) mean share of the area that is cut off a bucket's clips; 0 for an empty bucket."""
+        kept = self.bucket >= 0
+        sums = np.bincount(self.bucket[kept], self.lost[kept], minlength=len(self.shapes))
+        return sums / np.maximum(self.counts, 1)
 
     @cached_property
     def reasons(self) -> dict[str, int]:
@@ -147,7 +272,7 @@ def lost_area(aspect: np.ndarray, shape: VideoShape) -> np.ndarray:
 
 
 def assign(manifest: Manifest, config: DataConfig) -> Assignment:
-    """Every clip to exactly one shape or to a named reason.
+    """Every clip to exactly one shape or to a named reason; with a curriculum, in each of its stages.
 
     Among the shapes that fit: the nearest aspect ratio (in log), then the most frames, then the largest area. Images go
     to shapes of one frame, videos to the others. Nothing is looped; nothing is upscaled unless `config.upscale`.
@@ -167,27 +292,59 @@ def assign_columns(
     shapes: Sequence[VideoShape],
     config: DataConfig,
 ) -> Assignment:
-    """`assign` on the columns alone, (rows,) each. Memory is a few bytes a row, whatever the number of shapes."""
-    rows = len(frames)
+    """`assign` on the columns alone, (rows,) each."""
+    # Clips of one size that have time for the same shapes go the same way: each kind of them is decided once. Ten
+    # million clips of a few thousand sizes cost two sorts, whatever the number of shapes.
+    lengths = sorted({shape.frames for shape in shapes})
+    fits = np.zeros(len(frames), np.int64)  # how many of the lengths, the shorter first
+    for length in lengths:
+        fits += slack(start, end, fps, length, config.fps) >= 0
     image = frames == 1
-    aspect = width / height
-    bucket = np.full(rows, -1, np.int32)
-    lost = np.zeros(rows, np.float32)
-    passed = np.zeros(rows, np.int8)  # the most conditions that one shape meets
-    best = np.full(rows, np.inf)  # distance of the chosen aspect ratio
+    fast = image | (fps >= 0.9 * config.fps) | config.repeat_frames
+    sizes, size_of = np.unique((width.astype(np.int64) << 32) | height.astype(np.int64), return_inverse=True)
+    kinds, kind_of = np.unique(((size_of * (len(lengths) + 1) + fits) * 2 + image) * 2 + fast, return_inverse=True)
+    size, fits = np.divmod(kinds // 4, len(lengths) + 1)
+    kind = _Kinds(kinds // 2 % 2 == 1, kinds % 2 == 1, fits, sizes[size] >> 32, sizes[size] & 0xFFFFFFFF)
+    found = []
+    for stage in config.stages or [Stage()]:
+        allowed = [number for number, shape in enumerate(shapes) if stage.allows(shape)]
+        bucket, reason, lost = (values[kind_of] for values in _assign_kinds(kind, shapes, allowed, lengths, config))
+        found.append(Assignment(bucket, tuple(shapes), reason, lost))
+    return replace(found[-1], earlier=tuple(found[:-1]))
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """(kinds,) each: images; enough frames a second; how many lengths fit; pixels."""
+
+    image: np.ndarray
+    fast: np.ndarray
+    fits: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+
+
+def _assign_kinds(
+    kind: _Kinds, shapes: Sequence[VideoShape], allowed: Sequence[int], lengths: Sequence[int], config: DataConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(kinds,) each: bucket, reason, lost."""
+    aspect = kind.width / kind.height
+    bucket = np.full(len(aspect), -1, np.int32)
+    lost = np.zeros(len(aspect), np.float32)
+    passed = np.zeros(len(aspect), np.int8)  # the most conditions that one shape meets
+    best = np.full(len(aspect), np.inf)  # distance of the chosen aspect ratio
     # From the best to the worst by the later criteria, so that a nearer aspect ratio alone replaces a choice.
-    order = sorted(range(len(shapes)), key=lambda i: (-shapes[i].frames, -shapes[i].height * shapes[i].width, i))
-    for index in order:
+    for index in sorted(allowed, key=lambda i: (-shapes[i].frames, -shapes[i].height * shapes[i].width, i)):
         shape = shapes[index]
         cost = lost_area(aspect, shape)
         conditions = (
-            image == shape.is_image,
-            image | (fps >= 0.9 * config.fps) | config.repeat_frames,
-            image | (slack(start, end, fps, shape.frames, config.fps) >= 0),
-            ((width >= shape.width) & (height >= shape.height)) | config.upscale,
+            kind.image == shape.is_image,
+            kind.fast,
+            kind.image | (kind.fits > lengths.index(shape.frames)),
+            ((kind.width >= shape.width) & (kind.height >= shape.height)) | config.upscale,
             cost <= config.max_crop + 1e-9,
         )
-        meets = np.ones(rows, bool)
+        meets = np.ones(len(aspect), bool)
         for number, condition in enumerate(conditions, 1):
             meets &= condition
             np.maximum(passed, np.where(meets, number, 0).astype(np.int8), out=passed)
@@ -196,5 +353,4 @@ def assign_columns(
         bucket[better] = index
         best[better] = distance[better]
         lost[better] = cost[better]
-    reason = np.where(bucket >= 0, -1, passed).astype(np.int8)
-    return Assignment(bucket, tuple(shapes), reason, lost)
+    return bucket, np.where(bucket >= 0, -1, passed).astype(np.int8), lost

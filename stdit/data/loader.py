@@ -77,6 +77,7 @@ class Loader:
     Start, crop, mirroring and caption are keyed by (seed, epoch, clip id, occurrence). A clip that cannot be read keeps
     its place with weight 0; storage that cannot be reached, after all tries, stops the run. Each worker decodes in a
     process of its own, which may crash or hang; with none, decoding is done here. `reader` takes the place of both.
+    pin: puts tensors into page-locked memory, from where a GPU takes them while it computes.
     """
 
     def __init__(
@@ -90,17 +91,18 @@ class Loader:
         workers: int | None = None,
         reader: Callable[..., np.ndarray] | None = None,
         storage: Storage = STORAGE,
+        pin: bool = False,
     ) -> None:
         self.manifest, self.assignment, self.config, self.seed = manifest, assignment, config, seed
         self.cache, self.text_cache = cache, text_cache
         self.workers = config.workers if workers is None else workers
         self.reader = reader or (READER if self.workers else read_frames)
-        self.limits, self.storage = Limits(seconds=config.timeout), storage
+        self.limits, self.storage, self.pin = Limits(seconds=config.timeout), storage, pin
         self.kept: dict[int, np.ndarray] = {}  # decoded clips by row, up to config.keep_gb
         self.room = int(config.keep_gb * 1e9)
         if cache is not None:
             self._check_policies(cache)
-            self.positions = self._positions(cache)
+            self.positions = [self._positions(cache, stage) for stage in assignment.stages]
 
     def fetch(self, items: Sequence[Item], epoch: int) -> list[Example]:
         """The examples of one batch, in its order."""
@@ -142,6 +144,8 @@ class Loader:
             except VideoError as error:
                 failure, reason = str(error), error.reason
                 frames = torch.zeros(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
+        if self.pin:
+            frames, latents, text = (None if one is None else one.pin_memory() for one in (frames, latents, text))
         weight = 0.0 if failure else 1.0
         return Example(
             clip.id, item.row, item.occurrence, epoch, shape, weight, caption, frames, latents, text, failure, reason
@@ -184,11 +188,13 @@ class Loader:
     def _latents(self, item: Item, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
         assert self.cache is not None
         cut = int(keyed_uniform(self.seed, "cut", *key) * self.config.crops)
-        position = int(self.positions[item.row, cut])
+        stages = zip(self.assignment.stages, self.positions)
+        bucket, positions = next((s.bucket, found) for s, found in stages if s.bucket[item.row] == item.bucket)
+        position = int(positions[item.row, cut])
         failure = self.cache.failure(position)
         if failure is None:
             return self.cache.tensor(position), None
-        for other in self.positions[self.assignment.bucket == item.bucket].flat:  # one of the same shape, for its zeros
+        for other in positions[bucket == item.bucket].flat:  # one of the same shape, for its zeros
             if self.cache.failure(other) is None:
                 return torch.zeros_like(self.cache.tensor(other)), failure
         shape = self.assignment.shapes[item.bucket]
@@ -208,17 +214,17 @@ class Loader:
                 "data.mirror cannot be had from latents of one cut: set data.mirror=false or encode with --crops 2."
             )
 
-    def _positions(self, cache: Cache) -> np.ndarray:
+    def _positions(self, cache: Cache, assignment: Assignment) -> np.ndarray:
         """(rows, crops) where the cache has each clip's latents; those of every clip that has a shape must be there."""
         crops = self.config.crops
         positions = np.full((len(self.manifest), crops), -1, np.int64)
-        for index, shape in enumerate(self.assignment.shapes):
-            rows = np.flatnonzero(self.assignment.bucket == index)
+        for index, shape in enumerate(assignment.shapes):
+            rows = np.flatnonzero(assignment.bucket == index)
             ids = self.manifest.ids.take(rows).to_pylist()
             for cut in range(crops):
                 keys = [latent_key(clip_id, shape, cut if crops > 1 else None) for clip_id in ids]
                 positions[rows, cut] = cache.find(keys)
-        wanted = self.assignment.bucket >= 0
+        wanted = assignment.bucket >= 0
         missing = int((positions[wanted] < 0).any(1).sum())
         if missing:
             more = f" --crops {crops}" if crops > 1 else ""

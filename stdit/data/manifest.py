@@ -108,7 +108,7 @@ class Manifest:
     def __getitem__(self, row: int) -> Clip:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.source} has {len(self)} clips; there is no row {row}.")
-        values = {name: self.table.column(name)[int(row)].as_py() for name in SCHEMA.names}
+        values = {name: column[int(row)].as_py() for name, column in self._columns}
         values["captions"] = tuple(Caption(c["text"], c["weight"]) for c in values["captions"])
         values["path"] = self._resolve(values["path"])
         return Clip(**values)
@@ -124,6 +124,11 @@ class Manifest:
         if name not in self.table.column_names:
             raise StditError(f"{self.source} has no column {name!r}.{nearest_name(name, self.table.column_names)}")
         return self.table.column(name).to_numpy()
+
+    @cached_property
+    def _columns(self) -> list[tuple[str, pa.ChunkedArray]]:
+        """A clip's; looking them up again for each would take longer than reading its latents."""
+        return [(name, self.table.column(name)) for name in SCHEMA.names]
 
     @cached_property
     def ids(self) -> pa.ChunkedArray:

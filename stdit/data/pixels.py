@@ -168,7 +168,7 @@ def to_rgb(
         rgb = rgb[:, ::-1]
     if flip_y:
         rgb = rgb[::-1]
-    return np.ascontiguousarray(rgb if size is None else cut(rgb, size, crop))
+    return rgb if size is None else cut(rgb, size, crop)  # a view: the reader copies it to where it belongs
 
 
 def progressive(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stdit.data.planner import Plan, Split, balance, split
+from stdit.data.packs import Packs, split
+from stdit.data.planner import Plan
 from stdit.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Measures:
     balance: list[float]
     total_balance: float  # mean work / Σ of the largest group's, over all these steps
     best_balance: float  # what no deal can surpass: a clip cannot be divided among groups
+    indivisible: int  # steps whose largest clip exceeds a group's share of the step
 
 
 def measure_plan(
@@ -48,20 +50,24 @@ def measure_plan(
     steps = [i * plan.num_steps // count for i in range(count)]
     found: list[tuple[int, int, int, int, int, float]] = []
     ideal = slowest = fastest = 0.0
+    indivisible = 0
     for index in track(steps):
-        step = plan.step(index)
-        packs = split(step, groups, token_bound)
-        work = sum(item.work for item in step)
-        value = balance(packs)
+        items = plan.items(index)
+        packs = split(items, groups, token_bound)
+        sums = [micro.sums() for micro in packs]  # tokens and work of each group
+        work, slow = sum(sum(works) for _, works in sums), sum(max(works) for _, works in sums)
+        value = work / groups / slow
         ideal += work / groups
-        slowest += work / groups / value
-        fastest += max(work / groups, max(item.work for item in step))
-        fullest = max(sum(item.tokens for item in pack) for micro in packs for pack in micro)
-        found.append((len(step), sum(item.tokens for item in step), work, len(packs), fullest, value))
+        slowest += slow
+        largest = max(plan.work[b] for b in np.unique(items.bucket))
+        fastest += max(work / groups, largest)
+        indivisible += largest * groups > work
+        held = [tokens for tokens, _ in sums]
+        found.append((len(items), sum(map(sum, held)), work, len(packs), max(map(max, held)), value))
     clips, tokens, works, micro_steps, fullests, values = (list(column) for column in zip(*found))
     return Measures(
         steps, clips, tokens, works, micro_steps, fullests, values,
-        total_balance=ideal / slowest, best_balance=ideal / fastest,
+        total_balance=ideal / slowest, best_balance=ideal / fastest, indivisible=indivisible,
     )  # fmt: skip
 
 
@@ -86,9 +92,9 @@ def draw_plan(
     share = 0.8 * share + 0.2 / len(present)
     colours = {b: colormaps["turbo"](0.04 + 0.9 * at) for b, at in zip(present, np.cumsum(share) - share / 2)}
 
-    splits: list[Split] = []
+    splits: list[list[Packs]] = []
     for index in range(plan.num_steps):
-        splits.append(split(plan.step(index), groups, token_bound))
+        splits.append(split(plan.items(index), groups, token_bound))
         if sum(map(len, splits)) >= MICRO_STEPS_SHOWN:
             break
 
@@ -141,17 +147,17 @@ def _draw_shapes(
     axes.set_title(f"Shape buckets, to scale{more}", loc="left", fontsize=12)
 
 
-def _draw_packs(axes: Axes, splits: list[Split], groups: int, colours: dict[int, Any], work_unit: str) -> None:
+def _draw_packs(axes: Axes, splits: list[list[Packs]], groups: int, colours: dict[int, Any], work_unit: str) -> None:
     """A row a group, work from left to right: a micro-step ends for all when its largest pack does."""
     from matplotlib.patches import Rectangle
 
     rows = min(groups, GROUPS_SHOWN)
-    scale, prefix = _prefix(max(1.0, float(sum(max(_works(micro)) for steps in splits for micro in steps))))
+    scale, prefix = _prefix(max(1.0, float(sum(max(micro.sums()[1]) for steps in splits for micro in steps))))
     x = 0.0
     for index, steps in enumerate(splits):
         begin = x
         for micro in steps:
-            width = max(_works(micro)) / scale
+            width = max(micro.sums()[1]) / scale
             for row, pack in enumerate(micro[:rows]):
                 axes.add_patch(Rectangle((x, row - 0.4), width, 0.8, fc="#f3f3f3", ec="#a0a0a0", hatch="////", lw=0))
                 bars, left = [], x
@@ -200,10 +206,6 @@ def _draw_balance(axes: Axes, measures: Measures, token_bound: int, num_steps: i
         loc="left",
         fontsize=12,
     )
-
-
-def _works(micro: list[list[Any]]) -> list[int]:
-    return [sum(item.work for item in pack) for pack in micro]
 
 
 def _prefix(work: float) -> tuple[float, str]:

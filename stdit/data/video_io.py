@@ -156,15 +156,12 @@ def _read_frames(
         out = allocate((1, *frame.shape))
         out[0] = frame
         return out
-    with _open(path, limits) as source:
-        if fps is not None and start > 1.0:
-            frames = source.read(count, size, fps, start, crop, allocate, seek=True)
+    for seek in (True, False) if fps is not None and start > 1.0 else (False,):  # False: where seeking lands too late
+        with _open(path, limits) as source:
+            frames = source.read(count, size, fps, start, crop, allocate, seek)
             if frames is not None:
                 return frames
-    with _open(path, limits) as source:  # from the beginning: also where seeking lands too late
-        frames = source.read(count, size, fps, start, crop, allocate, seek=False)
-        assert frames is not None
-        return frames
+    raise AssertionError("from the beginning there are frames or an error")
 
 
 # ---------------------------------------------------------------------------------------------------------- videos
@@ -184,13 +181,14 @@ class _Source:
             raise VideoError(path, "undecodable", "has a video stream of a codec that this FFmpeg does not decode.")
         self._check_size(codec.width, codec.height)
         codec.thread_count = 1  # workers run side by side; one thread each keeps memory and results the same
-        self.origin = _seconds(self.stream.start_time, self.stream.time_base)
+        self.tick = float(self.stream.time_base or 0)  # a Fraction a packet would cost as much as the packet
+        self.origin = (self.stream.start_time or 0) * self.tick
         self.deadline = time.monotonic() + limits.seconds
         rate = self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
         self.period = float(1 / rate) if rate else 1 / 25  # nominal, until timestamps say otherwise
         ratio = float(self.stream.sample_aspect_ratio or 1)
         self.pixel_aspect = ratio if 0.1 <= ratio <= 10 else 1.0
-        self.packet_times: list[float] = []
+        self.probing, self.packet_times = False, list[float]()
         self.reformatter = VideoReformatter()
         # AVI stores no presentation times; what FFmpeg makes up for reordered frames goes back and forth
         self.timed = container.format.name != "avi"
@@ -209,9 +207,10 @@ class _Source:
             packet = next(packets, None)
             if packet is None:
                 return
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            if packet.size and stamp is not None and not packet.is_discard:
-                self.packet_times.append(_seconds(stamp, packet.time_base) - self.origin)
+            if self.probing:
+                stamp = packet.pts if packet.pts is not None else packet.dts
+                if packet.size and stamp is not None and not packet.is_discard:
+                    self.packet_times.append(stamp * self.tick - self.origin)
             yield packet
         raise VideoError(self.path, "too_long", f"has more than {self.limits.packets} packets.")
 
@@ -219,7 +218,7 @@ class _Source:
         """(time, frame) in order; raises VideoError('damaged') where decoding fails."""
         last = None
         for frame in progressive(self._decoded()):
-            now = _seconds(frame.pts, frame.time_base) - self.origin if self.timed and frame.pts is not None else None
+            now = frame.time - self.origin if self.timed and frame.time is not None else None
             if last is not None and (now is None or now <= last):
                 now = last + self.period  # no timestamp, or one that goes back
             last = 0.0 if now is None else now
@@ -322,6 +321,7 @@ class _Source:
         )
 
     def probe(self, verify_pixels: int) -> Probe:
+        self.probing = True
         times: list[float] = []
         shown: tuple[int, int] | None = None
         last_duration, budget, damage, verified = 0.0, verify_pixels, None, True

@@ -23,7 +23,7 @@ from torch import Tensor
 from stdit.data.buckets import DataConfig, assign
 from stdit.data.loader import Loader
 from stdit.data.manifest import Manifest, read_manifest
-from stdit.data.planner import PlanItem
+from stdit.data.packs import PlanItem
 from stdit.data.video_io import contact_sheet
 from stdit.diffusion.solvers import path_of
 from stdit.errors import StditError

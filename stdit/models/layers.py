@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -12,6 +13,11 @@ from torch.nn import functional as F
 from stdit.models.fused import rms_norm_rotary, widen
 from stdit.models.positions import apply_rotary
 from stdit.shapes import TokenGrid
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, which meta tensors do not have."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Linear(nn.Linear):
@@ -88,5 +94,5 @@ class LowRank(nn.Sequential):
         super().__init__(nn.SiLU(), Linear(dim, rank, bias=False), Linear(rank, out, bias=False))
 
     def forward(self, c: Tensor) -> Tensor:
-        with torch.autocast(c.device.type, enabled=False):
+        with without_autocast(c.device):
             return super().forward(c)

@@ -245,10 +245,14 @@ def level_clip_pairs(pack: TokenPack) -> tuple[Tensor, Tensor, LevelIndex]:
 
     Modulation that knows more of a clip than its noise level has a row for each of them.
     """
-    clips = len(pack.segments.lengths)
-    clip_of = pack.per_token(torch.arange(clips, device=pack.level_of.device))
-    pairs, index = torch.unique(pack.level_of * clips + clip_of, return_inverse=True)
-    return pairs // clips, pairs % clips, LevelIndex(index)
+    index, ends = pack.level_index, pack.segments.host  # both on the host: a GPU is not waited for
+    bounds = torch.unique(torch.cat([index.run_bounds, ends]))  # runs of one level within one clip
+    level = index.run_levels[torch.searchsorted(index.run_bounds, bounds[:-1], right=True) - 1]
+    clip = torch.searchsorted(ends, bounds[:-1], right=True) - 1
+    clips, device = len(ends) - 1, pack.level_of.device
+    pairs, pair_of = torch.unique(level * clips + clip, return_inverse=True)
+    of_token = pair_of.repeat_interleave(bounds.diff()).to(device, non_blocking=True)
+    return (pairs // clips).to(device), (pairs % clips).to(device), LevelIndex(of_token, bounds, pair_of)
 
 
 def spatial_segments(pack: TokenPack, factor: int = 1) -> Segments:

@@ -28,7 +28,7 @@ from stdit.models.embeddings import (
     space_positions,
 )
 from stdit.models.fused import gated_residual, modulated_norm
-from stdit.models.layers import Compression, LayerNorm, Linear, LowRank, RMSNorm, Rotary
+from stdit.models.layers import Compression, LayerNorm, Linear, LowRank, RMSNorm, Rotary, without_autocast
 from stdit.models.packing import (
     LevelIndex,
     Segments,
@@ -313,7 +313,7 @@ class STDiT(nn.Module):
         if config.level_condition != "none":
             of_level, of_clip, index = level_clip_pairs(pack)
             levels = levels[of_level]
-        with torch.autocast(pack.tokens.device.type, enabled=False):
+        with without_autocast(pack.tokens.device):
             times = network_time(levels, config.network_time, config.time_scale)
             waves = sinusoids(times, config.frequency_dim).to(wide)
             c = self.time_embedding(waves)

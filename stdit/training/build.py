@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from stdit.data.cache import Cache, latent_settings, text_settings
 from stdit.data.loader import Loader
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.planner import Plan
+from stdit.data.sources import source_weights
 from stdit.encode import text_identity, vae_identity
 from stdit.errors import StditError, about
 from stdit.models.attention import choose_backend
@@ -55,6 +58,13 @@ class Parts:
         """The plan of an epoch; the last few are kept."""
         return self.plan if epoch == 0 else self._plan(epoch)
 
+    @cached_property
+    def plan_hash(self) -> str:
+        """Of what decides the steps of all epochs."""
+        firsts = accumulate([stage.epochs or 0 for stage in self.config.data.stages[:-1]], initial=0)
+        hashes = [f"{epoch} {self.plan_of(epoch).hash}" for epoch in firsts]
+        return self.plan.hash if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
     def __post_init__(self) -> None:
         trained = (p for p in self.objective.module.parameters() if p.requires_grad)
         self.parameters = sum(p.numel() for p in trained)  # now: under ZeRO-3 they will look empty
@@ -86,7 +96,8 @@ def build(config: RunConfig, world: World) -> Parts:
     objective = make_objective(config, manifest, world)
     plan = make_plan(manifest, assignment, objective, config, 0)
     cache, text_cache = open_caches(config, world)
-    loader = Loader(manifest, assignment, config.data, config.run.seed, cache, text_cache)
+    pin = world.device.type == "cuda"
+    loader = Loader(manifest, assignment, config.data, config.run.seed, cache, text_cache, pin=pin)
     parts = Parts(manifest, assignment, objective, loader, plan, config)
     check_evaluation(parts)
     return parts
@@ -113,18 +124,20 @@ def check_evaluation(parts: Parts) -> None:
 
 
 def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, config: RunConfig, epoch: int) -> Plan:
+    """The plan of an epoch, of the curriculum's stage that it is in."""
     tokens = []
     for shape in assignment.shapes:
         with about(f"data.shapes: {shape}"):
             tokens.append(objective.tokens(shape))
     return Plan(
-        assignment.bucket,
+        assignment.stages[config.data.stage_of(epoch)].bucket,
         tokens,
         objective.cost,
         config.plan,
         config.run.seed,
         epoch,
         names=assignment.shapes,
+        weights=source_weights(manifest, config.data.sources),
         source=manifest.hash,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from stdit.data.loader import Example
-from stdit.data.planner import PlanItem
+from stdit.data.packs import PlanItem
 from stdit.shapes import VideoShape
 from stdit.training.objective import FlowBatch, FlowModule, FlowObjective, StepKey
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stdit.data.buckets import assign
 from stdit.data.loader import Example, Loader
 from stdit.data.manifest import read_manifest
-from stdit.data.planner import PlanItem
+from stdit.data.packs import PlanItem
 from stdit.data.video_write import write_video
 from stdit.diffusion.solvers import with_static_shift, write_scheduler
 from stdit.evaluation.harness import reconstruct

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from stdit.data.loader import Example, Loader
-from stdit.data.planner import Plan, PlanItem, split
+from stdit.data.packs import PlanItem, split
+from stdit.data.planner import Plan
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Feed:
         self._stop.set()
 
     def _read(self, first_step: int) -> Iterator[Step]:
-        steps = self.plan_of(0).num_steps  # the same in all epochs
-        epoch, index = divmod(first_step, steps)
+        epoch, index = 0, first_step
+        while index >= (steps := self.plan_of(epoch).num_steps):
+            epoch, index = epoch + 1, index - steps
         while True:
             plan = self.plan_of(epoch)
             bound = plan.token_bound()
@@ -49,7 +51,7 @@ class Feed:
 
             def packs(plan: Plan = plan, bound: int = bound, first: int = first, dealt: list = dealt) -> Iterator:
                 for i in range(first, plan.num_steps):
-                    step = plan.step(i)
+                    step = plan.items(i)
                     mine = [groups[self.rank] for groups in split(step, self.ranks, bound)]
                     dealt.append((i, len(step), mine))
                     yield from mine

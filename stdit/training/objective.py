@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from stdit.data.loader import Example
-from stdit.data.planner import PlanItem
+from stdit.data.loader import Example, to_video
+from stdit.data.packs import PlanItem
 from stdit.diffusion.paths import Path, token_errors
 from stdit.diffusion.solvers import dynamic_shift, path_of, unipc_config
 from stdit.diffusion.tasks import Task, check_weights, draw_task, frame_levels
@@ -367,16 +367,22 @@ class FlowObjective:
     @torch.no_grad()
     def _latents(self, examples: Sequence[Example]) -> list[Tensor]:
         """(C, T', H', W') each, normalised: from the cache, or encoded now, equal shapes together."""
-        latents = [example.latents for example in examples]
+        latents = [z if (z := example.latents) is None else self._moved(z).float() for example in examples]
         missing: dict[VideoShape, list[int]] = {}
         for index, (example, found) in enumerate(zip(examples, latents)):
             if found is None:
                 missing.setdefault(example.shape, []).append(index)
         for indices in missing.values():
-            video = torch.stack([examples[i].video for i in indices]).to(next(self.vae.parameters()))
+            # frames go as bytes, a quarter of what the VAE takes
+            frames = [examples[i].frames for i in indices]
+            video = torch.stack([to_video(self._moved(one)) for one in frames if one is not None])
+            video = video.to(next(self.vae.parameters()))
             for i, z in zip(indices, self.vae.encode(video)):
                 latents[i] = z
         return [z.float() for z in latents if z is not None]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _text(self, captions: Sequence[str], examples: Sequence[Example | None]) -> tuple[TextPack | None, list | None]:
         """Packed embeddings, or the token ids of an encoder that trains along."""

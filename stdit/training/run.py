@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import asdict
 from pathlib import Path
 
 from stdit.data.buckets import REASONS, Assignment
-from stdit.data.planner import balance, split
+from stdit.data.packs import balance, split
 from stdit.errors import StditError
 from stdit.training.build import Parts, build
 from stdit.training.checkpoint import remove_strays
-from stdit.training.engine import zero_stage
+from stdit.training.footprint import footprint, outline
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig, save_config
 from stdit.training.trainer import Trainer
@@ -72,7 +74,7 @@ def dry_run(config: RunConfig, world: World) -> None:
 def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
     plan = parts.plan
     bound = plan.token_bound()
-    splits = [split(plan.step(i), ranks, bound) for i in range(min(plan.num_steps, 32))]
+    splits = [split(plan.items(i), ranks, bound) for i in range(min(plan.num_steps, 32))]
     micro_steps = sum(map(len, splits)) / len(splits)
     epochs = config.schedule.steps / plan.num_steps
     lines = [
@@ -85,7 +87,8 @@ def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
     for shape, count, tokens in zip(parts.assignment.shapes, parts.assignment.counts, plan.tokens):
         lines.append(f"  {shape}: {int(count):,} clips of {tokens:,} tokens")
     lines += gaps(parts.assignment)
-    lines.append(memory(config, parts.parameters, ranks))
+    fullest = max(max(packs.sums()[0]) for packs in itertools.chain(*splits))
+    lines.append(memory(config, parts, fullest, ranks))
     return lines
 
 
@@ -96,15 +99,8 @@ def gaps(assignment: Assignment) -> list[str]:
     return lines + [f"{count:,} clips left out: {REASONS[name]}" for name, count in assignment.reasons.items()]
 
 
-def memory(config: RunConfig, parameters: int, ranks: int) -> str:
-    """Bytes of weights and training state on a rank; activations come on top, and grow with plan.tokens_per_pack."""
-    stage = zero_stage(config.parallel.deepspeed)
-    low = config.run.precision == "bf16"
-    weights = parameters * (2 if low else 4) / (ranks if stage == 3 else 1)
-    gradients = parameters * 4 / (ranks if stage >= 2 else 1)
-    state = parameters * (4 * low + 8 + 4 * (config.optimizer.ema.decay > 0)) / (ranks if stage >= 1 else 1)
-    total = weights + gradients + state
-    return (
-        f"memory of weights, gradients, masters, moments and average a rank: {total / 2**30:.2f} GiB "
-        f"(ZeRO stage {stage}, {config.run.precision}); activations come on top"
-    )
+def memory(config: RunConfig, parts: Parts, fullest: int, ranks: int) -> str:
+    """Bytes on a rank, of the fullest pack's tokens."""
+    found = footprint(config, outline(config), parts.shapes[0], fullest, ranks, parts.parameters)
+    each = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in asdict(found).items())
+    return f"memory a rank: {found.total / 2**30:.2f} GiB ({each})"

@@ -80,7 +80,7 @@ class Trainer:
         module, critic = self.parts.objective.module, self.parts.objective.critic
         self.base = check_base(config, self.resumed, world)
         if self.resumed is not None:
-            if self.resumed.state["plan"] != self.parts.plan.hash:
+            if self.resumed.state["plan"] != self.parts.plan_hash:
                 raise StditError(
                     f"{self.resumed.path} was made with other data: {config.data.manifest} has changed since, so its "
                     f"steps would be others. Restore the manifest, or choose another run=PATH."
@@ -271,7 +271,7 @@ class Trainer:
         if self.window:  # the sum is rank 0's from here on, as after a resume
             self.window = [one if self.world.is_main else torch.zeros_like(one) for one in window]
         state = {
-            "plan": self.parts.plan.hash,
+            "plan": self.parts.plan_hash,
             "window": window.tolist(),
             "failures": self.failures,
             "base": self.base,

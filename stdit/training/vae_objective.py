@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.data.loader import Example, to_video
-from stdit.data.planner import PlanItem
+from stdit.data.packs import PlanItem
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.shapes import VideoShape
@@ -173,9 +173,10 @@ class VaeObjective:
                 for one in alike
             ]
             weights = [self._weight(one) for one in alike]
-            video = torch.stack([to_video(self._crop(one, shape, key)) for one in alike])  # (B, 3, T, H, W)
+            parts = [self._crop(one, shape, key).to(self.device, non_blocking=True) for one in alike]
+            video = torch.stack(list(map(to_video, parts)))  # (B, 3, T, H, W)
             groups.append((
-                video.to(self.device, self.dtype),
+                video.to(self.dtype),
                 torch.stack(noise).to(self.device, self.dtype),
                 torch.tensor(weights, dtype=torch.float32, device=self.device),
             ))  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stdit.cli.data_plan import advice, costs
+from stdit.cli.data_plan import advice, measured_rate
 from stdit.cli.main import app, run_command
 from stdit.config import load_config
 from stdit.data.buckets import assign
@@ -13,6 +13,7 @@ from stdit.data.manifest import Caption, Clip, Manifest, clip_id, read_manifest,
 from stdit.errors import StditError
 from stdit.models.transformer import TransformerConfig, cost_coefficients
 from stdit.shapes import VideoShape
+from stdit.training.footprint import outline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONFIG = """
@@ -57,7 +58,7 @@ def test_json_says_what_training_will_do(files, capsys):
     shapes = assign(read_manifest(files / "clips.parquet"), config.data).shapes
     for bucket, shape in zip(found["buckets"], shapes):
         n = shape.grid((4, 8, 8), (1, 2, 2)).tokens
-        linear, quadratic = costs(config).cost
+        linear, quadratic = outline(config).cost
         assert bucket["tokens"] == n and bucket["work"] == linear * n + quadratic * n * n
     total = sum(b["clips"] * b["work"] for b in found["buckets"])
     assert sum(b["share_of_work"] for b in found["buckets"]) == pytest.approx(1)
@@ -87,7 +88,8 @@ def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
         "shorter than every shape",
         "64x64x9",
         "balance",
-        "no clip reaches 64x64x33",
+        "no clip goes to 64x64x33",
+        "memory a rank",
     ):
         assert part in text
 
@@ -117,15 +119,15 @@ def test_a_dropped_everything_shows_why(files, capsys):
 
 def test_costs_are_the_configs(files):
     config = load_config(files / "config.yaml", ["model.preset=1.3B", "model.layers=3", "vae.preset=wan2.1"])
-    found = costs(config)
+    found = outline(config)
     expected = TransformerConfig.preset("1.3B", layers=3)
     assert found.cost == cost_coefficients(expected) and found.tokens(VideoShape(9, 64, 96)) == 3 * 4 * 6
     config = load_config(files / "config.yaml", ["objective.kind=vae", "vae.temporal_downsample=[false,true]"])
-    found = costs(config)
+    found = outline(config)
     shape = config.data.video_shapes()[0]
     assert found.cost == (1, 0) and found.tokens(shape) == 64 * 64 * 9 and found.tokens(VideoShape(3, 64, 64))
     with pytest.raises(StditError, match="nearest are 1 and 5"):
-        found_of = costs(load_config(files / "config.yaml", ["objective.kind=vae"]))
+        found_of = outline(load_config(files / "config.yaml", ["objective.kind=vae"]))
         found_of.tokens(VideoShape(3, 64, 64))
 
 
@@ -145,7 +147,7 @@ def test_costs_are_those_of_the_training(files, tmp_path):
     for kind in ("flow", "vae"):
         config.objective.kind = kind
         objective = make_objective(config, read_manifest(files / "clips.parquet"), world)
-        found = costs(config)
+        found = outline(config)
         assert found.cost == objective.cost
         for shape in config.data.video_shapes():
             assert found.tokens(shape) == objective.tokens(shape)
@@ -173,7 +175,64 @@ def test_a_vae_on_crops_has_the_plan_of_its_training(files, name, capsys):
 
 def test_advice_only_where_something_can_be_better():
     good = dict(buckets=[], balance=0.99, groups=8, work_per_step=100, largest_clip_work=10, balance_best=1.0)
+    good |= dict(steps_with_a_clip_over_a_share=0, measured_steps=7)
     assert advice(good) == []
     assert "tokens_per_pack" in advice(good | dict(balance=0.8))[0]
     assert "largest_clips_per_step to 8" in advice(good | dict(balance=0.3, work_per_step=20, balance_best=0.31))[0]
+    told = advice(good | dict(balance_best=0.97, steps_with_a_clip_over_a_share=3))
+    assert len(told) == 1 and "3 of 7 steps" in told[0] and "0.970" in told[0]
     assert advice(good | dict(balance=0.3, groups=1)) == []
+
+
+def test_a_step_with_a_clip_over_a_groups_share_is_reported(files, capsys):
+    assert plan(files, "--json", "--world-size", "8", "plan.largest_clips_per_step=2") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps_with_a_clip_over_a_share"] == found["measured_steps"]
+    # a step of the work of two of the largest clips on eight ranks: one of them has at least one whole clip
+    assert found["balance"] <= found["balance_best"] <= 2.3 / 8
+    assert plan(files, "--world-size", "8", "plan.largest_clips_per_step=2") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"the best balance that can be had is {found['balance_best']:.3f}" in text
+
+
+def test_a_rule_stages_and_sources_are_shown(files, capsys):
+    rule = "data.rule={areas: [64x64], aspects: ['1:1', '3:2'], durations: [0, 1]}"
+    stages = "data.stages=[{epochs: 2, frames: 1}, {}]"
+    settings = ["data.shapes=[]", rule, stages, "data.sources={'1?.mp4': 2.5}", "data.max_crop=0.5"]
+    assert plan(files, "--json", *settings) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [bucket["shape"] for bucket in found["buckets"]] == ["64x64x1", "80x48x1", "64x64x9", "80x48x9"]
+    first = found["stages"][0]
+    assert (first["epoch"], first["epochs"], first["clips"]) == (0, 2, 30)
+    assert found["planned"] == 30 and found["dropped"] == {"kind": 34}  # images alone
+    assert found["sources"][0] == {"source": "1?.mp4", "weight": 2.5, "clips": 0, "clips_in_epoch": 0}
+    assert plan(files, "--json", "--epoch", "2", *settings) == 0
+    later = json.loads(capsys.readouterr().out)
+    assert later["stages"] == found["stages"]
+    first, others = later["sources"]
+    assert first["clips"] == 10 and first["clips_in_epoch"] == 25 and others["source"] == "others"
+    assert later["planned"] == later["stages"][1]["clips"] == 25 + others["clips"]
+    assert sum(bucket["clips"] for bucket in later["buckets"]) == later["planned"]
+    assert plan(files, *settings) == 0
+    text = capsys.readouterr().out
+    assert "Stages" in text and "Sources" in text and "1?.mp4" in text
+
+
+def test_a_measured_rate_gives_times(files, tmp_path, capsys):
+    assert plan(files, "--json", "--world-size", "2", "--rate", "1e9") == 0
+    found = json.loads(capsys.readouterr().out)
+    seconds = 3 * found["work_per_step"] / 2 / 1e9 / found["balance"]
+    assert found["seconds_per_step"] == pytest.approx(seconds)
+    assert found["seconds_per_epoch"] == pytest.approx(seconds * found["steps_per_epoch"])
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"kind": "start", "step": 0, "peak_flops": 1e12, "ranks": 2}]
+    for mfu in (0.1, 0.4, 0.5):
+        lines.append({"kind": "train", "step": 1, "mfu": mfu, "tokens_per_second": 50.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measured_rate(str(run), pixels=False) == 0.4e12 and measured_rate(str(run), pixels=True) == 25.0
+    assert plan(files, "--rate", str(run)) == 0
+    assert "time an epoch" in capsys.readouterr().out
+    for wrong in ("-1", str(tmp_path)):
+        assert plan(files, "--rate", wrong) == 1
+        assert f"--rate {wrong}" in " ".join(capsys.readouterr().err.split())

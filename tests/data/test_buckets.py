@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdit.data.buckets import REASONS, DataConfig, assign, assign_columns, slack
+from stdit.data.buckets import REASONS, DataConfig, ShapeRule, Stage, assign, assign_columns, slack
 from stdit.data.manifest import Caption, Clip, Manifest
 from stdit.data.video_io import probe, read_frames, write_video
 from stdit.errors import StditError
@@ -127,6 +127,81 @@ def test_assign_of_a_manifest_and_wrong_configs():
     ]:
         with pytest.raises(StditError, match=says):
             assign(Manifest.of([clip]), config)
+
+
+def test_a_rule_is_every_area_at_every_aspect_for_every_duration():
+    rule = ShapeRule(areas=["832x480", "1280x720"], aspects=["16:9", "1:1", "9:16"], durations=[0, 3, 5])
+    shapes = DataConfig(rule=rule, fps=16.0).video_shapes()
+    assert len(shapes) == len(set(shapes)) == 2 * 3 * 3
+    assert {shape.frames for shape in shapes} == {1, 49, 81}  # 48 and 80 frames go to the nearest 1 + 4k
+    for shape in shapes:
+        assert shape.width % 16 == 0 and shape.height % 16 == 0
+        area, aspect = (min(by, key=by.get) for by in (
+            {wanted: abs(math.log(shape.width * shape.height / wanted)) for wanted in (832 * 480, 1280 * 720)},
+            {wanted: abs(math.log(shape.width / shape.height / wanted)) for wanted in (16 / 9, 1, 9 / 16)},
+        ))  # fmt: skip
+        assert shape.width == pytest.approx(math.sqrt(area * aspect), abs=8)
+        assert shape.height == pytest.approx(math.sqrt(area / aspect), abs=8)
+    assert VideoShape.parse("1280x720x81") in shapes
+    coarse = ShapeRule(areas=["64x64"], aspects=["1:1", "5:4"], durations=[0], multiple=32)
+    assert [str(shape) for shape in DataConfig(rule=coarse).video_shapes()] == ["64x64x1"]  # rounded together
+
+
+@pytest.mark.parametrize(
+    ("rule", "shapes", "says"),
+    [
+        (dict(areas=["64x64x5"]), [], r"data\.rule: areas: 64x64x5 has frames"),
+        (dict(aspects=["wide"]), [], r"data\.rule: aspects: 'wide' is not WIDTH:HEIGHT"),
+        (dict(aspects=["16:0"]), [], "'16:0' is not"),
+        (dict(durations=[0.1]), [], r"0\.1 s at 8 fps is less than 5 frames.*0\.5 or more"),
+        (dict(), ["64x64"], r"data\.shapes and data\.rule are both set"),
+    ],
+)
+def test_a_wrong_rule_is_named(rule, shapes, says):
+    rule = ShapeRule(**(dict(areas=["64x64"], aspects=["1:1"], durations=[1]) | rule))
+    with pytest.raises(StditError, match=says):
+        DataConfig(rule=rule, shapes=shapes, fps=8.0).check()
+    with pytest.raises(StditError, match="durations is empty"):
+        ShapeRule(areas=["64x64"], aspects=["1:1"], durations=[])
+
+
+def test_stages_take_the_best_shape_within_their_limits():
+    shapes = ["32x32", "64x64", "64x64x9", "64x64x17", "128x128x17"]
+    stages = [Stage(epochs=2, area="64x64", frames=9), Stage(epochs=1, area="64x64"), Stage()]
+    config = DataConfig(shapes=shapes, stages=stages, fps=8.0)
+    clips = [(40, 8.0, 200, 200), (12, 8.0, 200, 200), (1, 1.0, 200, 200), (40, 8.0, 70, 70), (40, 8.0, 20, 20)]
+    found = assign_columns(**columns(clips), shapes=config.video_shapes(), config=config)
+    picked = [[shapes[b] if b >= 0 else None for b in stage.bucket] for stage in found.stages]
+    assert picked == [
+        ["64x64x9", "64x64x9", "64x64", "64x64x9", None],
+        ["64x64x17", "64x64x9", "64x64", "64x64x17", None],
+        ["128x128x17", "64x64x9", "64x64", "64x64x17", None],
+    ]
+    for number, stage in enumerate(stages):  # each as if it were the only one
+        alone = DataConfig(shapes=[s for s in shapes if stage.allows(VideoShape.parse(s))], fps=8.0)
+        by_itself = assign_columns(**columns(clips), shapes=alone.video_shapes(), config=alone)
+        assert [alone.shapes[b] if b >= 0 else None for b in by_itself.bucket] == picked[number]
+        assert by_itself.reasons == found.stages[number].reasons
+    assert [config.stage_of(epoch) for epoch in range(6)] == [0, 0, 1, 2, 2, 2]
+    assert DataConfig().stage_of(9) == 0
+    assert found.rows().tolist() == [0, 1, 2, 3] and found.rows(shapes.index("64x64x9")).tolist() == [0, 1, 3]
+    for wrong, says in [
+        ([Stage(), Stage()], "stage 1 of 2 has epochs None"),
+        ([Stage(epochs=1)], "stage 1 of 1 has epochs 1"),
+        ([Stage(area="16x16")], "stage 1: no shape of data.shapes is within area 16x16"),
+    ]:
+        with pytest.raises(StditError, match=says):
+            DataConfig(shapes=shapes, stages=wrong).check()
+    with pytest.raises(StditError, match="epochs is 0"):
+        Stage(epochs=0)
+
+
+def test_the_crop_loss_of_a_bucket_is_its_clips_mean():
+    config = DataConfig(shapes=["64x64x17", "96x64x17"], fps=8.0)
+    clips = [(40, 8.0, 64, 64), (40, 8.0, 100, 80), (40, 8.0, 120, 80)]
+    found = assign_columns(**columns(clips), shapes=config.video_shapes(), config=config)
+    assert found.bucket.tolist() == [0, 1, 1]
+    assert found.crop_losses == pytest.approx([0, (1 - 1.25 / 1.5) / 2])
 
 
 def test_a_million_clips_take_seconds():

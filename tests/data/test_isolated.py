@@ -15,8 +15,8 @@ from stdit.data.buckets import DataConfig, assign
 from stdit.data.isolated import Reader, Worker
 from stdit.data.loader import Loader
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
+from stdit.data.packs import PlanItem
 from stdit.data.pixels import file_sha256
-from stdit.data.planner import PlanItem
 from stdit.data.probing import probe_files
 from stdit.data.video_io import Limits, VideoError, probe, read_frames, write_video
 from stdit.errors import StditError

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stdit.data import video_io
-from stdit.data.buckets import DataConfig, assign
+from stdit.data.buckets import DataConfig, Stage, assign
 from stdit.data.cache import Cache, latent_key, latent_settings, text_key, text_settings
 from stdit.data.loader import Loader, choose_caption, to_video
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
@@ -237,11 +237,45 @@ def test_reading_ahead_is_bounded(clips):
     iterator.close()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_a_gpu_takes_is_pinned(clips, device, monkeypatch):
+    pinned = []
+    if device == "cpu":
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    assignment, wanted = assign(clips, CONFIG), items(clips)
+    loader = Loader(clips, assignment, CONFIG, seed=7, workers=2, pin=True)
+    for got, plain in zip(loader.fetch(wanted, 0), Loader(clips, assignment, CONFIG, seed=7).fetch(wanted, 0)):
+        assert same(got, plain)
+        assert got.frames.is_pinned() if device == "cuda" else any(got.frames is one for one in pinned)
+
+
 def test_captions_are_drawn_by_weight(clips):
     clip = clips[2]
     drawn = Counter(choose_caption(clip, u) for u in np.linspace(0, 1, 4000, endpoint=False))
     assert drawn["another"] == pytest.approx(3000, abs=2)
     assert choose_caption(Clip(**{**clip.__dict__, "captions": ()}), 0.5) == ""
+
+
+def test_the_cache_gives_the_shape_of_the_stage(clips, tmp_path):
+    config = DataConfig(**{**CONFIG.__dict__, "start": "first", "crop": "centre"})
+    config.shapes, config.stages = ["16x16x5", "16x16x9"], [Stage(epochs=1, frames=5), Stage()]
+    assignment = assign(clips, config)
+    early, late = assignment.stages
+    cache = Cache.create(tmp_path, latent_settings(config, "vae"))
+    keys = {
+        f"{clips[row].id}/{stage.shapes[stage.bucket[row]]}" for stage in (early, late) for row in range(len(clips))
+    }
+    assert len(keys) == 8
+    latents = {key: torch.randn(4, 2 if key.endswith("x5") else 3, 4, 4) for key in keys}
+    first, *others = sorted(keys)
+    cache.write_shard("one", {key: latents[key] for key in others}, {})
+    with pytest.raises(StditError, match="lacks the latents of 1 of 4 clips"):
+        Loader(clips, assignment, config, 0, cache=Cache.open(tmp_path, cache.settings))
+    cache.write_shard("two", {first: latents[first]}, {})
+    loader = Loader(clips, assignment, config, 0, cache=Cache.open(tmp_path, cache.settings))
+    for stage in (early, late):
+        for example in loader.fetch([Item(row, 0, int(stage.bucket[row])) for row in range(len(clips))], epoch=0):
+            assert torch.equal(example.latents, latents[f"{example.clip_id}/{example.shape}"])
 
 
 def test_from_the_cache(clips, tmp_path):

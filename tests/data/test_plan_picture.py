@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stdit.data.packs import balance, split
 from stdit.data.plan_picture import draw_plan, measure_plan, readable_work
-from stdit.data.planner import Plan, PlanConfig, balance, split
+from stdit.data.planner import Plan, PlanConfig
 from stdit.shapes import VideoShape
 
 SHAPES = [VideoShape.parse(text) for text in ("64x64", "64x64x9", "96x64x9", "64x96x9", "64x64x17")]

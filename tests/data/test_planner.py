@@ -11,7 +11,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdit.data.planner import Plan, PlanConfig, PlanItem, _fill, _shuffle, balance, split
+from stdit.data.packs import Kind, PlanItem, _deal_clips, _deal_kinds, balance, fill, split
+from stdit.data.planner import Plan, PlanConfig, _shuffle
 from stdit.errors import StditError
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "planner.py"))
@@ -43,11 +44,26 @@ def test_every_clip_is_in_exactly_one_step(bucket, clips, seed, epoch):
             assert item.work == 7 * item.tokens + 3 * item.tokens**2
 
 
-def test_occurrences_make_the_epoch_that_multiset():
+def test_weights_make_the_epoch_that_multiset():
     bucket = np.array([0, 1, -1, 2, 0])
-    plan = make(bucket, occurrences=np.array([3, 1, 5, 0, 2]), config=PlanConfig(largest_clips_per_step=1))
+    plan = make(bucket, weights=np.array([3, 1, 5, 1, 2]), config=PlanConfig(largest_clips_per_step=1))
     items = [item for i in range(plan.num_steps) for item in plan.step(i)]
-    assert identity(items) == [(0, 0), (0, 1), (0, 2), (1, 0), (4, 0), (4, 1)]
+    assert identity(items) == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (4, 0), (4, 1)]
+
+
+@given(st.lists(st.sampled_from([0.3, 0.5, 1.0, 1.25, 2.0]), min_size=1, max_size=40), st.integers(0, 2**40))
+@settings(max_examples=30, deadline=None)
+def test_rows_of_a_fraction_take_turns(weights, seed):
+    weights = np.array(weights)
+    bucket = np.zeros(len(weights), np.int32)
+    epochs = 20  # a whole number of turns for every weight
+    plans = [make(bucket, weights=weights, seed=seed, epoch=e) for e in range(epochs)]
+    rows = [[item.row for i in range(p.num_steps) for item in p.step(i)] for p in plans]
+    counts = [np.bincount(found, minlength=len(weights)) for found in rows]
+    for found in counts:
+        assert ((found == np.floor(weights)) | (found == np.ceil(weights))).all()
+    assert np.abs(np.sum(counts, 0) - epochs * weights).max() <= 1
+    assert len({p.hash for p in plans}) == 1 and len({p.work_per_step for p in plans}) == 1
 
 
 @given(buckets, st.integers(1, 70), st.floats(1, 6), st.floats(0.5, 40))
@@ -98,7 +114,7 @@ def test_hash_is_of_what_decides_the_steps():
         make(bucket, source="a", cost=(8, 3)),
         make(bucket, source="a", tokens=[16, 48, 300, 1000, 4097]),
         make(bucket, source="a", config=PlanConfig(largest_clips_per_step=17)),
-        make(bucket, source="a", occurrences=np.full(400, 2)),
+        make(bucket, source="a", weights=np.full(400, 2)),
     ]
     assert len({plan.hash, *(other.hash for other in changed)}) == 8
     assert plan.hash == make(bucket, source="a", epoch=5).hash
@@ -143,7 +159,7 @@ def test_the_position_in_a_step_says_nothing_about_the_bucket():
 def test_balance_on_the_synthetic_trace(groups, least, clips, per_group, bound, capsys):
     bucket, _, tokens = BENCHMARK["trace"](clips)
     plan = make(bucket, tokens, WAN_14B, config=PlanConfig(largest_clips_per_step=groups * per_group))
-    splits = [split(plan.step(i), groups, bound * max(tokens)) for i in range(min(plan.num_steps, 12))]
+    splits = [split(plan.items(i), groups, bound * max(tokens)) for i in range(min(plan.num_steps, 12))]
     with capsys.disabled():
         print(f" balance {balance(*splits):.4f}, least {min(map(balance, splits)):.4f}", end="")
     assert min(map(balance, splits)) >= least
@@ -194,7 +210,8 @@ def test_a_clip_over_the_bound_names_bucket_tokens_and_remedy():
         (dict(tokens=[0, 1]), "≥ 1"),
         (dict(names=["one"]), "one number"),
         (dict(bucket=[9]), "only 5 buckets"),
-        (dict(occurrences=np.ones(3)), "occurrences of 3"),
+        (dict(weights=np.ones(3)), "weights of 3"),
+        (dict(weights=np.array([1.0, 0.0])), "must be positive"),
         (dict(config=PlanConfig(largest_clips_per_step=0)), "largest_clips_per_step"),
         (dict(config=PlanConfig(work_per_step=-5)), "work_per_step"),
     ],
@@ -213,17 +230,38 @@ def test_work_beyond_int64_is_exact():
     assert min(works) > 0.9 * max(works)
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 9), st.integers(0, 200))
+bins = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 60)), min_size=1, max_size=20)
+
+
+@given(bins, st.integers(1, 9), st.integers(0, 200), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_fill_equals_one_item_at_a_time(load, work, count):
-    heap = [(level, index) for index, level in enumerate(load)]
+def test_fill_equals_one_item_at_a_time(bins, work, count, limited):
+    load, most = (np.array(column) for column in zip(*bins))
+    heap = [(level, index) for index, level in enumerate(load.tolist())]
     heapq.heapify(heap)
     expected = [0] * len(load)
-    for _ in range(count):
+    while heap and sum(expected) < count:
         level, index = heapq.heappop(heap)
-        expected[index] += 1
-        heapq.heappush(heap, (level + work, index))
-    assert _fill(np.array(load), work, count).tolist() == expected
+        if not limited or expected[index] < most[index]:
+            expected[index] += 1
+            heapq.heappush(heap, (level + work, index))
+    assert fill(load, work, count, most if limited else None).tolist() == expected
+
+
+kinds = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 12)), min_size=1, max_size=8)
+
+
+@given(kinds, st.integers(1, 9), st.integers(60, 300), st.one_of(st.none(), st.integers(100, 9000)))
+@settings(max_examples=200, deadline=None)
+def test_kinds_are_dealt_as_their_clips_would_be(kinds, groups, bound, height):
+    kinds = [Kind(n, 5 * n + n * n, count) for n, count in sorted(kinds, reverse=True)]
+    one_by_one, together = (deal(kinds, groups, bound, height) for deal in (_deal_clips, _deal_kinds))
+    if one_by_one is None or together is None:
+        assert one_by_one is together is None
+        return
+    assert sorted(one_by_one.work) == sorted(together.work)
+    for a, b in zip(one_by_one.places, together.places):
+        assert Counter(a) == Counter(list(b))
 
 
 def test_shuffle_is_splitmix64():

@@ -26,8 +26,8 @@ from stdit.data.cache import Cache, latent_key, latent_settings
 from stdit.data.copies import Copies
 from stdit.data.loader import Loader
 from stdit.data.manifest import read_manifest
+from stdit.data.packs import PlanItem
 from stdit.data.paths import split_member
-from stdit.data.planner import PlanItem
 from stdit.data.scan import scan
 from stdit.data.storage import STORAGE, StorageError
 from stdit.data.video_io import write_video

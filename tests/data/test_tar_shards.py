@@ -18,8 +18,8 @@ from stdit.data.isolated import Reader
 from stdit.data.listing import File, tar_members
 from stdit.data.loader import Loader
 from stdit.data.manifest import Caption, read_manifest
+from stdit.data.packs import PlanItem
 from stdit.data.paths import split_member
-from stdit.data.planner import PlanItem
 from stdit.data.scan import scan
 from stdit.data.video_io import VideoError, probe, read_frames, write_video
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from functools import cache
 
@@ -47,6 +48,46 @@ def steps(manifest, count, ranks=1, first=0, workers=0, shapes=("16x16x5", "32x1
     for feed in feeds:
         feed.close()
     return found
+
+
+def test_steps_not_asked_for_hold_the_readers_back(tmp_path):
+    manifest = clips(tmp_path, [(16, 16)] * 3)
+    config = DataConfig(shapes=["16x16x5"], fps=8.0, prefetch=2)
+    assignment, reads = assign(manifest, config), []
+
+    def reader(path, count, size, *arguments):
+        reads.append(path)
+        return np.zeros((count, size[1], size[0], 3), np.uint8)
+
+    plan_of = cache(lambda epoch: Plan(assignment.bucket, [2], (1, 1), PlanConfig(largest_clips_per_step=1), 5, epoch))
+    feed = Feed(plan_of, Loader(manifest, assignment, config, 5, workers=1, reader=reader), 0, 1, 0)
+    for taken in (1, 2, 3):
+        next(feed.steps)
+        before = -1
+        while before != len(reads):  # until nothing more is read
+            before = len(reads)
+            time.sleep(0.1)
+        assert taken < len(reads) <= taken + 2 + 1 + config.prefetch  # ready, about to be, and being read
+    feed.close()
+
+
+def test_epochs_of_other_lengths_are_counted(tmp_path):
+    """Weights of half a time make epochs differ; a feed finds its place in any of them."""
+    manifest = clips(tmp_path, [(16, 16)] * 5)
+    config = DataConfig(shapes=["16x16x5"], fps=8.0)
+    assignment = assign(manifest, config)
+    settings = PlanConfig(largest_clips_per_step=1)
+    plan_of = cache(lambda epoch: Plan(assignment.bucket, [2], (1, 1), settings, 5, epoch, weights=np.full(5, 0.5)))
+    lengths = [plan_of(epoch).num_steps for epoch in range(4)]
+    assert len(set(lengths)) > 1 and sum(lengths) == 10
+    wanted = [(epoch, index) for epoch, length in enumerate(lengths) for index in range(length)]
+    for first in range(10):
+        feed = Feed(plan_of, Loader(manifest, assignment, config, 5, workers=0), 0, 1, first)
+        found = [next(feed.steps) for _ in range(10 - first)]
+        assert [(step.epoch, step.index) for step in found] == wanted[first:]
+        if first == 0:
+            rows = Counter(item.row for step in found for micro in step.items for item in micro)
+            assert rows == {row: 2 for row in range(5)}
 
 
 def rows(step):

@@ -14,7 +14,6 @@ import torch
 import yaml
 
 import stdit
-from stdit.cli.data_plan import costs
 from stdit.config import load_config
 from stdit.errors import StditError
 from stdit.evaluation import report
@@ -27,6 +26,7 @@ from stdit.training.build import Parts, build
 from stdit.training.checkpoint import Checkpoint
 from stdit.training.engine import Engine, make_engine
 from stdit.training.export import write_model
+from stdit.training.footprint import footprint, outline
 from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.weights.io import find
@@ -225,10 +225,30 @@ def test_a_run_of_some_of_the_weights_goes_on_where_it_stopped(
     assert whole == parts
 
 
+@pytest.mark.parametrize("name", [*SMALL, "STDiT3"])
+def test_the_plan_tells_the_memory_of_every_family(
+    tiny: Path, tmp_path: Path, folder: Any, name: str, image_folder: Path
+) -> None:
+    init = folder(name)
+    if name == "Wan I2V" and not (init / "image_encoder").exists():
+        for part in image_folder.iterdir():
+            shutil.copytree(part, init / part.name)
+    parts = started(tiny, tmp_path, init)
+    objective = outline(parts.config)
+    assert objective.cost == parts.objective.cost
+    shape = parts.shapes[0]
+    assert objective.tokens(shape) == parts.objective.tokens(shape)
+    found = footprint(parts.config, objective, shape, 2 * objective.tokens(shape), ranks=1)
+    assert found.weights == 4 * sum(p.numel() for p in parts.objective.module.parameters())
+    text = sum(p.numel() for p in parts.objective.text_encoder.encoder.parameters())
+    assert found.encoders == 4 * (text + sum(p.numel() for p in parts.objective.vae.parameters()))
+    assert found.activations > 4 * 2 * objective.tokens(shape) * parts.objective.model_config.dim
+
+
 def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Path, folder: Any) -> None:
     init = folder("PixArt")
     parts = started(tiny, tmp_path, init, "model.inflate=true", "model.freeze=pretrained")
-    assert costs(parts.config).cost == parts.objective.cost
+    assert outline(parts.config).cost == parts.objective.cost
     image, video = stdit.load_transformer(init), parts.objective.module.transformer
     latents, t = torch.randn(1, 4, 3, 8, 8), torch.tensor([0.5])
     text, size = torch.randn(1, 4, 10), (32, 32)

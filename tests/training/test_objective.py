@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
 
 from stdit.config import load_config
-from stdit.data.planner import split
+from stdit.data.packs import split
 from stdit.diffusion.solvers import unipc_config, with_static_shift
 from stdit.diffusion.tasks import draw_task
 from stdit.errors import StditError

@@ -19,12 +19,13 @@ import pytest
 import torch
 
 from stdit.config import load_config
+from stdit.data.loader import Loader
 from stdit.errors import Interrupted, StditError
 from stdit.evaluation import report
 from stdit.training import export
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
-from stdit.training.build import open_caches
+from stdit.training.build import build, open_caches
 from stdit.training.checkpoint import Checkpoint
 from stdit.training.feed import Feed, Step
 from stdit.training.metrics import SCHEMA, MetricsLog, read_metrics
@@ -247,6 +248,33 @@ def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None
     (line,) = read_metrics(tmp_path, "train")
     assert (line["failed"], line["loss"], line["tokens"]) == (2, 3.0, 15) and trainer.unshared == 0
     assert line["storage_retries"] == 3
+
+
+def test_the_wait_for_data_is_measured_and_logged(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, nap = Loader.fetch, 0.2
+
+    def slow(self: Loader, *arguments: Any) -> Any:
+        time.sleep(nap)
+        return fetch(self, *arguments)
+
+    monkeypatch.setattr(Loader, "fetch", slow)
+    train(tiny, tmp_path / "run", "schedule.steps=2", "data.workers=0")
+    for line in read_metrics(tmp_path / "run", "train"):
+        assert nap <= line["wait_seconds"] < line["step_seconds"]
+
+
+def test_stages_and_sources_make_the_plans_of_a_run(tiny: Path) -> None:
+    whole = build(load_config(tiny / "flow.yaml", []), ALONE)
+    stages = "data.stages=[{epochs: 2, frames: 1}, {epochs: 1, area: 32x32}, {}]"
+    parts = build(load_config(tiny / "flow.yaml", [stages, "data.sources={'*': 2}"]), ALONE)
+    used = [{str(shape) for shape, n in zip(parts.assignment.shapes, parts.plan_of(e).counts) if n} for e in range(5)]
+    assert used[0] == used[1] == {shape for shape in used[3] if shape.endswith("x1")}
+    assert used[2] == {"32x32x1", "32x32x5"} and used[3] == used[4] >= {"32x32x1", "32x32x5", "48x32x5"}
+    assert parts.plan_of(3).num_items == 2 * whole.plan.num_items
+    later = "data.stages=[{epochs: 3, frames: 1}, {epochs: 1, area: 32x32}, {}]"
+    assert whole.plan_hash == whole.plan.hash
+    other = build(load_config(tiny / "flow.yaml", [later, "data.sources={'*': 2}"]), ALONE)
+    assert len({whole.plan_hash, parts.plan_hash, other.plan_hash}) == 3
 
 
 def test_a_finished_run_says_so(tiny: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.config import load_config
-from stdit.data.planner import split
+from stdit.data.packs import split
 from stdit.errors import StditError
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module

@@ -1,0 +1,219 @@
+"""What a run will need, told without its weights: its objective over models of its sizes, and the memory of a rank."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stdit.data.loader import Example
+from stdit.data.packs import PlanItem
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.shapes import VideoShape
+from stdit.training.conditions import Conditions
+from stdit.training.engine import PRECISIONS, zero_stage
+from stdit.training.lora import add_lora
+from stdit.training.objective import FlowObjective, Objective, StepKey
+from stdit.training.settings import RunConfig
+from stdit.training.start import choose_trained, follow_init, transformer_path
+from stdit.training.vae_objective import VaeObjective
+from stdit.vae.autoencoder import CausalVAE, VaeConfig, preset
+from stdit.weights.files import read_header
+from stdit.weights.io import find, vae_config
+
+NOWHERE = torch.device("meta")
+CLIPS = 4  # whose memory is followed, one after another in a pack
+CAPTION_TOKENS = 128  # of the captions that memory is told for
+IMAGE_TOKENS = 257  # of CLIP's image encoder, which Wan's image to video sees through
+
+
+class _Text:
+    """In an encoder's place: captions of CAPTION_TOKENS tokens, or as many as fit, that say nothing."""
+
+    def __init__(self, dim: int, padding: int) -> None:
+        self.dim, self.length = dim, min(CAPTION_TOKENS, padding or CAPTION_TOKENS)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[0] * self.length for _ in texts]
+
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        return [torch.zeros(self.length, self.dim) for _ in texts]
+
+
+class _Images:
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def encode(self, frames: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.zeros(IMAGE_TOKENS, self.dim) for _ in frames]
+
+
+def outline(config: RunConfig) -> Objective:
+    """The training's own objective over models of the run's sizes without any weights: what clips cost, what trains."""
+    config = follow_init(config)
+    if config.vae.path:
+        vae_settings = vae_config(config.vae.path)
+    else:
+        vae_settings = VaeConfig(**(vars(preset(config.vae.preset or "toy")) | config.vae.overrides))
+    with NOWHERE:
+        vae = CausalVAE(vae_settings)
+        if config.objective.kind == "vae":
+            return VaeObjective(config.objective, lambda: vae, device=NOWHERE, dtype=torch.float32)
+        settings = config.model
+        if settings.init:
+            found = find("transformer", transformer_path(settings)).config
+            model = STDiT(found.inflated() if settings.inflate else found)
+            choose_trained(model, settings)
+            if settings.lora is not None:
+                add_lora(model, settings.lora, config.run.seed)
+        else:
+            follow = {"in_channels": vae_settings.z_dim, "out_channels": vae_settings.z_dim}
+            follow |= {"text_dim": config.text.trained.dim} if config.text.trained else {}
+            model = STDiT(TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow)))
+    model.checkpoint_blocks = settings.checkpoint_blocks
+    return FlowObjective(
+        config.objective,
+        model,
+        vae,
+        _Text(model.config.text_dim, config.text.padding or 0),  # type: ignore[arg-type]
+        train_text=False,
+        text_padding=config.text.padding or 0,
+        conditions=Conditions(model.config, vae, config.data.fps, _Images(model.config.image_text_dim)),
+        device=NOWHERE,
+        dtype=PRECISIONS[config.run.precision],
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on a rank. A small text encoder that trains along, and what a device's libraries take, are not in it.
+
+    encoders: of the VAE and a frozen text encoder. state: masters, moments and the average. activations: the most that
+    forward and backward of the fullest pack hold at a time.
+    """
+
+    weights: int
+    gradients: int
+    state: int
+    encoders: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def footprint(
+    config: RunConfig, objective: Objective, shape: VideoShape, tokens: int, ranks: int, trained: int | None = None
+) -> Footprint:
+    """The memory of a rank whose fullest pack has so many `tokens`, of clips of `shape` (the largest).
+
+    objective: of `outline`; it is changed. trained: parameters that train, if others do than the objective's.
+    """
+    parameters = list(objective.module.parameters())
+    theirs = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen, trained = sum(p.numel() for p in parameters) - theirs, trained or theirs
+    stage, size = zero_stage(config.parallel.deepspeed), PRECISIONS[config.run.precision].itemsize
+    masters, average = size < 4, config.optimizer.ema.decay > 0
+    encoders = 0
+    if isinstance(objective, FlowObjective):
+        encoders = sum(4 * p.numel() for p in objective.vae.parameters()) + _text_bytes(follow_init(config), size)
+    return Footprint(
+        weights=(trained + frozen) * size // (ranks if stage == 3 else 1),
+        gradients=trained * 4 // (ranks if stage >= 2 else 1),
+        state=trained * (4 * masters + 8 + 4 * average) // (ranks if stage >= 1 else 1),
+        encoders=encoders,
+        activations=activations(config, objective, shape, tokens),
+    )
+
+
+def activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> int:
+    """The most bytes that encoding, forward and backward of a pack hold beyond weights and their gradients.
+
+    They run on meta tensors, which have sizes and no data: of up to CLIPS of the largest clips, what `tokens` are more
+    is taken as in proportion; and of two and three blocks, what the model has more is taken as what the third added.
+    """
+    if not isinstance(objective, FlowObjective) or (layers := objective.model_config.layers) < 4:
+        return _activations(config, objective, shape, tokens)
+    model = objective.module.transformer
+    held = {name: blocks for name, blocks in model.named_children() if isinstance(blocks, nn.ModuleList)}
+    found = []
+    for count in (2, 3):
+        for name, blocks in held.items():
+            setattr(model, name, blocks[:count])
+        found.append(_activations(config, objective, shape, tokens))
+    for name, blocks in held.items():
+        setattr(model, name, blocks)
+    return found[0] + (layers - 2) * (found[1] - found[0])
+
+
+def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> int:
+    each = objective.tokens(shape)
+    count = min(max(1, tokens // each), CLIPS)
+    module = objective.module.to(PRECISIONS[config.run.precision]).train()
+    for p in module.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(_drop_gradient)  # it goes to the engine's, which is counted
+    examples, items = [], []
+    for number in range(count):
+        frames = torch.empty(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8, device=NOWHERE)
+        latents = None
+        if isinstance(objective, FlowObjective) and config.data.cache is not None:
+            size = shape.latent(objective.vae.config.stride)
+            channels = objective.model_config.latent_channels
+            latents = torch.empty(channels, size.frames, size.height, size.width, device=NOWHERE)
+        examples.append(Example(str(number), number, 0, 0, shape, 1.0, "", frames, latents))
+        items.append(PlanItem(number, 0, 0, each, 1, number))
+    with _Peak([*module.parameters(), *module.buffers(), *(e.frames for e in examples)]) as peak:
+        batch = objective.prepare(examples, items, StepKey(0, 0, 0, count))
+        module(batch).backward()
+    return round(peak.most * tokens / (count * each))
+
+
+class _Peak(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, as long as each lives, on meta tensors alone."""
+
+    def __init__(self, known: Sequence[Any]) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.device == NOWHERE:
+                self._note(value.untyped_storage())
+        self.most = max(self.most, self.live)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _text_bytes(config: RunConfig, size: int) -> int:
+    """Of a frozen text encoder in the run's precision, from its files' headers."""
+    if config.text.path is None:
+        return 0
+    folder = Path(config.text.path).expanduser()
+    folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+    headers = (read_header(path)[0] for path in folder.glob("*.safetensors"))
+    return size * sum(math.prod(entry.shape) for entries in headers for entry in entries.values())

@@ -1,0 +1,93 @@
+"""The memory that is predicted on meta tensors, against what torch's profiler sees of a real step's allocations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from stdit.config import from_dict
+from stdit.data.loader import Example
+from stdit.data.packs import PlanItem
+from stdit.models.transformer import STDiT
+from stdit.shapes import VideoShape
+from stdit.training.footprint import activations, footprint, outline
+from stdit.training.objective import FlowObjective, StepKey
+
+SHAPE = VideoShape(9, 64, 96)
+CONFIG = {
+    "model": {"preset": "toy", "dim": 96, "heads": 4, "layers": 5, "ffn_dim": 256, "text_dim": 32},
+    "data": {"cache": "somewhere"},
+    "optimizer": {"ema": {"decay": 0.99}},
+}
+
+
+def profiled_peak(objective: FlowObjective, clips: int) -> int:
+    """Bytes that forward and backward of a real step hold at most, above what is there before."""
+    size = SHAPE.latent(objective.vae.config.stride)
+    shape = (objective.model_config.latent_channels, size.frames, size.height, size.width)
+    examples = [Example(str(n), n, 0, 0, SHAPE, 1.0, "", None, torch.zeros(shape)) for n in range(clips)]
+    items = [PlanItem(n, 0, 0, objective.tokens(SHAPE), 1, n) for n in range(clips)]
+    for p in objective.module.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def step() -> None:
+        objective.module(objective.prepare(examples, items, StepKey(0, 0, 0, clips))).backward()
+
+    step()  # what is made once and kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    live = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("clips", [3])
+def test_activations_are_what_a_real_step_allocates(checkpoint, clips):
+    config = from_dict(CONFIG, "test")
+    config.model.checkpoint_blocks = checkpoint
+    predicted = activations(config, outline(config), SHAPE, clips * SHAPE.grid((4, 8, 8), (1, 2, 2)).tokens)
+    real = outline(config)
+    assert isinstance(real, FlowObjective)
+    real.device = torch.device("cpu")
+    transformer = STDiT(real.model_config)
+    transformer.checkpoint_blocks = checkpoint
+    real.module.transformer = transformer
+    measured = profiled_peak(real, clips)
+    assert predicted == pytest.approx(measured, rel=0.03)
+
+
+def test_checkpointing_and_fewer_tokens_need_less():
+    config = from_dict(CONFIG, "test")
+    whole = activations(config, outline(config), SHAPE, 10_000)
+    assert activations(config, outline(config), SHAPE, 5_000) == pytest.approx(whole / 2, rel=0.02)
+    config.model.checkpoint_blocks = True
+    assert activations(config, outline(config), SHAPE, 10_000) < 0.6 * whole
+
+
+def test_state_is_split_as_zero_says():
+    for precision, stage, each in [("fp32", 0, (4, 4, 12)), ("bf16", 0, (2, 4, 16)), ("bf16", 3, (0.5, 1, 4))]:
+        deepspeed = None if stage == 0 else f"deepspeed_configs/zero{stage}.json"
+        config = from_dict(CONFIG | {"run": {"precision": precision}, "parallel": {"deepspeed": deepspeed}}, "test")
+        objective = outline(config)
+        parameters = sum(p.numel() for p in objective.module.parameters())
+        found = footprint(config, objective, SHAPE, 100, ranks=4)
+        assert (found.weights, found.gradients, found.state) == pytest.approx([parameters * one for one in each], abs=2)
+        assert found.encoders == 4 * sum(p.numel() for p in objective.vae.parameters())
+        assert found.total == found.weights + found.gradients + found.state + found.encoders + found.activations
+
+
+@pytest.mark.parametrize("kind", ["flow", "vae"])
+def test_a_vae_that_encodes_or_trains_is_counted(kind):
+    config = from_dict(CONFIG | {"objective": {"kind": kind}, "data": {}}, "test")
+    objective = outline(config)
+    tokens = objective.tokens(SHAPE)
+    found = activations(config, objective, SHAPE, tokens)
+    assert found > 4 * SHAPE.frames * SHAPE.height * SHAPE.width * 3  # the clip itself in fp32, at least
+    if kind == "flow":
+        config.data.cache = "somewhere"
+        assert found > activations(config, outline(config), SHAPE, tokens)
