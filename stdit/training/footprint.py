@@ -49,11 +49,11 @@ class _Text:
 
 
 class _Images:
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
+    def __init__(self, dim: int, positions: int) -> None:
+        self.dim, self.length = dim, positions // 2 or IMAGE_TOKENS  # positions: of a first and a last image
 
     def encode(self, frames: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.zeros(IMAGE_TOKENS, self.dim) for _ in frames]
+        return [torch.zeros(self.length, self.dim) for _ in frames]
 
 
 def outline(config: RunConfig) -> Objective:
@@ -79,6 +79,7 @@ def outline(config: RunConfig) -> Objective:
             follow |= {"text_dim": config.text.trained.dim} if config.text.trained else {}
             model = STDiT(TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow)))
     model.checkpoint_blocks = settings.checkpoint_blocks
+    images = _Images(model.config.image_text_dim, model.config.image_text_positions)
     return FlowObjective(
         config.objective,
         model,
@@ -86,7 +87,7 @@ def outline(config: RunConfig) -> Objective:
         _Text(model.config.text_dim, config.text.padding or 0),  # type: ignore[arg-type]
         train_text=False,
         text_padding=config.text.padding or 0,
-        conditions=Conditions(model.config, vae, config.data.fps, _Images(model.config.image_text_dim)),
+        conditions=Conditions(model.config, vae, config.data.fps, images),
         device=NOWHERE,
         dtype=PRECISIONS[config.run.precision],
     )
