@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_its_discriminator(
     seen, again = ([[line.get(name) for name in kept] for line in some] for some in lines)
     assert seen == again and len(seen) == 4
     assert ["critic_loss" in line for line in lines[0]] == [False, True, True, True]  # from `start` on
-    assert all(0.5 < line["critic_loss"] < 1.5 for line in lines[0][1:])
+    assert all(0 < line["critic_loss"] < 1.5 for line in lines[0][1:])  # 1 for who says 0 to all
     weights = [between.weights(), Checkpoint.latest(tmp_path / "whole").weights()]  # type: ignore[union-attr]
     moved = {name.split(".")[0] for name, weight in weights[0].items() if not torch.equal(weight, weights[1][name])}
     assert moved == {"vae", "discriminator"}
