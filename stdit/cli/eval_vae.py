@@ -97,7 +97,7 @@ def tables(result: dict[str, Any]) -> list[Any]:
         if name in ("motion", "sharpness"):
             worst = max(found, key=lambda one: abs(one - 1))
         else:
-            worst = max(found) if name in ("lpips", "flicker") else min(found)
+            worst = max(found) if name in ("lpips", "flicker", "flicker_still") else min(found)
         measures.add_row(name, f"{value:.4g}", f"{worst:.4g}", result["definitions"][name])
     latents = Table(title="Raw latents", **look)
     for name in ("channel", "mean", "std", "outliers", "furthest"):

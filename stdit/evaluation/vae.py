@@ -35,6 +35,7 @@ FORMAT = 1
 PIECE = 16  # frames that are read of a file, and measured, at a time
 PICTURE_FRAMES = 5  # of a clip that its picture shows
 OUTLIER = 3.0  # standard deviations
+STILL, STILL_SHARE = 1, 0.01  # grey levels that a still pixel changes at most; of all pixels, for it to be measured
 ALIKE = 100.0  # dB that a clip or frame counts that is reproduced exactly
 
 DEFINITIONS = {  # x the source, y the reconstruction
@@ -47,6 +48,9 @@ DEFINITIONS = {  # x the source, y the reconstruction
     "flicker": "how much the error changes from frame to frame, in grey levels of 255: the mean of "
     "|(y_t − y_(t−1)) − (x_t − x_(t−1))| over frames, pixels and colours. 0 only if all motion is the source's: a "
     "picture that stands still has the source's motion as its flicker",
+    "flicker_still": "the same over the pixels that stand still in the source (no colour changes by more than "
+    f"{STILL} grey level from the frame before): all change is flicker there, and none motion. None for an image, and "
+    f"where less than {STILL_SHARE:.0%} of the pixels stand still",
     "motion": "the sum of squares of y_t − y_(t−1) over that of x_t − x_(t−1): 1 as much as the source, less is "
     "stiller, more is restless; none for an image or a clip that stands still",
     "sharpness": "gradient energy: the sum of squares of the differences between neighbouring pixels of a row and of a "
@@ -68,6 +72,7 @@ class ClipMeasures:
     similar: list[float] = field(default_factory=list)  # SSIM of each frame
     perceived: list[float] = field(default_factory=list)  # LPIPS of each frame
     flicker: list[float] = field(default_factory=list)  # of each frame after the first
+    still: list[np.ndarray] = field(default_factory=list)  # of each frame after the first: sum over still pixels, share
     moved: np.ndarray = field(default_factory=lambda: np.zeros(2))  # source, reconstruction
     gradients: np.ndarray = field(default_factory=lambda: np.zeros(2))
     last: np.ndarray | None = None  # the frame before, (2, H, W, 3)
@@ -82,7 +87,9 @@ class ClipMeasures:
                 self.gradients += np.square(np.diff(both, axis=axis)).sum((1, 2, 3))
             if self.last is not None:
                 change = both - self.last
-                self.flicker.append(float(np.abs(change[1] - change[0]).mean()))
+                error, still = np.abs(change[1] - change[0]).mean(2), np.abs(change[0]).max(2) <= STILL  # (H, W)
+                self.flicker.append(float(error.mean()))
+                self.still.append(np.array([error[still].sum() / still.size, still.mean()]))
                 self.moved += np.square(change).sum((1, 2, 3))
             self.last = both
             if self.lpips is not None:
@@ -98,9 +105,14 @@ class ClipMeasures:
             "ssim": float(np.mean(self.similar)),
             "lpips": float(np.mean(self.perceived)) if self.perceived else None,
             "flicker": float(np.mean(self.flicker)) if self.flicker else None,
+            "flicker_still": self._flicker_still(),
             "motion": float(self.moved[1] / self.moved[0]) if self.moved[0] else None,
             "sharpness": float(self.gradients[1] / self.gradients[0]) if self.gradients[0] else None,
         }
+
+    def _flicker_still(self) -> float | None:
+        flicker, share = np.mean(self.still, 0) if self.still else (0.0, 0.0)
+        return float(flicker / share) if share >= STILL_SHARE else None
 
 
 def latent_statistics(latents: Tensor) -> dict[str, Any]:

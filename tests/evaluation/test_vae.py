@@ -29,7 +29,8 @@ def measured(source: np.ndarray, rebuilt: np.ndarray) -> dict:
 def test_an_exact_reconstruction():
     source = noise()
     assert measured(source, source) == {
-        "psnr": 100, "psnr_frames": 100, "ssim": 1, "lpips": None, "flicker": 0, "motion": 1, "sharpness": 1,
+        "psnr": 100, "psnr_frames": 100, "ssim": 1, "lpips": None, "flicker": 0, "flicker_still": None,
+        "motion": 1, "sharpness": 1,
     }  # fmt: skip
     still = np.full_like(source, 7)  # of one colour: nothing to be sharp or to move
     assert {measured(still, still + 3)[name] for name in ("motion", "sharpness", "lpips")} == {None}
@@ -59,6 +60,20 @@ def test_flicker_motion_and_sharpness_are_what_they_say():
     energy = sum(np.square(np.diff(blurred.astype(float), axis=axis)).sum() for axis in (1, 2))
     wanted = energy / (np.square(rows).sum() + np.square(columns).sum())
     assert measured(even, blurred)["sharpness"] == pytest.approx(wanted) and wanted < 0.9
+
+
+def test_flicker_where_the_source_stands_still():
+    source = noise(low=100, high=120)[:1].repeat(6, 0)
+    source[1::2, :, :10] += 100  # the left half blinks, the right half stands still
+    source[1::2, :, 10:] += 1
+    made = source.copy()
+    made[1::2, :, 10:] += 6
+    found = measured(source, made)
+    assert (found["flicker_still"], found["flicker"]) == (6, 3)
+    restless = source.copy()
+    restless[1::2, :, :10] -= 90
+    assert measured(source, restless)["flicker_still"] == 0 < measured(source, restless)["flicker"]
+    assert measured(noise(), noise())["flicker_still"] is None  # nothing stands still
 
 
 def test_psnr_and_ssim_are_scikit_images():
