@@ -80,12 +80,16 @@ class Copies:
 
     @contextmanager
     def add(self, name: str, size: int) -> Iterator[BinaryIO]:
-        """A file to write a new copy of `size` bytes to; it takes its place when the context ends without an error."""
+        """A file to write a new copy to; it takes its place when the context ends without an error. size: its bytes,
+        0 where they are not known before."""
         self._make_room(size)
         part = self.folder / f".{name}.{secrets.token_hex(4)}.part"
         try:
             with open(part, "wb") as file:
                 yield file
+                more = file.tell() - size  # of a server that does not tell sizes
+            if more > 0:
+                self._make_room(more)
             os.replace(part, self.folder / name)
         finally:
             part.unlink(missing_ok=True)

@@ -216,6 +216,16 @@ def test_copies_stay_bounded_and_what_is_read_stays(tmp_path, files):
     assert error.value.reason == "too_large"
 
 
+def test_copies_stay_bounded_where_a_server_tells_no_sizes(tmp_path, files, monkeypatch):
+    plain = Flaky.info
+    monkeypatch.setattr(Flaky, "info", lambda self, path, **options: plain(self, path, **options) | {"size": None})
+    store = storage(tmp_path, limit=10_000)
+    for number in range(40):
+        files(f"{number}.bin", bytes([number]) * 1000)
+        assert content_of(store, f"flaky://{number}.bin") == bytes([number]) * 1000
+        assert sum(p.stat().st_size for p in copies(tmp_path)) <= 11_000  # that of the part counted twice
+
+
 def test_what_many_ask_for_at_once_is_fetched_once(tmp_path, files, monkeypatch):
     files("a.bin", b"content")
     plain = Flaky.cat_file
