@@ -101,6 +101,9 @@ class Worker:
             except queue.Empty:
                 self.close()
                 raise VideoError(path, "timeout", f"took longer than {seconds:g} s to read.") from None
+            except BaseException:  # Ctrl-C: its answer would come as that of the next request
+                self.close()
+                raise
             if answer is not None:
                 return answer
             status = self._process.popen.wait()

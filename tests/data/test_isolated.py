@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +86,25 @@ def test_each_costs_its_own_clip(folder):
     popen.kill()
     popen.wait()
     assert np.array_equal(read("good"), wanted)
+    reader.close()
+
+
+def test_a_read_that_was_interrupted_does_not_answer_the_next(folder):
+    """Ctrl-C in a session that goes on."""
+    reader, path = Reader(), str(folder / "good.mp4")
+    reader(path, 5, (16, 16), 8.0)
+    process = reader._idle[0]._process
+    answers, interrupts = process.answers, [KeyboardInterrupt()]
+
+    def get(timeout):
+        if interrupts:
+            raise interrupts.pop()
+        return answers.get(timeout=timeout)
+
+    process.answers = SimpleNamespace(get=get)
+    with pytest.raises(KeyboardInterrupt):
+        reader(path, 5, (16, 16), 8.0)
+    assert np.array_equal(reader(path, 3, (8, 8), 8.0), read_frames(path, 3, (8, 8), 8.0))
     reader.close()
 
 
