@@ -16,6 +16,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -127,11 +128,16 @@ class Cache:
         parts = [_index_part(join(self.folder, name), content) for name, content in zip(names, contents)]
         self._complete = {name.removesuffix(".parquet") for name in names}
         self.index = pa.concat_tables(parts) if parts else _INDEX.empty_table()
-        # keys begin with a SHA-256 in hex: its first 8 bytes, sorted, find one key among millions in 16 bytes a key
+        self.__dict__.pop("_by_hash", None)
+
+    @cached_property
+    def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
+        """(keys,) the first 8 bytes of the SHA-256 that keys begin with, sorted, and where each is in the index: they
+        find one among millions in 16 bytes a key."""
         prefixes = "".join(pc.utf8_slice_codeunits(self.index.column("key"), 0, 16).to_pylist())
         numbers = np.frombuffer(bytes.fromhex(prefixes), ">u8").astype(np.uint64)
-        self._order = np.argsort(numbers, kind="stable")
-        self._sorted = numbers[self._order]
+        order = np.argsort(numbers, kind="stable")
+        return numbers[order], order
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -145,10 +151,10 @@ class Cache:
         return found.fill_null(-1).to_numpy(zero_copy_only=False)
 
     def position(self, key: str) -> int:
-        """The position of one key in the index, or −1."""
-        number = np.uint64(int(key[:16], 16))
-        low, high = np.searchsorted(self._sorted, number, "left"), np.searchsorted(self._sorted, number, "right")
-        return next((int(p) for p in self._order[low:high] if self.key(p) == key), -1)
+        """The position in the index of one key that begins with a SHA-256 in hex, as texts' do, or −1."""
+        (known, order), number = self._by_hash, np.uint64(int(key[:16], 16))
+        low, high = np.searchsorted(known, number, "left"), np.searchsorted(known, number, "right")
+        return next((int(p) for p in order[low:high] if self.key(p) == key), -1)
 
     def failure(self, position: int) -> str | None:
         """Why there is no tensor at this position of the index, or None."""

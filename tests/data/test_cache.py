@@ -48,6 +48,14 @@ def test_keys_that_share_a_prefix_are_told_apart(tmp_path):
     assert cache.position(latent_key(clip, VideoShape(9, 8, 8))) == -1
 
 
+def test_a_clip_may_have_any_id(tmp_path):
+    cache = Cache.create(tmp_path, SETTINGS)
+    keys = [latent_key(clip, VideoShape(5, 8, 8)) for clip in ("clip-1", "é", "0" * 64)]
+    cache.write_shard("one", {key: torch.tensor(float(number)) for number, key in enumerate(keys)}, {})
+    read = Cache.open(tmp_path, SETTINGS)
+    assert [read.tensor(position).item() for position in read.find(keys)] == [0.0, 1.0, 2.0]
+
+
 def test_another_vae_is_an_error_that_names_both(tmp_path):
     Cache.create(tmp_path, SETTINGS)
     with pytest.raises(StditError, match="vae vae-one there, vae-two wanted"):
