@@ -22,6 +22,7 @@ from stdit.errors import StditError
 from stdit.keyed import keyed_seed
 
 FORMAT = 1  # part of the plan's hash: raise it when the same inputs would give other steps
+MOST_CLIPS = 2**31 - 1  # of an epoch: their numbers are int32
 
 
 @dataclass
@@ -152,6 +153,8 @@ class Plan:
             raise StditError(f"weights of {len(self.weights)} rows, the manifest has {len(self.bucket)}.")
         if self.weights is not None and not (self.weights > 0).all():
             raise StditError(f"a row has the weight {self.weights.min()}; it must be positive.")
+        if self.weights is not None and self.weights.sum() > MOST_CLIPS:
+            raise StditError(f"data.sources make an epoch of {self.weights.sum():.3g} clips; {MOST_CLIPS:,} at most.")
 
     def _work_per_step(self) -> int:
         if self.config.work_per_step is not None:
