@@ -18,6 +18,7 @@ from stdit.data.manifest import read_manifest
 from stdit.data.packs import PlanItem
 from stdit.data.video_write import write_video
 from stdit.diffusion.solvers import with_static_shift, write_scheduler
+from stdit.errors import StditError
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.files import publish_folder, publish_text
@@ -161,12 +162,14 @@ def sample(pipeline: Pipeline, parts: Parts, step: int) -> list[str]:
 
 def vae_psnr(vae: CausalVAE, parts: Parts) -> float:
     """Mean PSNR in dB of reconstructed clips: of eval.manifest (held out) if set, else of training clips."""
-    clips, references = [], []
-    for example in _clips(parts, parts.config.eval.manifest, parts.config.eval.clips):
+    found = []
+    for example in _clips(parts, parts.config.eval.manifest, parts.config.eval.clips):  # one at a time in memory
         assert example.frames is not None
-        references.append(example.frames.numpy())
-        clips += reconstruct(vae, references[-1:])
-    return mean_psnr(clips, references)
+        frames = [example.frames.numpy()]
+        found.append(mean_psnr(reconstruct(vae, frames), frames))
+    if not found:
+        raise StditError(f"{parts.config.eval.manifest or parts.manifest.source}: no clip to measure could be read.")
+    return sum(found) / len(found)
 
 
 def export_vae(parts: Parts, weights: dict[str, Tensor], step: int, world: World) -> dict[str, float]:

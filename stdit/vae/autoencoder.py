@@ -302,7 +302,8 @@ def measure_latents(vae: CausalVAE, batches: Iterable[Tensor]) -> tuple[tuple[fl
     """
     n, total, squares = 0, torch.zeros(vae.config.z_dim, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for video in batches:
-        raw = vae.encode_moments(video)[0].double().cpu().transpose(0, 1).flatten(1)  # (z, B·T'·H'·W')
+        mean, _ = streaming.encode_moments(vae, video, vae.memory).chunk(2, dim=1)
+        raw = mean.double().cpu().transpose(0, 1).flatten(1)  # (z, B·T'·H'·W')
         n, total, squares = n + raw.shape[1], total + raw.sum(1), squares + raw.square().sum(1)
     if n < 2:
         raise StditError("measuring latents needs at least two of them; there were no clips.")

@@ -187,6 +187,10 @@ def test_normalise_and_measured_statistics():
     config = CONFIGS["2x4x4, another decoder"]
     vae = random_vae(config).float()
     batches = [clip(config, 5, batch=2, seed=1), clip(config, 1, rows=5, seed=2)]
+    vae.memory = 1000
+    with pytest.raises(StditError, match="memory 1000"):  # it keeps to the budget, as `encode` does
+        measure_latents(vae, batches)
+    vae.memory = None
     mean, std = measure_latents(vae, batches)
     vae.config = dataclasses.replace(config, latents_mean=mean, latents_std=std)
     latents = torch.cat([vae.encode(b).transpose(0, 1).flatten(1) for b in batches], 1)
