@@ -48,9 +48,14 @@ class LatentShape:
     height: int
     width: int
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(T', H', W'), as a tensor's shape has them."""
+        return self.frames, self.height, self.width
+
     def grid(self, patch: tuple[int, int, int]) -> TokenGrid:
         """The token grid under a patch (pt, ph, pw), all of which must divide."""
-        sizes = (self.frames, self.height, self.width)
+        sizes = self.sizes
         if any(size % p for size, p in zip(sizes, patch)):
             raise StditError(
                 f"latents of {sizes[0]}×{sizes[1]}×{sizes[2]} (frames×height×width) "

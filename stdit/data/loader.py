@@ -6,7 +6,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -77,7 +79,8 @@ class Loader:
     Start, crop, mirroring and caption are keyed by (seed, epoch, clip id, occurrence). A clip that cannot be read keeps
     its place with weight 0; storage that cannot be reached, after all tries, stops the run. Each worker decodes in a
     process of its own, which may crash or hang; with none, decoding is done here. `reader` takes the place of both.
-    pin: puts tensors into page-locked memory, from where a GPU takes them while it computes.
+    latent_size: (C, T', H', W') of a shape's latents, for clips that the cache has a failure of. pin: puts tensors
+    into page-locked memory, from where a GPU takes them while it computes.
     """
 
     def __init__(
@@ -91,15 +94,17 @@ class Loader:
         workers: int | None = None,
         reader: Callable[..., np.ndarray] | None = None,
         storage: Storage = STORAGE,
+        latent_size: Callable[[VideoShape], tuple[int, ...]] | None = None,
         pin: bool = False,
     ) -> None:
         self.manifest, self.assignment, self.config, self.seed = manifest, assignment, config, seed
-        self.cache, self.text_cache = cache, text_cache
+        self.cache, self.text_cache, self.latent_size = cache, text_cache, latent_size
         self.workers = config.workers if workers is None else workers
         self.reader = reader or (READER if self.workers else read_frames)
         self.limits, self.storage, self.pin = Limits(seconds=config.timeout), storage, pin
-        self.kept: dict[int, np.ndarray] = {}  # decoded clips by row, up to config.keep_gb
-        self.room = int(config.keep_gb * 1e9)
+        self._kept: dict[int, tuple[int, np.ndarray]] = {}  # bucket and frames by row, up to config.keep_gb
+        self._room = int(config.keep_gb * 1e9)
+        self._lock = Lock()
         if cache is not None:
             self._check_policies(cache)
             self.positions = [self._positions(cache, stage) for stage in assignment.stages]
@@ -140,7 +145,7 @@ class Loader:
             reason = failure and "not_encoded"
         else:
             try:
-                frames = torch.from_numpy(self._read(item.row, clip, shape, key))
+                frames = torch.from_numpy(self._read(item, clip, key))
             except VideoError as error:
                 failure, reason = str(error), error.reason
                 frames = torch.zeros(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
@@ -151,14 +156,17 @@ class Loader:
             clip.id, item.row, item.occurrence, epoch, shape, weight, caption, frames, latents, text, failure, reason
         )
 
-    def _read(self, row: int, clip: Clip, shape: VideoShape, key: tuple[int, str, int]) -> np.ndarray:
+    def _read(self, item: Item, clip: Clip, key: tuple[int, str, int]) -> np.ndarray:
         """A clip's frames (T, H, W, 3) as this epoch cuts and mirrors them."""
-        frames = self.kept.get(row)
-        if frames is None:
-            frames = self._decode(clip, shape, key)
-            if frames.nbytes <= self.room:
-                self.room -= frames.nbytes
-                self.kept[row] = frames
+        bucket, frames = self._kept.get(item.row, (-1, None))
+        if frames is None or bucket != item.bucket:  # of an earlier stage
+            frames = self._decode(clip, self.assignment.shapes[item.bucket], key)
+            with self._lock:
+                if item.row in self._kept:
+                    self._room += self._kept.pop(item.row)[1].nbytes
+                if frames.nbytes <= self._room:
+                    self._room -= frames.nbytes
+                    self._kept[item.row] = (item.bucket, frames)
         if self.config.mirror and keyed_uniform(self.seed, "mirror", *key) < 0.5:
             frames = np.ascontiguousarray(frames[:, :, ::-1])
         return frames
@@ -173,15 +181,8 @@ class Loader:
             crop = (keyed_uniform(self.seed, "crop x", *key), keyed_uniform(self.seed, "crop y", *key))
         size = (shape.width, shape.height)
         sha256 = clip.sha256 if self.config.verify else None
-        try:
-            with self.storage.local(clip.path) as path:
-                return self.reader(path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
-        except VideoError as error:  # which may name a local copy
-            raise VideoError(clip.path, error.reason, error.message) from error
-        except StorageError as error:
-            if error.reason in OF_ONE_FILE:
-                raise VideoError(clip.path, error.reason, error.message) from error
-            raise  # of the storage, and so perhaps of all clips: the run stops
+        with local_file(clip, self.storage) as path:
+            return self.reader(path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
 
     # ----------------------------------------------------------------------------------------------------- the cache
 
@@ -189,18 +190,13 @@ class Loader:
         assert self.cache is not None
         cut = int(keyed_uniform(self.seed, "cut", *key) * self.config.crops)
         stages = zip(self.assignment.stages, self.positions)
-        bucket, positions = next((s.bucket, found) for s, found in stages if s.bucket[item.row] == item.bucket)
+        positions = next(found for stage, found in stages if stage.bucket[item.row] == item.bucket)
         position = int(positions[item.row, cut])
         failure = self.cache.failure(position)
         if failure is None:
             return self.cache.tensor(position), None
-        for other in positions[bucket == item.bucket].flat:  # one of the same shape, for its zeros
-            if self.cache.failure(other) is None:
-                return torch.zeros_like(self.cache.tensor(other)), failure
-        shape = self.assignment.shapes[item.bucket]
-        raise StditError(
-            f"{self.cache.folder}: every clip of shape {shape} failed to encode, the first with: {failure}"
-        )
+        assert self.latent_size is not None
+        return torch.zeros(self.latent_size(self.assignment.shapes[item.bucket])), failure
 
     def _check_policies(self, cache: Cache) -> None:
         for name in ("start", "crop", "fps"):
@@ -233,6 +229,20 @@ class Loader:
                 f"`stdit data encode {self.manifest.source} --config CFG{more} --out {os.path.dirname(cache.folder)}`."
             )
         return positions
+
+
+@contextmanager
+def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
+    """A local path of a clip's file, while the context is open; what is wrong with this file is a VideoError."""
+    try:
+        with storage.local(clip.path) as path:
+            yield path
+    except VideoError as error:  # which may name a local copy
+        raise VideoError(clip.path, error.reason, error.message) from error
+    except StorageError as error:
+        if error.reason in OF_ONE_FILE:
+            raise VideoError(clip.path, error.reason, error.message) from error
+        raise  # of the storage, and so perhaps of all clips: the run stops
 
 
 def choose_caption(clip: Clip, uniform: float) -> str:

@@ -96,8 +96,11 @@ def build(config: RunConfig, world: World) -> Parts:
     objective = make_objective(config, manifest, world)
     plan = make_plan(manifest, assignment, objective, config, 0)
     cache, text_cache = open_caches(config, world)
-    pin = world.device.type == "cuda"
-    loader = Loader(manifest, assignment, config.data, config.run.seed, cache, text_cache, pin=pin)
+    vae = objective.vae.config
+    loader = Loader(
+        manifest, assignment, config.data, config.run.seed, cache, text_cache, pin=world.device.type == "cuda",
+        latent_size=lambda shape: (vae.z_dim, *shape.latent(vae.stride).sizes),
+    )  # fmt: skip
     parts = Parts(manifest, assignment, objective, loader, plan, config)
     check_evaluation(parts)
     return parts

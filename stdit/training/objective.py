@@ -141,6 +141,8 @@ class Critic:
 
 
 class Objective(Protocol):
+    vae: CausalVAE  # or another family's, behind the same methods
+
     @property
     def module(self) -> nn.Module: ...
 

@@ -166,8 +166,7 @@ class VaeObjective:
             by_shape.setdefault(self._part(example.shape), []).append(example)
         groups = []
         for shape, alike in by_shape.items():
-            latent = shape.latent(self.vae.config.stride)
-            size = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
+            size = (self.vae.config.z_dim, *shape.latent(self.vae.config.stride).sizes)
             noise = [
                 torch.randn(size, generator=keyed_generator(key.seed, "noise", key.epoch, one.clip_id, one.occurrence))
                 for one in alike

@@ -179,8 +179,8 @@ def encode_moments(vae: CausalVAE, video: Tensor, memory: int | None = None) -> 
     """(B, 3, T, H, W) -> mean and log-variance of the raw latents behind one another, (B, 2z, T', H', W')."""
     t = vae.config.stride[0]
     latent = VideoShape(*video.shape[2:]).latent(vae.config.stride)
-    whole = video.new_zeros((len(video), 2 * vae.config.z_dim, latent.frames, latent.height, latent.width))
-    cut = _slices(vae, "encoder", (len(video), latent.frames, latent.height, latent.width), memory)
+    whole = video.new_zeros((len(video), 2 * vae.config.z_dim, *latent.sizes))
+    cut = _slices(vae, "encoder", (len(video), *latent.sizes), memory)
     lengths = _lengths(latent.frames, cut)
     for clips, out in zip(video.split(cut.clips), whole.split(cut.clips)):
         run = _Stream(vae, "encoder", latent.height, latent.width, cut)

@@ -98,6 +98,24 @@ def test_kept_clips_are_decoded_once_and_are_the_same(clips):
         assign(clips, replace(CONFIG, keep_gb=1.0))
 
 
+def test_of_a_clip_that_another_stage_cuts_otherwise_the_new_cut_is_kept(clips):
+    config = replace(CONFIG, shapes=["16x16x5", "16x16x9"], start="first", crop="centre")
+    config = replace(config, stages=[Stage(epochs=1, frames=5), Stage()], keep_gb=3 * 16 * 16 * 3 * 9 / 1e9)
+    reads: Counter[str] = Counter()
+
+    def reader(path, *arguments):
+        reads[path] += 1
+        return read_frames(path, *arguments)
+
+    assignment = assign(clips, config)
+    keeping = Loader(clips, assignment, config, seed=7, workers=0, reader=reader)
+    plain = Loader(clips, assignment, replace(config, keep_gb=0.0), seed=7, workers=0)
+    for epoch, stage in enumerate([*assignment.stages, assignment]):
+        wanted = [Item(row, 0, int(stage.bucket[row])) for row in range(3)]
+        assert all(map(same, keeping.fetch(wanted, epoch), plain.fetch(wanted, epoch)))
+    assert set(reads.values()) == {2}  # once a stage: what the first kept has made room
+
+
 def test_start_crop_and_caption_vary_and_stay_inside(clips):
     loader = Loader(clips, assign(clips, CONFIG), CONFIG, seed=7)
     wanted = [Item(2, n, 0) for n in range(30)]
@@ -278,6 +296,21 @@ def test_the_cache_gives_the_shape_of_the_stage(clips, tmp_path):
             assert torch.equal(example.latents, latents[f"{example.clip_id}/{example.shape}"])
 
 
+def test_a_shape_whose_only_clip_failed_to_encode_does_not_end_the_run(clips, tmp_path):
+    config = replace(CONFIG, start="first", crop="centre")
+    assignment = assign(clips, config)
+    assert assignment.counts.tolist() == [3, 1, 0]
+    cache = Cache.create(tmp_path, latent_settings(config, "vae"))
+    keys = [latent_key(clips[row].id, assignment.shapes[bucket]) for row, _, bucket in items(clips)]
+    cache.write_shard("one", {key: torch.ones(4, 2, 4, 4) for key in keys if "32x16" not in key}, {})
+    cache.write_shard("two", {}, {key: "gone" for key in keys if "32x16" in key})
+    read = Cache.open(tmp_path, cache.settings)
+    size = (4, 2, 4, 8)
+    (example,) = Loader(clips, assignment, config, 0, cache=read, latent_size=lambda _: size).fetch([Item(1, 0, 1)], 0)
+    assert (example.weight, example.reason, example.failure) == (0, "not_encoded", "gone")
+    assert example.latents.shape == size and not example.latents.any()
+
+
 def test_from_the_cache(clips, tmp_path):
     config = DataConfig(**{**CONFIG.__dict__, "start": "first", "crop": "centre"})
     assignment = assign(clips, config)
@@ -297,7 +330,10 @@ def test_from_the_cache(clips, tmp_path):
     assert [e.text.shape for e in first] == [(1, 3), (2, 3)]
     with pytest.raises(StditError, match="no embedding of the caption 'clip 3'"):
         loader.fetch(items(clips)[3:], epoch=0)
-    failed = Loader(clips, assignment, config, 0, cache=Cache.open(tmp_path, settings)).fetch(items(clips)[3:], 0)[0]
-    assert failed.weight == 0 and failed.failure == "gone" and not failed.latents.any()
+    read = Cache.open(tmp_path, settings)
+    failing = Loader(clips, assignment, config, 0, cache=read, latent_size=lambda shape: (4, 2, shape.height // 4, 4))
+    (failed,) = failing.fetch(items(clips)[3:], 0)
+    assert failed.weight == 0 and failed.failure == "gone"
+    assert failed.latents.shape == (4, 2, 4, 4) and not failed.latents.any()
     with pytest.raises(StditError, match=r"set data\.start=first"):
         Loader(clips, assignment, CONFIG, 0, cache=Cache.open(tmp_path, settings))
