@@ -11,20 +11,29 @@ from stdit.errors import StditError
 class Stride(tuple[int, ...]):
     """(frames, rows, columns) of pixels to one latent, of which the first latent frame has `first` frames.
 
-    A plain tuple says the same of a causal VAE, where `first` is 1; Allegro's takes whole groups of 4.
+    group: frames after which the VAE begins anew (Open-Sora's: 17, five latent frames each), 0 for none. A plain tuple
+    says the same of a causal VAE, where `first` is 1; Allegro's takes whole groups of 4.
     """
 
     first: int
+    group: int
 
-    def __new__(cls, sizes: tuple[int, int, int], first: int = 1) -> Stride:
+    def __new__(cls, sizes: tuple[int, int, int], first: int = 1, group: int = 0) -> Stride:
         made = super().__new__(cls, sizes)
-        made.first = first
+        made.first, made.group = first, group
         return made
 
 
 def first_frames(stride: tuple[int, ...]) -> int:
     """Frames of pixels in the first latent frame."""
     return stride.first if isinstance(stride, Stride) else 1
+
+
+def _in_time(stride: int | tuple[int, ...]) -> tuple[int, int, int]:
+    """Frames to a latent one, to the first one, and to a group."""
+    if isinstance(stride, int):
+        return stride, 1, 0
+    return stride[0], first_frames(stride), stride.group if isinstance(stride, Stride) else 0
 
 
 @dataclass(frozen=True, order=True)
@@ -91,16 +100,19 @@ class VideoShape:
 
     def latent(self, stride: tuple[int, ...]) -> LatentShape:
         """Latents under a VAE of stride (t, h, w): 1 + (frames − 1)/t frames if causal. Raises if not divisible."""
-        (t, h, w), first = stride, first_frames(stride)
-        if self.frames < first or (self.frames - first) % t:
-            low, high = nearest_frames(self.frames, t, first)
+        (t, h, w), (_, first, group) = stride, _in_time(stride)
+        low, high = nearest_frames(self.frames, stride)
+        if not low == self.frames == high:
             kind = "causal VAE" if first == 1 else "VAE"
+            legal = f"groups of {group} frames and {first}+{t}k more" if group else f"{first}+{t}k frames"
             raise StditError(
-                f"{self.frames} frames: a {kind} of temporal stride {t} takes {first}+{t}k frames; "
+                f"{self.frames} frames: a {kind} of temporal stride {t} takes {legal}; "
                 f"nearest {'is' if low == high else 'are'} {' and '.join(map(str, sorted({low, high})))}."
             )
         check_size(self.width, self.height, (w, h))
-        return LatentShape(1 + (self.frames - first) // t, self.height // h, self.width // w)
+        groups, rest = divmod(self.frames, group) if group else (0, self.frames)
+        frames = groups * (1 + (group - first) // t) + (1 + (rest - first) // t if rest else 0)
+        return LatentShape(frames, self.height // h, self.width // w)
 
     def grid(self, stride: tuple[int, ...], patch: tuple[int, int, int]) -> TokenGrid:
         """Token grid under a VAE stride and a patch; sizes must be multiples of stride × patch."""
@@ -108,7 +120,7 @@ class VideoShape:
         latent = self.latent(stride)
         if latent.frames % patch[0]:
             low = latent.frames // patch[0] * patch[0]
-            near = [first_frames(stride) + (n - 1) * stride[0] for n in (low, low + patch[0]) if n]
+            near = [frames_of(n, stride) for n in (low, low + patch[0]) if n]
             raise StditError(
                 f"{self.frames} frames are {latent.frames} latent frames, which a patch of {patch[0]} frames does not "
                 f"divide; nearest {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}."
@@ -116,16 +128,28 @@ class VideoShape:
         return latent.grid(patch)
 
 
-def nearest_frames(frames: int, temporal_stride: int, first: int = 1) -> tuple[int, int]:
-    """The largest first+k·stride ≤ frames and the smallest ≥ frames."""
-    low = first + (max(frames, first) - first) // temporal_stride * temporal_stride
-    return (low, low) if low >= frames else (low, low + temporal_stride)
+def nearest_frames(frames: int, stride: int | tuple[int, ...]) -> tuple[int, int]:
+    """The largest legal number of frames ≤ frames and the smallest ≥ frames. stride: of a VAE, or a causal one's in
+    time."""
+    t, first, group = _in_time(stride)
+    rest = frames % group if group and frames > 0 else frames
+    if frames > 0 and not rest:
+        return frames, frames
+    low = frames - rest + first + (max(rest, first) - first) // t * t
+    return (low, low) if low >= frames else (low, low + t)
 
 
-def frames_for(seconds: float, fps: float, temporal_stride: int, first: int = 1) -> int:
-    """The number of frames first+k·stride nearest to a duration (the shorter one on a tie)."""
-    low, high = nearest_frames(int(seconds * fps), temporal_stride, first)
-    high = max(high, low + temporal_stride)
+def frames_of(latents: int, stride: int | tuple[int, ...]) -> int:
+    """The frames of so many latent ones, the inverse of `VideoShape.latent`."""
+    t, first, group = _in_time(stride)
+    groups, rest = divmod(latents, 1 + (group - first) // t) if group else (0, latents)
+    return groups * group + (first + (rest - 1) * t if rest else 0)
+
+
+def frames_for(seconds: float, fps: float, stride: int | tuple[int, ...]) -> int:
+    """The legal number of frames nearest to a duration (the shorter one on a tie)."""
+    low, _ = nearest_frames(int(seconds * fps), stride)
+    high = nearest_frames(low + 1, stride)[1]
     return low if seconds * fps - low <= high - seconds * fps else high
 
 

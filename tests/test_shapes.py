@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stdit.errors import StditError, nearest_name
-from stdit.shapes import LatentShape, TokenGrid, VideoShape, check_size, frames_for, nearest_frames, size_for
+from stdit.shapes import (
+    LatentShape,
+    Stride,
+    TokenGrid,
+    VideoShape,
+    check_size,
+    frames_for,
+    frames_of,
+    nearest_frames,
+    size_for,
+)
 
 sizes = st.integers(1, 4096)
 
@@ -89,6 +99,29 @@ def test_frames_for_is_the_nearest_legal_count(seconds, fps, stride):
 @pytest.mark.parametrize(("seconds", "fps", "frames"), [(3, 16, 49), (5, 16, 81), (0, 16, 1), (0.1, 10, 1), (11, 1, 9)])
 def test_frames_for_known_durations(seconds, fps, frames):
     assert frames_for(seconds, fps, 4) == frames  # 11 lies between 9 and 13: the shorter
+
+
+@pytest.mark.parametrize("stride", [(4, 8, 8), Stride((4, 8, 8), first=4), Stride((4, 8, 8), group=17)])
+def test_frames_and_latents_are_each_others_inverse(stride):
+    legal = [frames_of(n, stride) for n in range(1, 40)]
+    assert [VideoShape(frames, 8, 8).latent(stride).frames for frames in legal] == [*range(1, 40)]
+    for frames in range(-3, legal[-1] + 1):
+        low, high = nearest_frames(frames, stride)
+        assert low == max([n for n in legal if n <= frames], default=legal[0])
+        assert high == min(n for n in legal if n >= frames)
+        if frames not in legal:
+            with pytest.raises(StditError, match=f"nearest (are {low} and {high}|is {low})"):
+                VideoShape(frames, 8, 8).latent(stride)
+
+
+def test_groups_of_frames_as_open_sora_has_them():
+    """VideoAutoencoderPipeline.get_latent_size: five latent frames for each 17, and a fourth of what is left over."""
+    stride = Stride((4, 8, 8), group=17)
+    for frames, latents in ((1, 1), (17, 5), (18, 6), (51, 15), (102, 30), (408, 120), (22, 7), (30, 9)):
+        assert VideoShape(frames, 8, 8).latent(stride).frames == latents
+    assert [frames_for(seconds, 24, stride) for seconds in (2, 4, 8, 0.01)] == [47, 98, 192, 1]
+    with pytest.raises(StditError, match=r"takes groups of 17 frames and 1\+4k more; nearest are 98 and 102"):
+        VideoShape(100, 8, 8).latent(stride)
 
 
 @given(st.floats(0.1, 10), st.integers(1, 2160), st.tuples(st.integers(1, 64), st.integers(1, 64)))

@@ -103,7 +103,7 @@ def sample(
     from stdit.data.video_io import read_frames
     from stdit.diffusion.solvers import named_config
     from stdit.pipeline import Pipeline
-    from stdit.shapes import first_frames, frames_for
+    from stdit.shapes import frames_for
 
     if solver is not None:
         named_config(solver, {})  # an unknown name is an error before minutes of loading
@@ -115,8 +115,7 @@ def sample(
     if ratio is None and wanted is None and source is not None:
         ratio = _source_ratio(source)
     if seconds is not None:
-        stride = pipeline.vae.config.stride
-        frames = frames_for(seconds, fps, stride[0], first_frames(stride))
+        frames = frames_for(seconds, fps, pipeline.vae.config.stride)
     shape = pipeline.shape(wanted or _nearest_size(pipeline, ratio, resolution), frames)
     known = _known(pipeline, shape, fps, image, video, video_frames)
     if known is not None and last is not None:
@@ -244,11 +243,10 @@ def _known(
         return None
     from stdit.shapes import nearest_frames
 
-    stride = pipeline.vae.config.stride[0]
     found = probe(str(video))
     there = max(1, int(found.duration * fps + 1e-6))  # frames at this rate
     if count is None:  # about half of the clip, if the video is that long
-        count = nearest_frames(min(there, 1 + (shape.frames - 1) // 2), stride)[0]
+        count = nearest_frames(min(there, 1 + (shape.frames - 1) // 2), pipeline.vae.config.stride)[0]
     elif count > there:
         raise StditError(f"{video} has {there} frames at {fps:g} fps, not the {count} of --video-frames.")
     start = max(found.start, found.end - 1 / found.fps - (count - 1) / fps)  # the last one is the video's last

@@ -20,7 +20,7 @@ from stdit.evaluation.metrics import mean_psnr, psnr
 from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
 from stdit.files import publish_text
 from stdit.keyed import keyed_seed
-from stdit.shapes import VideoShape, size_for
+from stdit.shapes import VideoShape, nearest_frames, size_for
 
 if TYPE_CHECKING:
     from stdit.pipeline import Pipeline
@@ -60,7 +60,7 @@ def evaluate_toy(
     out = Path(out)
     captions = held_out_prompts(prompts, seed)
     trained = [VideoShape.parse(shape) for shape in pipeline.settings.shapes]
-    multiple, stride = pipeline.multiple, pipeline.vae.config.stride[0]
+    multiple, stride = pipeline.multiple, pipeline.vae.config.stride
     chosen = [VideoShape.parse(shape) for shape in shapes] if shapes else default_shapes(trained, multiple, stride)
     for shape in chosen:  # before anything is sampled
         pipeline.shape((shape.width, shape.height), shape.frames)
@@ -126,11 +126,13 @@ def evaluate_toy(
 # ------------------------------------------------------------------------------------------------------------ shapes
 
 
-def default_shapes(trained: Sequence[VideoShape], multiple: tuple[int, int], stride: int) -> list[VideoShape]:
+def default_shapes(
+    trained: Sequence[VideoShape], multiple: tuple[int, int], stride: int | tuple[int, ...]
+) -> list[VideoShape]:
     """The trained video shapes, then one of an untrained aspect ratio and one of an untrained duration.
 
     The aspect ratio is the first of 2:1, 1:2, 4:3, … that is new at about the first shape's area; the duration lies
-    between the trained ones where there is room, else one step of the VAE's temporal stride above them.
+    between the trained ones where there is room, else is the next above them that the VAE's stride allows.
     """
     videos = [shape for shape in dict.fromkeys(trained) if not shape.is_image]
     if not videos:
@@ -146,8 +148,9 @@ def default_shapes(trained: Sequence[VideoShape], multiple: tuple[int, int], str
             extra.append(VideoShape(first.frames, height, width))
             break
     lengths = {shape.frames for shape in videos}
-    between = [n for n in range(min(lengths) + stride, max(lengths), stride) if n not in lengths]
-    frames = between[-1] if between else max(lengths) + stride
+    near = range(min(lengths) + 1, max(lengths))
+    between = [n for n in near if n not in lengths and nearest_frames(n, stride)[0] == n]
+    frames = between[-1] if between else nearest_frames(max(lengths) + 1, stride)[1]
     return [*videos, *extra, VideoShape(frames, first.height, first.width)]
 
 

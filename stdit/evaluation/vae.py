@@ -304,7 +304,7 @@ def _cut(clip: Clip, stride: tuple[int, ...], size: tuple[int, int] | None, fram
     there = 1 if clip.image else 1 + math.floor((clip.end - clip.start - 0.5 / clip.fps + 1e-6) * rate)
     if (count := min(there, frames)) < first:
         raise VideoError(clip.path, "too_short", f"gives {count} frames; this VAE takes at least {first}.")
-    return Cut(width, height, nearest_frames(count, stride[0], first)[0], rate)
+    return Cut(width, height, nearest_frames(count, stride)[0], rate)
 
 
 def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path | None) -> dict[str, Any]:

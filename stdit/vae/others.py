@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.errors import StditError
-from stdit.shapes import Stride, VideoShape
+from stdit.shapes import Stride, VideoShape, frames_of
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class OtherVAE(nn.Module):
                 f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
             )
         stride = self.config.stride
-        frames, height, width = (n * s for n, s in zip(latents.shape[2:], stride))
-        self._check_tiles(VideoShape(frames + stride.first - stride[0], height, width))
+        height, width = (n * s for n, s in zip(latents.shape[3:], stride[1:]))
+        self._check_tiles(VideoShape(frames_of(latents.shape[2], stride), height, width))
         raw = self.denormalise(latents)
         if self.kind.image:
             parts = [self.module.decode(frame).sample for frame in _frames(raw).split(1)]
@@ -176,12 +176,13 @@ def _clips(frames: Tensor, count: int) -> Tensor:
     return frames.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def _class(name: str, folder: Path) -> Any:
+def diffusers_class(name: str, place: object) -> Any:
+    """A class of diffusers in CLASSES. place: where it is asked for, in the error where diffusers is not installed."""
     try:
         import diffusers
     except ImportError:
         raise StditError(
-            f"{folder}: a {name} ({CLASSES[name].family}) is run by diffusers, which is not installed: "
+            f"{place}: a {name} ({CLASSES[name].family}) is run by diffusers, which is not installed: "
             "pip install 'stdit[vaes]'."
         ) from None
     return getattr(diffusers, name)
@@ -189,7 +190,7 @@ def _class(name: str, folder: Path) -> Any:
 
 def other_config(name: str, folder: Path) -> OtherConfig:
     """What load_other's would have as its config, of config.json alone: no weight is read."""
-    found = _class(name, folder)
+    found = diffusers_class(name, folder)
     with torch.device("meta"):
         return OtherVAE(found.from_config(found.load_config(str(folder), local_files_only=True))).config
 
@@ -198,7 +199,7 @@ def load_other(
     name: str, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> OtherVAE:
     """The autoencoder of a diffusers folder (config.json and safetensors), by its class; nothing is downloaded."""
-    found = _class(name, folder)
+    found = diffusers_class(name, folder)
     try:
         module, info = found.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype

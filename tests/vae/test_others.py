@@ -117,7 +117,7 @@ def test_strides_that_are_not_causal():
     """Allegro: 88 frames are 22 latent ones."""
     stride = Stride((4, 8, 8), first=4)
     assert VideoShape(88, 720, 1280).latent(stride).frames == 22
-    assert frames_for(5.8, 15, 4, first=4) == 88 and frames_for(0.1, 15, 4, first=4) == 4
+    assert frames_for(5.8, 15, stride) == 88 and frames_for(0.1, 15, stride) == 4
     with pytest.raises(StditError, match=r"takes 4\+4k frames; nearest are 88 and 92"):
         VideoShape(89, 720, 1280).latent(stride)
     with pytest.raises(StditError, match=r"4\+4k frames; nearest is 4"):
