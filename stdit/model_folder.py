@@ -63,11 +63,11 @@ KINDS = {
     "CosmosTextToWorldPipeline": PipelineKind(30, "1280x704x121"),
     "Cosmos2TextToImagePipeline": PipelineKind(16, "1360x768x1"),
     "Cosmos2VideoToWorldPipeline": PipelineKind(16, "1280x704x93"),
+    "Cosmos2_5_PredictBasePipeline": PipelineKind(16, "1280x704x93"),
 }
 REFUSED = {
     "CosmosVideoToWorldPipeline": "Cosmos-Predict1 from a video adds noise to what it is given, which is not built",
     "LTXConditionPipeline": "LTX-Video 0.9.5 and later take linear-quadratic steps and keyframes, which are not built",
-    "Cosmos2_5_PredictBasePipeline": "its text encoder (Cosmos-Reason1, a Qwen2.5-VL) is not built; its transformer is",
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from references import randomise
+from references import randomise, small_reason
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, T5Config, T5EncoderModel
 
 from stdit.diffusion.solvers import euler_config, unipc_config
@@ -35,14 +35,16 @@ ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2
 class Case:
     """make(): diffusers' pipeline. shape: of the clip. call: what theirs is given beside prompt, noise and steps.
 
-    pictures: the known frames by our name. vae: changes to a VAE's module on both sides. off: by how much of 255 frames
-    may differ.
+    pictures: the known frames by our name ("video": five of them). noisy: so many of their latent frames, theirs, have
+    noise left, and are not compared. vae: changes to a VAE's module on both sides. off: by how much of 255 frames may
+    differ.
     """
 
     make: Callable[[], Any]
     shape: VideoShape
     call: dict[str, Any] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
+    noisy: int = 0
     guidance: float = 3.0
     more: dict[str, Any] = field(default_factory=dict)
     vae: Callable[[Any], None] = lambda module: None
@@ -203,8 +205,9 @@ def cosmos(name: str, z: int, video: bool = False, **more: Any) -> Any:
     vae = more.pop("vae", None) or wan_vae(z)
     scheduler = more.pop("scheduler", None) or d.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     return getattr(d, name)(
-        **texts(), vae=vae, scheduler=scheduler, transformer=transformer, safety_checker=Unchecked()
-    )
+        **more.pop("texts", None) or texts(), vae=vae, scheduler=scheduler, transformer=transformer,
+        safety_checker=Unchecked(),
+    )  # fmt: skip
 
 
 def cosmos1() -> Any:
@@ -217,6 +220,19 @@ def cosmos1() -> Any:
     scheduler = d.EDMEulerScheduler(sigma_data=0.5, final_sigmas_type="sigma_min")
     positions = {"extra_pos_embed_type": "learnable"}
     return cosmos("CosmosTextToWorldPipeline", 4, vae=randomise(vae, 1), scheduler=scheduler, transformer=positions)
+
+
+def cosmos25() -> Any:
+    text_encoder, tokenizer = small_reason(CAPTIONS)
+    scheduler = d.UniPCMultistepScheduler(
+        use_karras_sigmas=True, use_flow_sigmas=True, prediction_type="flow_prediction", sigma_max=200.0, sigma_min=0.01
+    )
+    projection = {"use_crossattn_projection": True, "crossattn_proj_in_channels": 2 * 16}
+    more = {"encoder_hidden_states_channels": 16, "rope_scale": (1.0, 3.0, 3.0)}
+    return cosmos(
+        "Cosmos2_5_PredictBasePipeline", 4, True, texts={"tokenizer": tokenizer, "text_encoder": text_encoder},
+        scheduler=scheduler, transformer=projection | more,
+    )  # fmt: skip
 
 
 CLIP, PICTURE = VideoShape(5, 32, 32), VideoShape(1, 32, 48)
@@ -239,6 +255,10 @@ CASES = {
     # Their known frames keep noise of the smallest σ, 0.002; ours are clean.
     "Cosmos-Predict2 from an image": Case(lambda: cosmos("Cosmos2VideoToWorldPipeline", 4, True), CLIP, {"fps": 16},
                                           ("image",), off=2),
+    "Cosmos-Predict2.5": Case(cosmos25, CLIP),
+    # Theirs begin with noise alone where their first σ, 0.995, has a share of the clip, and end with half a percent.
+    "Cosmos-Predict2.5 from an image": Case(cosmos25, CLIP, pictures=("image",), noisy=1),
+    "Cosmos-Predict2.5 from a video": Case(cosmos25, VideoShape(9, 32, 32), pictures=("video",), noisy=2),
 }  # fmt: skip
 
 
@@ -251,8 +271,9 @@ def run_theirs(pipe: Any, case: Case, noise: torch.Tensor, pictures: dict[str, n
         given["clean_caption"] = False
     if shape.frames > 1:
         given["video_length" if name == "LattePipeline" else "num_frames"] = shape.frames
-    named = {"image": "image", "last": "last_image"}
-    given |= {named[ours]: Image.fromarray(picture) for ours, picture in pictures.items()}
+    named = {"image": "image", "last": "last_image", "video": "video"}
+    for ours, picture in pictures.items():
+        given[named[ours]] = [*map(Image.fromarray, picture)] if ours == "video" else Image.fromarray(picture)
     if name.startswith("LTX"):
         noise = pipe._pack_latents(noise)
     elif name.startswith("PixArt"):
@@ -295,7 +316,11 @@ def test_a_folder_samples_what_diffusers_samples_and_goes_back(name, tmp_path, m
     wanted = (ours.vae.config.z_dim, latent.frames, latent.height, latent.width)
     noise = torch.randn(1, *wanted, generator=torch.Generator().manual_seed(SEED))
     rng = np.random.default_rng(0)
-    pictures = {one: rng.integers(0, 256, (shape.height, shape.width, 3), dtype=np.uint8) for one in case.pictures}
+    several = {"video": (5,)}
+    pictures = {
+        one: rng.integers(0, 256, (*several.get(one, ()), shape.height, shape.width, 3), dtype=np.uint8)
+        for one in case.pictures
+    }
 
     def expect(output: str) -> Any:
         steps = iter(range(9))  # the noise of our keys, for their solver
@@ -315,8 +340,9 @@ def test_a_folder_samples_what_diffusers_samples_and_goes_back(name, tmp_path, m
     )  # fmt: skip
     expected = expect("latent")
     assert found.shape == expected.shape
-    error = float((found - expected).norm() / expected.norm())
-    frames, mine = expect("pil"), ours.decode(found)
+    error = float((found - expected)[:, case.noisy :].norm() / expected[:, case.noisy :].norm())
+    whole = torch.cat([expected[:, : case.noisy], found[:, case.noisy :]], dim=1)
+    frames, mine = expect("pil"), ours.decode(whole)
     assert mine.shape == frames.shape == (shape.frames, shape.height, shape.width, 3)
     off = int(np.abs(mine.astype(int) - frames.astype(int)).max())
     table[name] = error, off

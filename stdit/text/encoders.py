@@ -17,6 +17,7 @@ from typing import Any
 
 import ftfy
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import NFKC, Lowercase
@@ -27,10 +28,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    MT5EncoderModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -38,7 +37,12 @@ from transformers.utils import logging
 
 from stdit.errors import StditError
 
-ENCODERS: dict[str, type[PreTrainedModel]] = {"umt5": UMT5EncoderModel, "t5": T5EncoderModel, "mt5": MT5EncoderModel}
+ENCODERS = {  # transformers' classes by the model_type in config.json
+    "umt5": "UMT5EncoderModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",  # Cosmos-Reason1, see stdit/text/reason.py
+}
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 
 
@@ -98,9 +102,10 @@ class TextEncoder(nn.Module):
         super().__init__()
         if tokenizer.pad_token_id is None:
             raise StditError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json.")
-        if len(tokenizer) > encoder.config.vocab_size:
+        embeddings = int(encoder.get_input_embeddings().weight.shape[0])
+        if len(tokenizer) > embeddings:
             raise StditError(
-                f"the tokenizer has {len(tokenizer)} tokens, the text encoder {encoder.config.vocab_size} embeddings. "
+                f"the tokenizer has {len(tokenizer)} tokens, the text encoder {embeddings} embeddings. "
                 "Do the two folders belong together?"
             )
         self.encoder = encoder
@@ -135,8 +140,12 @@ class TextEncoder(nn.Module):
             padded[row, : len(one)] = torch.tensor(one, dtype=torch.long)
             mask[row, : len(one)] = 1
         seen = torch.ones_like(mask) if self.treatment.sees_padding else mask
-        hidden = self.encoder(padded.to(device), seen.to(device)).last_hidden_state  # (texts, longest, D)
+        hidden = self._hidden(padded.to(device), seen.to(device))
         return [hidden[row, : max(at_least, len(one))] for row, one in enumerate(ids)]
+
+    def _hidden(self, ids: Tensor, seen: Tensor) -> Tensor:
+        """(texts, L) ids, and which of them are attended to, to (texts, L, D)."""
+        return self.encoder(ids, seen).last_hidden_state
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], at_least: int = 0) -> list[Tensor]:
@@ -166,7 +175,7 @@ def load_text_encoder(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> TextEncoder:
-    """A T5, mT5 or UMT5 encoder from a local folder.
+    """A T5, mT5 or UMT5 encoder, or Cosmos-Reason1 (a Qwen2.5-VL), from a local folder.
 
     folder: a model folder with text_encoder/ and tokenizer/, or a folder transformers reads. tokenizer: its folder;
     by default the encoder's own, or the one beside it. Texts are treated as the pipeline of the model folder treats
@@ -188,8 +197,12 @@ def load_text_encoder(
         tokenizer = next((place for place in places if any((place / name).is_file() for name in names)), None)
     if tokenizer is None or not Path(tokenizer).is_dir():
         raise StditError(f"{folder}: no tokenizer in it or beside it ({tokenizer or folder.parent / 'tokenizer'}).")
-    encoder = TextEncoder(_load_encoder(folder, dtype), load_tokenizer(tokenizer), max_length, treatment)
-    return encoder.to(device)
+    model, kind = _load_encoder(folder, dtype), TextEncoder
+    if model.config.model_type == "qwen2_5_vl":
+        from stdit.text.reason import ReasonEncoder
+
+        kind = ReasonEncoder
+    return kind(model, load_tokenizer(tokenizer), max_length, treatment).to(device)
 
 
 def _treatment(index: Path) -> Treatment | None:
@@ -219,10 +232,11 @@ def _load_encoder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             f"{folder / 'config.json'}: model_type {config.model_type!r} is no text encoder known here "
             f"({', '.join(ENCODERS)})."
         )
-    config.dropout_rate = 0.0  # an unkeyed dropout could not be resumed
+    if hasattr(config, "dropout_rate"):
+        config.dropout_rate = 0.0  # an unkeyed dropout could not be resumed
     try:
         with _no_bars():
-            loaded: Any = ENCODERS[config.model_type].from_pretrained(
+            loaded: Any = getattr(transformers, ENCODERS[config.model_type]).from_pretrained(
                 str(folder),
                 config=config,
                 dtype=dtype or "auto",

@@ -34,6 +34,7 @@ from stdit.vae.discriminator import DiscriminatorConfig
 from stdit.vae.finetune import Part
 
 CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
+EMBEDDED_BYTES = 2**34  # of embeddings kept at most: 4096 whole ones of a T5-XXL in bf16, 167 of Cosmos-Reason1
 
 
 @dataclass
@@ -245,7 +246,9 @@ class FlowObjective:
         self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding, self.path)
         self.model_config = transformer.config
         self._ids = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.tokenize([caption])[0])
-        self._embedding = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.encode([caption])[0].to("cpu", dtype))
+        largest = (text_padding or 512) * text_encoder.dim * dtype.itemsize
+        kept = max(1, min(CAPTIONS_KEPT, EMBEDDED_BYTES // largest))
+        self._embedding = lru_cache(kept)(lambda caption: text_encoder.encode([caption])[0].to("cpu", dtype))
 
     def tokens(self, shape: VideoShape) -> int:
         return shape.grid(self.vae.config.stride, self.model_config.patch).tokens

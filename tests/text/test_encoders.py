@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from references import small_reason
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
 
 from stdit.errors import StditError
@@ -63,6 +64,33 @@ def test_agrees_with_wan_pipeline_before_padding(encoder):
     for ours, row in zip(encoder.encode(CAPTIONS), theirs):
         torch.testing.assert_close(ours, row[: len(ours)], rtol=1e-5, atol=1e-6)
         assert not row[len(ours) :].any()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_reason_is_asked_as_cosmos_pipeline_asks_it(side, tmp_path):
+    from diffusers import Cosmos2_5_PredictBasePipeline
+
+    model, tokenizer = small_reason(CAPTIONS)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
+    model.save_pretrained(tmp_path / "text_encoder"), tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encoder = load_text_encoder(tmp_path, max_length=40)
+    theirs = Cosmos2_5_PredictBasePipeline.__new__(Cosmos2_5_PredictBasePipeline)
+    theirs.tokenizer, theirs.text_encoder = tokenizer, model
+    texts = [*CAPTIONS, "", " ".join(CAPTIONS * 3)]  # the last is cut
+    with torch.no_grad():
+        wanted = theirs._get_prompt_embeds(texts, max_sequence_length=40, device=torch.device("cpu"))
+    found = encoder.encode(texts)
+    assert [len(ids) for ids in encoder.tokenize(texts)] == [40] * 5 and encoder.dim == 32
+    torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], encoder.encode(texts[1:2])[0], rtol=1e-5, atol=1e-5)
+
+    encoder.save(tmp_path / "again", tmp_path / "words")
+    kept = type(model).from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(kept[key], tensor) for key, tensor in model.state_dict().items())
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "no chat")
+    with pytest.raises(StditError, match="no chat template"):
+        load_text_encoder(tmp_path / "text_encoder", tmp_path / "no chat").encode(["a"])
 
 
 def test_trains_and_padding_gets_no_gradient(encoder):

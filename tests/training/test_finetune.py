@@ -33,7 +33,7 @@ from stdit.weights.io import find
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
-from references import FAMILIES, randomise
+from references import FAMILIES, randomise, small_reason
 
 ALONE = World(0, 1, torch.device("cpu"))
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 18, "num_layers": 2}
@@ -62,6 +62,11 @@ SMALL: dict[str, dict[str, Any]] = {
         **HEADS, "in_channels": 4, "out_channels": 4, "text_embed_dim": 10, "adaln_lora_dim": 6,
         "max_size": (8, 24, 24),
     },
+    "Cosmos-Predict2.5": {
+        **HEADS, "in_channels": 5, "out_channels": 4, "text_embed_dim": 10, "adaln_lora_dim": 6,
+        "extra_pos_embed_type": None, "use_crossattn_projection": True, "crossattn_proj_in_channels": 2 * 16,
+        "encoder_hidden_states_channels": 10,
+    },
 }  # fmt: skip
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -85,7 +90,7 @@ def save_transformer(name: str, place: Path, seed: int = 0) -> None:
         assert isinstance(model, STDiT)
         stdit.save_transformer(model, place, "original")
     else:
-        family = FAMILIES[name.removesuffix("1").replace("FLF2V", "I2V")]
+        family = FAMILIES[name.removesuffix("1").removesuffix("2.5").replace("FLF2V", "I2V")]
         randomise(family.build(SMALL[name]), seed).save_pretrained(place)
 
 
@@ -101,8 +106,12 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         if place.exists():
             return place
         save_transformer(name, place / "transformer")
-        for part in ("text_encoder", "tokenizer"):
-            shutil.copytree(root / part, place / part)
+        if name == "Cosmos-Predict2.5":
+            text_encoder, words = small_reason(["a small red circle moves left on black"])
+            text_encoder.save_pretrained(place / "text_encoder"), words.save_pretrained(place / "tokenizer")
+        else:
+            for part in ("text_encoder", "tokenizer"):
+                shutil.copytree(root / part, place / part)
         shutil.copytree(tiny / "vae", place / "vae")
         (place / "scheduler").mkdir()
         scheduler = json.dumps(SCHEDULERS.get(name, FLOW))

@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "rope_fps": 24.0,
     "blank_channels": 1,
 }
+_PREDICT25: dict[str, Any] = {"text_embedding": "gelu", "rope_fps": 0.0}  # told by its projection of the text
 _OWN = ("text_padding", "rope_theta", "image_channels")
 _KEPT = (*_OWN, "heads", "patch", "in_channels", "rope_scale")  # beside an original
 _BLOCKS = r"(?:transformer_blocks\.|blocks\.(?:block)?)(\d+)\."
@@ -94,7 +95,7 @@ def config_from(
     if theirs["use_crossattn_projection"]:
         if theirs["encoder_hidden_states_channels"] != text:
             raise StditError(f"{place}: encoder_hidden_states_channels is not text_embed_dim {text}.")
-        values |= {"text_dim": theirs["crossattn_proj_in_channels"], "text_width": text, "text_embedding": "gelu"}
+        values |= {"text_dim": theirs["crossattn_proj_in_channels"], "text_width": text, **_PREDICT25}
     if theirs["extra_pos_embed_type"] == "learnable":
         sizes = tuple(size // one for size, one in zip(theirs["max_size"], theirs["patch_size"]))
         values |= {"position": "learned", "position_max": sizes}
@@ -273,7 +274,7 @@ def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], p
         "text_embedding": "none",
     }
     if projection := shapes.get("crossattn_proj.0.weight"):
-        values |= {"text_dim": projection[1], "text_width": projection[0], "text_embedding": "gelu"}
+        values |= {"text_dim": projection[1], "text_width": projection[0], **_PREDICT25}
     if first:
         sizes = tuple(shapes.get(f"extra_pos_embedder.pos_emb_{axis}", (0,))[0] for axis in "thw")
         values |= {"position": "learned", "position_max": sizes}

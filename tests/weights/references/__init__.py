@@ -4,6 +4,7 @@ from references.base import Family
 from references.base import in_fp64 as in_fp64
 from references.base import randomise as randomise
 from references.pixart_like import ALLEGRO, LATTE, PIXART
+from references.texts import small_reason as small_reason
 from references.video import COSMOS, LTX, WAN, WAN_IMAGE
 
 FAMILIES: dict[str, Family] = {

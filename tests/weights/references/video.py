@@ -90,7 +90,8 @@ def _cosmos(heads: int, head_dim: int, channels: tuple[int, int], text: int, **m
 
 
 def _cosmos_given(config: dict[str, Any]) -> dict[str, Any]:
-    given: dict[str, Any] = {"fps": 30} if config["num_layers"] == 2 else {}
+    knows_fps = not config.get("use_crossattn_projection")  # 2.5 is told none
+    given: dict[str, Any] = {"fps": 30} if knows_fps and config["num_layers"] == 2 else {}
     if config["in_channels"] == config["out_channels"] + 1:  # the first frame is known
         given["image"] = torch.zeros(2, 1, 3, 6, 4)
         given["image"][:, :, 0] = 1
