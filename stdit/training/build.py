@@ -240,11 +240,6 @@ def make_vae(config: RunConfig) -> CausalVAE:
             vae = inflate_image_vae(config.vae.path, config.vae.overrides.get("temporal_downsample"))
         else:
             vae = load_vae(config.vae.path, dtype=torch.float32)
-        if config.objective.kind == "vae" and not isinstance(vae, CausalVAE):
-            raise StditError(
-                f"{config.vae.path}: a {vae.config.name} does not train here; VAEs in Wan's layout do, and Stable "
-                "Diffusion's image VAE with vae.inflate=true."
-            )
     for name, value in config.vae.overrides.items():
         if getattr(vae.config, name) != value:
             raise StditError(f"vae.{name} is {value}, but {config.vae.path} has {getattr(vae.config, name)}.")

@@ -16,18 +16,22 @@ from torch.utils._pytree import tree_leaves
 
 from stdit.data.loader import Example
 from stdit.data.packs import PlanItem
+from stdit.errors import StditError, about
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.training.conditions import Conditions
 from stdit.training.engine import PRECISIONS, zero_stage
 from stdit.training.lora import add_lora
 from stdit.training.objective import FlowObjective, Objective, StepKey
-from stdit.training.settings import RunConfig
+from stdit.training.settings import RunConfig, VaeSettings
 from stdit.training.start import choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
-from stdit.vae.autoencoder import CausalVAE, VaeConfig, preset
+from stdit.vae.autoencoder import VaeConfig, preset
+from stdit.vae.perceptual import Lpips
+from stdit.weights.families import on_meta
 from stdit.weights.files import read_header
-from stdit.weights.io import find, vae_config
+from stdit.weights.image_vae import image_vae_config
+from stdit.weights.io import find, vae_on_meta
 
 NOWHERE = torch.device("meta")
 CLIPS = 4  # whose memory is followed, one after another in a pack
@@ -59,14 +63,11 @@ class _Images:
 def outline(config: RunConfig) -> Objective:
     """The training's own objective over models of the run's sizes without any weights: what clips cost, what trains."""
     config = follow_init(config)
-    if config.vae.path:
-        vae_settings = vae_config(config.vae.path)
-    else:
-        vae_settings = VaeConfig(**(vars(preset(config.vae.preset or "toy")) | config.vae.overrides))
+    vae = _vae(config.vae)
     with NOWHERE:
-        vae = CausalVAE(vae_settings)
         if config.objective.kind == "vae":
-            return VaeObjective(config.objective, lambda: vae, device=NOWHERE, dtype=torch.float32)
+            lpips = Lpips(None) if config.objective.vae.lpips else None
+            return VaeObjective(config.objective, lambda: vae, lpips, device=NOWHERE, dtype=torch.float32)
         settings = config.model
         if settings.init:
             found = find("transformer", transformer_path(settings)).config
@@ -75,7 +76,7 @@ def outline(config: RunConfig) -> Objective:
             if settings.lora is not None:
                 add_lora(model, settings.lora, config.run.seed)
         else:
-            follow = {"in_channels": vae_settings.z_dim, "out_channels": vae_settings.z_dim}
+            follow = {"in_channels": vae.config.z_dim, "out_channels": vae.config.z_dim}
             follow |= {"text_dim": config.text.trained.dim} if config.text.trained else {}
             model = STDiT(TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow)))
     model.checkpoint_blocks = settings.checkpoint_blocks
@@ -93,12 +94,21 @@ def outline(config: RunConfig) -> Objective:
     )
 
 
+def _vae(settings: VaeSettings) -> Any:
+    with about("vae.path"):
+        if settings.inflate:
+            return on_meta(image_vae_config(settings.path or "", settings.overrides.get("temporal_downsample")))
+        if settings.path:
+            return vae_on_meta(settings.path)
+    return on_meta(VaeConfig(**(vars(preset(settings.preset or "toy")) | settings.overrides)))
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes on a rank. A small text encoder that trains along, and what a device's libraries take, are not in it.
 
-    encoders: of the VAE and a frozen text encoder. state: masters, moments and the average. activations: the most that
-    forward and backward of the fullest pack hold at a time.
+    encoders: of the VAE and a frozen text encoder, or of LPIPS. state: masters, moments and the average. activations:
+    the most that forward and backward of the fullest pack hold at a time.
     """
 
     weights: int
@@ -117,20 +127,23 @@ def footprint(
 ) -> Footprint:
     """The memory of a rank whose fullest pack has so many `tokens`, of clips of `shape` (the largest).
 
-    objective: of `outline`; it is changed. trained: parameters that train, if others do than the objective's.
+    objective: of `outline`; it is changed. trained: parameters that train, if others do than its module's.
     """
-    parameters = list(objective.module.parameters())
+    parameters = list(objective.module.parameters()) * (2 if config.model.expert == "both" else 1)
     theirs = sum(p.numel() for p in parameters if p.requires_grad)
     frozen, trained = sum(p.numel() for p in parameters) - theirs, trained or theirs
+    moved = trained + (sum(p.numel() for p in objective.critic.module.parameters()) if objective.critic else 0)
     stage, size = zero_stage(config.parallel.deepspeed), PRECISIONS[config.run.precision].itemsize
     masters, average = size < 4, config.optimizer.ema.decay > 0
     encoders = 0
     if isinstance(objective, FlowObjective):
         encoders = sum(4 * p.numel() for p in objective.vae.parameters()) + _text_bytes(follow_init(config), size)
+    elif isinstance(objective, VaeObjective) and objective.lpips is not None:
+        encoders = sum(4 * p.numel() for p in objective.lpips.parameters())
     return Footprint(
-        weights=(trained + frozen) * size // (ranks if stage == 3 else 1),
-        gradients=trained * 4 // (ranks if stage >= 2 else 1),
-        state=trained * (4 * masters + 8 + 4 * average) // (ranks if stage >= 1 else 1),
+        weights=(moved + frozen) * size // (ranks if stage == 3 else 1),
+        gradients=moved * 4 // (ranks if stage >= 2 else 1),
+        state=(moved * (4 * masters + 8) + trained * 4 * average) // (ranks if stage >= 1 else 1),
         encoders=encoders,
         activations=activations(config, objective, shape, tokens),
     )
@@ -159,23 +172,28 @@ def activations(config: RunConfig, objective: Objective, shape: VideoShape, toke
 def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> int:
     each = objective.tokens(shape)
     count = min(max(1, tokens // each), CLIPS)
-    module = objective.module.to(PRECISIONS[config.run.precision]).train()
-    for p in module.parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(_drop_gradient)  # it goes to the engine's, which is counted
+    critic = objective.critic
+    modules = [objective.module, *([critic.module] if critic else [])]
+    frozen = [objective.vae, getattr(objective, "lpips", None)]  # of which views are no activations either
+    for module in modules:
+        module.to(PRECISIONS[config.run.precision]).train()
+        for p in module.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_drop_gradient)  # it goes to the engine's, which is counted
     examples, items = [], []
     for number in range(count):
         frames = torch.empty(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8, device=NOWHERE)
         latents = None
         if isinstance(objective, FlowObjective) and config.data.cache is not None:
-            size = shape.latent(objective.vae.config.stride)
-            channels = objective.model_config.latent_channels
-            latents = torch.empty(channels, size.frames, size.height, size.width, device=NOWHERE)
+            size = shape.latent(objective.vae.config.stride).sizes
+            latents = torch.empty(objective.model_config.latent_channels, *size, device=NOWHERE)
         examples.append(Example(str(number), number, 0, 0, shape, 1.0, "", frames, latents))
         items.append(PlanItem(number, 0, 0, each, 1, number))
-    with _Peak([*module.parameters(), *module.buffers(), *(e.frames for e in examples)]) as peak:
-        batch = objective.prepare(examples, items, StepKey(0, 0, 0, count))
-        module(batch).backward()
+    there = [tensor for one in (*modules, *filter(None, frozen)) for tensor in (*one.parameters(), *one.buffers())]
+    with _Peak([*there, *(e.frames for e in examples)]) as peak:
+        batch = objective.prepare(examples, items, StepKey(0, 0, 0, count, critic.start if critic else 0))
+        for module in modules:
+            module(batch).backward()
     return round(peak.most * tokens / (count * each))
 
 
@@ -216,5 +234,7 @@ def _text_bytes(config: RunConfig, size: int) -> int:
         return 0
     folder = Path(config.text.path).expanduser()
     folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+    if not folder.is_dir():
+        raise StditError(f"text.path: {folder}: no such folder.")
     headers = (read_header(path)[0] for path in folder.glob("*.safetensors"))
     return size * sum(math.prod(entry.shape) for entries in headers for entry in entries.values())

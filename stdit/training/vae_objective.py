@@ -20,6 +20,7 @@ from stdit.vae.discriminator import Discriminator, DiscriminatorConfig, adaptive
 from stdit.vae.finetune import choose_trained
 from stdit.vae.layers import patchify
 from stdit.vae.losses import kl_loss, outlier_penalty, pixel_loss, wavelet_loss
+from stdit.vae.perceptual import SMALLEST
 
 
 @dataclass
@@ -128,7 +129,7 @@ class VaeObjective:
     ) -> None:
         """remake: gives the VAE as it starts, on the CPU. lpips: what config.vae.lpips describes, on the device."""
         self.config, self.device, self.dtype = config, device, dtype
-        self.remake = remake
+        self.remake, self.lpips = remake, lpips
         self.vae = remake()
         settings = config.vae
         side, step = settings.crop, self.vae.config.stride[1]
@@ -151,6 +152,13 @@ class VaeObjective:
         shape.latent(self.vae.config.stride)
         part = self._part(shape)
         part.latent(self.vae.config.stride)
+        judge, lpips = self.config.vae.discriminator, self.config.vae.lpips
+        least = max(2**judge.layers if judge else 1, SMALLEST if lpips else 1)
+        if min(part.height, part.width) < least:
+            raise StditError(
+                f"objective.vae: {part.width}x{part.height} pixels are too few; discriminator and LPIPS take at least "
+                f"{least} a side. Raise crop, take the shape out of data.shapes, or set fewer discriminator.layers."
+            )
         return part.frames * part.height * part.width
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from stdit.errors import StditError
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.layers import CausalConv3d, Downsample, Upsample
 
@@ -32,6 +33,11 @@ def choose_trained(vae: CausalVAE, part: Part) -> None:
     decoder, so images are encoded and decoded as before: the taps of kernels on earlier frames, split off for this
     (`join_taps` undoes it), and the convolutions over time.
     """
+    if not isinstance(vae, CausalVAE):
+        raise StditError(
+            f"vae.path: a {vae.config.name} does not train here; VAEs in Wan's layout do, and Stable Diffusion's image "
+            "VAE with vae.inflate=true."
+        )
     vae.requires_grad_(part == "all")
     if part == "decoder":
         vae.conv2.requires_grad_(True)

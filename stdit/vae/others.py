@@ -7,6 +7,7 @@ a config may leave out.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,18 @@ class OtherVAE(nn.Module):
         self.decode_level = 0.0
         if self.kind.tiled:
             module.enable_tiling()
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes to work in, which diffusers' autoencoders do not keep to: None, as a CausalVAE's is by default."""
+        return None
+
+    @memory.setter
+    def memory(self, wanted: int | None) -> None:
+        if wanted is not None:
+            raise StditError(
+                f"memory {wanted}: a {self.config.name} is run by diffusers, which keeps to none. Leave it out."
+            )
 
     def encode(self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W'). sample: draw, else the mode."""
@@ -188,24 +201,31 @@ def diffusers_class(name: str, place: object) -> Any:
     return getattr(diffusers, name)
 
 
-def other_config(name: str, folder: Path) -> OtherConfig:
-    """What load_other's would have as its config, of config.json alone: no weight is read."""
+@contextmanager
+def _reading(name: str, folder: Path) -> Iterator[Any]:
+    """diffusers' class, and what its reading of a strange folder brings up as a StditError."""
     found = diffusers_class(name, folder)
-    with torch.device("meta"):
-        return OtherVAE(found.from_config(found.load_config(str(folder), local_files_only=True))).config
+    try:
+        yield found
+    except Exception as error:
+        raise StditError(f"{folder}: diffusers cannot read a {name} there: {error}") from error
+
+
+def other_on_meta(name: str, folder: Path) -> OtherVAE:
+    """What load_other would load, without memory, of config.json alone."""
+    with _reading(name, folder) as found, torch.device("meta"):
+        module = found.from_config(found.load_config(str(folder), local_files_only=True))
+    return OtherVAE(module).to("meta")  # with constants that it had from elsewhere
 
 
 def load_other(
     name: str, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> OtherVAE:
     """The autoencoder of a diffusers folder (config.json and safetensors), by its class; nothing is downloaded."""
-    found = diffusers_class(name, folder)
-    try:
+    with _reading(name, folder) as found:
         module, info = found.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype
         )
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise StditError(f"{folder}: diffusers cannot read a {name} there: {error}") from error
     lost = {key: sorted(map(str, found)) for key, found in info.items() if found and key != "error_msgs"}
     if lost:
         raise StditError(f"{folder}: the VAE's weights do not fit its config.json: {lost}.")

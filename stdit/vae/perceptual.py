@@ -24,13 +24,14 @@ WANTED = (
 
 
 class Lpips(nn.Module):
-    """LPIPS of VGG16, frozen. path: a folder, a file or several files that hold torchvision's VGG16 and LPIPS' heads.
+    """LPIPS of VGG16, frozen. path: a folder, a file or several files that hold torchvision's VGG16 and LPIPS' heads;
+    None: without memory, on the meta device.
 
     Read are .safetensors and .pth (tensors alone); tensors by other names, such as VGG16's classifier, are left.
     Raises StditError that names what is missing, misshaped or there twice.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         self.ends = []  # the number of layers up to the last activation of each size
@@ -44,7 +45,8 @@ class Lpips(nn.Module):
                 self.ends.append(len(layers))
             self.features = nn.Sequential(*layers)  # numbered as torchvision's
             self.heads = nn.ParameterList(torch.empty(1, widths[-1], 1, 1) for widths in WIDTHS)
-        self._read(path)
+        if path is not None:
+            self._read(path)
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

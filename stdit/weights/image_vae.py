@@ -19,6 +19,7 @@ import torch
 from stdit.errors import StditError
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.layers import Downsample, Upsample
+from stdit.weights.families import on_meta, shapes_of
 from stdit.weights.families.configs import checked_keys
 from stdit.weights.families.wan_vae import residual_block
 from stdit.weights.files import open_folder, read_json
@@ -39,6 +40,7 @@ _DEFAULTS: dict[str, Any] = {  # of diffusers, where a config.json says nothing
 }
 _ONLY: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True}
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_OPTIONAL = {"use_quant_conv": "conv1.", "use_post_quant_conv": "conv2."}  # convolutions around the latents
 _NO_MATTER = ("sample_size", "force_upcast")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _OLD_ATTENTION = ("query", "key", "value", "proj_attn")  # of files from before diffusers 0.18
@@ -51,33 +53,29 @@ def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequenc
     temporal_downsample: whether frames halve, for each downsampling; None: at the last two, as in Wan's.
     Raises StditError for another class, for settings that have no counterpart, and for tensors that do not fit.
     """
-    folder = Path(path).expanduser()
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    folder = _folder(path)
     place = folder / "config.json"
     found = read_json(place)
+    config = _config(found, temporal_downsample, place)
     files = open_folder(folder)
-    vae = CausalVAE(_config(found, temporal_downsample, place))
+    absent = tuple(conv for name, conv in _OPTIONAL.items() if not found.get(name, True))
+    image = {
+        name: shape[:2] + shape[-2:] if len(shape) == 5 else shape
+        for name, shape in shapes_of(on_meta(config)).items()
+        if ".time_conv." not in name and not name.startswith(absent)
+    }
+    table = _keymap(config, files.shapes).table(image)
+    table.check(files.shapes, files.path, f"Does {place} belong to these weights?")
+    vae = CausalVAE(config)
     for module in vae.modules():
         if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
             weight = module.time_conv.weight.zero_()  # (C or 2C, C, 3, 1, 1)
             for half in weight.split(weight.shape[1]):
                 half[:, :, -1, 0, 0].fill_diagonal_(1)
-    absent = []
-    for name, conv in (("use_quant_conv", "conv1"), ("use_post_quant_conv", "conv2")):
-        if not found.get(name, True):
-            absent.append(f"{conv}.")
-            module = vae.get_submodule(conv)
-            module.get_parameter("weight").zero_()[:, :, 0, 0, 0].fill_diagonal_(1)
-            module.get_parameter("bias").zero_()
     state = vae.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    image = {
-        name: shape[:2] + shape[-2:] if len(shape) == 5 else shape
-        for name, shape in shapes.items()
-        if ".time_conv." not in name and not name.startswith(tuple(absent))
-    }
-    table = _keymap(vae.config, files.shapes).table(image)
-    table.check(files.shapes, files.path, f"Does {place} belong to these weights?")
+    for conv in absent:
+        state[f"{conv}weight"].zero_()[:, :, 0, 0, 0].fill_diagonal_(1)
+        state[f"{conv}bias"].zero_()
     for name, tensor in table.to_native(files.read):
         target = state[name]
         if target.ndim == 5:
@@ -85,6 +83,17 @@ def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequenc
         else:
             target.copy_(tensor)
     return vae
+
+
+def image_vae_config(path: str | os.PathLike[str], temporal_downsample: Sequence[bool] | None = None) -> VaeConfig:
+    """The config of what `inflate_image_vae` makes, of config.json alone."""
+    place = _folder(path) / "config.json"
+    return _config(read_json(place), temporal_downsample, place)
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    folder = Path(path).expanduser()
+    return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
 def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None, place: Path) -> VaeConfig:

@@ -112,12 +112,12 @@ def load_vae(
     return load(find("vae", path, trust_pickle), dtype, device)
 
 
-def vae_config(path: str | os.PathLike[str]) -> Any:
-    """The config of the VAE that load_vae would load: at least `stride` and `z_dim`. No weight is read."""
-    from stdit.vae.others import other_config
+def vae_on_meta(path: str | os.PathLike[str]) -> Any:
+    """The VAE that load_vae would load, without memory. No weight is read."""
+    from stdit.vae.others import other_on_meta
 
     other = _other_vae(Path(path).expanduser())
-    return find("vae", path).config if other is None else other_config(*other)
+    return on_meta(find("vae", path).config) if other is None else other_on_meta(*other)
 
 
 def _other_vae(folder: Path) -> tuple[str, Path] | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torchvision.models import vgg
 
 from stdit.config import from_dict
 from stdit.data.loader import Example
 from stdit.data.packs import PlanItem
 from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
-from stdit.training.footprint import activations, footprint, outline
+from stdit.training.footprint import Footprint, activations, footprint, outline
 from stdit.training.objective import FlowObjective, StepKey
+from stdit.vae.discriminator import Discriminator, DiscriminatorConfig
 
 SHAPE = VideoShape(9, 64, 96)
 CONFIG = {
@@ -78,7 +80,30 @@ def test_state_is_split_as_zero_says():
         found = footprint(config, objective, SHAPE, 100, ranks=4)
         assert (found.weights, found.gradients, found.state) == pytest.approx([parameters * one for one in each], abs=2)
         assert found.encoders == 4 * sum(p.numel() for p in objective.vae.parameters())
-        assert found.total == found.weights + found.gradients + found.state + found.encoders + found.activations
+        config.model.expert = "both"
+        both = footprint(config, outline(config), SHAPE, 100, ranks=4)
+        assert (both.weights, both.gradients, both.state) == pytest.approx(
+            (2 * found.weights, 2 * found.gradients, 2 * found.state), abs=4
+        )
+
+
+def test_what_a_vae_trains_against_is_counted():
+    def told(vae: dict) -> Footprint:
+        config = from_dict(CONFIG | {"objective": {"kind": "vae", "vae": vae}, "data": {}}, "test")
+        objective = outline(config)
+        return footprint(config, objective, SHAPE, objective.tokens(SHAPE), ranks=1)
+
+    plain, critic = told({}), DiscriminatorConfig(dim=8, layers=2)
+    against = told({"discriminator": {"dim": 8, "layers": 2, "start": 100}})
+    more = sum(p.numel() for p in Discriminator(critic).parameters())
+    assert (against.weights, against.gradients) == (plain.weights + 4 * more, plain.gradients + 4 * more)
+    assert against.state == plain.state + 8 * more  # two moments, and no average
+    assert against.activations > plain.activations
+    with_lpips = told({"lpips": {"path": "nowhere.pth"}})
+    convolutions = sum(p.numel() for p in vgg.make_layers(vgg.cfgs["D"]).parameters())
+    assert with_lpips.encoders == 4 * (convolutions + 64 + 128 + 256 + 512 + 512)
+    # both pictures' first activations, in 64 channels of fp32
+    assert with_lpips.activations > plain.activations + 2 * 4 * 64 * SHAPE.frames * SHAPE.height * SHAPE.width
 
 
 @pytest.mark.parametrize("kind", ["flow", "vae"])
@@ -91,3 +116,10 @@ def test_a_vae_that_encodes_or_trains_is_counted(kind):
     if kind == "flow":
         config.data.cache = "somewhere"
         assert found > activations(config, outline(config), SHAPE, tokens)
+
+
+def test_frozen_weights_are_no_activations():
+    config = from_dict(CONFIG | {"vae": {"preset": "toy", "base_dim": 128}, "data": {}}, "test")
+    objective, image = outline(config), VideoShape(1, 16, 16)
+    weights = 4 * sum(p.numel() for p in objective.vae.encoder.parameters())
+    assert activations(config, objective, image, objective.tokens(image)) < 0.2 * weights

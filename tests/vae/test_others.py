@@ -13,7 +13,7 @@ import stdit
 from stdit.errors import StditError
 from stdit.shapes import Stride, VideoShape, frames_for
 from stdit.vae.others import OtherVAE
-from stdit.weights.io import vae_config
+from stdit.weights.io import vae_on_meta
 
 FOUR = (8, 8, 8, 8)
 ONES = (1, 1, 1, 1, 1)
@@ -85,7 +85,11 @@ def test_latents_and_frames_are_those_of_the_familys_pipeline(name, tmp_path):
     ours = stdit.load_vae(tmp_path).eval()
     _, _, stride, normalise = VAES[name]
     assert isinstance(ours, OtherVAE) and tuple(ours.config.stride) == stride
-    assert vae_config(tmp_path) == ours.config
+    outline = vae_on_meta(tmp_path)
+    assert outline.config == ours.config
+    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in outline.state_dict().items()} == shapes
+    assert all(tensor.is_meta for tensor in outline.state_dict().values())
     frames = 1 + stride[0]
     video = torch.rand(1, 3, frames, 32, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     if name == "Stable Diffusion 3":
@@ -129,6 +133,9 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
     vae = stdit.load_vae(tmp_path)
     with pytest.raises(StditError, match="nearest are 1 and 5"):
         vae.encode(torch.zeros(1, 3, 3, 16, 16))
+    vae.memory = None
+    with pytest.raises(StditError, match=r"memory 1000: .* run by diffusers"):
+        vae.memory = 1000
     with pytest.raises(StditError, match="uint8"):
         vae.encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
     with pytest.raises(StditError, match=r"decodes \(B, 4"):
@@ -151,6 +158,10 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config | {"layers_per_block": 2}))
     with pytest.raises(StditError, match=r"do not fit its config\.json"):
         stdit.load_vae(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layers_per_block": "two"}))
+    for read in (stdit.load_vae, vae_on_meta):
+        with pytest.raises(StditError, match="diffusers cannot read a AutoencoderKLCogVideoX there"):
+            read(tmp_path)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(StditError, match=r"pip install 'stdit\[vaes\]'"):
         stdit.load_vae(tmp_path)

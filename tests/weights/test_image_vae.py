@@ -13,7 +13,9 @@ from torch.testing import assert_close
 
 from stdit.config import from_dict
 from stdit.errors import StditError
-from stdit.training.build import make_vae
+from stdit.training.build import make_objective, make_vae
+from stdit.training.footprint import outline
+from stdit.training.parallel import World
 from stdit.vae.autoencoder import CausalVAE
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import load_vae, save_vae
@@ -102,8 +104,11 @@ def test_training_starts_there(folder):
     config = {"vae": {"path": str(folder), "inflate": True, "temporal_downsample": [True, False]}}
     vae = make_vae(from_dict(config | {"objective": {"kind": "vae"}}, "test"))
     assert vae.config.stride == (2, 4, 4) and vae.config.groups == 4
-    with pytest.raises(StditError, match=r"vae\.inflate=true"):
-        make_vae(from_dict({"vae": {"path": str(folder)}, "objective": {"kind": "vae"}}, "test"))
+    assert outline(from_dict(config | {"objective": {"kind": "vae"}}, "test")).vae.config == vae.config
+    plain = from_dict({"vae": {"path": str(folder)}, "objective": {"kind": "vae"}}, "test")
+    for made in (lambda: outline(plain), lambda: make_objective(plain, None, World(0, 1, torch.device("cpu")))):
+        with pytest.raises(StditError, match=r"a AutoencoderKL does not train here.*vae\.inflate=true"):
+            made()
     with pytest.raises(StditError, match=r"objective\.kind=vae"):
         make_vae(from_dict(config, "test"))
     with pytest.raises(StditError, match="path, which is not set"):
@@ -142,6 +147,7 @@ def test_other_files(folder, tmp_path):
         ({"block_out_channels": [8, 16, 32]}, "Does .*config.json belong to these weights"),
         ({"norm_num_groups": 3}, "groups=3"),
         ({"latent_channel": 4}, "Did you mean 'latent_channels'"),
+        ({"block_out_channels": [1 << 18] * 3}, "Does .*config.json belong to these weights"),  # nor is memory taken
     ],
 )
 def test_what_does_not_fit_is_said(folder, tmp_path, change, words):
