@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from stdit.cli.memory import MEMORY, limit_memory
+from stdit.cli.memory import MEMORY
 from stdit.cli.stopped import when_stopped
 
 
@@ -61,7 +61,7 @@ def encode(
     device = pick_device(device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     with about("vae.path"):
         vae = load_vae(run.vae.path, dtype=torch.float32, device=device).eval()
-    limit_memory(vae, memory)
+    vae.memory = memory
     for shape in assignment.shapes:
         with about(f"data.shapes: {shape}"):
             shape.latent(vae.config.stride)

@@ -14,7 +14,7 @@ from stdit.cli.stopped import when_stopped
 
 @when_stopped("The clips that are measured are kept: the same command goes on from there.")
 def vae(
-    clips: Annotated[Path, typer.Argument(help="A manifest, or a folder of videos and images.")],
+    clips: Annotated[str, typer.Argument(help="A manifest, or a folder of videos and images; or the URL of either.")],
     model: Annotated[Path, typer.Option(help="The VAE's folder, or a model folder with vae/.")],
     out: Annotated[Path, typer.Option(help="Where evaluation-vae.json and evaluation-vae/ with pictures go.")],
     size: Annotated[

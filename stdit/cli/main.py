@@ -129,6 +129,8 @@ def _mendable(error: BaseException) -> str:
             )
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{place}{os.strerror(number)}. Change its permissions, or choose another path."
+        if number in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return f"{place}{os.strerror(number)}. Choose another path."
         seen = seen.__cause__ or seen.__context__
     return ""
 

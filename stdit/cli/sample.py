@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stdit.cli.device import pick_device
-from stdit.cli.memory import MEMORY, limit_memory
+from stdit.cli.memory import MEMORY
 from stdit.cli.stopped import when_stopped
 from stdit.errors import StditError
 from stdit.files import publish_text
@@ -109,7 +109,7 @@ def sample(
         named_config(solver, {})  # an unknown name is an error before minutes of loading
     device = pick_device(device)
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
-    limit_memory(pipeline.vae, memory)
+    pipeline.vae.memory = memory
     pipeline.add_loras(loras, loras_2)
     fps = pipeline.settings.fps if fps is None else fps
     if ratio is None and wanted is None and source is not None:

@@ -27,13 +27,16 @@ def decibels(mse: float, peak: float = 255.0) -> float:
     return math.inf if mse == 0 else 10 * math.log10(peak**2 / mse)
 
 
+ALIKE = 100.0  # dB that a clip or frame counts that is reproduced exactly
+
+
 def mean_psnr(clips: Sequence[np.ndarray], references: Sequence[np.ndarray], peak: float = 255.0) -> float:
-    """The mean over clips of each clip's own PSNR; a clip reproduced exactly counts as 100 dB."""
+    """The mean over clips of each clip's own PSNR; a clip reproduced exactly counts as ALIKE."""
     if len(clips) != len(references) or not clips:
         raise StditError(
             f"PSNR of {len(clips)} clips against {len(references)} references: give the same number, not 0."
         )
-    return float(np.mean([min(psnr(clip, reference, peak), 100.0) for clip, reference in zip(clips, references)]))
+    return float(np.mean([min(psnr(clip, reference, peak), ALIKE) for clip, reference in zip(clips, references)]))
 
 
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # of the Gaussian window, in pixels: 11×11

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor
 
 from stdit.data.isolated import READER
-from stdit.data.loader import to_video
+from stdit.data.loader import local_file, to_video
 from stdit.data.manifest import Clip, Manifest, json_lines, read_manifest
+from stdit.data.paths import is_remote, join
 from stdit.data.scan import scan
-from stdit.data.storage import OF_ONE_FILE, STORAGE, StorageError
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import contact_sheet, sheet_frames
 from stdit.encode import vae_identity
 from stdit.errors import StditError
-from stdit.evaluation.metrics import SMALLEST_SSIM, decibels, ssim
+from stdit.evaluation.metrics import ALIKE, SMALLEST_SSIM, decibels, ssim
 from stdit.files import publish_text
 from stdit.shapes import first_frames, nearest_frames
 from stdit.vae.autoencoder import CausalVAE
@@ -36,7 +37,6 @@ PIECE = 16  # frames that are read of a file, and measured, at a time
 PICTURE_FRAMES = 5  # of a clip that its picture shows
 OUTLIER = 3.0  # standard deviations
 STILL, STILL_SHARE = 1, 0.01  # grey levels that a still pixel changes at most; of all pixels, for it to be measured
-ALIKE = 100.0  # dB that a clip or frame counts that is reproduced exactly
 
 DEFINITIONS = {  # x the source, y the reconstruction
     "psnr": "dB, per clip: 10·log10(255² / MSE) over all frames, pixels and colours of uint8 RGB, no border left out; "
@@ -200,23 +200,27 @@ def evaluate_vae(
     device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Measures a VAE in fp32 on the clips of a manifest or a folder; see DEFINITIONS.
+    """Measures a VAE in fp32 on the clips of a manifest or a folder, or of a URL; see DEFINITIONS.
 
     size: (width, height) that clips are scaled to cover and cut to at the centre; None: each its own, cut to multiples
     of the VAE's stride. frames: at most so many of each clip from its start. fps: that they are read at; None: each its
     own. limit: only the first so many clips. lpips: files or folders of LPIPS' weights. pictures: of the first so many
-    clips. memory: bytes for a CausalVAE to work in.
+    clips. memory: bytes for a CausalVAE to work in; another family's keeps to none, and is an error.
 
     Writes out/evaluation-vae.json, out/evaluation-vae/ with a picture of a clip's source, reconstruction and their
     difference, and out/evaluation-vae.jsonl with each clip when it is done: a call that was stopped goes on from there.
     Returns the content of evaluation-vae.json.
     """
     began = time.perf_counter()
+    if size is not None and min(size) < SMALLEST_SSIM:
+        raise StditError(f"size {size[0]}x{size[1]}: SSIM takes at least {SMALLEST_SSIM} pixels a side.")
+    if fps is not None and not 0 < fps < math.inf:
+        raise StditError(f"fps is {fps}; it must be positive and finite.")
     vae = load_vae(model, dtype=torch.float32, device=device).eval()
     vae.memory = memory
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    manifest, failures = _manifest(Path(clips))
+    manifest, failures = _manifest(str(clips))
     settings = {
         "clips": str(clips), "size": size and list(size), "frames": frames, "fps": fps, "lpips": [*map(str, lpips)],
         "vae": vae_identity(Path(model).expanduser()),
@@ -232,7 +236,8 @@ def evaluate_vae(
         for row in range(rows):
             progress("clips", row, rows)
             clip = manifest[row]
-            picture = Path("evaluation-vae") / f"{row:03d}-{Path(clip.path).stem}.png" if row < pictures else None
+            name = f"{row:03d}-{Path(clip.path).stem[:50]}.png"  # at most 255 bytes with what `publish` adds
+            picture = Path("evaluation-vae") / name if row < pictures else None
             if (line := known.get(clip.id)) and (picture is None or (out / picture).is_file()):
                 measured.append(line | {"picture": picture and str(picture)})
                 continue
@@ -264,12 +269,13 @@ def evaluate_vae(
     return result
 
 
-def _manifest(place: Path) -> tuple[Manifest, list[str]]:
+def _manifest(place: str) -> tuple[Manifest, list[str]]:
     """The clips of a manifest or of a folder, and why files of a folder are none."""
-    if not place.is_dir():
+    is_folder = not place.endswith((".parquet", ".jsonl", ".csv")) if is_remote(place) else os.path.isdir(place)
+    if not is_folder:
         return read_manifest(place), []
     found = scan(place, uncaptioned=True, verify=False)
-    return found.manifest, [f"{place / skipped.file}: {skipped.message}" for skipped in found.skipped]
+    return found.manifest, [f"{join(place, skipped.file)}: {skipped.message}" for skipped in found.skipped]
 
 
 def _known(record: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -342,17 +348,10 @@ def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path 
 
 
 def _pieces(clip: Clip, cut: Cut) -> Iterator[np.ndarray]:
-    try:
-        with STORAGE.local(clip.path) as path:
-            for first in range(0, cut.frames, PIECE):
-                count = min(PIECE, cut.frames - first)
-                yield READER(path, count, (cut.width, cut.height), cut.fps, clip.start + first / cut.fps)
-    except VideoError as error:  # which may name a local copy
-        raise VideoError(clip.path, error.reason, error.message) from error
-    except StorageError as error:
-        if error.reason in OF_ONE_FILE:
-            raise VideoError(clip.path, error.reason, error.message) from error
-        raise
+    with local_file(clip) as path:
+        for first in range(0, cut.frames, PIECE):
+            count = min(PIECE, cut.frames - first)
+            yield READER(path, count, (cut.width, cut.height), cut.fps, clip.start + first / cut.fps)
 
 
 def _mean(values: Iterator[float | None]) -> float | None:

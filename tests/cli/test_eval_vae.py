@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from stdit.cli.main import app, run_command
+from stdit.data.copies import Copies
+from stdit.data.storage import STORAGE
 from stdit.data.video_io import write_video
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.weights.io import load_vae, save_vae
@@ -79,12 +83,35 @@ def test_the_normalisation_is_written(clips, model, tmp_path, capsys):
     assert vae.config.latents_std == pytest.approx(result["latents"]["std"])
 
 
+def test_clips_at_a_url(clips, model, tmp_path, monkeypatch, capsys):
+    """Of a folder and of a manifest there; one has a long name."""
+    monkeypatch.setattr(STORAGE, "copies", Copies(tmp_path / "copies", 1 << 30))
+    there, long = fsspec.filesystem("memory"), "é" * 118
+    there.pipe(f"/eval/{long}.mp4", (clips / "a.mp4").read_bytes())
+    shutil.copy(clips / "a.mp4", tmp_path / f"{long}.mp4")
+    assert stdit("data", "scan", tmp_path, "--out", tmp_path / "clips.parquet", "--allow-uncaptioned", "--json") == 0
+    there.pipe("/eval/clips.parquet", (tmp_path / "clips.parquet").read_bytes())
+    capsys.readouterr()
+    for place in ("memory://eval", "memory://eval/clips.parquet"):
+        out = tmp_path / "out" / Path(place).name
+        words = ("eval", "vae", place, "--model", model, "--out", out, "--device", "cpu", "--frames", 5, "--json")
+        assert stdit(*words) == 0
+        (one,) = json.loads(capsys.readouterr().out)["clips"]
+        assert one["path"] == f"memory://eval/{long}.mp4" and (out / one["picture"]).is_file()
+
+
 def test_what_is_wrong_is_said(clips, model, tmp_path, capsys):
     def fails(*words: object) -> str:
-        assert stdit("eval", "vae", *words, "--out", tmp_path / "out", "--device", "cpu") == 1
+        if "--out" not in words:
+            words = (*words, "--out", tmp_path / "out")
+        assert stdit("eval", "vae", *words, "--device", "cpu") == 1
         return capsys.readouterr().err
 
     assert "WIDTHxHEIGHT alone" in fails(clips, "--model", model, "--size", "32x24x5")
+    assert "size 8x8: SSIM takes at least 11" in fails(clips, "--model", model, "--size", "8x8")
+    assert "fps is inf" in fails(clips, "--model", model, "--fps", "inf")
+    (tmp_path / "file").write_text("")
+    assert "file: File exists" in fails(clips, "--model", model, "--out", tmp_path / "file")
     assert "no clip could be measured" in fails(clips, "--model", model, "--size", "64x64")
     assert "no such file or folder" in fails(clips, "--model", model, "--lpips", tmp_path / "none")
     save_vae(load_vae(model), tmp_path / "original", layout="original")

@@ -88,6 +88,8 @@ class Wrapped(Exception):
         (OSError(errno.ENOSPC, "No space left on device", "runs/a.safetensors"), 1, "runs/a.safetensors: no space"),
         (Wrapped("Error while serializing: I/O error: No space left on device (os error 28)"), 1, "no space left"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1, "error: /root/x: Permission denied"),
+        (FileExistsError(errno.EEXIST, "File exists", "out"), 1, "error: out: File exists. Choose another path."),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a.png"), 1, "error: a.png: Is a directory. Choose"),
     ],
 )
 def test_how_a_command_ends(error, status, message, capsys):
