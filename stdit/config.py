@@ -136,7 +136,7 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(argument) for argument in arguments)
     if origin is list:
-        return f"a list of {_describe(arguments[0])}s"
+        return f"a list, each {_describe(arguments[0])}"
     if origin is tuple:
         return f"a list of {len(arguments)} values" if arguments[-1] is not Ellipsis else "a list"
     if origin is dict or dataclasses.is_dataclass(hint):

@@ -88,11 +88,12 @@ class VideoShape:
     def parse(cls, text: str) -> VideoShape:
         """Reads "WIDTHxHEIGHTxFRAMES" ("832x480x81") or "WIDTHxHEIGHT" (an image)."""
         match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)(?:\s*[x×]\s*(\d+))?\s*", text)
-        if not match or "0" in (match[1], match[2], match[3]):
+        width, height, frames = (int(part or 1) for part in match.groups()) if match else (0, 0, 0)
+        if min(width, height, frames) < 1:
             raise StditError(
                 f"{text!r} is not a shape. Write WIDTHxHEIGHTxFRAMES, such as 832x480x81, or WIDTHxHEIGHT for images."
             )
-        return cls(frames=int(match[3] or 1), height=int(match[2]), width=int(match[1]))
+        return cls(frames, height, width)
 
     @property
     def is_image(self) -> bool:

@@ -39,7 +39,9 @@ def test_parse_reads_what_str_writes(frames, height, width):
     assert shape.is_image == (frames == 1)
 
 
-@pytest.mark.parametrize("text", ["", "832", "832x480x81x3", "832x-480", "0x480x81", "832x480x0", "axb", "8.5x4"])
+@pytest.mark.parametrize(
+    "text", ["", "832", "832x480x81x3", "832x-480", "0x480x81", "832x480x0", "00x480", "axb", "8.5x4"]
+)
 def test_parse_says_how_to_write_a_shape(text):
     with pytest.raises(StditError, match="WIDTHxHEIGHTxFRAMES"):
         VideoShape.parse(text)

@@ -28,7 +28,7 @@ TIMES = {"a step": "seconds_per_step", "an epoch": "seconds_per_epoch"}
 
 
 def plan(
-    manifest: Annotated[Path, typer.Argument(help="What `stdit data scan` wrote.")],
+    manifest: Annotated[str, typer.Argument(help="What `stdit data scan` wrote, or its URL.")],
     config: Annotated[Path, typer.Option(help="The training's config.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Set on top of it.")] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks of the training.")] = 1,
@@ -68,6 +68,8 @@ def plan(
         _print_drops(console, stage, len(clips))
     objective = outline(settings)
     made = make_plan(clips, assignment, objective, settings, epoch)
+    if not made.num_steps:
+        raise StditError(f"--epoch {epoch} has no clip: data.sources lets each come in some epochs only. Show another.")
     pixels = settings.objective.kind == "vae"
     work_unit = "pixel" if pixels else "FLOP"
     bound = made.token_bound(group_size)
@@ -106,11 +108,14 @@ def measured_rate(given: str, pixels: bool) -> float:
     try:
         rate = float(given)
     except ValueError:
-        starts, lines = read_metrics(given, "start"), read_metrics(given, "train")
-        if pixels:
-            rates = [line["tokens_per_second"] / starts[-1]["ranks"] for line in lines]
-        else:
-            rates = [line["mfu"] * starts[-1]["peak_flops"] for line in lines if line["mfu"]]
+        rates, start = [], {}
+        for line in read_metrics(given):
+            if line["kind"] == "start":  # a run may go on with other ranks
+                start = line
+            elif line["kind"] == "train" and pixels:
+                rates.append(line["tokens_per_second"] / start["ranks"])
+            elif line["kind"] == "train" and line["mfu"]:
+                rates.append(line["mfu"] * start["peak_flops"])
         if not rates:
             raise StditError(
                 f"--rate {given}: neither a number of FLOP/s a rank, such as 2e14, nor a run folder whose "
@@ -299,13 +304,14 @@ def _print_steps(console: Any, summary: dict[str, Any]) -> None:
 
 
 def _print_list(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     if not rows:
         return
     table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
     for row in rows:
-        table.add_row(*("" if value is None or value == {} else str(value) for value in row.values()))
+        table.add_row(*("" if value is None or value == {} else escape(str(value)) for value in row.values()))
     console.print(table)
 
 

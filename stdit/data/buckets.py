@@ -194,8 +194,8 @@ class DataConfig:
             raise StditError(
                 f"data.crops is {self.crops}; it is 1, or more if data.start or data.crop is random or data.mirror on."
             )
-        if not self.timeout > 0:
-            raise StditError(f"data.timeout is {self.timeout}; it must be a positive number of seconds.")
+        if not 0 < self.timeout <= 1e6:
+            raise StditError(f"data.timeout is {self.timeout:g}; it must be a number of seconds, at most a million.")
         if self.workers < 0 or self.prefetch < 1:
             raise StditError(
                 f"data.workers is {self.workers} (at least 0), data.prefetch {self.prefetch} (at least 1)."

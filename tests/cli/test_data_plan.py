@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from stdit.cli.data_plan import advice, measured_rate
 from stdit.cli.main import app, run_command
 from stdit.config import load_config
 from stdit.data.buckets import assign
+from stdit.data.copies import Copies
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id, read_manifest, write_manifest
+from stdit.data.storage import STORAGE
 from stdit.errors import StditError
 from stdit.models.transformer import TransformerConfig, cost_coefficients
 from stdit.shapes import VideoShape
@@ -104,6 +107,10 @@ def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
         (["parallel.sequence_parallel=2", "--world-size", "3"], "not a multiple"),
         (["vae.path=/no/such/vae"], "/no/such/vae"),
         (["model.preset=tyo"], "Did you mean 'toy'"),
+        (["text.path=/no/such/text"], "/no/such/text"),
+        (["data.sources={'*': 0.001}", "--epoch", "1"], "--epoch 1 has no clip"),
+        (["data.shapes=[00x64]"], "'00x64' is not a shape"),
+        (["--picture", "."], "Is a directory"),
     ],
 )
 def test_what_is_wrong_is_said(files, arguments, message, capsys):
@@ -151,6 +158,57 @@ def test_costs_are_those_of_the_training(files, tmp_path):
         assert found.cost == objective.cost
         for shape in config.data.video_shapes():
             assert found.tokens(shape) == objective.tokens(shape)
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion's", "LTX-Video's", "Cosmos's"])
+def test_another_familys_vae_has_its_plan_and_memory(name, tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'stdit[vaes]'")
+    four, five = (8,) * 4, (1,) * 5
+    made, tokens = {
+        "Stable Diffusion's": (lambda: diffusers.AutoencoderKL(block_out_channels=(32,)), 9 * 32 * 32),
+        "LTX-Video's": (
+            lambda: diffusers.AutoencoderKLLTXVideo(
+                block_out_channels=four, decoder_block_out_channels=four, layers_per_block=five,
+                decoder_layers_per_block=five, latent_channels=6,
+            ),
+            2 * 1 * 1,
+        ),
+        "Cosmos's": (
+            lambda: diffusers.AutoencoderKLCosmos(
+                encoder_block_out_channels=four, decode_block_out_channels=four, num_layers=1
+            ),
+            2 * 4 * 4,
+        ),
+    }[name]  # fmt: skip
+    vae = made()
+    vae.save_pretrained(tmp_path / "vae")
+    write_manifest(Manifest.of([clip(0, 10, 64, 64)], tmp_path), tmp_path / "clips.parquet")
+    (tmp_path / "config.yaml").write_text("data: {shapes: [64x64x9], fps: 8}")
+    assert plan(tmp_path, "--json", f"vae.path={tmp_path / 'vae'}") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["buckets"][0]["tokens"] == tokens
+    memory = found["memory_per_rank"]
+    assert memory["encoders"] == 4 * sum(p.numel() for p in vae.parameters())
+    assert memory["activations"] > 4 * 9 * 64 * 64 * 3  # the clip itself in fp32, at least
+
+
+def test_a_manifest_may_be_at_a_url(files, tmp_path, monkeypatch, capsys):
+    import fsspec
+
+    monkeypatch.setattr(STORAGE, "copies", Copies(tmp_path / "copies", 1 << 30))
+    fsspec.filesystem("memory").pipe("/m/clips.parquet", (files / "clips.parquet").read_bytes())
+    command = ["data", "plan", "memory://m/clips.parquet", "--config", str(files / "config.yaml"), "--json"]
+    assert run_command(app, command, prog="stdit") == 0
+    assert json.loads(capsys.readouterr().out)["planned"] == 61
+
+
+def test_any_path_can_be_told(tmp_path, capsys):
+    """What looks like rich's markup too."""
+    one = clip(0, 12, 64, 64)
+    write_manifest(Manifest.of([replace(one, path="[/b][x].mp4")], tmp_path), tmp_path / "clips.parquet")
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    assert plan(tmp_path, "data.sources={'[/b][x]*': 2}") == 0
+    assert "[/b][x]*" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["toy/vae.yaml", "vae/asl.yaml"])
@@ -231,6 +289,11 @@ def test_a_measured_rate_gives_times(files, tmp_path, capsys):
         lines.append({"kind": "train", "step": 1, "mfu": mfu, "tokens_per_second": 50.0})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert measured_rate(str(run), pixels=False) == 0.4e12 and measured_rate(str(run), pixels=True) == 25.0
+    (tmp_path / "moved").mkdir()
+    lines.append({"kind": "start", "step": 1, "peak_flops": 5e12, "ranks": 10})  # it went on on other ranks
+    (tmp_path / "moved" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    moved = str(tmp_path / "moved")
+    assert measured_rate(moved, pixels=False) == 0.4e12 and measured_rate(moved, pixels=True) == 25.0
     assert plan(files, "--rate", str(run)) == 0
     assert "time an epoch" in capsys.readouterr().out
     for wrong in ("-1", str(tmp_path)):
