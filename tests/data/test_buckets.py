@@ -202,14 +202,3 @@ def test_the_crop_loss_of_a_bucket_is_its_clips_mean():
     found = assign_columns(**columns(clips), shapes=config.video_shapes(), config=config)
     assert found.bucket.tolist() == [0, 1, 1]
     assert found.crop_losses == pytest.approx([0, (1 - 1.25 / 1.5) / 2])
-
-
-def test_a_million_clips_take_seconds():
-    rng = np.random.default_rng(0)
-    n = 1_000_000
-    frames = rng.integers(1, 300, n)
-    values = {"frames": frames, "fps": rng.choice([24.0, 30.0], n), "width": rng.integers(100, 2000, n)}
-    values |= {"height": rng.integers(100, 2000, n), "start": np.zeros(n), "end": frames / values["fps"]}
-    config = DataConfig(shapes=SHAPES, fps=8.0)
-    found = assign_columns(**values, shapes=config.video_shapes(), config=config)
-    assert found.counts.sum() + sum(found.reasons.values()) == n
