@@ -69,6 +69,7 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
         ("schedule: {steps: many}", [], ["schedule.steps", "'many'", "an integer"]),
         ("schedule: {steps: 1.5}", [], ["schedule.steps", "1.5", "an integer"]),
         ("run: {deterministic: 1}", [], ["run.deterministic", "true or false"]),
+        ("run: {seed: 99999999999999999999}", [], ["run: seed 99999999999999999999", "64 bits"]),
         ("run: {precision: fp16}", [], ["run.precision", "'fp16'", "fp32, bf16"]),
         ("data: {shapes: 64x64x9}", [], ["data.shapes", "a list"]),
         ("data: [1]", [], ["data", "mapping"]),

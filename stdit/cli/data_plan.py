@@ -108,7 +108,8 @@ def measured_rate(given: str, pixels: bool) -> float:
     try:
         rate = float(given)
     except ValueError:
-        rates, start = [], {}
+        rates: list[float] = []
+        start: dict[str, Any] = {}
         for line in read_metrics(given):
             if line["kind"] == "start":  # a run may go on with other ranks
                 start = line

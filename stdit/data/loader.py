@@ -131,8 +131,6 @@ class Loader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    # ------------------------------------------------------------------------------------------------------ one clip
-
     def _example(self, item: Item, epoch: int) -> Example:
         clip = self.manifest[item.row]
         shape = self.assignment.shapes[item.bucket]
@@ -183,8 +181,6 @@ class Loader:
         sha256 = clip.sha256 if self.config.verify else None
         with local_file(clip, self.storage) as path:
             return self.reader(path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
-
-    # ----------------------------------------------------------------------------------------------------- the cache
 
     def _latents(self, item: Item, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
         assert self.cache is not None

@@ -39,6 +39,10 @@ class RunSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     deterministic: bool = False
 
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:  # what torch takes
+            raise StditError(f"seed {self.seed} has more than 64 bits.")
+
 
 @dataclass
 class ModelSettings:
