@@ -65,7 +65,8 @@ class Copies:
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """One thread of one process at a time is in this context for a name (not on Windows: it may be several)."""
+        """One thread of one process at a time is in this context for a name; one that comes as another leaves may meet
+        the next (and on Windows any), so who enters looks first whether there is anything left to do."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / f".{name}.lock"
         with open(lock, "wb") as file:
