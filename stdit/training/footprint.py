@@ -63,11 +63,11 @@ class _Images:
 def outline(config: RunConfig) -> Objective:
     """The training's own objective over models of the run's sizes without any weights: what clips cost, what trains."""
     config = follow_init(config)
-    vae = _vae(config.vae)
+    vae, dtype = _vae(config.vae), PRECISIONS[config.run.precision]
     with NOWHERE:
         if config.objective.kind == "vae":
             lpips = Lpips(None) if config.objective.vae.lpips else None
-            return VaeObjective(config.objective, lambda: vae, lpips, device=NOWHERE, dtype=torch.float32)
+            return VaeObjective(config.objective, lambda: vae, lpips, device=NOWHERE, dtype=dtype)
         settings = config.model
         if settings.init:
             found = find("transformer", transformer_path(settings)).config
@@ -90,7 +90,7 @@ def outline(config: RunConfig) -> Objective:
         text_padding=config.text.padding or 0,
         conditions=Conditions(model.config, vae, config.data.fps, images),
         device=NOWHERE,
-        dtype=PRECISIONS[config.run.precision],
+        dtype=dtype,
     )
 
 

@@ -88,8 +88,8 @@ def test_state_is_split_as_zero_says():
 
 
 def test_what_a_vae_trains_against_is_counted():
-    def told(vae: dict) -> Footprint:
-        config = from_dict(CONFIG | {"objective": {"kind": "vae", "vae": vae}, "data": {}}, "test")
+    def told(vae: dict, **more: dict) -> Footprint:
+        config = from_dict(CONFIG | {"objective": {"kind": "vae", "vae": vae}, "data": {}} | more, "test")
         objective = outline(config)
         return footprint(config, objective, SHAPE, objective.tokens(SHAPE), ranks=1)
 
@@ -99,6 +99,8 @@ def test_what_a_vae_trains_against_is_counted():
     assert (against.weights, against.gradients) == (plain.weights + 4 * more, plain.gradients + 4 * more)
     assert against.state == plain.state + 8 * more  # two moments, and no average
     assert against.activations > plain.activations
+    low = told({"discriminator": {"dim": 8, "layers": 2}}, run={"precision": "bf16"})
+    assert low.activations < against.activations
     with_lpips = told({"lpips": {"path": "nowhere.pth"}})
     convolutions = sum(p.numel() for p in vgg.make_layers(vgg.cfgs["D"]).parameters())
     assert with_lpips.encoders == 4 * (convolutions + 64 + 128 + 256 + 512 + 512)
