@@ -14,8 +14,7 @@ from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.text.images import ImageEncoder
-from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.others import OtherVAE
+from stdit.vae.open_sora import AnyVAE
 
 Known = Mapping[str, Any]  # {"image": (H, W, 3)} or {"video": (T, H, W, 3)}, beside it {"last": (H, W, 3)}; uint8
 
@@ -36,9 +35,7 @@ class Given:
 class KnownFrames:
     """Turns known frames into what one model's transformer takes: by its config, the caller need not know."""
 
-    def __init__(
-        self, config: TransformerConfig, vae: CausalVAE | OtherVAE, image_encoder: ImageEncoder | None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, vae: AnyVAE, image_encoder: ImageEncoder | None) -> None:
         if bool(config.image_text_dim) != (image_encoder is not None) or (
             image_encoder is not None and image_encoder.dim != config.image_text_dim
         ):

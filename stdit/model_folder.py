@@ -24,6 +24,7 @@ from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder, load_text_encoder
 from stdit.vae.autoencoder import CausalVAE
+from stdit.vae.open_sora import AnyVAE, OpenSoraVAE
 from stdit.vae.others import OtherVAE
 from stdit.weights.adapters import merge
 from stdit.weights.experts import expert_adapter_places
@@ -31,6 +32,7 @@ from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.files import read_json
 from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
 from stdit.weights.lora_files import read_adapter
+from stdit.weights.schedulers import default_scheduler
 
 if TYPE_CHECKING:
     from stdit.text.images import ImageEncoder
@@ -40,15 +42,17 @@ FORMAT = 1  # of stdit.json
 
 @dataclass(frozen=True)
 class PipelineKind:
-    """What one of diffusers' pipeline classes does around its transformer.
+    """What one of diffusers' pipeline classes does around its transformer, or Open-Sora 1.2's code.
 
     negative_follows: the negative prompt is brought to each prompt's length, with what the encoder says at positions of
-    padding. fps, shape: of the released weights; no shape: pictures of the size they were trained at.
+    padding. fps, shape: of the released weights; no shape: pictures of the size they were trained at. gathered: a user
+    puts the folder together from downloads that have no scheduler/.
     """
 
     fps: float
     shape: str | None = None
     negative_follows: bool = False
+    gathered: bool = False
 
 
 KINDS = {
@@ -64,6 +68,7 @@ KINDS = {
     "Cosmos2TextToImagePipeline": PipelineKind(16, "1360x768x1"),
     "Cosmos2VideoToWorldPipeline": PipelineKind(16, "1280x704x93"),
     "Cosmos2_5_PredictBasePipeline": PipelineKind(16, "1280x704x93"),
+    "OpenSoraPipeline": PipelineKind(24, "848x480x102", gathered=True),
 }
 REFUSED = {
     "CosmosVideoToWorldPipeline": "Cosmos-Predict1 from a video adds noise to what it is given, which is not built",
@@ -155,7 +160,7 @@ class ModelParts:
     """What a model folder holds, in memory. index: its model_index.json, whose class says which pipeline it is for."""
 
     transformer: STDiT | Experts
-    vae: CausalVAE | OtherVAE
+    vae: AnyVAE
     text_encoder: TextEncoder
     scheduler: dict[str, Any]
     settings: FolderSettings
@@ -192,7 +197,10 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
 
         image_encoder = load_image_encoder(path.parent, dtype, device)
     settings = FolderSettings.read(folder, _released(kind, transformer, vae))
-    scheduler = read_scheduler(folder / "scheduler", name)
+    if kind.gathered and not (folder / "scheduler").is_dir():
+        scheduler = default_scheduler(transformer.config)
+    else:
+        scheduler = read_scheduler(folder / "scheduler", name)
     return ModelParts(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
 
 
@@ -223,7 +231,7 @@ def add_loras(
         merge(expert, [(adapter, weight) for model, adapter, weight in read if model is expert])
 
 
-def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: CausalVAE | OtherVAE) -> FolderSettings:
+def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> FolderSettings:
     """The defaults of a folder that was not made here."""
     if transformer.config.family == "wan" and vae.config.z_dim == 48:  # Wan 2.2 TI2V 5B
         return FolderSettings(24, ("1280x704x121",))
@@ -245,6 +253,8 @@ def save_parts(parts: ModelParts, folder: Path) -> None:
     family = importlib.import_module(f"stdit.weights.families.{parts.transformer.config.family}")
     transformer = ["diffusers", family.config_to_diffusers(parts.transformer.config)["_class_name"]]
     vae = ["diffusers", parts.vae.config.name if isinstance(parts.vae, OtherVAE) else "AutoencoderKLWan"]
+    if isinstance(parts.vae, OpenSoraVAE):  # of which diffusers has none
+        transformer[0], vae = "opensora", ["opensora", parts.vae.config.name]
     if isinstance(parts.vae, CausalVAE) and parts.vae.config.groups:
         vae = ["stdit", "CausalVAE"]  # no other program has a class for it
     index = {name: value for name, value in parts.index.items() if name != "_name_or_path"}

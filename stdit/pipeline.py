@@ -25,10 +25,13 @@ from stdit.models.transformer import STDiT
 from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.text.images import ImageEncoder
-from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.others import OtherVAE
+from stdit.vae.open_sora import AnyVAE
 
 __all__ = ["FolderSettings", "Pipeline"]
+
+IMAGE_FPS = (
+    120.0  # what Open-Sora 1.2 tells its weights of images (opensora/datasets/datasets.py); others do not see it
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Pipeline:
     def __init__(
         self,
         transformer: STDiT | Experts,
-        vae: CausalVAE | OtherVAE,
+        vae: AnyVAE,
         text_encoder: TextEncoder,
         scheduler: Mapping[str, Any],
         settings: FolderSettings | None = None,
@@ -252,7 +255,8 @@ class Pipeline:
     def _conditions(self, given: Given, request: Request) -> dict[str, Any]:
         """Of one clip, for `pack_inputs`."""
         size = (request.shape.width, request.shape.height)
-        found = {"fps": request.fps, "size": size, "image": given.image, "image_text": given.image_text}
+        fps = IMAGE_FPS if request.shape.is_image else request.fps
+        found = {"fps": fps, "size": size, "image": given.image, "image_text": given.image_text}
         return {name: found[name] for name in self.transformer.config.conditions}
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -301,6 +305,8 @@ class Pipeline:
 
     def _negatives(self, negative_prompt: str, texts: Sequence[Tensor]) -> list[Tensor]:
         """The negative prompt beside each text."""
+        if not negative_prompt and self.transformer.config.guided_by_null_text:
+            return [self.transformer.get_buffer("null_text")[: len(text)] for text in texts]
         kind = KINDS.get(self.index["_class_name"])
         if kind is None or not kind.negative_follows:
             return self.encode_texts([negative_prompt]) * len(texts)

@@ -138,6 +138,8 @@ def _sources(path: Path, trust_pickle: bool, strict: bool) -> dict[str, Source]:
     parts, problems = [], []
     for part, place in {**(experts or {"transformer": path}), "vae": path}.items():
         kind = "vae" if part == "vae" else "transformer"
+        if part == "vae" and parts and io.other_vae(place):
+            continue  # diffusers', of which nothing is renamed: `_parts` has it
         try:
             parts += [(part, kind, place)] if io.holds(kind, place, trust_pickle) else []
         except StditError as error:
@@ -217,9 +219,10 @@ def _trained_for(source: Source) -> dict[str, str | None]:
 def _parts(path: Path) -> dict[str, str]:
     """What else a model folder holds, by its folders: the class that each one's config names."""
     from stdit.weights.files import read_json
+    from stdit.weights.io import other_vae
 
     documents = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-    found = {}
+    found = {"vae": other[0]} if (path / "vae").is_dir() and (other := other_vae(path)) else {}
     for name in ("text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor", "transformer_2"):
         if not (path / name).is_dir():
             continue

@@ -109,7 +109,7 @@ class TransformerConfig:
     text_width: int = 0  # of what "gelu" gives to cross-attention
     compressed: tuple[int, ...] = ()  # blocks whose self-attention has fewer keys: one of each square of a frame
     compression: int = 1  # side of that square, in tokens
-    null_text: int = 0  # rows of a text for "no text" that some releases keep with the weights; unused here
+    null_text: int = 0  # rows of a text for "no text" that some releases keep with the weights
     rotary: str = "axes"
     rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of frame, row, column
     rope_stride: tuple[int, int, int] = (1, 1, 1)  # frames and pixels per latent position, of "inner"
@@ -210,6 +210,12 @@ class TransformerConfig:
     def context_dim(self) -> int:
         """Width of the text as cross-attention takes it."""
         return {"mlp": self.dim, "gelu": self.text_width, "none": self.text_dim}[self.text_embedding]
+
+    @property
+    def guided_by_null_text(self) -> bool:
+        """Whether "no text" is as many rows of `null_text` as the text has, not the text encoder's of ""; PixArt and
+        Latte keep such rows too, and are sampled without them."""
+        return self.family == "stdit3" and self.null_text > 0
 
     @property
     def conditions(self) -> tuple[str, ...]:

@@ -6,16 +6,13 @@ each text, the end token included. Nothing here is ever downloaded.
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -36,6 +33,7 @@ from transformers import (
 from transformers.utils import logging
 
 from stdit.errors import StditError
+from stdit.text.cleaning import clean_prompt, lower_prompt, strip_caption
 
 ENCODERS = {  # transformers' classes by the model_type in config.json
     "umt5": "UMT5EncoderModel",
@@ -46,18 +44,12 @@ ENCODERS = {  # transformers' classes by the model_type in config.json
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 
 
-def clean_prompt(text: str) -> str:
-    """Mends broken Unicode, unescapes HTML twice and folds white space, as diffusers' WanPipeline does."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def lower_prompt(text: str) -> str:
-    """In lower case, as diffusers' pipelines of PixArt, Latte and Allegro have it without `clean_caption`."""
-    return text.lower().strip()
-
-
-CLEANERS: dict[str, Callable[[str], str]] = {"mend": clean_prompt, "lower": lower_prompt, "none": str}
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "mend": clean_prompt,
+    "lower": lower_prompt,
+    "strip": strip_caption,
+    "none": str,
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +75,7 @@ TREATMENTS = {  # by the class in model_index.json, without "Pipeline"; all othe
     "CosmosTextToWorld": Treatment(512, "none"),
     "Cosmos2TextToImage": Treatment(512, "none"),
     "Cosmos2VideoToWorld": Treatment(512, "none"),
+    "OpenSora": Treatment(300, "strip"),
 }
 
 
@@ -102,7 +95,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         if tokenizer.pad_token_id is None:
             raise StditError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json.")
-        embeddings = int(encoder.get_input_embeddings().weight.shape[0])
+        embeddings = encoder.config.get_text_config().vocab_size
         if len(tokenizer) > embeddings:
             raise StditError(
                 f"the tokenizer has {len(tokenizer)} tokens, the text encoder {embeddings} embeddings. "

@@ -13,9 +13,8 @@ from stdit.diffusion.tasks import Task
 from stdit.errors import StditError
 from stdit.known_frames import frame_mask
 from stdit.models.config import TransformerConfig
+from stdit.pipeline import IMAGE_FPS
 from stdit.vae.autoencoder import CausalVAE
-
-IMAGE_FPS = 120.0  # what Open-Sora 1.2 tells its weights of images (opensora/datasets/datasets.py)
 
 
 class ImageEncoder(Protocol):

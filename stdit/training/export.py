@@ -107,8 +107,9 @@ def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: 
     if len(flows) == 1:
         names = [names[config.model.expert == "low"]]
     index = read_json(index_path)
-    for part, value in index.items():
-        if isinstance(value, list) and any(value) and part not in names and (init / part).is_dir():
+    listed = [part for part, value in index.items() if isinstance(value, list) and any(value)]
+    for part in listed or ("vae", "text_encoder", "tokenizer", "scheduler"):  # a gathered folder's index lists none
+        if part not in names and (init / part).is_dir():
             shutil.copytree(init / part, folder / part)
     for name, flow in zip(names, flows):
         assert isinstance(flow, FlowModule)

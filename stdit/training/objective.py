@@ -397,6 +397,8 @@ class FlowObjective:
         for caption, example in zip(captions, examples):
             if example is not None and example.text is not None and caption == example.caption:
                 text = example.text
+            elif example is not None and caption != example.caption and self.model_config.guided_by_null_text:
+                text = self.module.transformer.get_buffer("null_text")[: len(self._ids(example.caption))]
             else:
                 text = self._embedding(caption)
             texts.append(text.to(self.device, self.dtype))

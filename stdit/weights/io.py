@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from stdit.models.experts import Experts
     from stdit.models.transformer import STDiT
-    from stdit.vae.autoencoder import CausalVAE
-    from stdit.vae.others import OtherVAE
+    from stdit.vae.open_sora import AnyVAE
 
 LAYOUTS = ("diffusers", "original", "comfyui")
 SHARD_BYTES = 5_000_000_000
@@ -102,12 +101,12 @@ def load_vae(
 ) -> Any:
     """A causal VAE from a model folder, its vae/, an original Wan release, or a file; otherwise as load_transformer.
 
-    A CausalVAE; where config.json names another family's (`stdit.vae.others.CLASSES`), an OtherVAE, which diffusers
-    runs behind the same methods.
+    A CausalVAE, or Open-Sora's OpenSoraVAE; where config.json names another family's (`stdit.vae.others.CLASSES`), an
+    OtherVAE, which diffusers runs behind the same methods.
     """
     from stdit.vae.others import load_other
 
-    if (other := _other_vae(Path(path).expanduser())) is not None:
+    if (other := other_vae(path)) is not None:
         return load_other(*other, dtype, device)
     return load(find("vae", path, trust_pickle), dtype, device)
 
@@ -116,14 +115,15 @@ def vae_on_meta(path: str | os.PathLike[str]) -> Any:
     """The VAE that load_vae would load, without memory. No weight is read."""
     from stdit.vae.others import other_on_meta
 
-    other = _other_vae(Path(path).expanduser())
+    other = other_vae(path)
     return on_meta(find("vae", path).config) if other is None else other_on_meta(*other)
 
 
-def _other_vae(folder: Path) -> tuple[str, Path] | None:
-    """Class and folder of another family's VAE, its files checked."""
+def other_vae(path: str | os.PathLike[str]) -> tuple[str, Path] | None:
+    """Class and folder of another family's VAE, its files checked; None where there is none."""
     from stdit.vae.others import CLASSES
 
+    folder = Path(path).expanduser()
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     path = folder / "config.json"
     name = read_json(path).get("_class_name") if path.is_file() else None
@@ -156,10 +156,11 @@ def save_transformer(
 
 
 def save_vae(
-    vae: CausalVAE | OtherVAE, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
+    vae: AnyVAE, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
 ) -> None:
     """As save_transformer. "diffusers" opens with AutoencoderKLWan.from_pretrained(folder); "original" is one file,
-    Wan2.1_VAE.safetensors (Wan2.2_VAE where levels have shortcuts), which carries our config in its metadata."""
+    Wan2.1_VAE.safetensors (Wan2.2_VAE where levels have shortcuts), which carries our config in its metadata. Of
+    Open-Sora's both are the same, config.json and its own tensors."""
     from stdit.vae.others import OtherVAE
 
     if isinstance(vae, OtherVAE):
@@ -327,6 +328,8 @@ def _write(
     shard_bytes: int,
 ) -> None:
     """Writes a model whose native tensors `read` gives, a tensor in memory at a time; see save_transformer."""
+    from stdit.vae.config import VaeConfig
+
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
     dialect = "diffusers" if layout == "diffusers" else "original"
@@ -336,7 +339,7 @@ def _write(
     entries, read_foreign = table.written(read, dtypes)
     stem = _STEM
     stems: tuple[str, ...] = (_STEM,)
-    if kind == "vae" and dialect == "original":
+    if dialect == "original" and isinstance(config, VaeConfig):
         stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
     elif layout == "comfyui":  # one file, which carries the config in its metadata
         stem, stems, shard_bytes = config.family, (config.family,), sys.maxsize

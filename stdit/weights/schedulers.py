@@ -26,7 +26,7 @@ def default_scheduler(config: TransformerConfig) -> dict[str, Any]:
     if config.family in DDPMS:
         return dict(DDPMS[config.family])
     if config.family == "stdit3":
-        return {"_class_name": "RFLOW", "use_timestep_transform": True}
+        return {"_class_name": "RFLOW", "use_timestep_transform": True, "_pipeline": "OpenSoraPipeline"}
     if config.family == "ltx":
         return {
             **euler_config(),

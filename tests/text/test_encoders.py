@@ -8,7 +8,7 @@ from references import small_reason
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
 
 from stdit.errors import StditError
-from stdit.text.encoders import TextEncoder, build_word_tokenizer, clean_prompt, load_text_encoder, small_umt5
+from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
 
 CAPTIONS = ["A red circle moves left, slowly.", "a blue square moves right", "A small green triangle moves up"]
 
@@ -36,13 +36,6 @@ def test_words_are_tokens_and_the_saved_tokenizer_is_the_same(tmp_path):
 
 def test_the_vocabulary_does_not_depend_on_the_order_of_captions():
     assert build_word_tokenizer(CAPTIONS).get_vocab() == build_word_tokenizer(CAPTIONS[::-1]).get_vocab()
-
-
-def test_prompts_are_cleaned_as_wan_pipeline_does():
-    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-    for text in [" a \n b\tc ", "caf\u00c3\u00a9 &amp;amp; bar", "&lt;b&gt;bold", "\u201cquotes\u201d  x", ""]:
-        assert clean_prompt(text) == prompt_clean(text)
 
 
 def test_a_batch_equals_each_text_alone(encoder):

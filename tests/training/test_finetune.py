@@ -17,6 +17,7 @@ import stdit
 from stdit.config import load_config
 from stdit.errors import StditError
 from stdit.evaluation import report
+from stdit.model_folder import load_parts
 from stdit.models.config import TransformerConfig
 from stdit.models.transformer import STDiT
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
@@ -33,6 +34,7 @@ from stdit.weights.io import find
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
+from open_sora_golden import vae_folder
 from references import FAMILIES, randomise, small_reason
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -215,6 +217,36 @@ def test_the_folder_comes_back_with_what_trained_in_its_place(tiny: Path, tmp_pa
             same = (init / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
             assert same or name.name == "model_index.json", name
     assert find("transformer", tmp_path / "model").config == find("transformer", init).config
+
+
+def test_what_was_put_together_from_downloads_comes_back_whole(tiny: Path, tmp_path: Path, folder: Any) -> None:
+    """Open-Sora's folder: an index of one line and no scheduler. A dropped caption is its weights' text for "no text",
+    as long as the caption."""
+    init = shutil.copytree(folder("STDiT3"), tmp_path / "OpenSora")
+    shutil.rmtree(init / "scheduler"), shutil.rmtree(init / "vae")
+    vae_folder(init / "vae", 2)
+    (init / "model_index.json").write_text('{"_class_name": "OpenSoraPipeline"}')
+    parts = started(tiny, tmp_path, init, "data.shapes=['32x32','48x32']", "objective.flow.caption_dropout=1")
+    objective, items = parts.objective, parts.plan.step(0)
+    assert objective.scheduler["_class_name"] == "RFLOW"
+    examples, key = parts.loader.fetch(items, 0), StepKey(0, 0, 0, len(items))
+    null = objective.module.transformer.get_buffer("null_text")
+    lengths = [
+        len(objective.text_encoder.tokenize([one.caption])[0]) for one in objective.ordered(examples, items, key)[0]
+    ]
+    text = objective.prepare(examples, items, key).text
+    assert torch.equal(text.tokens, torch.cat([null[:length] for length in lengths])) and min(lengths) > 1
+    shape, outlined = parts.shapes[0], outline(parts.config)
+    assert outlined.tokens(shape) == objective.tokens(shape)
+    assert footprint(parts.config, outlined, shape, 2 * objective.tokens(shape), ranks=1).encoders > 0
+
+    weights = {name: p.detach() + 1 for name, p in objective.module.named_parameters()}
+    write_model(parts, weights, ALONE, tmp_path / "model")
+    found = load_parts(tmp_path / "model", None, "cpu")
+    assert found.scheduler == objective.scheduler and found.settings.fps == parts.config.data.fps
+    same = "vae/model.safetensors"
+    assert (tmp_path / "model" / same).read_bytes() == (init / same).read_bytes()
+    assert torch.equal(found.transformer.head.head.bias, weights["transformer.head.head.bias"])
 
 
 def test_a_run_of_some_of_the_weights_goes_on_where_it_stopped(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -145,6 +146,16 @@ def test_inspect_tells_the_release_and_what_lies_beside(tmp_path, capsys):
     assert found["parts"] == {"text_encoder": "UMT5EncoderModel", "scheduler": "UniPCMultistepScheduler, shift 5.0"}
     assert run("inspect", tmp_path) == 0
     assert "trained for" in (output := capsys.readouterr().out) and "UMT5EncoderModel" in output
+
+
+def test_a_vae_that_diffusers_runs_is_told_beside_the_transformer(folder, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    shutil.rmtree(folder / "vae")
+    sizes = {"block_out_channels": (4,), "norm_num_groups": 2}
+    diffusers.AutoencoderKL(**sizes, latent_channels=4).save_pretrained(folder / "vae")
+    assert run("inspect", folder, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["part"] for one in found["models"]] == ["transformer"] and found["parts"] == {"vae": "AutoencoderKL"}
 
 
 def test_mistakes_are_messages(folder, tmp_path, capsys):

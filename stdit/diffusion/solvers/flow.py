@@ -84,7 +84,7 @@ class OpenSora(Solver):
 
     def __init__(self, steps: int, shift: float) -> None:
         times = np.array([1 - i / steps for i in range(steps)], dtype=np.float32)
-        self.levels = [float(t) for t in shift_noise_level(times, shift)]
+        self.levels = [min(float(t), 1.0) for t in shift_noise_level(times, shift)]  # rounding may pass 1
         self.sigmas = [*self.levels, 0.0]
 
     def step(self, index: int, output: Tensor, x: Tensor, noise: Tensor | None = None) -> Tensor:

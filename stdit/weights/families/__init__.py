@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 KINDS = ("transformer", "vae")
-FAMILIES = {"transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"), "vae": ("wan_vae",)}
+FAMILIES = {
+    "transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"),
+    "vae": ("wan_vae", "open_sora_vae"),
+}
 
 
 def families(kind: str) -> list[ModuleType]:
@@ -51,6 +54,7 @@ def on_meta(config: Any) -> nn.Module:
 
     from stdit.models.transformer import STDiT
     from stdit.vae.autoencoder import CausalVAE, VaeConfig
+    from stdit.vae.open_sora import OpenSoraConfig, OpenSoraVAE
 
     class Undrawn(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,6 +63,8 @@ def on_meta(config: Any) -> nn.Module:
             return func(*args, **(kwargs or {}))
 
     with torch.device("meta"), Undrawn():
+        if isinstance(config, OpenSoraConfig):
+            return OpenSoraVAE(config)
         return CausalVAE(config) if isinstance(config, VaeConfig) else STDiT(config)
 
 

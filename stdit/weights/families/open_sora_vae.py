@@ -1,0 +1,59 @@
+"""Open-Sora 1.2's autoencoder (hpcai-tech/OpenSora-VAE-v1.2), whose names are ours.
+
+Sizes are in the shapes. How many frames go together and the groups of norms are the release's code's: its config.json
+has no say in them there, and only what stdit wrote has here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stdit.errors import StditError
+from stdit.vae.open_sora import OpenSoraConfig
+from stdit.weights.families.configs import count, describe, described, needed
+from stdit.weights.keymap import KeyMap, Rule, Shape
+
+FAMILY = "Open-Sora 1.2 VAE"
+CLASSES = ("VideoAutoencoderPipeline",)
+_KEPT = ("group", "groups")
+_FRAMES, _TIME = "spatial_vae.module.encoder.down_blocks", "temporal_vae.encoder"
+
+
+def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json") -> OpenSoraConfig:
+    """Our config of the tensors' shapes."""
+    filters, z = needed(shapes, f"{_TIME}.conv_in.conv.weight", 5, place, FAMILY)[:2]
+    levels = [f"{_FRAMES}.{i}.resnets.0.conv1.weight" for i in range(count(shapes, rf"{_FRAMES}\.(\d+)\."))]
+    times = range(count(shapes, rf"{_TIME}\.block_res_blocks\.(\d+)\."))
+    widths = [needed(shapes, f"{_TIME}.block_res_blocks.{i}.0.conv1.conv.weight", 5, place, FAMILY)[0] for i in times]
+    try:
+        return OpenSoraConfig(
+            widths=tuple(needed(shapes, name, 4, place, FAMILY)[0] for name in levels),
+            blocks=count(shapes, rf"{_FRAMES}\.0\.resnets\.(\d+)\."),
+            filters=filters,
+            multipliers=tuple(width // filters for width in widths),
+            temporal_blocks=count(shapes, rf"{_TIME}\.res_blocks\.(\d+)\."),
+            temporal_downsample=tuple(f"{_TIME}.conv_blocks.{i}.conv.weight" in shapes for i in times[:-1]),
+            z_dim=z,
+            **described({name: value for name, value in found.items() if name == "_stdit"}, _KEPT, place),
+        )
+    except (StditError, TypeError) as error:
+        raise StditError(f"{place}: {error}") from None
+
+
+def config_to_original(config: OpenSoraConfig) -> dict[str, Any]:
+    """A config.json with the release's class; its code makes the sizes of its own."""
+    return {**describe(CLASSES[0], config, _KEPT), "architectures": list(CLASSES), "model_type": CLASSES[0]}
+
+
+config_to_diffusers = config_to_original
+
+
+def dialect_of(names: Mapping[str, Shape]) -> str:
+    """ "original" or "" for another family's."""
+    return "original" if {f"{_TIME}.conv_in.conv.weight", f"{_FRAMES}.0.resnets.0.conv1.weight"} <= set(names) else ""
+
+
+def keymap(config: OpenSoraConfig, dialect: str) -> KeyMap:
+    """The identity."""
+    return KeyMap(Rule("{rest}", "{rest}"))
