@@ -29,9 +29,7 @@ from stdit.vae.open_sora import AnyVAE
 
 __all__ = ["FolderSettings", "Pipeline"]
 
-IMAGE_FPS = (
-    120.0  # what Open-Sora 1.2 tells its weights of images (opensora/datasets/datasets.py); others do not see it
-)
+IMAGE_FPS = 120.0  # what Open-Sora 1.2 tells its weights of images; others that know fps see none in one frame
 
 
 @dataclass(frozen=True)

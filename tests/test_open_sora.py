@@ -118,6 +118,18 @@ def test_a_negative_prompt_takes_the_place_of_the_null_text(folder):
     assert torch.equal(plain, same) and not torch.allclose(plain, other)
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_convert_keeps_both_apart(layout, folder, tmp_path):
+    words = ["weights", "convert", str(folder), str(tmp_path), "--layout", layout, "--dtype", "bf16"]
+    assert run_command(app, words, prog="stdit") == 0
+    for part in ("transformer", "vae"):
+        wanted = load_file(folder / part / "model.safetensors")
+        found = load_file(tmp_path / part / "diffusion_pytorch_model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], t.bfloat16()) for key, t in wanted.items() if key != "rope.freqs")
+    assert (tmp_path / "text_encoder").is_dir() == (layout == "diffusers")
+
+
 def test_inspect_tells_both_models_and_what_lies_beside(folder, capsys):
     assert run_command(app, ["weights", "inspect", str(folder), "--json"], prog="stdit") == 0
     found = json.loads(capsys.readouterr().out)

@@ -73,6 +73,7 @@ def convert(
     from rich.console import Console
 
     from stdit.errors import StditError
+    from stdit.vae.config import VaeConfig
     from stdit.weights import io, lora_files
     from stdit.weights.experts import EXPERT_NAMES, expert_folders
 
@@ -92,11 +93,12 @@ def convert(
     if dtype not in dtypes:
         raise StditError(f"dtype {dtype!r} is not one to convert to. Known: bf16, fp32.")
     found = _sources(source, trust_pickle, strict=True)
+    named = "vae" in found and isinstance(found["vae"].config, VaeConfig)  # in an original layout, by a name of its own
 
     def place_of(part: str) -> Path:
         if part in EXPERT_NAMES:
             return out / expert_folders(layout)[part]
-        return out / part if len(found) > 1 and layout == "diffusers" else out
+        return out / part if len(found) > 1 and (layout == "diffusers" or not named) else out
 
     places = {part: place_of(part) for part in found}
     for part, place in places.items():

@@ -341,7 +341,7 @@ def _write(
     stems: tuple[str, ...] = (_STEM,)
     if dialect == "original" and isinstance(config, VaeConfig):
         stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
-    elif layout == "comfyui":  # one file, which carries the config in its metadata
+    elif layout == "comfyui" and kind == "transformer":  # one file, which carries the config in its metadata
         stem, stems, shard_bytes = config.family, (config.family,), sys.maxsize
         entries = {PREFIXES[0] + name: entry for name, entry in entries.items()}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
