@@ -137,12 +137,13 @@ def _sources(path: Path, trust_pickle: bool, strict: bool) -> dict[str, Source]:
     from stdit.weights.families import KINDS, families
 
     experts = expert_places(path.expanduser())
-    parts, problems = [], []
+    parts: list[tuple[str, str, Path]] = []
+    problems: list[StditError] = []
     for part, place in {**(experts or {"transformer": path}), "vae": path}.items():
         kind = "vae" if part == "vae" else "transformer"
-        if part == "vae" and parts and io.other_vae(place):
-            continue  # diffusers', of which nothing is renamed: `_parts` has it
         try:
+            if part == "vae" and parts and io.other_vae(place):
+                continue  # diffusers', of which nothing is renamed: `_parts` has it
             parts += [(part, kind, place)] if io.holds(kind, place, trust_pickle) else []
         except StditError as error:
             problems.append(error)

@@ -102,7 +102,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for blocks, halve in zip(self.block_res_blocks, self.conv_blocks):
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x)
             x = halve(x)
         for block in self.res_blocks:
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         for block in self.res_blocks:
             x = block(x)
         for level in reversed(range(len(self.block_res_blocks))):
-            for block in self.block_res_blocks[level]:  # type: ignore[union-attr]
+            for block in self.block_res_blocks[level]:  # type: ignore[attr-defined]
                 x = block(x)
             if level and isinstance(double := self.conv_blocks[level - 1], CausalConv):
                 x = double(x).unflatten(1, (-1, 2)).movedim(2, 3).flatten(2, 3)  # channels (C, 2) to frames (T, 2)
@@ -160,6 +160,9 @@ class TemporalVAE(nn.Module):
 
 class OpenSoraVAE(nn.Module):
     """Clips to latents and back; see CausalVAE, whose methods these are."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, config: OpenSoraConfig) -> None:
         super().__init__()

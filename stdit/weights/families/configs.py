@@ -90,7 +90,7 @@ class Fields:
         return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION, **added, **listed}
 
 
-def describe(class_name: str, config: TransformerConfig, kept: Collection[str]) -> Settings:
+def describe(class_name: str, config: Any, kept: Collection[str]) -> Settings:
     """A config.json for originals that have none: what the shapes of their tensors do not say."""
     values = {name: getattr(config, name) for name in kept}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
