@@ -16,6 +16,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from stdit.data.needed import Times, needed_packets
 from stdit.data.paths import open_bytes, split_member
 from stdit.data.pixels import (
     IMAGE_SUFFIXES,
@@ -189,6 +190,7 @@ class _Source:
         ratio = float(self.stream.sample_aspect_ratio or 1)
         self.pixel_aspect = ratio if 0.1 <= ratio <= 10 else 1.0
         self.probing, self.packet_times = False, list[float]()
+        self.asked: Times | None = None  # what is read, of a stream in which unneeded frames may be skipped
         self.reformatter = VideoReformatter()
         # AVI stores no presentation times; what FFmpeg makes up for reordered frames goes back and forth
         self.timed = container.format.name != "avi"
@@ -225,12 +227,15 @@ class _Source:
             yield last, frame
 
     def _decoded(self) -> Generator[av.VideoFrame, None, None]:
-        decoded = 0
+        decoded, progressive = 0, False
+        codec = self.stream.codec_context
         try:
-            for packet in self.packets():
+            for packet, needed in needed_packets(self.packets(), self.asked, self.tick, self.origin):
+                codec.skip_frame = "DEFAULT" if needed or not progressive else "NONREF"
                 for frame in packet.decode():
                     self._check_size(frame.width, frame.height)
                     decoded += 1
+                    progressive = not frame.interlaced_frame  # else its neighbours in time are needed, too
                     if decoded > self.limits.frames:
                         raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
                     yield frame
@@ -262,6 +267,8 @@ class _Source:
                 self.container.seek(offset, stream=self.stream, backward=True)
             except av.FFmpegError:
                 return None
+        if fps is not None and self.timed and self.stream.codec_context.name == "h264":
+            self.asked = Times(start, fps, count)
         out, taken = np.empty(0), 0
         previous: tuple[float, av.VideoFrame] | None = None
         converted: np.ndarray | None = None
