@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -58,3 +59,24 @@ def sha256_of(file: BinaryIO) -> str:
     while block := file.read(1 << 20):
         total.update(block)
     return total.hexdigest()
+
+
+@contextmanager
+def journal(path: str | Path) -> Iterator[tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], None]]]:
+    """The JSON objects in a file of lines, and a function that adds more, those of one call at once.
+
+    What is added survives the process at any moment. A line that was cut off as a process was ended is left out.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"\n")  # after a line that was cut off
+
+        def add(lines: list[dict[str, Any]]) -> None:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+        yield [line for line in found if isinstance(line, dict)], add

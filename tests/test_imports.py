@@ -18,7 +18,7 @@ LINES = [
     {"shapes", "keyed", "errors", "files"},
     {"models", "vae", "text", "diffusion", "data"},
     {"weights"},
-    {"encode"},
+    {"encode", "caption"},
     {"pipeline", "model_folder", "known_frames"},
     {"evaluation"},
     {"training"},

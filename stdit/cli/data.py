@@ -7,12 +7,13 @@ from stdit.cli.lazy import lazy_group
 app = lazy_group(
     {
         "scan": ("stdit.cli.data_scan", "Probe every file of a folder and write the manifest."),
+        "caption": ("stdit.cli.data_caption", "Caption a manifest's clips with a local vision-language model."),
         "plan": ("stdit.cli.data_plan", "What training will do: buckets, packs, balance, drops, memory."),
         "encode": ("stdit.cli.data_encode", "Latents and text embeddings of a manifest, resumable."),
         "toy": ("stdit.cli.data_toy", "Render the embedded toy clips."),
     },
     name="data",
-    help="""Scan, plan and encode clips; render the embedded toy clips.
+    help="""Scan, caption, plan and encode clips; render the embedded toy clips.
 
 Example: stdit data scan videos --out videos/manifest.parquet
 """,

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from stdit.data.video_io import Limits, VideoError, read_frames
 from stdit.errors import StditError
 from stdit.keyed import keyed_uniform
 from stdit.shapes import VideoShape
+
+Wanted = TypeVar("Wanted")
+Result = TypeVar("Result")
 
 
 class Item(Protocol):
@@ -115,21 +119,7 @@ class Loader:
 
     def iterate(self, batches: Iterable[Sequence[Item]], epoch: int) -> Iterator[list[Example]]:
         """The examples of each batch in order; `config.prefetch` batches are read ahead by the workers."""
-        if self.workers == 0:
-            for items in batches:
-                yield self.fetch(items, epoch)
-            return
-        waiting: deque[list[Future[Example]]] = deque()
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="stdit-loader")
-        try:
-            for items in batches:
-                waiting.append([pool.submit(self._example, item, epoch) for item in items])
-                if len(waiting) > self.config.prefetch:
-                    yield [future.result() for future in waiting.popleft()]
-            while waiting:
-                yield [future.result() for future in waiting.popleft()]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        yield from read_ahead(partial(self._example, epoch=epoch), batches, self.workers, self.config.prefetch)
 
     def _example(self, item: Item, epoch: int) -> Example:
         clip = self.manifest[item.row]
@@ -225,6 +215,30 @@ class Loader:
                 f"`stdit data encode {self.manifest.source} --config CFG{more} --out {os.path.dirname(cache.folder)}`."
             )
         return positions
+
+
+def read_ahead(
+    read: Callable[[Wanted], Result], batches: Iterable[Sequence[Wanted]], workers: int, ahead: int
+) -> Iterator[list[Result]]:
+    """What `read` makes of the members of each batch, in order; threads read `ahead` batches beyond the present one.
+
+    With no workers it is read here, when it is asked for.
+    """
+    if workers == 0:
+        for batch in batches:
+            yield [read(one) for one in batch]
+        return
+    waiting: deque[list[Future[Result]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="stdit-loader")
+    try:
+        for batch in batches:
+            waiting.append([pool.submit(read, one) for one in batch])
+            if len(waiting) > ahead:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

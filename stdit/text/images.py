@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from stdit.errors import StditError
+from stdit.text.pretrained import LOCAL, load_weights
 
 
 class ImageEncoder(nn.Module):
@@ -43,16 +43,9 @@ def load_image_encoder(
 ) -> ImageEncoder:
     """From a model folder with image_encoder/ and image_processor/. dtype None keeps the stored one."""
     folder = Path(folder)
+    encoder = load_weights(CLIPVisionModel, folder / "image_encoder", "the image encoder", dtype=dtype or "auto")
     try:
-        loaded: Any = CLIPVisionModel.from_pretrained(
-            str(folder / "image_encoder"), local_files_only=True, use_safetensors=True, dtype=dtype or "auto",
-            output_loading_info=True,
-        )  # fmt: skip
-        processor = CLIPImageProcessor.from_pretrained(str(folder / "image_processor"), local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StditError(f"{folder}: its image_encoder/ and image_processor/ cannot be read: {error}") from error
-    encoder, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise StditError(f"{folder / 'image_encoder'}: the weights do not fit config.json: {', '.join(lost[:5])}.")
+        processor = CLIPImageProcessor.from_pretrained(str(folder / "image_processor"), **LOCAL)
+    except (OSError, ValueError) as error:
+        raise StditError(f"{folder}: its image_processor/ cannot be read: {error}") from error
     return ImageEncoder(encoder, processor).to(device)

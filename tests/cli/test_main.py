@@ -103,6 +103,11 @@ def test_how_a_command_ends(error, status, message, capsys):
     ("args", "place", "advice"),
     [
         ("data encode m.parquet --config c.yaml --out cache", "stdit.config.load_config", "the same command goes on"),
+        (
+            "data caption m.parquet --model m --out o.parquet",
+            "stdit.data.manifest.read_manifest",
+            "the same command goes",
+        ),
         ("data scan . --out m.parquet", "stdit.data.scan.scan", "when all files are probed"),
         ("sample --model m --prompt p --out clips", "stdit.pipeline.Pipeline.load", "are kept in --out"),
     ],
