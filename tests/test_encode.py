@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from doubles import FakeText, FakeVae
 
 from stdit.data.buckets import DataConfig, assign
 from stdit.data.cache import Cache, latent_key, latent_settings, text_settings
@@ -19,25 +20,6 @@ from stdit.encode import encode_manifest, text_identity, vae_identity
 from stdit.errors import StditError
 
 CONFIG = DataConfig(shapes=["16x16x5", "32x16x5"], fps=8.0, max_crop=0.7, prefetch=2)
-
-
-class FakeVae:
-    """Averages over 4×4×4 after the first frame, like a causal VAE of that stride; may die at a call."""
-
-    def __init__(self, die_at=None):
-        self.calls, self.die_at = 0, die_at
-
-    def encode(self, video):
-        self.calls += 1
-        if self.calls == self.die_at:
-            raise KeyboardInterrupt
-        video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)
-        return torch.nn.functional.avg_pool3d(video, 4)
-
-
-class FakeText:
-    def encode(self, texts):
-        return [torch.full((len(text) + 1, 3), float(len(text))) for text in texts]
 
 
 @pytest.fixture(scope="module")

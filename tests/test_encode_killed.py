@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from doubles import FakeText, FakeVae
 
 import stdit
 from stdit import encode as encode_module
@@ -24,16 +25,6 @@ from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.video_io import write_video
 
 CONFIG = DataConfig(shapes=["16x16x5", "32x16x5"], fps=8.0, max_crop=0.7, crops=2, workers=0)
-
-
-class Vae:
-    def encode(self, video):
-        return torch.nn.functional.avg_pool3d(video, (1, 4, 4))
-
-
-class Text:
-    def encode(self, texts):
-        return [torch.full((len(text) + 1, 3), float(len(text))) for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +45,7 @@ def clips(tmp_path_factory):
 
 def encode(clips, out, rank=0, ranks=1):
     return encode_module.encode_manifest(
-        clips, assign(clips, CONFIG), CONFIG, Vae(), Text(), out,
+        clips, assign(clips, CONFIG), CONFIG, FakeVae(), FakeText(), out,
         vae_id="vae", text_id="text", batch=2, clips_per_shard=2, rank=rank, ranks=ranks,
     )  # fmt: skip
 
@@ -80,7 +71,7 @@ def die_at(moment):
 
         return call
 
-    Vae.encode = counted(Vae.encode)
+    FakeVae.encode = counted(FakeVae.encode)
     files_module.sync = counted(files_module.sync)  # the file is written, under its other name
     files_module.os.replace = counted(os.replace)
 

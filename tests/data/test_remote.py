@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 import numpy as np
 import pytest
 import torch
+from doubles import FakeVae
 
 from stdit.cli.main import app, run_command
 from stdit.data import storage as storage_module
@@ -217,17 +218,14 @@ def test_clips_are_those_of_the_files(uploaded, store, tmp_path):
     assert {member.size for member in members if member} < sizes  # of the tar its members alone
 
 
-class Vae:
-    def encode(self, video):
-        return torch.nn.functional.avg_pool3d(video, (1, 4, 4))
-
-
 def test_a_cache_is_written_and_read_through_it_all(server, videos, store, tmp_path):
     manifest = scan(videos, workers=1).manifest
     assignment = assign(manifest, CONFIG)
 
     def encode(out):
-        return encode_manifest(manifest, assignment, CONFIG, Vae(), None, out, vae_id="vae", batch=2, clips_per_shard=2)
+        return encode_manifest(
+            manifest, assignment, CONFIG, FakeVae(), None, out, vae_id="vae", batch=2, clips_per_shard=2
+        )
 
     encode(tmp_path / "cache")
     Proxy.faults.extend([None, 500, None, 503, 500, "slow", None, "stalls"])
