@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,42 @@ def test_what_a_resumed_run_may_change() -> None:
         "data": {"workers": 7},
         "run": {"path": "elsewhere"},
     }
-    assert differences(then, to_dict(from_dict(harmless, "b"))) == []
-    changed = to_dict(from_dict({"optimizer": {"lr": 2e-3}, "run": {"seed": 1}, "model": {"layers": 3}}, "c"))
+    assert differences(then, from_dict(harmless, "b")) == []
+    changed = from_dict({"optimizer": {"lr": 2e-3}, "run": {"seed": 1}, "model": {"layers": 3}}, "c")
     assert differences(then, changed) == ["model.layers: (unset) → 3", "optimizer.lr: 0.001 → 0.002", "run.seed: 0 → 1"]
+
+
+def test_a_run_begun_before_a_setting_existed_had_its_default() -> None:
+    settings = {
+        "model": {"init": "folder", "lora": {"rank": 4}},
+        "data": {"stages": [{"epochs": 2, "frames": 1}, {}]},
+        "objective": {"flow": {"tasks": {"text_to_video": 1.0}}},
+    }
+    now = from_dict(settings, "a")
+    then = json.loads(json.dumps(to_dict(now)))  # as a checkpoint has it
+    assert differences(then, now) == []
+    del then["plan"], then["objective"]["flow"]["noise_levels"], then["data"]["mirror"]
+    del then["data"]["stages"][0]["area"], then["model"]["lora"]["alpha"]
+    assert differences(then, now) == []
+    now = from_dict(
+        {**settings, "data": {"stages": [{"epochs": 2, "frames": 1, "area": "64x64"}, {}], "mirror": True}}, "b"
+    )
+    stages = [[{"epochs": 2, "area": area, "frames": 1}, {"epochs": None, "area": None, "frames": None}]
+              for area in (None, "64x64")]  # fmt: skip
+    assert differences(then, now) == ["data.mirror: False → True", f"data.stages: {stages[0]} → {stages[1]}"]
+    then["data"]["gone"] = 3  # a setting that is no more
+    assert "data.gone: 3 → (unset)" in differences(then, now)
+
+
+def test_a_curriculum_is_saved_and_read_back(tmp_path: Path) -> None:
+    config = from_dict(
+        {
+            "data": {
+                "stages": [{"epochs": 2, "frames": 1}, {}],
+                "rule": {"areas": ["64x64"], "aspects": ["1:1"], "durations": [0]},
+            }
+        },
+        "a",
+    )
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config

@@ -203,7 +203,7 @@ def to_dict(config: Any) -> dict[str, Any]:
         if "rest_of" in entry.metadata:
             result |= {key: _plain(one) for key, one in value.items()}
         else:
-            result[entry.name] = to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
+            result[entry.name] = _plain(value)
     return result
 
 
@@ -211,9 +211,13 @@ def save_config(config: RunConfig, path: Path) -> None:
     publish_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Lines "optimizer.lr: 0.001 → 0.002" for what a resumed run must not change."""
-    old, new = _flatten(then), _flatten(now)
+def differences(then: dict[str, Any], now: RunConfig) -> list[str]:
+    """Lines "optimizer.lr: 0.001 → 0.002" for what a resumed run must not change.
+
+    then: `to_dict` of the config that the run began with, perhaps in an older stdit: settings that it lacks had their
+    defaults.
+    """
+    old, new = _flatten(_completed(then, now)), _flatten(to_dict(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [
         f"{key}: {old.get(key, '(unset)')} → {new.get(key, '(unset)')}"
@@ -222,7 +226,26 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def _completed(then: Any, now: Any) -> Any:
+    """`then` with the settings it lacks, at their defaults; now: the present config of the same part, or a value."""
+    if isinstance(then, list) and isinstance(now, list):
+        return [*map(_completed, then, now), *then[len(now) :]]
+    if not isinstance(then, dict) or not dataclasses.is_dataclass(now):
+        return then
+    result: dict[str, Any] = {}
+    for entry in dataclasses.fields(now):
+        if entry.name in then:
+            result[entry.name] = _completed(then[entry.name], getattr(now, entry.name))
+        elif "rest_of" not in entry.metadata and entry.default_factory is not dataclasses.MISSING:
+            result[entry.name] = _plain(entry.default_factory())
+        elif entry.default is not dataclasses.MISSING:
+            result[entry.name] = _plain(entry.default)
+    return result | {key: value for key, value in then.items() if key not in result}
+
+
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

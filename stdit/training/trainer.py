@@ -54,7 +54,7 @@ class Trainer:
         self.say: Callable[[str], None] = (lambda text: print(text, flush=True)) if world.is_main else (lambda _: None)
         self.resumed = Checkpoint.latest(self.folder)
         if self.resumed is not None:
-            changed = differences(self.resumed.state["config"], to_dict(config))
+            changed = differences(self.resumed.state["config"], config)
             if changed:
                 free = ", ".join(key.rstrip(".") for key in MAY_DIFFER)
                 raise StditError(
