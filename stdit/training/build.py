@@ -113,8 +113,8 @@ def check_evaluation(parts: Parts) -> None:
         held_out = assign(read_manifest(settings.manifest), parts.config.data)
         if not held_out.counts.any():
             raise StditError(f"eval.manifest={settings.manifest}: no clip in it fits any of data.shapes.")
-    if settings.prompts and isinstance(objective, ExpertsObjective):
-        raise StditError("eval.prompts: two experts are not sampled while they train. Leave it out with expert=both.")
+    if isinstance(objective, ExpertsObjective):
+        objective = objective.high  # the other one's weights are of the same shapes
     if settings.prompts and isinstance(objective, FlowObjective):
         shape = parts.sampled_shapes[0]
         size = VideoShape.parse(settings.size) if settings.size else shape

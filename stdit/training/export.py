@@ -23,6 +23,8 @@ from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.files import publish_folder, publish_text
 from stdit.model_folder import Base, FolderSettings
+from stdit.models.experts import Experts
+from stdit.models.transformer import STDiT
 from stdit.pipeline import Pipeline
 from stdit.shapes import VideoShape
 from stdit.training.build import Parts
@@ -72,13 +74,18 @@ def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pipeline:
     """What samples with these weights, at the run's precision on this rank's device."""
     objective = parts.objective
-    assert isinstance(objective, FlowObjective)
-    module = with_weights(objective.fresh(), weights)
-    assert isinstance(module, FlowModule)
-    module.to(world.device, objective.dtype)
+    assert isinstance(objective, FlowObjective | ExpertsObjective)
+    module = with_weights(objective.fresh(), weights).to(world.device, objective.dtype)
+    transformer: STDiT | Experts
+    if isinstance(objective, ExpertsObjective):
+        assert isinstance(module, ExpertsModule)
+        transformer = Experts(module.high.transformer, module.low.transformer, objective.boundary)
+        text_encoder = objective.text_encoder  # frozen: it is the folder's own
+    else:
+        assert isinstance(module, FlowModule)
+        transformer, text_encoder = module.transformer, module.text_encoder or objective.text_encoder
     scheduler = with_static_shift(objective.scheduler, parts.config.objective.flow.noise_levels.shift)
-    text_encoder = module.text_encoder or objective.text_encoder
-    return Pipeline(module.transformer, objective.vae, text_encoder, scheduler, _settings(parts))
+    return Pipeline(transformer, objective.vae, text_encoder, scheduler, _settings(parts))
 
 
 def _settings(parts: Parts) -> FolderSettings:

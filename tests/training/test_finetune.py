@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +21,9 @@ from stdit.evaluation import report
 from stdit.model_folder import load_parts
 from stdit.models.config import TransformerConfig
 from stdit.models.transformer import STDiT
+from stdit.pipeline import Pipeline
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
+from stdit.training import export
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.build import Parts, build
@@ -338,7 +341,7 @@ def experts(tmp_path: Path, folder: Any) -> Path:
     init = shutil.copytree(folder("Wan"), tmp_path / "A14B")
     save_transformer("Wan", init / "transformer_2", seed=1)
     index = json.loads((init / "model_index.json").read_text())
-    index |= {"boundary_ratio": 0.875, "transformer_2": ["a", "b"]}
+    index |= {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "transformer_2": ["a", "b"]}
     (init / "model_index.json").write_text(json.dumps(index))
     return init
 
@@ -384,7 +387,8 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
             assert float(parts.objective.module(both)) == pytest.approx(float(one.objective.module(alone)), rel=1e-5)
     assert (True, True) in sides
 
-    parts = started(tiny, tmp_path, experts, "model.expert=both", "objective.flow.noise_levels.shift=9")
+    parts = started(tiny, tmp_path, experts, "model.expert=both", "objective.flow.noise_levels.shift=9",
+                    "eval={prompts: [a small red circle], steps: 4, guidance: 2}", f"run={tmp_path}")  # fmt: skip
     engine, losses = train(parts, 4)
     assert losses[-1] < losses[0]
     weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flats, engine.pieces)}
@@ -392,6 +396,15 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
     for name in ("transformer", "transformer_2"):
         old, new = (stdit.load_transformer(place / name).state_dict() for place in (experts, tmp_path / "model"))
         assert old.keys() == new.keys() and not torch.equal(old["head.head.weight"], new["head.head.weight"]), name
+
+    pipeline, used = export.make_pipeline(parts, weights, ALONE), set()
+    for name in ("high", "low"):
+        getattr(pipeline.transformer, name).register_forward_hook(lambda *_, name=name: used.add(name))
+    (file,) = export.sample(pipeline, parts, 4)
+    assert used == {"high", "low"} and (tmp_path / file).is_file()
+    arguments = {"steps": 4, "guidance": 2, "seed": 3}
+    frames = Pipeline.load(tmp_path / "model")("a small red circle", **arguments)
+    assert np.array_equal(pipeline("a small red circle", **arguments), frames)
 
 
 def test_checkpoints_hold_what_trains(tiny: Path, tmp_path: Path, folder: Any) -> None:
