@@ -45,14 +45,16 @@ class PipelineKind:
     """What one of diffusers' pipeline classes does around its transformer, or Open-Sora 1.2's code.
 
     negative_follows: the negative prompt is brought to each prompt's length, with what the encoder says at positions of
-    padding. fps, shape: of the released weights; no shape: pictures of the size they were trained at. gathered: a user
-    puts the folder together from downloads that have no scheduler/.
+    padding. known_noise: at noise level t the network sees known tokens under so many t² of noise. fps, shape: of the
+    released weights; no shape: pictures of the size they were trained at. gathered: a user puts the folder together from
+    downloads that have no scheduler/.
     """
 
     fps: float
     shape: str | None = None
     negative_follows: bool = False
     gathered: bool = False
+    known_noise: float = 0.0
 
 
 KINDS = {
@@ -60,6 +62,7 @@ KINDS = {
     "WanImageToVideoPipeline": PipelineKind(16, "832x480x81"),
     "LTXPipeline": PipelineKind(25, "704x512x161"),
     "LTXImageToVideoPipeline": PipelineKind(25, "704x512x161"),
+    "LTXConditionPipeline": PipelineKind(25, "704x512x161", known_noise=0.15),
     "PixArtAlphaPipeline": PipelineKind(1),
     "PixArtSigmaPipeline": PipelineKind(1),
     "LattePipeline": PipelineKind(8, "512x512x16", negative_follows=True),
@@ -72,7 +75,6 @@ KINDS = {
 }
 REFUSED = {
     "CosmosVideoToWorldPipeline": "Cosmos-Predict1 from a video adds noise to what it is given, which is not built",
-    "LTXConditionPipeline": "LTX-Video 0.9.5 and later take linear-quadratic steps and keyframes, which are not built",
 }
 
 

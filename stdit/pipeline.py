@@ -214,25 +214,44 @@ class Pipeline:
         conditions = [self._conditions(one, request) for one in given] * copies
         solver = self._solver(request)
 
-        def impose(x: Tensor) -> list[Tensor]:
+        def impose(x: Tensor, tokens: Sequence[Tensor | None]) -> list[Tensor]:
             return [
-                clip if one.tokens is None else torch.cat([one.tokens, clip[:, one.tokens.shape[1] :]], dim=1)
-                for clip, one in zip(x, given)
+                clip if known is None else torch.cat([known, clip[:, known.shape[1] :]], dim=1)
+                for clip, known in zip(x, tokens)
             ]
 
+        tokens = [one.tokens for one in given]
         x = solver.start(noise)
         report(0)
         for index, t in enumerate(solver.levels):
             level = torch.tensor(t, dtype=torch.float64)
             levels = [self._levels(mask, level) for mask in masks]
-            pack = pack_inputs(impose(solver.network_input(index, x)) * copies, levels * copies, patch, conditions)
+            tokens = self._known_tokens(given, request.seed, index, numbers, t)
+            pack = pack_inputs(
+                impose(solver.network_input(index, x), tokens) * copies, levels * copies, patch, conditions
+            )
             output = torch.stack(unpack_clips(self.transformer(pack, text), pack, patch))[:, :z].float()
             if copies == 2:
                 output = self._guided(output[: len(x)], output[len(x) :], request, t)
             drawn = self._drawn(request.seed, index, numbers, x) if solver.draws else None
             x = solver.step(index, output, x, drawn)
             report(index + 1)
-        return impose(solver.finish(x))
+        return impose(solver.finish(x), tokens)
+
+    def _known_tokens(
+        self, given: Sequence[Given], seed: int, step: int, numbers: Sequence[int], level: float
+    ) -> list[Tensor | None]:
+        """Of every clip, as the network sees them in a step; what they are in the last one is decoded."""
+        kind = KINDS.get(self.index["_class_name"])
+        amount = kind.known_noise * level**2 if kind else 0.0
+        tokens = [one.tokens for one in given]
+        if not amount:
+            return tokens
+        generators = [keyed_generator(seed, "known noise", number, step) for number in numbers]
+        return [
+            None if known is None else known + amount * torch.randn(known.shape, generator=generator).to(known)
+            for known, generator in zip(tokens, generators)
+        ]
 
     def _levels(self, mask: Tensor, level: Tensor) -> Tensor:
         """Of a clip's patch frames, where some are known."""

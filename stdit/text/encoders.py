@@ -68,6 +68,7 @@ class Treatment:
 TREATMENTS = {  # by the class in model_index.json, without "Pipeline"; all others as Wan
     "LTX": Treatment(128, "none", sees_padding=True),
     "LTXImageToVideo": Treatment(128, "none", sees_padding=True),
+    "LTXCondition": Treatment(256, "none"),
     "PixArtAlpha": Treatment(120, "lower"),
     "PixArtSigma": Treatment(300, "lower"),
     "Latte": Treatment(120, "lower"),

@@ -296,6 +296,9 @@ def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any]
     path = folder / "config.json"
     if path.is_file():
         found = read_json(path)
+        index = folder.parent / "model_index.json"
+        if kind == "transformer" and index.is_file():  # what some families tell only there
+            found["_pipeline"] = read_json(index).get("_class_name")
         others = [name for family in families("transformer") for name in family.CLASSES] if kind == "vae" else []
         if found.get("_class_name") not in others:
             return found, path

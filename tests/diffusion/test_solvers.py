@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
 from stdit.diffusion import solvers
 from stdit.errors import StditError
@@ -91,6 +92,26 @@ def test_flows_agree_with_diffusers(config, steps):
     x = y = noise()
     for index, t in enumerate(theirs.timesteps):
         x = theirs.step(random_field(float(t) / 1000, x), t, x, return_dict=False)[0]
+        y = ours.step(index, random_field(ours.levels[index], y), y)
+        assert_near(y, x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+@pytest.mark.parametrize(("shift", "terminal"), [(1.0, None), (3.0, None), (1.0, 0.1)])
+def test_ltx_condition_takes_linear_quadratic_steps(steps, shift, terminal):
+    """As LTXConditionPipeline: levels of its own, steps that end at the scheduler's next lower sigma."""
+    if terminal and steps == 1:
+        return
+    config = {**solvers.euler_config(shift), "shift_terminal": terminal, "_pipeline": "LTXConditionPipeline"}
+    theirs, ours = theirs_of(config), solvers.make_solver(config, steps)
+    theirs.set_timesteps(steps, timesteps=(linear_quadratic_schedule(steps) * 1000).tolist())
+    assert [level * 1000 for level in ours.levels] == pytest.approx(theirs.timesteps.tolist(), rel=1e-6)
+    assert ours.sigmas == pytest.approx(theirs.sigmas.tolist(), rel=1e-6, abs=1e-7)
+    x = y = noise()
+    for index, t in enumerate(theirs.timesteps):
+        output, packed = (one.flatten(2).transpose(1, 2) for one in (random_field(float(t) / 1000, x), x))
+        stepped = theirs.step(-output, t, packed, per_token_timesteps=t.expand(2, 1), return_dict=False)[0]
+        x = stepped.transpose(1, 2).reshape(x.shape)
         y = ours.step(index, random_field(ours.levels[index], y), y)
         assert_near(y, x)
 

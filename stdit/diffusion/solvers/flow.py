@@ -53,13 +53,52 @@ def table_sigmas(steps: int, shift: float, train_steps: int = 1000) -> list[floa
 def even_sigmas(steps: int, shift: float, terminal: float | None = None) -> list[float]:
     """σ_0 … σ_steps as LTX-Video's pipelines have them: 1, …, 1/steps evenly, shifted once, stretched so that the last
     is `terminal`, then 0. In fp32, as theirs."""
-    sigmas = shift_noise_level(np.linspace(1.0, 1 / steps, steps).astype(np.float32), shift)
-    if terminal:
-        if steps == 1:
-            raise StditError(f"one step has no last level to bring to shift_terminal {terminal}; take two or more.")
-        left = 1 - sigmas
-        sigmas = 1 - left / (left[-1] / (1 - terminal))
+    sigmas = stretched(shift_noise_level(np.linspace(1.0, 1 / steps, steps).astype(np.float32), shift), terminal)
     return [*(float(sigma) for sigma in sigmas.astype(np.float32)), 0.0]
+
+
+def stretched(sigmas: np.ndarray, terminal: float | None) -> np.ndarray:
+    """(steps,) from 1 downwards, stretched so that the last is `terminal`; as they are without one."""
+    if not terminal:
+        return sigmas
+    if len(sigmas) == 1:
+        raise StditError(f"one step has no last level to bring to shift_terminal {terminal}; take two or more.")
+    left = 1 - sigmas
+    return 1 - left / (left[-1] / (1 - terminal))
+
+
+class LtxCondition(Solver):
+    """LTX-Video 0.9.5 and later, as diffusers' LTXConditionPipeline has it: Euler over a schedule that is first linear
+    and then quadratic.
+
+    The pipeline gives its scheduler these levels and not their sigmas: a static shift and shift_terminal move where
+    steps end, which is at the next lower sigma, and not where they begin.
+    """
+
+    path = FlowPath()
+
+    def __init__(self, levels: np.ndarray, shift: float, terminal: float | None = None) -> None:
+        thousandths = levels.astype(np.float32) * np.float32(1000)
+        self.levels = [float(level) for level in thousandths / np.float32(1000)]
+        sigmas = stretched(shift_noise_level(thousandths / np.float32(1000), shift), terminal)
+        self.sigmas = [*(float(sigma) for sigma in sigmas.astype(np.float32)), 0.0]
+        self.ends = [max(sigma for sigma in self.sigmas if sigma < max(level - 1e-6, 1e-9)) for level in self.levels]
+
+    def step(self, index: int, output: Tensor, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        return x + (self.ends[index] - self.levels[index]) * output
+
+
+def linear_quadratic_levels(steps: int, threshold: float = 0.025) -> np.ndarray:
+    """(steps,) from 1 downwards: half of the steps cover `threshold` evenly, the others the rest, ever faster, with
+    one slope where they meet (Movie Gen, Polyak et al. 2024, section 3.4.2, as LTX-Video has it)."""
+    if steps < 2:
+        return np.ones(1)
+    even = steps // 2
+    rest = steps - even
+    slope = threshold / even
+    curve = (1 - threshold - slope * rest) / rest**2
+    past = np.maximum(np.arange(steps) - even, 0.0)
+    return 1 - (slope * np.arange(steps) + curve * past**2)
 
 
 def dynamic_shift(positions: int, config: Mapping[str, Any]) -> float:

@@ -16,16 +16,19 @@ from stdit.diffusion.solvers.base import Solver
 from stdit.diffusion.solvers.edm import EdmEuler
 from stdit.diffusion.solvers.flow import (
     Euler,
+    LtxCondition,
     OpenSora,
     UniPC,
     dynamic_shift,
     even_sigmas,
     karras_sigmas,
+    linear_quadratic_levels,
     table_sigmas,
     unipc_karras_levels,
     unipc_levels,
 )
 from stdit.diffusion.solvers.vp import Ddim, DpmSolver, EulerAncestral, spaced, table
+from stdit.diffusion.timesteps import shift_noise_level
 from stdit.errors import StditError, nearest_name
 from stdit.shapes import LatentShape, VideoShape
 
@@ -73,6 +76,15 @@ def _euler(config: Config, request: Request) -> Solver:
         config = {**cosmos, **config} if _pipeline(config).startswith("Cosmos2") else config
         sigmas = karras_sigmas(steps, config["sigma_min"], config["sigma_max"])
         return EdmEuler(FlowPath(), sigmas, config.get("final_sigmas_type", "zero") == "zero", config["sigma_max"])
+    if _pipeline(config) == "LTXConditionPipeline":
+        if config.get("use_dynamic_shifting"):
+            raise StditError(
+                "use_dynamic_shifting: LTXConditionPipeline passes its scheduler no shift. Set it to false."
+            )
+        levels, shift = linear_quadratic_levels(steps), float(config.get("shift", 1.0))
+        if request.shift is not None:  # of ours, where steps begin as well
+            levels, shift = shift_noise_level(levels, request.shift), 1.0
+        return LtxCondition(levels, shift, terminal)
     if config.get("use_dynamic_shifting"):
         if request.shift is None and request.latent is None:
             raise StditError("a scheduler with use_dynamic_shifting needs the clip's latent shape.")

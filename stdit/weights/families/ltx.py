@@ -105,6 +105,8 @@ def config_from(
         values.setdefault("patch", (1, 1, 1))
     else:
         values["patch"] = (theirs["patch_size_t"], theirs["patch_size"], theirs["patch_size"])
+        if found.get("_pipeline") == "LTXConditionPipeline":  # which gives the transformer its positions
+            values.setdefault("rotary", "inner_causal")
     values |= configs.checked_width(theirs, place)
     volume = values["patch"][0] * values["patch"][1] * values["patch"][2]
     for name in ("in_channels", "out_channels"):  # theirs are of a whole patch
