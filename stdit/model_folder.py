@@ -46,8 +46,8 @@ class PipelineKind:
 
     negative_follows: the negative prompt is brought to each prompt's length, with what the encoder says at positions of
     padding. known_noise: at noise level t the network sees known tokens under so many t² of noise. fps, shape: of the
-    released weights; no shape: pictures of the size they were trained at. gathered: a user puts the folder together from
-    downloads that have no scheduler/.
+    released weights; no shape: pictures of the size they were trained at. gathered: a user puts the folder together
+    from downloads that have no scheduler/.
     """
 
     fps: float
