@@ -35,6 +35,17 @@ def scan(
         bool, typer.Option("--allow-uncaptioned", help="Keep files without a caption.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Decode only the first frame; damage is not found.")] = False,
+    scenes: Annotated[
+        bool, typer.Option("--scenes", help="Cut videos at scene changes: each scene is a clip (PySceneDetect).")
+    ] = False,
+    scores: Annotated[
+        bool,
+        typer.Option(
+            "--scores",
+            help="Score motion, sharpness, brightness, black bars and still frames for data.filter, and name clips "
+            "that look like others.",
+        ),
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Probing processes; one a core if not given.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a file may take.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -61,6 +72,8 @@ def scan(
             out,
             uncaptioned=allow_uncaptioned,
             verify=not quick,
+            scenes=scenes,
+            scores=scores,
             workers=workers,
             timeout=timeout,
             on_start=lambda total: progress.update(task, total=total),
@@ -72,6 +85,7 @@ def scan(
         console = Console()
         _table(console, "Skipped", result.skipped)
         _table(console, "Damaged, used up to there", result.damaged)
+        _table(console, "Look like others, kept unless data.repeats is false", result.repeats)
         if any(s.reason == "no_caption" for s in result.skipped):
             console.print("--allow-uncaptioned keeps files without a caption.")
         images = sum(clip.image for clip in result.manifest)
@@ -101,6 +115,7 @@ def _summary(result: Scan, out: Path, retries: int) -> dict[str, object]:
         "hash": result.manifest.hash,
         "skipped": [asdict(s) for s in result.skipped],
         "damaged": [asdict(s) for s in result.damaged],
+        "repeats": [asdict(s) for s in result.repeats],
         "ignored": result.ignored,
         "retries": retries,
     }

@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from stdit.data.filters import Bounds, check_filter, left_out
 from stdit.data.manifest import Manifest
+from stdit.data.scores import SCORES
 from stdit.errors import StditError, about
 from stdit.shapes import VideoShape, frames_for
 
@@ -101,6 +103,9 @@ class DataConfig:
     stages: a curriculum over epochs (see `Stage`); none: all shapes in all epochs.
     sources: how often an epoch has the clips of a source, by a pattern of their paths as the manifest has them
         ("talks/*": 0.5); the first pattern that fits counts, what none fits comes once.
+    filter: the least and the most of scores that a clip may have, such as {motion: [2, null], black_bars: [null, 0.1]}
+        (null: no bound; the scores: see `scores`). repeats: also take clips that look like another one. Both need the
+        columns of `stdit data scan --scores`.
     fps: frames a second that videos are read at. Sources of fewer than 0.9·fps would show frames twice: they are
         left out unless `repeat_frames`.
     max_crop: the share of a frame's area that cutting to another aspect ratio may cost.
@@ -125,6 +130,8 @@ class DataConfig:
     rule: ShapeRule | None = None
     stages: list[Stage] = field(default_factory=list)
     sources: dict[str, float] = field(default_factory=dict)
+    filter: dict[str, Bounds] = field(default_factory=dict)
+    repeats: bool = True
     fps: float = 16.0
     repeat_frames: bool = False
     max_crop: float = 0.5
@@ -167,12 +174,15 @@ class DataConfig:
         return max(0, len(self.stages) - 1)
 
     def fixed(self) -> DataConfig:
-        """The same, with every clip decoded and cut alike each time: what caches and measures are made of."""
-        return replace(self, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0)
+        """The same, with no clip filtered out and each cut alike every time: what caches and measures are made of."""
+        return replace(
+            self, filter={}, repeats=True, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0
+        )
 
     def check(self) -> None:
         if not self.fps > 0:
             raise StditError(f"data.fps is {self.fps}; it must be positive.")
+        check_filter(self.filter)
         shapes = self.video_shapes()
         for number, stage in enumerate(self.stages, 1):
             if (stage.epochs is None) != (number == len(self.stages)):
@@ -202,13 +212,16 @@ class DataConfig:
             )
 
 
-# A clip's reason is the first of these conditions, in this order, that no shape meets together with those before.
+# A clip's reason is a filter's, or else the first of the conditions, in this order, that no shape meets together with
+# those before.
 REASONS = {
     "kind": "an image, and no shape has one frame; or a video, and every shape has one frame",
     "fps": "the source has fewer frames a second than asked for (data.repeat_frames allows it)",
     "short": "shorter than every shape's duration",
     "small": "smaller than every shape that is short enough (data.upscale allows it)",
     "aspect": "cutting to the nearest aspect ratio would lose more than data.max_crop of the area",
+    **{score: f"its {score} is outside data.filter" for score in SCORES},
+    "repeat": "it looks like another clip (data.repeats allows it)",
 }
 
 
@@ -272,14 +285,26 @@ def lost_area(aspect: np.ndarray, shape: VideoShape) -> np.ndarray:
 
 
 def assign(manifest: Manifest, config: DataConfig) -> Assignment:
-    """Every clip to exactly one shape or to a named reason; with a curriculum, in each of its stages.
+    """Every clip to exactly one shape or to a named reason; with a curriculum, in each of its stages. Filters go first.
 
     Among the shapes that fit: the nearest aspect ratio (in log), then the most frames, then the largest area. Images go
     to shapes of one frame, videos to the others. Nothing is looped; nothing is upscaled unless `config.upscale`.
     """
     config.check()
     columns = {name: manifest.column(name) for name in ("frames", "fps", "width", "height", "start", "end")}
-    return assign_columns(**columns, shapes=config.video_shapes(), config=config)
+    found = assign_columns(**columns, shapes=config.video_shapes(), config=config)
+    reason = np.full(len(manifest), -1, np.int8)
+    for name, rows in left_out(manifest, config.filter, config.repeats).items():
+        reason[rows & (reason < 0)] = list(REASONS).index(name)
+    stages = [_without(stage, reason) for stage in found.stages]
+    return replace(stages[-1], earlier=tuple(stages[:-1]))
+
+
+def _without(found: Assignment, reason: np.ndarray) -> Assignment:
+    """A stage without the clips that have a reason (rows,), −1 for none, to be left out."""
+    out = reason >= 0
+    bucket, lost = np.where(out, -1, found.bucket), np.where(out, 0, found.lost)
+    return Assignment(bucket, found.shapes, np.where(out, reason, found.reason), lost)
 
 
 def assign_columns(

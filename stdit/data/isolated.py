@@ -222,7 +222,21 @@ def _probe(memory: _Memory, path: str, verify_pixels: int) -> tuple[dict[str, An
     return probe_and_hash(path, verify_pixels), None
 
 
-_TASKS: dict[str, Callable[..., tuple[dict[str, Any], np.ndarray | None]]] = {"read": _read, "probe": _probe}
+def _score(memory: _Memory, path: str, **span: Any) -> tuple[dict[str, Any], None]:
+    from stdit.data.scores import score
+
+    return score(path, **span), None
+
+
+def _scenes(memory: _Memory, path: str, limits: dict[str, Any], **video: Any) -> tuple[dict[str, Any], None]:
+    from stdit.data.scenes import find_scenes
+
+    return {"scenes": find_scenes(path, **video, limits=Limits(**limits))}, None
+
+
+_TASKS: dict[str, Callable[..., tuple[dict[str, Any], np.ndarray | None]]] = {
+    "read": _read, "probe": _probe, "score": _score, "scenes": _scenes
+}  # fmt: skip
 
 
 def _serve(fd: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -56,6 +57,19 @@ def is_image(path: str) -> bool:
 
 def plain(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
+
+
+@contextmanager
+def strange_file(path: str) -> Iterator[None]:
+    """Makes a VideoError of whatever a strange file brings up in the decoder: one clip must not end a run."""
+    try:
+        yield
+    except StditError:
+        raise
+    except MemoryError as error:
+        raise VideoError(path, "too_large", "needs more memory than there is.") from error
+    except Exception as error:
+        raise VideoError(path, "undecodable", f"cannot be decoded ({type(error).__name__}: {error}).") from error
 
 
 def check_file(path: str, limits: Limits = LIMITS) -> None:
@@ -121,6 +135,12 @@ def covering_size(have: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     """The smallest (width, height) with the aspect ratio of `have` that covers `size`."""
     scale = max(size[0] / have[0], size[1] / have[1])
     return max(size[0], round(have[0] * scale)), max(size[1], round(have[1] * scale))
+
+
+def within(have: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(width, height) scaled down, not up, until the shorter side is no more than this."""
+    scale = min(1.0, short_side / min(have))
+    return max(1, round(have[0] * scale)), max(1, round(have[1] * scale))
 
 
 def cut(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -> np.ndarray:

@@ -1,43 +1,92 @@
-"""Probing files in processes of their own, so that a file that crashes or hangs the decoder costs only itself."""
+"""Looking at files in processes of their own, so that a file that crashes or hangs the decoder costs only itself."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
-from stdit.data.isolated import Worker
-from stdit.data.pixels import VideoError, check_file, file_sha256
+from stdit.data.isolated import GRACE, Worker
+from stdit.data.pixels import Limits, VideoError, check_file, file_sha256, strange_file
 from stdit.data.storage import STORAGE, StorageError
 
 Opened = Callable[[str], AbstractContextManager[str]]
+LONG = 2_000_000  # frames of a video whose scenes are looked for
+
+
+class Span(NamedTuple):
+    """What a clip shows of its file, from `start` to `end` in seconds."""
+
+    start: float
+    end: float
+    frames: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.start:.3f}:{self.end:.3f}"
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What became of one file: `probe` (see `video_io.Probe`) or a reason and a message, and its sha256 if readable."""
+    """What became of one file: `probe` (see `video_io.Probe`) or a reason and a message, and its sha256 if readable.
+
+    scenes: see `scenes.find_scenes`; None: not looked for. scores: by `Span.key`, what `scores.score` says, or the
+    reason and message why it could not.
+    """
 
     path: str
     probe: dict[str, Any] | None
     sha256: str | None
     reason: str | None = None
     message: str | None = None
+    scenes: list[tuple[float, float, int]] | None = None
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be found of each file: see `scan.scan`."""
+
+    verify_pixels: int
+    scenes: bool = False
+    scores: bool = False
+
+    def spans(self, found: Probed) -> list[Span]:
+        """The clips of a file that can be one."""
+        probe = found.probe
+        assert probe is not None
+        if self.scenes and found.scenes:
+            return [Span(*scene) for scene in found.scenes]
+        return [Span(round(probe["start"], 6), round(probe["end"], 6), probe["frames"])]
+
+    def lacks_scenes(self, found: Probed) -> bool:
+        return self.scenes and found.probe is not None and found.probe["frames"] > 1 and found.scenes is None
+
+    def lacks_scores(self, found: Probed) -> list[Span]:
+        if not self.scores or found.probe is None:
+            return []
+        return [span for span in self.spans(found) if span.key not in found.scores]
+
+    def all_of(self, found: Probed) -> bool:
+        return not self.lacks_scenes(found) and not self.lacks_scores(found)
 
 
 def probe_files(
     paths: Sequence[str],
     workers: int,
-    verify_pixels: int,
+    wanted: Wanted,
     timeout: float,
     on_done: Callable[[Probed], None] = lambda _: None,
     opened: Opened = STORAGE.local,
+    known: Mapping[str, Probed] | None = None,
 ) -> list[Probed]:
     """Every path probed, in the order given. A file that takes longer than `timeout` seconds has reason "timeout".
 
-    opened: gives a local path of the same bytes. Raises StorageError where that stays unreachable.
+    opened: gives a local path of the same bytes. known: what is there of some of the paths, of which the rest is found.
+    Raises StorageError where storage stays unreachable.
     """
     results: list[Probed | None] = [None] * len(paths)
     jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -54,7 +103,8 @@ def probe_files(
                     index = jobs.get_nowait()
                 except queue.Empty:
                     return
-                results[index] = result = _probe(worker, paths[index], verify_pixels, timeout, opened)
+                path = paths[index]
+                results[index] = result = _probe(worker, path, wanted, timeout, opened, (known or {}).get(path))
                 on_done(result)
         except BaseException as error:
             failures.append(error)
@@ -75,10 +125,12 @@ def probe_files(
     return [result for result in results if result is not None]
 
 
-def _probe(worker: Worker, path: str, verify_pixels: int, timeout: float, opened: Opened) -> Probed:
+def _probe(worker: Worker, path: str, wanted: Wanted, timeout: float, opened: Opened, known: Probed | None) -> Probed:
     try:
         with opened(path) as local:
-            return Probed(path, **worker.call("probe", local, timeout, verify_pixels=verify_pixels)[0])
+            if known is None:
+                known = Probed(path, **worker.call("probe", local, timeout, verify_pixels=wanted.verify_pixels)[0])
+            return _look(worker, local, wanted, timeout, known)
     except VideoError as error:
         return Probed(path, None, None, error.reason, error.message)
     except StorageError as error:
@@ -87,19 +139,35 @@ def _probe(worker: Worker, path: str, verify_pixels: int, timeout: float, opened
         return Probed(path, None, None, error.video_reason, error.message)
 
 
+def _look(worker: Worker, local: str, wanted: Wanted, timeout: float, found: Probed) -> Probed:
+    """What is still wanted besides the probe. A clip that cannot be scored has the reason in place of its scores."""
+    probe = found.probe
+    if probe is not None and wanted.lacks_scenes(found):
+        seconds = timeout + probe["end"] - probe["start"]  # all frames are decoded
+        limits = asdict(Limits(frames=LONG, seconds=seconds))
+        answer, _ = worker.call("scenes", local, seconds + GRACE, end=probe["end"], fps=probe["fps"], limits=limits)
+        if "reason" in answer:
+            raise VideoError(found.path, answer["reason"], answer["message"])
+        found = replace(found, scenes=answer["scenes"])
+    scores = {}
+    for span in wanted.lacks_scores(found):
+        try:
+            scores[span.key], _ = worker.call("score", local, timeout, **span._asdict())
+        except VideoError as error:
+            scores[span.key] = {"reason": error.reason, "message": error.message}
+    return replace(found, scores={**found.scores, **scores})
+
+
 def probe_and_hash(path: str, verify_pixels: int) -> dict[str, Any]:
     """The fields of a `Probed` besides its path; what cannot be read is a reason, never an exception."""
     from stdit.data.video_io import probe
 
     sha256 = found = reason = message = None
     try:
-        check_file(path)
-        sha256 = file_sha256(path)
-        found = asdict(probe(path, verify_pixels))
+        with strange_file(path):
+            check_file(path)
+            sha256 = file_sha256(path)
+            found = asdict(probe(path, verify_pixels))
     except VideoError as error:
         reason, message = error.reason, error.message
-    except MemoryError:
-        reason, message = "too_large", "needs too much memory."
-    except Exception as error:  # whatever a strange file brings up is a reason to skip it, not to stop
-        reason, message = "undecodable", f"{type(error).__name__}: {error}"
     return {"probe": found, "sha256": sha256, "reason": reason, "message": message}

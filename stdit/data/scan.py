@@ -6,18 +6,21 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stdit.data.captions import read_captions
+from stdit.data.filters import with_scores
 from stdit.data.listing import MEDIA, File, Folder, tar_members
 from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write_manifest
 from stdit.data.paths import is_remote
-from stdit.data.probing import Opened, Probed, probe_files
+from stdit.data.probing import Opened, Probed, Span, Wanted, probe_files
+from stdit.data.remembered import Memory, absolute, remembered
+from stdit.data.scenes import check_available
 from stdit.data.storage import STORAGE, StorageError
 from stdit.data.video_io import VERIFY_PIXELS
 from stdit.errors import about
@@ -34,6 +37,7 @@ class Scan:
     skipped: tuple[Skipped, ...]
     damaged: tuple[Skipped, ...]
     ignored: int  # files of other types that no caption names
+    repeats: tuple[Skipped, ...] = ()  # clips that look like others; they are kept
     reused: int = 0  # files that were probed by an earlier scan and have not changed since
 
 
@@ -44,6 +48,8 @@ def scan(
     *,
     uncaptioned: bool = False,
     verify: bool = True,
+    scenes: bool = False,
+    scores: bool = False,
     workers: int | None = None,
     timeout: float = 30.0,
     on_start: Callable[[int], None] = lambda _: None,
@@ -54,34 +60,41 @@ def scan(
     folder: a folder or a URL of any fsspec scheme. Tar shards in it are looked into: see `listing.tar_members`.
     captions: a CSV or JSONL; None: `captions.csv` or `captions.jsonl` in the folder, else .txt files beside the videos.
     out: the manifest to write, if there is a clip; what was skipped goes beside it as `….skipped.jsonl`, and what was
-        found of every file as `….probed.jsonl`, while it is found: a scan that was stopped goes on there, and files
-        whose size and time of change are the same are not probed again.
+        found of every file as `….probed.jsonl`, while it is found: a scan that was stopped goes on there, and of files
+        whose size and time of change are the same only what is new among `scenes` and `scores` is looked at.
     uncaptioned: keep files without a caption (their captions are empty) instead of skipping them as "no_caption".
     verify: decode the files (each up to `video_io.VERIFY_PIXELS`), which finds damage; else only their first frame.
-    timeout: seconds a file, of decoding.
+    scenes: cut videos at their scene changes (see `scenes`): each scene is a clip with the captions of its file.
+    scores: also write the columns of `filters.with_scores`.
+    timeout: seconds a file, of decoding; a scene's scores have as many, and looking for scenes has the video's length
+        on top.
     on_start: is told how many files there are; again as tars are opened.
 
     A file damaged further in is a clip up to the damage. Files with equal content are one clip, with all captions.
     Raises StorageError where storage stays unreachable: the same scan goes on from there.
     """
+    if scenes:
+        check_available()
     source = Folder(str(folder))
     table = str(captions) if captions is not None else source.captions_file()
     captioned = {} if table is None else _table(table, source.root)
     names, tars, ignored = _names(source, captioned, table, out)
     texts = captioned if table is not None else source.sidecars(names)
-    verify_pixels = VERIFY_PIXELS if verify else 0
-    with _remembered(None if out is None else Path(out).with_suffix(".probed.jsonl"), verify_pixels) as memory:
-        probe = partial(
-            probe_files, workers=workers or os.cpu_count() or 1, verify_pixels=verify_pixels, timeout=timeout
-        )
+    wanted = Wanted(VERIFY_PIXELS if verify else 0, scenes, scores)
+    with remembered(None if out is None else Path(out).with_suffix(".probed.jsonl"), wanted) as memory:
+        probe = partial(probe_files, workers=workers or os.cpu_count() or 1, wanted=wanted, timeout=timeout)
         found = _Found(memory, probe, on_start, on_file)
         found.look_at(source.files(names))
         for tar in source.files(tars):
             found.look_into(tar)
     clips = found.clips(texts, uncaptioned)
     manifest = Manifest.of(clips, "." if is_remote(source.root) else source.root)
+    repeats: list[Skipped] = []
+    if scores:
+        manifest = with_scores(manifest, [found.scores[clip.id] for clip in clips])
+        repeats = found.repeats(manifest)
     skipped = tuple(sorted(found.skipped, key=lambda s: s.file))
-    scanned = Scan(manifest, skipped, tuple(found.damaged), ignored, found.reused)
+    scanned = Scan(manifest, skipped, tuple(found.damaged), ignored, tuple(repeats), found.reused)
     if out is not None:
         if len(manifest):
             write_manifest(manifest, out)
@@ -96,7 +109,7 @@ class _Found:
 
     def __init__(
         self,
-        memory: _Memory,
+        memory: Memory,
         probe: Callable[..., list[Probed]],
         on_start: Callable[[int], None],
         on_file: Callable[[str], None],
@@ -106,9 +119,11 @@ class _Found:
         self.skipped: list[Skipped] = []
         self.damaged: list[Skipped] = []
         self.reused = 0
+        self.names: dict[str, str] = {}  # by clip id, as are the scores
+        self.scores: dict[str, dict[str, Any]] = {}
 
     def look_at(self, files: list[File], opened: Opened = STORAGE.local) -> None:
-        """Probes files, unless an earlier scan has. opened: as `probe_files` has it."""
+        """Finds what is wanted of files, as far as no earlier scan has."""
         for file in files:
             if _unnameable(file.name):
                 name = file.name.encode("utf-8", "replace").decode()
@@ -116,25 +131,30 @@ class _Found:
         files = [file for file in files if not _unnameable(file.name)]
         self.on_start(len(self.files) + len(files))
         known = {file.path: result for file in files if (result := self.memory.get(file))}
-        for path in known:
-            self.on_file(path)
-        new = {file.path: file for file in files if file.path not in known}
+        new = {file.path: file for file in files if not self._whole(known.get(file.path))}
+        for file in files:
+            if file.path not in new:
+                self.on_file(file.path)
 
         def done(result: Probed) -> None:
             self.memory.keep(new[result.path], result)
             self.on_file(result.path)
 
-        results = known | dict(zip(new, self.probe(list(new), on_done=done, opened=opened)))
+        found = self.probe(list(new), on_done=done, opened=opened, known=known)
+        results = known | dict(zip(new, found))
         self.files += [(file, results[file.path]) for file in files]
-        self.reused += len(known)
+        self.reused += len(files) - len(new)
+
+    def _whole(self, found: Probed | None) -> bool:
+        return found is not None and self.memory.wanted.all_of(found)
 
     def look_into(self, tar: File) -> None:
-        """Probes what is in a tar, which is fetched whole if it is remote and has changed."""
+        """Looks at what is in a tar, which is fetched whole if it is remote and has changed."""
         known = self.memory.members(tar)
         try:
             if tar.name.lower().endswith(_COMPRESSED):
                 raise tarfile.ReadError("it is compressed: only in a plain .tar can a file be read where it lies")
-            if known is not None and all(self.memory.get(file) for file in known[0]):
+            if known is not None and all(self._whole(self.memory.get(file)) for file in known[0]):
                 members, damage = known
                 self.look_at(members)
             else:
@@ -153,9 +173,8 @@ class _Found:
                 self.damaged.append(Skipped(tar.name, "damaged", f"{damage} The files before that are used."))
 
     def clips(self, texts: Mapping[str, Sequence[Caption]], uncaptioned: bool) -> list[Clip]:
-        """A clip of every file that can be one; why the others are none joins `skipped`."""
+        """The clips of every file that can be one; why the others are none joins `skipped`."""
         clips: dict[str, Clip] = {}
-        first_of: dict[str, str] = {}
         for file, result in self.files:
             captions = tuple(texts.get(file.name, ())) or file.captions
             if result.probe is None or result.sha256 is None:
@@ -165,96 +184,31 @@ class _Found:
             if not captions and not uncaptioned:
                 self.skipped.append(Skipped(file.name, "no_caption", "has no caption."))
                 continue
-            clip = _clip(result, captions)
             if damage := result.probe["damage"]:
                 self.damaged.append(Skipped(file.name, "damaged", f"{damage} The frames before that are used."))
-            if clip.id in clips:
-                first = clips[clip.id]
-                merged = tuple(dict.fromkeys((*first.captions, *clip.captions)))
-                clips[clip.id] = Clip(**{**first.__dict__, "captions": merged})
-                message = f"has the same content as {first_of[clip.id]}; its captions are added there."
-                self.skipped.append(Skipped(file.name, "duplicate", message))
-            else:
-                clips[clip.id], first_of[clip.id] = clip, file.name
+            spans = self.memory.wanted.spans(result)
+            for span in spans:
+                clip = _clip(result, span, captions)
+                name = file.name if len(spans) == 1 else f"{file.name} from {span.start:.2f} s"
+                scores = result.scores.get(span.key, {})
+                if clip.id in clips:
+                    first = clips[clip.id]
+                    merged = tuple(dict.fromkeys((*first.captions, *clip.captions)))
+                    clips[clip.id] = replace(first, captions=merged)
+                    message = f"has the same content as {self.names[clip.id]}; its captions are added there."
+                    self.skipped.append(Skipped(name, "duplicate", message))
+                elif self.memory.wanted.scores and "reason" in scores:
+                    self.skipped.append(Skipped(name, scores["reason"], scores["message"]))
+                else:
+                    clips[clip.id], self.names[clip.id], self.scores[clip.id] = clip, name, scores
         return list(clips.values())
 
-
-class _Memory:
-    """What was found of files, by path, with the state (size, time) that a file had then."""
-
-    def __init__(self, verify_pixels: int, lines: list[dict[str, Any]], write: Callable[[bytes], object]) -> None:
-        self.verify_pixels, self.write = verify_pixels, write
-        self.known = {line["path"]: line for line in lines}
-        self.used: dict[str, dict[str, Any]] = {}
-
-    def get(self, file: File) -> Probed | None:
-        line = self._line(file)
-        if line is None or line["verify_pixels"] != self.verify_pixels:
-            return None
-        return Probed(file.path, line["probe"], line["sha256"], line["reason"], line["message"])
-
-    def keep(self, file: File, result: Probed) -> None:
-        if result.reason in ("timeout", "crashed", "missing", "unreadable"):  # may be otherwise the next time
-            return
-        self._keep(file, asdict(result) | {"verify_pixels": self.verify_pixels})
-
-    def members(self, tar: File) -> tuple[list[File], str | None] | None:
-        """What `tar_members` said."""
-        line = self._line(tar)
-        if line is None or "members" not in line:
-            return None
-        members = []
-        for name, place, captions in line["members"]:
-            path = tar.path + place
-            members.append(File(f"{tar.name}/{name}", path, tar.state, tuple(Caption(*one) for one in captions)))
-        return members, line["damage"]
-
-    def keep_members(self, tar: File, members: list[File], damage: str | None) -> None:
-        rows = [
-            (
-                file.name.removeprefix(f"{tar.name}/"),
-                file.path.removeprefix(tar.path),
-                [astuple(c) for c in file.captions],
-            )
-            for file in members
+    def repeats(self, manifest: Manifest) -> list[Skipped]:
+        """Which clips of a manifest with scores repeat which."""
+        both = zip(manifest.ids.to_pylist(), manifest.table.column("repeats").to_pylist())
+        return [
+            Skipped(self.names[clip], "repeat", f"looks like {self.names[first]}.") for clip, first in both if first
         ]
-        self._keep(tar, {"members": rows, "damage": damage})
-
-    def _line(self, file: File) -> dict[str, Any] | None:
-        line = self.known.get(_absolute(file.path))
-        if line is None or file.state is None or line["file"] != file.state:
-            return None
-        self.used[line["path"]] = line
-        return line
-
-    def _keep(self, file: File, values: dict[str, Any]) -> None:
-        path = _absolute(file.path)
-        self.used[path] = line = {**values, "path": path, "file": file.state}
-        self.write(json.dumps(line).encode() + b"\n")
-
-
-@contextmanager
-def _remembered(path: Path | None, verify_pixels: int) -> Iterator[_Memory]:
-    """What earlier scans wrote to this file; what is new is added as it comes, what is of no use any more goes."""
-    if path is None:
-        yield _Memory(verify_pixels, [], lambda _: None)
-        return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # cut off as the scan was ended
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:  # a write is a line: several threads write
-        file.write(b"\n")  # after a line that was cut off
-        memory = _Memory(verify_pixels, lines, file.write)
-        yield memory
-    publish_text(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()))
-
-
-def _absolute(path: str) -> str:
-    return path if is_remote(path) else os.path.abspath(path)
 
 
 def skipped_path(out: str | Path) -> Path:
@@ -280,28 +234,27 @@ def _names(
     tars = {name for name in source if name.lower().endswith((".tar", *_COMPRESSED))}
     in_tars = {name for name in captioned if any(name[: at.end()] in tars for at in re.finditer(r"\.tar(?=/)", name))}
     files, ignored = set(captioned) - in_tars - tars, 0
-    own = {_absolute(str(path)) for path in (table, out) if path is not None}
+    own = {absolute(str(path)) for path in (table, out) if path is not None}
     for name in source:
         if os.path.splitext(name)[1].lower() in MEDIA:
             files.add(name)
-        elif name not in files and name not in tars and _absolute(source.path(name)) not in own:
+        elif name not in files and name not in tars and absolute(source.path(name)) not in own:
             ignored += 1
     return sorted(files), sorted(tars), ignored
 
 
-def _clip(result: Probed, captions: tuple[Caption, ...]) -> Clip:
+def _clip(result: Probed, span: Span, captions: tuple[Caption, ...]) -> Clip:
     found, sha256 = result.probe, result.sha256
     assert found is not None and sha256 is not None
-    start, end = round(found["start"], 6), round(found["end"], 6)
     return Clip(
-        id=clip_id(sha256, start, end),
-        path=_absolute(result.path),
+        id=clip_id(sha256, span.start, span.end),
+        path=absolute(result.path),
         captions=captions,
-        frames=found["frames"],
+        frames=span.frames,
         fps=found["fps"],
         width=found["width"],
         height=found["height"],
-        start=start,
-        end=end,
+        start=span.start,
+        end=span.end,
         sha256=sha256,
     )

@@ -31,10 +31,10 @@ from stdit.data.pixels import (
     is_image,
     plain,
     progressive,
+    strange_file,
     to_rgb,
 )
 from stdit.data.video_write import contact_sheet, write_video
-from stdit.errors import StditError
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -95,7 +95,7 @@ def probe(path: str, verify_pixels: int = VERIFY_PIXELS, limits: Limits = LIMITS
     if is_image(path):
         frame = decode_image(path, limits)
         return Probe(frame.shape[1], frame.shape[0], 1.0, 1, 0.0, 0.0, Path(path).suffix[1:].lower(), image=True)
-    with _open(path, limits) as source:
+    with open_source(path, limits) as source:
         return source.probe(verify_pixels)
 
 
@@ -126,17 +126,11 @@ def read_frames(
     """
     if count < 1:
         raise ValueError(f"count is {count}, must be at least 1.")
-    try:
+    with strange_file(path):
         check_file(path, limits)
         if sha256 is not None:
             check_content(path, sha256)
         return _read_frames(path, count, size, fps, start, crop, limits, allocate)
-    except StditError:
-        raise
-    except MemoryError as error:
-        raise VideoError(path, "too_large", "needs more memory than there is.") from error
-    except Exception as error:
-        raise VideoError(path, "undecodable", f"cannot be decoded ({type(error).__name__}: {error}).") from error
 
 
 def _read_frames(
@@ -158,17 +152,14 @@ def _read_frames(
         out[0] = frame
         return out
     for seek in (True, False) if fps is not None and start > 1.0 else (False,):  # False: where seeking lands too late
-        with _open(path, limits) as source:
+        with open_source(path, limits) as source:
             frames = source.read(count, size, fps, start, crop, allocate, seek)
             if frames is not None:
                 return frames
     raise AssertionError("from the beginning there are frames or an error")
 
 
-# ---------------------------------------------------------------------------------------------------------- videos
-
-
-class _Source:
+class VideoSource:
     """One opened video stream. Times are seconds after the stream's own start."""
 
     def __init__(self, path: str, container: av.container.InputContainer, limits: Limits) -> None:
@@ -226,6 +217,17 @@ class _Source:
             last = 0.0 if now is None else now
             yield last, frame
 
+    def seek(self, start: float) -> bool:
+        """Makes `frames` begin at the last keyframe before `start` that the container knows of; False if it cannot."""
+        if not self.timed:
+            return False
+        try:
+            offset = int((start + self.origin) / float(self.stream.time_base or Fraction(1, 1000)))
+            self.container.seek(offset, stream=self.stream, backward=True)
+        except av.FFmpegError:
+            return False
+        return True
+
     def _decoded(self) -> Generator[av.VideoFrame, None, None]:
         decoded, progressive = 0, False
         codec = self.stream.codec_context
@@ -259,14 +261,8 @@ class _Source:
         seek: bool,
     ) -> np.ndarray | None:
         """As `read_frames`; None if the stream could not be sought to before `start`."""
-        if seek:
-            if not self.timed:
-                return None
-            try:
-                offset = int((start + self.origin) / float(self.stream.time_base or Fraction(1, 1000)))
-                self.container.seek(offset, stream=self.stream, backward=True)
-            except av.FFmpegError:
-                return None
+        if seek and not self.seek(start):
+            return None
         if fps is not None and self.timed and self.stream.codec_context.name == "h264":
             self.asked = Times(start, fps, count)
         out, taken = np.empty(0), 0
@@ -383,7 +379,7 @@ def _is_cover_art(stream: av.VideoStream) -> bool:
 
 
 @contextmanager
-def _open(path: str, limits: Limits) -> Iterator[_Source]:
+def open_source(path: str, limits: Limits) -> Iterator[VideoSource]:
     """The file's first video stream."""
     options = {"format_whitelist": _FORMATS}
     part = open_bytes(path) if split_member(path) else None
@@ -396,4 +392,4 @@ def _open(path: str, limits: Limits) -> Iterator[_Source]:
             part.close()
         raise VideoError(path, "not_media", f"is not a video file that can be opened ({plain(error)}).") from error
     with part or nullcontext(), container:
-        yield _Source(path, container, limits)
+        yield VideoSource(path, container, limits)

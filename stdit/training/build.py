@@ -110,7 +110,7 @@ def check_evaluation(parts: Parts) -> None:
     """Raises for what evaluation would stumble over at the end of a training."""
     settings, objective = parts.config.eval, parts.objective
     if settings.manifest is not None:
-        held_out = assign(read_manifest(settings.manifest), parts.config.data)
+        held_out = assign(read_manifest(settings.manifest), parts.config.data.fixed())
         if not held_out.counts.any():
             raise StditError(f"eval.manifest={settings.manifest}: no clip in it fits any of data.shapes.")
     if isinstance(objective, ExpertsObjective):

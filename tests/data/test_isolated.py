@@ -18,7 +18,7 @@ from stdit.data.loader import Loader
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.packs import PlanItem
 from stdit.data.pixels import file_sha256
-from stdit.data.probing import probe_files
+from stdit.data.probing import Wanted, probe_files
 from stdit.data.video_io import Limits, VideoError, probe, read_frames, write_video
 from stdit.errors import StditError
 
@@ -158,7 +158,7 @@ def test_a_crash_keeps_its_place_in_the_batch_and_the_others_are_as_in_process(m
 
 def test_probing_names_what_crashes_or_hangs(folder):
     paths = [str(folder / f"{name}.mp4") for name in ("good", "crash", "print", "hang", "once")]
-    results = probe_files(paths, 2, 10**6, timeout=3.0)
+    results = probe_files(paths, 2, Wanted(10**6), timeout=3.0)
     assert [r.path for r in results] == paths
     assert [r.reason for r in results] == [None, "crashed", None, "timeout", None]
     found = probe(paths[0])

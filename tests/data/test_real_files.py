@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stdit.data.isolated import Reader, Worker
-from stdit.data.probing import probe_files
+from stdit.data.probing import Wanted, probe_files
 from stdit.data.video_io import VideoError, probe, read_frames
 
 GOLDEN = json.loads(Path(__file__).with_name("goldens").joinpath("videos.json").read_text())
@@ -48,7 +48,7 @@ def test_every_file_is_what_pyav_says_or_named(videos):
 def test_processes_say_and_read_the_same(videos, workers):
     """Nothing crashes, nothing takes 30 seconds, and any number of workers reads the same bytes."""
     paths = [str(videos / name) for name in GOLDEN]
-    for name, result in zip(GOLDEN, probe_files(paths, workers, PIXELS, timeout=30.0)):
+    for name, result in zip(GOLDEN, probe_files(paths, workers, Wanted(PIXELS), timeout=30.0)):
         check(name, result.probe or result.reason)
     arguments = (5, (48, 32), 8.0)
     with ThreadPoolExecutor(workers) as pool:

@@ -1,0 +1,103 @@
+"""What scans found of files, beside the manifest, so that they go on where they stopped and probe only what is new."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import Any
+
+from stdit.data.listing import File
+from stdit.data.manifest import Caption
+from stdit.data.paths import is_remote
+from stdit.data.probing import Probed, Wanted
+from stdit.data.scores import FORMAT
+from stdit.files import publish_text
+
+PASSING = ("timeout", "crashed", "missing", "unreadable")  # reasons that may be none the next time
+
+
+class Memory:
+    """What was found of files, by path, with the state (size, time) that a file had then."""
+
+    def __init__(self, wanted: Wanted, lines: list[dict[str, Any]], write: Callable[[bytes], object]) -> None:
+        self.wanted, self.write = wanted, write
+        self.known = {line["path"]: line for line in lines}
+        self.used: dict[str, dict[str, Any]] = {}
+
+    def get(self, file: File) -> Probed | None:
+        """What is known of a file, which may lack some of what is wanted."""
+        line = self._line(file)
+        if line is None or line["verify_pixels"] != self.wanted.verify_pixels:
+            return None
+        looked = line.get("scores", {}) if line.get("scores_format") == FORMAT else {}
+        reason, message = line["reason"], line["message"]
+        return Probed(file.path, line["probe"], line["sha256"], reason, message, line.get("scenes"), looked)
+
+    def keep(self, file: File, result: Probed) -> None:
+        if result.reason in PASSING:
+            return
+        scores = {key: score for key, score in result.scores.items() if score.get("reason") not in PASSING}
+        more = {"scores": scores, "scores_format": FORMAT, "verify_pixels": self.wanted.verify_pixels}
+        self._keep(file, asdict(result) | more)
+
+    def members(self, tar: File) -> tuple[list[File], str | None] | None:
+        """What `tar_members` said."""
+        line = self._line(tar)
+        if line is None or "members" not in line:
+            return None
+        members = []
+        for name, place, captions in line["members"]:
+            path = tar.path + place
+            members.append(File(f"{tar.name}/{name}", path, tar.state, tuple(Caption(*one) for one in captions)))
+        return members, line["damage"]
+
+    def keep_members(self, tar: File, members: list[File], damage: str | None) -> None:
+        rows = [
+            (
+                file.name.removeprefix(f"{tar.name}/"),
+                file.path.removeprefix(tar.path),
+                [astuple(c) for c in file.captions],
+            )
+            for file in members
+        ]
+        self._keep(tar, {"members": rows, "damage": damage})
+
+    def _line(self, file: File) -> dict[str, Any] | None:
+        line = self.known.get(absolute(file.path))
+        if line is None or file.state is None or line["file"] != file.state:
+            return None
+        self.used[line["path"]] = line
+        return line
+
+    def _keep(self, file: File, values: dict[str, Any]) -> None:
+        path = absolute(file.path)
+        self.used[path] = line = {**values, "path": path, "file": file.state}
+        self.write(json.dumps(line).encode() + b"\n")
+
+
+@contextmanager
+def remembered(path: Path | None, wanted: Wanted) -> Iterator[Memory]:
+    """What earlier scans wrote to this file; what is new is added as it comes, what is of no use any more goes."""
+    if path is None:
+        yield Memory(wanted, [], lambda _: None)
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # cut off as the scan was ended
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:  # a write is a line: several threads write
+        file.write(b"\n")  # after a line that was cut off
+        memory = Memory(wanted, lines, file.write)
+        yield memory
+    publish_text(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()))
+
+
+def absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
