@@ -216,16 +216,16 @@ def _read(memory: _Memory, limits: dict[str, Any], **arguments: Any) -> tuple[di
     return {"shape": frames.shape}, frames
 
 
-def _probe(memory: _Memory, path: str, verify_pixels: int) -> tuple[dict[str, Any], None]:
+def _probe(memory: _Memory, path: str, verify_pixels: int, limits: dict[str, Any]) -> tuple[dict[str, Any], None]:
     from stdit.data.probing import probe_and_hash
 
-    return probe_and_hash(path, verify_pixels), None
+    return probe_and_hash(path, verify_pixels, Limits(**limits)), None
 
 
-def _score(memory: _Memory, path: str, **span: Any) -> tuple[dict[str, Any], None]:
+def _score(memory: _Memory, path: str, limits: dict[str, Any], **span: Any) -> tuple[dict[str, Any], None]:
     from stdit.data.scores import score
 
-    return score(path, **span), None
+    return score(path, **span, limits=Limits(**limits)), None
 
 
 def _scenes(memory: _Memory, path: str, limits: dict[str, Any], **video: Any) -> tuple[dict[str, Any], None]:

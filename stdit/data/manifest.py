@@ -4,7 +4,7 @@ Columns: `id` (sha256 of the file's sha256 with start and end, not of the path),
 weight}), `frames`, `fps`, `width`, `height` (as displayed), `start`, `end` (seconds; both 0 for an image), `sha256`.
 A path inside the manifest's folder is stored relative to it, so the folder can be moved as a whole; others are
 absolute, or URLs of any fsspec scheme; a file in a tar shard is `SHARD.tar#OFFSET+SIZE/NAME` of either (`paths.py`).
-Further columns are kept.
+Further columns are kept: `stdit data scan --scores` adds those of `filters.with_scores`.
 """
 
 from __future__ import annotations

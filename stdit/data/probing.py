@@ -126,10 +126,12 @@ def probe_files(
 
 
 def _probe(worker: Worker, path: str, wanted: Wanted, timeout: float, opened: Opened, known: Probed | None) -> Probed:
+    limits = asdict(Limits(seconds=timeout))
     try:
         with opened(path) as local:
             if known is None:
-                known = Probed(path, **worker.call("probe", local, timeout, verify_pixels=wanted.verify_pixels)[0])
+                answer, _ = worker.call("probe", local, timeout, verify_pixels=wanted.verify_pixels, limits=limits)
+                known = Probed(path, **answer)
             return _look(worker, local, wanted, timeout, known)
     except VideoError as error:
         return Probed(path, None, None, error.reason, error.message)
@@ -149,25 +151,25 @@ def _look(worker: Worker, local: str, wanted: Wanted, timeout: float, found: Pro
         if "reason" in answer:
             raise VideoError(found.path, answer["reason"], answer["message"])
         found = replace(found, scenes=answer["scenes"])
-    scores = {}
+    scores, limits = {}, asdict(Limits(seconds=timeout))
     for span in wanted.lacks_scores(found):
         try:
-            scores[span.key], _ = worker.call("score", local, timeout, **span._asdict())
+            scores[span.key], _ = worker.call("score", local, timeout, **span._asdict(), limits=limits)
         except VideoError as error:
             scores[span.key] = {"reason": error.reason, "message": error.message}
     return replace(found, scores={**found.scores, **scores})
 
 
-def probe_and_hash(path: str, verify_pixels: int) -> dict[str, Any]:
+def probe_and_hash(path: str, verify_pixels: int, limits: Limits) -> dict[str, Any]:
     """The fields of a `Probed` besides its path; what cannot be read is a reason, never an exception."""
     from stdit.data.video_io import probe
 
     sha256 = found = reason = message = None
     try:
         with strange_file(path):
-            check_file(path)
+            check_file(path, limits)
             sha256 = file_sha256(path)
-            found = asdict(probe(path, verify_pixels))
+            found = asdict(probe(path, verify_pixels, limits))
     except VideoError as error:
         reason, message = error.reason, error.message
     return {"probe": found, "sha256": sha256, "reason": reason, "message": message}

@@ -42,6 +42,16 @@ def test_scan_says_what_was_skipped_and_why(folder, capsys):
     ]
 
 
+def test_scan_names_what_looks_alike(folder, capsys):
+    frames = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)  # 0.mp4's
+    write_video(folder / "copy.mp4", frames, 8, crf=20)
+    assert scan(folder, "--allow-uncaptioned", "--scores") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Look like others" in out and "looks like 0.mp4." in out
+    assert scan(folder, "--allow-uncaptioned", "--scores", "--json") == 0
+    assert [s["file"] for s in json.loads(capsys.readouterr().out)["repeats"]] == ["copy.mp4"]
+
+
 def test_scan_of_nothing_is_an_error(tmp_path, capsys):
     assert scan(tmp_path) == 1
     assert "none is a video or an image" in capsys.readouterr().err

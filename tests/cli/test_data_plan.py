@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from stdit.cli.data_plan import advice, measured_rate
@@ -299,3 +300,19 @@ def test_a_measured_rate_gives_times(files, tmp_path, capsys):
     for wrong in ("-1", str(tmp_path)):
         assert plan(files, "--rate", wrong) == 1
         assert f"--rate {wrong}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_filter_leaves_out_is_named(files, capsys):
+    path = files / "clips.parquet"
+    clips = read_manifest(path)
+    motion = [None if image else float(row) for row, image in enumerate(clips.column("frames") == 1)]
+    write_manifest(Manifest(clips.table.append_column("motion", pa.array(motion)), files), path)
+    assert plan(files, "--json", "data.filter={motion: [10, null]}") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dropped"] == {"motion": 10, "short": 2, "small": 1} and found["planned"] == 51
+    assert plan(files, "data.filter.motion=[10, null]") == 0
+    assert "its motion is outside data.filter" in capsys.readouterr().out
+    assert plan(files, "data.filter.sharpness=[1, null]") == 1
+    assert "stdit data scan --scores" in capsys.readouterr().err
+    assert plan(files, "data.filter.motion=[10]") == 1
+    assert "must be a list of 2 values" in capsys.readouterr().err
