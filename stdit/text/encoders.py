@@ -7,8 +7,7 @@ each text, the end token included. Nothing here is ever downloaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,10 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-from transformers.utils import logging
 
 from stdit.errors import StditError
 from stdit.text.cleaning import clean_prompt, lower_prompt, strip_caption
+from stdit.text.pretrained import LOCAL, load_weights, no_bars
 
 ENCODERS = {  # transformers' classes by the model_type in config.json
     "umt5": "UMT5EncoderModel",
@@ -154,7 +153,7 @@ class TextEncoder(nn.Module):
 
     def save(self, text_encoder: str | Path, tokenizer: str | Path) -> None:
         """Writes both folders of a model folder; transformers opens them."""
-        with _no_bars():
+        with no_bars():
             self.encoder.save_pretrained(text_encoder)
         self.tokenizer.save_pretrained(tokenizer)
         config = Path(tokenizer) / "tokenizer_config.json"
@@ -211,14 +210,14 @@ def _treatment(index: Path) -> Treatment | None:
 def load_tokenizer(folder: str | Path) -> Any:
     """A tokenizer from a local folder, whatever class transformers' AutoTokenizer takes it for."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         raise StditError(f"{folder}: transformers cannot read a tokenizer there: {error}") from error
 
 
 def _load_encoder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError) as error:
         raise StditError(f"{folder}: transformers cannot read config.json there: {error}") from error
     if config.model_type not in ENCODERS:
@@ -228,35 +227,8 @@ def _load_encoder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         )
     if hasattr(config, "dropout_rate"):
         config.dropout_rate = 0.0  # an unkeyed dropout could not be resumed
-    try:
-        with _no_bars():
-            loaded: Any = getattr(transformers, ENCODERS[config.model_type]).from_pretrained(
-                str(folder),
-                config=config,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StditError(f"{folder}: the text encoder's weights cannot be read: {error}") from error
-    model, info = loaded
-    lost = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
-    if lost:
-        raise StditError(f"{folder}: the text encoder's weights do not fit its config.json: {lost}.")
-    return model.eval()
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which cannot be told apart from the command's."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    kind = getattr(transformers, ENCODERS[config.model_type])
+    return load_weights(kind, folder, "the text encoder", config=config, dtype=dtype or "auto")
 
 
 def build_word_tokenizer(captions: Iterable[str], max_words: int = 32_000) -> PreTrainedTokenizerFast:

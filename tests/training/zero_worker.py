@@ -2,7 +2,8 @@
 
 Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain torch). NAME=JSON=STEPS=OTHER goes on
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
-init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them.
+init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them; with
+lora-bf16, in bf16.
 One that begins with vae takes vae.yaml beside the config.
 """
 
@@ -42,6 +43,7 @@ def main() -> None:
             if name.startswith("lora"):
                 settings += ["model.lora={rank: 3, alpha: 5, merged: true}", "text.trained=null"]
                 settings += [f"text.path={Path(out) / 'text'}"]
+                settings += ["run.precision=bf16"] * ("bf16" in name)
             if source and world.is_main:
                 shutil.copytree(Path(out) / f"{source[0]}-{optimizer}" / "checkpoints", folder / "checkpoints")
             world.barrier()
