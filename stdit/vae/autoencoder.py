@@ -9,7 +9,7 @@ a prefix of a clip has a prefix of its latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from stdit.vae.layers import (
     unpatchify,
 )
 
+FRAMES_AT_ONCE = 1  # of the widest levels; more gain nothing
 START_LOGVAR = -6.0  # an untrained encoder's posterior: narrow, else its noise drowns the latents for the first steps
 
 
@@ -60,8 +61,9 @@ class Encoder(nn.Module):
 
     def fine(self, x: Tensor, past: Past | None = None) -> Tensor:
         """All that sees a neighbourhood only, down to (B, C, T', H', W')."""
-        x = self.conv1(x, past)
-        for layer in self.downsamples:
+        slows = next((i for i, layer in enumerate(self.downsamples) if changes_frames(layer)), len(self.downsamples))
+        x = frame_by_frame([self.conv1, *self.downsamples[:slows]], x, past)
+        for layer in self.downsamples[slows:]:
             x = layer(x, past)
         return x
 
@@ -106,10 +108,29 @@ class Decoder(nn.Module):
 
     def fine(self, x: Tensor, past: Past | None = None) -> Tensor:
         """The rest, which sees a neighbourhood only."""
-        for layer in self.upsamples:
+        last = max((i for i, layer in enumerate(self.upsamples) if changes_frames(layer)), default=-1)
+        for layer in self.upsamples[: last + 1]:
             x = layer(x, past)
+        return frame_by_frame([*self.upsamples[last + 1 :], self._finish], x, past)
+
+    def _finish(self, x: Tensor, past: Past | None) -> Tensor:
         first, _, conv = self.head
         return conv(activated(first, conv, x, past), ready=True)
+
+
+def changes_frames(layer: nn.Module) -> bool:
+    return any(isinstance(one, Downsample | Upsample) and one.time_conv is not None for one in layer.modules())
+
+
+def frame_by_frame(layers: Sequence[Callable[[Tensor, Past | None], Tensor]], x: Tensor, past: Past | None) -> Tensor:
+    """Layers that keep the number of frames, one after another: on a frame at a time where a past is kept and no
+    gradient, since these are the widest frames, and what they take is what a chunk takes."""
+    whole = []
+    for part in [x] if past is None or torch.is_grad_enabled() else x.split(FRAMES_AT_ONCE, dim=2):
+        for layer in layers:
+            part = layer(part, past)
+        whole.append(part)
+    return torch.cat(whole, dim=2) if len(whole) > 1 else whole[0]
 
 
 def blocks(in_channels: int, out_channels: int, count: int, groups: int) -> list[nn.Module]:

@@ -96,11 +96,18 @@ def working_bytes(
         convolutions = 2 * blocks + (4 if level == coarse else 1)
         past += 2 * pixels * (before + (convolutions - 1) * channels)
         held = before if config.residual else 0
-        block = (frames + 2) * max(before, channels) + frames * (before + channels + held)
-        resampled = frames * channels * (2 if side == "encoder" else 1)
-        if side == "decoder" and level > 0:  # to the next level's pixels, before its convolution and after
+        wide = not any(config.temporal_downsample[: level + (config.residual and side == "encoder")])
+        at_once = 1 if wide else frames  # see `autoencoder.frame_by_frame`
+        block = (at_once + 2) * max(before, channels) + at_once * (before + channels + held)
+        if side == "encoder":
+            whole = level < coarse and config.temporal_downsample[level]
+            resampled = (4 * frames if whole else 2 * at_once) * channels
+        elif level > 0:  # to the next level's pixels, before its convolution and after
             doubled = 1 + config.temporal_downsample[level - 1]
-            resampled += 4 * doubled * frames * (channels + channels // (1 + config.upsampling_halves))
+            resampled = at_once * channels * (1 + 4 * doubled)
+            resampled += 4 * doubled * at_once * channels // (1 + config.upsampling_halves)
+        else:
+            resampled = at_once * channels
         most = max(most, pixels * max(block, resampled))
     weights = 27 * (max(config.dim_mult) * base) ** 2
     return int(itemsize * (clips * (tiles * past + most) + weights))

@@ -251,13 +251,13 @@ def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None
 
 
 def test_the_wait_for_data_is_measured_and_logged(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch, nap = Loader.fetch, 0.2
+    example, nap = Loader._example, 0.1
 
-    def slow(self: Loader, *arguments: Any) -> Any:
+    def slow(self: Loader, *arguments: Any, **named: Any) -> Any:
         time.sleep(nap)
-        return fetch(self, *arguments)
+        return example(self, *arguments, **named)
 
-    monkeypatch.setattr(Loader, "fetch", slow)
+    monkeypatch.setattr(Loader, "_example", slow)
     train(tiny, tmp_path / "run", "schedule.steps=2", "data.workers=0")
     for line in read_metrics(tmp_path / "run", "train"):
         assert nap <= line["wait_seconds"] < line["step_seconds"]
