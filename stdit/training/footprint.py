@@ -156,7 +156,7 @@ def activations(config: RunConfig, objective: Objective, shape: VideoShape, toke
     is taken as in proportion; and of two and three blocks, what the model has more is taken as what the third added.
     """
     if not isinstance(objective, FlowObjective) or (layers := objective.model_config.layers) < 4:
-        return _activations(config, objective, shape, tokens)
+        return max(_activations(config, objective, shape, tokens))
     model = objective.module.transformer
     held = {name: blocks for name, blocks in model.named_children() if isinstance(blocks, nn.ModuleList)}
     found = []
@@ -166,10 +166,12 @@ def activations(config: RunConfig, objective: Objective, shape: VideoShape, toke
         found.append(_activations(config, objective, shape, tokens))
     for name, blocks in held.items():
         setattr(model, name, blocks)
-    return found[0] + (layers - 2) * (found[1] - found[0])
+    (encoding, two), (_, three) = found
+    return max(encoding, two + (layers - 2) * (three - two))
 
 
-def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> int:
+def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> tuple[int, int]:
+    """The most that encoding holds, and the most that forward and backward do."""
     each = objective.tokens(shape)
     count = min(max(1, tokens // each), CLIPS)
     critic = objective.critic
@@ -192,9 +194,11 @@ def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tok
     there = [tensor for one in (*modules, *filter(None, frozen)) for tensor in (*one.parameters(), *one.buffers())]
     with _Peak([*there, *(e.frames for e in examples)]) as peak:
         batch = objective.prepare(examples, items, StepKey(0, 0, 0, count, critic.start if critic else 0))
+        encoding, peak.most = peak.most, peak.live
         for module in modules:
             module(batch).backward()
-    return round(peak.most * tokens / (count * each))
+    encoding, training = (round(most * tokens / (count * each)) for most in (encoding, peak.most))
+    return encoding, training
 
 
 class _Peak(TorchDispatchMode):
