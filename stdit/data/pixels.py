@@ -19,6 +19,8 @@ from stdit.data.paths import file_of, open_bytes, split_member
 from stdit.errors import StditError
 from stdit.files import sha256_of
 
+# chroma is kept whole: by default swscale gives every second column of an RGB picture the colour of its neighbour
+_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 
@@ -160,6 +162,7 @@ def to_rgb(
 
     reformatter: the same for all frames of a read, since it keeps swscale's tables; a frame's own makes them anew.
     HDR (PQ, HLG) becomes sRGB as `hdr.to_srgb` says; other transfers stay as they are, as players leave them.
+    Through planes of one colour each: the same numbers as "rgb24", in half the time where chroma is kept whole.
     """
     transpose, flip_x, flip_y = orientation(frame)
     width, height = displayed_size(frame, pixel_aspect)
@@ -175,9 +178,9 @@ def to_rgb(
         frame,
         width,
         height,
-        "rgb48le" if bright else "rgb24",
+        "rgb48le" if bright else "gbrp",
         src_colorspace=guess,
-        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
+        interpolation=_SCALING,
         threads=1,
     ).to_ndarray()
     if bright:

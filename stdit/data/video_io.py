@@ -229,11 +229,13 @@ class VideoSource:
         return True
 
     def _decoded(self) -> Generator[av.VideoFrame, None, None]:
-        decoded, progressive = 0, False
+        decoded, progressive, skipping = 0, False, False
         codec = self.stream.codec_context
         try:
             for packet, needed in needed_packets(self.packets(), self.asked, self.tick, self.origin):
-                codec.skip_frame = "DEFAULT" if needed or not progressive else "NONREF"
+                if skipping != (progressive and not needed):
+                    skipping = not skipping
+                    codec.skip_frame = "NONREF" if skipping else "DEFAULT"
                 for frame in packet.decode():
                     self._check_size(frame.width, frame.height)
                     decoded += 1
