@@ -1,5 +1,7 @@
 """The video VAE against diffusers' AutoencoderKLWan with the same weights: time, memory, and memory over length.
 
+Each run is a process of its own, in turn, after a small clip for what is made once.
+
 python benchmarks/vae.py                                  # Wan 2.1's own width, 17 and 81 frames at 256×256
 python benchmarks/vae.py --base-dim 32 --clock cpu        # a third of the width, on a machine shared with others
 python benchmarks/vae.py --layout 2.2 --base-dim 32       # Wan 2.2's layout
@@ -13,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -105,10 +108,14 @@ def peak_above(work: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    return time.perf_counter if args.clock == "wall" else time.process_time
+
+
 def measure_here(args: argparse.Namespace) -> None:
-    """In a process of its own: one implementation's peak memory."""
+    """In a process of its own: one implementation's time, peak memory and, if asked for, result."""
     name, side, frames = args.measure.split(",")
-    config = config_of(args)
+    config, results = config_of(args), list[Any]()
     if name == "stream":
         vae, count = ours_of(config), int(frames)
         frame = input_of(config, "encode", 1, args.size)[0, :, 0]
@@ -118,22 +125,27 @@ def measure_here(args: argparse.Namespace) -> None:
         def work() -> None:
             encoded = vae.encode_stream(frame.clone() for _ in range(count))
             decoded = vae.decode_stream(latent.clone() for _ in range(1 + (count - 1) // config.stride[0]))
-            for _ in encoded if side == "encode" else decoded:
-                pass
+            results.extend(float(chunk.sum()) for chunk in (encoded if side == "encode" else decoded))
     else:
         run, given = runs(name, config, side), input_of(config, side, int(frames), args.size)
         run(input_of(config, side, 5, 32))  # what is made once, at the first call
 
         def work() -> None:
-            run(given)
+            results.append(run(given))
 
-    print(json.dumps(peak_above(work)))
+    clock = clock_of(args)
+    start = clock()
+    peak = peak_above(work)
+    print(json.dumps({"peak": peak, "seconds": clock() - start}))
+    if args.out:
+        torch.save(results[0], args.out)
 
 
-def measured(args: argparse.Namespace, what: str) -> int:
+def measured(args: argparse.Namespace, what: str, result: Path | None = None) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", what, "--layout", args.layout, "--size", str(args.size)]
     command += ["--base-dim", str(args.base_dim or 0), "--threads", str(args.threads or torch.get_num_threads())]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command += ["--clock", args.clock, *(["--out", str(result)] if result else [])]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -146,7 +158,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -165,44 +176,41 @@ def main() -> None:
 def long_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for side in args.sides:
-        few, many = (measured(args, f"stream,{side},{frames}") for frames in (101, 1001))
+        few, many = (measured(args, f"stream,{side},{frames}")["peak"] for frames in (101, 1001))
         rows.append({"side": side, "101": few, "1001": many, "ratio": many / few})
         print(f"{side}: 101 frames {few >> 20} MiB, 1,001 frames {many >> 20} MiB, ratio {many / few:.3f}", flush=True)
     return rows
 
 
 def speed_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
     config = config_of(args)
     print(f"Wan {args.layout}, base {config.base_dim}, {args.size}x{args.size}, {torch.get_num_threads()} threads")
     rows = []
     for side in args.sides:
         for frames in args.frames:
-            given = input_of(config, side, frames, args.size)
-            run = {name: runs(name, config, side) for name in ("stdit", "diffusers")}
-            apart, pairs, rates = 0.0, [], []
+            pairs, rates = [], []
             for pair in range(args.pairs):
-                seconds, results = {}, {}
-                for name in sorted(run, reverse=bool(pair % 2)):
-                    start = clock()
-                    results[name] = run[name](given)
-                    seconds[name] = clock() - start
-                apart = float((results["stdit"] - results["diffusers"]).norm() / results["diffusers"].norm())
+                order = ["stdit", "diffusers"][:: -1 if pair % 2 else 1]
+                with tempfile.TemporaryDirectory() as folder:
+                    files = {name: Path(folder) / name for name in order}
+                    pairs.append({name: measured(args, f"{name},{side},{frames}", files[name]) for name in order})
+                    mine, other = (torch.load(files[name]) for name in ("stdit", "diffusers"))
+                apart = float((mine - other).norm() / other.norm())
                 assert apart <= 1e-5, f"{side}, {frames} frames: {apart:.1e} apart"
-                pairs.append(seconds)
-                rates.append(convolution_rate(config, args.size, clock))
-            ratios = [pair["stdit"] / pair["diffusers"] for pair in pairs]
-            took = statistics.median(pair["stdit"] for pair in pairs)
-            row: dict[str, Any] = {"side": side, "frames": frames, "apart": apart, "seconds": pairs, "ratio": ratios}
-            row["share_of_limit"] = flops_of(config, side, given) / took / statistics.median(rates)
-            line = f"{side} {frames} frames: {took:.2f} s, {statistics.median(ratios):.2f} of diffusers' time"
-            line += f" ({min(ratios):.2f} to {max(ratios):.2f}), {row['share_of_limit']:.0%} of the convolutions' limit"
-            if not args.no_memory:
-                row["memory"] = {name: measured(args, f"{name},{side},{frames}") for name in run}
-                mine, other = row["memory"]["stdit"], row["memory"]["diffusers"]
-                line += f"; {mine >> 20} MiB, {mine / other:.2f} of its {other >> 20}"
-            print(f"{line}; {apart:.0e} apart", flush=True)
-            rows.append(row)
+                rates.append(convolution_rate(config, args.size, clock_of(args)))
+            ratios = [pair["stdit"]["seconds"] / pair["diffusers"]["seconds"] for pair in pairs]
+            took = statistics.median(pair["stdit"]["seconds"] for pair in pairs)
+            memory = {name: max(pair[name]["peak"] for pair in pairs) for name in pairs[0]}
+            share = flops_of(config, side, input_of(config, side, frames, args.size)) / took / statistics.median(rates)
+            row = {"side": side, "frames": frames, "apart": apart, "pairs": pairs, "ratio": ratios}
+            rows.append(row | {"memory": memory, "share_of_limit": share})
+            print(
+                f"{side} {frames} frames: {took:.2f} s, {statistics.median(ratios):.2f} of diffusers' time "
+                f"({min(ratios):.2f} to {max(ratios):.2f}), {share:.0%} of the convolutions' limit; "
+                f"{memory['stdit'] >> 20} MiB, {memory['stdit'] / memory['diffusers']:.2f} of its "
+                f"{memory['diffusers'] >> 20}; {apart:.0e} apart",
+                flush=True,
+            )
     return rows
 
 

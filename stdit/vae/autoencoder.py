@@ -238,8 +238,8 @@ class CausalVAE(nn.Module):
     def encode_moments(self, video: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) in [−1, 1] -> mean and log-variance of the raw latents, (B, z, T', H', W') each.
 
-        past: {} for the first chunk of a clip of several, then the same object for the chunks that follow; the first
-        has 1+k·stride frames, the others k·stride. The chunks' latents are those of the whole clip.
+        past: Past() for the first chunk of a clip of several, then the same object for the chunks that follow; the
+        first has 1+k·stride frames, the others k·stride. The chunks' latents are those of the whole clip.
         """
         return self.encode_coarse(self.encode_fine(video, past), past)
 

@@ -275,8 +275,10 @@ class _Stream:
         self.vae, self.decodes, stride = vae, side == "decoder", vae.config.stride[1:]
         scale_in, scale_out = ((1, 1), stride) if self.decodes else (stride, (1, 1))
         self.size = rows * scale_out[0], columns * scale_out[1]
-        self.past: Past = {}  # of what runs on the whole frame
-        self.tiles: list[tuple[Tile, Past]] = [(tile, {}) for tile in tiles((rows, columns), cut, scale_in, scale_out)]
+        self.past = Past()  # of what runs on the whole frame
+        self.tiles: list[tuple[Tile, Past]] = [
+            (tile, Past(self.past)) for tile in tiles((rows, columns), cut, scale_in, scale_out)
+        ]
 
     def __call__(self, chunk: Tensor) -> Tensor:
         """The next chunk of a stream."""

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 from stdit.vae.autoencoder import PRESETS, CausalVAE, VaeConfig, measure_latents, preset
+from stdit.vae.layers import Past
 from stdit.weights.families import wan_vae
 
 TINY = VaeConfig(base_dim=4, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), z_dim=3)
@@ -136,11 +137,11 @@ def test_chunks_equal_the_whole_clip(config, chunks):
     vae = random_vae(config)
     video = clip(config, sum(chunks), dtype=torch.float64)
     mean, logvar = vae.encode_moments(video)
-    past = {}
+    past = Past()
     parts = [vae.encode_moments(part, past) for part in video.split(chunks, dim=2)]
     assert_close(torch.cat([m for m, _ in parts], 2), mean, rtol=0, atol=1e-12)
     assert_close(torch.cat([l for _, l in parts], 2), logvar, rtol=0, atol=1e-12)
-    past = {}
+    past = Past()
     latents = [-(-n // 4) for n in chunks]
     decoded = torch.cat([vae.decode_raw(part, past) for part in mean.split(latents, dim=2)], 2)
     assert_close(decoded, vae.decode_raw(mean), rtol=0, atol=1e-12)

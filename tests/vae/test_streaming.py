@@ -16,6 +16,7 @@ from stdit.errors import StditError
 from stdit.vae import streaming
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.config import PRESETS
+from stdit.vae.layers import Past
 from stdit.vae.streaming import Slices, blend_weights, coarse_bytes, slices, spans, working_bytes
 
 STATISTICS = dict(latents_mean=(0.5, -1, 0), latents_std=(1, 2, 0.5))
@@ -49,10 +50,10 @@ def chunk_length(monkeypatch, latents: int) -> None:
 def test_streamed_equals_whole(config, dtype, tolerance, monkeypatch):
     """The whole: the first frame, then all others in one chunk. Every chunk length from one latent frame up."""
     vae, video = random_vae(config, dtype), clip(config, 13, dtype=dtype)
-    past = {}
+    past = Past()
     parts = [vae.encode_moments(part[None], past)[0] for part in video.split([1, 12], dim=1)]
     latents = vae.normalise(torch.cat(parts, 2))[0]
-    past = {}
+    past = Past()
     raw = vae.denormalise(latents[None])
     decoded = torch.cat([vae.decode_raw(part, past) for part in raw.split([1, 3], dim=2)], 2)[0]
     for length in range(1, 4):
@@ -133,7 +134,7 @@ def test_memory_does_not_grow_with_the_clip(side, tmp_path):
 @torch.no_grad()
 def test_working_bytes_are_about_what_a_chunk_takes(side, config, latents, tmp_path):
     config = replace(config, base_dim=16, decoder_base_dim=16)  # narrower ones, oneDNN pads to 16
-    vae, past = random_vae(config), {}
+    vae, past = random_vae(config), Past()
     run, size = vae.decode_raw, (4, 4)
     if side == "encoder":
         run, size = vae.encode_moments, (4 * config.stride[1], 4 * config.stride[2])
