@@ -32,6 +32,9 @@ def vae(
     ] = False,
     pictures: Annotated[int, typer.Option(min=0, help="Pictures of so many clips.")] = 16,
     memory: Annotated[int | None, MEMORY] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw latents from the posterior, not exact as a transformer's are.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation-vae.json instead of a table.")] = False,
 ) -> None:
@@ -65,6 +68,7 @@ def vae(
             lpips or (),
             pictures,
             memory,
+            sample,
             device,
             progress,
         )

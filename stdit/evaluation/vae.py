@@ -27,6 +27,7 @@ from stdit.encode import vae_identity
 from stdit.errors import StditError
 from stdit.evaluation.metrics import ALIKE, SMALLEST_SSIM, decibels, ssim
 from stdit.files import publish_text
+from stdit.keyed import keyed_generator
 from stdit.shapes import first_frames, nearest_frames
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.perceptual import Lpips
@@ -147,16 +148,18 @@ def pooled_statistics(clips: Sequence[dict[str, Any]]) -> dict[str, list[float]]
 
 
 @torch.no_grad()
-def reconstructed(vae: Any, pieces: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+def reconstructed(
+    vae: Any, pieces: Iterator[np.ndarray], posterior: torch.Generator | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
     """A clip in pieces, uint8 (t, H, W, 3), through the VAE and back: (source, reconstruction, raw latents) of parts.
 
     The latents (z, n, H', W') of a part are those that became known with it. A CausalVAE streams; another family's
-    takes the clip whole.
+    takes the clip whole. posterior: draws the latents; None: their mode.
     """
     weight = next(vae.parameters())
     if not isinstance(vae, CausalVAE):
         source = np.concatenate([*pieces])
-        latents = vae.encode(to_video(torch.from_numpy(source)).to(weight)[None])
+        latents = vae.encode(to_video(torch.from_numpy(source)).to(weight)[None], posterior is not None, posterior)
         yield source, _as_bytes(vae.decode(latents)[0]), vae.denormalise(latents)[0]
         return
     waiting: list[np.ndarray] = []
@@ -169,7 +172,7 @@ def reconstructed(vae: Any, pieces: Iterator[np.ndarray]) -> Iterator[tuple[np.n
                 yield to_video(torch.from_numpy(frame[None])).to(weight)[:, 0]
 
     def latents_of() -> Iterator[Tensor]:
-        for chunk in vae.encode_stream(frames()):
+        for chunk in vae.encode_stream(frames(), posterior=posterior):
             found.append(chunk)
             yield chunk
 
@@ -197,6 +200,7 @@ def evaluate_vae(
     lpips: Sequence[str | Path] = (),
     pictures: int = 16,
     memory: int | None = None,
+    sample: bool = False,
     device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
@@ -205,7 +209,8 @@ def evaluate_vae(
     size: (width, height) that clips are scaled to cover and cut to at the centre; None: each its own, cut to multiples
     of the VAE's stride. frames: at most so many of each clip from its start. fps: that they are read at; None: each its
     own. limit: only the first so many clips. lpips: files or folders of LPIPS' weights. pictures: of the first so many
-    clips. memory: bytes for a CausalVAE to work in; another family's keeps to none, and is an error.
+    clips. memory: bytes for a CausalVAE to work in; another family's keeps to none, and is an error. sample: latents
+    are drawn from the posterior, keyed by the clip, instead of its mode: not exact, as a transformer's are not.
 
     Writes out/evaluation-vae.json, out/evaluation-vae/ with a picture of a clip's source, reconstruction and their
     difference, and out/evaluation-vae.jsonl with each clip when it is done: a call that was stopped goes on from there.
@@ -223,7 +228,7 @@ def evaluate_vae(
     manifest, failures = _manifest(str(clips))
     settings = {
         "clips": str(clips), "size": size and list(size), "frames": frames, "fps": fps, "lpips": [*map(str, lpips)],
-        "vae": vae_identity(Path(model).expanduser()),
+        "sample": sample, "vae": vae_identity(Path(model).expanduser()),
     }  # fmt: skip
     perceptual = Lpips(lpips).to(device) if lpips else None
     record = out / "evaluation-vae.jsonl"
@@ -243,7 +248,7 @@ def evaluate_vae(
                 continue
             try:
                 cut = _cut(clip, vae.config.stride, size, frames, fps)
-                line = _measure(vae, clip, cut, perceptual, picture and out / picture)
+                line = _measure(vae, clip, cut, perceptual, picture and out / picture, sample)
             except VideoError as error:
                 failures.append(str(error))
                 continue
@@ -313,13 +318,14 @@ def _cut(clip: Clip, stride: tuple[int, ...], size: tuple[int, int] | None, fram
     return Cut(width, height, nearest_frames(count, stride)[0], rate)
 
 
-def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path | None) -> dict[str, Any]:
+def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path | None, sample: bool) -> dict[str, Any]:
     measures = ClipMeasures(lpips)
     latents: list[Tensor] = []
     shown: list[tuple[np.ndarray, np.ndarray]] = []
     picks = set(sheet_frames(cut.frames, PICTURE_FRAMES))
     done = 0
-    for source, rebuilt, found in reconstructed(vae, _pieces(clip, cut)):
+    posterior = keyed_generator(0, "posterior", clip.id) if sample else None
+    for source, rebuilt, found in reconstructed(vae, _pieces(clip, cut), posterior):
         if not found.isfinite().all():
             raise StditError(f"{clip.path}: the VAE gives latents that are not finite. Has its training diverged?")
         measures.add(source, rebuilt)

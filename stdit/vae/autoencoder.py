@@ -208,7 +208,7 @@ class CausalVAE(nn.Module):
             mean, logvar = self.encode_moments(video)
         else:
             mean, logvar = streaming.encode_moments(self, video, memory).chunk(2, dim=1)
-        return self.normalise(draw(mean, logvar, generator) if sample else mean)
+        return self.normalise(streaming.draw(mean, logvar, generator) if sample else mean)
 
     def decode(self, latents: Tensor, clamp: bool = True, memory: int | None = None) -> Tensor:
         """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes).
@@ -225,9 +225,11 @@ class CausalVAE(nn.Module):
             return video.clamp(-1, 1) if clamp else video
         return streaming.decode(self, latents, memory, clamp)
 
-    def encode_stream(self, frames: Iterable[Tensor], memory: int | None = None) -> Iterator[Tensor]:
+    def encode_stream(
+        self, frames: Iterable[Tensor], memory: int | None = None, posterior: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
         """`encode` for frames as they come: see `streaming.encode_stream`."""
-        return streaming.encode_stream(self, frames, self.memory if memory is None else memory)
+        return streaming.encode_stream(self, frames, self.memory if memory is None else memory, posterior)
 
     def decode_stream(
         self, latents: Tensor | Iterable[Tensor], memory: int | None = None, clamp: bool = True
@@ -305,13 +307,6 @@ class CausalVAE(nn.Module):
                 f"video is in [{low:g}, {high:g}]: the VAE encodes [-1, 1]. From [0, 255]: video / 127.5 - 1; after a "
                 f"resize that overshoots: video.clamp(-1, 1)."
             )
-
-
-def draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """mean + exp(logvar / 2) · ε with ε drawn in fp32, on the generator's device (the CPU without one)."""
-    device = generator.device if generator is not None else "cpu"
-    noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32, device=device)
-    return mean + (0.5 * logvar).exp() * noise.to(mean)
 
 
 @torch.no_grad()

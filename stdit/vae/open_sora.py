@@ -18,6 +18,7 @@ from stdit.errors import StditError
 from stdit.shapes import Stride, VideoShape, frames_of
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.others import OtherVAE, diffusers_class
+from stdit.vae.streaming import draw
 
 SPATIAL_SCALE = 0.18215  # of the latents of frames, whatever their own config says
 FRAMES_AT_ONCE = 4  # in the autoencoder of frames
@@ -151,8 +152,7 @@ class TemporalVAE(nn.Module):
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         if not sample:
             return mean
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+        return draw(mean, log_variance.clamp(-30, 20), generator)
 
     def decode(self, z: Tensor, frames: int) -> Tensor:
         return self.decoder(self.post_quant_conv(z))[:, :, -frames:]

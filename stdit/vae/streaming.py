@@ -209,12 +209,15 @@ def decode(vae: CausalVAE, latents: Tensor, memory: int | None = None, clamp: bo
 
 
 @torch.no_grad()
-def encode_stream(vae: CausalVAE, frames: Iterable[Tensor], memory: int | None = None) -> Iterator[Tensor]:
+def encode_stream(
+    vae: CausalVAE, frames: Iterable[Tensor], memory: int | None = None, posterior: torch.Generator | None = None
+) -> Iterator[Tensor]:
     """Frames (3, H, W) in [−1, 1], 1+k·stride of them, to chunks of normalised latents (z, n, H', W'), as they come.
 
-    The posterior's mode: what `encode` gives for all frames at once. Only a chunk's frames are held. memory: bytes, as
-    in `slices`. Raises StditError for a frame that cannot be encoded, which it names by its number, for no frames, and,
-    when they end, for a number of frames that is not 1+k·stride.
+    The posterior's mode: what `encode` gives for all frames at once; or drawn from it, with noise of the generator
+    `posterior`, the same for any length of chunks. Only a chunk's frames are held. memory: bytes, as in `slices`.
+    Raises StditError for a frame that cannot be encoded, which it names by its number, for no frames, and, when they
+    end, for a number of frames that is not 1+k·stride.
     """
     source = _checked(frames, vae.config.stride)
     first = next(source)
@@ -226,8 +229,19 @@ def encode_stream(vae: CausalVAE, frames: Iterable[Tensor], memory: int | None =
     while chunk:
         video = torch.stack(chunk, 1)[None].to(next(vae.parameters()))
         chunk.clear()
-        yield vae.normalise(run(video).chunk(2, dim=1)[0])[0]
+        mean, logvar = run(video).chunk(2, dim=1)
+        if posterior is not None:
+            moments = zip(mean.split(1, dim=2), logvar.split(1, dim=2))
+            mean = torch.cat([draw(*frame, posterior) for frame in moments], dim=2)
+        yield vae.normalise(mean)[0]
         chunk.extend(islice(source, cut.latents * vae.config.stride[0]))
+
+
+def draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """mean + exp(logvar / 2) · ε with ε drawn in fp32, on the generator's device (the CPU without one)."""
+    device = generator.device if generator is not None else "cpu"
+    noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32, device=device)
+    return mean + (0.5 * logvar).exp() * noise.to(mean)
 
 
 @torch.no_grad()

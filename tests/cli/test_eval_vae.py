@@ -71,6 +71,9 @@ def test_a_folder_of_clips(clips, model, tmp_path, capsys):
     assert stdit(*words, "--size", "16x12", "--limit", 1, "--json") == 0  # other settings: from the beginning
     other = json.loads(capsys.readouterr().out)
     assert [clip["shape"] for clip in other["clips"]] == ["16x12x17"] and other["measures"]["psnr"] < 70
+    assert stdit(*words, "--size", "16x12", "--limit", 1, "--sample", "--json") == 0
+    drawn = json.loads(capsys.readouterr().out)
+    assert drawn["settings"]["sample"] and drawn["latents"]["mean"] != other["latents"]["mean"]
 
 
 def test_the_normalisation_is_written(clips, model, tmp_path, capsys):

@@ -129,3 +129,11 @@ def test_streamed_is_the_clip_at_once():
     torch.testing.assert_close(found, raw[0], rtol=1e-4, atol=1e-4)
     wanted = ((vae.decode(vae.normalise(raw))[0] + 1) * 127.5).permute(1, 2, 3, 0).numpy()
     assert np.abs(np.concatenate([b for _, b, _ in parts]) - wanted).max() < 0.51
+
+    drawn = [
+        torch.cat([z for _, _, z in reconstructed(vae, iter([source]), torch.Generator().manual_seed(seed))], 1)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    deviation = (drawn[0] - raw[0]) / (0.5 * vae.encode_moments(video)[1][0]).exp()
+    assert 0.9 < float(deviation.std()) < 1.1

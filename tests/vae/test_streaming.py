@@ -68,6 +68,19 @@ def test_streamed_equals_whole(config, dtype, tolerance, monkeypatch):
     assert relative(vae.decode(latents[None], clamp=False)[0], decoded) <= tolerance
 
 
+@torch.no_grad()
+def test_a_stream_drawn_from_the_posterior_does_not_hang_on_its_chunks(monkeypatch):
+    vae, video = random_vae(WAN21, torch.float64), clip(WAN21, 13, dtype=torch.float64)
+    mean, logvar = (one[0] for one in vae.encode_moments(video[None]))
+    posterior = torch.Generator().manual_seed(5)
+    noise = torch.stack([torch.randn(mean[:, 0].shape, generator=posterior) for _ in range(mean.shape[1])], 1)
+    wanted = vae.normalise((mean + (0.5 * logvar).exp() * noise)[None])[0]
+    for length in range(1, 4):
+        chunk_length(monkeypatch, length)
+        chunks = vae.encode_stream(video.unbind(1), posterior=torch.Generator().manual_seed(5))
+        assert relative(torch.cat(list(chunks), 1), wanted) <= 1e-12
+
+
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     assert found.shape == wanted.shape
     return float((found - wanted).double().norm() / wanted.double().norm())
