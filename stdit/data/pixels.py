@@ -165,11 +165,9 @@ def to_rgb(
     Through planes of one colour each: the same numbers as "rgb24", in half the time where chroma is kept whole.
     """
     transpose, flip_x, flip_y = orientation(frame)
-    width, height = displayed_size(frame, pixel_aspect)
+    width, height = max(1, round(frame.width * pixel_aspect)), frame.height
     if size is not None:
-        width, height = covering_size((width, height), size)
-    if transpose:
-        width, height = height, width
+        width, height = covering_size((width, height), size[::-1] if transpose else size)
     # where the file does not say, HD is BT.709 and less is BT.601, as players assume
     unspecified = frame.colorspace in (0, 2) and frame.format.name != "rgb24"
     guess = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unspecified else None
