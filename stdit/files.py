@@ -12,15 +12,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stdit.errors import StditError
+
+
+@contextmanager
+def _made(path: Path) -> Iterator[None]:
+    """Says of what is made at `path` that nothing can be, on file systems such as /proc; `stdit.cli.main` tells what a
+    user can mend of all other errors."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StditError(f"{path}: no file or folder can be made there. Choose another path.") from error
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made with those above it where it is not there."""
+    path = Path(path)
+    with _made(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
 
 @contextmanager
 def publish(path: str | Path) -> Iterator[Path]:
     """Gives a name beside `path` to write a file to; at the end it takes the place of `path` in one step.
 
-    A reader sees the old file or the new one, after a power cut too. Where writing fails, nothing is left behind.
+    A reader sees the old file or the new one, after a power cut too. Where writing fails, nothing is left behind. The
+    folder is made. Where no file can be made the error is the system's own, or a StditError, and not a library's.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = make_folder(path.parent) / f".{path.name}.{secrets.token_hex(4)}.part"
+    with _made(path):
+        part.touch()
+        part.unlink()
     try:
         yield part
         sync(part)
@@ -68,15 +92,17 @@ def journal(path: str | Path) -> Iterator[tuple[list[dict[str, Any]], Callable[[
     What is added survives the process at any moment. A line that was cut off as a process was ended is left out.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         with suppress(json.JSONDecodeError):
             found.append(json.loads(line))
-    with open(path, "ab", buffering=0) as file:
+    with _made(path):
+        path.touch()
+    with open(path, "ab", buffering=0) as file:  # a call of `add` is a write: several threads may
         file.write(b"\n")  # after a line that was cut off
 
         def add(lines: list[dict[str, Any]]) -> None:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())  # ASCII: any name of a file
 
         yield [line for line in found if isinstance(line, dict)], add

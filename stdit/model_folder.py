@@ -245,7 +245,6 @@ def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> 
 
 def save_parts(parts: ModelParts, folder: Path) -> None:
     """Writes a model folder that diffusers' pipeline of its kind and `load_parts` open."""
-    folder.mkdir(parents=True, exist_ok=True)
     experts = isinstance(parts.transformer, Experts)
     save_transformer(parts.transformer, folder if experts else folder / "transformer")
     save_vae(parts.vae, folder / "vae")

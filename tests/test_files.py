@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from stdit.files import publish, publish_folder, publish_text, sha256_of
+from stdit.errors import StditError
+from stdit.files import journal, make_folder, publish, publish_folder, publish_text, sha256_of
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -29,6 +30,43 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
     with pytest.raises(FileNotFoundError), publish(path):
         pass  # nothing was written
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a file system that makes no files")
+@pytest.mark.parametrize(
+    "make", [make_folder, lambda place: publish_text(place, ""), lambda place: journal(place).__enter__()]
+)
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y.txt"])
+def test_a_place_where_nothing_can_be_made_is_named(make, place):
+    with pytest.raises(StditError, match=r"/proc/x.*Choose another path"):
+        make(place)
+
+
+def test_what_a_library_would_say_of_a_place_that_is_none_is_the_systems_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file/a", "file/b/a"):
+        with pytest.raises((FileExistsError, NotADirectoryError)), publish(tmp_path / place):
+            raise RuntimeError("a library's own words")
+    with publish(tmp_path / "new" / "er" / "a") as part:
+        part.write_text("a")
+    assert (tmp_path / "new" / "er" / "a").read_text() == "a"
+
+
+def test_a_journal_keeps_every_line_that_was_not_cut_off(tmp_path):
+    lines = [
+        {"path": "a\udcff", "text": "é\u2028中"},
+        {"path": "b"},
+    ]  # a name that is not UTF-8, as the system gives it
+    with journal(tmp_path / "new" / "j.jsonl") as (found, add):
+        add(lines)
+        assert found == []
+    with (tmp_path / "new" / "j.jsonl").open("a") as file:
+        file.write('7\n{"path": ')
+    with journal(tmp_path / "new" / "j.jsonl") as (found, add):
+        add([{"path": "c"}])
+        assert found == lines
+    with journal(tmp_path / "new" / "j.jsonl") as (found, _):
+        assert found == [*lines, {"path": "c"}]
 
 
 def test_a_folder_takes_the_place_of_the_old_one_with_nothing_of_it_left(tmp_path):

@@ -18,7 +18,7 @@ from stdit.cli.device import pick_device
 from stdit.cli.memory import MEMORY
 from stdit.cli.stopped import when_stopped
 from stdit.errors import StditError
-from stdit.files import publish_text
+from stdit.files import make_folder, publish_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +133,7 @@ def sample(
         "loras": [[str(file), weight] for file, weight in loras],
         "loras_2": [[str(file), weight] for file, weight in loras_2],
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     written = []
     with _progress(len(texts), hidden=as_json) as (step_done, clip_done):
         latents = pipeline.sample_latents(

@@ -91,8 +91,6 @@ class Cache:
     ) -> Cache:
         """write_settings: for one of several ranks that write to one cache."""
         folder = join(str(root).removeprefix("file://"), _name(settings))
-        if not is_remote(folder):
-            Path(folder).mkdir(parents=True, exist_ok=True)
         if write_settings:
             _remove_parts(folder, "settings.json")
             text = json.dumps(dict(settings), indent=1, sort_keys=True)

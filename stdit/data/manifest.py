@@ -226,12 +226,17 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest(table, path.parent, str(path))
 
 
-def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Writes Parquet: a new file is renamed into place, so a reader sees the old one or the new one."""
+def parquet_path(path: str | Path) -> Path:
+    """The path, if a manifest can be written there by its name."""
     path = Path(path)
     if path.suffix.lower() != ".parquet":
         raise StditError(f"{path}: manifests are written as Parquet; name it {path.with_suffix('.parquet').name}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_manifest(manifest: Manifest, path: str | Path) -> None:
+    """Writes Parquet: a new file is renamed into place, so a reader sees the old one or the new one."""
+    path = parquet_path(path)
     folder = os.path.join(os.path.abspath(path.parent), "")
     stored = [_stored(p, folder) for p in (manifest._resolve(p) for p in manifest.table.column("path").to_pylist())]
     table = manifest.table.set_column(manifest.table.column_names.index("path"), "path", pa.array(stored, _TEXT))

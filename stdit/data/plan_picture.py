@@ -12,6 +12,7 @@ import numpy as np
 
 from stdit.data.packs import Packs, split
 from stdit.data.planner import Plan
+from stdit.files import publish
 from stdit.shapes import VideoShape
 
 if TYPE_CHECKING:
@@ -108,9 +109,8 @@ def draw_plan(
     _draw_shapes(top, plan, shapes, present, colours)
     _draw_packs(middle, splits, groups, colours, work_unit)
     _draw_balance(bottom, measures, token_bound, plan.num_steps)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format="png")
+    with publish(path) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def _draw_shapes(

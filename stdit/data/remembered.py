@@ -15,7 +15,7 @@ from stdit.data.manifest import Caption
 from stdit.data.paths import is_remote
 from stdit.data.probing import Probed, Wanted
 from stdit.data.scores import FORMAT
-from stdit.files import publish_text
+from stdit.files import journal, publish_text
 
 PASSING = ("timeout", "crashed", "missing", "unreadable")  # reasons that may be none the next time
 
@@ -23,8 +23,10 @@ PASSING = ("timeout", "crashed", "missing", "unreadable")  # reasons that may be
 class Memory:
     """What was found of files, by path, with the state (size, time) that a file had then."""
 
-    def __init__(self, wanted: Wanted, lines: list[dict[str, Any]], write: Callable[[bytes], object]) -> None:
-        self.wanted, self.write = wanted, write
+    def __init__(
+        self, wanted: Wanted, lines: list[dict[str, Any]], add: Callable[[list[dict[str, Any]]], None]
+    ) -> None:
+        self.wanted, self.add = wanted, add
         self.known = {line["path"]: line for line in lines}
         self.used: dict[str, dict[str, Any]] = {}
 
@@ -76,7 +78,7 @@ class Memory:
     def _keep(self, file: File, values: dict[str, Any]) -> None:
         path = absolute(file.path)
         self.used[path] = line = {**values, "path": path, "file": file.state}
-        self.write(json.dumps(line).encode() + b"\n")
+        self.add([line])
 
 
 @contextmanager
@@ -85,16 +87,8 @@ def remembered(path: Path | None, wanted: Wanted) -> Iterator[Memory]:
     if path is None:
         yield Memory(wanted, [], lambda _: None)
         return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # cut off as the scan was ended
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:  # a write is a line: several threads write
-        file.write(b"\n")  # after a line that was cut off
-        memory = Memory(wanted, lines, file.write)
+    with journal(path) as (lines, add):
+        memory = Memory(wanted, lines, add)
         yield memory
     publish_text(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()))
 

@@ -98,7 +98,6 @@ def scan(
     if out is not None:
         if len(manifest):
             write_manifest(manifest, out)
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in scanned.skipped]
         publish_text(skipped_path(out), "".join(lines))
     return scanned

@@ -283,7 +283,6 @@ def make_toy(
         if not (folder / part / file.name).exists()
     ]
     for part in parts:
-        (folder / part).mkdir(exist_ok=True)
         rows = io.StringIO()
         csv.writer(rows, lineterminator="\n").writerows(
             [("path", "caption"), *((file.name, file.spec.caption) for file in files[part])]
@@ -328,7 +327,6 @@ def _claim(folder: Path, settings: ToySettings) -> None:
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StditError(f"{folder} exists and is no toy set (it has no toy.json). Name an empty or new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     _write_settings(folder, settings, complete=False)
 
 

@@ -29,7 +29,7 @@ from stdit.diffusion.solvers import path_of
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr
 from stdit.evaluation.toy import Accuracy
-from stdit.files import publish_text
+from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.pipeline import Pipeline
@@ -83,8 +83,7 @@ def evaluate_captions(
     returns the content of the JSON.
     """
     pipeline = Pipeline.load(model, device=device) if isinstance(model, str | Path) else model
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     began = time.perf_counter()
     clips, failures = read_clips(pipeline, data, limit, progress)
     captions = list(dict.fromkeys(clip.caption for clip in clips))

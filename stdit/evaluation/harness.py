@@ -18,7 +18,7 @@ from stdit.data.video_io import contact_sheet, read_frames, write_video
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr, psnr
 from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
-from stdit.files import publish_text
+from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_seed
 from stdit.shapes import VideoShape, nearest_frames, size_for
 
@@ -57,7 +57,7 @@ def evaluate_toy(
     from stdit.pipeline import Pipeline
 
     pipeline = Pipeline.load(model, device=device) if isinstance(model, str | Path) else model
-    out = Path(out)
+    out = make_folder(out)
     captions = held_out_prompts(prompts, seed)
     trained = [VideoShape.parse(shape) for shape in pipeline.settings.shapes]
     multiple, stride = pipeline.multiple, pipeline.vae.config.stride
@@ -289,7 +289,6 @@ def _describe(shape: VideoShape, index: int, caption: str, reading: ToyReading) 
 def _write_samples(
     folder: Path, clips: Sequence[np.ndarray], captions: Sequence[str], readings: Sequence[ToyReading], fps: float
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     labels = []
     for index, (clip, caption, reading) in enumerate(zip(clips, captions, readings)):
         write_video(folder / f"{index:02d}.mp4", clip, fps)

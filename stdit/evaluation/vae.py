@@ -26,7 +26,7 @@ from stdit.data.video_write import contact_sheet, sheet_frames
 from stdit.encode import vae_identity
 from stdit.errors import StditError
 from stdit.evaluation.metrics import ALIKE, SMALLEST_SSIM, decibels, ssim
-from stdit.files import publish_text
+from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.shapes import first_frames, nearest_frames
 from stdit.vae.autoencoder import CausalVAE
@@ -223,8 +223,7 @@ def evaluate_vae(
         raise StditError(f"fps is {fps}; it must be positive and finite.")
     vae = load_vae(model, dtype=torch.float32, device=device).eval()
     vae.memory = memory
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     manifest, failures = _manifest(str(clips))
     settings = {
         "clips": str(clips), "size": size and list(size), "frames": frames, "fps": fps, "lpips": [*map(str, lpips)],
@@ -333,7 +332,6 @@ def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path 
         shown += [(source[i], rebuilt[i]) for i in range(len(source)) if done + i in picks]
         done += len(source)
     if picture is not None:
-        picture.parent.mkdir(exist_ok=True)
         before, after = (np.stack(frames).astype(np.int16) for frames in zip(*shown))
         difference = np.clip(4 * np.abs(after - before), 0, 255)
         contact_sheet(

@@ -157,7 +157,6 @@ def sample(pipeline: Pipeline, parts: Parts, step: int) -> list[str]:
         steps=settings.steps, guidance=settings.guidance, seed=settings.seed,
     )  # fmt: skip
     folder = run / "samples" / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
     about = []
     for index, (prompt, frames) in enumerate(zip(settings.prompts, clips)):
         words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:40]

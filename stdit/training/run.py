@@ -9,6 +9,7 @@ from pathlib import Path
 from stdit.data.buckets import REASONS, Assignment
 from stdit.data.packs import balance, split
 from stdit.errors import StditError
+from stdit.files import make_folder
 from stdit.training.build import Parts, build
 from stdit.training.checkpoint import remove_strays
 from stdit.training.footprint import footprint, outline
@@ -31,7 +32,7 @@ def run(config: RunConfig, world: World) -> None:
             report(trainer)
         return
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         remove_strays(folder)
         save_config(config, folder / "config.yaml")
     world.barrier()

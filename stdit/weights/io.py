@@ -357,7 +357,6 @@ def _write(
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {foreign: name for name, shard in zip(names, shards) for foreign in shard},
         }
-    folder.mkdir(parents=True, exist_ok=True)
     stale = re.compile(rf"({'|'.join(map(re.escape, stems))})" + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     with ExitStack() as renames:  # the last entered is renamed first, the index at the end: without it shards are none
         for name, content in reversed(documents.items()):

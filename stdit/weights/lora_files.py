@@ -207,7 +207,6 @@ def write_adapter(
     modules = {name.removesuffix(".weight"): pair for name, pair in there.pairs.items()}
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
-    path.parent.mkdir(parents=True, exist_ok=True)
     if plain:
         if there.differences:
             raise StditError(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -195,6 +196,31 @@ def test_a_closed_pipe_is_quiet():
     run.stdout.close()
     assert run.stderr.read() == ""
     assert run.wait() == 1
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "file", "locked"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        "data scan FOLDER --out PLACE/m.parquet",
+        "data scan FOLDER --out PLACE/in/m.parquet",
+        "data toy PLACE/toy",
+        "train ROOT/configs/toy/dit.yaml run=PLACE/run",
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_named(args, place, tmp_path, capsys):
+    if place == "/proc/x" and not os.path.isdir("/proc/self"):
+        pytest.skip("no /proc here")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if place == "locked" and os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may write anywhere")
+    place = str(tmp_path / place)
+    for name, value in {"PLACE": place, "FOLDER": str(tmp_path), "ROOT": str(ROOT)}.items():
+        args = args.replace(name, value)
+    assert run_command(app, args.split(), prog="stdit") == 1
+    error = capsys.readouterr().err
+    assert f"error: {place}" in error and "hoose another path" in error
 
 
 def test_a_users_mistake_in_a_real_command():

@@ -88,6 +88,5 @@ def read_scheduler(folder: str | Path, pipeline: str = "") -> dict[str, Any]:
 
 def write_scheduler(config: Config, folder: str | Path) -> None:
     """Writes scheduler_config.json as diffusers reads it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in config.items() if key != "_pipeline"}
     publish_text(Path(folder) / "scheduler_config.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")
