@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from stdit.errors import StditError
 
+LARGEST = 10**6  # a side or a number of frames is smaller: products of the three fit into 64 bits
+
 
 class Stride(tuple[int, ...]):
     """(frames, rows, columns) of pixels to one latent, of which the first latent frame has `first` frames.
@@ -87,11 +89,12 @@ class VideoShape:
     @classmethod
     def parse(cls, text: str) -> VideoShape:
         """Reads "WIDTHxHEIGHTxFRAMES" ("832x480x81") or "WIDTHxHEIGHT" (an image)."""
-        match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)(?:\s*[x×]\s*(\d+))?\s*", text)
+        match = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})(?:\s*[x×]\s*(\d{1,6}))?\s*", text)
         width, height, frames = (int(part or 1) for part in match.groups()) if match else (0, 0, 0)
         if min(width, height, frames) < 1:
             raise StditError(
-                f"{text!r} is not a shape. Write WIDTHxHEIGHTxFRAMES, such as 832x480x81, or WIDTHxHEIGHT for images."
+                f"{text!r} is not a shape. Write WIDTHxHEIGHTxFRAMES, such as 832x480x81, or WIDTHxHEIGHT for images, "
+                "each of at most six digits."
             )
         return cls(frames, height, width)
 
@@ -149,6 +152,8 @@ def frames_of(latents: int, stride: int | tuple[int, ...]) -> int:
 
 def frames_for(seconds: float, fps: float, stride: int | tuple[int, ...]) -> int:
     """The legal number of frames nearest to a duration (the shorter one on a tie)."""
+    if not abs(seconds * fps) < LARGEST:
+        raise StditError(f"{seconds:g} s at {fps:g} fps are more frames than {LARGEST:,}: give a shorter duration.")
     low, _ = nearest_frames(int(seconds * fps), stride)
     high = nearest_frames(low + 1, stride)[1]
     return low if seconds * fps - low <= high - seconds * fps else high

@@ -85,8 +85,8 @@ def sample(
         raise typer.BadParameter("--frames and --duration say the same thing: give one.")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
-    if fps is not None and fps <= 0:
-        raise typer.BadParameter(f"--fps {fps:g} must be positive.")
+    if fps is not None and not 0 < fps < math.inf:
+        raise typer.BadParameter(f"--fps {fps:g} must be positive and finite.")
     wanted = _size(size) if size is not None else None
     ratio = _ratio(aspect) if aspect is not None else None
     seconds = _seconds(duration) if duration is not None else None

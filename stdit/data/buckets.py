@@ -14,7 +14,7 @@ from stdit.data.filters import Bounds, check_filter, left_out
 from stdit.data.manifest import Manifest
 from stdit.data.scores import SCORES
 from stdit.errors import StditError, about
-from stdit.shapes import VideoShape, frames_for
+from stdit.shapes import LARGEST, VideoShape, frames_for
 
 
 @dataclass
@@ -36,20 +36,25 @@ class ShapeRule:
         for name in ("areas", "aspects", "durations"):
             if not getattr(self, name):
                 raise StditError(f"{name} is empty: a rule takes at least one.")
-        if min(self.multiple, self.frame_stride) < 1:
-            raise StditError(f"multiple {self.multiple} and frame_stride {self.frame_stride} must be at least 1.")
+        if not 1 <= min(self.multiple, self.frame_stride) <= max(self.multiple, self.frame_stride) < LARGEST:
+            raise StditError(
+                f"multiple {self.multiple} and frame_stride {self.frame_stride} must be from 1 to {LARGEST - 1:,}."
+            )
 
     def shapes(self, fps: float) -> tuple[VideoShape, ...]:
         """Without repetition: where two aspect ratios round to one size there is one shape."""
         sizes, lengths = [], []
-        for area in map(VideoShape.parse, self.areas):
+        with about("areas"):
+            areas = [VideoShape.parse(area) for area in self.areas]
+        for area in areas:
             if not area.is_image:
                 raise StditError(f"areas: {area} has frames; an area is WIDTHxHEIGHT alone.")
             for aspect in map(_aspect, self.aspects):
                 sides = math.sqrt(area.width * area.height * aspect), math.sqrt(area.width * area.height / aspect)
                 sizes.append([max(1, round(side / self.multiple)) * self.multiple for side in sides])
         for seconds in self.durations:
-            frames = frames_for(seconds, fps, self.frame_stride) if seconds else 1
+            with about("durations"):
+                frames = frames_for(seconds, fps, self.frame_stride) if seconds else 1
             if seconds < 0 or (seconds and frames == 1):
                 raise StditError(
                     f"durations: {seconds:g} s at {fps:g} fps is less than {1 + self.frame_stride} frames. Write 0 for "
@@ -66,8 +71,8 @@ def _aspect(text: str) -> float:
         value = float(width) / float(height)
     except (ValueError, ZeroDivisionError):
         value = 0.0
-    if not 0 < value < math.inf:
-        raise StditError(f"aspects: {text!r} is not WIDTH:HEIGHT, such as 16:9.")
+    if not 0.001 <= value <= 1000:
+        raise StditError(f"aspects: {text!r} is not WIDTH:HEIGHT, such as 16:9, from 1:1000 to 1000:1.")
     return value
 
 
@@ -180,8 +185,8 @@ class DataConfig:
         )
 
     def check(self) -> None:
-        if not self.fps > 0:
-            raise StditError(f"data.fps is {self.fps}; it must be positive.")
+        if not 0 < self.fps < math.inf:
+            raise StditError(f"data.fps is {self.fps}; it must be positive and finite.")
         check_filter(self.filter)
         shapes = self.video_shapes()
         for number, stage in enumerate(self.stages, 1):

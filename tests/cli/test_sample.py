@@ -104,6 +104,7 @@ def test_a_frame_or_the_end_of_a_video_is_known(folder, tmp_path, capsys):
         (["--prompt", "a", "--duration", "long"], 2, "3s or 2.5"),
         (["--prompt", "a", "--duration", "1", "--frames", "5"], 2, "give one"),
         (["--prompt", "a", "--fps", "0"], 2, "positive"),
+        (["--prompt", "a", "--fps", "nan"], 2, "positive"),
         (["--prompt", "a", "--solver", "unpic"], 1, "'unipc'"),
         (["--prompt", "a", "--dtype", "half"], 2, "bfloat16"),
         (["--prompt", "a", "--memory", "much"], 2, "8GB, 500MB or 2GiB"),

@@ -124,6 +124,7 @@ def test_assign_of_a_manifest_and_wrong_configs():
         (DataConfig(shapes=["64x64"], fps=0), r"data\.fps is 0"),
         (DataConfig(shapes=["64x64"], crop="center"), r"data\.crop is 'center'; it is one of random, centre"),
         (DataConfig(shapes=["64x64"], max_crop=1), r"data\.max_crop is 1"),
+        (DataConfig(shapes=["64x64"], fps=math.inf), r"data\.fps is inf"),
     ]:
         with pytest.raises(StditError, match=says):
             assign(Manifest.of([clip]), config)
@@ -155,6 +156,13 @@ def test_a_rule_is_every_area_at_every_aspect_for_every_duration():
         (dict(aspects=["16:0"]), [], "'16:0' is not"),
         (dict(durations=[0.1]), [], r"0\.1 s at 8 fps is less than 5 frames.*0\.5 or more"),
         (dict(), ["64x64"], r"data\.shapes and data\.rule are both set"),
+        (dict(durations=[1e308]), [], r"data\.rule: durations: 1e\+308 s at 8 fps are more frames than .* shorter"),
+        (dict(durations=[0, math.nan]), [], "durations: nan s at 8 fps"),
+        (dict(durations=[-math.inf]), [], "durations: -inf s at 8 fps"),
+        (dict(areas=["1" * 400 + "x64"]), [], r"data\.rule: areas: '1+x64' is not a shape.*six digits"),
+        (dict(areas=["infxnan"]), [], "areas: 'infxnan' is not a shape"),
+        (dict(aspects=["1e308:1"]), [], r"data\.rule: aspects: '1e308:1' is not WIDTH:HEIGHT.*1000:1"),
+        (dict(aspects=["nan:1"]), [], "aspects: 'nan:1'"),
     ],
 )
 def test_a_wrong_rule_is_named(rule, shapes, says):
@@ -163,6 +171,8 @@ def test_a_wrong_rule_is_named(rule, shapes, says):
         DataConfig(rule=rule, shapes=shapes, fps=8.0).check()
     with pytest.raises(StditError, match="durations is empty"):
         ShapeRule(areas=["64x64"], aspects=["1:1"], durations=[])
+    with pytest.raises(StditError, match=r"multiple 10+ and frame_stride 4 must"):
+        ShapeRule(areas=["64x64"], aspects=["1:1"], durations=[0], multiple=10**400)
 
 
 def test_stages_take_the_best_shape_within_their_limits():
