@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +109,12 @@ class Cache:
         for name in storage.names(root):
             if not name.startswith(f"{kind}-") or "settings.json" not in storage.names(join(root, name)):
                 continue
-            other = json.loads(storage.read(join(join(root, name), "settings.json")))
+            content, other = storage.read(join(join(root, name), "settings.json")), None
+            with suppress(ValueError):
+                other = json.loads(content)
+            if not isinstance(other, dict):
+                others.append(f"{name}: its settings.json is damaged; what made it is not known")
+                continue
             names = sorted({*settings, *other})
             differs = [
                 f"{n} {other.get(n)} there, {settings.get(n)} wanted" for n in names if other.get(n) != settings.get(n)

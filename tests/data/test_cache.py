@@ -68,6 +68,18 @@ def test_another_vae_is_an_error_that_names_both(tmp_path):
     assert Cache.open(tmp_path, SETTINGS).settings["vae"] == "vae-one"
 
 
+@pytest.mark.parametrize("content", [b"", b'{"vae": "v', b"\xff", b"[1]", b"null", b"{}"])
+def test_a_folder_with_damaged_settings_is_named_and_does_no_harm(tmp_path, content):
+    damaged = Path(Cache.create(tmp_path, SETTINGS).folder)
+    (damaged / "settings.json").write_bytes(content)
+    wanted = latent_settings(CONFIG, "vae-two")
+    says = "vae None there" if content == b"{}" else "its settings.json is damaged"
+    with pytest.raises(StditError, match=rf"cache {tmp_path} holds other latents:\s+{damaged.name}: .*{says}"):
+        Cache.open(tmp_path, wanted)
+    Cache.create(tmp_path, wanted)
+    assert Cache.open(tmp_path, wanted).settings["vae"] == "vae-two"
+
+
 def test_a_shard_without_its_index_is_not_there(tmp_path):
     cache = Cache.create(tmp_path, SETTINGS)
     cache.write_shard("one", {text_key("a"): torch.zeros(1)}, {})
