@@ -17,6 +17,9 @@ import yaml
 from stdit.errors import StditError, about, nearest_name
 from stdit.training.settings import RunConfig, differences, save_config, to_dict
 
+# All other numbers are 0 or more.
+MAY_BE_NEGATIVE = ("run.seed", "eval.seed", "objective.flow.noise_levels.mean", "vae.latents_mean")
+
 __all__ = ["RunConfig", "differences", "from_dict", "load_config", "save_config", "to_dict"]
 
 
@@ -92,6 +95,7 @@ def _build(kind: type, raw: Any, key: str, where: str) -> Any:
 def _value(hint: Any, value: Any, key: str, where: str) -> Any:
     """A value checked against a type hint: what YAML gives, turned into what the dataclass holds."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    least = -(2.0**63) if key.startswith(MAY_BE_NEGATIVE) else 0
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
@@ -124,11 +128,15 @@ def _value(hint: Any, value: Any, key: str, where: str) -> Any:
         return {str(name): _value(arguments[1], one, f"{key}.{name}", where) for name, one in value.items()}
     elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):  # YAML takes 1e-4 for a text
-            if math.isfinite(value := float(value)):
+            if least <= (value := float(value)) < math.inf:
                 return value
-    elif hint in (int, bool, str) and type(value) is hint:
+    elif hint is int and type(value) is int:
+        if least <= value < 2**63:
+            return value
+    elif hint in (bool, str) and type(value) is hint:
         return value
-    raise StditError(f"{where}: {key} is {value!r}; it must be {_describe(hint)}.")
+    more = ", 0 or more" if hint in (int, float) and not least else ""
+    raise StditError(f"{where}: {key} is {value!r}; it must be {_describe(hint)}{more}.")
 
 
 def _describe(hint: Any) -> str:
@@ -141,5 +149,11 @@ def _describe(hint: Any) -> str:
         return f"a list of {len(arguments)} values" if arguments[-1] is not Ellipsis else "a list"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a mapping"
-    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
+    names = {
+        int: "an integer of at most 64 bits",
+        float: "a finite number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "null",
+    }
     return names.get(hint, str(hint))

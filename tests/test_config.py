@@ -30,6 +30,15 @@ def test_yaml_then_overrides(tmp_path: Path) -> None:
     assert config.text.trained is not None and config.text.trained.dim == 64
 
 
+def test_few_numbers_may_be_negative(tmp_path: Path) -> None:
+    text = (
+        "run: {seed: -1}\neval: {seed: -2}\nobjective: {flow: {noise_levels: {mean: -0.5}}}\nvae: {latents_mean: [-1]}"
+    )
+    config = load_config(write(tmp_path, text))
+    assert (config.run.seed, config.eval.seed, config.objective.flow.noise_levels.mean) == (-1, -2, -0.5)
+    assert config.vae.overrides == {"latents_mean": (-1.0,)}
+
+
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "")) == RunConfig()
 
@@ -70,7 +79,7 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
         ("schedule: {steps: many}", [], ["schedule.steps", "'many'", "an integer"]),
         ("schedule: {steps: 1.5}", [], ["schedule.steps", "1.5", "an integer"]),
         ("run: {deterministic: 1}", [], ["run.deterministic", "true or false"]),
-        ("run: {seed: 99999999999999999999}", [], ["run: seed 99999999999999999999", "64 bits"]),
+        ("run: {seed: 99999999999999999999}", [], ["run.seed is 99999999999999999999", "64 bits"]),
         ("run: {precision: fp16}", [], ["run.precision", "'fp16'", "fp32, bf16"]),
         ("data: {shapes: 64x64x9}", [], ["data.shapes", "a list"]),
         ("data: [1]", [], ["data", "mapping"]),
@@ -83,6 +92,17 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
         ("optimizer: 3", ["optimizer.lr=1"], ["optimizer"]),
         ("plan: {largest_clips_per_step: .nan}", [], ["plan.largest_clips_per_step", "nan", "finite"]),
         ("data: {fps: inf}", [], ["data.fps", "inf", "finite"]),
+        ("data: {keep_gb: -1}", [], ["run.yaml: data.keep_gb is -1.0", "a finite number, 0 or more"]),
+        ("data: {sources: {a*: -0.5}}", [], ["data.sources.a* is -0.5"]),
+        ("data: {filter: {motion: [-1, null]}}", [], ["data.filter.motion[0] is -1"]),
+        ("optimizer: {betas: [-0.9, 0.95]}", [], ["optimizer.betas[0] is -0.9"]),
+        ("optimizer: {weight_decay: -1}", [], ["optimizer.weight_decay is -1"]),
+        ("objective: {token_power: -1}", [], ["objective.token_power is -1"]),
+        ("plan: {tokens_per_pack: -4}", [], ["plan.tokens_per_pack is -4", "an integer of at most 64 bits, 0 or more"]),
+        ("eval: {guidance: -3}", [], ["eval.guidance is -3"]),
+        ("text: {padding: -1}", [], ["text.padding is -1"]),
+        ("vae: {latents_std: [-1]}", [], ["vae.latents_std[0] is -1"]),
+        ("model: {rope_fps: -1}", [], ["model.rope_fps is -1"]),
         ("text: {trained: {heads: 0}}", [], ["text.trained", "heads 0"]),
         ("text: {trained: {dim: 30, heads: 4}}", [], ["text.trained", "dim 30"]),
         ("parallel: {sequence_parallel: 0}", [], ["parallel", "sequence_parallel 0"]),

@@ -45,8 +45,6 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise StditError(f"lr {self.lr:g} must be positive.")
-        if not self.weight_decay >= 0 or not self.clip >= 0:
-            raise StditError(f"weight_decay {self.weight_decay:g} and clip {self.clip:g} must not be negative.")
 
 
 def make_optimizer(

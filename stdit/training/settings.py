@@ -39,10 +39,6 @@ class RunSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     deterministic: bool = False
 
-    def __post_init__(self) -> None:
-        if not -(2**63) <= self.seed < 2**63:  # what torch takes
-            raise StditError(f"seed {self.seed} has more than 64 bits.")
-
 
 @dataclass
 class ModelSettings:
@@ -134,8 +130,6 @@ class TextSettings:
     def __post_init__(self) -> None:
         if self.path and self.trained:
             raise StditError("path and trained are both set: either a frozen encoder or one trained along.")
-        if self.padding is not None and self.padding < 0:
-            raise StditError(f"padding {self.padding} must not be negative.")
 
 
 @dataclass
