@@ -31,7 +31,7 @@ from stdit.keyed import keyed_generator
 from stdit.shapes import first_frames, nearest_frames
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.perceptual import Lpips
-from stdit.weights.io import find, load_vae, save_vae
+from stdit.weights.io import find, load_vae, save_vae, vae_on_meta
 
 FORMAT = 1
 PIECE = 16  # frames that are read of a file, and measured, at a time
@@ -363,15 +363,14 @@ def _mean(values: Iterator[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def write_normalisation(model: str | Path, latents: dict[str, list[float]]) -> Path:
-    """Puts `pooled_statistics` into the config of a model folder's VAE as latents_mean and latents_std.
+def normalised_folder(model: str | Path) -> Path:
+    """The folder whose config.json says how a VAE's latents are normalised; no weight is read.
 
-    Everything that was made of its latents is then out of date: caches say so, a transformer has to be trained again.
-    Returns the folder that was written. Raises StditError for another family's VAE and for one without a config.json.
+    Raises StditError for another family's VAE, whose is not ours to change, and for one without a config.json.
     """
     path = Path(model).expanduser()
     folder = path / "vae" if (path / "vae").is_dir() else path
-    vae = load_vae(model)
+    vae = vae_on_meta(folder)
     if not isinstance(vae, CausalVAE):
         raise StditError(f"{folder}: a {vae.config.name} has its normalisation from diffusers; it is not changed.")
     if find("vae", folder).config_path is None:
@@ -379,8 +378,19 @@ def write_normalisation(model: str | Path, latents: dict[str, list[float]]) -> P
             f"{folder}: its normalisation has no place in an original release. `stdit weights convert` makes a "
             "diffusers folder of it."
         )
+    return folder
+
+
+def write_normalisation(model: str | Path, latents: dict[str, list[float]]) -> Path:
+    """Puts `pooled_statistics` into the config of a model folder's VAE as latents_mean and latents_std.
+
+    Everything that was made of its latents is then out of date: caches say so, a transformer has to be trained again.
+    Returns the folder that was written. Raises as `normalised_folder`, and for a channel that never changes.
+    """
+    folder = normalised_folder(model)
     if dead := [channel for channel, std in enumerate(latents["std"]) if not std > 0]:
         raise StditError(f"latent channels {dead} never change on these clips: train the VAE.")
+    vae = load_vae(folder)
     vae.config = replace(vae.config, latents_mean=tuple(latents["mean"]), latents_std=tuple(latents["std"]))
     save_vae(vae, folder)
     return folder

@@ -118,5 +118,9 @@ def test_what_is_wrong_is_said(clips, model, tmp_path, capsys):
     assert "no clip could be measured" in fails(clips, "--model", model, "--size", "64x64")
     assert "no such file or folder" in fails(clips, "--model", model, "--lpips", tmp_path / "none")
     save_vae(load_vae(model), tmp_path / "original", layout="original")
-    words = (clips, "--model", tmp_path / "original", "--limit", 1, "--write-normalisation")
-    assert "stdit weights convert" in fails(*words)
+    late = ("--out", tmp_path / "late", "--write-normalisation")  # said before anything is measured
+    assert "stdit weights convert" in fails(clips, "--model", tmp_path / "original", *late)
+    diffusers = pytest.importorskip("diffusers", reason="other families' VAEs: pip install 'stdit[vaes]'")
+    diffusers.AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "other" / "vae")
+    assert "AutoencoderKL has its normalisation from diffusers" in fails(clips, "--model", tmp_path / "other", *late)
+    assert not (tmp_path / "late").exists()
