@@ -250,18 +250,23 @@ def decode_stream(
 ) -> Iterator[Tensor]:
     """Normalised latents of one clip, (z, T', H', W') whole or in chunks, to chunks of its frames (3, t, H, W).
 
-    What `decode` gives for all of them at once. memory: bytes, as in `slices`.
+    What `decode` gives for all of them at once. memory: bytes, as in `slices`. Raises StditError for a chunk that
+    cannot be decoded, or not after those before, which it names by its number, and for no latents.
     """
-    run, cut, begun = None, None, False
-    for whole in [latents] if isinstance(latents, Tensor) else latents:
-        if whole.ndim != 4 or whole.shape[0] != vae.config.z_dim or not whole.numel():
+    run, cut, begun, before = None, None, False, ""
+    for number, whole in enumerate([latents] if isinstance(latents, Tensor) else latents):
+        if whole.ndim != 4 or whole.shape[0] != vae.config.z_dim or not whole.numel() or not whole.is_floating_point():
             raise StditError(
-                f"latents of shape {tuple(whole.shape)}: a stream of them is ({vae.config.z_dim}, n, H', W')."
+                f"chunk {number}: latents of shape {tuple(whole.shape)}, {whole.dtype}: a stream of them is floats "
+                f"({vae.config.z_dim}, n, H', W')."
             )
+        rows, columns = whole.shape[2:]
+        kind = f"{columns}x{rows}, {whole.dtype}"
         if run is None or cut is None:
-            rows, columns = whole.shape[2:]
             cut = _slices(vae, "decoder", (1, 0, rows, columns), memory)
-            run = _Stream(vae, "decoder", rows, columns, cut)
+            run, before = _Stream(vae, "decoder", rows, columns, cut), kind
+        if kind != before:
+            raise StditError(f"chunk {number}: latents of {kind}, those before of {before}: give one clip's.")
         for chunk in whole.split(_lengths(whole.shape[1], cut, begun), dim=1):
             begun = True
             video = run(chunk[None].to(next(vae.parameters())))[0]

@@ -212,6 +212,19 @@ def test_decoding_says_what_is_wrong_with_the_latents():
         list(vae.decode_stream(torch.zeros(1, 3, 1, 2, 2)))
     with pytest.raises(StditError, match=r"\(3, n, H', W'\)"):
         list(vae.decode_stream(torch.zeros(3, 0, 2, 2)))
+    first = torch.zeros(3, 2, 2, 4)
+    for other, words in (
+        (torch.zeros(3, 1, 2, 5), "chunk 1: latents of 5x2, torch.float32, those before of 4x2, torch.float32"),
+        (torch.zeros(3, 1, 3, 4), "chunk 1: latents of 4x3"),
+        (first.double(), "chunk 1: latents of 4x2, torch.float64, those before of 4x2, torch.float32"),
+        (first.int(), "chunk 1: .* torch.int32: a stream of them is floats"),
+        (first[0], "chunk 1: latents of shape .2, 2, 4."),
+    ):
+        stream = vae.decode_stream(iter([first, other]))
+        frames = next(stream).shape[1] + next(stream).shape[1]  # what came before the mistake
+        assert frames == 3
+        with pytest.raises(StditError, match=words):
+            next(stream)
 
 
 def test_tiles_cover_and_their_weights_sum_to_one():
