@@ -35,7 +35,7 @@ from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
 from stdit.training.start import choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
-from stdit.vae.autoencoder import CausalVAE, VaeConfig
+from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.experts import boundary_of
 from stdit.weights.image_vae import inflate_image_vae
@@ -231,8 +231,8 @@ def make_vae(config: RunConfig) -> CausalVAE:
             raise StditError(
                 f"objective.vae.train={config.objective.vae.train} keeps the rest of a VAE: set vae.path to it."
             )
-        base = vae_preset(config.vae.preset or "toy")
-        return CausalVAE(VaeConfig(**(vars(base) | config.vae.overrides)))
+        with about("vae"):
+            return CausalVAE(vae_preset(config.vae.preset or "toy", **config.vae.overrides))
     if config.vae.inflate and config.objective.kind != "vae":
         raise StditError("vae.inflate starts a VAE's own training (objective.kind=vae); a DiT takes a trained one.")
     with about("vae.path"):
@@ -241,8 +241,8 @@ def make_vae(config: RunConfig) -> CausalVAE:
         else:
             vae = load_vae(config.vae.path, dtype=torch.float32)
     for name, value in config.vae.overrides.items():
-        if getattr(vae.config, name) != value:
-            raise StditError(f"vae.{name} is {value}, but {config.vae.path} has {getattr(vae.config, name)}.")
+        if (found := getattr(vae.config, name, None)) != value:
+            raise StditError(f"vae.{name} is {value}, but {config.vae.path} has {found}. Leave it out.")
     return vae
 
 

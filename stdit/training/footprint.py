@@ -26,7 +26,7 @@ from stdit.training.objective import FlowObjective, Objective, StepKey
 from stdit.training.settings import RunConfig, VaeSettings
 from stdit.training.start import choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
-from stdit.vae.autoencoder import VaeConfig, preset
+from stdit.vae.autoencoder import preset
 from stdit.vae.perceptual import Lpips
 from stdit.weights.families import on_meta
 from stdit.weights.files import read_header
@@ -100,7 +100,8 @@ def _vae(settings: VaeSettings) -> Any:
             return on_meta(image_vae_config(settings.path or "", settings.overrides.get("temporal_downsample")))
         if settings.path:
             return vae_on_meta(settings.path)
-    return on_meta(VaeConfig(**(vars(preset(settings.preset or "toy")) | settings.overrides)))
+    with about("vae"):
+        return on_meta(preset(settings.preset or "toy", **settings.overrides))
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from stdit.errors import StditError, nearest_name
+from stdit.errors import StditError, about, nearest_name
 
 # Of the released Wan 2.1 weights (its vae.py; also diffusers' defaults).
 WAN21_MEAN = (
@@ -89,7 +90,10 @@ class VaeConfig:
         for name in ("latents_mean", "latents_std"):
             value = getattr(self, name)
             if value is not None and len(value) != self.z_dim:
-                raise StditError(f"VAE: {name} has {len(value)} entries, z_dim is {self.z_dim}.")
+                raise StditError(
+                    f"VAE: {name} has {len(value)} entries, z_dim is {self.z_dim}. With another z_dim, set "
+                    "latents_mean and latents_std too: null, for training to measure them, or a number a channel."
+                )
             if value is not None and not all(map(math.isfinite, value)):
                 raise StditError(f"VAE: {name} {value} must be finite.")
         if self.latents_std is not None and min(self.latents_std) <= 0:
@@ -146,8 +150,9 @@ PRESETS: dict[str, VaeConfig] = {
 }  # fmt: skip
 
 
-def preset(name: str) -> VaeConfig:
-    """The named config of PRESETS."""
+def preset(name: str, **changes: Any) -> VaeConfig:
+    """The named config of PRESETS, with settings changed: any of them, where the result is a VAE."""
     if name not in PRESETS:
         raise StditError(f"there is no VAE preset {name!r}.{nearest_name(name, PRESETS)} Known: {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    with about(f"preset {name} with {', '.join(f'{key}={value}' for key, value in changes.items())}"):
+        return replace(PRESETS[name], **changes)

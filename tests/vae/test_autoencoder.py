@@ -242,6 +242,15 @@ def test_config_says_what_is_wrong(values, words):
         dataclasses.replace(TINY, **values)
 
 
+def test_a_released_preset_says_what_goes_with_another_size():
+    with pytest.raises(StditError, match=r"preset wan2\.1 with z_dim=8: .* has 16 entries, z_dim is 8.* null"):
+        preset("wan2.1", z_dim=8)
+    with pytest.raises(StditError, match=r"preset wan2\.1 with dim_mult=.1, 2.: .*2 levels in dim_mult have 1 down"):
+        preset("wan2.1", dim_mult=(1, 2))
+    changed = preset("wan2.1", z_dim=8, latents_mean=None, latents_std=None)
+    assert (changed.z_dim, changed.latents_mean, changed.base_dim) == (8, None, 96)
+
+
 def test_presets():
     assert preset("wan2.1").stride == (4, 8, 8) and preset("wan2.2").stride == (4, 16, 16)
     assert all(config.stride[0] == 4 for config in PRESETS.values())
