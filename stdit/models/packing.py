@@ -175,6 +175,13 @@ def unpatchify(tokens: Tensor, grid: TokenGrid, patch: Patch) -> Tensor:
     return x.reshape(x.shape[0], grid.frames * pt, grid.height * ph, grid.width * pw)
 
 
+def output_tokens(clip: Tensor, patch: Patch) -> Tensor:
+    """A clip (C, T, H, W) as the network puts it out: tokens (n, pt·ph·pw·C), the inverse of `unpatchify`."""
+    (pt, ph, pw), (c, t, h, w) = patch, clip.shape
+    x = clip.reshape(c, t // pt, pt, h // ph, ph, w // pw, pw)
+    return x.permute(1, 3, 5, 2, 4, 6, 0).reshape(t // pt * (h // ph) * (w // pw), pt * ph * pw * c)
+
+
 def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) -> TokenPack:
     """Packs latents (C, T, H, W) of any shapes.
 

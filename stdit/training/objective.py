@@ -23,15 +23,14 @@ from stdit.diffusion.tasks import Task, check_weights, draw_task, frame_levels
 from stdit.diffusion.timesteps import TimestepConfig, noise_levels
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
-from stdit.models.packing import TextPack, TokenPack, pack_inputs, pack_texts
+from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_inputs, pack_texts
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.training.conditions import Conditions
 from stdit.training.optimizer import OptimizerConfig
 from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.discriminator import DiscriminatorConfig
-from stdit.vae.finetune import Part
+from stdit.vae.losses import VaeLossConfig
 
 CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
 EMBEDDED_BYTES = 2**34  # of embeddings kept at most: 4096 whole ones of a T5-XXL in bf16, 167 of Cosmos-Reason1
@@ -54,43 +53,6 @@ class FlowConfig:
             check_weights(self.tasks)
         if not 0 <= self.caption_dropout <= 1:
             raise StditError(f"caption_dropout {self.caption_dropout} must be in [0, 1].")
-
-
-@dataclass
-class LpipsConfig:
-    """path: the folder or file with its weights, see `stdit.vae.perceptual`. weight: beside the L1's 1."""
-
-    path: str = ""
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.path or not self.weight > 0:
-            raise StditError(f"path {self.path!r} must name LPIPS's weights, and weight {self.weight:g} be positive.")
-
-
-@dataclass
-class VaeLossConfig:
-    """Weights beside the L1's 1, 0 for none: kl; wavelet, for details; outlier, Movie Gen's with 1e5.
-
-    lpips, discriminator: terms with settings of their own. train: what of the VAE trains, see `choose_trained`.
-    crop: train on keyed squares of so many pixels instead of whole frames.
-    """
-
-    kl: float = 1e-6
-    wavelet: float = 0.0
-    outlier: float = 0.0
-    lpips: LpipsConfig | None = None
-    discriminator: DiscriminatorConfig | None = None
-    train: Part = "all"
-    crop: int | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.kl, self.wavelet, self.outlier) < 0:
-            raise StditError(
-                f"kl {self.kl:g}, wavelet {self.wavelet:g}, outlier {self.outlier:g} must not be negative."
-            )
-        if self.crop is not None and self.crop < 1:
-            raise StditError(f"crop {self.crop} must be a positive number of pixels, or null for whole frames.")
 
 
 @dataclass
@@ -403,10 +365,3 @@ class FlowObjective:
                 text = self._embedding(caption)
             texts.append(text.to(self.device, self.dtype))
         return pack_texts(texts, self.text_padding), None
-
-
-def output_tokens(clip: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """A clip (C, T, H, W) as the network puts it out: tokens (n, pt·ph·pw·C), the inverse of `unpatchify`."""
-    (pt, ph, pw), (c, t, h, w) = patch, clip.shape
-    x = clip.reshape(c, t // pt, pt, h // ph, ph, w // pw, pw)
-    return x.permute(1, 3, 5, 2, 4, 6, 0).reshape(t // pt * (h // ph) * (w // pw), pt * ph * pw * c)

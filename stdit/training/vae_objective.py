@@ -13,13 +13,13 @@ from stdit.data.packs import PlanItem
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.shapes import VideoShape
-from stdit.training.objective import Critic, ObjectiveConfig, StepKey, VaeLossConfig
+from stdit.training.objective import Critic, ObjectiveConfig, StepKey
 from stdit.training.optimizer import OptimizerConfig
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.discriminator import Discriminator, DiscriminatorConfig, adaptive_weight, fooling_loss, hinge_loss
 from stdit.vae.finetune import choose_trained
 from stdit.vae.layers import patchify
-from stdit.vae.losses import kl_loss, outlier_penalty, pixel_loss, wavelet_loss
+from stdit.vae.losses import VaeLossConfig, kl_loss, outlier_penalty, pixel_loss, wavelet_loss
 from stdit.vae.perceptual import SMALLEST
 
 

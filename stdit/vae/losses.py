@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stdit.errors import StditError
+from stdit.vae.discriminator import DiscriminatorConfig
+from stdit.vae.finetune import Part
+from stdit.vae.perceptual import LpipsConfig
 
 LEVELS = 3  # of wavelets
 CELL = 4  # coefficients
 FAINT = 0.003  # of contrast, less than half a grey level: the root's slope stays finite
 OUTLIER_RADIUS = 3.0  # standard deviations, Movie Gen's r
+
+
+@dataclass
+class VaeLossConfig:
+    """Weights beside the L1's 1, 0 for none: kl; wavelet, for details; outlier, Movie Gen's with 1e5.
+
+    lpips, discriminator: terms with settings of their own. train: what of the VAE trains, see `choose_trained`.
+    crop: train on keyed squares of so many pixels instead of whole frames.
+    """
+
+    kl: float = 1e-6
+    wavelet: float = 0.0
+    outlier: float = 0.0
+    lpips: LpipsConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
+    train: Part = "all"
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and self.crop < 1:
+            raise StditError(f"crop {self.crop} must be a positive number of pixels, or null for whole frames.")
 
 
 def pixel_loss(output: Tensor, video: Tensor) -> Tensor:

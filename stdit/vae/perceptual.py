@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,18 @@ WANTED = (
     "LPIPS' heads (vgg.pth of lpips/weights/v0.1 in richzhang/PerceptualSimilarity, tensors lin0.model.1.weight …); "
     ".safetensors with the same names will do."
 )
+
+
+@dataclass
+class LpipsConfig:
+    """path: the folder or file with its weights, see `Lpips`. weight: beside the L1's 1."""
+
+    path: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.path or not self.weight > 0:
+            raise StditError(f"path {self.path!r} must name LPIPS's weights, and weight {self.weight:g} be positive.")
 
 
 class Lpips(nn.Module):

@@ -6,6 +6,7 @@ from stdit.models.packing import (
     LevelIndex,
     Segments,
     TokenPack,
+    output_tokens,
     pack_clips,
     pack_texts,
     patchify,
@@ -29,6 +30,12 @@ def test_unpatchify_puts_channels_last_in_a_token():
     clip = torch.randn(5, 4, 2, 6)
     channels_first = patchify(clip, patch).unflatten(1, (5, -1))
     assert torch.equal(unpatchify(channels_first.transpose(1, 2).flatten(1), grid, patch), clip)
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])
+def test_output_tokens_is_the_inverse_of_unpatchify(patch):
+    clip, grid = torch.randn(3, 4, 6, 6), LatentShape(4, 6, 6).grid(patch)
+    assert torch.equal(unpatchify(output_tokens(clip, patch), grid, patch), clip)
 
 
 def test_pack_holds_clips_in_order_without_padding():

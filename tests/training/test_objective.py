@@ -17,14 +17,13 @@ from stdit.diffusion.solvers import unipc_config, with_static_shift
 from stdit.diffusion.tasks import draw_task
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
-from stdit.models.packing import pack_texts, patchify, unpack_clips, unpatchify
+from stdit.models.packing import pack_texts, patchify, unpack_clips
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.pipeline import FolderSettings
-from stdit.shapes import TokenGrid
 from stdit.training.build import Parts, build
 from stdit.training.conditions import Conditions
 from stdit.training.export import make_pipeline
-from stdit.training.objective import FlowObjective, StepKey, output_tokens
+from stdit.training.objective import FlowObjective, StepKey
 from stdit.training.parallel import World
 from stdit.weights.schedulers import default_scheduler
 
@@ -46,13 +45,6 @@ def prepared(parts: Parts, groups: int, bound: int) -> list:
     key = StepKey(0, 0, 0, len(items))
     packs = itertools.chain.from_iterable(split(items, groups, bound))
     return [parts.objective.prepare(parts.loader.fetch(pack, 0), pack, key) for pack in packs]
-
-
-@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])
-def test_output_tokens_is_the_inverse_of_unpatchify(patch: tuple[int, int, int]) -> None:
-    clip = torch.randn(3, 4, 6, 6)
-    grid = TokenGrid(4 // patch[0], 6 // patch[1], 6 // patch[2])
-    assert torch.equal(unpatchify(output_tokens(clip, patch), grid, patch), clip)
 
 
 def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: Parts) -> None:

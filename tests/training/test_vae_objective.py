@@ -249,7 +249,7 @@ def test_lpips_is_a_term_and_does_not_train(tiny: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("objective.vae.wavelet=-1", "wavelet -1"),
+        ("objective.vae.wavelet=-1", "objective.vae.wavelet is -1"),
         ("objective.vae.train=encoder", "'encoder'; it is one of all, decoder, temporal"),
         ("objective.vae.lpips.weight=1", "must name LPIPS's weights"),
         ("objective.vae.lpips.path=nowhere.pth", r"objective\.vae\.lpips: .*nowhere"),
