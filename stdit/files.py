@@ -85,6 +85,19 @@ def sha256_of(file: BinaryIO) -> str:
     return total.hexdigest()
 
 
+def unpickled(path: str | Path) -> Any:
+    """What torch.save wrote to a file, if it is tensors in plain containers alone. None where it is more, or damaged:
+    torch's own words are not repeated, which advise to run what the file says."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception:  # of any kind, where the damage is
+        return None
+
+
 @contextmanager
 def journal(path: str | Path) -> Iterator[tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], None]]]:
     """The JSON objects in a file of lines, and a function that adds more, those of one call at once.

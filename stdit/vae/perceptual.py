@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stdit.errors import StditError
+from stdit.files import unpickled
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16's convolutions
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of LPIPS' ScalingLayer, for colours in [−1, 1]
@@ -116,10 +116,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StditError(f"LPIPS: {file} cannot be read as a file of tensors alone: {reason}") from None
+        found = load_file(file) if file.suffix == ".safetensors" else unpickled(file)
+    except SafetensorError:
+        found = None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise StditError(f"LPIPS: {file} does not hold a dictionary of tensors. {WANTED}")
+        raise StditError(f"LPIPS: {file} is damaged, or is no dictionary of tensors alone. {WANTED}")
     return found

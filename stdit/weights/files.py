@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
+from stdit.files import unpickled
 from stdit.weights.keymap import Shape
 
 if TYPE_CHECKING:
@@ -353,18 +354,16 @@ def _open_pickle(path: Path, trust: bool) -> TensorFiles:
             f"{path}: is a pickle, which can run code when it is opened, and is refused. Convert it to safetensors, or "
             "(if you trust where it is from) ask for it by trust_pickle=True (--trust-pickle). Only tensors are read."
         )
-    import pickle
-
     import torch
 
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise StditError(f"{path}: cannot be read as a file of tensors alone ({str(error).splitlines()[0]}).") from None
+    found = unpickled(path)
     for key in ("state_dict", "model_state", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
-        raise StditError(f"{path}: does not hold a dictionary of tensors.")
+        raise StditError(
+            f"{path}: cannot be read as a dictionary of tensors alone: it is damaged, or holds more. Give its "
+            "weights as safetensors, or as a state dict."
+        )
     entries = {n: Entry(path, str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, 0) for n, t in found.items()}
     return TensorFiles(path, entries, {}, "", found)

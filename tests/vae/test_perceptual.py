@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,17 @@ def test_what_is_wrong_is_said(folder, features, heads, tmp_path):
     with pytest.raises(StditError, match=r"\(1, 63, 1, 1\), not \(1, 64, 1, 1\)"):
         Lpips(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
-    with pytest.raises(StditError, match=r"a\.safetensors cannot be read"):
+    with pytest.raises(StditError, match=r"a\.safetensors is damaged"):
         Lpips(tmp_path)
     torch.save(features, tmp_path / "whole.pth")  # a module, not its tensors
-    with pytest.raises(StditError, match=r"whole\.pth cannot be read"):
-        Lpips(tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((folder / "vgg.pth").read_bytes()[:-200])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name in ("whole.pth", "cut.pth", "empty.pth"):
+        with pytest.raises(
+            StditError, match=rf"{name} is damaged, or is no dictionary of tensors.*vgg16-397923af"
+        ) as error:
+            Lpips(tmp_path / name)
+        assert not re.search("weights_only|[Pp]ickle|trust|torch.load", str(error.value))
     a, b = clips()
     with pytest.raises(StditError, match="at least 16x16"):
         Lpips(folder)(a[..., :15], b[..., :15])

@@ -182,12 +182,15 @@ def test_pickles_are_refused_and_when_trusted_hold_tensors_only(tmp_path):
     with pytest.raises(StditError, match="is a pickle"):
         open_file(path)
     assert open_file(path, trust_pickle=True).read("a").tolist() == [1, 1, 1]
-    torch.save({"a": Malice()}, path)
-    with pytest.raises(StditError, match="cannot be read as a file of tensors alone"):
-        open_file(path, trust_pickle=True)
-    torch.save([torch.ones(3)], path)
-    with pytest.raises(StditError, match="dictionary of tensors"):
-        open_file(path, trust_pickle=True)
+    contents = [path.read_bytes()[:-100], b""]
+    for content in ({"a": Malice()}, [torch.ones(3)]):
+        torch.save(content, path)
+        contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(StditError, match="cannot be read as a dictionary of tensors alone") as error:
+            open_file(path, trust_pickle=True)
+        assert "weights_only" not in str(error.value)  # nor what else torch advises
 
 
 def test_identity_follows_content_and_nothing_else(tmp_path):
