@@ -35,6 +35,10 @@ _DIFFUSERS_FIELDS = {
     "patch_size": "patch_size",
     "is_residual": "residual",
 }
+_DIFFUSERS_APART = (
+    "attn_scales", "dropout", "in_channels", "out_channels", "scale_factor_spatial", "scale_factor_temporal",
+    "clip_output",  # in the released Wan 2.2 VAE's config.json; diffusers passes it over and clamps all the same
+)  # fmt: skip
 _ORIGINAL_FIELDS = {
     "dim": "base_dim",
     "z_dim": "z_dim",
@@ -156,8 +160,7 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
     for name, only in (("attn_scales", []), ("dropout", 0.0)):
         if found.get(name, only) != only:
             raise StditError(f"{place}: {name} is {found[name]!r}; stdit's VAE supports {only!r} only.")
-    apart = ("attn_scales", "dropout", "in_channels", "out_channels", "scale_factor_spatial", "scale_factor_temporal")
-    values = checked_keys({k: v for k, v in found.items() if k not in apart}, _DIFFUSERS_FIELDS, (), place)
+    values = checked_keys({k: v for k, v in found.items() if k not in _DIFFUSERS_APART}, _DIFFUSERS_FIELDS, (), place)
     values["patch_size"] = values.get("patch_size") or 1
     values.setdefault("latents_mean", WAN21_MEAN)  # diffusers' defaults, whatever z_dim is
     values.setdefault("latents_std", WAN21_STD)
