@@ -163,6 +163,7 @@ class OpenSoraVAE(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    memory = OtherVAE.memory
 
     def __init__(self, config: OpenSoraConfig) -> None:
         super().__init__()

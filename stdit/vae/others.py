@@ -73,14 +73,14 @@ class OtherVAE(nn.Module):
 
     @property
     def memory(self) -> int | None:
-        """Bytes to work in, which diffusers' autoencoders do not keep to: None, as a CausalVAE's is by default."""
+        """Bytes to work in, which these autoencoders do not keep to: None, as a CausalVAE's is by default."""
         return None
 
     @memory.setter
     def memory(self, wanted: int | None) -> None:
         if wanted is not None:
             raise StditError(
-                f"memory {wanted}: a {self.config.name} is run by diffusers, which keeps to none. Leave it out."
+                f"memory {wanted}: a {self.config.name} keeps to no budget, VAEs in Wan's layout do. Leave it out."
             )
 
     def encode(self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:

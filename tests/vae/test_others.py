@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
     with pytest.raises(StditError, match="nearest are 1 and 5"):
         vae.encode(torch.zeros(1, 3, 3, 16, 16))
     vae.memory = None
-    with pytest.raises(StditError, match=r"memory 1000: .* run by diffusers"):
+    with pytest.raises(StditError, match=r"memory 1000: .* keeps to no budget"):
         vae.memory = 1000
     with pytest.raises(StditError, match="uint8"):
         vae.encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
