@@ -151,10 +151,10 @@ def make_objective(
     """beside: an objective whose VAE and text encoder to use, of the other expert."""
     dtype = PRECISIONS[config.run.precision]
     if config.objective.kind == "vae":
-        if world.size > 1 and zero_stage(config.parallel.deepspeed) > 1:
+        if world.size > 1 and zero_stage(config.parallel.deepspeed) > 2:
             raise StditError(
-                "a VAE trains under ZeRO 0 or 1: images and videos run different layers, which stages 2 and 3 "
-                "cannot. Use parallel.deepspeed=deepspeed_configs/zero1.json."
+                "a VAE trains under ZeRO 0 to 2: images and videos run different layers, whose weights stage 3 gathers "
+                "one by one on all ranks together. Use parallel.deepspeed=deepspeed_configs/zero2.json."
             )
         lpips = None
         if (settings := config.objective.vae.lpips) is not None:

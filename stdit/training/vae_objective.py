@@ -217,5 +217,6 @@ class VaeObjective:
 
 def nothing(module: nn.Module) -> Tensor:
     """A zero with a gradient for all that trains: clips leave layers out, images those over time, and every rank must
-    have every gradient."""
+    have every gradient. It comes first in a forward, so last in the backward, where gradients are whole in the one
+    order of the parameters on every rank, whatever ran: ZeRO 2 sums them in the order in which they become so."""
     return 0.0 * torch.stack([p.float().sum() for p in module.parameters() if p.requires_grad]).sum()

@@ -32,7 +32,7 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 STEPS = 20
 STAGES = ("zero1", "zero2", "zero3")
 VAE_STEPS = 4
-VAE_STAGES = ("zero0", "zero1")
+VAE_STAGES = ("zero0", "zero1", "zero2-buckets")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,10 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (out / "zero3.json").write_text(json.dumps(partitioned))
     jsons = {stage: ROOT / "deepspeed_configs" / f"{stage}.json" for stage in STAGES} | {"zero3": out / "zero3.json"}
+    buckets = json.loads(jsons["zero2"].read_text())
+    buckets["zero_optimization"]["reduce_bucket_size"] = 1000  # many: each holds the same gradients on both ranks
+    jsons["zero2-buckets"] = out / "buckets.json"
+    jsons["zero2-buckets"].write_text(json.dumps(buckets))
     jsons["zero0"] = out / "zero0.json"
     jsons["zero0"].write_text(json.dumps({"zero_optimization": {"stage": 0}}))
 
