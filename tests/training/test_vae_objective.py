@@ -129,14 +129,31 @@ def test_the_discriminator_begins_at_its_step(tiny: Path) -> None:
         assert same != adversarial
 
 
+@pytest.fixture(scope="module")
+def start(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE with statistics of its latents, to fine-tune."""
+    vae = load_vae(tiny / "vae", dtype=torch.float32)
+    vae.config = type(vae.config)(**vars(vae.config) | {"latents_mean": (0.1,) * 4, "latents_std": (2.0,) * 4})
+    folder = tmp_path_factory.mktemp("start")
+    save_vae(vae, folder)
+    return folder
+
+
+def fine_tuning(start: Path, part: str) -> list[str]:
+    return ["vae={path: " + str(start) + "}", f"objective.vae.train={part}"]
+
+
 def train(tiny: Path, folder: Path, *overrides: str) -> None:
     run(load_config(tiny / "vae.yaml", [f"run={folder}", "data.workers=0", *overrides]), ALONE)
 
 
+@pytest.mark.parametrize(("part", "begin"), [("all", 1), ("temporal", 3)])
 def test_a_killed_run_goes_on_bit_for_bit_with_its_discriminator(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch, part: str, begin: int
 ) -> None:
-    settings = [*TERMS, *AGAINST, "objective.vae.discriminator.start=1", "checkpoint.every=2"]
+    """begin: the discriminator's first step, before the checkpoint that is gone on from (2) or after it."""
+    settings = [*TERMS, *AGAINST, f"objective.vae.discriminator.start={begin}", "checkpoint.every=2"]
+    settings += fine_tuning(start, part) if part != "all" else []
     train(tiny, tmp_path / "whole", *settings)
 
     def killed(self: trainer_module.Trainer, step: Any) -> Any:
@@ -161,25 +178,11 @@ def test_a_killed_run_goes_on_bit_for_bit_with_its_discriminator(
     kept = ("step", "loss", "critic_loss", "grad_norm")
     seen, again = ([[line.get(name) for name in kept] for line in some] for some in lines)
     assert seen == again and len(seen) == 4
-    assert ["critic_loss" in line for line in lines[0]] == [False, True, True, True]  # from `start` on
-    assert all(0 < line["critic_loss"] < 1.5 for line in lines[0][1:])  # 1 for who says 0 to all
+    assert ["critic_loss" in line for line in lines[0]] == [step >= begin for step in range(4)]
+    assert all(0 < line["critic_loss"] < 1.5 for line in lines[0][begin:])  # 1 for who says 0 to all
     weights = [between.weights(), Checkpoint.latest(tmp_path / "whole").weights()]  # type: ignore[union-attr]
     moved = {name.split(".")[0] for name, weight in weights[0].items() if not torch.equal(weight, weights[1][name])}
     assert moved == {"vae", "discriminator"}
-
-
-@pytest.fixture(scope="module")
-def start(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE with statistics of its latents, to fine-tune."""
-    vae = load_vae(tiny / "vae", dtype=torch.float32)
-    vae.config = type(vae.config)(**vars(vae.config) | {"latents_mean": (0.1,) * 4, "latents_std": (2.0,) * 4})
-    folder = tmp_path_factory.mktemp("start")
-    save_vae(vae, folder)
-    return folder
-
-
-def fine_tuning(start: Path, part: str) -> list[str]:
-    return ["vae={path: " + str(start) + "}", f"objective.vae.train={part}"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
