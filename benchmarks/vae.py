@@ -206,7 +206,7 @@ def speed_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(row | {"memory": memory, "share_of_limit": share})
             print(
                 f"{side} {frames} frames: {took:.2f} s, {statistics.median(ratios):.2f} of diffusers' time "
-                f"({min(ratios):.2f} to {max(ratios):.2f}), {share:.0%} of the convolutions' limit; "
+                f"({min(ratios):.2f} to {max(ratios):.2f}), {share:.0%} of what oneDNN's direct convolution does; "
                 f"{memory['stdit'] >> 20} MiB, {memory['stdit'] / memory['diffusers']:.2f} of its "
                 f"{memory['diffusers'] >> 20}; {apart:.0e} apart",
                 flush=True,

@@ -21,6 +21,7 @@ from stdit.vae.config import PRESETS as PRESETS
 from stdit.vae.config import VaeConfig as VaeConfig
 from stdit.vae.config import preset as preset
 from stdit.vae.layers import (
+    FRAMES_AT_ONCE,
     AttentionBlock,
     CausalConv3d,
     DownLevel,
@@ -35,7 +36,6 @@ from stdit.vae.layers import (
     unpatchify,
 )
 
-FRAMES_AT_ONCE = 1  # of the widest levels; more gain nothing
 START_LOGVAR = -6.0  # an untrained encoder's posterior: narrow, else its noise drowns the latents for the first steps
 
 
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
     def fine(self, x: Tensor, past: Past | None = None) -> Tensor:
         """All that sees a neighbourhood only, down to (B, C, T', H', W')."""
         slows = next((i for i, layer in enumerate(self.downsamples) if changes_frames(layer)), len(self.downsamples))
-        x = frame_by_frame([self.conv1, *self.downsamples[:slows]], x, past)
+        x = few_by_few([self.conv1, *self.downsamples[:slows]], x, past)
         for layer in self.downsamples[slows:]:
             x = layer(x, past)
         return x
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         last = max((i for i, layer in enumerate(self.upsamples) if changes_frames(layer)), default=-1)
         for layer in self.upsamples[: last + 1]:
             x = layer(x, past)
-        return frame_by_frame([*self.upsamples[last + 1 :], self._finish], x, past)
+        return few_by_few([*self.upsamples[last + 1 :], self._finish], x, past)
 
     def _finish(self, x: Tensor, past: Past | None) -> Tensor:
         first, _, conv = self.head
@@ -122,8 +122,8 @@ def changes_frames(layer: nn.Module) -> bool:
     return any(isinstance(one, Downsample | Upsample) and one.time_conv is not None for one in layer.modules())
 
 
-def frame_by_frame(layers: Sequence[Callable[[Tensor, Past | None], Tensor]], x: Tensor, past: Past | None) -> Tensor:
-    """Layers that keep the number of frames, one after another: on a frame at a time where a past is kept and no
+def few_by_few(layers: Sequence[Callable[[Tensor, Past | None], Tensor]], x: Tensor, past: Past | None) -> Tensor:
+    """Layers that keep the number of frames, one after another: on a few at a time where a past is kept and no
     gradient, since these are the widest frames, and what they take is what a chunk takes."""
     whole = []
     for part in [x] if past is None or torch.is_grad_enabled() else x.split(FRAMES_AT_ONCE, dim=2):

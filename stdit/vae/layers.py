@@ -57,15 +57,47 @@ class CausalConv3d(nn.Conv3d):
 
 
 ONEDNN = torch.backends.mkldnn.is_available()
+PAIRS_FROM = 64  # channels in and out: with fewer, sums of frames take longer than the convolution that they spare
+STRIP = 3 << 19  # elements of the sums that are made at a time: they stay in the cache
+FRAMES_AT_ONCE = 2  # of the widest levels: a pair
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    """A convolution of stride 1 by oneDNN, whatever torch thinks of its size."""
+    ones = (1,) * (x.ndim - 2)
+    return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, ones, ones, 1)
+
+
+def in_pairs(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """A 3×3×3 convolution whose frames are even in number, two at a time by four 2-D convolutions instead of six:
+    Winograd's F(2, 3) over time (Lavin & Gray 2015, section 4.1). Some rows at a time.
+
+    x: (B, C_in, 2n + 2, H, W), channels-last. Returns (B, C_out, 2n, H, W).
+    """
+    (b, c, t, h, w), out = x.shape, conv.out_channels
+    first, middle, last = (tap.contiguous(memory_format=torch.channels_last) for tap in conv.weight.unbind(2))
+    plus, minus = (first + middle + last) / 2, (first - middle + last) / 2
+    y = x.new_empty((b, t - 2, h, w, out)).movedim(-1, 1)  # (B, C_out, 2n, H, W)
+    rows = max(1, STRIP // (w * max(c, out)))
+    for k in range(0, t - 2, 2):
+        for top in range(0, h, rows):
+            low, high = max(0, top - 1), min(h, top + rows + 1)
+            inner = slice(top - low, min(top + rows, h) - low)  # without the rows that see a neighbour's as zeros
+            d0, d1, d2, d3 = x[:, :, k : k + 4, low:high].unbind(2)
+            y0, y1 = y[:, :, k : k + 2, top : top + rows].unbind(2)
+            m, n = onednn(d1 + d2, plus, None, (1, 1))[:, :, inner], onednn(d2 - d1, minus, None, (1, 1))[:, :, inner]
+            torch.add(m, n, out=y0).add_(onednn(d0 - d2, first, conv.bias, (1, 1))[:, :, inner])
+            torch.sub(m, n, out=y1).add_(onednn(d3 - d1, last, conv.bias, (1, 1))[:, :, inner])
+    return y
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """conv(x); a single frame is what it is to the last tap, whose fellows would see zeros.
 
     Kernels of one row and column run as what they are, which is twice as fast on a CPU as a 3-D one. A small single
-    clip's 3-D convolution is not oneDNN's in torch but a slow one. Without gradients oneDNN's is called by its name;
-    with them, the frames under the kernel are set side by side as channels, and a 2-D convolution over frames takes its
-    place, several times faster.
+    clip's 3-D convolution is not oneDNN's in torch but a slow one. Without gradients oneDNN's is called by its name,
+    and wide ones go `in_pairs`; with them, the frames under the kernel are set side by side as channels, and a 2-D
+    convolution over frames takes its place, several times faster.
     """
     taps = min(conv.kernel_size[0], x.shape[2])
     weight = conv.weight[:, :, -taps:]
@@ -80,8 +112,8 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
         y = F.conv2d(to_frames(x), weight[:, :, 0], conv.bias, padding=conv.padding[1:])
         return to_clips(y, len(x))
     if x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not torch.is_grad_enabled():
-        ones = (1, 1, 1)
-        return torch.ops.aten.mkldnn_convolution(x, weight, conv.bias, conv.padding, ones, ones, 1)
+        paired = taps == 3 and x.shape[2] % 2 == 0 and min(conv.in_channels, conv.out_channels) >= PAIRS_FROM
+        return in_pairs(conv, x) if paired else onednn(x, weight, conv.bias, conv.padding)
     if x.device.type == "cpu" and len(x) == 1:
         frames = x[0].permute(1, 2, 3, 0)  # (T + taps − 1, H, W, C_in)
         count = len(frames) - taps + 1
@@ -274,7 +306,31 @@ class Upsample(nn.Module):
                 rest = rest.unflatten(1, (2, -1)).permute(0, 3, 1, 4, 5, 2)  # (B, T, 2, H, W, C), memory's order
                 rest = rest.flatten(1, 2).movedim(-1, 1)  # (B, C, 2T, H, W)
             x = rest if started else torch.cat([first, rest], dim=2)
-        return to_clips(self.resample(to_frames(x)), b)  # (B, C_out, T', 2H, 2W)
+        frames = to_frames(x)
+        exact = x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
+        return to_clips(doubled(self.resample[1], frames) if exact else self.resample(frames), b)  # (B, C', T', 2H, 2W)
+
+
+def doubled(conv: nn.Module, frames: Tensor) -> Tensor:
+    """conv (3×3, padded) of frames at twice their height and width, every pixel four times; frame by frame.
+
+    In each of the four places of a pixel's copies some of the nine taps see the same pixel: summed beforehand, four are
+    left. frames: (N, C, H, W). Returns (N, C_out, 2H, 2W), channels-last.
+    """
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    taps = conv.weight
+    for dim in (2, 3):  # the upper (left) copy sees the pixel before and itself, the lower itself and the next
+        a, b, c = taps.unbind(dim)
+        taps = torch.cat([torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)])
+    # (4·C_out, C, 2, 2): the copies in the order left upper, left lower, right upper, right lower
+    n, _, h, w = frames.shape
+    y = frames.new_empty((n, 2 * h, 2 * w, conv.out_channels)).movedim(-1, 1)
+    for frame, out in zip(frames.split(1), y.split(1)):
+        z = F.conv2d(to_frames(frame[:, :, None]), taps, conv.bias.repeat(4), padding=1)  # (1, 4·C_out, H+1, W+1)
+        for place, copy in enumerate(z.chunk(4, dim=1)):
+            right, lower = divmod(place, 2)
+            out[:, :, lower::2, right::2] = copy[:, :, lower : lower + h, right : right + w]
+    return y
 
 
 class DownLevel(nn.Module):
@@ -332,7 +388,11 @@ class UpLevel(nn.Module):
 
 def to_frames(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> (B·T, C, H, W); no copy where x is channels-last."""
-    return x.transpose(1, 2).flatten(0, 1)
+    y = x.transpose(1, 2).flatten(0, 1)
+    if len(y) > 1 or y.stride(1) != 1:
+        return y
+    # torch takes one frame for channels-last only if the stride to a next one, which is not there, is right, too
+    return y.as_strided(y.shape, (y.shape[2] * y.stride(2), *y.stride()[1:]))
 
 
 def to_clips(x: Tensor, clips: int) -> Tensor:

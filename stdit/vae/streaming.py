@@ -20,7 +20,7 @@ from torch import Tensor
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 from stdit.vae.config import VaeConfig
-from stdit.vae.layers import Past
+from stdit.vae.layers import FRAMES_AT_ONCE, Past
 
 if TYPE_CHECKING:
     from stdit.vae.autoencoder import CausalVAE
@@ -97,7 +97,7 @@ def working_bytes(
         past += 2 * pixels * (before + (convolutions - 1) * channels)
         held = before if config.residual else 0
         wide = not any(config.temporal_downsample[: level + (config.residual and side == "encoder")])
-        at_once = 1 if wide else frames  # see `autoencoder.frame_by_frame`
+        at_once = min(frames, FRAMES_AT_ONCE) if wide else frames  # see `autoencoder.few_by_few`
         block = (at_once + 2) * max(before, channels) + at_once * (before + channels + held)
         if side == "encoder":
             whole = level < coarse and config.temporal_downsample[level]
