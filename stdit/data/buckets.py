@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from stdit.data.filters import Bounds, check_filter, left_out
+from stdit.data.filters import Bounds, check_filter, left_out, repeated
 from stdit.data.manifest import Manifest
 from stdit.data.scores import SCORES
 from stdit.errors import StditError, about
@@ -109,8 +109,8 @@ class DataConfig:
     sources: how often an epoch has the clips of a source, by a pattern of their paths as the manifest has them
         ("talks/*": 0.5); the first pattern that fits counts, what none fits comes once.
     filter: the least and the most of scores that a clip may have, such as {motion: [2, null], black_bars: [null, 0.1]}
-        (null: no bound; the scores: see `scores`). repeats: also take clips that look like another one. Both need the
-        columns of `stdit data scan --scores`.
+        (null: no bound; the scores: see `scores`). repeats: also take clips that look like another one that is taken.
+        Both need the columns of `stdit data scan --scores`.
     fps: frames a second that videos are read at. Sources of fewer than 0.9·fps would show frames twice: they are
         left out unless `repeat_frames`.
     max_crop: the share of a frame's area that cutting to another aspect ratio may cost.
@@ -226,7 +226,7 @@ REASONS = {
     "small": "smaller than every shape that is short enough (data.upscale allows it)",
     "aspect": "cutting to the nearest aspect ratio would lose more than data.max_crop of the area",
     **{score: f"its {score} is outside data.filter" for score in SCORES},
-    "repeat": "it looks like another clip (data.repeats allows it)",
+    "repeat": "it looks like another clip that is taken (data.repeats allows it)",
 }
 
 
@@ -299,8 +299,11 @@ def assign(manifest: Manifest, config: DataConfig) -> Assignment:
     columns = {name: manifest.column(name) for name in ("frames", "fps", "width", "height", "start", "end")}
     found = assign_columns(**columns, shapes=config.video_shapes(), config=config)
     reason = np.full(len(manifest), -1, np.int8)
-    for name, rows in left_out(manifest, config.filter, config.repeats).items():
+    for name, rows in left_out(manifest, config.filter).items():
         reason[rows & (reason < 0)] = list(REASONS).index(name)
+    if not config.repeats:
+        shaped = np.logical_or.reduce([stage.bucket >= 0 for stage in found.stages])
+        reason[repeated(manifest, shaped & (reason < 0))] = list(REASONS).index("repeat")
     stages = [_without(stage, reason) for stage in found.stages]
     return replace(stages[-1], earlier=tuple(stages[:-1]))
 

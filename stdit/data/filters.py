@@ -28,8 +28,8 @@ def check_filter(bounds: Mapping[str, Bounds]) -> None:
             raise StditError(f"data.filter: {name} [{least:g}, {most:g}] lets nothing through: write [least, most].")
 
 
-def left_out(manifest: Manifest, bounds: Mapping[str, Bounds], keep_repeats: bool) -> dict[str, np.ndarray]:
-    """(rows,) bool for each reason: the clips whose score is not within its bounds; those that repeat another.
+def left_out(manifest: Manifest, bounds: Mapping[str, Bounds]) -> dict[str, np.ndarray]:
+    """(rows,) bool for each score: the clips whose score is not within its bounds.
 
     Images have neither motion nor still frames, and none is left out for them.
     """
@@ -37,8 +37,21 @@ def left_out(manifest: Manifest, bounds: Mapping[str, Bounds], keep_repeats: boo
     for name, (least, most) in bounds.items():
         scores = _scored(manifest, name).to_numpy()
         out[name] = (scores < (-np.inf if least is None else least)) | (scores > (np.inf if most is None else most))
-    if not keep_repeats:
-        out["repeat"] = pc.is_in(_scored(manifest, "repeats"), manifest.ids.combine_chunks()).to_numpy().astype(bool)
+    return out
+
+
+def repeated(manifest: Manifest, usable: np.ndarray) -> np.ndarray:
+    """(rows,) bool: of the usable clips that look alike all but one, the one that repeats none or that has most pixels.
+
+    usable: (rows,) bool. What a clip repeats may be of no use itself, and must not take its copies with it.
+    """
+    of = pc.index_in(_scored(manifest, "repeats"), value_set=manifest.ids).fill_null(-1).to_numpy()
+    rows = np.flatnonzero(usable)
+    first = np.where(of[rows] < 0, rows, of[rows])
+    pixels = manifest.column("width").astype(np.int64) * manifest.column("height")
+    order = np.lexsort((rows, -pixels[rows], first != rows, first))
+    out = np.zeros(len(manifest), bool)
+    out[rows[order[1:]]] = np.diff(first[order]) == 0
     return out
 
 

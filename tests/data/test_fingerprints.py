@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import scipy.ndimage
 from PIL import Image
 
-from stdit.data.buckets import DataConfig, assign
+from stdit.data.buckets import REASONS, DataConfig, assign
 from stdit.data.fingerprints import BITS, NEAR, fingerprint, repeats
 from stdit.data.manifest import Manifest
 from stdit.data.scan import scan
@@ -107,5 +108,11 @@ def test_copies_of_real_clips_are_named_and_other_clips_of_the_same_person_are_n
     assert found.reasons == {"repeat": 4}
     copies = np.flatnonzero(found.bucket < 0)
     assert [result.manifest[row].path.rpartition("/")[2] for row in copies] == [s.file for s in result.repeats]
+    first = result.manifest.table.column("path").to_pylist().index("no-0.mp4")
+    heights = np.where(np.arange(8) == first, 40, result.manifest.column("height"))
+    place = result.manifest.table.column_names.index("height")
+    table = result.manifest.table.set_column(place, "height", pa.array(heights))
+    found = assign(Manifest(table, tmp_path), config)  # too small for the shape: it does not take its copy with it
+    assert found.reasons == {"repeat": 3, "small": 1} and found.reason[first] == list(REASONS).index("small")
     alone = Manifest(result.manifest.table.take(copies), tmp_path)
     assert not assign(alone, config).reasons  # what they repeat is not there
