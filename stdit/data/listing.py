@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stdit.data.captions import caption_lines, captions_of
-from stdit.data.manifest import Caption
+from stdit.data.manifest import Caption, Skipped
 from stdit.data.paths import Member, is_remote, join
 from stdit.data.storage import STORAGE, StorageError, side_by_side
 from stdit.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -34,22 +34,42 @@ class File:
 
 
 class Folder:
-    """The names of all files under a folder or a URL, hidden ones left out; read once."""
+    """The names of all files under a folder or a URL, hidden ones left out; read once. Links to folders count."""
 
     def __init__(self, root: str) -> None:
         self.root = root.removeprefix("file://").rstrip("/") or "/"
         self._states: dict[str, list[Any] | None] = {}
+        self.unreadable: list[Skipped] = []  # folders in it
         if is_remote(self.root):
             self._states = STORAGE.find(self.root)
             return
         if not os.path.isdir(self.root):
             raise StditError(f"{root} is not a folder.")
-        for here, folders, names in os.walk(self.root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            relative = os.path.relpath(here, self.root).replace(os.sep, "/")
-            for name in names:
-                if not name.startswith("."):
-                    self._states[name if relative == "." else f"{relative}/{name}"] = None
+        self._walk()
+
+    def _walk(self) -> None:
+        """Finds the names; links to folders are followed after all that is not linked, and no folder is met twice."""
+        starts, met = [self.root], set[tuple[int, int]]()
+        for start in starts:
+            for here, folders, names in os.walk(start, onerror=self._keep_unreadable):
+                status = os.stat(here)
+                if (status.st_dev, status.st_ino) in met:
+                    folders.clear()
+                    continue
+                met.add((status.st_dev, status.st_ino))
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                starts += [path for path in (os.path.join(here, name) for name in folders) if os.path.islink(path)]
+                for name in names:
+                    if not name.startswith("."):
+                        self._states[self._name(os.path.join(here, name))] = None
+
+    def _name(self, path: str) -> str:
+        return os.path.relpath(path, self.root).replace(os.sep, "/")
+
+    def _keep_unreadable(self, error: OSError) -> None:
+        name = self._name(str(error.filename))
+        message = f"is a folder that cannot be read ({error.strerror}): nothing in it was looked at."
+        self.unreadable.append(Skipped(name, "unreadable", message))
 
     def __contains__(self, name: str) -> bool:
         return name in self._states
@@ -82,13 +102,12 @@ class Folder:
             raise StditError(f"{self.root} has both captions.csv and captions.jsonl. Name one with --captions.")
         return self.path(tables[0]) if tables else None
 
+    def text_beside(self, name: str) -> str | None:
+        return next((text for text in (os.path.splitext(name)[0] + ".txt", name + ".txt") if text in self), None)
+
     def sidecars(self, names: list[str]) -> dict[str, list[Caption]]:
         """The captions of `clip.txt` or `clip.mp4.txt` beside clip.mp4, one a line."""
-        texts = {}
-        for name in names:
-            beside = [text for text in (os.path.splitext(name)[0] + ".txt", name + ".txt") if text in self]
-            if beside:
-                texts[name] = self.path(beside[0])
+        texts = {name: self.path(text) for name in names if (text := self.text_beside(name))}
         contents = STORAGE.read_all(list(texts.values()))
         return {name: caption_lines(text, path) for (name, path), text in zip(texts.items(), contents)}
 

@@ -191,12 +191,23 @@ def _checked(table: pa.Table, source: str) -> pa.Table:
         twice = next(c["values"].as_py() for c in counts if c["counts"].as_py() > 1)
         rows = [i for i, value in enumerate(ids.to_pylist()) if value == twice]
         raise StditError(f"{source}: rows {rows[0]} and {rows[1]} have the same id {twice}. Remove one of them.")
+    _check_captions(checked.column("captions"), source)
     for name in ("frames", "fps", "width", "height"):
         values = checked.column(name).to_numpy()
         bad = np.flatnonzero(~(values > 0) | ~np.isfinite(values))
         if len(bad):
             raise StditError(f"{source}: row {bad[0]} has {name} {values[bad[0]]}; it must be positive.")
     return checked
+
+
+def _check_captions(captions: pa.ChunkedArray, source: str) -> None:
+    each = pc.list_flatten(captions)
+    weights = pc.struct_field(each, "weight").to_numpy()
+    right = pc.is_valid(pc.struct_field(each, "text")).to_numpy().astype(bool) & (weights > 0) & np.isfinite(weights)
+    if not right.all():
+        row = np.repeat(np.arange(len(captions)), pc.list_value_length(captions).to_numpy())[np.argmin(right)]
+        wrong = each[int(np.argmin(right))].as_py()
+        raise StditError(f"{source}: row {row} has the caption {wrong}; it is a text with a positive weight.")
 
 
 def read_manifest(path: str | Path) -> Manifest:

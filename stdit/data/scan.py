@@ -81,12 +81,13 @@ def scan(
     names, tars, ignored = _names(source, captioned, table, out)
     texts = captioned if table is not None else source.sidecars(names)
     wanted = Wanted(VERIFY_PIXELS if verify else 0, scenes, scores)
-    with remembered(None if out is None else Path(out).with_suffix(".probed.jsonl"), wanted) as memory:
-        probe = partial(probe_files, workers=workers or os.cpu_count() or 1, wanted=wanted, timeout=timeout)
+    with remembered(None if out is None else _probed_path(out), wanted) as memory:
+        probe = partial(probe_files, workers=workers or _cores(), wanted=wanted, timeout=timeout)
         found = _Found(memory, probe, on_start, on_file)
         found.look_at(source.files(names))
         for tar in source.files(tars):
             found.look_into(tar)
+    found.skipped += source.unreadable
     clips = found.clips(texts, uncaptioned)
     manifest = Manifest.of(clips, "." if is_remote(source.root) else source.root)
     repeats: list[Skipped] = []
@@ -215,6 +216,15 @@ def skipped_path(out: str | Path) -> Path:
     return Path(out).with_suffix(".skipped.jsonl")
 
 
+def _cores() -> int:
+    """Those that this process may use: of a large machine a job often has a part."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _probed_path(out: str | Path) -> Path:
+    return Path(out).with_suffix(".probed.jsonl")
+
+
 def _unnameable(file: str) -> bool:
     return any(0xD800 <= ord(c) <= 0xDFFF for c in file)
 
@@ -232,14 +242,12 @@ def _names(
     """Files to probe, in order of name (media by suffix, and whatever a caption names); tars; how many others."""
     tars = {name for name in source if name.lower().endswith((".tar", *_COMPRESSED))}
     in_tars = {name for name in captioned if any(name[: at.end()] in tars for at in re.finditer(r"\.tar(?=/)", name))}
-    files, ignored = set(captioned) - in_tars - tars, 0
-    own = {absolute(str(path)) for path in (table, out) if path is not None}
-    for name in source:
-        if os.path.splitext(name)[1].lower() in MEDIA:
-            files.add(name)
-        elif name not in files and name not in tars and absolute(source.path(name)) not in own:
-            ignored += 1
-    return sorted(files), sorted(tars), ignored
+    files = set(captioned) - in_tars - tars | {name for name in source if os.path.splitext(name)[1].lower() in MEDIA}
+    beside = [] if out is None else [out, skipped_path(out), _probed_path(out)]
+    own = {absolute(str(path)) for path in (table, *beside) if path is not None}
+    texts = set() if table is not None else {source.text_beside(name) for name in files}
+    others = (name for name in source if name not in files and name not in tars and name not in texts)
+    return sorted(files), sorted(tars), sum(absolute(source.path(name)) not in own for name in others)
 
 
 def _clip(result: Probed, span: Span, captions: tuple[Caption, ...]) -> Clip:

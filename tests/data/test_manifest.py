@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -131,6 +133,50 @@ def test_equal_files_become_one_clip_with_both_captions(tmp_path):
     assert result.manifest[1].image and (result.manifest[1].width, result.manifest[1].height) == (20, 30)
 
 
+def test_folders_behind_links_are_scanned_once_and_unreadable_ones_are_named(tmp_path, monkeypatch):
+    """Data is often linked together from several disks; a circle of links ends."""
+    for number, name in enumerate(["in/a.mp4", "disk/b.mp4", "disk/deep/c.mp4", "in/locked/d.mp4"]):
+        small_video(tmp_path / name, 50 * number)
+    for link, folder in [("in/disk", "disk"), ("in/again", "disk"), ("disk/deep/up", "in"), ("in/gone", "nowhere")]:
+        (tmp_path / link).symlink_to(tmp_path / folder)
+
+    def scandir(path, plain=os.scandir):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    result = scan(tmp_path / "in", uncaptioned=True, workers=1)
+    names = [clip.path.removeprefix(f"{tmp_path}/in/") for clip in result.manifest]
+    assert names == ["a.mp4", "again/b.mp4", "again/deep/c.mp4"]
+    assert [(s.file, s.reason) for s in result.skipped] == [("locked", "unreadable")]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="a system without a limit to some cores")
+def test_as_many_files_are_probed_at_once_as_there_are_cores_to_use(tmp_path, monkeypatch):
+    small_video(tmp_path / "a.mp4")
+    asked = []
+
+    def probe(paths, workers, **options):
+        asked.append(workers)
+        return probe_files(paths, workers, **options)
+
+    monkeypatch.setattr("stdit.data.scan.probe_files", probe)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
+    scan(tmp_path, uncaptioned=True)
+    assert asked == [3]
+
+
+def test_only_what_is_neither_a_clip_nor_its_captions_is_of_another_type(tmp_path):
+    small_video(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("a clip")
+    (tmp_path / "notes.txt").write_text("to do")
+    for _ in range(2):  # the second finds what the first wrote beside the manifest
+        assert scan(tmp_path, out=tmp_path / "m.parquet", workers=1).ignored == 1
+    (tmp_path / "captions.csv").write_text("file,caption\na.mp4,from the table\n")
+    assert scan(tmp_path, out=tmp_path / "m.parquet", workers=1).ignored == 2  # of no use beside a table
+
+
 def test_captions_of_a_larger_folder_serve_a_part_of_it(tmp_path):
     small_video(tmp_path / "part" / "a.mp4")
     small_video(tmp_path / "other" / "b.mp4", 9)
@@ -205,10 +251,17 @@ def test_wrong_manifests_say_where(tmp_path):
         Manifest(Manifest.of([clip(1)]).table.drop_columns(["fps", "sha256"]))
     with pytest.raises(StditError, match="rows 0 and 2 have the same id"):
         Manifest.of([clip(1), clip(2), clip(1)])
+    for caption, says in [(Caption("x", -1.0), "-1.0"), (Caption("x", float("nan")), "nan"), (Caption(None), "None")]:
+        with pytest.raises(StditError, match=rf"row 2 has the caption .*{says}"):
+            Manifest.of([clip(1), clip(2, captions=()), clip(3, captions=(Caption("ok"), caption))])
     with pytest.raises(StditError, match="row 1 has width 0"):
         Manifest.of([clip(1), clip(2, width=0)])
     (tmp_path / "m.jsonl").write_text('{"path": "a.mp4", "fps": "fast"}\n')
     with pytest.raises(StditError, match="line 1 has no id"):
+        read_manifest(tmp_path / "m.jsonl")
+    row = {"path": "a.mp4", "frames": 9, "fps": 8, "width": 8, "height": 8, "sha256": "00", "captions": [{"txt": "a"}]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    with pytest.raises(StditError, match="row 0 has the caption"):
         read_manifest(tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl").write_bytes(b'{"path": "l\xe4ufe.mp4"}\n')
     with pytest.raises(StditError, match=r"m\.jsonl is not UTF-8"):
