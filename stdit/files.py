@@ -107,6 +107,7 @@ def journal(path: str | Path) -> Iterator[tuple[list[dict[str, Any]], Callable[[
     path = Path(path)
     make_folder(path.parent)
     found = []
+    # not splitlines(), which also splits at characters that JSON keeps as they are
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         with suppress(json.JSONDecodeError):
             found.append(json.loads(line))

@@ -85,6 +85,19 @@ def test_the_mode_is_that_of_any_new_file(tmp_path):
     assert (tmp_path / "published").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_journal_keeps_every_line_whatever_its_text(tmp_path):
+    """Characters that end a line elsewhere do not in JSON; what was cut off is left out."""
+    lines = [{"text": "one\u2028two\u2029\x85\x0b\x1c"}, {"text": "three\r\nfour"}]
+    with journal(tmp_path / "j.jsonl") as (found, add):
+        assert found == []
+        add(lines)
+    with open(tmp_path / "j.jsonl", "ab") as file:
+        file.write(b'{"text": "cut')
+    for _ in range(2):
+        with journal(tmp_path / "j.jsonl") as (found, add):
+            assert found == lines
+
+
 def test_hash_of_more_than_a_block():
     content = bytes(range(256)) * 5000
     assert sha256_of(io.BytesIO(content)) == hashlib.sha256(content).hexdigest()
