@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -166,18 +167,17 @@ def _shards(
                 part = slice(first, first + clips_per_shard)
                 name = f"{shape}-{hashlib.sha256(' '.join(keys[part]).encode()).hexdigest()[:16]}"
                 there = positions[part]
-                if cache.has_shard(name):
-                    own = [p for p in there if retry_failed and p >= 0 and cache.shard(p) == name]
-                    redo = own if any(cache.failure(p) is not None for p in own) else []
-                    there = np.where(np.isin(there, redo), -1, 0)
                 # clips that another shard has (the manifest has grown since) are not encoded again
-                yield name, [_Item(int(row), cut, bucket) for row, at in zip(rows[part], there) if at < 0]
+                todo = (there < 0) & (not cache.has_shard(name))
+                failed = [p for p in there if retry_failed and p >= 0 and cache.failure(p) is not None]
+                if failed:  # in this shard, which is written anew, or in one of a smaller manifest
+                    todo |= np.isin(there, failed + [p for p in there if p >= 0 and cache.shard(p) == name])
+                yield name, [_Item(int(row), cut, bucket) for row in rows[part][todo]]
 
 
 def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
-    rows = assignment.rows()
-    captions = manifest.table.column("captions").take(rows).to_pylist()
-    return sorted({"", *(caption["text"] for row in captions for caption in row)})
+    captions = pc.list_flatten(manifest.table.column("captions").take(assignment.rows()))
+    return sorted({"", *pc.unique(pc.struct_field(captions, "text")).to_pylist()})
 
 
 def _encode_texts(

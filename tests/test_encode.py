@@ -105,6 +105,25 @@ def test_failed_clips_are_tried_again_when_asked(clips, tmp_path):
     assert len(cache) == 11 and all(cache.failure(i) is None for i in range(11))
 
 
+@pytest.mark.parametrize("first", [range(7), range(11)], ids=["grown", "the same"])
+def test_what_failed_is_tried_again_though_the_manifest_has_grown(clips, tmp_path, first):
+    encode(clips, tmp_path, rows=[row for row in first if row != 2])
+    encode(clips, tmp_path)  # shards of other clips, into which those that are there do not come
+    broken = Path(clips[5].path).read_bytes()
+    try:
+        write_video(clips[5].path, np.zeros((6, 16, 16, 3), np.uint8), 8)
+        done = encode(clips, tmp_path, retry_failed=True)
+    finally:
+        Path(clips[5].path).write_bytes(broken)
+    assert done.clips >= 1 and not done.failures
+    cache = Cache.open(tmp_path, latent_settings(CONFIG, "vae"))
+    shapes = assign(clips, CONFIG)
+    keys = [latent_key(clip.id, shapes.shapes[bucket]) for clip, bucket in zip(clips, shapes.bucket)]
+    assert [cache.failure(p) for p in cache.find(keys)] == [None] * 11
+    assert torch.equal(cache.tensor(cache.find(keys)[5]), torch.full((3, 2, 4, 4), -1.0))
+    assert encode(clips, tmp_path, retry_failed=True).clips == 0
+
+
 def test_latents_that_are_not_finite_stop_it(clips, tmp_path):
     class Broken:
         def encode(self, video):

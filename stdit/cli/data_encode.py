@@ -53,9 +53,8 @@ def encode(
         raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
     clips = read_manifest(manifest)
     assignment = assign(clips, run.data)
-    wanted = int((assignment.bucket >= 0).sum())
     left_out = ", ".join(f"{n} {reason}" for reason, n in assignment.reasons.items())
-    if not wanted:
+    if not len(assignment.rows()):
         raise StditError(f"{manifest}: no clip fits one of data.shapes ({left_out or 'it is empty'}).")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")

@@ -132,6 +132,9 @@ class Cache:
         parts = [_index_part(join(self.folder, name), content) for name, content in zip(names, contents)]
         self._complete = {name.removesuffix(".parquet") for name in names}
         self.index = pa.concat_tables(parts) if parts else _INDEX.empty_table()
+        failed = pc.is_valid(self.index.column("failure"))
+        if pc.any(failed).as_py():  # what failed once may have been encoded later, into another shard: that is found
+            self.index = pa.concat_tables([self.index.filter(pc.invert(failed)), self.index.filter(failed)])
         self.__dict__.pop("_by_hash", None)
 
     @cached_property
