@@ -40,9 +40,12 @@ class Copies:
         if self._limit is None:
             text = os.environ.get("STDIT_LOCAL_GB", "32")
             try:
-                self._limit = int(float(text) * 1e9)
+                limit = int(float(text) * 1e9)
             except (ValueError, OverflowError):
-                raise StditError(f"STDIT_LOCAL_GB is {text!r}; it must be a number of gigabytes.") from None
+                limit = 0
+            if limit <= 0:
+                raise StditError(f"STDIT_LOCAL_GB is {text!r}; it must be a positive number of gigabytes.")
+            self._limit = limit
         return self._limit
 
     def hold(self, name: str) -> BinaryIO | None:

@@ -282,6 +282,9 @@ def test_the_environment_says_where_and_how_much(tmp_path, monkeypatch):
     monkeypatch.setenv("STDIT_LOCAL_GB", "1.5")
     store = Storage()
     assert store.copies.folder == tmp_path and store.copies.limit == 1_500_000_000
-    monkeypatch.setenv("STDIT_LOCAL_GB", "much")
-    with pytest.raises(StditError, match="STDIT_LOCAL_GB is 'much'"):
-        assert Storage().copies.limit
+    for wrong in ("much", "nan", "-1", "0"):
+        monkeypatch.setenv("STDIT_LOCAL_GB", wrong)
+        store = Storage()
+        for _ in range(2):
+            with pytest.raises(StditError, match=f"STDIT_LOCAL_GB is '{wrong}'.*positive"):
+                assert store.copies.limit
