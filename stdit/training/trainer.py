@@ -79,6 +79,13 @@ class Trainer:
         self.parts: Parts = build(config, world)
         module, critic = self.parts.objective.module, self.parts.objective.critic
         self.base = check_base(config, self.resumed, world)
+        plans = world.gather(self.parts.plan_hash)
+        other = next((rank for rank, plan in enumerate(plans) if plan != plans[0]), None)
+        if other is not None:  # they would wait for one another, or learn from clips of different steps
+            raise StditError(
+                f"rank {other} has other data than rank 0: {config.data.manifest} is not the same there, or was "
+                f"written to while it was read. Give all machines the same one and start again."
+            )
         if self.resumed is not None:
             if self.resumed.state["plan"] != self.parts.plan_hash:
                 raise StditError(

@@ -327,6 +327,16 @@ def test_changed_data_are_refused(tiny: Path, whole: Path, tmp_path: Path) -> No
         (tiny / "manifest.parquet").write_bytes(kept)
 
 
+def test_ranks_with_other_data_are_told_before_they_wait_for_each_other(tiny: Path, tmp_path: Path) -> None:
+    class Others(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, value, f"not {value}" if value else value]  # no rank has an error
+
+    config = load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"])
+    with pytest.raises(StditError, match=r"rank 2 has other data than rank 0: .*manifest\.parquet"):
+        trainer_module.Trainer(config, Others(0, 3, torch.device("cpu"))).prepare()
+
+
 def test_a_clip_that_went_bad_is_named_counted_and_skipped(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
