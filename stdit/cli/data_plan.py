@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the JSON
 SHOWN = 40  # buckets in the table
+SHAPES_NAMED = 8  # of those without clips
 GOOD = 0.95  # a balance below this comes with advice
 TIMES = {"a step": "seconds_per_step", "an epoch": "seconds_per_epoch"}
 
@@ -81,6 +82,7 @@ def plan(
     needed = footprint(settings, objective, largest, fullest, world_size)
     summary = summarise(made, stage, measures, groups, bound, needed)
     summary |= {"world_size": world_size, "work_unit": work_unit, "epoch": epoch}
+    summary["empty"] = [str(shape) for b, shape in enumerate(assignment.shapes) if not len(assignment.rows(b))]
     summary["stages"] = _stages(settings, assignment, partial(make_plan, clips, assignment, objective, settings))
     summary["sources"] = _sources(clips, settings.data.sources, made)
     if rate is not None:
@@ -173,11 +175,11 @@ def summarise(
 
 def advice(summary: dict[str, Any]) -> list[str]:
     """What would make the plan better, if it is not good."""
-    lines = [
-        f"no clip goes to {bucket['shape']}: the bucket is empty; take it out of data.shapes or add such clips."
-        for bucket in summary["buckets"]
-        if not bucket["clips"]
-    ]
+    lines, empty = [], summary["empty"]
+    if empty:
+        more = len(empty) - SHAPES_NAMED
+        some = ", ".join(empty[:SHAPES_NAMED]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"no clip goes to {some}, in any epoch: take what is not wanted out of data, or add such clips.")
     over = summary["steps_with_a_clip_over_a_share"]
     if over:
         lines.append(
@@ -187,7 +189,14 @@ def advice(summary: dict[str, Any]) -> list[str]:
     if summary["balance"] >= GOOD or summary["groups"] == 1:
         return lines
     share = summary["work_per_step"] / summary["groups"] / summary["largest_clip_work"]
-    if share < 1:
+    if share * summary["steps_per_epoch"] < 1:
+        most = max(1, int(share * summary["steps_per_epoch"] * summary["groups"]))
+        lines.append(
+            f"a whole epoch is the work of {share * summary['steps_per_epoch']:.2g} of the largest clip a group, and a "
+            f"clip cannot be divided: at most {most} groups have enough to do. Use fewer ranks, raise "
+            f"parallel.sequence_parallel, or add clips."
+        )
+    elif share < 1:
         lines.append(
             f"a step is the work of {share:.2g} of the largest clip a group, and a clip cannot be divided: raise "
             f"plan.largest_clips_per_step to {summary['groups']} or more, or parallel.sequence_parallel."
@@ -282,7 +291,7 @@ def _print_steps(console: Any, summary: dict[str, Any]) -> None:
     work = readable_work(s["work_per_step"], s["work_unit"])
     work += f" ({s['work_per_step'] / s['largest_clip_work']:.2f} × the largest clip)"
     measured = "all" if s["measured_steps"] == s["steps_per_epoch"] else f"{s['measured_steps']:,}"
-    groups = f"{s['groups']} groups" if s["groups"] != s["world_size"] else f"{s['groups']} ranks"
+    groups = f"{s['groups']} {'group' if s['groups'] != s['world_size'] else 'rank'}{'s' * (s['groups'] > 1)}"
     table = Table(title=f"Plan on {groups} ({measured} steps measured)", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
@@ -132,17 +133,19 @@ def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, 
     for shape in assignment.shapes:
         with about(f"data.shapes: {shape}"):
             tokens.append(objective.tokens(shape))
-    return Plan(
-        assignment.stages[config.data.stage_of(epoch)].bucket,
-        tokens,
-        objective.cost,
-        config.plan,
-        config.run.seed,
-        epoch,
-        names=assignment.shapes,
-        weights=source_weights(manifest, config.data.sources),
-        source=manifest.hash,
-    )
+    stage = config.data.stage_of(epoch)
+    with about(f"data.stages: stage {stage + 1}") if config.data.stages else nullcontext():
+        return Plan(
+            assignment.stages[stage].bucket,
+            tokens,
+            objective.cost,
+            config.plan,
+            config.run.seed,
+            epoch,
+            names=assignment.shapes,
+            weights=source_weights(manifest, config.data.sources),
+            source=manifest.hash,
+        )
 
 
 def make_objective(

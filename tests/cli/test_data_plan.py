@@ -111,6 +111,7 @@ def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
         (["text.path=/no/such/text"], "/no/such/text"),
         (["data.sources={'*': 0.001}", "--epoch", "1"], "--epoch 1 has no clip"),
         (["data.shapes=[00x64]"], "'00x64' is not a shape"),
+        (["data.shapes=[64x64x9,16x16x65]", "data.stages=[{epochs: 1}, {area: 16x16}]"], "stage 2: the plan has no"),
         (["--picture", "."], "Is a directory"),
     ],
 )
@@ -233,14 +234,18 @@ def test_a_vae_on_crops_has_the_plan_of_its_training(files, name, capsys):
 
 
 def test_advice_only_where_something_can_be_better():
-    good = dict(buckets=[], balance=0.99, groups=8, work_per_step=100, largest_clip_work=10, balance_best=1.0)
-    good |= dict(steps_with_a_clip_over_a_share=0, measured_steps=7)
+    good = dict(empty=[], balance=0.99, groups=8, work_per_step=100, largest_clip_work=10, balance_best=1.0)
+    good |= dict(steps_per_epoch=9, steps_with_a_clip_over_a_share=0, measured_steps=7)
     assert advice(good) == []
     assert "tokens_per_pack" in advice(good | dict(balance=0.8))[0]
     assert "largest_clips_per_step to 8" in advice(good | dict(balance=0.3, work_per_step=20, balance_best=0.31))[0]
     told = advice(good | dict(balance_best=0.97, steps_with_a_clip_over_a_share=3))
     assert len(told) == 1 and "3 of 7 steps" in told[0] and "0.970" in told[0]
     assert advice(good | dict(balance=0.3, groups=1)) == []
+    few = good | dict(balance=0.3, work_per_step=40, steps_per_epoch=1)  # no setting makes a step of more
+    assert "at most 4 groups" in advice(few)[0] and "largest_clips_per_step" not in advice(few)[0]
+    (told,) = advice(good | dict(empty=[f"64x64x{n}" for n in range(1, 49, 4)]))
+    assert "64x64x29 and 4 more, in any epoch" in told
 
 
 def test_a_step_with_a_clip_over_a_groups_share_is_reported(files, capsys):
@@ -268,6 +273,7 @@ def test_a_rule_stages_and_sources_are_shown(files, capsys):
     assert plan(files, "--json", "--epoch", "2", *settings) == 0
     later = json.loads(capsys.readouterr().out)
     assert later["stages"] == found["stages"]
+    assert found["empty"] == later["empty"] == ["80x48x1"]  # the videos' shapes have clips from the third epoch on
     first, others = later["sources"]
     assert first["clips"] == 10 and first["clips_in_epoch"] == 25 and others["source"] == "others"
     assert later["planned"] == later["stages"][1]["clips"] == 25 + others["clips"]
