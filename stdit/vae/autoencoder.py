@@ -196,7 +196,7 @@ class CausalVAE(nn.Module):
         generator: torch.Generator | None = None,
         memory: int | None = None,
     ) -> Tensor:
-        """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W').
+        """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W'), of the weights' type and device.
 
         sample: draw from the posterior, with fp32 noise from `generator` (on its own device); else its mode.
         memory: bytes to work in, see `streaming.slices`; None: `self.memory`. With gradients and neither, all runs at
@@ -204,6 +204,7 @@ class CausalVAE(nn.Module):
         """
         memory = self.memory if memory is None else memory
         self._check(video, more=False)
+        video = video.to(next(self.parameters()))
         if torch.is_grad_enabled() and memory is None:
             mean, logvar = self.encode_moments(video)
         else:
@@ -211,7 +212,8 @@ class CausalVAE(nn.Module):
         return self.normalise(streaming.draw(mean, logvar, generator) if sample else mean)
 
     def decode(self, latents: Tensor, clamp: bool = True, memory: int | None = None) -> Tensor:
-        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes).
+        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes), of the
+        weights' type and device.
 
         memory: as for `encode`.
         """
@@ -220,6 +222,7 @@ class CausalVAE(nn.Module):
             raise StditError(
                 f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
             )
+        latents = latents.to(next(self.parameters()))
         if torch.is_grad_enabled() and memory is None:
             video = self.decode_raw(self.denormalise(latents))
             return video.clamp(-1, 1) if clamp else video
@@ -289,7 +292,7 @@ class CausalVAE(nn.Module):
 
     def _check(self, video: Tensor, more: bool) -> None:
         """Raises StditError for a clip that this VAE cannot encode. `more`: a chunk after the first."""
-        if video.ndim != 5 or video.shape[1] != 3:
+        if video.ndim != 5 or video.shape[1] != 3 or not len(video):
             raise StditError(f"video of shape {tuple(video.shape)}: the VAE encodes (B, 3, T, H, W).")
         if not video.is_floating_point():
             raise StditError(
@@ -297,7 +300,7 @@ class CausalVAE(nn.Module):
             )
         _, _, t, h, w = video.shape
         VideoShape(t + 1 if more else t, h, w).latent(self.config.stride)  # raises where it does not divide
-        if video.device.type == "meta" or video.numel() == 0:
+        if video.device.type == "meta" or video.numel() == 0 or torch.compiler.is_compiling():  # no values to look at
             return
         low, high = torch.stack(video.detach().aminmax()).tolist()
         if math.isnan(low) or math.isnan(high):

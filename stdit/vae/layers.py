@@ -111,7 +111,8 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
     if taps == 1:
         y = F.conv2d(to_frames(x), weight[:, :, 0], conv.bias, padding=conv.padding[1:])
         return to_clips(y, len(x))
-    if x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not torch.is_grad_enabled():
+    by_name = ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling())  # it cannot be traced
+    if x.device.type == "cpu" and x.dtype == torch.float32 and by_name:
         paired = taps == 3 and x.shape[2] % 2 == 0 and min(conv.in_channels, conv.out_channels) >= PAIRS_FROM
         return in_pairs(conv, x) if paired else onednn(x, weight, conv.bias, conv.padding)
     if x.device.type == "cpu" and len(x) == 1:

@@ -359,6 +359,11 @@ def test_the_vae_trains_and_exports_measured_latents(tiny: Path, tmp_path: Path)
 
     vae = load_vae(tmp_path / "run" / "model")
     assert vae.config.latents_std is not None and vae.config.latents_mean is not None
+    kept = Checkpoint.latest(tmp_path / "run")
+    assert kept is not None
+    masters, state = kept.weights(), vae.state_dict()
+    for name, average in kept.weights("ema").items():  # what comes out is the average
+        assert torch.equal(state[name.removeprefix("vae.")], average) and not torch.equal(average, masters[name]), name
     assert read_metrics(tmp_path / "run", "eval")[-1]["psnr"] > 3
     check_lines(tmp_path / "run")
 

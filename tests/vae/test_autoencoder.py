@@ -154,11 +154,12 @@ def test_clips_do_not_see_each_other():
     assert_close(vae.encode(video)[1:2], vae.encode(video[1:2]), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("config", [TINY, CONFIGS["wan 2.2's shape"]], ids=["2.1", "2.2"])
 @torch.no_grad()
-def test_half_precision_is_no_worse_than_diffusers():
+def test_half_precision_is_no_worse_than_diffusers(config):
     """bf16 loses bits whoever computes: ours loses no more than a quarter more than theirs on the same weights."""
-    ours, theirs, _ = with_diffusers(TINY)
-    video = clip(TINY, 9, rows=8, columns=8)
+    ours, theirs, _ = with_diffusers(config)
+    video = clip(config, 9, rows=8, columns=8)
     mean = ours.encode_moments(video)[0]
     wanted = theirs.decode(mean).sample
     ours, theirs = ours.bfloat16(), theirs.bfloat16()
@@ -169,6 +170,38 @@ def test_half_precision_is_no_worse_than_diffusers():
     their_mean = theirs.encode(video.bfloat16()).latent_dist.mean
     our_mean = ours.encode_moments(video.bfloat16())[0]
     assert 0 < (our_mean.float() - mean).norm() < 1.25 * (their_mean.float() - mean).norm()
+
+
+@pytest.mark.slow  # tracing takes its time
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_in_one_graph_it_is_the_same(training):
+    config = dataclasses.replace(TINY, dim_mult=(1, 1), temporal_downsample=(True,), residual=True)
+    vae = random_vae(config).float()
+    video = clip(config, 3, rows=2, columns=1)
+
+    def through(video: torch.Tensor) -> torch.Tensor:
+        mean, logvar = vae.encode_moments(video)
+        return vae.decode_raw(mean) + logvar.mean()
+
+    torch.compiler.reset()
+    results = []
+    for run in (through, torch.compile(through, fullgraph=True, backend="aot_eager")):
+        with torch.set_grad_enabled(training):
+            out = run(video)
+        if training:
+            out.square().mean().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in vae.parameters() if training)])
+        vae.zero_grad()
+    for one, other in zip(*results):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_clips_of_another_type_are_taken_as_the_weights_are():
+    vae, video = random_vae(TINY).bfloat16(), clip(TINY, 5)
+    latents = vae.encode(video)
+    assert torch.equal(latents, vae.encode(video.bfloat16())) and latents.dtype == torch.bfloat16
+    assert torch.equal(vae.decode(latents.double()), vae.decode(latents))
 
 
 @torch.no_grad()
@@ -209,6 +242,7 @@ def test_normalise_and_measured_statistics():
         (torch.zeros(1, 3, 5, 8, 8, dtype=torch.uint8), r"/ 127.5 - 1"),
         (torch.zeros(3, 5, 8, 8), r"\(3, 5, 8, 8\)"),
         (torch.zeros(1, 5, 3, 8, 8), "B, 3, T, H, W"),
+        (torch.zeros(0, 3, 5, 8, 8), r"\(0, 3, 5, 8, 8\)"),
         (torch.full((1, 3, 5, 8, 8), float("nan")), "NaN"),
         (torch.full((1, 3, 5, 8, 8), 200.0), r"200"),
     ],
