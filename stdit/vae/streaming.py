@@ -61,11 +61,13 @@ def slices(config: VaeConfig, side: str, shape: tuple[int, int, int, int], items
         return between + working_bytes(config, side, clips, frames, rows, columns, itemsize, kept)
 
     clips = next((n for n in range(clips, 1, -1) if takes(n, 1, rows, columns) <= budget), 1)
+    tried = []  # not the smallest tiles take least where the past of all is kept: they share more
     while memory is not None and (least := takes(1, 1, rows, columns)) > memory:
+        tried.append(least)
         if max(rows, columns) <= SMALLEST_TILE:
             raise StditError(
-                f"memory {memory}: in the smallest tiles, {columns}x{rows} latents, this VAE's {side} takes "
-                f"{least} bytes. Give at least as many."
+                f"memory {memory}: in tiles of whatever size, this VAE's {side} takes {min(tried)} bytes for "
+                f"{width}x{height} latents. Give at least as many."
             )
         if rows >= columns:
             rows = max(SMALLEST_TILE, (rows + OVERLAP + 1) // 2)

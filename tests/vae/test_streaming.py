@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import re
 import weakref
 from dataclasses import replace
 
@@ -274,6 +275,19 @@ def test_tiles_are_as_small_as_the_memory_wants(side):
     for frames, budget in ((2, least - 1), (0, least)):  # a stream keeps the past of all tiles: it takes more
         with pytest.raises(StditError, match="Give at least as many"):
             slices(config, side, (1, frames, *shape[2:]), 4, budget)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("frames", [0, 9])
+def test_the_least_memory_that_an_error_names_is_the_least(side, frames):
+    """Of a stream, too, which keeps the past of all tiles, what they share twice."""
+    config, shape = PRESETS["toy"], (1, frames, 60, 80)
+    with pytest.raises(StditError, match=r"takes (\d+) bytes for 80x60 latents") as said:
+        slices(config, side, shape, 4, 1)
+    least = int(re.search(r"takes (\d+)", str(said.value))[1])
+    assert slices(config, side, shape, 4, least)
+    with pytest.raises(StditError):
+        slices(config, side, shape, 4, least - 1)
 
 
 @torch.no_grad()
