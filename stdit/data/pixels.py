@@ -12,15 +12,16 @@ from typing import Any
 import av
 import av.filter
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from stdit.data import hdr
 from stdit.data.paths import file_of, open_bytes, split_member
 from stdit.errors import StditError
 from stdit.files import sha256_of
 
-# chroma is kept whole: by default swscale gives every second column of an RGB picture the colour of its neighbour
-_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# SWS_BICUBIC, SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT (without which every second column of an RGB picture has its
+# neighbour's colour) as numbers: PyAV names the latter two from 18 on, which wants Python 3.11
+_SCALING = 0x4 | 0x40000 | 0x2000
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 
