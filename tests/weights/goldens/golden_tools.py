@@ -153,6 +153,21 @@ def checkpoint_nothing(function, *arguments, **more):
     return function(*arguments, **more)
 
 
+def open_sora(build_module: Callable[..., nn.Module] | None = None) -> None:
+    """What Open-Sora imports for many GPUs, and its packages without what they import."""
+    xformers()
+    stand_in("opensora.acceleration.checkpoint", auto_grad_checkpoint=checkpoint_nothing)
+    names = ("all_to_all", "split_forward_gather_backward", "gather_forward_split_backward")
+    stand_in("opensora.acceleration.communications", **dict.fromkeys(names))
+    stand_in("opensora.acceleration.parallel_states", get_sequence_parallel_group=None)
+    stand_in("opensora.registry", MODELS=Registry(), SCHEDULERS=Registry(), build_module=build_module)
+    stand_in("opensora.utils.ckpt_utils", load_checkpoint=None)
+    packages = ("models", "models/layers", "models/stdit", "models/vae", "models/text_encoder", "schedulers")
+    for name in (*packages, "schedulers/iddpm"):
+        places = [str(Path(place) / "opensora" / name) for place in sys.path]
+        stand_in(f"opensora.{name.replace('/', '.')}", __path__=places)
+
+
 def xformers() -> None:
     """Its attention, of a batch or of packed segments, by torch's."""
 

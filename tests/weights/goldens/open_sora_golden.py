@@ -11,7 +11,6 @@ The autoencoder's draws are replaced by their means; what Open-Sora imports for 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -20,18 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_tools import (
-    Golden,
-    Registry,
-    checkpoint_nothing,
-    described,
-    random_weights,
-    released,
-    shapes_of,
-    stand_in,
-    weights,
-    xformers,
-)
+from golden_tools import Golden, described, open_sora, random_weights, released, shapes_of, weights
 from safetensors.torch import save_file
 
 FILE = Path(__file__).with_suffix(".npz")
@@ -122,20 +110,6 @@ def vae_folder(place: Path, number: int) -> Path:
 GOLDEN = Golden("STDiT3", "stdit3", FILE, 1, lambda number: stdit3_json(), lambda number: [], ("rope.freqs",))
 
 
-def _stand_ins() -> None:
-    xformers()
-    stand_in("opensora.acceleration.checkpoint", auto_grad_checkpoint=checkpoint_nothing)
-    names = ("all_to_all", "split_forward_gather_backward", "gather_forward_split_backward")
-    stand_in("opensora.acceleration.communications", **dict.fromkeys(names))
-    stand_in("opensora.acceleration.parallel_states", get_sequence_parallel_group=None)
-    stand_in("opensora.registry", MODELS=Registry(), SCHEDULERS=Registry(), build_module=_build)
-    stand_in("opensora.utils.ckpt_utils", load_checkpoint=None)
-    packages = ("models", "models/layers", "models/stdit", "models/vae", "models/text_encoder", "schedulers")
-    for name in (*packages, "schedulers/iddpm"):
-        places = [str(Path(place) / "opensora" / name) for place in sys.path]
-        stand_in(f"opensora.{name.replace('/', '.')}", __path__=places)
-
-
 def _build(config: dict[str, Any], registry: object) -> torch.nn.Module:
     from opensora.models.vae import vae, vae_temporal
 
@@ -218,7 +192,7 @@ def _sampled(vae: torch.nn.Module) -> dict[str, np.ndarray]:
 def main() -> None:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Theirs
 
-    _stand_ins()  # diffusers looks for what they replace
+    open_sora(_build)  # diffusers looks for what they replace
     from opensora.models.text_encoder.t5 import text_preprocessing
     from opensora.models.vae.vae_temporal import DiagonalGaussianDistribution as Own
 

@@ -10,23 +10,12 @@ layer modulates what it has modulated already; such frames are given, their outp
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from golden_tools import (
-    Golden,
-    Registry,
-    Run,
-    answers,
-    checkpoint_nothing,
-    random_weights,
-    released,
-    stand_in,
-    xformers,
-)
+from golden_tools import Golden, Run, answers, open_sora, random_weights, released
 
 CONFIGS = (
     {"hidden_size": 24, "num_heads": 2, "in_channels": 3, "caption_channels": 7, "depth": 2, "input_sq_size": 512},
@@ -74,19 +63,6 @@ def config_json(number: int) -> dict[str, Any]:
 GOLDEN = Golden("STDiT3", "stdit3", Path(__file__).with_suffix(".npz"), 5, config_json, runs, ("rope.freqs",))
 
 
-def _stand_ins() -> None:
-    xformers()
-    stand_in("opensora.acceleration.checkpoint", auto_grad_checkpoint=checkpoint_nothing)
-    names = ("all_to_all", "split_forward_gather_backward", "gather_forward_split_backward")
-    stand_in("opensora.acceleration.communications", **dict.fromkeys(names))
-    stand_in("opensora.acceleration.parallel_states", get_sequence_parallel_group=None)
-    stand_in("opensora.registry", MODELS=Registry())
-    stand_in("opensora.utils.ckpt_utils", load_checkpoint=None)
-    for name in ("models", "models/layers", "models/stdit"):
-        places = [str(Path(place) / "opensora" / name) for place in sys.path]
-        stand_in(f"opensora.{name.replace('/', '.')}", __path__=places)
-
-
 def call(model, key, *, latents, t, text, text_mask, fps, size):
     width, height = (torch.full((2,), float(side)) for side in size)
     mask, t = (t > 0, t.amax(1)) if t.ndim == 2 else (None, t)
@@ -94,7 +70,7 @@ def call(model, key, *, latents, t, text, text_mask, fps, size):
 
 
 def main() -> None:
-    _stand_ins()
+    open_sora()
     from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
 
     kept: dict[str, np.ndarray] = {}
