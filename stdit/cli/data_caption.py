@@ -52,19 +52,17 @@ def caption(
     from stdit.caption import caption_identity, caption_manifest
     from stdit.cli.bars import counting_bar
     from stdit.cli.device import pick_device
-    from stdit.data.manifest import read_manifest
+    from stdit.data.manifest import parquet_path, read_manifest
     from stdit.data.storage import STORAGE
-    from stdit.errors import StditError, about
+    from stdit.errors import about
     from stdit.text.captioner import load_captioner
 
-    if out.suffix.lower() != ".parquet":
-        raise StditError(f"--out {out}: manifests are written as Parquet; name it {out.with_suffix('.parquet').name}.")
+    parquet_path(out)
     clips = read_manifest(manifest)
     with about("--model"):
         captioner = load_captioner(model, prompt, max_new_tokens, dtype, pick_device(device))
         maker = caption_identity(model, captioner, frames)
-    with counting_bar() as progress:
-        task = progress.add_task("captioning", total=None)
+    with counting_bar("captioning") as (on_start, on_clips):
         done = caption_manifest(
             clips,
             captioner,
@@ -76,8 +74,8 @@ def caption(
             replace=replace,
             workers=workers,
             timeout=timeout,
-            on_start=lambda total: progress.update(task, total=total),
-            on_clips=lambda count: progress.advance(task, count),
+            on_start=on_start,
+            on_clips=on_clips,
         )
     if as_json:
         answer: dict[str, object] = {"manifest": str(out), "clips": len(clips), "captioned": done.captioned}

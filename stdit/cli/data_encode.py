@@ -72,8 +72,7 @@ def encode(
             run.text.path, max_length=run.text.padding or None, dtype=torch.float32, device=device
         ).eval()
         text_id = text_identity(run.text.path, text_encoder.max_length)
-    with counting_bar(hidden=rank > 0) as progress:
-        task = progress.add_task("encoding", total=None)
+    with counting_bar("encoding", hidden=rank > 0) as (on_start, on_clips):
         done = encode_manifest(
             clips,
             assignment,
@@ -88,8 +87,8 @@ def encode(
             rank=rank,
             ranks=ranks,
             retry_failed=retry_failed,
-            on_start=lambda total: progress.update(task, total=total),
-            on_clips=lambda count: progress.advance(task, count),
+            on_start=on_start,
+            on_clips=on_clips,
         )
     if as_json:
         failures = [{"id": clip_id, "failure": failure} for clip_id, failure in done.failures]

@@ -57,15 +57,14 @@ def scan(
     from rich.console import Console
 
     from stdit.cli.bars import counting_bar
+    from stdit.data.manifest import parquet_path
     from stdit.data.scan import scan as scan_folder
     from stdit.data.scan import skipped_path
     from stdit.data.storage import STORAGE
     from stdit.errors import StditError
 
-    if out.suffix.lower() != ".parquet":
-        raise StditError(f"--out {out}: manifests are written as Parquet; name it {out.with_suffix('.parquet').name}.")
-    with counting_bar() as progress:
-        task = progress.add_task("probing", total=None)
+    parquet_path(out)
+    with counting_bar("probing") as (on_start, on_files):
         result = scan_folder(
             folder,
             captions,
@@ -76,8 +75,8 @@ def scan(
             scores=scores,
             workers=workers,
             timeout=timeout,
-            on_start=lambda total: progress.update(task, total=total),
-            on_file=lambda _: progress.advance(task),
+            on_start=on_start,
+            on_file=lambda _: on_files(1),
         )
     if as_json:
         print(json.dumps(_summary(result, out, STORAGE.retries), ensure_ascii=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ def toy(
 
     Example: stdit data toy data/toy && stdit data scan data/toy/train --out data/toy/manifest.parquet
     """
-    from stdit.cli.bars import counting_bar
+    from stdit.cli.bars import named_bars
     from stdit.data.toy import ToySettings, make_toy
     from stdit.errors import StditError
 
@@ -38,9 +39,8 @@ def toy(
         seconds=lengths,
         image_share=images,
     )
-    with counting_bar(hidden=as_json) as bar:
-        task = bar.add_task("rendering", total=None)
-        counts = make_toy(folder, settings, lambda done, total: bar.update(task, completed=done, total=total))
+    with named_bars(hidden=as_json) as progress:
+        counts = make_toy(folder, settings, partial(progress, "rendering"))
     if as_json:
         import json
 
