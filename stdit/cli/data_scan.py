@@ -93,6 +93,7 @@ def scan(
             f"{out if clips else 'no manifest'}: {clips - images} videos, {images} images; "
             f"{len(result.skipped)} files skipped"
             + (f" (all in {skipped_path(out)})" if result.skipped else "")
+            + (f"; {result.reused} files known from an earlier scan" if result.reused else "")
             + (f"; {result.ignored} files of other types" if result.ignored else "")
             + (f"; {STORAGE.retries} requests tried again" if STORAGE.retries else "")
             + ".",
@@ -115,6 +116,7 @@ def _summary(result: Scan, out: Path, retries: int) -> dict[str, object]:
         "skipped": [asdict(s) for s in result.skipped],
         "damaged": [asdict(s) for s in result.damaged],
         "repeats": [asdict(s) for s in result.repeats],
+        "reused": result.reused,
         "ignored": result.ignored,
         "retries": retries,
     }

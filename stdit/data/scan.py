@@ -23,7 +23,7 @@ from stdit.data.remembered import Memory, absolute, remembered
 from stdit.data.scenes import check_available
 from stdit.data.storage import STORAGE, StorageError
 from stdit.data.video_io import VERIFY_PIXELS
-from stdit.errors import about
+from stdit.errors import StditError, about
 from stdit.files import publish_text
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -79,6 +79,11 @@ def scan(
     table = str(captions) if captions is not None else source.captions_file()
     captioned = {} if table is None else _table(table, source.root)
     names, tars, ignored = _names(source, captioned, table, out)
+    if table is not None and not captioned and not tars and not uncaptioned:
+        raise StditError(
+            f"{table} captions no file in {folder}: the names in it are taken relative to that folder, or else to its "
+            f"own. --allow-uncaptioned scans without captions."
+        )
     texts = captioned if table is not None else source.sidecars(names)
     wanted = Wanted(VERIFY_PIXELS if verify else 0, scenes, scores)
     with remembered(None if out is None else _probed_path(out), wanted) as memory:

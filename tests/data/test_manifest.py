@@ -183,6 +183,11 @@ def test_captions_of_a_larger_folder_serve_a_part_of_it(tmp_path):
     (tmp_path / "all.csv").write_text('\ufefffile,caption,weight\npart/a.mp4,"red, left",2\nother/b.mp4,blue,\n')
     result = scan(tmp_path / "part", tmp_path / "all.csv")
     assert [c.captions for c in result.manifest] == [(Caption("red, left", 2.0),)] and not result.skipped
+    (tmp_path / "elsewhere").mkdir()
+    small_video(tmp_path / "elsewhere" / "a.mp4")
+    with pytest.raises(StditError, match=r"all\.csv captions no file in .*elsewhere: the names in it are"):
+        scan(tmp_path / "elsewhere", tmp_path / "all.csv")
+    assert len(scan(tmp_path / "elsewhere", tmp_path / "all.csv", uncaptioned=True).manifest) == 1
 
 
 @pytest.mark.parametrize(
