@@ -37,9 +37,11 @@ def test_scan_says_what_was_skipped_and_why(folder, capsys):
     assert "not_media" in out and "no_caption" in out and "2 videos, 0 images; 2 files skipped" in out
     assert scan(folder, "--allow-uncaptioned", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["reused"] == 4 and answer["clips"] == 3 and [(s["file"], s["reason"]) for s in answer["skipped"]] == [
-        ("broken.mp4", "not_media")
-    ]
+    assert (
+        answer["reused"] == 4
+        and answer["clips"] == 3
+        and [(s["file"], s["reason"]) for s in answer["skipped"]] == [("broken.mp4", "not_media")]
+    )
 
 
 def test_scan_names_what_looks_alike(folder, capsys):
