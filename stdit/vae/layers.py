@@ -113,8 +113,9 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
         return to_clips(y, len(x))
     by_name = ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling())  # it cannot be traced
     if x.device.type == "cpu" and x.dtype == torch.float32 and by_name:
-        paired = taps == 3 and x.shape[2] % 2 == 0 and min(conv.in_channels, conv.out_channels) >= PAIRS_FROM
-        return in_pairs(conv, x) if paired else onednn(x, weight, conv.bias, conv.padding)
+        if taps == 3 and x.shape[2] % 2 == 0 and min(conv.in_channels, conv.out_channels) >= PAIRS_FROM:
+            return in_pairs(conv, x)
+        return onednn(x, weight, conv.bias, (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2))
     if x.device.type == "cpu" and len(x) == 1:
         frames = x[0].permute(1, 2, 3, 0)  # (T + taps − 1, H, W, C_in)
         count = len(frames) - taps + 1

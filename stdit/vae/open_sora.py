@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stdit.errors import StditError
 from stdit.shapes import Stride, VideoShape, frames_of
 from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.others import OtherVAE, diffusers_class
+from stdit.vae.others import OtherVAE, WithoutBudget, diffusers_class
 from stdit.vae.streaming import draw
 
 SPATIAL_SCALE = 0.18215  # of the latents of frames, whatever their own config says
@@ -158,12 +158,11 @@ class TemporalVAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))[:, :, -frames:]
 
 
-class OpenSoraVAE(nn.Module):
+class OpenSoraVAE(WithoutBudget, nn.Module):
     """Clips to latents and back; see CausalVAE, whose methods these are."""
 
     scale: Tensor
     shift: Tensor
-    memory = OtherVAE.memory
 
     def __init__(self, config: OpenSoraConfig) -> None:
         super().__init__()

@@ -53,7 +53,23 @@ class OtherConfig:
     stride: Stride
 
 
-class OtherVAE(nn.Module):
+class WithoutBudget:
+    config: Any
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes to work in, which these autoencoders do not keep to: None, as a CausalVAE's is by default."""
+        return None
+
+    @memory.setter
+    def memory(self, wanted: int | None) -> None:
+        if wanted is not None:
+            raise StditError(
+                f"memory {wanted}: a {self.config.name} keeps to no budget, VAEs in Wan's layout do. Leave it out."
+            )
+
+
+class OtherVAE(WithoutBudget, nn.Module):
     """Clips to latents and back through a diffusers autoencoder.
 
     decode_level: what a timestep-conditioned decoder (LTX-Video 0.9.1 and later) is told of its latents' noise; 0 as
@@ -70,18 +86,6 @@ class OtherVAE(nn.Module):
         self.decode_level = 0.0
         if self.kind.tiled:
             module.enable_tiling()
-
-    @property
-    def memory(self) -> int | None:
-        """Bytes to work in, which these autoencoders do not keep to: None, as a CausalVAE's is by default."""
-        return None
-
-    @memory.setter
-    def memory(self, wanted: int | None) -> None:
-        if wanted is not None:
-            raise StditError(
-                f"memory {wanted}: a {self.config.name} keeps to no budget, VAEs in Wan's layout do. Leave it out."
-            )
 
     def encode(self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W'). sample: draw, else the mode."""
