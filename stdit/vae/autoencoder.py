@@ -56,6 +56,8 @@ class Encoder(nn.Module):
             cell = (1, 1) if temporal is None else (1 + temporal, 2)
             self.downsamples.extend([DownLevel(layers, width, *cell)] if config.residual else layers)
             c = width
+        last = max((i for i, layer in enumerate(self.downsamples) if changes_frames(layer)), default=-1)
+        come_in_pairs([self.conv1] * (last >= 0) + [*self.downsamples[: last + 1]])
         self.middle = middle(c, config.groups)
         self.head = head(c, 2 * config.z_dim, config.groups)
 
@@ -98,6 +100,8 @@ class Decoder(nn.Module):
                 layers = [UpLevel(layers)]
             self.upsamples.extend(layers)
         self.head = head(c, 3 * config.patch_size**2, config.groups)
+        first = next((i for i, layer in enumerate(self.upsamples) if changes_frames(layer)), None)
+        come_in_pairs([] if first is None else [*self.upsamples[first + 1 :], self.head])
 
     def coarse(self, x: Tensor, past: Past | None = None) -> Tensor:
         """The part in which all positions of a frame see one another, to (B, C, T', H', W')."""
@@ -120,6 +124,14 @@ class Decoder(nn.Module):
 
 def changes_frames(layer: nn.Module) -> bool:
     return any(isinstance(one, Downsample | Upsample) and one.time_conv is not None for one in layer.modules())
+
+
+def come_in_pairs(layers: Iterable[nn.Module]) -> None:
+    """Tells the convolutions of layers where a latent frame is two frames or more."""
+    for layer in layers:
+        for one in layer.modules():
+            if isinstance(one, CausalConv3d):
+                one.even = True
 
 
 def few_by_few(layers: Sequence[Callable[[Tensor, Past | None], Tensor]], x: Tensor, past: Past | None) -> Tensor:

@@ -50,6 +50,7 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.memory = kernel[0] - 1  # 0 or 2
+        self.even = False  # whether all chunks of a clip after its first frame have an even number of frames here
 
     def forward(self, x: Tensor, past: Past | None = None, ready: bool = False) -> Tensor:
         """(B, C_in, T, H, W) -> (B, C_out, T, H, W). ready: x has the frames of the past in front (see `activated`)."""
@@ -113,7 +114,9 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
         return to_clips(y, len(x))
     by_name = ONEDNN and not (torch.is_grad_enabled() or torch.compiler.is_compiling())  # it cannot be traced
     if x.device.type == "cpu" and x.dtype == torch.float32 and by_name:
-        if taps == 3 and x.shape[2] % 2 == 0 and min(conv.in_channels, conv.out_channels) >= PAIRS_FROM:
+        wide = min(conv.in_channels, conv.out_channels) >= PAIRS_FROM
+        # not where the length of chunks decides which frames are pairs: chunks of any length give the same numbers
+        if isinstance(conv, CausalConv3d) and conv.even and wide and taps == 3 and x.shape[2] % 2 == 0:
             return in_pairs(conv, x)
         return onednn(x, weight, conv.bias, (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2))
     if x.device.type == "cpu" and len(x) == 1:

@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from stdit.errors import StditError
-from stdit.vae import streaming
+from stdit.vae import layers, streaming
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.config import PRESETS
 from stdit.vae.layers import Past
@@ -45,11 +45,16 @@ def chunk_length(monkeypatch, latents: int) -> None:
     monkeypatch.setattr(streaming, "slices", lambda config, side, shape, *_: Slices(1, latents, *shape[2:]))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "pairs_from"),
+    [(torch.float64, 1e-12, 64), (torch.float32, 1e-6, 64), (torch.float32, 1e-6, 1)],
+    ids=["fp64", "fp32", "fp32 in pairs"],
+)
 @pytest.mark.parametrize("config", [WAN21, WAN22, replace(WAN21, groups=2)], ids=["2.1", "2.2", "groups"])
 @torch.no_grad()
-def test_streamed_equals_whole(config, dtype, tolerance, monkeypatch):
+def test_streamed_equals_whole(config, dtype, tolerance, pairs_from, monkeypatch):
     """The whole: the first frame, then all others in one chunk. Every chunk length from one latent frame up."""
+    monkeypatch.setattr(layers, "PAIRS_FROM", pairs_from)
     vae, video = random_vae(config, dtype), clip(config, 13, dtype=dtype)
     past = Past()
     parts = [vae.encode_moments(part[None], past)[0] for part in video.split([1, 12], dim=1)]
