@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -86,6 +88,18 @@ def test_a_shard_without_its_index_is_not_there(tmp_path):
     Path(cache.folder, "one.parquet").unlink()
     cache.reload()
     assert len(cache) == 0 and not cache.has_shard("one")
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["cut off", "of other columns"])
+def test_a_damaged_index_part_says_what_to_do(tmp_path, other):
+    cache = Cache.create(tmp_path, SETTINGS)
+    cache.write_shard("one", {text_key("a"): torch.zeros(100)}, {})
+    path = Path(cache.folder, "one.parquet")
+    path.write_bytes(path.read_bytes()[:60])
+    if other:
+        pq.write_table(pa.table({"name": ["a"]}), path)
+    with pytest.raises(StditError, match=r"one\.parquet cannot be read as Parquet.*Remove it"):
+        Cache.open(tmp_path, SETTINGS)
 
 
 def test_a_damaged_shard_says_what_to_do(tmp_path):

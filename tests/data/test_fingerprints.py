@@ -108,7 +108,7 @@ def test_copies_of_real_clips_are_named_and_other_clips_of_the_same_person_are_n
     assert found.reasons == {"repeat": 4}
     copies = np.flatnonzero(found.bucket < 0)
     assert [result.manifest[row].path.rpartition("/")[2] for row in copies] == [s.file for s in result.repeats]
-    first = result.manifest.table.column("path").to_pylist().index("no-0.mp4")
+    first = result.manifest.table.column("path").to_pylist().index(str(tmp_path / "no-0.mp4"))
     heights = np.where(np.arange(8) == first, 40, result.manifest.column("height"))
     place = result.manifest.table.column_names.index("height")
     table = result.manifest.table.set_column(place, "height", pa.array(heights))
