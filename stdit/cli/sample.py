@@ -104,6 +104,7 @@ def sample(
     from stdit.diffusion.solvers import named_config
     from stdit.pipeline import Pipeline
     from stdit.shapes import frames_for
+    from stdit.vae.streaming import stream_slices
 
     if solver is not None:
         named_config(solver, {})  # an unknown name is an error before minutes of loading
@@ -117,6 +118,8 @@ def sample(
     if seconds is not None:
         frames = frames_for(seconds, fps, pipeline.vae.config.stride)
     shape = pipeline.shape(wanted or _nearest_size(pipeline, ratio, resolution), frames)
+    if memory is not None:  # what cannot be kept to is an error before minutes of sampling
+        stream_slices(pipeline.vae, shape.latent(pipeline.vae.config.stride).sizes, memory)
     known = _known(pipeline, shape, fps, image, video, video_frames)
     if known is not None and last is not None:
         known["last"] = read_frames(str(last), 1, (shape.width, shape.height))[0]

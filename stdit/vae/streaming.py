@@ -252,7 +252,8 @@ def decode_stream(
 ) -> Iterator[Tensor]:
     """Normalised latents of one clip, (z, T', H', W') whole or in chunks, to chunks of its frames (3, t, H, W).
 
-    What `decode` gives for all of them at once. memory: bytes, as in `slices`. Raises StditError for a chunk that
+    What `decode` gives for all of them at once. memory: bytes, as in `slices`; where a stream does not fit but a clip
+    tile by tile does, latents that are given whole come as one chunk. Raises StditError for a chunk that
     cannot be decoded, or not after those before, which it names by its number, and for no latents.
     """
     run, cut, begun, before = None, None, False, ""
@@ -265,7 +266,11 @@ def decode_stream(
         rows, columns = whole.shape[2:]
         kind = f"{columns}x{rows}, {whole.dtype}"
         if run is None or cut is None:
-            cut = _slices(vae, "decoder", (1, 0, rows, columns), memory)
+            frames = whole.shape[1] if isinstance(latents, Tensor) else 0
+            cut = stream_slices(vae, (frames, rows, columns), memory)
+            if cut is None:
+                yield decode(vae, whole[None].to(next(vae.parameters())), memory, clamp)[0]
+                return
             run, before = _Stream(vae, "decoder", rows, columns, cut), kind
         if kind != before:
             raise StditError(f"chunk {number}: latents of {kind}, those before of {before}: give one clip's.")
@@ -283,6 +288,20 @@ def _lengths(frames: int, cut: Slices, begun: bool = False) -> list[int]:
     first = [] if begun else [1]
     rest = frames - len(first)
     return first + [min(cut.latents, rest - done) for done in range(0, rest, cut.latents)]
+
+
+def stream_slices(vae: CausalVAE, shape: tuple[int, int, int], memory: int | None) -> Slices | None:
+    """The slices in which latents of `shape` (frames, rows, columns; 0 frames: unknown) are decoded as a stream.
+
+    None: a stream does not fit, but all of them tile by tile. Raises StditError where neither does.
+    """
+    try:
+        return _slices(vae, "decoder", (1, 0, *shape[1:]), memory)
+    except StditError:
+        if not shape[0]:
+            raise
+        _slices(vae, "decoder", (1, *shape), memory)
+        return None
 
 
 def _slices(vae: CausalVAE, side: str, shape: tuple[int, int, int, int], memory: int | None) -> Slices:

@@ -125,6 +125,12 @@ def test_mistakes_are_one_message(folder, tmp_path, capsys, args, status, messag
     assert not list(tmp_path.glob("*.mp4"))
 
 
+def test_too_small_a_memory_is_said_before_sampling(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Pipeline, "sample_latents", lambda *args, **kwargs: pytest.fail("sampled"))
+    assert run(folder, tmp_path, "--prompt", "a", "--memory", "1kB") == 1
+    assert "memory 1000: " in capsys.readouterr().err
+
+
 def test_an_empty_line_of_a_prompt_file_is_named(folder, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\nthree\n")

@@ -296,6 +296,18 @@ def test_the_least_memory_that_an_error_names_is_the_least(side, frames):
 
 
 @torch.no_grad()
+def test_latents_given_whole_are_decoded_where_a_stream_of_them_would_not_fit():
+    config = replace(TINY, base_dim=8)
+    vae, latents = random_vae(config), torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    memory = coarse_bytes(config, "decoder", 1, *latents.shape[1:], 4)
+    memory += working_bytes(config, "decoder", 1, 1, 16, 16, 4)
+    with pytest.raises(StditError, match="Give at least as many"):
+        list(vae.decode_stream(iter([latents]), memory=memory))
+    (found,) = vae.decode_stream(latents, memory=memory)
+    assert torch.equal(found, vae.decode(latents[None], memory=memory)[0])
+
+
+@torch.no_grad()
 def test_a_memory_that_is_too_small_is_said():
     with pytest.raises(StditError, match="Give at least as many"):
         random_vae(TINY).encode(clip(TINY, 5)[None], memory=1000)
