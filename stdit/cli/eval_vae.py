@@ -92,15 +92,17 @@ def tables(result: dict[str, Any]) -> list[Any]:
     """The measures over all clips and the latents' channels as rich tables, with what they mean."""
     from rich.table import Table
 
+    from stdit.evaluation.vae import RATIOS
+
     look: dict[str, Any] = {"padding": (0, 1, 0, 0), "box": None, "title_justify": "left"}
     measures = Table(title=f"{len(result['clips'])} clips", **look)
-    for name in ("", "mean", "worst", "definition"):
-        measures.add_column(name, justify="right" if name in ("mean", "worst") else "left")
+    for name in ("", "all", "worst", "definition"):
+        measures.add_column(name, justify="right" if name in ("all", "worst") else "left")
     for name, value in result["measures"].items():
         if value is None:
             continue
         found = [clip["measures"][name] for clip in result["clips"] if clip["measures"][name] is not None]
-        if name in ("motion", "sharpness"):
+        if name in RATIOS:
             worst = max(found, key=lambda one: abs(one - 1))
         else:
             worst = max(found) if name in ("lpips", "flicker", "flicker_still") else min(found)

@@ -104,6 +104,7 @@ def sample(
     from stdit.diffusion.solvers import named_config
     from stdit.pipeline import Pipeline
     from stdit.shapes import frames_for
+    from stdit.vae.autoencoder import CausalVAE
     from stdit.vae.streaming import stream_slices
 
     if solver is not None:
@@ -119,6 +120,7 @@ def sample(
         frames = frames_for(seconds, fps, pipeline.vae.config.stride)
     shape = pipeline.shape(wanted or _nearest_size(pipeline, ratio, resolution), frames)
     if memory is not None:  # what cannot be kept to is an error before minutes of sampling
+        assert isinstance(pipeline.vae, CausalVAE)  # others have refused it
         stream_slices(pipeline.vae, shape.latent(pipeline.vae.config.stride).sizes, memory)
     known = _known(pipeline, shape, fps, image, video, video_frames)
     if known is not None and last is not None:

@@ -60,6 +60,7 @@ DEFINITIONS = {  # x the source, y the reconstruction
     f"{OUTLIER:g} standard deviations from the mean, both of the clip and channel (0.0027 if normal), and the furthest",
 }
 MEASURES = tuple(DEFINITIONS)[:-1]
+RATIOS = ("motion", "sharpness")  # over the source's, which may have next to none: a mean would be that clip's
 
 Progress = Callable[[str, int, int], None]  # what is being done, done, in all
 
@@ -263,7 +264,7 @@ def evaluate_vae(
         "model": str(model),
         "settings": settings,
         "definitions": DEFINITIONS,
-        "measures": {name: _mean(line["measures"][name] for line in measured) for name in MEASURES},
+        "measures": {name: _over_clips(name, [line["measures"][name] for line in measured]) for name in MEASURES},
         "latents": pooled_statistics([line["latents"] for line in measured]),
         "clips": measured,
         "failures": failures,
@@ -358,9 +359,11 @@ def _pieces(clip: Clip, cut: Cut) -> Iterator[np.ndarray]:
             yield READER(path, count, (cut.width, cut.height), cut.fps, clip.start + first / cut.fps)
 
 
-def _mean(values: Iterator[float | None]) -> float | None:
+def _over_clips(name: str, values: Sequence[float | None]) -> float | None:
     there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else None
+    if not there:
+        return None
+    return float(np.median(there) if name in RATIOS else np.mean(there))
 
 
 def normalised_folder(model: str | Path) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdit.evaluation.vae import ClipMeasures, latent_statistics, pooled_statistics, reconstructed
+from stdit.evaluation.vae import ClipMeasures, _over_clips, latent_statistics, pooled_statistics, reconstructed
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 
 TINY = VaeConfig(
@@ -60,6 +60,12 @@ def test_flicker_motion_and_sharpness_are_what_they_say():
     energy = sum(np.square(np.diff(blurred.astype(float), axis=axis)).sum() for axis in (1, 2))
     wanted = energy / (np.square(rows).sum() + np.square(columns).sum())
     assert measured(even, blurred)["sharpness"] == pytest.approx(wanted) and wanted < 0.9
+
+
+def test_one_flat_clip_does_not_rule_the_ratios():
+    assert _over_clips("sharpness", [0.2, 1000.0, None, 0.3]) == 0.3
+    assert _over_clips("psnr", [20.0, None, 30.0]) == 25
+    assert _over_clips("motion", [None]) is None
 
 
 def test_flicker_where_the_source_stands_still():
