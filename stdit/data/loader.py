@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Protocol, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -202,9 +203,9 @@ class Loader:
         positions = np.full((len(self.manifest), crops), -1, np.int64)
         for index, shape in enumerate(assignment.shapes):
             rows = np.flatnonzero(assignment.bucket == index)
-            ids = self.manifest.ids.take(rows).to_pylist()
-            for cut in range(crops):
-                keys = [latent_key(clip_id, shape, cut if crops > 1 else None) for clip_id in ids]
+            ids = self.manifest.ids.take(rows).combine_chunks()
+            for cut in range(crops):  # without a Python object a clip: there may be ten million
+                keys = pc.binary_join_element_wise(ids, latent_key("", shape, cut if crops > 1 else None), "")
                 positions[rows, cut] = cache.find(keys)
         wanted = assignment.bucket >= 0
         missing = int((positions[wanted] < 0).any(1).sum())
