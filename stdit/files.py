@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -41,6 +42,8 @@ def publish(path: str | Path) -> Iterator[Path]:
     folder is made. Where no file can be made the error is the system's own, or a StditError, and not a library's.
     """
     path = Path(path)
+    if path.is_dir():  # where a system may say "busy" in the end
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = make_folder(path.parent) / f".{path.name}.{secrets.token_hex(4)}.part"
     with _made(path):
         part.touch()

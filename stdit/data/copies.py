@@ -68,15 +68,12 @@ class Copies:
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """One thread of one process at a time is in this context for a name; one that comes as another leaves may meet
-        the next (and on Windows any), so who enters looks first whether there is anything left to do."""
+        """One thread of one process at a time is in this context for a name (on Windows any): two that each put a copy
+        in place would leave the first holding one that is not there. Who enters looks whether anything is left to do.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / f".{name}.lock"
-        with open(lock, "wb") as file:
-            with suppress(ImportError, OSError):
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with _locked(lock):
             try:
                 yield
             finally:
@@ -122,6 +119,20 @@ class Copies:
             self._allowance = (self.limit - used - size) / PROCESSES
 
 
+def _locked(lock: Path) -> BinaryIO:
+    """The file opened, and locked while it is open."""
+    while True:
+        file = open(lock, "wb")  # noqa: SIM115 (the caller closes it)
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):  # not removed by the one before
+                return file
+        file.close()
+
+
 def _drop(path: str) -> bool:
     """Removes a file unless someone holds it."""
     try:
@@ -129,7 +140,9 @@ def _drop(path: str) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
+            # a new one may have taken its place since it was opened, which someone may hold
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                os.unlink(path)
             return True
         os.unlink(path)
     except FileNotFoundError:

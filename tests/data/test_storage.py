@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -245,19 +244,13 @@ def test_many_threads_read_through_a_small_folder(tmp_path, files):
     for number in range(12):
         files(f"{number}.bin", bytes([number]) * 1000)
     stores = [storage(tmp_path, limit=3000), storage(tmp_path, limit=3000)]  # as two processes
-    wrong = []
 
     def work(seed):
-        for number in random.Random(seed).choices(range(12), k=60):
-            if content_of(stores[seed % 2], f"flaky://{number}.bin") != bytes([number]) * 1000:
-                wrong.append(number)
+        numbers = random.Random(seed).choices(range(12), k=60)
+        return all(content_of(stores[seed % 2], f"flaky://{n}.bin") == bytes([n]) * 1000 for n in numbers)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
     assert len(Flaky.asked) < 8 * 60
 
 
