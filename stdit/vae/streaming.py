@@ -82,12 +82,12 @@ def working_bytes(
     config: VaeConfig, side: str, clips: int, latents: int, rows: int, columns: int, itemsize: int, tiles: int = 1
 ) -> int:
     """About what a chunk takes beyond the weights, its frames and its latents: the past that the layers keep for each
-    of `tiles`, the three tensors of the level that needs most (a residual block's input, its convolution's, and the
-    result), and the largest weights in oneDNN's order."""
+    of `tiles`, the largest input of a convolution, whose memory stays (see `Past.room`), the other tensors of the level
+    that needs most (a residual block's input and the result), and the largest weights in oneDNN's order."""
     coarse = len(config.dim_mult) - 1
     base = config.base_dim if side == "encoder" else config.decoder_base_dim or config.base_dim
     blocks = config.num_res_blocks + (side == "decoder")
-    past = most = 0.0
+    past = room = most = 0.0
     for level, mult in enumerate(config.dim_mult):
         pixels = rows * columns * 4 ** (coarse - level)
         frames = latents * 2 ** sum(config.temporal_downsample[level:])
@@ -100,7 +100,7 @@ def working_bytes(
         held = before if config.residual else 0
         wide = not any(config.temporal_downsample[: level + (config.residual and side == "encoder")])
         at_once = min(frames, FRAMES_AT_ONCE) if wide else frames  # see `autoencoder.few_by_few`
-        block = (at_once + 2) * max(before, channels) + at_once * (before + channels + held)
+        block = at_once * (before + channels + held)
         if side == "encoder":
             whole = level < coarse and config.temporal_downsample[level]
             resampled = (4 * frames if whole else 2 * at_once) * channels
@@ -110,9 +110,10 @@ def working_bytes(
             resampled += 4 * doubled * at_once * channels // (1 + config.upsampling_halves)
         else:
             resampled = at_once * channels
+        room = max(room, pixels * (at_once + 2) * max(before, channels))
         most = max(most, pixels * max(block, resampled))
     weights = 27 * (max(config.dim_mult) * base) ** 2
-    return int(itemsize * (clips * (tiles * past + most) + weights))
+    return int(itemsize * (clips * (tiles * past + room + most) + weights))
 
 
 def coarse_bytes(config: VaeConfig, side: str, chunk: int, latents: int, rows: int, columns: int, itemsize: int) -> int:
