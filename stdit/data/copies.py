@@ -121,7 +121,7 @@ class Copies:
 
 def _locked(lock: Path) -> BinaryIO:
     """The file opened, and locked while it is open."""
-    while True:
+    for tries_left in reversed(range(100)):  # not for ever, where a file system gives one file two identities
         file = open(lock, "wb")  # noqa: SIM115 (the caller closes it)
         with suppress(ImportError, OSError):
             import fcntl
@@ -129,8 +129,10 @@ def _locked(lock: Path) -> BinaryIO:
             fcntl.flock(file, fcntl.LOCK_EX)
         with suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):  # not removed by the one before
-                return file
-        file.close()
+                break
+        if tries_left:
+            file.close()
+    return file
 
 
 def _drop(path: str) -> bool:
