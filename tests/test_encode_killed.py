@@ -6,13 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from children import LIMIT, Child, finish_together
 from doubles import FakeText, FakeVae
 
 import stdit
@@ -134,36 +134,33 @@ def command(tmp_path):
         code = (
             "import sys; from stdit.cli.main import app, run_command; sys.exit(run_command(app, sys.argv[1:], 'stdit'))"
         )
-        return subprocess.Popen(
-            [sys.executable, "-c", code, "data", "encode", *arguments], env=environment, stderr=subprocess.DEVNULL
-        )
+        return Child([sys.executable, "-c", code, "data", "encode", *arguments], environment)
 
     return start
 
 
 @pytest.mark.slow
 def test_the_command_killed_ten_times_and_on_two_ranks(command, tmp_path):
-    assert command(tmp_path / "whole").wait() == 0
+    command(tmp_path / "whole").finish()
     wanted = contents(tmp_path / "whole")
     assert len(wanted) == 2 * len(SHAPES) + 1
     ranks = [command(tmp_path / "two", rank, 2) for rank in (0, 1)]
-    assert [process.wait() for process in ranks] == [0, 0]
+    finish_together(ranks)
     assert contents(tmp_path / "two") == wanted
     out, drawn, killed = tmp_path / "killed", random.Random(0), 0
     out.mkdir()
     while killed < 10:
         before = finished(out)
-        process = command(out)
+        process, deadline = command(out), time.monotonic() + LIMIT
         # a random moment after it has begun to write: most of the time before is Python's imports
-        while process.poll() is None and finished(out) <= before:
+        while process.popen.poll() is None and finished(out) <= before and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(drawn.uniform(0, 0.1))
-        if process.poll() is not None:
+        process.kill()
+        if process.status() != -signal.SIGKILL:
             break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
         killed += 1
     print(f"killed {killed} times, with {len(contents(out))} of {len(wanted)} files")
     assert killed == 10
-    assert command(out).wait() == 0
+    command(out).finish()
     assert contents(out) == wanted

@@ -120,5 +120,5 @@ HEAVY_TOO = (*HEAVY, "numpy", "matplotlib", "pydantic_core", "PIL")
 )
 def test_heavy_modules_wait_until_they_are_used(module, heavy):
     code = f"import sys, {module}; print(*[name for name in {heavy!r} if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert not run.stdout.split()

@@ -38,7 +38,11 @@ def test_types_and_places_are_part_of_the_key():
 def test_the_same_in_another_process():
     code = "from stdit.keyed import keyed_seed; print(keyed_seed(5, 'crop', 1, 'clip', 0))"
     out = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "77"}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "77"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert int(out.stdout) == keyed_seed(5, "crop", 1, "clip", 0)
 

@@ -10,10 +10,15 @@ parameters that lie in each. Checkpoints and the moving average need to know no 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
 import os
 import socket
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +181,8 @@ class DeepSpeedEngine(Engine):
         client = make_optimizer(trained, config, lr=0.0)
         self.scale = world.size  # the engine averages over ranks, our loss is a sum
         self.stage = stage
-        self._deepspeed, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        with _quiet():
+            self._deepspeed, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self.module = self._deepspeed.module
         self.optimizer = client
         self.optimizer.state.clear()
@@ -301,15 +307,33 @@ def _import_deepspeed(world: World) -> Any:
         import deepspeed
     except ImportError as error:
         raise StditError(f"parallel.deepspeed needs DeepSpeed: pip install 'stdit[train]' ({error}).") from error
-    import logging
-
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # torch 2.14 deprecates collectives that DeepSpeed 0.19 calls at every step, on every rank
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if world.size == 1:
         stand_alone()
-    deepspeed.init_distributed(dist_init_required=None)
+    with _quiet():
+        deepspeed.init_distributed(dist_init_required=None)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps DeepSpeed's start-up prints (its memory, what it compiled) out of the log, unless it fails."""
+    said = io.StringIO()
+    compiler = logging.getLogger("torch.utils.cpp_extension")  # warns on machines that have nvcc and no GPU
+    level = compiler.level
+    compiler.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except BaseException:
+        print(said.getvalue(), file=sys.stderr)
+        raise
+    finally:
+        compiler.setLevel(level)
 
 
 def stand_alone() -> None:

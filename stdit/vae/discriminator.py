@@ -48,7 +48,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential()
         for i, (inner, outer) in enumerate(zip([3, *widths], widths)):
             stride = (1, 2, 2) if i == 0 else (2, 2, 2)
-            self.layers.append(nn.Conv3d(inner, outer, (3, 4, 4), stride, padding=1))
+            self.layers.append(_Conv(inner, outer, (3, 4, 4), stride, padding=1))
             if i:
                 self.layers.append(nn.GroupNorm(8, outer))
             self.layers.append(nn.LeakyReLU(0.2))
@@ -58,6 +58,20 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(x.to(memory_format=torch.channels_last_3d))  # (B, C, T', H', W')
         return self.head(x.movedim(1, -1)).squeeze(-1)
+
+
+class _Conv(nn.Conv3d):
+    """With kernels of three frames, padded by one. A single frame meets only the middle tap, as a 2-D convolution.
+
+    That is a third of the work, and right: oneDNN's 3-D convolution of a single bf16 frame of three channels reads
+    memory that nobody wrote, on CPUs with AMX (torch 2.14).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] > 1:
+            return super().forward(x)
+        weight = self.weight[:, :, 1].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x.squeeze(2), weight, self.bias, self.stride[1:], self.padding[1:]).unsqueeze(2)
 
 
 def hinge_loss(real: Tensor, made: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_help_imports_no_command():
         "try: main()\nexcept SystemExit as e: assert e.code == 0\n"
         "print([n for n in sys.modules if n.startswith(('torch', 'numpy', 'av', 'transformers', 'stdit.cli.data'))])"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert run.stdout.rstrip().endswith("[]")
     assert all(name in run.stdout for name in COMMANDS)
 
@@ -191,11 +192,10 @@ def test_a_closed_pipe_is_quiet():
         "def command() -> None:\n    [print('x' * 99) for _ in range(100_000)]\n"
         "sys.exit(run_command(command, []))"
     )
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run.stdout.readline() == "x" * 99 + "\n"
-    run.stdout.close()
-    assert run.stderr.read() == ""
-    assert run.wait() == 1
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert run.stdout.split() == ["x" * 99, "1"]
+    assert run.stderr == ""
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "file", "locked"])
@@ -228,6 +228,7 @@ def test_a_users_mistake_in_a_real_command():
         [sys.executable, "-m", "stdit.cli.main", "data", "scan", "/no/such/folder", "--out", "x.parquet"],
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert run.returncode == 1
     assert run.stderr.count("error: ") == 1 and "/no/such/folder" in run.stderr and "Traceback" not in run.stderr

@@ -175,5 +175,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def test_the_script_of_a_clone_shows_its_help():
-    done = subprocess.run([sys.executable, "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and "--prompt" in done.stdout

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import weakref
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import LIMIT, Child
 
 from stdit.config import load_config
 from stdit.data.loader import Loader
@@ -137,13 +137,13 @@ def test_kill_9_and_the_same_command_again(tiny: Path, whole: Path, tmp_path: Pa
     folder = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), str(tiny / "flow.yaml"), f"run={folder}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    child = Child(command, environment)
+    deadline = time.monotonic() + LIMIT
     moment = random.randint(1, 7)
-    while max(losses(folder), default=0) < moment and child.poll() is None and time.monotonic() < deadline:
+    while max(losses(folder), default=0) < moment and child.popen.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    child.kill()
+    assert child.status() == -signal.SIGKILL, f"it ended before it could be killed: {child.output}"
     (folder / "checkpoints" / ".tmp-step-00000099").mkdir(parents=True)  # as if killed while saving
     train(tiny, folder)
     assert losses(folder) == losses(whole)

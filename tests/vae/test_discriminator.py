@@ -29,6 +29,25 @@ def test_every_clip_is_judged_alone(size: tuple[int, int, int], logits: tuple[in
         assert_close(judge(clip[None])[0], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_in_bf16_it_reads_no_memory_that_nobody_wrote(frames: int):
+    """Finite and as in fp64, forward and backward, where the memory that torch hands out anew is full of NaN."""
+    torch.manual_seed(0)
+    clips, found = torch.randn(1, 3, frames, 32, 32), []
+    judge = Discriminator(SMALL)
+    for dtype in (torch.float64, torch.bfloat16):
+        judge = judge.to(dtype)
+        for _ in range(5):
+            junk = [torch.full((size,), float("nan"), dtype=torch.bfloat16) for size in (3072, 4096, 16384) * 10]
+            del junk
+            judge.zero_grad()
+            logits = judge(clips.to(dtype))
+            logits.float().sum().backward()
+            found.append(torch.cat([logits.flatten(), *(p.grad.flatten() for p in judge.parameters())]).double())
+    for other in found[1:]:
+        assert (other - found[0]).norm() < 0.05 * found[0].norm()
+
+
 def test_it_sees_what_frames_do_one_after_another():
     """Frames in another order, every one the same as before, are another clip to it."""
     torch.manual_seed(0)

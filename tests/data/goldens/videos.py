@@ -59,7 +59,9 @@ def by_pyav(path: Path) -> dict:
 
 def by_ffprobe(path: Path, count: str) -> dict:
     command = ["ffprobe", "-v", "error", "-select_streams", "v:0", f"-count_{count}", "-of", "json", "-show_streams"]
-    stream = json.loads(subprocess.run([*command, path], capture_output=True, check=False).stdout)["streams"][0]
+    stream = json.loads(subprocess.run([*command, path], capture_output=True, check=False, timeout=300).stdout)[
+        "streams"
+    ][0]
     turned = any(abs(int(one.get("rotation", 0))) in (90, 270) for one in stream.get("side_data_list", ()))
     aspect = stream.get("sample_aspect_ratio", "1:1").split(":")
     size = (round(stream["width"] * int(aspect[0]) / int(aspect[1])), stream["height"])
