@@ -3,14 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: demo demo-full test test-slow lint bench install
+.PHONY: demo demo-full test test-slow lint lock bench install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
-	touch $@
+$(VENV)/.installed: pyproject.toml constraints/tested.txt .ci/install.py
+	$(PYTHON) .ci/install.py $(VENV)
 
 # The whole main job on moving shapes. Every line is a command of its own and continues where it was interrupted.
 demo: DEMO = demo
@@ -49,6 +47,16 @@ lint: install
 	ruff check .
 	ruff format --check .
 	mypy
+
+# What constraints/ holds, anew: the newest versions (below a bound, if one is given) and the oldest that pyproject admits.
+lock: BOUND = torch==2.14.1 torchvision==0.29.1
+lock: install
+	python -m pip install --quiet uv
+	rm -f constraints/*.txt
+	printf '%s\n' $(BOUND) | uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --extra train \
+		--extra dev --constraints - --output-file constraints/tested.txt pyproject.toml
+	uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --extra train --extra dev \
+		--resolution lowest-direct --output-file constraints/oldest.txt pyproject.toml
 
 bench: install
 	python benchmarks/transformer_step.py

@@ -23,7 +23,8 @@ from open_sora_golden import (
     vae_folder,
 )
 from references import randomise
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tensor_files import load_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 

@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 
 @dataclass(frozen=True)
 class Limits:
-    """What one read may cost. `seconds` is wall-clock time, checked between packets."""
+    """What one read may cost. `seconds` are the reading thread's own on a core, checked between packets."""
 
     bytes: int = 1 << 40  # of a file on this machine
     pixels: int = 8192 * 8192  # of one frame

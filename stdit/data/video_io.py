@@ -175,7 +175,7 @@ class VideoSource:
         codec.thread_count = 1  # workers run side by side; one thread each keeps memory and results the same
         self.tick = float(self.stream.time_base or 0)  # a Fraction a packet would cost as much as the packet
         self.origin = (self.stream.start_time or 0) * self.tick
-        self.deadline = time.monotonic() + limits.seconds
+        self.deadline = time.thread_time() + limits.seconds  # not wall-clock: other work may take the core
         rate = self.stream.average_rate or self.stream.guessed_rate or self.stream.base_rate
         self.period = float(1 / rate) if rate else 1 / 25  # nominal, until timestamps say otherwise
         ratio = float(self.stream.sample_aspect_ratio or 1)
@@ -195,7 +195,7 @@ class VideoSource:
     def packets(self) -> Iterator[av.Packet]:
         packets = self.container.demux(self.stream)
         for _ in range(self.limits.packets):
-            if time.monotonic() > self.deadline:
+            if time.thread_time() > self.deadline:
                 raise VideoError(self.path, "timeout", f"took longer than {self.limits.seconds:g} s to read.")
             packet = next(packets, None)
             if packet is None:

@@ -310,6 +310,9 @@ def _import_deepspeed(world: World) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # A kernel for inference on CPUs, which DeepSpeed would compile at the first start: most of a minute, behind a lock
+    # file that a killed process, or another version of torch, leaves there for every later start to wait for.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # torch 2.14 deprecates collectives that DeepSpeed 0.19 calls at every step, on every rank
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if world.size == 1:

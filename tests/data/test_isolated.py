@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +26,7 @@ from stdit.errors import StditError
 
 # Read by Python as it starts the process: what the decoder does to the files with these names.
 MARKED = """
-import ctypes, os, signal, av
+import ctypes, os, signal, time, av
 plain = av.open
 def marked(file, *args, **kwargs):
     name = os.path.basename(file)
@@ -35,6 +37,8 @@ def marked(file, *args, **kwargs):
         os.abort()
     if "hang" in name:
         ctypes.PyDLL(None).sleep(3600)  # holds Python's lock, as a decoder in an endless loop may
+    if "slow" in name:
+        time.sleep(0.5)
     if "memory" in name:
         bytearray(16 << 30)
     if "print" in name:
@@ -53,7 +57,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     ramp = np.arange(8, dtype=np.uint8)[:, None, None, None] * 20 + np.arange(16, dtype=np.uint8)[:, None]
     write_video(tmp_path / "good.mp4", np.broadcast_to(ramp, (8, 16, 16, 3)), 8)
-    for name in ("crash", "once", "hang", "memory", "print"):
+    for name in ("crash", "once", "hang", "slow", "memory", "print"):
         shutil.copyfile(tmp_path / "good.mp4", tmp_path / f"{name}.mp4")
     return tmp_path
 
@@ -154,6 +158,36 @@ def test_a_crash_keeps_its_place_in_the_batch_and_the_others_are_as_in_process(m
                 assert a.weight == 0 and a.reason == "crashed" and "crash.mp4" in a.failure and not a.frames.any()
             else:
                 assert a.weight == 1 and a.failure is None and np.array_equal(a.frames, b.frames)
+
+
+@pytest.mark.parametrize(("computes", "reason"), [(1e-9, None), (0.0, "timeout"), (1.0, "timeout")])
+def test_time_is_counted_while_a_process_has_a_core(folder, monkeypatch, computes, reason):
+    """Of each 0.02 s that it may take, the reading process has `computes` seconds of a core: some, none, too many."""
+    worker, path, seconds = Worker(), str(folder / "slow.mp4"), itertools.count(0.0, computes)
+    arguments = {"count": 3, "size": (8, 8), "fps": 8.0, "start": 0.0, "crop": (0.5, 0.5), "sha256": None}
+    worker.call("read", str(folder / "good.mp4"), 60.0, limits=asdict(Limits()), **arguments)  # it has started
+    monkeypatch.setattr(isolated, "_cpu_seconds", lambda pid: next(seconds))
+    monkeypatch.setattr(isolated, "PATIENCE", 10**6)
+    monkeypatch.setattr(isolated, "IDLE", 1e-9)
+    try:
+        if reason is None:
+            _, frames = worker.call("read", path, 0.02, limits=asdict(Limits()), **arguments)
+            assert frames.shape == (3, 8, 8, 3) and next(seconds) > 4 * computes
+        else:
+            with pytest.raises(VideoError, match="longer than") as error:
+                worker.call("read", path, 0.02, limits=asdict(Limits()), **arguments)
+            assert error.value.reason == reason
+    finally:
+        worker.close()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="counts seconds of a core by /proc")
+def test_a_process_that_computes_is_told_from_one_that_waits():
+    before, times = isolated._cpu_seconds(os.getpid()), os.times()
+    while sum(os.times()[:2]) < sum(times[:2]) + 0.1:
+        pass
+    assert 0.05 < isolated._cpu_seconds(os.getpid()) - before < 5
+    assert isolated._cpu_seconds(2**22 + 1) is None
 
 
 def test_probing_names_what_crashes_or_hangs(folder):

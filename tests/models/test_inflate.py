@@ -39,7 +39,9 @@ def test_every_frame_is_as_in_diffusers_pixart(number: int, frames: int, tmp_pat
         found = video.predict(latents, t, text, **given)
         alone = [image.predict(latents[:, :, i : i + 1], t, text, **given) for i in range(frames)]
         wanted = PIXART.call(theirs, latents, t, text, mask, given)
-    assert torch.equal(found, torch.cat(alone, dim=2))
+    # to rounding: for the matrices of four frames torch may take another kernel than for those of one
+    assert (found - torch.cat(alone, dim=2)).norm() <= 1e-6 * wanted.norm()
+    assert frames > 1 or torch.equal(found, alone[0])
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     state = video.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())

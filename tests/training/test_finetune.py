@@ -298,7 +298,7 @@ def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Pat
     text, size = torch.randn(1, 4, 10), (32, 32)
     with torch.no_grad():
         before, wanted = (model.predict(latents, t, text, size=size) for model in (video, image))
-        assert torch.equal(before, wanted)
+        assert (before - wanted).norm() <= 1e-6 * wanted.norm()
     engine, losses = train(parts, 6)
     assert losses[-1] < losses[0]
     state = video.state_dict()

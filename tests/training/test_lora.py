@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from references import FAMILIES, randomise
-from safetensors.torch import load_file
+from tensor_files import load_file
 
 import stdit
 from stdit.cli.main import app, run_command

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from children import Child, finish_together
-from safetensors.torch import load_file
+from tensor_files import load_file
 
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
@@ -76,6 +76,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out / "text" / "text_encoder", out / "text" / "tokenizer"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment["TORCH_EXTENSIONS_DIR"] = str(out / "compiled")
     ranks = [
         start(out, engines, environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}) for r in (0, 1)
     ]
@@ -108,6 +109,11 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_nothing_of_deepspeeds_own_is_in_the_log(runs: Path, rank: int) -> None:
     """Neither warnings at every collective nor its memory at start-up: a user's log of many ranks would be buried."""
     assert (runs / f"rank{rank}.txt").read_text() == ""
+
+
+def test_no_rank_waits_for_a_compiler(runs: Path) -> None:
+    """torch's lock around compiling outlives a killed process, and then every later start waits for it for ever."""
+    assert not list((runs / "compiled").rglob("*"))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

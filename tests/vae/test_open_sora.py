@@ -8,7 +8,8 @@ import pytest
 import torch
 from golden_tools import relative, shapes_of
 from open_sora_golden import CLIPS, VAES, clip, kept, vae_folder
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tensor_files import load_file
 
 import stdit
 from stdit.errors import StditError

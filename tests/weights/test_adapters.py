@@ -10,7 +10,8 @@ import pytest
 import torch
 from references import FAMILIES, in_fp64, randomise
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tensor_files import load_file
 from torch import nn
 
 import stdit

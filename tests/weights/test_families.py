@@ -10,7 +10,8 @@ import pytest
 import torch
 from golden_tools import relative
 from references import FAMILIES, randomise
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tensor_files import load_file
 
 import stdit
 from stdit.errors import StditError

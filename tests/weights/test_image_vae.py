@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tensor_files import load_file
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -16,7 +16,8 @@ import stdit3_golden
 import torch
 from golden_tools import Golden, gradient_errors, hash_of, relative, shapes_of, weights
 from references import FAMILIES
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tensor_files import load_file
 
 import stdit
 from stdit.errors import StditError

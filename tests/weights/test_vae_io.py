@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tensor_files import load_file
 
 import stdit
 from stdit.errors import StditError
