@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,20 @@ def videos() -> Path:
         if folder and (Path(folder) / "videos.json").is_file():
             return Path(folder)
     pytest.skip("real video files are not here: set STDIT_VIDEOS to the folder that has videos.json")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says in which versions the suite ran, and what of them differs from those that were tested together."""
+    wanted, differ = {}, []
+    for line in (Path(__file__).parents[1] / "constraints" / "tested.txt").read_text().splitlines():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate():
+            wanted[requirement.name] = str(requirement.specifier).removeprefix("==")
+    for name, version in wanted.items():
+        try:
+            if (found := metadata.version(name)) != version:
+                differ.append(f"{name} {found} (tested: {version})")
+        except metadata.PackageNotFoundError:
+            pass  # of another system
+    ran = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
+    terminalreporter.write_line(f"{ran}; other than in constraints/tested.txt: {', '.join(differ) or 'nothing'}")

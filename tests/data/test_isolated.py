@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.packs import PlanItem
 from stdit.data.pixels import file_sha256
 from stdit.data.probing import Wanted, probe_files
+from stdit.data.scan import scan
 from stdit.data.video_io import Limits, VideoError, probe, read_frames, write_video
 from stdit.errors import StditError
 
@@ -35,7 +37,7 @@ def marked(file, *args, **kwargs):
     if "once" in name and not os.path.exists(file[5:] + ".died"):
         open(file[5:] + ".died", "w").close()
         os.abort()
-    if "hang" in name:
+    if "hang" in name and not os.path.exists(file[5:] + ".free"):
         ctypes.PyDLL(None).sleep(3600)  # holds Python's lock, as a decoder in an endless loop may
     if "slow" in name:
         time.sleep(0.5)
@@ -198,3 +200,16 @@ def test_probing_names_what_crashes_or_hangs(folder):
     found = probe(paths[0])
     assert (results[0].probe["width"], results[0].probe["frames"]) == (found.width, found.frames)
     assert results[0].sha256 == results[2].sha256 == file_sha256(paths[0])
+
+
+def test_the_next_scan_tries_again_what_timed_out(folder):
+    clips = folder / "clips"
+    clips.mkdir()
+    shutil.copyfile(folder / "good.mp4", clips / "hang.mp4")
+    write_video(clips / "other.mp4", np.zeros((8, 16, 16, 3), np.uint8), 8)
+    look = partial(scan, clips, out=folder / "m.parquet", uncaptioned=True, timeout=1.0)
+    first = look()
+    assert [(one.file, one.reason) for one in first.skipped] == [("hang.mp4", "timeout")] and len(first.manifest) == 1
+    (clips / "hang.mp4.free").touch()
+    again = look()
+    assert not again.skipped and len(again.manifest) == 2 and again.reused == 1
