@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import av
 import av.filter
@@ -119,14 +119,13 @@ def file_sha256(path: str) -> str:
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """(transpose, then flip horizontally, then flip vertically) that the display matrix asks for."""
-    side_data: Any = frame.side_data  # av's stub takes it for a dict
-    for data in side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()  # x' = a·x + c·y, y' = b·x + d·y
-            if abs(b) + abs(c) > abs(a) + abs(d):
-                return True, c < 0, b < 0
-            return False, a < 0, d < 0
-    return False, False, False
+    data = cast(Any, frame.side_data).get("DISPLAYMATRIX")  # PyAV's older stubs know no names
+    if data is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()  # x' = a·x + c·y, y' = b·x + d·y
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
 
 
 def displayed_size(frame: av.VideoFrame, pixel_aspect: float) -> tuple[int, int]:

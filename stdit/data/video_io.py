@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -58,6 +59,9 @@ VIDEO_SUFFIXES = frozenset(
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,ogg,asf,gif,mxf,h264,hevc,ivf,yuv4mpegpipe,nut"
 )
+
+# Before PyAV 19 metadata that is not UTF-8 made opening fail, unless asked to replace it.
+OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 VERIFY_PIXELS = 3_000_000_000  # what `probe` decodes of a file at most: ~10,000 frames of 640×480, ~360 of 4K
 
@@ -388,7 +392,7 @@ def open_source(path: str, limits: Limits) -> Iterator[VideoSource]:
     try:
         if part is None:
             options["protocol_whitelist"] = "file"
-        container = av.open(part or f"file:{path}", mode="r", options=options, metadata_errors="replace")
+        container = av.open(part or f"file:{path}", mode="r", options=options, **OPEN_OPTIONS)
     except (av.FFmpegError, ValueError) as error:
         if part is not None:
             part.close()

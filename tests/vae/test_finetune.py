@@ -1,4 +1,4 @@
-"""What stays bit for bit when a part of a VAE trains."""
+"""What stays when a part of a VAE trains: its weights bit for bit, and what it computes to rounding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.finetune import Part, choose_trained, join_taps
@@ -32,11 +33,11 @@ def changed(config: VaeConfig, part: Part) -> tuple[CausalVAE, CausalVAE]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", [CONFIG, WAN22, INFLATED])
-def test_decoder_only_leaves_latents_bit_for_bit(config: VaeConfig):
+def test_decoder_only_leaves_latents(config: VaeConfig):
     before, after = changed(config, "decoder")
     clip = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     latents = before.encode(clip)
-    assert torch.equal(after.encode(clip), latents)
+    assert_close(after.encode(clip), latents, rtol=0, atol=1e-6)
     assert (after.decode(latents) - before.decode(latents)).abs().max() > 1e-2
     moved = {name for name, p in before.named_parameters() if not torch.equal(p, after.get_parameter(name))}
     assert moved == {name for name, _ in before.named_parameters() if name.startswith(("decoder.", "conv2."))}
@@ -44,11 +45,12 @@ def test_decoder_only_leaves_latents_bit_for_bit(config: VaeConfig):
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", [CONFIG, WAN22, INFLATED])
-def test_temporal_only_leaves_images_bit_for_bit(config: VaeConfig):
+def test_temporal_only_leaves_images(config: VaeConfig):
     before, after = changed(config, "temporal")
     image, clip = torch.rand(1, 3, 1, 16, 16) * 2 - 1, torch.rand(1, 3, 5, 16, 16) * 2 - 1
     latents = before.encode(image)
-    assert torch.equal(after.encode(image), latents) and torch.equal(after.decode(latents), before.decode(latents))
+    assert_close(after.encode(image), latents, rtol=0, atol=1e-6)
+    assert_close(after.decode(latents), before.decode(latents), rtol=0, atol=1e-6)
     assert (after.encode(clip) - before.encode(clip)).abs().max() > 1e-2
     latents = before.encode(clip)
     assert (after.decode(latents) - before.decode(latents)).abs().max() > 1e-2
@@ -60,7 +62,7 @@ def test_split_kernels_are_the_same_vae():
     clip = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     whole = vae.encode(clip)
     choose_trained(vae, "temporal")
-    assert torch.equal(vae.encode(clip), whole)
+    assert_close(vae.encode(clip), whole, rtol=0, atol=1e-6)
     trained = {name for name, p in vae.named_parameters() if p.requires_grad}
     assert trained and all("time_conv" in name or name.endswith(".original0") for name in trained)
     choose_trained(vae_all := CausalVAE(CONFIG), "all")

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import av
 
+from stdit.data.video_io import OPEN_OPTIONS
+
 MAX_FRAMES = 3000
 
 
@@ -25,7 +27,7 @@ def by_pyav(path: Path) -> dict:
     if not path.stat().st_size:
         return {"reason": "empty"}
     try:
-        container = av.open(str(path), metadata_errors="replace")
+        container = av.open(str(path), **OPEN_OPTIONS)
     except av.InvalidDataError:
         return {"reason": "not_media"}
     with container:
