@@ -22,14 +22,15 @@ def main(place: str, only: str | None = None) -> int:
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     print(f"Installing stdit and what it needs into {folder}: some minutes, about 6 GB.", flush=True)
     for versions in (only,) if only else ("tested", "resolved"):
-        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-e", ".[train,dev]"]
+        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-e", ".[train,dev]"]
         if versions != "resolved":
             pip += ["-c", str(CONSTRAINTS[versions])]
-        done = subprocess.run(pip, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        done = subprocess.run(pip, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode == 0:
             break
-        print(f"The {versions} versions cannot be installed here:", *(errors or [done.stderr[-2000:]]), sep="\n  ")
+        said = done.stdout.splitlines()
+        why = [line.strip() for line in said if line.startswith(("ERROR", "error")) or "The user requested" in line]
+        print(f"The {versions} versions cannot be installed here:", *(why or said[-20:]), sep="\n  ")
         if versions == "tested" and not only:
             print("Installing what pip resolves by itself.", flush=True)
     else:
