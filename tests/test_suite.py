@@ -46,6 +46,6 @@ def test_a_child_that_hangs_is_ended_and_what_it_said_is_shown() -> None:
 
 def test_those_that_wait_for_one_that_failed_are_ended() -> None:
     waits, fails = python("import time; time.sleep(3600)"), python("raise SystemExit('the reason')")
-    with pytest.raises(AssertionError, match=r"exit status 1:\nthe reason"):
+    with pytest.raises(AssertionError, match=r"child 1, exit status 1:\nthe reason"):
         finish_together([waits, fails])
     assert waits.popen.poll() is not None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from stdit.data.loader import Example, Loader
 from stdit.data.packs import PlanItem, split
 from stdit.data.planner import Plan
+
+CLOSING = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,24 @@ class Step:
 class Feed:
     """Steps from `first_step` (counted over epochs) on, without end.
 
-    plan_of: the plan of an epoch. A thread reads ahead unless the loader has no workers; `close` ends it.
+    plan_of: the plan of an epoch. A thread reads ahead unless the loader has no workers; `close` ends it, or a process
+    that has finished could end in an abort: Python stops threads where they are, and in torch's code C++ takes offence.
     """
 
     def __init__(self, plan_of: Callable[[int], Plan], loader: Loader, rank: int, ranks: int, first_step: int) -> None:
         self.plan_of, self.loader, self.rank, self.ranks = plan_of, loader, rank, ranks
-        self.steps = self._read(first_step)
         self._stop = threading.Event()
-        if loader.workers:
-            self.steps = self._ahead(self.steps)
+        self._thread: threading.Thread | None = None
+        steps = self._read(first_step)
+        self.steps: Iterator[Step] = self._ahead(steps) if loader.workers else steps
 
     def close(self) -> None:
+        """Ends reading ahead. Waits for the clips that are being read, at most CLOSING for one that hangs."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(CLOSING)
 
-    def _read(self, first_step: int) -> Iterator[Step]:
+    def _read(self, first_step: int) -> Generator[Step, None, None]:
         epoch, index = 0, first_step
         while index >= (steps := self.plan_of(epoch).num_steps):
             epoch, index = epoch + 1, index - steps
@@ -62,7 +68,7 @@ class Feed:
                 yield Step(epoch, index, clips, items, [batch, *(next(batches) for _ in items[1:])])
             epoch, index = epoch + 1, 0
 
-    def _ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
+    def _ahead(self, steps: Generator[Step, None, None]) -> Iterator[Step]:
         """Reads the next steps on a thread: the first clips of an epoch come while the last of the one before train."""
         ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=2)
 
@@ -81,8 +87,11 @@ class Feed:
                     put(step)
             except BaseException as error:  # the reader of the queue raises it
                 put(error)
+            finally:
+                steps.close()
 
-        threading.Thread(target=work, name="stdit-feed", daemon=True).start()
+        self._thread = threading.Thread(target=work, name="stdit-feed", daemon=True)
+        self._thread.start()
         while True:
             value = ready.get()
             if isinstance(value, BaseException):

@@ -22,7 +22,7 @@ class Child:
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
         self.popen = subprocess.Popen(
-            command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
+            command, env={**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}, cwd=cwd, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         self.kill = weakref.finalize(self, _kill_group, self.popen)  # also when a test fails and forgets it
@@ -54,8 +54,8 @@ def finish_together(children: Sequence[Child], limit: float = LIMIT) -> None:
     try:
         while time.monotonic() < deadline:
             statuses = [child.popen.poll() for child in children]
-            for child, status in zip(children, statuses):
-                assert status in (None, 0), f"exit status {status}:\n{child.output[-SHOWN:]}"
+            for number, (child, status) in enumerate(zip(children, statuses)):
+                assert status in (None, 0), f"child {number}, exit status {status}:\n{child.output[-SHOWN:]}"
             if None not in statuses:
                 return
             time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from functools import cache
@@ -69,6 +70,8 @@ def test_steps_not_asked_for_hold_the_readers_back(tmp_path):
             time.sleep(0.1)
         assert taken < len(reads) <= taken + 2 + 1 + config.prefetch  # ready, about to be, and being read
     feed.close()
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith(("stdit-feed", "stdit-loader"))]
+    assert not left  # in torch's code as the process ends, one would abort it
 
 
 def test_epochs_of_other_lengths_are_counted(tmp_path):
