@@ -22,9 +22,14 @@ class Child:
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
         self.popen = subprocess.Popen(
-            command, env={**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}, cwd=cwd, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
+            command,
+            env={**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         self.kill = weakref.finalize(self, _kill_group, self.popen)  # also when a test fails and forgets it
 
     @property
