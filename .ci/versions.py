@@ -29,8 +29,10 @@ def main() -> int:
     parser.add_argument("set", choices=["tested", "oldest", "resolved"])
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--busy", type=int, default=0)
-    parser.add_argument("rest", nargs="*")
-    asked = parser.parse_args()
+    ours, rest = sys.argv[1:], []
+    if "--" in ours:
+        ours, rest = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
+    asked = parser.parse_args(ours)
     release = subprocess.check_output(
         [asked.python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], text=True
     )
@@ -41,7 +43,7 @@ def main() -> int:
     versions = subprocess.check_output([python, "-c", VERSION, *NAMED], text=True).split()
     others = [subprocess.Popen([python, "-c", "while True: pass"]) for _ in range(asked.busy)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
-    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not slow and not gpu", *asked.rest]
+    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not slow and not gpu", *rest]
     begun, last = time.monotonic(), ""
     try:
         suite = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
