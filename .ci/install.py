@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,8 +16,7 @@ CONSTRAINTS = {name: ROOT / "constraints" / f"{name}.txt" for name in ("tested",
 
 def main(place: str, only: str | None = None) -> int:
     folder = Path(place)
-    if not (folder / "pyvenv.cfg").exists():
-        venv.create(folder, with_pip=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)  # completes an interrupted one, too
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     print(f"Installing stdit and what it needs into {folder}: some minutes, about 6 GB.", flush=True)
     for versions in (only,) if only else ("tested", "resolved"):
