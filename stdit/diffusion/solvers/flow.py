@@ -30,30 +30,38 @@ class Euler(Solver):
 
     path = FlowPath()
 
-    def __init__(self, sigmas: Sequence[float], train_steps: int = 1000) -> None:
+    def __init__(self, sigmas: Sequence[float]) -> None:
         self.sigmas = list(sigmas)
         # Their timesteps are fp32(σ)·1000 in fp32; the division gives them back as noise levels.
-        self.levels = [float(np.float32(sigma) * np.float32(train_steps)) / train_steps for sigma in self.sigmas[:-1]]
+        self.levels = [float(np.float32(sigma) * np.float32(1000)) / 1000 for sigma in self.sigmas[:-1]]
 
     def step(self, index: int, output: Tensor, x: Tensor, noise: Tensor | None = None) -> Tensor:
         return x + (self.sigmas[index + 1] - self.sigmas[index]) * output
 
 
-def table_sigmas(steps: int, shift: float, train_steps: int = 1000) -> list[float]:
-    """σ_0 … σ_steps of diffusers' flow Euler: the shifted table's ends, evenly between, shifted again, then 0.
+def table_levels(steps: int, shift: float) -> np.ndarray:
+    """(steps,) fp64 that diffusers' flow Euler starts from: evenly between the ends of its shifted table.
 
-    shift: static; it is applied twice (10 steps, shift 3: the last σ is 0.009 where the formula gives 0.25).
+    shift: static. It is applied once more to the result (10 steps, shift 3: the last σ is 0.009 where the formula
+    gives 0.25).
     """
-    ends = np.array([train_steps, 1], dtype=np.float32) / np.float32(train_steps)
+    ends = np.array([1000, 1], dtype=np.float32) / np.float32(1000)
     ends = shift_noise_level(ends, shift).astype(np.float32).astype(np.float64)
-    sigmas = shift_noise_level(np.linspace(ends[0], ends[1], steps), shift)
-    return [*(float(sigma) for sigma in sigmas.astype(np.float32)), 0.0]
+    return np.linspace(ends[0], ends[1], steps)
 
 
-def even_sigmas(steps: int, shift: float, terminal: float | None = None) -> list[float]:
-    """σ_0 … σ_steps as LTX-Video's pipelines have them: 1, …, 1/steps evenly, shifted once, stretched so that the last
-    is `terminal`, then 0. In fp32, as theirs."""
-    sigmas = stretched(shift_noise_level(np.linspace(1.0, 1 / steps, steps).astype(np.float32), shift), terminal)
+def even_levels(steps: int) -> np.ndarray:
+    """(steps,) fp32 as LTX-Video's pipelines give them to their scheduler: 1, …, 1/steps evenly."""
+    return np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+
+
+def euler_sigmas(levels: np.ndarray, shift: float, config: Mapping[str, Any]) -> list[float]:
+    """σ_0 … σ_steps of diffusers' flow Euler, as fp32 holds them: the levels shifted, stretched to `shift_terminal`,
+    replaced by Karras' between their ends or between sigma_min and sigma_max, then 0."""
+    sigmas = stretched(shift_noise_level(levels, shift), config.get("shift_terminal"))
+    if config.get("use_karras_sigmas"):
+        low, high = config.get("sigma_min", float(sigmas[-1])), config.get("sigma_max", float(sigmas[0]))
+        sigmas = karras_sigmas(len(sigmas), low, high)
     return [*(float(sigma) for sigma in sigmas.astype(np.float32)), 0.0]
 
 
@@ -199,12 +207,12 @@ def _weights(ratios: list[float], h: float) -> list[float]:
     return np.linalg.solve(matrix, np.array(right)).tolist()
 
 
-def unipc_levels(steps: int, shift: float, train_steps: int = 1000) -> tuple[list[float], list[float]]:
+def unipc_levels(steps: int, shift: float) -> tuple[list[float], list[float]]:
     """(levels, σ_0 … σ_steps) of diffusers' UniPC for flows, as WanPipeline takes them."""
-    sigmas = shift_noise_level(np.linspace(1, 1 / train_steps, steps + 1)[:-1], shift)
+    sigmas = shift_noise_level(np.linspace(1, 1 / 1000, steps + 1)[:-1], shift)
     if abs(sigmas[0] - 1) < 1e-6:
         sigmas[0] -= 1e-6  # λ is −∞ at σ = 1
-    levels = [int(sigma * train_steps) / train_steps for sigma in sigmas]
+    levels = [int(sigma * 1000) / 1000 for sigma in sigmas]
     return levels, [*(float(sigma) for sigma in sigmas.astype(np.float32)), 0.0]
 
 

@@ -1,12 +1,14 @@
 """From a scheduler's config, as diffusers writes it, to the path of the weights and to their solver.
 
-Every option of a scheduler is obeyed or refused by name. Some pipelines of diffusers call their scheduler in a way of
-their own (LTX-Video's and Cosmos'); `_pipeline` in a config, model_index.json's `_class_name`, says which is meant.
+Every option of a scheduler is obeyed or refused by name; keys that diffusers ignores are ignored. Some pipelines of
+diffusers call their scheduler in a way of their own (LTX-Video's and Cosmos'); `_pipeline` in a config,
+model_index.json's `_class_name`, says which is meant.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +22,11 @@ from stdit.diffusion.solvers.flow import (
     OpenSora,
     UniPC,
     dynamic_shift,
-    even_sigmas,
+    euler_sigmas,
+    even_levels,
     karras_sigmas,
     linear_quadratic_levels,
-    table_sigmas,
+    table_levels,
     unipc_karras_levels,
     unipc_levels,
 )
@@ -65,37 +68,38 @@ def _pipeline(config: Config) -> str:
     return str(config.get("_pipeline", ""))
 
 
+def _cosmos2(config: Config) -> bool:
+    """Whether a flow is solved in Cosmos-Predict2's coordinates, σ = t/(1 − t): its pipelines do; without a pipeline's
+    name, sigma_max tells it, since a flow's own levels end at 1."""
+    pipeline, largest = _pipeline(config), config.get("sigma_max")
+    return pipeline.startswith("Cosmos2") or (not pipeline and isinstance(largest, int | float) and largest > 1)
+
+
 def _shift(config: Config, request: Request, name: str) -> float:
     return float(config.get(name, 1.0)) if request.shift is None else request.shift
 
 
 def _euler(config: Config, request: Request) -> Solver:
-    steps, terminal = request.steps, config.get("shift_terminal")
-    if config.get("use_karras_sigmas"):
-        cosmos = {"sigma_min": 0.002, "sigma_max": 80.0, "final_sigmas_type": "sigma_min"}  # what its pipelines add
-        config = {**cosmos, **config} if _pipeline(config).startswith("Cosmos2") else config
+    steps, pipeline = request.steps, _pipeline(config)
+    if config.get("use_karras_sigmas") and _cosmos2(config):
+        config = {"sigma_min": 0.002, "sigma_max": 80.0, "final_sigmas_type": "sigma_min", **config}  # its pipelines'
         sigmas = karras_sigmas(steps, config["sigma_min"], config["sigma_max"])
-        return EdmEuler(FlowPath(), sigmas, config.get("final_sigmas_type", "zero") == "zero", config["sigma_max"])
-    if _pipeline(config) == "LTXConditionPipeline":
-        if config.get("use_dynamic_shifting"):
-            raise StditError(
-                "use_dynamic_shifting: LTXConditionPipeline passes its scheduler no shift. Set it to false."
-            )
+        return EdmEuler(FlowPath(), sigmas, config["final_sigmas_type"] == "zero", config["sigma_max"])
+    if pipeline == "LTXConditionPipeline":
+        if option := next((key for key in ("use_dynamic_shifting", "use_karras_sigmas") if config.get(key)), ""):
+            raise StditError(f"{option}: LTXConditionPipeline gives its scheduler levels of its own. Set it to false.")
         levels, shift = linear_quadratic_levels(steps), float(config.get("shift", 1.0))
         if request.shift is not None:  # of ours, where steps begin as well
             levels, shift = shift_noise_level(levels, request.shift), 1.0
-        return LtxCondition(levels, shift, terminal)
-    if config.get("use_dynamic_shifting"):
-        if request.shift is None and request.latent is None:
-            raise StditError("a scheduler with use_dynamic_shifting needs the clip's latent shape.")
-        latent = request.latent or LatentShape(0, 0, 0)
-        shift = dynamic_shift(latent.frames * latent.height * latent.width, config)
-        return Euler(even_sigmas(steps, shift if request.shift is None else request.shift, terminal))
+        return LtxCondition(levels, shift, config.get("shift_terminal"))
     shift = _shift(config, request, "shift")
-    if _pipeline(config).startswith("LTX"):
-        return Euler(even_sigmas(steps, shift, terminal))
-    train_steps = int(config.get("num_train_timesteps", 1000))
-    return Euler(table_sigmas(steps, shift, train_steps), train_steps)
+    if config.get("use_dynamic_shifting") and request.shift is None:
+        if request.latent is None:
+            raise StditError("a scheduler with use_dynamic_shifting needs the clip's latent shape.")
+        latent = request.latent
+        shift = dynamic_shift(latent.frames * latent.height * latent.width, config)
+    even = config.get("use_dynamic_shifting") or pipeline.startswith("LTX")
+    return Euler(euler_sigmas(even_levels(steps) if even else table_levels(steps, shift), shift, config))
 
 
 def _unipc(config: Config, request: Request) -> Solver:
@@ -104,8 +108,7 @@ def _unipc(config: Config, request: Request) -> Solver:
         if not _pipeline(config).startswith("Cosmos2_5"):
             levels = [int(level * 1000) / 1000 for level in levels]
     else:
-        shift, train_steps = _shift(config, request, "flow_shift"), int(config.get("num_train_timesteps", 1000))
-        levels, sigmas = unipc_levels(request.steps, shift, train_steps)
+        levels, sigmas = unipc_levels(request.steps, _shift(config, request, "flow_shift"))
     return UniPC(levels, sigmas, int(config.get("solver_order", 2)), config.get("disable_corrector") or ())
 
 
@@ -188,12 +191,12 @@ SCHEDULERS: dict[str, Scheduler] = {
             "time_shift_type": ("exponential", "linear"),
             "invert_sigmas": (False,),
             "stochastic_sampling": (False,),
+            "num_train_timesteps": (1000,),  # the networks' own
             "final_sigmas_type": ("zero", "sigma_min"),
             "sigma_data": (1.0,),
         },
         (
             "shift",
-            "num_train_timesteps",
             "shift_terminal",
             "base_shift",
             "max_shift",
@@ -223,8 +226,9 @@ SCHEDULERS: dict[str, Scheduler] = {
             "use_dynamic_shifting": (False,),
             "shift_terminal": (None, 0),
             "rescale_betas_zero_snr": (False,),
+            "num_train_timesteps": (1000,),
         },
-        ("flow_shift", "num_train_timesteps", "disable_corrector", "sigma_min", "sigma_max"),
+        ("flow_shift", "disable_corrector", "sigma_min", "sigma_max"),
         absent={"prediction_type": "epsilon", "use_flow_sigmas": False},
         shift="flow_shift",
     ),
@@ -281,11 +285,11 @@ SCHEDULERS: dict[str, Scheduler] = {
 # Options that are read and are no numbers; those that are must be finite, and these positive.
 _NO_NUMBERS = {"timestep_spacing", "sample_method", "disable_corrector", "trained_betas"}
 _POSITIVE = {"num_train_timesteps", "shift", "flow_shift", "sigma_min", "sigma_max", "sigma_data", "rho"}
-# Options that some files keep, without effect on the solvers that do not read them.
-_IGNORED = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "beta_start"}
-_IGNORED |= {"beta_end", "beta_schedule", "trained_betas", "dynamic_thresholding_ratio", "sample_max_value"}
-_IGNORED |= {"timestep_spacing", "steps_offset", "sigma_min", "sigma_max", "clip_sample", "clip_sample_range"}
-_IGNORED |= {"set_alpha_to_one", "skip_prk_steps", "interpolation_type"}
+# Options of other schedulers, which from_config keeps when it makes one scheduler of another's config: diffusers
+# ignores them, and so does stdit. Those of a scheduler's own are in its `allowed` or `read`.
+_LEFTOVERS = {key for scheduler in SCHEDULERS.values() for key in (*scheduler.allowed, *scheduler.read)}
+_LEFTOVERS |= {"dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range"}  # of options that must be off
+_LEFTOVERS |= {"skip_prk_steps", "interpolation_type", "timestep_type", "sigma_schedule", "steps_offset"}
 
 
 def _given(config: Config) -> dict[str, Any]:
@@ -314,22 +318,27 @@ def check_scheduler(config: Config, where: str = "scheduler") -> None:
             )
         runs = " or ".join(map(repr, allowed))
         raise StditError(f"{where}: {name} with {key} = {value!r} is not supported; only {runs}.")
-    if config.get("use_karras_sigmas") and not (
-        ("sigma_min" in config and "sigma_max" in config) or _pipeline(config).startswith("Cosmos2")
-    ):
-        raise StditError(f"{where}: {name} with use_karras_sigmas needs sigma_min and sigma_max, as Cosmos' have them.")
+    limits = [config.get(key) for key in ("sigma_min", "sigma_max")]
+    if config.get("use_karras_sigmas") and name == "UniPCMultistepScheduler" and None in limits:
+        raise StditError(f"{where}: {name} with use_karras_sigmas needs sigma_min and sigma_max.")
+    flow = name == "FlowMatchEulerDiscreteScheduler" and config.get("use_karras_sigmas") and not _cosmos2(config)
+    if flow and any(isinstance(limit, int | float) and limit > 1 for limit in limits):
+        raise StditError(f"{where}: {name} with use_karras_sigmas takes sigma_min and sigma_max up to 1: {limits}.")
     for key in scheduler.read:
         value = config.get(key, 1)
         number = type(value) in (int, float) and math.isfinite(value)
         if key not in _NO_NUMBERS and not (number and (value > 0 or key not in _POSITIVE)):
             kind = "a positive number" if key in _POSITIVE else "a number"
             raise StditError(f"{where}: {name} with {key} = {value!r}; it must be {kind}.")
+    if "shift_terminal" in scheduler.read and not 0 <= config.get("shift_terminal", 0) < 1:
+        raise StditError(f"{where}: {name} with shift_terminal = {config['shift_terminal']!r}; it must be in [0, 1).")
     known = {*scheduler.allowed, *scheduler.read}
     for key, value in config.items():
-        if key.startswith("_") or key in known or key in _IGNORED or value is False:
+        if key.startswith("_") or key in known or key in _LEFTOVERS or value is False:
             continue  # an option of a later diffusers that is off changes nothing
-        raise StditError(
-            f"{where}: {name} has an option {key} = {value!r} that is not known here.{nearest_name(key, known)}"
+        hint = nearest_name(key, known)
+        warnings.warn(
+            f"{where}: {name} has no option {key}: {value!r} is ignored, as by diffusers.{hint}", stacklevel=2
         )
 
 
