@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,13 +17,14 @@ from stdit.data.buckets import Assignment, DataConfig
 from stdit.data.cache import Cache, cuts, latent_key, latent_settings, text_key, text_settings
 from stdit.data.loader import Example, Loader
 from stdit.data.manifest import Manifest
-from stdit.data.pixels import file_sha256
 from stdit.errors import StditError
-from stdit.weights.identity import folder_identity
+from stdit.text.places import find_text_encoder
+from stdit.weights.identity import folder_identity, tokenizer_identity
 
 CLIPS_PER_SHARD = 64
 TEXTS_PER_SHARD = 1024
 BATCH = 4
+PRECISION = torch.float32  # that encoders compute in, whatever the cache's tensors are stored as
 
 
 class Vae(Protocol):
@@ -60,15 +61,20 @@ def vae_identity(path: str | Path) -> str:
     return folder_identity(path / "vae" if (path / "vae").is_dir() else path)
 
 
-def text_identity(path: str | Path, max_length: int = 512) -> str:
-    """SHA-256 of a text encoder's weights and config, its tokenizer's files, and where texts are cut."""
-    path = Path(path)
-    encoder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-    digest = hashlib.sha256(f"{folder_identity(encoder)} {max_length}".encode())
-    for file in sorted((encoder.parent / "tokenizer").glob("*")):
-        if file.is_file():
-            digest.update(f"{file.name}\0{file_sha256(str(file))}\0".encode())
-    return digest.hexdigest()
+def text_identity(path: str | Path, padding: int | None = None) -> dict[str, Any]:
+    """What decides a text's embedding besides the text: encoder and tokenizer by the SHA-256 of their files, and how
+    texts are treated. Who writes a cache of texts, and who reads it, name it by this.
+
+    path: the folder that `load_text_encoder` takes, which is treated as it does. padding: `text.padding`, the positions
+    that texts are cut to; 0 or None: as many as the treatment has.
+    """
+    encoder, tokenizer, treatment = find_text_encoder(path)
+    return {
+        "text_encoder": folder_identity(encoder),
+        "tokenizer": tokenizer_identity(tokenizer),
+        **asdict(replace(treatment, max_length=padding or treatment.max_length)),
+        "precision": str(PRECISION).removeprefix("torch."),
+    }
 
 
 def encode_manifest(
@@ -80,7 +86,7 @@ def encode_manifest(
     out: str | Path,
     *,
     vae_id: str,
-    text_id: str | None = None,
+    text_id: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
     batch: int = BATCH,
     clips_per_shard: int = CLIPS_PER_SHARD,

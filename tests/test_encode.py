@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 from doubles import FakeText, FakeVae
 
 from stdit.data.buckets import DataConfig, assign
-from stdit.data.cache import Cache, latent_key, latent_settings, text_settings
+from stdit.data.cache import Cache, CacheMissing, latent_key, latent_settings, text_settings
 from stdit.data.loader import embedding, to_video
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.video_io import read_frames, write_video
 from stdit.encode import encode_manifest, text_identity, vae_identity
 from stdit.errors import StditError
+from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
 
 CONFIG = DataConfig(shapes=["16x16x5", "32x16x5"], fps=8.0, max_crop=0.7, prefetch=2)
 
@@ -40,7 +42,7 @@ def clips(tmp_path_factory):
 
 def encode(clips, out, vae=None, rows=None, **options):
     manifest = clips if rows is None else Manifest.of([clips[i] for i in rows])
-    options = {"batch": 2, "clips_per_shard": 3, "vae_id": "vae", "text_id": "text", **options}
+    options = {"batch": 2, "clips_per_shard": 3, "vae_id": "vae", "text_id": {"text_encoder": "text"}, **options}
     return encode_manifest(manifest, assign(manifest, CONFIG), CONFIG, vae or FakeVae(), FakeText(), out, **options)
 
 
@@ -60,7 +62,7 @@ def test_latents_are_those_of_the_plain_frames(clips, tmp_path):
         frames = torch.from_numpy(read_frames(clips[row].path, 5, (shape.width, shape.height), 8.0))
         wanted = FakeVae().encode(to_video(frames)[None])[0]
         assert torch.equal(cache.tensor(cache.position(latent_key(clips[row].id, shape))), wanted)
-    text = Cache.open(tmp_path, text_settings(CONFIG, "text"))
+    text = Cache.open(tmp_path, text_settings(CONFIG, {"text_encoder": "text"}))
     assert len(text) == 13  # eleven clips, the shared caption once, and the empty one
     assert embedding(text, "").shape == (1, 3) and embedding(text, "shared").shape == (7, 3)
     again = encode(clips, tmp_path)
@@ -141,6 +143,51 @@ def test_identities_follow_the_content(tmp_path):
     assert vae_identity(tmp_path) == vae_identity(tmp_path / "vae")
     first = (vae_identity(tmp_path), text_identity(tmp_path))
     (tmp_path / "tokenizer" / "config.json").write_text("{}")
-    assert vae_identity(tmp_path) == first[0] and text_identity(tmp_path) != first[1]
+    changed = text_identity(tmp_path)
+    assert vae_identity(tmp_path) == first[0]
+    assert {name for name, value in changed.items() if value != first[1][name]} == {"tokenizer"}
     (tmp_path / "vae" / "model.safetensors").write_bytes(b"other")
     assert vae_identity(tmp_path) != first[0]
+
+
+def test_pipelines_that_treat_texts_in_other_ways_share_a_folder_and_no_embedding(clips, tmp_path):
+    """The same encoder and tokenizer; for each pipeline the cache gives what its own treatment makes of a text."""
+    text = "A <b>Red_Circle</b>, moves (left)!"
+    rows = Manifest.of([replace(clips[0], captions=(Caption(text),))])
+    tokenizer = build_word_tokenizer([text, "a red circle moves left b"])
+    encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
+    found = []
+    for name in ("PixArtSigma", "OpenSora", "LTX", "LTXCondition", "Wan"):
+        folder = tmp_path / name
+        encoder.save(folder / "text_encoder", folder / "tokenizer")
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": f"{name}Pipeline"}))
+        loaded, identity = load_text_encoder(folder), text_identity(folder)
+        shapes = assign(rows, CONFIG)
+        encode_manifest(rows, shapes, CONFIG, FakeVae(), loaded, tmp_path / "cache", vae_id="vae", text_id=identity)
+        cache = Cache.open(tmp_path / "cache", text_settings(CONFIG, identity))
+        (wanted,) = loaded.encode([text])
+        assert torch.equal(embedding(cache, text), wanted)
+        found.append(wanted)
+    assert len(list((tmp_path / "cache").glob("text-*"))) == len(found) == 5
+    sigma, open_sora, ltx, ltx_condition, _ = found
+    assert len(sigma) != len(open_sora)  # without the tag and the underline
+    assert len(ltx) == len(ltx_condition) and not torch.allclose(ltx, ltx_condition)  # the first sees its padding
+
+
+def test_another_length_or_precision_is_another_identity(tmp_path):
+    tokenizer = build_word_tokenizer(["a"])
+    TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer).save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    first = text_identity(tmp_path, 32)
+    assert text_identity(tmp_path, 512) == text_identity(tmp_path) == text_identity(tmp_path, 0)
+    assert {name for name, value in text_identity(tmp_path).items() if value != first[name]} == {"max_length"}
+    Cache.create(tmp_path / "cache", text_settings(CONFIG, first))
+    with pytest.raises(CacheMissing, match="max_length 32 there, 512 wanted") as caught:
+        Cache.open(tmp_path / "cache", text_settings(CONFIG, text_identity(tmp_path)))
+    assert caught.value.others
+    with pytest.raises(CacheMissing, match="holds no latents") as caught:
+        Cache.open(tmp_path / "cache", latent_settings(CONFIG, "vae"))
+    assert not caught.value.others
+    for part in ("text_encoder", "tokenizer"):
+        (tmp_path / part / ".DS_Store").write_text("of no account")
+        (tmp_path / part / "README.md").write_text("neither")
+    assert text_identity(tmp_path, 32) == first

@@ -46,7 +46,7 @@ def clips(tmp_path_factory):
 def encode(clips, out, rank=0, ranks=1):
     return encode_module.encode_manifest(
         clips, assign(clips, CONFIG), CONFIG, FakeVae(), FakeText(), out,
-        vae_id="vae", text_id="text", batch=2, clips_per_shard=2, rank=rank, ranks=ranks,
+        vae_id="vae", text_id={"text_encoder": "text"}, batch=2, clips_per_shard=2, rank=rank, ranks=ranks,
     )  # fmt: skip
 
 

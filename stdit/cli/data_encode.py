@@ -35,15 +35,13 @@ def encode(
 
     Example: stdit data encode videos/manifest.parquet --config configs/toy/dit.yaml --out videos/cache
     """
-    import torch
-
     from stdit.cli.bars import counting_bar
     from stdit.cli.device import pick_device
     from stdit.config import load_config
     from stdit.data.buckets import assign
     from stdit.data.manifest import read_manifest
     from stdit.data.storage import STORAGE
-    from stdit.encode import encode_manifest, text_identity, vae_identity
+    from stdit.encode import PRECISION, encode_manifest, text_identity, vae_identity
     from stdit.errors import StditError, about
     from stdit.training.start import follow_init
     from stdit.weights.io import load_vae
@@ -59,7 +57,7 @@ def encode(
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     with about("vae.path"):
-        vae = load_vae(run.vae.path, dtype=torch.float32, device=device).eval()
+        vae = load_vae(run.vae.path, dtype=PRECISION, device=device).eval()
     vae.memory = memory
     for shape in assignment.shapes:
         with about(f"data.shapes: {shape}"):
@@ -68,10 +66,11 @@ def encode(
     if run.text.path:
         from stdit.text.encoders import load_text_encoder
 
-        text_encoder = load_text_encoder(
-            run.text.path, max_length=run.text.padding or None, dtype=torch.float32, device=device
-        ).eval()
-        text_id = text_identity(run.text.path, text_encoder.max_length)
+        with about("text.path"):
+            text_encoder = load_text_encoder(
+                run.text.path, max_length=run.text.padding or None, dtype=PRECISION, device=device
+            ).eval()
+            text_id = text_identity(run.text.path, run.text.padding)
     with counting_bar("encoding", hidden=rank > 0) as (on_start, on_clips):
         done = encode_manifest(
             clips,

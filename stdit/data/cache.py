@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
+TEXT_FORMAT = 2  # 1 did not say how texts were treated
 _INDEX = pa.schema([("key", pa.string()), ("shard", pa.string()), ("failure", pa.string())])
 _OPEN_SHARDS = 64
 
@@ -64,8 +65,9 @@ def latent_settings(config: DataConfig, vae_identity: str) -> dict[str, Any]:
     }
 
 
-def text_settings(config: DataConfig, text_encoder_identity: str) -> dict[str, Any]:
-    return {"format": FORMAT, "kind": "text", "text_encoder": text_encoder_identity, "dtype": config.cache_dtype}
+def text_settings(config: DataConfig, text_identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides an embedding besides its text. text_identity: see `stdit.encode.text_identity`."""
+    return {"format": TEXT_FORMAT, "kind": "text", "dtype": config.cache_dtype, **text_identity}
 
 
 def latent_key(clip_id: str, shape: VideoShape, cut: int | None = None) -> str:
@@ -75,6 +77,14 @@ def latent_key(clip_id: str, shape: VideoShape, cut: int | None = None) -> str:
 
 def text_key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class CacheMissing(StditError):
+    """A cache does not hold what was made with these settings. others: whether it holds what was made with others."""
+
+    def __init__(self, message: str, others: bool) -> None:
+        super().__init__(message)
+        self.others = others
 
 
 class Cache:
@@ -100,7 +110,8 @@ class Cache:
 
     @classmethod
     def open(cls, root: str | Path, settings: Mapping[str, Any], storage: Storage = STORAGE) -> Cache:
-        """The tensors made with exactly these settings; otherwise an error that says what the folder holds instead."""
+        """The tensors made with exactly these settings. Raises CacheMissing, which says what the folder holds instead,
+        and StorageError where it cannot be reached."""
         root = str(root).removeprefix("file://")
         folder = join(root, _name(settings))
         if "settings.json" in storage.names(folder):
@@ -121,9 +132,8 @@ class Cache:
             ]
             others.append(f"{name}: {'; '.join(differs)}")
         held = "holds no " + kind if not others else f"holds other {kind}:\n  " + "\n  ".join(others)
-        raise StditError(
-            f"cache {root} {held}.\n`stdit data encode MANIFEST --config CFG --out {root}` adds those wanted here."
-        )
+        advice = f"`stdit data encode MANIFEST --config CFG --out {root}` adds those wanted here."
+        raise CacheMissing(f"cache {root} {held}.\n{advice}", others=bool(others))
 
     def reload(self) -> None:
         """Reads the index anew."""

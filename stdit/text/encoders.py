@@ -6,9 +6,7 @@ each text, the end token included. Nothing here is ever downloaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from transformers import (
 
 from stdit.errors import StditError
 from stdit.text.cleaning import clean_prompt, lower_prompt, strip_caption
+from stdit.text.places import Treatment, find_text_encoder
 from stdit.text.pretrained import LOCAL, load_weights, no_bars
 
 ENCODERS = {  # transformers' classes by the model_type in config.json
@@ -48,34 +47,6 @@ CLEANERS: dict[str, Callable[[str], str]] = {
     "lower": lower_prompt,
     "strip": strip_caption,
     "none": str,
-}
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """How a family's pipeline brings a text to its encoder.
-
-    max_length: texts are cut to this many tokens, the end token included. clean: what is done to a text first, a key of
-    CLEANERS. sees_padding: the encoder attends to padding up to max_length, which is not returned.
-    """
-
-    max_length: int = 512
-    clean: str = "mend"
-    sees_padding: bool = False
-
-
-TREATMENTS = {  # by the class in model_index.json, without "Pipeline"; all others as Wan
-    "LTX": Treatment(128, "none", sees_padding=True),
-    "LTXImageToVideo": Treatment(128, "none", sees_padding=True),
-    "LTXCondition": Treatment(256, "none"),
-    "PixArtAlpha": Treatment(120, "lower"),
-    "PixArtSigma": Treatment(300, "lower"),
-    "Latte": Treatment(120, "lower"),
-    "Allegro": Treatment(512, "lower"),
-    "CosmosTextToWorld": Treatment(512, "none"),
-    "Cosmos2TextToImage": Treatment(512, "none"),
-    "Cosmos2VideoToWorld": Treatment(512, "none"),
-    "OpenSora": Treatment(300, "strip"),
 }
 
 
@@ -174,37 +145,13 @@ def load_text_encoder(
     by default the encoder's own, or the one beside it. Texts are treated as the pipeline of the model folder treats
     them. max_length: in place of its. dtype None keeps the stored one.
     """
-    folder, treatment = Path(folder), None
-    if not folder.is_dir():
-        raise StditError(
-            f"{folder} is not a folder. Text encoders are read from local folders, nothing is downloaded: "
-            "download it first (hf download NAME --local-dir FOLDER) and give that folder."
-        )
-    if (folder / "text_encoder").is_dir():
-        tokenizer = tokenizer or folder / "tokenizer"
-        treatment = _treatment(folder / "model_index.json")
-        folder = folder / "text_encoder"
-    if tokenizer is None:
-        names = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
-        places = (folder, folder.parent / "tokenizer")
-        tokenizer = next((place for place in places if any((place / name).is_file() for name in names)), None)
-    if tokenizer is None or not Path(tokenizer).is_dir():
-        raise StditError(f"{folder}: no tokenizer in it or beside it ({tokenizer or folder.parent / 'tokenizer'}).")
+    folder, words, treatment = find_text_encoder(folder, tokenizer)
     model, kind = _load_encoder(folder, dtype), TextEncoder
     if model.config.model_type == "qwen2_5_vl":
         from stdit.text.reason import ReasonEncoder
 
         kind = ReasonEncoder
-    return kind(model, load_tokenizer(tokenizer), max_length, treatment).to(device)
-
-
-def _treatment(index: Path) -> Treatment | None:
-    """That of the pipeline which a model_index.json names."""
-    try:
-        name = json.loads(index.read_text("utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return TREATMENTS.get(str(name).removesuffix("Pipeline"))
+    return kind(model, load_tokenizer(words), max_length, treatment).to(device)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

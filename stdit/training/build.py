@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from stdit.data.buckets import Assignment, assign
-from stdit.data.cache import Cache, latent_settings, text_settings
+from stdit.data.cache import Cache, CacheMissing, latent_settings, text_settings
 from stdit.data.loader import Loader
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.planner import Plan
@@ -314,19 +314,26 @@ def make_conditions(config: RunConfig, model: TransformerConfig, vae: CausalVAE,
 
 
 def open_caches(config: RunConfig, world: World) -> tuple[Cache | None, Cache | None]:
-    """The latents' and, where a frozen encoder's texts are cached, the texts'; says so where they are not."""
+    """The latents' and, where a frozen encoder's texts are cached, the texts'; says so where they are not.
+
+    Raises StditError where the cache holds other texts, and StorageError where it cannot be reached.
+    """
     if config.data.cache is None or config.objective.kind == "vae":
         return None, None
-    assert config.vae.path is not None
-    latents = Cache.open(config.data.cache, latent_settings(config.data, vae_identity(config.vae.path)))
-    if config.text.path is None:
+    vae, text = config.vae.path, config.text
+    assert vae is not None
+    latents = Cache.open(config.data.cache, latent_settings(config.data, world.from_main(lambda: vae_identity(vae))))
+    if text.path is None:
         return latents, None
-    settings = text_settings(config.data, text_identity(config.text.path, config.text.padding or 512))
+    path = text.path
+    identity = world.from_main(lambda: text_identity(path, text.padding))
     try:
-        return latents, Cache.open(config.data.cache, settings)
-    except StditError as error:  # the encoder is there anyway, for dropped captions and for samples
+        return latents, Cache.open(config.data.cache, text_settings(config.data, identity))
+    except CacheMissing as error:
+        if error.others:
+            raise
         if world.is_main:
-            print(f"captions are encoded while training, by {config.text.path}: {error}", flush=True)
+            print(f"captions are encoded while training, by {path}: {error}", flush=True)
         return latents, None
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from stdit.errors import StditError
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,18 @@ class World:
         values: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(value, values, dst=0)
         return values
+
+    def from_main(self, find: Callable[[], Found]) -> Found:
+        """What `find` returns on rank 0, which alone runs it; an error of it is raised on every rank."""
+        found: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                found = find()
+            except Exception as caught:
+                error = caught
+        self.all_succeeded(error)
+        return self.gather(found)[0]
 
     def all_succeeded(self, error: Exception | None) -> None:
         """Raises on every rank if any rank has an error, so that none waits for one that is gone."""

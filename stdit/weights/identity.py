@@ -1,16 +1,27 @@
-"""What a folder of weights is, as one hash of its content: caches of what a model made are addressed by it."""
+"""What a folder of weights is, as one hash of its content: caches and checkpoints name what they were made from by it.
+
+The hash of a large file is remembered in the user's cache folder (XDG_CACHE_HOME, stdit/sha256) for as long as its
+path, inode, size, and times of writing and of change stay the same.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from stdit.errors import StditError
-from stdit.files import sha256_of
+from stdit.files import publish_text, sha256_of
 
-_COUNTED = {".safetensors", ".json", ".model", ".txt"}
+WEIGHTS = frozenset({".safetensors", ".json", ".model", ".txt"})
+TOKENIZER = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken", ".bpe", ".vocab"})
+REMEMBERED = 64 << 20  # bytes from which on a file's hash is remembered: hashing takes longer than a moment
+SETTLED = 10.0  # seconds after its last change before which a file may change again without another time
 
 
 def folder_identity(path: str | os.PathLike[str]) -> str:
@@ -20,22 +31,65 @@ def folder_identity(path: str | os.PathLike[str]) -> str:
     """
     place = Path(path).expanduser()
     if place.is_file():
-        return _file_hash(place, place.stat().st_size, place.stat().st_mtime_ns)
+        return file_identity(place)
     if not place.is_dir():
         raise StditError(f"{place}: no such file or folder.")
-    found = sorted(entry for entry in place.iterdir() if entry.is_file() and entry.suffix in _COUNTED)
-    found = [entry for entry in found if not entry.name.startswith(".")]
+    found = _files(place, WEIGHTS)
     if not any(entry.suffix == ".safetensors" for entry in found):
         raise StditError(f"{place}: holds no .safetensors file.")
+    return files_identity(found)
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """SHA-256 (hex) over the names and contents of a tokenizer's files."""
+    return files_identity(_files(folder, TOKENIZER))
+
+
+def files_identity(files: Iterable[Path]) -> str:
+    """SHA-256 (hex) over the names and contents of files, in their order."""
+    files = list(files)
+    with ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(file_identity, files))
     total = hashlib.sha256()
-    for entry in found:
-        stat = entry.stat()
-        total.update(f"{entry.name}\0{_file_hash(entry, stat.st_size, stat.st_mtime_ns)}\0".encode())
+    for file, content in zip(files, hashes):
+        total.update(f"{file.name}\0{content}\0".encode())
     return total.hexdigest()
 
 
-@lru_cache(maxsize=256)
-def _file_hash(path: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file, once for every state of it (size, time of change) that a process sees."""
+def file_identity(path: Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    return _file_hash(str(path.resolve()), _state(path))
+
+
+def _files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    found = sorted(entry for entry in folder.iterdir() if entry.is_file() and entry.suffix in suffixes)
+    return [entry for entry in found if not entry.name.startswith(".")]
+
+
+def _state(path: str | Path) -> tuple[int, ...]:
+    """Another one after any change of the file; a program can set the time of writing, but not that of change."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@lru_cache(maxsize=1024)
+def _file_hash(path: str, state: tuple[int, ...]) -> str:
+    """SHA-256 of a file, once for every state of it that a process sees, and once for all if it is large."""
+    key = hashlib.sha256(f"{path}\0{state}".encode()).hexdigest()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    memory = Path(home) / "stdit" / "sha256" / key
+    large = state[2] >= REMEMBERED
+    if large:
+        with suppress(OSError, ValueError):
+            found = memory.read_text("ascii")
+            if len(found) == 64:
+                return found
+    begun = time.time()
     with open(path, "rb") as file:
-        return sha256_of(file)
+        found = sha256_of(file)
+    if _state(path) != state:
+        raise StditError(f"{path}: was written to while it was read. Start again when it is whole.")
+    if large and begun - max(state[3:]) / 1e9 > SETTLED:
+        with suppress(OSError, StditError):  # without it the file is hashed again the next time
+            publish_text(memory, found)
+    return found

@@ -321,7 +321,7 @@ def test_from_the_cache(clips, tmp_path):
     with pytest.raises(StditError, match="lacks the latents of 1 of 4 clips"):
         Loader(clips, assignment, config, 0, cache=Cache.open(tmp_path, settings))
     cache.write_shard("two", {}, {f"{clips[3].id}/{assignment.shapes[0]}": "gone"})
-    text = Cache.create(tmp_path, text_settings(config, "text"))
+    text = Cache.create(tmp_path, text_settings(config, {"text_encoder": "text"}))
     text.write_shard("t", {text_key(c): torch.ones(n + 1, 3) for n, c in enumerate(["clip 0", "clip 1", "clip 2"])}, {})
     text.reload()
     loader = Loader(clips, assignment, config, 0, cache=Cache.open(tmp_path, settings), text_cache=text)

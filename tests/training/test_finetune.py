@@ -15,7 +15,9 @@ import torch
 import yaml
 
 import stdit
+from stdit.cli.data_encode import encode
 from stdit.config import load_config
+from stdit.data.loader import embedding
 from stdit.errors import StditError
 from stdit.evaluation import report
 from stdit.model_folder import load_parts
@@ -267,6 +269,40 @@ def test_a_run_of_some_of_the_weights_goes_on_where_it_stopped(
     weights = "model/transformer/diffusion_pytorch_model.safetensors"
     whole, parts = ((tmp_path / name / weights).read_bytes() for name in ("whole", "parts"))
     assert whole == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "length"),
+    [
+        ("Wan", "Wan", 512),
+        ("LTX-Video", "LTX", 128),
+        ("LTX-Video", "LTXCondition", 256),
+        ("PixArt", "PixArtAlpha", 120),
+        ("PixArt", "PixArtSigma", 300),
+        ("Latte", "Latte", 120),
+        ("STDiT3", "OpenSora", 300),
+        ("Allegro", "Allegro", 512),
+        ("Cosmos-Predict", "Cosmos2VideoToWorld", 512),
+        ("Cosmos-Predict1", "CosmosTextToWorld", 512),
+        ("Cosmos-Predict2.5", "Cosmos2_5_PredictBase", 512),
+    ],
+)
+def test_training_finds_the_texts_that_encode_wrote(
+    name: str, pipeline: str, length: int, tiny: Path, tmp_path: Path, folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = shutil.copytree(folder(name), tmp_path / "model")
+    (init / "model_index.json").write_text(json.dumps({"_class_name": f"{pipeline}Pipeline", "boundary_ratio": None}))
+    settings = ["data.shapes=['32x32']", "data.start=first", "data.crop=centre"]
+    started(tiny, tmp_path, init, *settings)  # writes the config
+    encode(str(tiny / "manifest.parquet"), tmp_path / "tune.yaml", str(tmp_path / "cache"), [*settings])
+    parts = started(tiny, tmp_path, init, *settings, f"data.cache={tmp_path / 'cache'}")
+    assert "while training" not in capsys.readouterr().out
+    cache = parts.loader.text_cache
+    assert cache is not None and cache.settings["max_length"] == length
+    caption = parts.loader.fetch(parts.plan.step(0)[:1], 0)[0].caption
+    (wanted,) = load_parts(init, torch.float32, "cpu").text_encoder.encode([caption])
+    if name != "Cosmos-Predict2.5":  # whose texts are padded to the length that is asked for
+        torch.testing.assert_close(embedding(cache, caption), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*SMALL, "STDiT3"])

@@ -1,0 +1,92 @@
+"""Where a text encoder's files are, and how its pipeline treats texts. No weight is opened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from stdit.errors import StditError
+
+_PARTS = ("tokenizer", "transformer", "vae", "scheduler")  # of a model folder
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How a family's pipeline brings a text to its encoder.
+
+    max_length: texts are cut to this many tokens, the end token included. clean: what is done to a text first, a key of
+    `encoders.CLEANERS`. sees_padding: the encoder attends to padding up to max_length, which is not returned.
+    """
+
+    max_length: int = 512
+    clean: str = "mend"
+    sees_padding: bool = False
+
+
+TREATMENTS = {  # by the class in model_index.json, without "Pipeline"; all others as Wan
+    "LTX": Treatment(128, "none", sees_padding=True),
+    "LTXImageToVideo": Treatment(128, "none", sees_padding=True),
+    "LTXCondition": Treatment(256, "none"),
+    "PixArtAlpha": Treatment(120, "lower"),
+    "PixArtSigma": Treatment(300, "lower"),
+    "Latte": Treatment(120, "lower"),
+    "Allegro": Treatment(512, "lower"),
+    "CosmosTextToWorld": Treatment(512, "none"),
+    "Cosmos2TextToImage": Treatment(512, "none"),
+    "Cosmos2VideoToWorld": Treatment(512, "none"),
+    "OpenSora": Treatment(300, "strip"),
+}
+
+
+class TextPlaces(NamedTuple):
+    """The folders of an encoder and its tokenizer, and how texts are treated."""
+
+    encoder: Path
+    tokenizer: Path
+    treatment: Treatment
+
+
+def find_text_encoder(folder: str | Path, tokenizer: str | Path | None = None) -> TextPlaces:
+    """Of a model folder with text_encoder/ and tokenizer/, or of a folder that transformers reads.
+
+    tokenizer: its folder; by default the encoder's own, or the one beside it. Raises StditError where one is missing.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise StditError(
+            f"{folder} is not a folder. Text encoders are read from local folders, nothing is downloaded: "
+            "download it first (hf download NAME --local-dir FOLDER) and give that folder."
+        )
+    treatment, encoder = Treatment(), folder
+    if (folder / "text_encoder").is_dir():
+        encoder, tokenizer = folder / "text_encoder", tokenizer or folder / "tokenizer"
+        treatment = _treatment(folder / "model_index.json")
+    elif not (folder / "config.json").is_file() and (
+        (folder / "model_index.json").is_file() or any((folder / part).is_dir() for part in _PARTS)
+    ):
+        raise StditError(
+            f"{folder}: this model folder has no text_encoder/. Download that folder too (hf download NAME "
+            f"--include 'text_encoder/*' --local-dir {folder}), or set text.path to a folder that has one."
+        )
+    if tokenizer is None:
+        places = (encoder, encoder.parent / "tokenizer")
+        found = (place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES))
+        tokenizer = next(found, encoder.parent / "tokenizer")
+    if not Path(tokenizer).is_dir():
+        raise StditError(
+            f"{encoder}: no tokenizer in it or beside it ({tokenizer} is not there). Download that folder too "
+            f"(hf download NAME --include 'tokenizer/*' --local-dir {Path(tokenizer).parent})."
+        )
+    return TextPlaces(encoder, Path(tokenizer), treatment)
+
+
+def _treatment(index: Path) -> Treatment:
+    """That of the pipeline which a model_index.json names."""
+    try:
+        name = json.loads(index.read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return Treatment()
+    return TREATMENTS.get(str(name).removesuffix("Pipeline"), Treatment())
