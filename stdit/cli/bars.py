@@ -1,24 +1,38 @@
-"""Progress bars, on stderr."""
+"""Progress on stderr: bars on a terminal; elsewhere a line every 10 s and one at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stdit.heartbeat import HEARTBEAT
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+T = TypeVar("T")
 
 
 @contextmanager
 def counting_bar(what: str, hidden: bool = False) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """A bar that says what is done, how many of how many, and the time left. Gives two functions: of how many there
     are, and of how many more are done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    if hidden or not sys.stderr.isatty():
+        with _lines(hidden) as update:
+            state = {"done": 0, "total": 0}
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+            def show(**values: int) -> None:
+                state.update(values)
+                update(what, state["done"], state["total"])
+
+            yield lambda total: show(total=total), lambda count: show(done=state["done"] + count)
+        return
+    from rich.progress import MofNCompleteColumn
+
+    with _bars(MofNCompleteColumn()) as bar:
         task = bar.add_task(what, total=None)
         yield lambda total: bar.update(task, total=total), lambda count: bar.advance(task, count)
 
@@ -26,11 +40,11 @@ def counting_bar(what: str, hidden: bool = False) -> Iterator[tuple[Callable[[in
 @contextmanager
 def named_bars(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Gives a function of (what is being done, done, in all): a bar for each what, gone at the end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=hidden, console=Console(stderr=True)) as bar:
+    if hidden or not sys.stderr.isatty():
+        with _lines(hidden) as update:
+            yield update
+        return
+    with _bars(transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
@@ -39,3 +53,52 @@ def named_bars(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done, total=total)
 
         yield progress
+
+
+def tracked(items: Iterable[T], what: str) -> Iterable[T]:
+    """The items, with a bar that is gone at the end."""
+    items = list(items)
+    with named_bars(hidden=False) as progress:
+        for done, item in enumerate(items):
+            progress(what, done, len(items))
+            yield item
+
+
+@contextmanager
+def _bars(*columns: Any, transient: bool = False) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    with HEARTBEAT.muted(), Progress(*columns, transient=transient, console=Console(stderr=True)) as bar:
+        yield bar
+
+
+@contextmanager
+def _lines(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Without a terminal the heartbeat says now and then how far it is; at the end a line for each kind of work.
+
+    hidden: only the heartbeat speaks.
+    """
+    begun: dict[str, float] = {}
+    ends: dict[str, str] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        taken = now - begun.setdefault(what, now)
+        left = f", {_duration(taken * (total - done) / done)} left" if 0 < done < total else ""
+        HEARTBEAT.doing(f"{what} {done:,}/{total:,}{left}" if total else what)
+        ends[what] = f"{what}: {done:,} of {total:,} in {_duration(taken)}"
+
+    try:
+        yield progress
+    finally:
+        HEARTBEAT.doing("finishing")
+        if not hidden:
+            for line in ends.values():
+                print(line, file=sys.stderr, flush=True)
+                HEARTBEAT.spoke()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

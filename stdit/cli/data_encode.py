@@ -43,12 +43,14 @@ def encode(
     from stdit.data.storage import STORAGE
     from stdit.encode import PRECISION, encode_manifest, text_identity, vae_identity
     from stdit.errors import StditError, about
+    from stdit.heartbeat import HEARTBEAT
     from stdit.training.start import follow_init
     from stdit.weights.io import load_vae
 
     run = follow_init(load_config(config, [*(overrides or []), *([f"data.crops={crops}"] if crops else [])]))
     if run.vae.path is None:
         raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
+    HEARTBEAT.doing(f"reading {manifest}")
     clips = read_manifest(manifest)
     assignment = assign(clips, run.data)
     left_out = ", ".join(f"{n} {reason}" for reason, n in assignment.reasons.items())
@@ -56,6 +58,7 @@ def encode(
         raise StditError(f"{manifest}: no clip fits one of data.shapes ({left_out or 'it is empty'}).")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    HEARTBEAT.doing(f"loading {run.vae.path}")
     with about("vae.path"):
         vae = load_vae(run.vae.path, dtype=PRECISION, device=device).eval()
     vae.memory = memory
@@ -66,6 +69,7 @@ def encode(
     if run.text.path:
         from stdit.text.encoders import load_text_encoder
 
+        HEARTBEAT.doing(f"loading {run.text.path}")
         with about("text.path"):
             text_encoder = load_text_encoder(
                 run.text.path, max_length=run.text.padding or None, dtype=PRECISION, device=device

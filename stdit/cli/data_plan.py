@@ -53,6 +53,7 @@ def plan(
     from stdit.data.manifest import read_manifest
     from stdit.data.plan_picture import draw_plan, measure_plan
     from stdit.errors import StditError
+    from stdit.heartbeat import HEARTBEAT
     from stdit.training.build import make_plan
     from stdit.training.footprint import footprint, outline
 
@@ -61,6 +62,7 @@ def plan(
     if world_size % group_size:
         raise StditError(f"--world-size {world_size} is not a multiple of parallel.sequence_parallel {group_size}.")
     groups = world_size // group_size
+    HEARTBEAT.doing(f"reading {manifest}")
     clips = read_manifest(manifest)
     assignment = assign(clips, settings.data)
     stage = assignment.stages[settings.data.stage_of(epoch)]
@@ -68,6 +70,7 @@ def plan(
     if not as_json or not stage.counts.any():
         _print_drops(console, stage, len(clips))
     objective = outline(settings)
+    HEARTBEAT.doing("planning the steps")
     made = make_plan(clips, assignment, objective, settings, epoch)
     if not made.num_steps:
         raise StditError(f"--epoch {epoch} has no clip: data.sources lets each come in some epochs only. Show another.")
@@ -79,6 +82,7 @@ def plan(
         draw_plan(made, assignment.shapes, groups, bound, picture, measures, work_unit)
     largest = assignment.shapes[max(range(len(made.tokens)), key=lambda b: (made.counts[b] > 0, made.tokens[b]))]
     fullest = -(-max(measures.fullest) // group_size)
+    HEARTBEAT.doing("computing the memory")
     needed = footprint(settings, objective, largest, fullest, world_size)
     summary = summarise(made, stage, measures, groups, bound, needed)
     summary |= {"world_size": world_size, "work_unit": work_unit, "epoch": epoch}
@@ -236,10 +240,9 @@ def _sources(clips: Manifest, sources: dict[str, float], plan: Plan) -> list[dic
 
 
 def _progress(steps: Sequence[int]) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
+    from stdit.cli.bars import tracked
 
-    return track(steps, "dealing steps", console=Console(stderr=True), transient=True)
+    return tracked(steps, "dealing steps")
 
 
 def _print_drops(console: Any, assignment: Assignment, clips: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from stdit.heartbeat import HEARTBEAT
+
 
 def lazy_group(commands: dict[str, tuple[str, str]], **settings: Any) -> typer.Typer:
     """A typer app of commands {name: (module, short help)}.
@@ -51,9 +53,25 @@ def load_command(name: str, module: str) -> Any:
 def as_command(command: Any, name: str | None = None) -> Any:
     """The click command of a typer app, or of a function with typer's annotations."""
     if isinstance(command, typer.Typer):
-        return typer.main.get_command(command)
+        return _announced(typer.main.get_command(command))
     if callable(command) and not hasattr(command, "make_context"):
         app = typer.Typer(add_completion=False)
         app.command(name)(command)
-        return typer.main.get_command(app)
+        return _announced(typer.main.get_command(app))
+    return command
+
+
+def _announced(command: Any) -> Any:
+    """The command, or every command of the group, says that it starts once its arguments are read."""
+    for one in getattr(command, "commands", {}).values():
+        _announced(one)
+    if hasattr(command, "commands"):
+        return command
+    invoke = command.invoke
+
+    def announce(context: Any) -> Any:
+        HEARTBEAT.start(context.command_path)
+        return invoke(context)
+
+    command.invoke = announce
     return command

@@ -15,6 +15,7 @@ import typer
 
 from stdit.cli.lazy import as_command, lazy_group
 from stdit.errors import Interrupted, StditError
+from stdit.heartbeat import HEARTBEAT
 
 COMMANDS = {
     "data": ("stdit.cli.data", "Scan, plan and encode clips; render the embedded toy clips."),
@@ -62,7 +63,10 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
     # On a CPU, clips of many shapes need more compiled convolutions than oneDNN keeps (1024), and would compile anew.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     try:
-        result = as_command(command, prog).main(args=args, prog_name=prog, standalone_mode=False)
+        try:
+            result = as_command(command, prog).main(args=args, prog_name=prog, standalone_mode=False)
+        finally:
+            HEARTBEAT.stop()
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort) as error:
         # Newer typer returns 130 by itself, older ones abort.

@@ -102,6 +102,7 @@ def sample(
 
     from stdit.data.video_io import read_frames
     from stdit.diffusion.solvers import named_config
+    from stdit.heartbeat import HEARTBEAT
     from stdit.pipeline import Pipeline
     from stdit.shapes import frames_for
     from stdit.vae.autoencoder import CausalVAE
@@ -110,6 +111,7 @@ def sample(
     if solver is not None:
         named_config(solver, {})  # an unknown name is an error before minutes of loading
     device = pick_device(device)
+    HEARTBEAT.doing(f"loading {model}")
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
     pipeline.vae.memory = memory
     pipeline.add_loras(loras, loras_2)
@@ -315,10 +317,9 @@ def _write(
 
 @contextmanager
 def _progress(clips: int, hidden: bool) -> Iterator[tuple[Callable[[int, int], None], Callable[[], None]]]:
-    """Two bars on stderr, gone when done: steps of the solver, and clips written."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Steps of the solver, and clips written."""
+    from stdit.cli.bars import named_bars
 
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
-        steps, written = bar.add_task("steps", total=None), bar.add_task("clips", total=clips)
-        yield lambda done, total: bar.update(steps, completed=done, total=total), lambda: bar.advance(written)
+    numbers = iter(range(1, clips + 1))
+    with named_bars(hidden) as progress:
+        yield lambda done, total: progress("steps", done, total), lambda: progress("clips", next(numbers), clips)

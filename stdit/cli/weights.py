@@ -73,6 +73,7 @@ def convert(
     from rich.console import Console
 
     from stdit.errors import StditError
+    from stdit.heartbeat import HEARTBEAT
     from stdit.vae.config import VaeConfig
     from stdit.weights import io, lora_files
     from stdit.weights.experts import EXPERT_NAMES, expert_folders
@@ -106,6 +107,7 @@ def convert(
             raise StditError(f"{place}: is where {part} is read from. Write to another folder.")
     console = Console(stderr=True)
     for part, one in found.items():
+        HEARTBEAT.doing(f"{part}: {one.parameters:,} parameters to {places[part]}")
         with console.status(f"{part}: {one.parameters:,} parameters to {places[part]}"):
             io.convert(one, places[part], layout, dtype=dtypes[dtype])
         console.print(f"{part}: {one.dialect} → {layout}, {places[part]}", highlight=False)

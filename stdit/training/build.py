@@ -21,6 +21,7 @@ from stdit.data.planner import Plan
 from stdit.data.sources import source_weights
 from stdit.encode import text_identity, vae_identity
 from stdit.errors import StditError, about
+from stdit.heartbeat import HEARTBEAT
 from stdit.models.attention import choose_backend
 from stdit.models.inflate import inflate
 from stdit.models.transformer import STDiT, TransformerConfig
@@ -91,11 +92,15 @@ def build(config: RunConfig, world: World) -> Parts:
         raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
     check_engine(config.optimizer, config.parallel, world.device)
     config = follow_init(config)
+    HEARTBEAT.doing(f"reading {config.data.manifest}")
     manifest = read_manifest(config.data.manifest)
     assignment = assign(manifest, config.data)
     torch.manual_seed(config.run.seed)
+    HEARTBEAT.doing("building the models")
     objective = make_objective(config, manifest, world)
+    HEARTBEAT.doing("planning the steps")
     plan = make_plan(manifest, assignment, objective, config, 0)
+    HEARTBEAT.doing("opening the caches")
     cache, text_cache = open_caches(config, world)
     vae = objective.vae.config
     loader = Loader(

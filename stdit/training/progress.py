@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
-QUIET_SECONDS = 20.0  # between two lines where there is no terminal
+from stdit.heartbeat import HEARTBEAT, SILENCE
+
+EVERY = SILENCE - 2  # seconds between two lines where there is no terminal: the heartbeat speaks only in long steps
 
 
 class Progress:
@@ -17,17 +20,25 @@ class Progress:
         self.shown = shown
         self.text = ""
         self.bar: Any = None
+        self._muted = ExitStack()
         self.spoke = time.monotonic()
         self.begun, self.first = time.monotonic(), step
-        if shown and sys.stderr.isatty():
+        if not shown:
+            self._muted.enter_context(HEARTBEAT.muted())
+        elif sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self.bar = Bar(*columns, console=Console(stderr=True), refresh_per_second=2)
+            self._muted.enter_context(HEARTBEAT.muted())
             self.bar.start()
             self.task = self.bar.add_task("", total=steps, completed=step)
+
+    def begin(self, step: int) -> None:
+        """A step begins: what the heartbeat says while it lasts."""
+        HEARTBEAT.doing(f"step {step}/{self.steps}")
 
     def show(self, loss: float, tokens_per_second: float, mfu: float | None) -> None:
         self.text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
@@ -39,11 +50,13 @@ class Progress:
     def advance(self, step: int) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
-        elif self.shown and self.text and (time.monotonic() - self.spoke > QUIET_SECONDS or step == self.steps):
+        elif self.shown and self.text and (time.monotonic() - self.spoke > EVERY or step == self.steps):
             self.spoke = time.monotonic()
             left = (self.steps - step) * (self.spoke - self.begun) / max(1, step - self.first)
             print(f"step {step}/{self.steps}  {self.text}  {left / 60:.1f} min left", flush=True)
+            HEARTBEAT.spoke()
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+        self._muted.close()

@@ -10,6 +10,7 @@ from stdit.data.buckets import REASONS, Assignment
 from stdit.data.packs import balance, split
 from stdit.errors import StditError
 from stdit.files import make_folder
+from stdit.heartbeat import HEARTBEAT
 from stdit.training.build import Parts, build
 from stdit.training.checkpoint import remove_strays
 from stdit.training.footprint import footprint, outline
@@ -39,6 +40,7 @@ def run(config: RunConfig, world: World) -> None:
     trainer.prepare()
     for line in gaps(trainer.parts.assignment):
         trainer.say(line)
+    HEARTBEAT.doing("drawing the plan")
     if world.is_main and not (folder / "plan.png").exists():
         draw(trainer.parts, world.size, folder / "plan.png")
     trainer.train()
@@ -50,6 +52,7 @@ def run(config: RunConfig, world: World) -> None:
 def report(trainer: Trainer) -> None:
     from stdit.evaluation.report import write_report
 
+    HEARTBEAT.doing("writing the report")
     trainer.say(f"report: {write_report(trainer.folder)}")
 
 

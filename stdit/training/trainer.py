@@ -21,6 +21,7 @@ from torch import Tensor
 import stdit
 from stdit.data.storage import STORAGE
 from stdit.errors import Interrupted, StditError
+from stdit.heartbeat import HEARTBEAT
 from stdit.training import checkpoint, export
 from stdit.training.build import Parts, build
 from stdit.training.checkpoint import Checkpoint
@@ -51,7 +52,7 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.folder = Path(config.run.path)
-        self.say: Callable[[str], None] = (lambda text: print(text, flush=True)) if world.is_main else (lambda _: None)
+        self.say: Callable[[str], None] = _say if world.is_main else (lambda _: None)
         self.resumed = Checkpoint.latest(self.folder)
         if self.resumed is not None:
             changed = differences(self.resumed.state["config"], config)
@@ -92,7 +93,9 @@ class Trainer:
                     f"{self.resumed.path} was made with other data: {config.data.manifest} has changed since, so its "
                     f"steps would be others. Restore the manifest, or choose another run=PATH."
                 )
+            HEARTBEAT.doing(f"loading {self.resumed.path}")
             self.resumed.load_weights(module, *([critic.module] if critic else []))
+        HEARTBEAT.doing("preparing the optimizer")
         self.engine: Engine = make_engine(module, config.optimizer, config.parallel, config.run.precision, world)
         self.critic: Engine | None = None
         if critic is not None:
@@ -111,6 +114,7 @@ class Trainer:
         """To the last step; saves and raises `Interrupted` after a signal."""
         config, world = self.config, self.world
         parts = self.parts
+        HEARTBEAT.doing("measuring this machine's rate")
         self.peak = measure_peak(world.device, PRECISIONS[config.run.precision])
         log = self._open_log()
         feed = Feed(parts.plan_of, parts.loader, world.rank, world.size, self.step)
@@ -123,6 +127,7 @@ class Trainer:
                 self._evaluate(log)
                 clock.start()
             while self.step < config.schedule.steps:
+                progress.begin(self.step + 1)
                 step = next(feed.steps)
                 clock.waited()
                 done = self.accumulate(step)
@@ -273,6 +278,7 @@ class Trainer:
         self.failures, self.unshared = dict(sorted(failures.items())), 0
 
     def save(self) -> None:
+        HEARTBEAT.doing(f"saving step {self.step}")
         self._share_failures()
         window = self.world.sum_(torch.stack([one.cpu() for one in self.window])) if self.window else torch.zeros(0)
         if self.window:  # the sum is rank 0's from here on, as after a resume
@@ -299,6 +305,7 @@ class Trainer:
         return bool(self.world.sum_(torch.tensor(float(found))))
 
     def _evaluate(self, log: MetricsLog | None) -> None:
+        HEARTBEAT.doing(f"evaluating step {self.step}")
         weights = export.averaged_weights(self.engine, self.ema, self.world)
         if weights is not None and log is not None:
             if self.config.objective.kind == "vae":
@@ -313,6 +320,7 @@ class Trainer:
 
     def _finish(self, log: MetricsLog | None) -> None:
         """The last samples or measures, then the model folder: it is what says that the run is finished."""
+        HEARTBEAT.doing("measuring and exporting the model")
         weights = export.averaged_weights(self.engine, self.ema, self.world)
         if weights is not None and log is not None:
             if self.config.objective.kind == "vae":
@@ -390,6 +398,11 @@ class _Clock:
         }
         self.reset()
         return values
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+    HEARTBEAT.spoke()
 
 
 def _set_deterministic(wanted: bool) -> None:
