@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stdit.data.manifest import Skipped
     from stdit.data.scan import Scan
 
+SUFFIXES = 8  # of files of other types that are named
 SHOWN = 40  # rows of a table; the file beside the manifest has all
 
 
@@ -94,7 +95,7 @@ def scan(
             f"{len(result.skipped)} files skipped"
             + (f" (all in {skipped_path(out)})" if result.skipped else "")
             + (f"; {result.reused} files known from an earlier scan" if result.reused else "")
-            + (f"; {result.ignored} files of other types" if result.ignored else "")
+            + (f"; {_others(result.ignored)}" if result.ignored else "")
             + (f"; {STORAGE.retries} requests tried again" if STORAGE.retries else "")
             + ".",
             highlight=False,
@@ -117,9 +118,17 @@ def _summary(result: Scan, out: Path, retries: int) -> dict[str, object]:
         "damaged": [asdict(s) for s in result.damaged],
         "repeats": [asdict(s) for s in result.repeats],
         "reused": result.reused,
-        "ignored": result.ignored,
+        "ignored": sum(result.ignored.values()),
+        "ignored_suffixes": result.ignored,
         "retries": retries,
     }
+
+
+def _others(suffixes: dict[str, int]) -> str:
+    """What files of other types there are."""
+    named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in list(suffixes.items())[:SUFFIXES]]
+    rest = sum(list(suffixes.values())[SUFFIXES:])
+    return f"{sum(suffixes.values())} files of other types ({', '.join(named)}{f', {rest} more' if rest else ''})"
 
 
 def _table(console, title: str, rows: Sequence[Skipped]) -> None:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stdit.data.captions import caption_lines, captions_of
+from stdit.data.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
 from stdit.data.manifest import Caption, Skipped
 from stdit.data.paths import Member, is_remote, join
 from stdit.data.storage import STORAGE, StorageError, side_by_side
-from stdit.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from stdit.errors import StditError
 
-MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 _TEXT_BYTES = 1 << 20  # of a caption file in a tar; longer ones are none
 
 
@@ -96,6 +95,20 @@ class Folder:
                 raise
             return File(name, path, None)
 
+    def media(self) -> set[str]:
+        """The names of media: by suffix, and by the first bytes where a suffix says nothing or there is none."""
+        found = {name for name in self if suffix_of(name) in MEDIA}
+        unknown = [name for name in self if name not in found and suffix_of(name) not in OTHER_SUFFIXES]
+        return found | {name for name, one in zip(unknown, side_by_side(self._holds_media, unknown)) if one}
+
+    def _holds_media(self, name: str) -> bool:
+        try:
+            return content_of(STORAGE.head(self.path(name), HEAD)) is not None
+        except (OSError, StorageError) as error:
+            if isinstance(error, StorageError) and error.reason == "unreachable":
+                raise
+            return False
+
     def captions_file(self) -> str | None:
         tables = [name for name in ("captions.csv", "captions.jsonl") if name in self]
         if len(tables) > 1:
@@ -129,7 +142,7 @@ def tar_members(tar: File, local: str) -> tuple[list[File], str | None]:
                 if not info.isreg() or info.issparse() or base.startswith("."):
                     continue
                 key, suffix = posixpath.join(folder, base.partition(".")[0]), posixpath.splitext(base)[1].lower()
-                if suffix in MEDIA:
+                if suffix in MEDIA or (suffix not in OTHER_SUFFIXES and _holds_media(shard, info)):
                     media.append((key, Member(tar.path, info.offset_data, info.size, name)))
                 elif suffix in (".txt", ".json") and info.size <= _TEXT_BYTES:
                     content = shard.extractfile(info)
@@ -144,6 +157,11 @@ def tar_members(tar: File, local: str) -> tuple[list[File], str | None]:
             damage = f"is no tar from byte {shard.offset} on."
     files = [File(f"{tar.name}/{m.name}", str(m), tar.state, captions.get(key, ())) for key, m in media]
     return files, damage
+
+
+def _holds_media(shard: tarfile.TarFile, info: tarfile.TarInfo) -> bool:
+    content = shard.extractfile(info)
+    return content is not None and content_of(content.read(HEAD)) is not None
 
 
 def _captions(content: bytes, suffix: str) -> tuple[Caption, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, cast
 import av
 import av.filter
 import numpy as np
+from av.video.format import VideoFormat
 from av.video.reformatter import Colorspace, VideoReformatter
 
 from stdit.data import hdr
@@ -22,7 +24,6 @@ from stdit.files import sha256_of
 # SWS_BICUBIC, SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT (without which every second column of an RGB picture has its
 # neighbour's colour) as numbers: PyAV names the latter two from 18 on, which wants Python 3.11
 _SCALING = 0x4 | 0x40000 | 0x2000
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ LIMITS = Limits()
 class VideoError(StditError):
     """A file, or the part asked for, that cannot be read. `reason` is one word a program may read.
 
-    Reasons: missing, unreadable, empty, changed, not_media, no_video, undecodable, no_frames, too_large, too_long,
-    too_short, damaged, timeout, and (from processes of `isolated`) crashed.
+    Reasons: missing, unreadable, empty, changed, not_media, unsupported, no_video, undecodable, no_frames, too_large,
+    too_long, too_short, damaged, timeout, and (from processes of `isolated`) crashed.
     """
 
     def __init__(self, path: str, reason: str, message: str) -> None:
@@ -52,10 +53,6 @@ class VideoError(StditError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.reason, self.message)
-
-
-def is_image(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 def plain(error: BaseException) -> str:
@@ -78,7 +75,10 @@ def strange_file(path: str) -> Iterator[None]:
 def check_file(path: str, limits: Limits = LIMITS) -> None:
     member, file = split_member(path), file_of(path)
     try:
-        size = os.stat(file).st_size
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+            raise VideoError(path, "unreadable", "is not a regular file.")
+        size = status.st_size
         with open(file, "rb"):
             pass
     except FileNotFoundError as error:
@@ -165,19 +165,18 @@ def to_rgb(
     Through planes of one colour each: the same numbers as "rgb24", in half the time where chroma is kept whole.
     """
     transpose, flip_x, flip_y = orientation(frame)
+    if _has_alpha(frame.format.name):
+        frame = _on_white(frame, reformatter)
     width, height = max(1, round(frame.width * pixel_aspect)), frame.height
     if size is not None:
         width, height = covering_size((width, height), size[::-1] if transpose else size)
-    # where the file does not say, HD is BT.709 and less is BT.601, as players assume
-    unspecified = frame.colorspace in (0, 2) and frame.format.name != "rgb24"
-    guess = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unspecified else None
     bright = frame.color_trc in (hdr.PQ, hdr.HLG)
     rgb = reformatter.reformat(
         frame,
         width,
         height,
         "rgb48le" if bright else "gbrp",
-        src_colorspace=guess,
+        src_colorspace=_colorspace(frame),
         interpolation=_SCALING,
         threads=1,
     ).to_ndarray()
@@ -190,6 +189,38 @@ def to_rgb(
     if flip_y:
         rgb = rgb[::-1]
     return rgb if size is None else cut(rgb, size, crop)  # a view: the reader copies it to where it belongs
+
+
+def _colorspace(frame: av.VideoFrame) -> Colorspace | None:
+    """Where the file does not say, HD is BT.709 and less is BT.601, as players assume."""
+    if frame.colorspace not in (0, 2) or frame.format.name == "rgb24":
+        return None
+    return Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+
+
+@lru_cache(maxsize=256)
+def _has_alpha(name: str) -> bool:
+    found = VideoFormat(name, 16, 16)
+    return found.has_palette or any(component.is_alpha for component in found.components)
+
+
+def _on_white(frame: av.VideoFrame, reformatter: VideoReformatter) -> av.VideoFrame:
+    """What shows of a frame with transparency before white, as RGB; not premultiplied, as nearly all files are.
+
+    Before it is scaled: the colours of transparent pixels must not bleed into their neighbours.
+    """
+    bright = frame.color_trc in (hdr.PQ, hdr.HLG)
+    form = "rgba64le" if bright else "rgba"
+    colours = _colorspace(frame)
+    shown = reformatter.reformat(frame, format=form, src_colorspace=colours, interpolation=_SCALING, threads=1)
+    rgba: Any = shown.to_ndarray()
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    if bright:
+        rgb, alpha = hdr.to_srgb(rgb, frame.color_trc), (alpha >> 8).astype(np.uint8)
+    if alpha.min() < 255:
+        weight = alpha.astype(np.uint16)
+        rgb = ((rgb * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), "rgb24")
 
 
 def progressive(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -225,31 +256,6 @@ def _finished(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
             yield graph.vpull()
         except (av.BlockingIOError, av.EOFError):
             return
-
-
-def decode_image(path: str, limits: Limits) -> np.ndarray:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with open_bytes(path) as file, Image.open(file) as opened:
-            image: Image.Image = opened
-            if image.width * image.height > limits.pixels:
-                raise VideoError(
-                    path, "too_large", f"is {image.width}x{image.height}; the limit is {limits.pixels} pixels."
-                )
-            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))
-    except VideoError:
-        raise
-    except UnidentifiedImageError as error:
-        raise VideoError(path, "not_media", "is not an image that can be opened.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise VideoError(path, "damaged", f"cannot be decoded ({plain(error)}).") from error
 
 
 def cover(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -> np.ndarray:

@@ -14,10 +14,11 @@ from stdit.data.listing import File
 from stdit.data.manifest import Caption
 from stdit.data.paths import is_remote
 from stdit.data.probing import Probed, Wanted
-from stdit.data.scores import FORMAT
+from stdit.data.scores import FORMAT as SCORES_FORMAT
 from stdit.files import journal, publish_text
 
-PASSING = ("timeout", "crashed", "missing", "unreadable")  # reasons that may be none the next time
+FORMAT = 2  # raise it when a probe, scenes or a tar's members come out otherwise: scans then look at all files again
+PASSING = ("timeout", "crashed", "missing", "unreadable", "unsupported")  # reasons that may be none the next time
 
 
 class Memory:
@@ -35,7 +36,7 @@ class Memory:
         line = self._line(file)
         if line is None or line["verify_pixels"] != self.wanted.verify_pixels:
             return None
-        looked = line.get("scores", {}) if line.get("scores_format") == FORMAT else {}
+        looked = line.get("scores", {}) if line.get("scores_format") == SCORES_FORMAT else {}
         reason, message = line["reason"], line["message"]
         return Probed(file.path, line["probe"], line["sha256"], reason, message, line.get("scenes"), looked)
 
@@ -43,7 +44,7 @@ class Memory:
         if result.reason in PASSING:
             return
         scores = {key: score for key, score in result.scores.items() if score.get("reason") not in PASSING}
-        more = {"scores": scores, "scores_format": FORMAT, "verify_pixels": self.wanted.verify_pixels}
+        more = {"scores": scores, "scores_format": SCORES_FORMAT, "verify_pixels": self.wanted.verify_pixels}
         self._keep(file, asdict(result) | more)
 
     def members(self, tar: File) -> tuple[list[File], str | None] | None:
@@ -70,14 +71,14 @@ class Memory:
 
     def _line(self, file: File) -> dict[str, Any] | None:
         line = self.known.get(absolute(file.path))
-        if line is None or file.state is None or line["file"] != file.state:
+        if line is None or file.state is None or line["file"] != file.state or line.get("format") != FORMAT:
             return None
         self.used[line["path"]] = line
         return line
 
     def _keep(self, file: File, values: dict[str, Any]) -> None:
         path = absolute(file.path)
-        self.used[path] = line = {**values, "path": path, "file": file.state}
+        self.used[path] = line = {**values, "format": FORMAT, "path": path, "file": file.state}
         self.add([line])
 
 

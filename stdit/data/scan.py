@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,8 @@ from typing import Any
 
 from stdit.data.captions import read_captions
 from stdit.data.filters import with_scores
-from stdit.data.listing import MEDIA, File, Folder, tar_members
+from stdit.data.formats import suffix_of
+from stdit.data.listing import File, Folder, tar_members
 from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write_manifest
 from stdit.data.paths import is_remote
 from stdit.data.probing import Opened, Probed, Span, Wanted, probe_files
@@ -36,7 +38,7 @@ class Scan:
     manifest: Manifest
     skipped: tuple[Skipped, ...]
     damaged: tuple[Skipped, ...]
-    ignored: int  # files of other types that no caption names
+    ignored: dict[str, int]  # files of other types that no caption names, by suffix
     repeats: tuple[Skipped, ...] = ()  # clips that look like others; they are kept
     reused: int = 0  # files that were probed by an earlier scan and have not changed since
 
@@ -243,16 +245,17 @@ def _table(path: str, root: str) -> dict[str, list[Caption]]:
 
 def _names(
     source: Folder, captioned: dict[str, list[Caption]], table: str | None, out: str | Path | None
-) -> tuple[list[str], list[str], int]:
-    """Files to probe, in order of name (media by suffix, and whatever a caption names); tars; how many others."""
+) -> tuple[list[str], list[str], dict[str, int]]:
+    """Files to probe, in order of name (media, and whatever a caption names); tars; how many others, by suffix."""
     tars = {name for name in source if name.lower().endswith((".tar", *_COMPRESSED))}
     in_tars = {name for name in captioned if any(name[: at.end()] in tars for at in re.finditer(r"\.tar(?=/)", name))}
-    files = set(captioned) - in_tars - tars | {name for name in source if os.path.splitext(name)[1].lower() in MEDIA}
+    files = set(captioned) - in_tars - tars | source.media()
     beside = [] if out is None else [out, skipped_path(out), _probed_path(out)]
     own = {absolute(str(path)) for path in (table, *beside) if path is not None}
     texts = set() if table is not None else {source.text_beside(name) for name in files}
     others = (name for name in source if name not in files and name not in tars and name not in texts)
-    return sorted(files), sorted(tars), sum(absolute(source.path(name)) not in own for name in others)
+    suffixes = Counter(suffix_of(name) for name in others if absolute(source.path(name)) not in own)
+    return sorted(files), sorted(tars), dict(suffixes.most_common())
 
 
 def _clip(result: Probed, span: Span, captions: tuple[Caption, ...]) -> Clip:

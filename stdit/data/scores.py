@@ -28,20 +28,21 @@ from typing import NamedTuple
 import numpy as np
 
 from stdit.data.fingerprints import FRAMES, fingerprint
+from stdit.data.formats import STILL as STILL_PICTURES
+from stdit.data.pictures import content_of_path, decode_image
 from stdit.data.pixels import (
     LIMITS,
     Limits,
     VideoError,
     check_file,
     cover,
-    decode_image,
     displayed_size,
-    is_image,
     strange_file,
     to_rgb,
     within,
 )
-from stdit.data.video_io import VideoSource, open_source
+from stdit.data.source import Source
+from stdit.data.video_io import open_source
 
 FORMAT = 1  # raise it when a definition changes: scans then score again
 SCORES = ("motion", "sharpness", "brightness", "black_bars", "still_frames")
@@ -122,8 +123,8 @@ def _blocks(grey: np.ndarray) -> np.ndarray:
 
 def look(path: str, start: float, end: float, frames: int, limits: Limits) -> list[Looked]:
     """The frames that are looked at of what is shown from `start` to `end` (seconds; both 0 for an image)."""
-    if is_image(path):
-        rgb = decode_image(path, limits)
+    if (content := content_of_path(path)) in STILL_PICTURES:
+        rgb = decode_image(path, content, limits)
         return [Looked([0.0], _grey(cover(rgb, within((rgb.shape[1], rgb.shape[0]), SHORT_SIDE), (0.5, 0.5)))[None])]
     places, period = min(PLACES, max(1, frames // IN_A_ROW)), (end - start) / frames
     middles = [start + (end - start) * (place + 0.5) / places for place in range(places)]
@@ -136,7 +137,7 @@ def look(path: str, start: float, end: float, frames: int, limits: Limits) -> li
     raise VideoError(path, "no_frames", f"has not one frame from {start:.3f} s to {end:.3f} s.")
 
 
-def _runs(source: VideoSource, firsts: Sequence[float], end: float, seek: bool) -> Iterator[Looked]:
+def _runs(source: Source, firsts: Sequence[float], end: float, seek: bool) -> Iterator[Looked]:
     frames, now, size, looked = source.frames(), -math.inf, None, False
     for first in firsts:
         if seek and first - max(now, 0.0) > FAR and source.seek(first):

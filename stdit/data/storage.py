@@ -108,6 +108,17 @@ class Storage:
         system, name = self._system(path)
         return self._retried(path, lambda: system.cat_file(name, **self._within(system)))
 
+    def head(self, path: str, size: int) -> bytes:
+        """The first bytes of a file; none of what is no regular file."""
+        if not is_remote(path):
+            path = path.removeprefix("file://")
+            if not os.path.isfile(path):
+                return b""
+            with open(path, "rb") as file:
+                return file.read(size)
+        system, name = self._system(path)
+        return self._retried(path, lambda: system.cat_file(name, start=0, end=size, **self._within(system)))[:size]
+
     def read_all(self, paths: Sequence[str]) -> list[bytes]:
         """The contents of many files, read side by side."""
         return side_by_side(self.read, paths)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdit.data import video_io
+from stdit.data import source
 from stdit.data.buckets import DataConfig, Stage, assign
 from stdit.data.cache import Cache, latent_key, latent_settings, text_key, text_settings
 from stdit.data.loader import Loader, choose_caption, to_video
@@ -155,14 +155,14 @@ def test_a_missing_clip_keeps_its_place_with_weight_0(clips):
 
 def test_a_strange_clip_keeps_its_place_with_weight_0(clips, monkeypatch):
     """Whatever its decoding or conversion brings up; the clips beside it are read."""
-    to_rgb, failing = video_io.to_rgb, [IndexError("odd")]
+    to_rgb, failing = source.to_rgb, [IndexError("odd")]
 
     def strange(*arguments):
         if failing:
             raise failing.pop()
         return to_rgb(*arguments)
 
-    monkeypatch.setattr(video_io, "to_rgb", strange)
+    monkeypatch.setattr(source, "to_rgb", strange)
     examples = Loader(clips, assign(clips, CONFIG), CONFIG, seed=0, workers=0).fetch(items(clips)[:3], epoch=0)
     assert [e.weight for e in examples] == [0, 1, 1]
     assert "0.mp4: cannot be decoded (IndexError" in examples[0].failure and examples[0].reason == "undecodable"

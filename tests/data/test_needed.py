@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from stdit.data import video_io
+from stdit.data import source
 from stdit.data.needed import Times, needed_packets
 from stdit.data.video_io import read_frames
 
@@ -44,7 +44,7 @@ def test_a_read_is_the_same_and_skips(uneven, monkeypatch):
     for fps, start, count in itertools.product((3, 8, 24.0, 60), (0.0, 0.31, 1.3), (1, 4)):
         found = []
         for how in (every, counted):
-            monkeypatch.setattr(video_io, "needed_packets", how)
+            monkeypatch.setattr(source, "needed_packets", how)
             found.append(read_frames(uneven, count, (64, 48), fps, start))
         assert np.array_equal(*found), (fps, start, count)
     assert np.mean(skipped) > 0.5

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stdit.data import video_io
+from stdit.data import source, video_io
 from stdit.data.video_io import (
     Limits,
     VideoError,
@@ -257,8 +257,8 @@ def test_whatever_a_strange_clip_brings_up_is_a_reason(tmp_path, monkeypatch, er
 
     write_video(tmp_path / "a.mp4", moving(), 8)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    for part in ("to_rgb", "cover"):
-        monkeypatch.setattr(video_io, part, strange)
+    monkeypatch.setattr(source, "to_rgb", strange)
+    monkeypatch.setattr(video_io, "cover", strange)
     for name, count in (("a.mp4", 5), ("a.png", 1)):
         with pytest.raises(VideoError, match=rf"{name}: cannot be decoded \({type(error).__name__}") as found:
             read_frames(str(tmp_path / name), count, (8, 8), 8.0)

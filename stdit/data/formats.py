@@ -1,0 +1,190 @@
+"""What a file holds, by its first bytes: names on disk are often wrong. By its suffix where bytes do not tell.
+
+Cheap to import: the processes that decode files do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from typing import BinaryIO
+
+HEAD = 400  # bytes that tell what a file is
+
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".avifs"}
+    | {".heic", ".heif", ".hif", ".heics", ".heifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl"}
+    | {".pbm", ".pgm", ".ppm", ".pnm", ".tga", ".qoi"}
+    # pictures that are not read: a scan names them
+    | {".pfm", ".exr", ".hdr", ".psd", ".psb", ".ico", ".cur", ".svg", ".dds", ".xcf"}
+    | {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw"}
+)
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".3gp", ".3g2", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v"}
+    | {".mp4v", ".ts", ".m2ts", ".m2t", ".mts", ".vob", ".ogv", ".ogm", ".flv", ".f4v", ".wmv", ".asf", ".gif"}
+    | {
+        ".mxf",
+        ".mj2",
+        ".divx",
+        ".y4m",
+        ".ivf",
+        ".h264",
+        ".264",
+        ".h265",
+        ".265",
+        ".hevc",
+        ".nut",
+        ".rm",
+        ".rmvb",
+        ".dv",
+    }
+)
+MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+# Files of these are never opened to see whether they are media: captions, tables, archives, weights, sound.
+OTHER_SUFFIXES = frozenset(
+    {".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md", ".yaml", ".yml", ".toml", ".xml", ".html", ".htm"}
+    | {".srt", ".vtt", ".ass", ".py", ".sh", ".ipynb", ".log", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".npy", ".npz"}
+    | {".pt", ".pth", ".bin", ".safetensors", ".pkl", ".h5", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"}
+    | {".rar", ".tar", ".wav", ".mp3", ".m4a", ".aac", ".flac", ".opus", ".sqlite", ".db", ".lock", ".part"}
+)
+
+# What Pillow reads: still pictures, and pictures that move. All else is FFmpeg's, or is named as not read.
+STILL = {
+    "png": "PNG",
+    "jpeg": "JPEG",
+    "webp": "WEBP",
+    "avif": "AVIF",
+    "heif": "HEIF",
+    "jxl": "JXL",
+    "jpeg2000": "JPEG2000",
+    "tiff": "TIFF",
+    "bmp": "BMP",
+    "netpbm": "PPM",
+    "tga": "TGA",
+    "qoi": "QOI",
+}
+MOVING = {"animated webp": "WEBP", "animated avif": "AVIF"}
+NOT_READ = {
+    "exr": "OpenEXR",
+    "hdr": "Radiance HDR",
+    "pfm": "a float map (PFM)",
+    "psd": "a Photoshop file",
+    "icon": "an icon",
+    "raw": "a camera's raw file",
+    "svg": "a vector graphic",
+    "dds": "a DirectDraw texture",
+    "xcf": "a GIMP file",
+}
+_NOT_READ_SUFFIXES = {
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2"), "raw"),
+    **dict.fromkeys((".orf", ".rw2", ".raf", ".pef", ".srw"), "raw"),
+    ".svg": "svg",
+    ".dds": "dds",
+    ".xcf": "xcf",
+    ".pfm": "pfm",
+}
+
+_BEGINNINGS = (
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg2000"),
+    (b"\xff\x4f\xff\x51", "jpeg2000"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "jxl"),
+    (b"\xff\x0a", "jxl"),
+    (b"qoif", "qoi"),
+    (b"\x76\x2f\x31\x01", "exr"),
+    (b"#?RADIANCE", "hdr"),
+    (b"#?RGBE", "hdr"),
+    (b"8BPS", "psd"),
+    (b"DDS ", "dds"),
+    (b"gimp xcf", "xcf"),
+    (b"FUJIFILMCCD-RAW", "raw"),
+    (b"\0\0\1\0", "icon"),
+    (b"GIF87a", "video"),
+    (b"GIF89a", "video"),
+    (b"\x1aE\xdf\xa3", "video"),  # Matroska, WebM
+    (b"FLV\1", "video"),
+    (b"OggS", "video"),
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "video"),  # ASF
+    (b"\0\0\1\xba", "video"),  # MPEG program stream
+    (b"\0\0\1\xb3", "video"),  # MPEG video
+    (b"DKIF", "video"),
+    (b"YUV4MPEG2", "video"),
+    (b"\x06\x0e\x2b\x34\x02\x05\x01\x01", "video"),  # MXF
+    (b".RMF", "video"),
+)
+_HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_SOUND = {b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B "}
+_BOXES = {b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # that a QuickTime file may begin with
+
+
+def content_of(head: bytes) -> str | None:
+    """What a file of which these are the first bytes (`HEAD` of them) holds: a name of the tables above, "video", or
+    None for no picture that is known."""
+    for beginning, name in _BEGINNINGS:
+        if head.startswith(beginning):
+            return "raw" if name == "tiff" and head[8:10] == b"CR" else name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "animated webp" if head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2 else "webp"
+    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
+        return "video"
+    if head[4:8] == b"ftyp":
+        return _of_brands(head)
+    if head[4:8] in _BOXES:
+        return "video"
+    if head[:2] == b"BM" and head[6:10] == bytes(4) and head[14:18] in _BMP_HEADERS:
+        return "bmp"
+    if re.match(rb"P[1-6]\s", head):
+        return "netpbm"
+    if re.match(rb"P[fF]\s", head):
+        return "pfm"
+    if any(len(head) > at + 192 and head[at] == head[at + step] == 0x47 for at, step in ((0, 188), (4, 192))):
+        return "video"  # MPEG transport stream
+    return None
+
+
+_BMP_HEADERS = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 108, 124)}
+
+
+def _of_brands(head: bytes) -> str | None:
+    size = max(16, min(len(head), int.from_bytes(head[:4], "big")))
+    first, brands = head[8:12], {head[8:12], *(head[at : at + 4] for at in range(16, size - 3, 4))}
+    if first == b"crx ":
+        return "raw"
+    if first in _SOUND:
+        return None
+    if first in (b"avif", b"avis") or (first in _HEIF and brands & {b"avif", b"avis"}):
+        return "animated avif" if b"avis" in brands else "avif"
+    return "heif" if first in _HEIF else "video"
+
+
+def content_of_file(file: BinaryIO, name: str) -> str | None:
+    """As `content_of`; also tells PNGs that move, which are FFmpeg's ("video"), and formats that bytes do not tell."""
+    suffix = suffix_of(name)
+    content = _NOT_READ_SUFFIXES.get(suffix) or content_of(file.read(HEAD))
+    if content == "png" and png_chunk(file, b"acTL"):
+        return "video"
+    return "tga" if content is None and suffix == ".tga" else content
+
+
+def png_chunk(png: BinaryIO, wanted: bytes) -> bytes | None:
+    """The first bytes of a PNG's chunk, of those before its picture."""
+    at = 8
+    for _ in range(1000):
+        png.seek(at)
+        length, kind = struct.unpack(">I4s", png.read(8).ljust(8, b"\0"))
+        if kind == wanted:
+            return png.read(min(length, HEAD))
+        if kind in (b"IDAT", b"IEND", bytes(4)):
+            break
+        at += 12 + length
+    return None
+
+
+def suffix_of(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
