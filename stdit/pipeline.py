@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from stdit.diffusion.timesteps import shift_by_tokens
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.known_frames import Given, Known, KnownFrames
+from stdit.memory import require_memory
 from stdit.model_folder import KINDS, FolderSettings, ModelParts, add_loras, load_parts, save_parts
 from stdit.models.experts import Experts
 from stdit.models.packing import TextPack, pack_inputs, pack_texts, unpack_clips
@@ -166,23 +168,73 @@ class Pipeline:
         fps: float | None = None,
         guidance_2: float | None = None,
         shift: float | None = None,
+        indices: Sequence[int] | None = None,
         tokens_per_pack: int = 65_536,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Tensor]:
         """As the call, but gives each clip's normalised latents (C, T', H', W') fp32 as soon as its pack is done."""
+        clips = self.sample_clips(
+            prompts, size, frames, steps, guidance, negative_prompt, seed, noise, known, solver, fps=fps,
+            guidance_2=guidance_2, shift=shift, indices=indices, tokens_per_pack=tokens_per_pack, progress=progress,
+        )  # fmt: skip
+        for clip in clips:
+            if isinstance(clip, StditError):
+                raise clip
+            yield clip
+
+    @torch.no_grad()
+    def sample_clips(
+        self,
+        prompts: Sequence[str],
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        steps: int = 30,
+        guidance: float = 5.0,
+        negative_prompt: str = "",
+        seed: int = 0,
+        noise: Tensor | None = None,
+        known: Known | Sequence[Known | None] | None = None,
+        solver: str | Mapping[str, Any] | None = None,
+        *,
+        fps: float | None = None,
+        guidance_2: float | None = None,
+        shift: float | None = None,
+        indices: Sequence[int] | None = None,
+        tokens_per_pack: int = 65_536,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Tensor | StditError]:
+        """As `sample_latents`, but a clip whose latents are not finite is an error in its place, and the others go on.
+
+        indices: of each clip, its place in the batch whose noise it has; unset: 0, 1, … Clip n of a batch is made again
+        alone with its prompt and `indices=[n]`, equal up to the rounding of another pack.
+        """
         if not prompts:
             raise StditError("there is no prompt.")
-        shape = self.shape(size, frames)
-        grid = shape.grid(self.vae.config.stride, self.transformer.config.patch)
-        latent = shape.latent(self.vae.config.stride)
-        noises = self._noise(len(prompts), latent, seed, noise)
-        given = self._given(known, len(prompts), shape)
+        for name, value in (("guidance", guidance), ("guidance_2", guidance_2), ("shift", shift), ("fps", fps)):
+            if value is not None and not math.isfinite(value):
+                raise StditError(f"{name} is {value}; it must be a finite number.")
+        numbers = range(len(prompts)) if indices is None else indices
+        if len(numbers) != len(prompts):
+            raise StditError(f"{len(numbers)} indices for {len(prompts)} prompts: give one each.")
         if guidance_2 is not None and not isinstance(self.transformer, Experts):
             raise StditError(f"guidance_2 {guidance_2:g}: is for the second of two experts; this model has one.")
         scales = (guidance, guidance if guidance_2 is None else guidance_2)
+        guided = needs_unconditional(guidance)
+        if needs_unconditional(scales[1]) and not guided:
+            raise StditError(
+                f"guidance {guidance:g} with guidance_2 {scales[1]:g}: guidance of 1 or less makes no unconditional "
+                "prediction, for either expert (as in diffusers). Raise guidance above 1, or set guidance_2 to 1."
+            )
+        shape = self.shape(size, frames)
+        grid = shape.grid(self.vae.config.stride, self.transformer.config.patch)
+        latent = shape.latent(self.vae.config.stride)
+        self._check_memory(shape, latent, grid.tokens * (1 + guided), len(prompts))
         request = Request(shape, fps or self.settings.fps, steps, scales, seed, solver, shift)
+        self._solver(request)  # wrong steps, shifts and solvers are errors before the texts are encoded
+        noises = self._noise(numbers, latent, seed, noise)
+        given = self._given(known, len(prompts), shape)
         texts = self.encode_texts(prompts)
-        negatives = self._negatives(negative_prompt, texts) if needs_unconditional(guidance) else []
+        negatives = self._negatives(negative_prompt, texts) if guided else []
 
         together = max(1, tokens_per_pack // (grid.tokens * (2 if negatives else 1)))
         parts = [range(start, min(start + together, len(prompts))) for start in range(0, len(prompts), together)]
@@ -195,7 +247,16 @@ class Pipeline:
                 if progress is not None:
                     progress(done + index, len(parts) * steps)
 
-            yield from self._denoise(noises[clips], given[clips], text, request, part, report)
+            yield from self._denoise(noises[clips], given[clips], text, request, numbers[clips], report)
+
+    def _check_memory(self, shape: VideoShape, latent: LatentShape, tokens: int, clips: int) -> None:
+        """Raises where a clip certainly has no room: its noise; x, q, k, v and MLP of one block; a decoded frame."""
+        config = self.transformer.config
+        noise = 2 * 4 * clips * self.vae.config.z_dim * math.prod(latent.sizes)
+        block = tokens * (4 * config.dim + config.ffn_dim) * self.transformer.dtype.itemsize
+        frame = 2 * 3 * 4 * shape.height * shape.width
+        what = f"{shape} (width x height x frames)" + (f" for {clips} clips" if clips > 1 else "")
+        require_memory(noise + max(block, frame), self.device, what, "Choose a smaller size or fewer frames.")
 
     def _denoise(
         self,
@@ -205,7 +266,7 @@ class Pipeline:
         request: Request,
         numbers: Sequence[int],
         report: Callable[[int], None],
-    ) -> list[Tensor]:
+    ) -> list[Tensor | StditError]:
         """noise: (clips, C, T', H', W') fp32. text: of the clips, and where guidance asks for it as many negative ones
         after them: two segments of one pack for each clip. numbers: which clips of the call these are."""
         patch, z = self.transformer.config.patch, self.vae.config.z_dim
@@ -222,6 +283,7 @@ class Pipeline:
 
         tokens = [one.tokens for one in given]
         x = solver.start(noise)
+        failed: dict[int, StditError] = {}
         report(0)
         for index, t in enumerate(solver.levels):
             level = torch.tensor(t, dtype=torch.float64)
@@ -235,8 +297,23 @@ class Pipeline:
                 output = self._guided(output[: len(x)], output[len(x) :], request, t)
             drawn = self._drawn(request.seed, index, numbers, x) if solver.draws else None
             x = solver.step(index, output, x, drawn)
+            for clip, finite in enumerate(torch.isfinite(x).flatten(1).all(1).tolist()):
+                if not finite and clip not in failed:
+                    failed[clip] = self._not_finite(f"latents are not finite at step {index + 1}", t)
+            if len(failed) == len(x):
+                break
             report(index + 1)
-        return impose(solver.finish(x), tokens)
+        finished = impose(solver.finish(x), tokens)
+        return [failed.get(clip, one) for clip, one in enumerate(finished)]
+
+    def _not_finite(self, what: str, level: float) -> StditError:
+        """The error for latents that became infinite or NaN, with the likely cause."""
+        dtype = str(self.transformer.dtype).removeprefix("torch.")
+        if self.transformer.dtype == torch.float16:
+            cause = "float16 overflows in many models: try --dtype bfloat16 (in Python dtype=torch.bfloat16)."
+        else:
+            cause = "Is guidance, shift or a LoRA's weight too large, or has the training diverged?"
+        return StditError(f"{what} (noise level {level:.4g}, {dtype}). {cause}")
 
     def _known_tokens(
         self, given: Sequence[Given], seed: int, step: int, numbers: Sequence[int], level: float
@@ -284,6 +361,8 @@ class Pipeline:
     def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
         """As `decode`, but gives the frames (t, H, W, 3) of each chunk as soon as it is decoded."""
         for video in self.vae.decode_stream(latents.to(next(self.vae.parameters()))):  # (3, t, H, W)
+            if not torch.isfinite(video).all():
+                raise StditError("the VAE's frames are not finite: the latents are too large for it. Lower guidance?")
             frames = (video * 0.5 + 0.5).clamp(0, 1).float().permute(1, 2, 3, 0)
             yield (frames * 255).round().to(torch.uint8).cpu().numpy()
 
@@ -299,10 +378,11 @@ class Pipeline:
         shape.grid(self.vae.config.stride, self.transformer.config.patch)
         return shape
 
-    def _noise(self, count: int, latent: LatentShape, seed: int, noise: Tensor | None) -> Tensor:
+    def _noise(self, numbers: Sequence[int], latent: LatentShape, seed: int, noise: Tensor | None) -> Tensor:
+        count = len(numbers)
         wanted = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
         if noise is None:
-            drawn = [torch.randn(wanted, generator=keyed_generator(seed, "sample", index)) for index in range(count)]
+            drawn = [torch.randn(wanted, generator=keyed_generator(seed, "sample", number)) for number in numbers]
             return torch.stack(drawn).to(self.device)
         if tuple(noise.shape) not in {(1, *wanted), (count, *wanted)}:
             raise StditError(f"noise has shape {tuple(noise.shape)}; this size and length need {(count, *wanted)}.")
@@ -318,6 +398,11 @@ class Pipeline:
             encoded = dict(zip(distinct, self.text_encoder.encode(distinct, at_least)))
         finally:
             self.text_encoder.max_length = before
+        for text, embedding in encoded.items():
+            if not torch.isfinite(embedding).all():
+                names = [name for name, one in self.text_encoder.named_parameters() if not torch.isfinite(one).all()]
+                cause = f"Its weights are not, such as {names[0]}" if names else "Try --dtype bfloat16 or float32"
+                raise StditError(f"the text encoder's output is not finite for {text[:60]!r}. {cause}.")
         return [encoded[text].to(self.device) for text in texts]
 
     def _negatives(self, negative_prompt: str, texts: Sequence[Tensor]) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 from stdit.errors import StditError
 
 
@@ -11,6 +13,12 @@ def pick_device(name: str | None, gpu: str = "cuda") -> str:
 
     if not name:
         return gpu if torch.cuda.is_available() else "cpu"
+    try:
+        known = torch.device(name).type != "meta"
+    except RuntimeError:
+        known = False
+    if not known:
+        raise typer.BadParameter(f"--device {name!r} is not a device to compute on: cpu, cuda, cuda:1, mps, …")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to be absent

@@ -24,6 +24,7 @@ COMMANDS = {
     "weights": ("stdit.cli.weights", "Inspect and convert weights."),
     "eval": ("stdit.cli.eval", "Measure a trained model."),
 }
+MAY_BE_EMPTY = ("--prompt", "--negative")  # texts
 HELP = """Spacetime-patch diffusion transformers for text-to-video: pretrain, fine-tune and sample any shape.
 
 Example: stdit train configs/toy/dit.yaml run=runs/toy
@@ -62,6 +63,9 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
     prog = prog or os.path.basename(sys.argv[0])
     # On a CPU, clips of many shapes need more compiled convolutions than oneDNN keeps (1024), and would compile anew.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    given = [str(word) for word in (sys.argv[1:] if args is None else args)]
+    if (blank := _blank(given)) is not None:
+        return _say(f"error: {blank} is empty. Name a file, a folder or a value.\nTry: {prog} --help", 2)
     try:
         try:
             result = as_command(command, prog).main(args=args, prog_name=prog, standalone_mode=False)
@@ -89,6 +93,18 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
             return _say(f"error: {message}", 1)
         raise
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _blank(args: Sequence[str]) -> str | None:
+    """The option or argument that is given as "" (a shell variable that is not set, say) where that is no text: a path
+    would become the current folder."""
+    for before, word in zip(["", *args], args):
+        option, equals, value = word.partition("=")
+        if not (option.startswith("--") and equals):
+            option, value = before if before.startswith("--") and "=" not in before else "an argument", word
+        if not value.strip() and option not in MAY_BE_EMPTY:
+            return option
+    return None
 
 
 def _say(message: str, status: int) -> int:

@@ -7,18 +7,21 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stdit import __version__
 from stdit.cli.device import pick_device
 from stdit.cli.memory import MEMORY
+from stdit.cli.ranges import FPS, GUIDANCE, SEED, STEPS, within
+from stdit.cli.sample_files import ClipFiles, check_text, content_hash, frames_hash
 from stdit.cli.stopped import when_stopped
 from stdit.errors import StditError
-from stdit.files import make_folder, publish_text
+from stdit.files import make_folder
+from stdit.shapes import LARGEST
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from stdit.shapes import VideoShape
 
 
-@when_stopped("Clips that are written are kept in --out: run the same command again for all of them.")
+@when_stopped("Clips that are written are kept in --out: the same command makes the others.")
 def sample(
     model: Annotated[Path, typer.Option(help="Model folder: a run's, or one in diffusers' layout.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
@@ -36,23 +39,42 @@ def sample(
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
     aspect: Annotated[str | None, typer.Option(help="WIDTH:HEIGHT, such as 16:9, with --resolution.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Short side in pixels.")] = None,
+    resolution: Annotated[int | None, typer.Option(callback=within(1, LARGEST), help="Short side in pixels.")] = None,
     duration: Annotated[str | None, typer.Option(help="Seconds, such as 3s; goes to the nearest legal frames.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames; 1 makes an image.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames a second; the model's own by default.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the solver.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 5.0,
-    guidance_2: Annotated[float | None, typer.Option(help="Of the low-noise expert, where there are two.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the noise.")] = 0,
+    frames: Annotated[int | None, typer.Option(callback=within(1, LARGEST), help="Frames; 1 makes an image.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(callback=FPS, help="Frames a second; the model's own by default.")
+    ] = None,
+    steps: Annotated[int, typer.Option(callback=STEPS, help="Steps of the solver.")] = 30,
+    guidance: Annotated[
+        float, typer.Option(callback=GUIDANCE, help="Classifier-free guidance; 1 or less is none.")
+    ] = 5.0,
+    guidance_2: Annotated[
+        float | None, typer.Option(callback=GUIDANCE, help="Of the low-noise expert, where there are two.")
+    ] = None,
+    seed: Annotated[int, typer.Option(callback=SEED, help="Decides the noise, together with the clip's index.")] = 0,
+    index: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(0, 999_999),
+            help="Of --prompts make this one alone, numbered from 0. With --prompt: use the noise that this number of "
+            "a file has.",
+        ),
+    ] = None,
     solver: Annotated[
         str | None,
         typer.Option(help="euler or unipc (flows), dpm++, ddim or ancestral (DDPMs); default: the model folder's."),
     ] = None,
-    shift: Annotated[float | None, typer.Option(help="Of the noise levels, in place of the model folder's.")] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option(callback=within(0.001, 1000), help="Of the noise levels, in place of the model folder's."),
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Image file: the first frame.")] = None,
     last: Annotated[Path | None, typer.Option(help="Image file: the last frame, for weights that take one.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video file to extend: its end becomes the beginning.")] = None,
-    video_frames: Annotated[int | None, typer.Option(help="How many of its last frames to take.")] = None,
+    video_frames: Annotated[
+        int | None, typer.Option(callback=within(1, LARGEST), help="How many of its last frames to take.")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA file and its weight, 1 if unsaid; several."),
@@ -69,7 +91,9 @@ def sample(
     """Samples clips from text, and from known frames.
 
     Sizes are width×height; what does not divide is an error that names the nearest, and a duration goes to the nearest
-    legal number of frames. For each prompt NAME.mp4 (H.264), NAME.png (a contact sheet) and NAME.json (all settings).
+    legal number of frames. For each prompt NAME.mp4 (H.264), NAME.png (a contact sheet) and NAME.json (all settings,
+    and the command that makes this clip alone). NAME has the prompt's number and words, the seed and a hash of all
+    settings: other settings never overwrite a clip, and one that is there already is not made again.
 
     Example: stdit sample --model runs/toy/model --prompt "a red circle moves left" --duration 2s --out clips
     """
@@ -85,12 +109,18 @@ def sample(
         raise typer.BadParameter("--frames and --duration say the same thing: give one.")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
-    if fps is not None and not 0 < fps < math.inf:
-        raise typer.BadParameter(f"--fps {fps:g} must be positive and finite.")
     wanted = _size(size) if size is not None else None
     ratio = _ratio(aspect) if aspect is not None else None
     seconds = _seconds(duration) if duration is not None else None
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
+    for text in texts:
+        check_text(text, "--prompt" if prompts is None else str(prompts))
+    check_text(negative, "--negative")
+    indices = range(len(texts)) if index is None else range(index, index + 1)
+    if index is not None and prompts is not None:
+        if index >= len(texts):
+            raise typer.BadParameter(f"--index {index}: {prompts} has {len(texts)} prompts, numbered from 0.")
+        texts = [texts[index]]
     loras, loras_2 = ([_lora(one) for one in given or []] for given in (lora, lora_2))
     if last is not None and image is None and video is None:
         raise typer.BadParameter("--last goes with --image or --video: how the clip begins.")
@@ -115,7 +145,7 @@ def sample(
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
     pipeline.vae.memory = memory
     pipeline.add_loras(loras, loras_2)
-    fps = pipeline.settings.fps if fps is None else fps
+    fps = float(pipeline.settings.fps if fps is None else fps)
     if ratio is None and wanted is None and source is not None:
         ratio = _source_ratio(source)
     if seconds is not None:
@@ -127,43 +157,58 @@ def sample(
     known = _known(pipeline, shape, fps, image, video, video_frames)
     if known is not None and last is not None:
         known["last"] = read_frames(str(last), 1, (shape.width, shape.height))[0]
-    known_frames = 0 if known is None else 1 if "image" in known else len(known["video"])
+    known_count = 0 if known is None else 1 if "image" in known else len(known["video"])
     if not as_json:
-        print(_chosen(shape, fps, fps if pipeline.knows_fps else pipeline.settings.fps, len(texts), known_frames))
+        print(_chosen(shape, fps, fps if pipeline.knows_fps else pipeline.settings.fps, len(texts), known_count))
     settings = {
         "model": str(model), "negative": negative, "size": f"{shape.width}x{shape.height}", "frames": shape.frames,
         "fps": fps, "steps": steps, "guidance": guidance, "guidance_2": guidance_2, "seed": seed,
         "solver": solver or pipeline.scheduler, "shift": shift, "image": str(image) if image else None,
         "last": str(last) if last else None, "video": str(video) if video else None,
-        "known_frames": known_frames, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
-        "memory": memory,
+        "known_frames": known_count, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
+        "dtype_option": dtype, "memory": memory,
         "loras": [[str(file), weight] for file, weight in loras],
         "loras_2": [[str(file), weight] for file, weight in loras_2],
+        "model_hash": content_hash(_places(model)),
+        "lora_hashes": [[content_hash([file]), weight] for file, weight in (*loras, *loras_2)],
+        "known_hash": frames_hash(known), "stdit": __version__,
     }  # fmt: skip
     make_folder(out)
-    written = []
-    with _progress(len(texts), hidden=as_json) as (step_done, clip_done):
-        latents = pipeline.sample_latents(
-            texts, (shape.width, shape.height), shape.frames, steps, guidance, negative, seed,
-            known=known, solver=solver, fps=fps, guidance_2=guidance_2, shift=shift, progress=step_done,
-        )  # fmt: skip
-        for index, (text, one) in enumerate(zip(texts, latents)):
-            decoded = chain.from_iterable(pipeline.decode_stream(one))
-            written.append(_write(out, _name(index, text), decoded, shape.frames, text, index, fps, settings))
+    clips = [ClipFiles(out, text, number, settings) for text, number in zip(texts, indices)]
+    written = {clip.index: found for clip in clips if (found := clip.there())}
+    missing = [clip for clip in clips if clip.index not in written]
+    failures: list[str] = []
+    with _progress(len(missing), hidden=as_json) as (step_done, clip_done):
+        made = pipeline.sample_clips(
+            [clip.prompt for clip in missing], (shape.width, shape.height), shape.frames, steps, guidance, negative,
+            seed, known=known, solver=solver, fps=fps, guidance_2=guidance_2, shift=shift,
+            indices=[clip.index for clip in missing], progress=step_done,
+        ) if missing else ()  # fmt: skip
+        for clip, latents in zip(missing, made):
+            try:
+                if isinstance(latents, StditError):
+                    raise latents
+                written[clip.index] = clip.write(chain.from_iterable(pipeline.decode_stream(latents)), fps)
+            except StditError as error:  # of this clip: the others go on
+                failures.append(f"clip {clip.index} ({clip.prompt[:60]}): {error}")
             clip_done()
+    done = [written[number] for number in indices if number in written]
     if as_json:
-        print(json.dumps({"clips": [clip.__dict__ for clip in written], "settings": settings}, indent=2))
+        answer = {"clips": [clip.__dict__ for clip in done], "settings": settings, "failures": failures}
+        print(json.dumps(answer, indent=2))
     else:
-        for clip in written:
-            print(f"{clip.video or clip.image}  {clip.prompt}")
+        for one in done:
+            print(f"{one.video or one.image}  {one.prompt}" + ("" if one.made else "  (was there already)"))
+    if failures:
+        raise StditError("\n".join(failures))
 
 
-@dataclass
-class Written:
-    prompt: str
-    video: str | None  # None for an image
-    image: str  # the contact sheet, or the image itself
-    settings: str
+def _places(model: Path) -> list[Path]:
+    """The files and folders that a model folder is made of: of an adapter's, those below it too."""
+    from stdit.model_folder import Base
+
+    base = Base.read(model)
+    return [model, *(Path(place) for place in (base.transformer, base.vae, base.text_encoder))]
 
 
 def _read_prompts(file: Path | None) -> list[str]:
@@ -197,6 +242,8 @@ def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text)
     if not match:
         raise typer.BadParameter(f"--size {text!r}: write WIDTHxHEIGHT; --frames or --duration say how long.")
+    if max(len(match[1]), len(match[2])) > 6:
+        raise typer.BadParameter(f"--size {text!r}: each side has at most six digits.")
     return int(match[1]), int(match[2])
 
 
@@ -204,13 +251,18 @@ def _ratio(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/x]\s*(\d+(?:\.\d+)?)", text.strip())
     if not match or not float(match[1]) or not float(match[2]):
         raise typer.BadParameter(f"--aspect {text!r}: write WIDTH:HEIGHT, such as 16:9.")
-    return float(match[1]) / float(match[2])
+    ratio = float(match[1]) / float(match[2])
+    if not 0.001 <= ratio <= 1000:
+        raise typer.BadParameter(f"--aspect {text!r}: must be from 1:1000 to 1000:1.")
+    return ratio
 
 
 def _seconds(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*s?", text.strip())
     if not match or not float(match[1]):
         raise typer.BadParameter(f"--duration {text!r}: write seconds, such as 3s or 2.5.")
+    if not float(match[1]) <= LARGEST:
+        raise typer.BadParameter(f"--duration {text!r}: at most {LARGEST:,} s.")
     return float(match[1])
 
 
@@ -271,48 +323,6 @@ def _chosen(shape: VideoShape, fps: float, trained: float, clips: int, known: in
     if fps != trained:
         line += f" (trained at {trained:g} fps: motion plays {fps / trained:.2g} times as fast)"
     return line
-
-
-def _name(index: int, prompt: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return f"{index:03d}-{words[:60].rstrip('-')}".rstrip("-")
-
-
-def _write(
-    out: Path,
-    name: str,
-    frames: Iterator[np.ndarray],
-    count: int,
-    prompt: str,
-    index: int,
-    fps: float,
-    settings: dict[str, Any],
-) -> Written:
-    """Writes a clip's files. Its `count` frames go to the disk as they come; only those of the picture are kept."""
-    import numpy as np
-
-    from stdit.data.video_write import contact_sheet, sheet_frames, write_video
-
-    still, note = out / f"{name}.png", out / f"{name}.json"
-    clip = None if count == 1 else out / f"{name}.mp4"
-    if clip is None:
-        from PIL import Image
-
-        Image.fromarray(next(frames)).save(still)
-    else:
-        picks, kept = set(sheet_frames(count)), []
-
-        def keeping() -> Iterator[np.ndarray]:
-            for number, frame in enumerate(frames):
-                if number in picks:
-                    kept.append(frame.copy())  # not a view that holds its whole chunk
-                yield frame
-
-        write_video(clip, keeping(), fps)
-        contact_sheet([np.stack(kept)], still)
-    about = {"prompt": prompt, "index": index, **settings}
-    publish_text(note, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-    return Written(prompt, str(clip) if clip else None, str(still), str(note))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import chain
@@ -19,7 +20,8 @@ def write_video(
     path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18, threads: int = 1
 ) -> None:
     """Frames uint8 (H, W, 3), one after another, as an H.264 file that plays in a browser (yuv420p, BT.709, index in
-    front). An iterator's frames are written as they come; where it raises, there is no file."""
+    front). An iterator's frames are written as they come; where it raises, there is no file. fps: see `exact_rate`."""
+    rate = exact_rate(fps)
     frames = iter(frames)
     first = next(frames, None)
     if first is None or first.ndim != 3 or first.shape[-1] != 3 or first.dtype != np.uint8:
@@ -33,7 +35,7 @@ def write_video(
         )
     with publish(path) as part:
         with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream = container.add_stream("libx264", rate=rate)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             # mbtree is off since with it x264 gives other bytes for the same frames, about once in twenty times
             stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads), "x264-params": "mbtree=0"}
@@ -46,6 +48,14 @@ def write_video(
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
                 container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
             container.mux(stream.encode())
+
+
+def exact_rate(fps: float) -> Fraction:
+    """Frames a second as a file holds them, right to twelve digits: 1/3, 24000/1001, 16. From 0.001 to 1000."""
+    if not 0.001 <= fps <= 1000:
+        raise StditError(f"{fps} frames a second cannot be written; from 0.001 to 1000 can.")
+    rate = Fraction(fps).limit_denominator(1001)
+    return rate if math.isclose(rate, fps, rel_tol=1e-12) else Fraction(fps).limit_denominator(10**6)
 
 
 def sheet_frames(count: int, columns: int = 8) -> list[int]:

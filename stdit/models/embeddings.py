@@ -11,15 +11,16 @@ from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.models.layers import LayerNorm, Linear
 from stdit.models.packing import TokenPack
-from stdit.models.positions import inner_rotary_table, ntk_bases, rotary_table, sinusoids
+from stdit.models.positions import inner_rotary_table, ntk_bases, rotary_table, sinusoids, widest
 
 
 def rotary_of(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """cos and sin (N, 1 or H, D_head/2) of every token's rotary angles, None where there are none."""
     if config.rotary == "none":
         return None, None
+    wide = widest(pack.positions.device)
     if config.rotary == "time":
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=pack.positions.device)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=wide, device=pack.positions.device)
         angle = pack.positions[:, :1] * config.rope_theta ** -(exponents / config.head_dim)
         return angle.cos().unsqueeze(1).to(dtype), angle.sin().unsqueeze(1).to(dtype)
     if config.rotary.startswith("inner"):
@@ -28,9 +29,9 @@ def rotary_of(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) ->
     if config.rotary == "axes_ntk":
         bases = ntk_bases(config.head_dim, config.rope_theta, config.rope_scale)
     elif config.rope_scale != (1.0, 1.0, 1.0):
-        positions = positions / positions.new_tensor(config.rope_scale, dtype=torch.float64)
+        positions = positions / positions.new_tensor(config.rope_scale, dtype=wide)
     if pack.conditions.fps is not None and config.rope_fps:
-        faster = pack.per_token(config.rope_fps / pack.conditions.fps.to(torch.float64))
+        faster = pack.per_token(config.rope_fps / pack.conditions.fps.to(wide))
         positions = torch.stack([positions[:, 0] * faster, *positions[:, 1:].unbind(1)], dim=1)
     return rotary_table(positions, config.head_dim, bases, dtype)
 
@@ -39,12 +40,12 @@ def _shares(pack: TokenPack, config: TransformerConfig) -> Tensor:
     """Seconds and pixels of every token over rope_scale: (N, 3) fp32, rounded as LTX-Video's own code rounds."""
     frame, row, column = pack.positions.float().unbind(1)
     stride, scale = config.rope_stride, config.rope_scale
-    fps = pack.conditions.fps
-    rate = pack.positions.new_tensor(config.rope_fps, dtype=torch.float64) if fps is None else pack.per_token(fps)
+    fps, wide = pack.conditions.fps, widest(pack.positions.device)
+    rate = pack.positions.new_tensor(config.rope_fps, dtype=wide) if fps is None else pack.per_token(fps).to(wide)
     if config.rotary == "inner_causal":
-        seconds = (frame * (stride[0] * config.patch[0]) + 1 - stride[0]).clamp(min=0) * (1 / rate.double()).float()
+        seconds = (frame * (stride[0] * config.patch[0]) + 1 - stride[0]).clamp(min=0) * (1 / rate).float()
     else:
-        seconds = frame * (stride[0] / rate.double()).float() * config.patch[0]
+        seconds = frame * (stride[0] / rate).float() * config.patch[0]
     places = (seconds, row * stride[1] * config.patch[1], column * stride[2] * config.patch[2])
     return torch.stack([place / largest for place, largest in zip(places, scale)], dim=1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stdit.errors import StditError
-from stdit.models.positions import grid_positions
+from stdit.models.positions import grid_positions, widest
 from stdit.shapes import LatentShape, TokenGrid
 
 Patch = tuple[int, int, int]
@@ -216,7 +216,7 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
     level_index = LevelIndex(index.repeat_interleave(torch.cat(repeats))).to(device)
     return TokenPack(
         tokens=torch.cat([patchify(clip, patch) for clip in clips]),
-        levels=distinct.to(device, non_blocking=True),
+        levels=distinct.to(widest(device) if dtype == torch.float64 else dtype).to(device, non_blocking=True),
         level_of=level_index.level_of,
         positions=torch.cat([grid_positions(grid) for grid in grids]).to(device, non_blocking=True),
         segments=Segments.of([grid.tokens for grid in grids], device),

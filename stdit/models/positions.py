@@ -37,7 +37,7 @@ def rotary_table(
     positions: (N, 3), integer or not. theta: the base, of all axes or of each. Returns (N, 1, head_dim/2) each,
     computed in fp64, given in dtype.
     """
-    wide = _widest(positions.device)
+    wide = widest(positions.device)
     bases = [theta] * 3 if isinstance(theta, int | float) else theta
     angles = []
     for axis, (size, base) in enumerate(zip(rotary_axes(head_dim), bases)):
@@ -84,13 +84,13 @@ def network_time(levels: Tensor, kind: str = "level", scale: float = 1000.0) -> 
     kind: TransformerConfig.network_time. Of "log_sigma" the least σ is 0.001, that of known frames in Cosmos' own code:
     the log of 0 would be −∞.
     """
-    t = levels.to(_widest(levels.device))
+    t = levels.to(widest(levels.device))
     return (t / (1 - t)).clamp(min=LEAST_SIGMA).log() / 4 if kind == "log_sigma" else t * scale
 
 
 def sinusoids(values: Tensor, size: int, sine_first: bool = False) -> Tensor:
     """[cos, sin] (or [sin, cos]) of values at size/2 frequencies from 1 to 1/10000: (n,) to (n, size), fp64."""
-    wide = _widest(values.device)
+    wide = widest(values.device)
     exponents = torch.arange(size // 2, dtype=wide, device=values.device) / (size // 2)
     angle = values.to(wide)[:, None] * torch.exp(-math.log(10000.0) * exponents)
     parts = (angle.sin(), angle.cos()) if sine_first else (angle.cos(), angle.sin())
@@ -102,6 +102,6 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def widest(device: torch.device) -> torch.dtype:
     """fp64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,18 +1,28 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from stdit.cli.main import run_command
 from stdit.cli.sample import sample
+from stdit.cli.sample_files import slug
 from stdit.data.video_io import probe, read_frames, write_video
 from stdit.diffusion.solvers import unipc_config
+from stdit.errors import StditError
+from stdit.models.experts import Experts
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.pipeline import FolderSettings, Pipeline
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
@@ -49,7 +59,8 @@ def test_writes_a_video_that_plays_a_sheet_and_the_settings(folder, tmp_path, ca
     assert run(folder, tmp_path, "--prompt", PROMPTS[0], *shape) == 0
     printed = capsys.readouterr().out
     assert "56x32, 5 frames at 8 fps" in printed  # 8·0.5 = 4 frames, nearest of 1 and 5
-    name = "000-a-red-circle-moves-left"
+    (name,) = (file.stem for file in tmp_path.glob("*.mp4"))
+    assert re.fullmatch(r"000-a-red-circle-moves-left-seed0-[0-9a-f]{8}", name)
     found = probe(str(tmp_path / f"{name}.mp4"))
     assert (found.width, found.height, found.frames, found.fps, found.codec) == (56, 32, 5, 8, "h264")
     assert (tmp_path / f"{name}.png").is_file()
@@ -78,10 +89,10 @@ def test_a_frame_or_the_end_of_a_video_is_known(folder, tmp_path, capsys):
     assert "first 5 known" in capsys.readouterr().out
     assert run(folder, tmp_path / "b", "--prompt", "a", "--video", tmp_path / "in.mp4", "--video-frames", 9) == 1
     assert "nothing is left" in capsys.readouterr().err
-    assert run(folder, tmp_path / "c", "--prompt", "a", "--image", tmp_path / "a/000-a.png") == 0
+    assert run(folder, tmp_path / "c", "--prompt", "a", "--image", next((tmp_path / "a").glob("000-a-*.png"))) == 0
     assert "first frame known" in capsys.readouterr().out
-    settings = json.loads((tmp_path / "c/000-a.json").read_text())
-    assert settings["known_frames"] == 1 and settings["image"].endswith("000-a.png")
+    settings = json.loads(next((tmp_path / "c").glob("*.json")).read_text())
+    assert settings["known_frames"] == 1 and "/000-a-seed0-" in settings["image"]
 
     from stdit.cli.sample import _known
 
@@ -103,14 +114,33 @@ def test_a_frame_or_the_end_of_a_video_is_known(folder, tmp_path, capsys):
         (["--prompt", "a", "--frames", "8"], 1, "nearest are 5 and 9"),
         (["--prompt", "a", "--duration", "long"], 2, "3s or 2.5"),
         (["--prompt", "a", "--duration", "1", "--frames", "5"], 2, "give one"),
-        (["--prompt", "a", "--fps", "0"], 2, "positive"),
-        (["--prompt", "a", "--fps", "nan"], 2, "positive"),
+        (["--prompt", "a", "--fps", "0"], 2, "0.001 to 1000"),
+        (["--prompt", "a", "--fps", "nan"], 2, "0.001 to 1000"),
+        (["--prompt", "a", "--fps", "1e300"], 2, "0.001 to 1000"),
+        (["--prompt", "a", "--fps", "0.0001"], 2, "0.001 to 1000"),
+        (["--prompt", "a", "--shift", "nan"], 2, "--shift"),
+        (["--prompt", "a", "--shift", "inf"], 2, "--shift"),
+        (["--prompt", "a", "--shift", "1e300"], 2, "--shift"),
+        (["--prompt", "a", "--guidance", "nan"], 2, "--guidance"),
+        (["--prompt", "a", "--guidance", "1e300"], 2, "--guidance"),
+        (["--prompt", "a", "--guidance-2", "-inf"], 2, "--guidance-2"),
+        (["--prompt", "a", "--seed", "9" * 30], 2, "--seed"),
+        (["--prompt", "a", "--index", "-1"], 2, "--index"),
+        (["--prompt", "a", "--frames", "0"], 2, "--frames"),
+        (["--prompt", "a", "--aspect", "0.0001:9"], 2, "1:1000"),
+        (["--prompt", "a", "--size", "99999999x16"], 2, "six digits"),
+        (["--prompt", "a", "--size", "960000x960000"], 1, "GB of memory"),
+        (["--prompt", "a", "--duration", "9" * 400], 2, "--duration"),
+        (["--prompt", "a\udcff"], 1, "character 2"),
+        (["--prompt", "a", "--out="], 2, "--out is empty"),
+        (["--prompt", "a", "--out", " "], 2, "--out is empty"),
+        (["--prompt", "a", "--device", "meta"], 2, "--device 'meta'"),
         (["--prompt", "a", "--solver", "unpic"], 1, "'unipc'"),
         (["--prompt", "a", "--dtype", "half"], 2, "bfloat16"),
         (["--prompt", "a", "--memory", "much"], 2, "8GB, 500MB or 2GiB"),
         (["--prompt", "a", "--memory", "1kB"], 1, "Give at least"),
-        (["--prompt", "a", "--device", "tpu"], 1, "--device 'tpu'"),
-        (["--prompt", "a", "--resolution", "0"], 1, "short side 0"),
+        (["--prompt", "a", "--device", "tpu"], 2, "--device 'tpu'"),
+        (["--prompt", "a", "--resolution", "0"], 2, "--resolution"),
         (["--prompt", "a", "--image", "nowhere.png"], 1, "nowhere.png"),
         (["--prompt", "a", "--image", "a.png", "--video", "b.mp4"], 2, "give one"),
         (["--prompt", "a", "--video-frames", "5"], 2, "--video"),
@@ -166,6 +196,135 @@ def test_loras_are_added_with_their_weights(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "out", *words, "--lora", "no.safetensors:1") == 1
     assert "no.safetensors is not a file" in capsys.readouterr().err
     assert run(folder, tmp_path / "out", *words, "--lora", f"{tmp_path / 'a.safetensors'}:inf") == 2
+
+
+def names(folder: Path, suffix: str = "mp4") -> list[str]:
+    return sorted(file.stem for file in folder.glob(f"*.{suffix}"))
+
+
+def test_no_clip_overwrites_another(folder, tmp_path, capsys):
+    few = ["--frames", 1, "--size", "16x16"]
+    for prompt, seed in (("红色的狗", 0), ("蓝色的猫在跑", 0), ("a red dog", 0), ("a red dog", 1), ("A red dog.", 0)):
+        assert run(folder, tmp_path, "--prompt", prompt, "--seed", seed, *few) == 0
+    for more in (["--guidance", 3], ["--negative", "blue"], ["--solver", "euler"], ["--shift", 2], ["--index", 1]):
+        assert run(folder, tmp_path, "--prompt", "a red dog", *few, *more) == 0
+    made = names(tmp_path, "png")
+    assert len(made) == 10 and sum("红色的狗" in name for name in made) == 1
+    # the same command again finds its clip and leaves it as it is
+    (note,) = tmp_path.glob("*红色的狗*.json")
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert run(folder, tmp_path, "--prompt", "红色的狗", *few) == 0
+    assert "was there already" in capsys.readouterr().out
+    assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in tmp_path.iterdir()}
+    note.unlink()  # written last: without it the clip is not whole, and is made again
+    assert run(folder, tmp_path, "--prompt", "红色的狗", *few) == 0
+    assert note.is_file() and len(names(tmp_path, "png")) == 10
+
+
+def test_other_weights_and_other_known_frames_make_other_names(folder, tmp_path):
+    few = ["--prompt", "a", "--frames", 5, "--size", "16x16"]
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for value in (0, 255):
+        Image.new("RGB", (16, 16), (value, 0, 0)).save(tmp_path / "first.png")  # one path, two pictures
+        assert run(folder, tmp_path / "out", *few, "--image", tmp_path / "first.png") == 0
+    assert run(folder, tmp_path / "out", *few) == run(copy, tmp_path / "out", *few) == 0
+    assert len(names(tmp_path / "out")) == 3  # a copy of the model is the same model
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, file, {"format": "pt"})
+    assert run(copy, tmp_path / "out", *few) == 0
+    assert len(names(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("../../etc/passwd", "etc-passwd"),
+        ('..\\a:b*c?"<>|\n\0', "a-b-c"),
+        ("हिन्दी में", "हिन्दी-में"),
+        ("Cafe\u0301 und Straße", "café-und-straße"),
+        ("\u202egnp.exe", "gnp-exe"),  # turns the reading direction
+        ("…!", ""),
+        ("狗" * 100, "狗" * 26),
+    ],
+)
+def test_a_name_keeps_letters_of_any_script_and_is_no_path(prompt, wanted):
+    assert slug(prompt) == wanted and len(wanted.encode()) <= 80
+
+
+def test_a_clip_of_a_batch_is_made_again_alone(folder, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\na red circle\n")
+    few = ["--frames", 1, "--size", "16x16", "--seed", 5]
+    assert run(folder, tmp_path / "all", "--prompts", file, *few) == 0
+    pictures = {name: read_image(tmp_path / "all" / f"{name}.png") for name in names(tmp_path / "all", "png")}
+    first, _, third = (pictures[name] for name in sorted(pictures))
+    assert np.abs(first - third).max() > 1  # equal prompts, each with its own noise
+    assert run(folder, tmp_path / "one", "--prompts", file, *few, "--index", 2) == 0
+    assert run(folder, tmp_path / "alone", "--prompt", "a red circle", *few, "--index", 2) == 0
+    note = json.loads((tmp_path / "all" / f"{max(pictures)}.json").read_text())
+    words = shlex.split(note["command"])
+    assert words[:2] == ["stdit", "sample"]
+    assert run_command(sample, [*words[2:-1], f"--out={tmp_path / 'command'}"], prog="sample.py") == 0
+    for out in ("one", "alone", "command"):
+        assert names(tmp_path / out, "png") == [max(pictures)]
+        # a pack of another size rounds otherwise: a step of 255 at most
+        assert np.abs(read_image(tmp_path / out / f"{max(pictures)}.png") - third).max() <= 1
+    assert run(folder, tmp_path / "one", "--prompts", file, *few, "--index", 3) == 2
+    assert "has 3 prompts" in capsys.readouterr().err
+
+
+def test_frames_that_are_not_finite_are_an_error_and_no_black_clip(folder, tmp_path, capsys, monkeypatch):
+    few = ["--frames", 1, "--size", "16x16"]
+    for part, factor, words in (
+        ("transformer", 1e37, "latents are not finite at step 1 (noise level "),
+        ("transformer", math.nan, "The file is damaged"),
+        ("text_encoder", math.inf, "the text encoder's output is not finite for 'a'"),
+        ("vae", math.nan, "The file is damaged"),
+        ("vae", 1e30, "the VAE's frames are not finite"),
+    ):
+        bad = Path(shutil.copytree(folder, tmp_path / f"{part}{factor}"))
+        (file,) = (bad / part).glob("*.safetensors")
+        tensors = load_file(file)
+        save_file({name: tensor * factor for name, tensor in tensors.items()}, file, {"format": "pt"})
+        assert run(bad, tmp_path / "out", "--prompt", "a", *few) == 1
+        assert words in capsys.readouterr().err
+        assert not list((tmp_path / "out").iterdir())
+    # one prompt of a batch: the others are kept
+    true = Pipeline.encode_texts
+
+    def spoiled(self, texts, *more):
+        return [text * (1e38 if word == "bad" else 1) for word, text in zip(texts, true(self, texts, *more))]
+
+    monkeypatch.setattr(Pipeline, "encode_texts", spoiled)
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\nbad\nthree\n")
+    assert run(folder, tmp_path / "out", "--prompts", file, *few) == 1
+    printed = capsys.readouterr()
+    assert "clip 1 (bad): latents are not finite at step 1 (noise level " in printed.err
+    assert [name[:5] for name in names(tmp_path / "out", "png")] == ["000-o", "002-t"]
+
+
+def test_float16_is_named_as_the_usual_cause(folder):
+    pipeline = Pipeline.load(folder, dtype=torch.float16)
+    assert "try --dtype bfloat16" in str(pipeline._not_finite("latents are not finite at step 3", 0.5))
+
+
+def test_guidance_2_is_not_silently_ignored(folder, tmp_path):
+    model = STDiT(Pipeline.load(folder).transformer.config)
+    pipeline = Pipeline.load(folder)
+    pipeline.transformer = Experts(model, model, 0.9)
+    with pytest.raises(StditError, match="guidance_2 3: guidance of 1 or less makes no unconditional"):
+        pipeline("a", frames=1, steps=2, guidance=1, guidance_2=3)
+
+
+@pytest.mark.parametrize("fps", [0.001, 1 / 3, 7.123456789, 24000 / 1001, 1000])
+def test_a_file_has_the_frame_rate_that_is_asked_for(tmp_path, fps):
+    write_video(tmp_path / "a.mp4", np.zeros((5, 16, 16, 3), np.uint8), fps)
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        times = [float(frame.pts * frame.time_base) for frame in file.decode(video=0)]
+    assert times == pytest.approx([n / fps for n in range(5)], rel=1e-6)
 
 
 def read_image(path: Path) -> np.ndarray:

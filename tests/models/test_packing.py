@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from stdit.errors import StditError
+from stdit.models import packing
 from stdit.models.packing import (
     LevelIndex,
     Segments,
@@ -13,6 +14,7 @@ from stdit.models.packing import (
     unpack_clips,
     unpatchify,
 )
+from stdit.models.positions import widest
 from stdit.shapes import LatentShape
 
 
@@ -122,3 +124,12 @@ def test_bad_texts_are_named(length, padding, message):
 def test_empty_segments_are_refused():
     with pytest.raises(StditError, match="none may be empty"):
         Segments.of([3, 0])
+
+
+def test_levels_are_fp32_on_a_device_without_fp64(monkeypatch):
+    """Apple's GPUs refuse fp64 tensors: moving one there is a TypeError."""
+    monkeypatch.setattr(packing, "widest", lambda device: torch.float32)
+    level = torch.tensor(0.437, dtype=torch.float64)
+    pack = packing.pack_clips([torch.zeros(4, 1, 4, 4)], [level], (1, 2, 2))
+    assert pack.levels.dtype == torch.float32 and pack.levels.item() == level.float().item()
+    assert widest(torch.device("mps")) == torch.float32 and widest(torch.device("cpu")) == torch.float64
