@@ -1,13 +1,15 @@
-"""Files that are whole or not there: written beside their name, brought to the disk, renamed into place."""
+"""Files and folders that are whole or not there: written beside their name, brought to the disk, renamed into place."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,13 +17,56 @@ from typing import Any, BinaryIO
 
 from stdit.errors import StditError
 
+_KEPT = "and run the same command again: what was finished before is kept."
+_TROUBLES = {  # of a disk or a limit: (what the system's and the libraries' texts have of it, what a user reads)
+    errno.ENOSPC: ("No space left on", f"no space left on the disk. Free some, or write elsewhere, {_KEPT}"),
+    errno.EDQUOT: ("quota exceeded", f"the disk quota is used up. Free some, or write elsewhere, {_KEPT}"),
+    errno.EFBIG: ("File too large", f"larger than disk or `ulimit -f` allow. Write elsewhere, or raise it, {_KEPT}"),
+    errno.EROFS: ("Read-only file system", "the file system is read-only. Choose another path."),
+    errno.EMFILE: ("Too many open files", f"too many open files. Raise `ulimit -n` {_KEPT}"),
+    errno.ENFILE: ("open files in system", f"too many open files on this machine. Close some programs {_KEPT}"),
+}  # fmt: skip
+
+
+class DiskError(StditError):
+    """A disk that is full or read-only, a quota or a limit of the system: names one path and what to do."""
+
+
+def disk_trouble(error: BaseException) -> str:
+    """What a user can do about a full disk, a quota, or a limit on files; '' for any other error.
+
+    Libraries wrap such errors in their own (safetensors: "os error 28"), so the text counts too.
+    """
+    number = getattr(error, "errno", None)
+    if number in _TROUBLES:
+        return _TROUBLES[number][1]
+    if isinstance(error, OSError) and isinstance(number, int):
+        return ""
+    text = str(error).lower()
+    found = (said for code, (words, said) in _TROUBLES.items() if words.lower() in text or f"os error {code})" in text)
+    return next(found, "")
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Raises DiskError, which names the path, for what systems and libraries raise without it."""
+    try:
+        yield
+    except StditError:
+        raise
+    except Exception as error:
+        if said := disk_trouble(error):
+            raise DiskError(f"{path}: {said}") from error
+        raise
+
 
 @contextmanager
 def _made(path: Path) -> Iterator[None]:
     """Says of what is made at `path` that nothing can be, on file systems such as /proc; `stdit.cli.main` tells what a
     user can mend of all other errors."""
     try:
-        yield
+        with writing(path):
+            yield
     except FileNotFoundError as error:
         raise StditError(f"{path}: no file or folder can be made there. Choose another path.") from error
 
@@ -34,6 +79,49 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def local_path(what: str, given: str | Path) -> Path:
+    """A path on this machine to write to, with ~ as the home folder. Raises StditError for a URL or no path at all.
+
+    what: the setting or option that the path comes from, for the error.
+    """
+    text = str(given).removeprefix("file://")
+    if not text.strip() or "\0" in text:
+        raise StditError(f"{what} is {text!r}: it must be a path.")
+    if "://" in text:
+        raise StditError(
+            f"{what} is {text}: a URL. This is written to a path on this machine only; copy it afterwards."
+        )
+    return Path(text).expanduser()
+
+
+def local_folder(what: str, given: str | Path) -> Path:
+    """`local_path` of a folder to write to. Raises StditError where a file is in its place or it cannot be made."""
+    path = local_path(what, given)
+    _check_place(what, path)
+    return path
+
+
+def local_file(what: str, given: str | Path) -> Path:
+    """`local_path` of a file to write. Raises StditError where a folder is in its place or its own cannot be made."""
+    path = local_path(what, given)
+    if path.is_dir():
+        raise StditError(f"{what} is {path}, a folder. Name the file in it, such as {path / 'FILE'}.")
+    _check_place(what, path.parent)
+    return path
+
+
+def _check_place(what: str, folder: Path) -> None:
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if there.exists() and not there.is_dir():
+        raise StditError(f"{there}: is a file, not a folder ({what}). Choose another path.")
+    if not there.exists():
+        raise StditError(f"{there}: is a link to {os.readlink(there)}, which is not there ({what}). Remove the link.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StditError(
+            f"{what}: nothing can be written in {there}: {os.strerror(errno.EACCES)}. Choose another path."
+        )
+
+
 @contextmanager
 def publish(path: str | Path) -> Iterator[Path]:
     """Gives a name beside `path` to write a file to; at the end it takes the place of `path` in one step.
@@ -42,18 +130,25 @@ def publish(path: str | Path) -> Iterator[Path]:
     folder is made. Where no file can be made the error is the system's own, or a StditError, and not a library's.
     """
     path = Path(path)
-    if path.is_dir():  # where a system may say "busy" in the end
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    part = make_folder(path.parent) / f".{path.name}.{secrets.token_hex(4)}.part"
+    with suppress(FileNotFoundError, NotADirectoryError):  # a name that is too long raises here, before the work
+        if stat.S_ISDIR(os.stat(path).st_mode):  # where a system may say "busy" in the end
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    part = make_folder(path.parent) / part_name(path.name)
     with _made(path):
         part.touch()
         part.unlink()
     try:
-        yield part
-        sync(part)
-        os.replace(part, path)
+        with writing(path):
+            yield part
+            sync(part)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_name(name: str) -> str:
+    """A hidden name for a file that is being written, which fits where `name` does (255 bytes)."""
+    return f".{os.fsdecode(os.fsencode(name)[:200])}.{secrets.token_hex(4)}.part"
 
 
 def publish_text(path: str | Path, text: str) -> None:
@@ -63,19 +158,122 @@ def publish_text(path: str | Path, text: str) -> None:
 
 
 def publish_folder(part: Path, path: Path) -> None:
-    """The folder `part` and all in it take the place of `path`, beside it; of an older one there nothing is left."""
+    """The folder `part` and all in it take the place of `path`, beside it; of an older one there nothing is left.
+
+    The two change places in one step where the system can (Linux), so a reader always finds one of them. Elsewhere a
+    process that is killed between two renames leaves the old one aside: `heal_folder` puts it back.
+    """
+    heal_folder(path)
     for file in (*part.rglob("*"), part):
         sync(file)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
+    old = part
+    if not os.path.lexists(path):
+        part.rename(path)
+    elif not _exchange(part, path):
+        old = _aside(path)
+        path.rename(old)
+        part.rename(path)
     sync(path.parent)
+    with suppress(OSError):  # the new one is in place: what stays of the old is removed the next time
+        remove_folder(old)
+
+
+def heal_folder(path: Path) -> None:
+    """Ends what a killed `publish_folder` left undone: the old folder gets its name back, or goes."""
+    aside = _aside(path)
+    if os.path.lexists(aside):
+        if os.path.lexists(path):
+            remove_folder(aside)
+        else:
+            aside.rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two names change places in one step (Linux's renameat2). False where the system or the disk cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder with all in it, read-only folders too; of a link, the link. Nothing there is no error."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    if not path.is_dir():
+        return
+    with suppress(OSError):
+        path.chmod(0o700)
+    for here, folders, _ in os.walk(path):
+        for name in folders:
+            place = os.path.join(here, name)
+            if not os.path.islink(place):
+                with suppress(OSError):  # another user's: removing it says so
+                    os.chmod(place, 0o700)
+    shutil.rmtree(path)
+
+
+def check_copyable(place: Path) -> None:
+    """Raises StditError where copying a file or folder would fail for a reason that can be seen before: a dangling
+    link, a link to a folder that it is in, what is no file or cannot be read."""
+    if not place.exists():
+        why = "which is not there: was a download stopped? Fetch it again, or remove the link."
+        raise StditError(f"{place}: is a link to {os.readlink(place)}, {why}")
+    if not os.access(place, os.R_OK):
+        raise StditError(f"{place}: {os.strerror(errno.EACCES)}. Change its permissions.")
+    if place.is_dir():
+        if place.is_symlink() and within(place.parent, place):
+            raise StditError(f"{place}: is a link to {os.readlink(place)}, which it is in. Remove the link.")
+        for entry in sorted(place.iterdir()):
+            check_copyable(entry)
+    elif not place.is_file():
+        raise StditError(f"{place}: is not a file that can be copied. Remove it.")
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies a folder, links followed: files and folders of one's own, which one can write, whatever the source's
+    permissions are."""
+    make_folder(target)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            copy_folder(entry, target / entry.name)
+        else:
+            with writing(target / entry.name):
+                shutil.copyfile(entry, target / entry.name)
+
+
+def within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder, or lies in it, however the two are written: links and letter case do not matter."""
+    try:
+        there = os.stat(folder)
+    except OSError:
+        return False
+    real = Path(os.path.realpath(path))
+    for place in (real, *real.parents):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(place), there):
+                return True
+    return False
 
 
 def sync(path: Path) -> None:
     """Returns when a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    windows = os.name == "nt"  # where only what is open for writing can be brought to the disk, and no folder
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot
+            error.filename = str(path)
+            raise
     finally:
         os.close(descriptor)
 
@@ -117,9 +315,15 @@ def journal(path: str | Path) -> Iterator[tuple[list[dict[str, Any]], Callable[[
     with _made(path):
         path.touch()
     with open(path, "ab", buffering=0) as file:  # a call of `add` is a write: several threads may
-        file.write(b"\n")  # after a line that was cut off
+
+        def write(content: bytes) -> None:
+            with writing(path):
+                while content:  # a disk that is nearly full takes a part, and then says so
+                    content = content[file.write(content) :]
+
+        write(b"\n")  # after a line that was cut off
 
         def add(lines: list[dict[str, Any]]) -> None:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())  # ASCII: any name of a file
+            write("".join(json.dumps(line) + "\n" for line in lines).encode())  # ASCII: any name of a file
 
         yield [line for line in found if isinstance(line, dict)], add

@@ -1,13 +1,33 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from children import Child
 
+from stdit import files
 from stdit.errors import StditError
-from stdit.files import journal, make_folder, publish, publish_folder, publish_text, sha256_of
+from stdit.files import (
+    check_copyable,
+    copy_folder,
+    disk_trouble,
+    journal,
+    local_file,
+    local_folder,
+    make_folder,
+    publish,
+    publish_folder,
+    publish_text,
+    sha256_of,
+    within,
+)
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -101,3 +121,238 @@ def test_a_journal_keeps_every_line_whatever_its_text(tmp_path):
 def test_hash_of_more_than_a_block():
     content = bytes(range(256)) * 5000
     assert sha256_of(io.BytesIO(content)) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_copied_folder_is_ones_own_whatever_the_sources_permissions_are(tmp_path):
+    source = tmp_path / "blobs"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "weights").write_bytes(b"weights")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "file").symlink_to("../blobs/deep/weights")
+    (snapshot / "folder").symlink_to("../blobs/deep")
+    for place in (source / "deep" / "weights", source / "deep", source, snapshot):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    copy_folder(snapshot, tmp_path / "copy")
+    for place in (tmp_path / "copy").rglob("*"):
+        assert place.stat().st_mode & 0o200 and not place.is_symlink()
+    assert (tmp_path / "copy" / "folder" / "weights").read_bytes() == b"weights"
+    (tmp_path / "copy" / "file").write_bytes(b"other")
+    assert (source / "deep" / "weights").read_bytes() == b"weights"
+
+
+AS_A_USER = """
+import os, sys
+from pathlib import Path
+from stdit.files import copy_folder, publish_folder, remove_folder
+here = Path(sys.argv[1])
+try:
+    (here / "source" / "new").touch()
+except PermissionError:
+    print("bound by permissions")
+copy_folder(here / "source", here / "part")
+publish_folder(here / "part", here / "model")
+remove_folder(here / "left")
+print(sorted(os.listdir(here)))
+"""
+
+
+def test_read_only_files_and_leftovers_are_in_no_users_way(tmp_path):
+    drop = []
+    if os.geteuid() == 0:  # root passes over permissions unless it gives that right up
+        if not shutil.which("setpriv"):
+            pytest.skip("run as an ordinary user, or with setpriv")
+        rights = "-dac_override,-dac_read_search,-fowner"
+        drop = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"]
+    for name in ("source", "left", "model"):
+        (tmp_path / name / "deep" / "er").mkdir(parents=True)
+        (tmp_path / name / "deep" / "er" / "file").write_text(name)
+    read_only = [*(tmp_path / "source").rglob("*"), tmp_path / "source", *(tmp_path / "left").rglob("*")]
+    for place in [*read_only, *(tmp_path / "model").rglob("*")]:
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    said = Child([*drop, sys.executable, "-c", AS_A_USER, str(tmp_path)]).finish()
+    assert said.splitlines() == ["bound by permissions", "['model', 'source']"]
+    assert (tmp_path / "model" / "deep" / "er" / "file").read_text() == "source"
+
+
+def test_what_cannot_be_copied_is_named_before(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "weights").symlink_to("../../blobs/none")
+    with pytest.raises(StditError, match=r"in/deep/weights: is a link to \.\./\.\./blobs/none, which is not there"):
+        check_copyable(tmp_path / "in")
+    (tmp_path / "in" / "deep" / "weights").unlink()
+    check_copyable(tmp_path / "in")
+    (tmp_path / "in" / "deep" / "up").symlink_to(tmp_path / "in")
+    with pytest.raises(StditError, match=r"deep/up: is a link to .*, which it is in"):
+        check_copyable(tmp_path / "in")
+    (tmp_path / "in" / "deep" / "up").unlink()
+    os.mkfifo(tmp_path / "in" / "pipe")
+    with pytest.raises(StditError, match="pipe: is not a file"):
+        check_copyable(tmp_path / "in")
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_there_is_always_the_old_folder_or_the_new_one(tmp_path, monkeypatch, exchanged):
+    """Ended at any step of the disk (as by a kill), then healed, the folder is there and whole."""
+    if not exchanged:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    elif not files._exchange(tmp_path, tmp_path):
+        pytest.skip("no system that exchanges two names")
+
+    class Killed(BaseException):
+        pass
+
+    def fresh() -> None:
+        for name in os.listdir(tmp_path):
+            shutil.rmtree(tmp_path / name)
+        for name in ("model", "part"):
+            (tmp_path / name).mkdir()
+            for number in "012":
+                (tmp_path / name / number).write_text(name)
+
+    seen = set()
+    for step in range(1, 30):
+        fresh()
+        left = step
+
+        def count(real):
+            def counted(*args, **options):
+                nonlocal left
+                left -= 1
+                if exchanged:
+                    assert (tmp_path / "model").exists()
+                if not left:
+                    raise Killed
+                return real(*args, **options)
+
+            return counted
+
+        with pytest.MonkeyPatch.context() as patch:
+            steps = [(files, "sync"), (files, "_exchange"), (Path, "rename"), (os, "unlink"), (os, "rmdir")]
+            for module, name in steps:
+                patch.setattr(module, name, count(getattr(module, name)))
+            with suppress(Killed):
+                publish_folder(tmp_path / "part", tmp_path / "model")
+        files.heal_folder(tmp_path / "model")
+        found = {(tmp_path / "model" / number).read_text() for number in "012"}
+        assert len(found) == 1
+        seen |= found
+        if left > 0:
+            break
+    assert seen == {"model", "part"} and left > 0
+    publish_folder(tmp_path / "model", tmp_path / "again")  # a name that is new
+    assert os.listdir(tmp_path) == ["again"]
+
+
+def test_a_link_gives_way_to_the_folder_and_what_it_led_to_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("mine")
+    (tmp_path / "model").symlink_to("elsewhere")
+    (tmp_path / "part").mkdir()
+    publish_folder(tmp_path / "part", tmp_path / "model")
+    assert not (tmp_path / "model").is_symlink() and (tmp_path / "elsewhere" / "mine").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "model"]
+
+
+def test_a_file_that_shares_its_content_with_another_never_changes_that(tmp_path):
+    (tmp_path / "input").write_text("input")
+    os.link(tmp_path / "input", tmp_path / "hard")
+    (tmp_path / "soft").symlink_to("input")
+    for name in ("hard", "soft"):
+        publish_text(tmp_path / name, "output")
+        assert (tmp_path / name).read_text() == "output" and (tmp_path / "input").read_text() == "input"
+
+
+def test_a_path_lies_in_a_folder_however_the_two_are_written(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a")
+    monkeypatch.chdir(tmp_path / "a")
+    assert within(".", tmp_path / "link") and within("b/new/er", "../link") and within(tmp_path / "link" / "b", "b/..")
+    assert not within("..", ".") and not within(tmp_path / "ab", tmp_path / "a") and not within("new", "nowhere")
+
+
+FULL = [
+    (OSError(errno.ENOSPC, "No space left on device"), "no space left on the disk"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
+    (OSError(errno.EFBIG, "File too large"), "larger than disk"),
+    (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only"),
+    (OSError(errno.EMFILE, "Too many open files"), "too many open files. Raise `ulimit -n`"),
+    (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "no space left"),
+    (shutil.Error([("a", "b", "[Errno 28] No space left on device"), ("c", "d", "[Errno 28] No…")]), "no space left"),
+]
+
+
+@pytest.mark.parametrize(("error", "says"), FULL)
+def test_a_full_disk_and_limits_are_one_sentence_with_one_path(tmp_path, error, says):
+    publish_text(tmp_path / "a", "old")
+    with pytest.raises(StditError, match=rf"^\S*/a: {says}") as caught, publish(tmp_path / "a") as part:
+        part.write_text("ne")
+        raise error
+    assert str(caught.value).count(str(tmp_path)) == 1 and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    for error in (ValueError("our bug"), FileNotFoundError(errno.ENOENT, "none", "x"), OSError("odd")):
+        assert disk_trouble(error) == ""
+        with pytest.raises(type(error)) as caught, publish(tmp_path / "a") as part:
+            part.touch()
+            raise error
+        assert caught.value is error
+
+
+def test_a_journal_says_where_the_limit_is_and_keeps_what_was_written(tmp_path):
+    """`ulimit -f` as a disk that takes a part of a line, and then no more."""
+    code = f"""
+import resource
+from stdit.files import journal
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+with journal({str(tmp_path / "j.jsonl")!r}) as (_, add):
+    for number in range(1000):
+        add([{{"number": number, "text": "x" * 50}}])
+"""
+    child = Child([sys.executable, "-c", code])
+    assert child.status() == 1 and f"{tmp_path / 'j.jsonl'}: larger than disk or `ulimit -f` allow" in child.output
+    assert (tmp_path / "j.jsonl").stat().st_size == 20000  # to the brim
+    with journal(tmp_path / "j.jsonl") as (lines, add):
+        add([{"number": -1}])
+    with journal(tmp_path / "j.jsonl") as (again, _):
+        assert [line["number"] for line in again] == [*range(len(lines)), -1] and len(lines) > 100
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path):
+    for name in ("n" * 255, "é" * 127, "中" * 85):
+        publish_text(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+    with pytest.raises(OSError, match="too long"), publish(tmp_path / ("n" * 256)):
+        raise AssertionError("the work has begun")
+
+
+def test_places_that_cannot_be_written_to_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to("nowhere")
+    assert local_folder("--out", "~/new/er") == tmp_path / "home" / "new" / "er"
+    assert (
+        local_file("--out", "file") == Path("file") and local_folder("--out", f"file://{tmp_path}/a") == tmp_path / "a"
+    )
+    for wrong, said in [
+        ("", "must be a path"),
+        (" ", "must be a path"),
+        ("s3://b/k", "a URL"),
+        ("memory://k", "a URL"),
+    ]:
+        for check in (local_folder, local_file):
+            with pytest.raises(StditError, match=f"^--out is {wrong and ''}.*{said}"):
+                check("--out", wrong)
+    for check, wrong, said in [
+        (local_folder, "file", "file: is a file, not a folder"),
+        (local_folder, "file/deep/er", "file: is a file, not a folder"),
+        (local_file, "file/a.png", "file: is a file, not a folder"),
+        (local_file, ".", "a folder. Name the file"),
+        (local_folder, "gone/model", "gone: is a link to nowhere"),
+    ]:
+        with pytest.raises(StditError, match=said):
+            check("--out", wrong)
+    assert sorted(os.listdir(tmp_path)) == ["file", "gone"]  # nothing was made

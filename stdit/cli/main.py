@@ -15,6 +15,7 @@ import typer
 
 from stdit.cli.lazy import as_command, lazy_group
 from stdit.errors import Interrupted, StditError
+from stdit.files import disk_trouble
 from stdit.heartbeat import HEARTBEAT
 
 COMMANDS = {
@@ -134,20 +135,14 @@ def _silence_stdout() -> int:
 
 
 def _mendable(error: BaseException) -> str:
-    """What to say of an error of the system that a user can mend, else ''.
-
-    Libraries wrap a full disk in errors of their own, so the text counts too, and the cause.
-    """
+    """What to say of an error of the system that a user can mend, else ''. The cause counts too: libraries wrap."""
     seen: BaseException | None = error
     while seen is not None:
         number = seen.errno if isinstance(seen, OSError) else None
         place = f"{seen.filename}: " if isinstance(seen, OSError) and seen.filename else ""
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
-            return (
-                f"{place}no space left on the disk ({error}). Free some, or write elsewhere, and run the same command "
-                "again: what was finished before is kept."
-            )
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if said := disk_trouble(seen):
+            return f"{place}{said}"
+        if number in (errno.EACCES, errno.EPERM):
             return f"{place}{os.strerror(number)}. Change its permissions, or choose another path."
         if number in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG):
             return f"{place}{os.strerror(number)}. Choose another path."

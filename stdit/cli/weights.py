@@ -73,7 +73,9 @@ def convert(
     from rich.console import Console
 
     from stdit.errors import StditError
+    from stdit.files import check_copyable, within
     from stdit.heartbeat import HEARTBEAT
+    from stdit.locks import locked
     from stdit.vae.config import VaeConfig
     from stdit.weights import io, lora_files
     from stdit.weights.experts import EXPERT_NAMES, expert_folders
@@ -84,6 +86,8 @@ def convert(
         config = io.find("transformer", model, trust_pickle).config
         adapter = lora_files.read_adapter(source, config)
         place = out if out.suffix == ".safetensors" else out / lora_files.FILES.get(layout, "lora.safetensors")
+        if place.exists() and place.samefile(source):
+            raise StditError(f"{place}: is the adapter itself, which would be replaced. Write to another file.")
         lora_files.write_adapter(adapter, place, config, layout)
         return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
     if layout not in io.LAYOUTS:
@@ -94,6 +98,9 @@ def convert(
     if dtype not in dtypes:
         raise StditError(f"dtype {dtype!r} is not one to convert to. Known: bf16, fp32.")
     found = _sources(source, trust_pickle, strict=True)
+    for one, other, how in ((out, source, "is or lies in"), (source, out, "holds")):
+        if source.is_dir() and within(one, other):
+            raise StditError(f"{out}: {how} {source}, which is read. Write to another folder.")
     named = "vae" in found and isinstance(found["vae"].config, VaeConfig)  # in an original layout, by a name of its own
 
     def place_of(part: str) -> Path:
@@ -105,29 +112,49 @@ def convert(
     for part, place in places.items():
         if place.resolve() in {file.parent.resolve() for one in found.values() for file in one.files.files}:
             raise StditError(f"{place}: is where {part} is read from. Write to another folder.")
-    console = Console(stderr=True)
-    for part, one in found.items():
-        HEARTBEAT.doing(f"{part}: {one.parameters:,} parameters to {places[part]}")
-        with console.status(f"{part}: {one.parameters:,} parameters to {places[part]}"):
-            io.convert(one, places[part], layout, dtype=dtypes[dtype])
-        console.print(f"{part}: {one.dialect} → {layout}, {places[part]}", highlight=False)
+    others: list[Path] = []
     if len(found) > 1 and layout == "diffusers" and (source / "model_index.json").is_file():
+        others = _others(source, {place.name for place in places.values()})
+    for entry in others:
+        check_copyable(entry)
+        _check_replaceable(entry, out / entry.name)
+    console = Console(stderr=True)
+    with locked(out, "stdit weights convert", "Wait for its end, or write to another folder."):
+        for part, converted in found.items():
+            HEARTBEAT.doing(f"{part}: {converted.parameters:,} parameters to {places[part]}")
+            with console.status(f"{part}: {converted.parameters:,} parameters to {places[part]}"):
+                io.convert(converted, places[part], layout, dtype=dtypes[dtype])
+            console.print(f"{part}: {converted.dialect} → {layout}, {places[part]}", highlight=False)
         with console.status("the other parts, as they are"):
-            _copy_others(source, out, {place.name for place in places.values()})
+            _copy(others, out)
 
 
-def _copy_others(source: Path, out: Path, converted: set[str]) -> None:
+def _others(source: Path, converted: set[str]) -> list[Path]:
     """The folders and JSON files of a model folder that are not converted; its index comes last."""
-    import shutil
+    found = sorted(source.iterdir(), key=lambda entry: (entry.name == "model_index.json", entry.name))
+    found = [entry for entry in found if entry.name not in converted and not entry.name.startswith(".")]
+    return [entry for entry in found if entry.is_dir() or entry.suffix == ".json" or not entry.exists()]
 
-    from stdit.files import publish_folder, publish_text
 
-    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == "model_index.json"):
-        if entry.is_dir() and entry.name not in converted and not entry.name.startswith("."):
+def _check_replaceable(source: Path, target: Path) -> None:
+    """Raises StditError where a folder that is there already holds what its new copy would not."""
+    from stdit.errors import StditError
+
+    for file in target.rglob("*") if target.is_dir() and not target.is_symlink() else []:
+        if not file.is_dir() and not (source / file.relative_to(target)).exists():
+            raise StditError(f"{file}: would be lost, as {source} has no such file. Remove it, or choose another OUT.")
+
+
+def _copy(entries: list[Path], out: Path) -> None:
+    from stdit.files import copy_folder, publish_folder, publish_text, remove_folder
+
+    for entry in entries:
+        if entry.is_dir():
             part = out / f".{entry.name}.part"
-            shutil.rmtree(part, ignore_errors=True)
-            publish_folder(Path(shutil.copytree(entry, part)), out / entry.name)
-        elif entry.is_file() and entry.suffix == ".json":
+            remove_folder(part)
+            copy_folder(entry, part)
+            publish_folder(part, out / entry.name)
+        else:
             publish_text(out / entry.name, entry.read_text("utf-8"))
 
 

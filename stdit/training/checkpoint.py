@@ -9,7 +9,6 @@ a name that no reader looks at, synced, and renamed: a killed process leaves the
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import re
@@ -27,7 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stdit.errors import StditError
-from stdit.files import publish_folder, sync
+from stdit.files import (
+    DiskError,
+    disk_trouble,
+    heal_folder,
+    make_folder,
+    publish_folder,
+    remove_folder,
+    sync,
+    writing,
+)
 from stdit.training.ema import Ema
 from stdit.training.engine import Engine
 from stdit.training.optimizer import group_state
@@ -67,23 +75,25 @@ def save(
     engines = [engine] if critic is None else [engine, critic]
     folder = folder / "checkpoints"
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
-    with _disk_errors(temporary):
+    with _kept_on_errors(folder, temporary):
         error: Exception | None = None
         try:
             if world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        except OSError as found:
+                remove_folder(temporary)
+                make_folder(temporary)
+        except (OSError, StditError) as found:
             error = found
         world.all_succeeded(error)
         try:
             if world.is_main or not engine.replicated:
                 shard = temporary / f"rank-{world.rank:05d}.safetensors"
+                make_folder(temporary)  # on a network disk a rank may not see rank 0's yet
                 tensors = dict(_tensors(engine, ema))
                 if critic is not None:
                     tensors |= dict(_tensors(critic, None))
-                save_file(tensors, shard)
-                sync(shard)  # by its own rank: another machine's disk cache is not rank 0's
+                with writing(shard):
+                    save_file(tensors, shard)
+                    sync(shard)  # by its own rank: another machine's disk cache is not rank 0's
         except Exception as found:  # safetensors raises its own type on a full disk
             error = found
         world.all_succeeded(error)
@@ -99,9 +109,10 @@ def save(
                     "format": FORMAT, "step": step, "shards": files, "parameters": parameters, "groups": groups,
                     "state": state,
                 }  # fmt: skip
-                (temporary / "manifest.json").write_text(json.dumps(about, indent=1))
+                with writing(temporary / "manifest.json"):
+                    (temporary / "manifest.json").write_text(json.dumps(about, indent=1))
                 publish_folder(temporary, final)
-        except OSError as found:
+        except (OSError, StditError) as found:
             error = found
         world.all_succeeded(error)
     if world.is_main and keep > 0:
@@ -117,9 +128,12 @@ def published(folder: Path) -> list[Path]:
 
 
 def remove_strays(folder: Path) -> None:
-    """What a killed process left half-written."""
-    for path in (folder / "checkpoints").glob(".tmp-step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Ends what a killed process left half-done: a folder put aside gets its name back, half-written ones go."""
+    for aside in [folder / ".model.old", *(folder / "checkpoints").glob(".step-*.old")]:
+        heal_folder(aside.with_name(aside.name[1:-4]))
+    for path in [folder / ".tmp-model", *(folder / "checkpoints").glob(".tmp-step-*")]:
+        with suppress(OSError):  # it is in nobody's way
+            remove_folder(path)
 
 
 class Checkpoint:
@@ -269,17 +283,14 @@ def _tensors(engine: Engine, ema: Ema | None) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turns what a full disk raises, here or inside safetensors, into an error that says so."""
+def _kept_on_errors(folder: Path, temporary: Path) -> Iterator[None]:
+    """Says of a full disk, or a limit of the system, that earlier checkpoints are kept; nothing half-written stays."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error) or "os error 28" in str(error):
+        if isinstance(error, DiskError) or disk_trouble(error):
             with suppress(OSError):
-                shutil.rmtree(path, ignore_errors=True)
-            raise StditError(
-                f"the disk of {path.parent} is full: this checkpoint was not written, earlier ones are kept. Make room "
-                f"and run the same command again."
-            ) from error
+                remove_folder(temporary)
+            said = str(error) if isinstance(error, StditError) else f"{temporary}: {disk_trouble(error)}"
+            raise StditError(f"{said} This checkpoint was not written, earlier ones in {folder} are kept.") from error
         raise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from stdit.diffusion.solvers import with_static_shift, write_scheduler
 from stdit.errors import StditError
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
-from stdit.files import publish_folder, publish_text
+from stdit.files import check_copyable, copy_folder, publish_folder, publish_text, remove_folder, within, writing
 from stdit.model_folder import Base, FolderSettings
 from stdit.models.experts import Experts
 from stdit.models.transformer import STDiT
@@ -34,6 +34,7 @@ from stdit.training.experts import ExpertsModule, ExpertsObjective
 from stdit.training.lora import export_adapters, merge_lora
 from stdit.training.objective import FlowModule, FlowObjective
 from stdit.training.parallel import World
+from stdit.training.settings import RunConfig
 from stdit.training.vae_objective import VaeModule
 from stdit.vae.autoencoder import CausalVAE, measure_latents
 from stdit.vae.finetune import join_taps
@@ -104,20 +105,15 @@ def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: 
         export_adapters(weights, folder, objective.model_config, lora, config.model.expert)
         if not lora.merged:
             return write_base(parts, folder)
-    init = Path(config.model.init or "").expanduser()
-    index_path = init / "model_index.json"
-    if not (config.model.init and index_path.is_file() and {config.vae.path, config.text.path} == {str(init)}):
+    init = _copied_from(config)
+    if init is None:
         return make_pipeline(parts, weights, world).save(folder)
     module = with_weights(objective.fresh(), weights)
     flows = [module.high, module.low] if isinstance(module, ExpertsModule) else [module]
-    names = list(expert_folders("diffusers").values())
-    if len(flows) == 1:
-        names = [names[config.model.expert == "low"]]
-    index = read_json(index_path)
-    listed = [part for part, value in index.items() if isinstance(value, list) and any(value)]
-    for part in listed or ("vae", "text_encoder", "tokenizer", "scheduler"):  # a gathered folder's index lists none
-        if part not in names and (init / part).is_dir():
-            shutil.copytree(init / part, folder / part)
+    names = _trained_names(config, len(flows))
+    index = read_json(init / "model_index.json")
+    for place in _copied(init, names):
+        copy_folder(place, folder / place.name)
     for name, flow in zip(names, flows):
         assert isinstance(flow, FlowModule)
         save_transformer(flow.transformer.to(objective.dtype), folder / name)
@@ -130,6 +126,56 @@ def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: 
         if (moved := with_static_shift(described, config.objective.flow.noise_levels.shift)) != described:
             write_scheduler(moved, scheduler.parent)
     _settings(parts).write(folder)
+
+
+def _copied_from(config: RunConfig) -> Path | None:
+    """The model folder whose other parts an export takes as they are: that of `model.init`, if all is of there."""
+    init = Path(config.model.init or "").expanduser()
+    whole = config.model.init and (init / "model_index.json").is_file()
+    return init if whole and {config.vae.path, config.text.path} == {str(init)} else None
+
+
+def _trained_names(config: RunConfig, models: int) -> list[str]:
+    """The folders that an export writes its transformers to."""
+    names = list(expert_folders("diffusers").values())
+    return names if models > 1 else [names[config.model.expert == "low"]]
+
+
+def _copied(init: Path, trained: list[str]) -> list[Path]:
+    """The folders of a model folder that an export copies."""
+    index = read_json(init / "model_index.json")
+    listed = [part for part, value in index.items() if isinstance(value, list) and any(value)]
+    parts = listed or ("vae", "text_encoder", "tokenizer", "scheduler")  # a gathered folder's index lists none
+    return [
+        init / part for part in parts if part not in trained and ((init / part).is_dir() or (init / part).is_symlink())
+    ]
+
+
+def check_export(config: RunConfig) -> None:
+    """Raises StditError before training for what an export would fail on or destroy in the end.
+
+    config: with what follows from `model.init` filled in. That is a file that cannot be copied (a dangling link), a
+    run/model that is an input of the run, or that no run wrote.
+    """
+    final = Path(config.run.path) / "model"
+    for name, given in (
+        ("model.init", config.model.init),
+        ("vae.path", config.vae.path),
+        ("text.path", config.text.path),
+    ):
+        if given and within(Path(given).expanduser(), final):
+            raise StditError(f"{name} is {given}, in {final}, which the run would replace. Choose another run=PATH.")
+    if (
+        os.path.lexists(final)
+        and not (final / "export.json").is_file()
+        and not (final.is_dir() and not any(final.iterdir()))
+    ):
+        raise StditError(f"{final}: is there already, and no training wrote it. Rename it, or choose another run=PATH.")
+    adapter = config.model.lora is not None and not config.model.lora.merged
+    init = _copied_from(config)
+    if config.objective.kind == "flow" and init is not None and not adapter:
+        for place in _copied(init, _trained_names(config, 2 if config.model.expert == "both" else 1)):
+            check_copyable(place)
 
 
 def write_base(parts: Parts, folder: Path) -> None:
@@ -204,10 +250,11 @@ def export_vae(parts: Parts, weights: dict[str, Tensor], step: int, world: World
 def publish(run: Path, step: int, write: Callable[[Path], None]) -> None:
     """What `write` puts into a folder becomes run/model, whole or not at all, and says which step it is of."""
     final, temporary = run / "model", run / ".tmp-model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    (temporary / "export.json").write_text(json.dumps({"format": FORMAT, "step": step}) + "\n")
-    publish_folder(temporary, final)
+    remove_folder(temporary)
+    with writing(temporary):
+        write(temporary)
+        (temporary / "export.json").write_text(json.dumps({"format": FORMAT, "step": step}) + "\n")
+        publish_folder(temporary, final)
 
 
 def exported_step(run: Path) -> int | None:

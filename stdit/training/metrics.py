@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stdit.files import publish_text
+from stdit.files import publish_text, writing
 
 SCHEMA = Path(__file__).with_name("metrics_schema.json")
 
@@ -26,7 +26,7 @@ class MetricsLog:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             publish_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("ab", buffering=0)  # unbuffered: closing it cannot fail once more
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -36,29 +36,33 @@ class MetricsLog:
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line; numbers that are not finite become null."""
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **{k: _plain(v) for k, v in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            content = json.dumps(line).encode() + b"\n"
+            while content:  # a disk that is nearly full takes a part, and then says so
+                content = content[self._file.write(content) :]
         if self._writer is not None:
-            for name, value in line.items():
-                if name not in ("kind", "step", "time") and isinstance(value, int | float):
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+            with writing(self._path.parent / "tensorboard"):
+                for name, value in line.items():
+                    if name not in ("kind", "step", "time") and isinstance(value, int | float):
+                        self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with writing(self._path.parent / "tensorboard"):
+                self._writer.close()
 
 
 def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of a run folder's metrics.jsonl, of one kind if given. A line cut off by a crash is left out."""
     path = Path(folder) / "metrics.jsonl"
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             found = json.loads(line)
         except ValueError:
             continue
-        if kind is None or found.get("kind") == kind:
+        if isinstance(found, dict) and (kind is None or found.get("kind") == kind):
             lines.append(found)
     return lines
 

@@ -3,50 +3,83 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
+import os
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from stdit.data.buckets import REASONS, Assignment
 from stdit.data.packs import balance, split
 from stdit.errors import StditError
-from stdit.files import make_folder
+from stdit.files import local_folder
 from stdit.heartbeat import HEARTBEAT
+from stdit.locks import NAME, locked
 from stdit.training.build import Parts, build
-from stdit.training.checkpoint import remove_strays
+from stdit.training.checkpoint import published, remove_strays
+from stdit.training.export import check_export
 from stdit.training.footprint import footprint, outline
+from stdit.training.metrics import read_metrics
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig, save_config
+from stdit.training.start import follow_init
 from stdit.training.trainer import Trainer
+
+OURS = ("config.yaml", "metrics.jsonl", "report.html", "plan.png", "checkpoints", "model")  # what a run replaces
 
 
 def run(config: RunConfig, world: World) -> None:
-    """Trains to the last step, from the last checkpoint if there is one; a finished run only says so."""
+    """Trains to the last step, from the last checkpoint if there is one; a finished run only says so.
+
+    Rank 0 holds the run folder's lock meanwhile: a second training there is refused.
+    """
     if not config.run.path:
         raise StditError("the run has no folder: add run=PATH, such as run=runs/toy.")
-    folder = Path(config.run.path)
-    trainer = Trainer(config, world)
-    if trainer.is_finished:
-        trainer.say(
-            f"{folder} is finished after {trainer.step} steps: {folder / 'model'}. Raise schedule.steps to go on."
+    folder = local_folder("run", config.run.path)
+    config = replace(config, run=replace(config.run, path=str(folder)))
+    with ExitStack() as held:
+        trainer = Trainer(config, world)
+        if not trainer.is_finished:
+            world.from_main(lambda: held.enter_context(_own(folder)))
+            trainer = Trainer(config, world)  # what lies there now may be newer
+        if trainer.is_finished:
+            trainer.say(
+                f"{folder} is finished after {trainer.step} steps: {folder / 'model'}. Raise schedule.steps to go on."
+            )
+            if world.is_main and not (folder / "report.html").exists():
+                report(trainer)
+            return
+        _train(config, trainer, world)
+
+
+def _own(folder: Path) -> AbstractContextManager[None]:
+    """The lock of a run folder; raises StditError where somebody else's files would be replaced."""
+    ours = (folder / NAME).exists() or published(folder) or read_metrics(folder, "start")
+    there = [name for name in OURS if os.path.lexists(folder / name)]
+    if there and not ours:
+        raise StditError(
+            f"{folder} holds {', '.join(there)}, which no training wrote: it would be replaced. Rename it, or choose "
+            f"another run=PATH."
         )
-        if world.is_main and not (folder / "report.html").exists():
-            report(trainer)
-        return
-    if world.is_main:
-        make_folder(folder)
+    return locked(folder, "a training", "Wait for its end, or choose another run=PATH.", keep=True)
+
+
+def _train(config: RunConfig, trainer: Trainer, world: World) -> None:
+    folder = trainer.folder
+
+    def begin() -> None:
         remove_strays(folder)
+        check_export(follow_init(config))
         save_config(config, folder / "config.yaml")
-    world.barrier()
+
+    world.from_main(begin)
     trainer.prepare()
     for line in gaps(trainer.parts.assignment):
         trainer.say(line)
     HEARTBEAT.doing("drawing the plan")
-    if world.is_main and not (folder / "plan.png").exists():
-        draw(trainer.parts, world.size, folder / "plan.png")
+    world.from_main(partial(draw, trainer.parts, world.size, folder / "plan.png"))
     trainer.train()
-    if world.is_main:
-        report(trainer)
-    world.barrier()
+    world.from_main(partial(report, trainer))
 
 
 def report(trainer: Trainer) -> None:
@@ -57,7 +90,9 @@ def report(trainer: Trainer) -> None:
 
 
 def draw(parts: Parts, ranks: int, path: Path) -> None:
-    """The plan's picture, for the report."""
+    """The plan's picture, for the report; one that is there stays."""
+    if path.exists():
+        return
     from stdit.data.plan_picture import draw_plan, measure_plan
 
     bound = parts.plan.token_bound()

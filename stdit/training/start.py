@@ -119,7 +119,7 @@ def check_base(config: RunConfig, resumed: Checkpoint | None, world: World) -> s
                     f"{resumed.path} goes with other weights: {place} has changed since. Restore it, or choose "
                     f"another run=PATH."
                 )
-        except StditError as found:
+        except Exception as found:  # of any kind: the other ranks wait
             error = found
     world.all_succeeded(error)
     return base

@@ -307,35 +307,38 @@ class Trainer:
     def _evaluate(self, log: MetricsLog | None) -> None:
         HEARTBEAT.doing(f"evaluating step {self.step}")
         weights = export.averaged_weights(self.engine, self.ema, self.world)
-        if weights is not None and log is not None:
-            if self.config.objective.kind == "vae":
-                module: Any = export.with_weights(self.parts.objective.fresh(), weights)
-                psnr = export.vae_psnr(module.vae.to(self.world.device), self.parts)
-                log.write("eval", self.step, psnr=psnr)
-                self.say(f"step {self.step}: PSNR {psnr:.2f} dB")
-            else:
-                pipeline = export.make_pipeline(self.parts, weights, self.world)
-                log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
-        self.world.barrier()
+        self.world.from_main(partial(self._measure, log, weights))
+
+    def _measure(self, log: MetricsLog | None, weights: dict[str, Tensor] | None) -> None:
+        assert weights is not None and log is not None
+        if self.config.objective.kind == "vae":
+            module: Any = export.with_weights(self.parts.objective.fresh(), weights)
+            psnr = export.vae_psnr(module.vae.to(self.world.device), self.parts)
+            log.write("eval", self.step, psnr=psnr)
+            self.say(f"step {self.step}: PSNR {psnr:.2f} dB")
+        else:
+            pipeline = export.make_pipeline(self.parts, weights, self.world)
+            log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
 
     def _finish(self, log: MetricsLog | None) -> None:
         """The last samples or measures, then the model folder: it is what says that the run is finished."""
         HEARTBEAT.doing("measuring and exporting the model")
         weights = export.averaged_weights(self.engine, self.ema, self.world)
-        if weights is not None and log is not None:
-            if self.config.objective.kind == "vae":
-                measured = export.export_vae(self.parts, weights, self.step, self.world)
-                log.write("eval", self.step, **measured)
-                self.say(", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
-            else:
-                if self.config.eval.prompts:
-                    pipeline = export.make_pipeline(self.parts, weights, self.world)
-                    log.write("eval", self.step, samples=export.sample(pipeline, self.parts, self.step))
-                write = partial(export.write_model, self.parts, weights, self.world)
-                export.publish(self.folder, self.step, write)
-            log.write("end", self.step, model="model")
-            self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
-        self.world.barrier()
+        self.world.from_main(partial(self._export, log, weights))
+
+    def _export(self, log: MetricsLog | None, weights: dict[str, Tensor] | None) -> None:
+        assert weights is not None and log is not None
+        if self.config.objective.kind == "vae":
+            measured = export.export_vae(self.parts, weights, self.step, self.world)
+            log.write("eval", self.step, **measured)
+            self.say(", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
+        else:
+            if self.config.eval.prompts:
+                self._measure(log, weights)
+            write = partial(export.write_model, self.parts, weights, self.world)
+            export.publish(self.folder, self.step, write)
+        log.write("end", self.step, model="model")
+        self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
 
     def _catch_signals(self) -> Callable[[], None]:
         """The first signal is noted and acted on after the step; a second Ctrl-C stops at once."""

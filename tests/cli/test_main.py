@@ -132,7 +132,7 @@ def test_a_cause_that_is_a_full_disk_counts(capsys):
             raise RuntimeError("writing failed") from error
 
     assert run_command(command, []) == 1
-    assert "shard-3: no space left on the disk (writing failed)" in capsys.readouterr().err
+    assert "shard-3: no space left on the disk. Free some" in capsys.readouterr().err
 
 
 def test_arguments_of_a_function(capsys):

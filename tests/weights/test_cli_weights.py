@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tensor_files import load_file
 
 import stdit
+from stdit import locks
 from stdit.cli.main import app, run_command
 from stdit.models.transformer import PRESETS, STDiT, TransformerConfig
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
@@ -204,3 +205,73 @@ def test_adapters_are_told_and_converted_for_their_model(folder, tmp_path, capsy
     stdit.save_transformer(STDiT(large), tmp_path / "large")
     assert run("inspect", tmp_path / "a.safetensors", "--model", tmp_path / "large") == 1
     assert "Is it for a model of another size?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def snapshot(folder) -> Path:
+    """A model folder as a hub's cache has it: links to blobs, which are read-only."""
+    blobs, place = folder.parent / "blobs", folder.parent / "snapshot"
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "config.json").write_text("{}")
+    blobs.mkdir()
+    for number, file in enumerate(sorted(file for file in folder.rglob("*") if file.is_file())):
+        shutil.move(file, blobs / f"{number}")
+        (blobs / f"{number}").chmod(0o444)
+        link = place / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / f"{number}", link.parent))
+    return place
+
+
+def test_linked_files_become_ones_own_twice_over(snapshot, tmp_path):
+    out = tmp_path / "out"
+    (out / ".text_encoder.part").mkdir(parents=True)  # what a call that failed left, read-only
+    (out / ".text_encoder.part" / "config.json").write_text("")
+    (out / ".text_encoder.part").chmod(0o555)
+    for _ in range(2):
+        assert run("convert", snapshot, out) == 0
+        assert sorted(os.listdir(out)) == ["model_index.json", "text_encoder", "transformer", "vae"]
+        assert all(not file.is_symlink() and file.stat().st_mode & 0o200 for file in out.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["text_encoder/config.json", "text_encoder", "generation.json"])
+def test_a_dangling_link_is_named_before_anything_is_written(snapshot, tmp_path, capsys, name):
+    if (snapshot / name).is_dir():
+        shutil.rmtree(snapshot / name)
+    (snapshot / name).unlink(missing_ok=True)
+    (snapshot / name).symlink_to("blobs/none")
+    assert run("convert", snapshot, tmp_path / "out") == 1
+    assert f"error: {snapshot / name}: is a link to blobs/none, which is not there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_and_out_are_apart(folder, tmp_path, capsys, monkeypatch):
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for out in (folder, folder / "new", tmp_path, folder / "vae", "..", ".", "../link/er", "../model/../model"):
+        assert run("convert", folder, out) == 1
+        assert "which is read. Write to another folder" in capsys.readouterr().err
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    assert run("convert", weights, folder / "vae") == 1
+    assert run("convert", weights, folder / "vae" / "original", "--layout", "original") == 0  # beside a lone file
+    shutil.rmtree(folder / "vae" / "original")
+    (tmp_path / "link").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_strangers_files_stay(snapshot, tmp_path, capsys):
+    mine = tmp_path / "out" / "text_encoder" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert run("convert", snapshot, tmp_path / "out") == 1
+    assert f"error: {mine}: would be lost" in capsys.readouterr().err
+    assert mine.read_text() == "mine" and os.listdir(tmp_path / "out") == ["text_encoder"]
+
+
+def test_two_conversions_to_one_folder_are_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "WAIT", 0.0)
+    with locks.locked(tmp_path / "out", "stdit weights convert", ""):
+        assert run("convert", folder, tmp_path / "out") == 1
+    assert "out: is in use by stdit weights convert (process" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == []

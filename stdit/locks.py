@@ -1,0 +1,95 @@
+"""A lock on a folder, so that two commands do not write to it at once. It ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stdit.errors import StditError
+from stdit.files import make_folder
+
+NAME = ".stdit.lock"
+WAIT = 10.0  # seconds: a process that was killed a moment ago may take some to be gone
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+
+
+@contextmanager
+def locked(folder: str | Path, what: str, remedy: str, keep: bool = False) -> Iterator[None]:
+    """Makes the folder and locks it for this process. Raises StditError where another process holds the lock.
+
+    The lock is the system's own (flock) on a file in the folder. Network disks share it among machines if they are
+    mounted with locks; where a disk or a system (Windows) has none, this says so and goes on without. The file tells
+    who holds the lock: what, host, process, and since when. keep: leave the file there at the end.
+    """
+    path = make_folder(folder) / NAME
+    descriptor = _lock(path)
+    if descriptor is None:
+        print(f"{folder}: this disk has no file locks. Take care that only one command writes there.", file=sys.stderr)
+        yield
+        return
+    if descriptor < 0:
+        raise StditError(f"{folder}: is in use by {_holder(path)}. {remedy}")
+    try:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = {"what": what, "host": socket.gethostname(), "pid": os.getpid(), "since": now}
+        with contextlib.suppress(OSError):  # a full disk, or the file of another user: the lock itself holds
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(holder).encode())
+        yield
+    finally:
+        if not keep:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock until it is closed; -1: another has it; None: there are no locks here."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    end, told = time.monotonic() + WAIT, False
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's, in a folder that is shared
+            descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # not removed by the one before
+                    return descriptor
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                os.close(descriptor)
+                return None
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                raise
+        os.close(descriptor)
+        if time.monotonic() > end:
+            return -1
+        if not told:
+            print(f"{path.parent}: is in use by {_holder(path)}; waits {WAIT:g} s for its end.", file=sys.stderr)
+            told = True
+        time.sleep(0.1)
+
+
+def _holder(path: Path) -> str:
+    """Who wrote the file last."""
+    try:
+        found = json.loads(path.read_bytes())
+        said = f"{found['what']} (process {found['pid']} on {found['host']}, since {found['since']})"
+        away = found["host"] != socket.gethostname()
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+    return said + (f"; if that machine is gone, remove {path}" if away else "")
