@@ -83,9 +83,14 @@ class Engine:
     flats: list[Tensor]
     pieces: list[list[Piece]]  # of each flat
     replicated = False  # every rank holds all pieces
+    differentiable = True  # whether `forward` takes a backward that is none of the training's
 
     def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
         raise NotImplementedError
+
+    def forward(self, batch: Any) -> Tensor:
+        """module(batch) outside training; all ranks call it together."""
+        return self.module(batch)
 
     def step(self, lr: float) -> float:
         raise NotImplementedError
@@ -124,7 +129,7 @@ class TorchEngine(Engine):
         The module returns a sum over clips, scale is 1 / the step's total weight over all ranks. Returns the sum.
         """
         total = self.module(batch)
-        (total * scale).backward()
+        (total * _with_fault(scale, total)).backward()
         for master, copy in zip(self.flats, self._copies):  # gradients add up in fp32
             if copy.grad is not None:
                 master.grad = copy.grad.float() if master.grad is None else master.grad.add_(copy.grad)
@@ -140,18 +145,20 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
-        """Clips, updates masters and weights, forgets the gradients. Returns the norm before clipping."""
+        """Clips, updates masters and weights, forgets the gradients. Returns the norm before clipping; where that is
+        not finite, on any rank, nothing was updated on any."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         gradients = [flat.grad for flat in self.flats if flat.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.flats, self.clip, norm)
-        self.optimizer.step()
+        if math.isfinite(value := float(norm)):
+            if self.clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(self.flats, self.clip, norm)
+            self.optimizer.step()
+            if self._copies:
+                torch._foreach_copy_([copy.data for copy in self._copies], self.flats)
         self.optimizer.zero_grad(set_to_none=True)
-        if self._copies:
-            torch._foreach_copy_([copy.data for copy in self._copies], self.flats)
-        return float(norm)
+        return value
 
 
 class DeepSpeedEngine(Engine):
@@ -190,6 +197,7 @@ class DeepSpeedEngine(Engine):
             for key in kept:
                 del group[key]
         self.replicated = stage == 0
+        self.differentiable = stage < 3  # which counts forwards and backwards
         self._parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
         self.flats, self.pieces = self._find_pieces(shapes, world)
         with torch.no_grad():
@@ -228,8 +236,11 @@ class DeepSpeedEngine(Engine):
     def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         total = self._deepspeed(batch)
-        self._deepspeed.backward(total * (scale * self.scale))
+        self._deepspeed.backward(total * _with_fault(scale * self.scale, total))
         return total.detach()
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._deepspeed(batch) if self.stage == 3 else self.module(batch)  # stage 3 gathers weights
 
     def gradients(self) -> dict[str, Tensor]:
         found = {}
@@ -245,10 +256,19 @@ class DeepSpeedEngine(Engine):
         norm: Any = None
         if self.stage == 0:  # DeepSpeed measures only what it clips
             norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+            if not torch.isfinite(norm):  # the other stages see to that themselves
+                self._deepspeed.zero_grad()
+                return float(norm)
         self._deepspeed.step()
         if not self._deepspeed.was_step_applied():  # it leaves a step with infinite gradients out, and says nothing
             return math.inf
         return float(self._deepspeed.get_global_grad_norm() if norm is None else norm)
+
+
+def _with_fault(scale: float, total: Tensor) -> Tensor:
+    """scale, or nan where the loss is not finite: then the gradient is not finite either, and no rank updates."""
+    value = total.detach()
+    return value - value + scale
 
 
 def make_engine(

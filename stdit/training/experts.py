@@ -26,6 +26,14 @@ class ExpertsBatch:
     def flops(self) -> int:
         return self.high.flops + self.low.flops
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return (self.high if self.high.weight else self.low).inputs
+
+    @property
+    def noise_level(self) -> float | None:
+        return (self.high if self.high.weight else self.low).noise_level
+
 
 class ExpertsModule(nn.Module):
     def __init__(self, high: FlowModule, low: FlowModule) -> None:

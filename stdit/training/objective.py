@@ -90,6 +90,16 @@ class Batch(Protocol):
         """Of forward and backward."""
         ...
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the module is given of the clips, by what it is; `pixels` or `latents` first, the leaves of a graph."""
+        ...
+
+    @property
+    def noise_level(self) -> float | None:
+        """The highest in the batch, None where there are none."""
+        ...
+
 
 @dataclass
 class Critic:
@@ -144,6 +154,15 @@ class FlowBatch:
     text_ids: list[list[int]] | None
     weight: float
     flops: int
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        text = {} if self.text is None else {"text embedding": self.text.tokens}
+        return {"latents": self.pack.tokens, **text}
+
+    @property
+    def noise_level(self) -> float | None:
+        return float(self.pack.levels.max())
 
 
 class FlowModule(nn.Module):

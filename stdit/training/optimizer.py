@@ -32,6 +32,9 @@ class OptimizerConfig:
 
     weight_decay acts on matrices only: not on biases, norms and modulation tables. options: further arguments of the
     optimizer, by its own names.
+
+    max_skipped_steps: a step whose loss or gradient is not finite updates nothing; after so many in a row the next such
+    step stops the run.
     """
 
     name: str = "adamw"
@@ -39,6 +42,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0
+    max_skipped_steps: int = 3
     ema: EmaConfig = field(default_factory=EmaConfig)
     options: dict[str, Any] = field(default_factory=dict)
 

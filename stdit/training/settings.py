@@ -24,6 +24,7 @@ from stdit.training.schedule import ScheduleConfig
 # On resume only these may differ: nothing in them changes what is computed.
 MAY_DIFFER = (
     "log.", "eval.", "checkpoint.", "parallel.", "run.path", "schedule.steps", "data.workers", "data.prefetch",
+    "optimizer.max_skipped_steps",
     "data.timeout", "data.verify", "data.keep_gb",
 )  # fmt: skip
 

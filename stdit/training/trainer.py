@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,7 @@ import stdit
 from stdit.data.storage import STORAGE
 from stdit.errors import Interrupted, StditError
 from stdit.heartbeat import HEARTBEAT
-from stdit.training import checkpoint, export
+from stdit.training import checkpoint, export, non_finite
 from stdit.training.build import Parts, build
 from stdit.training.checkpoint import Checkpoint
 from stdit.training.ema import Ema
@@ -66,6 +67,7 @@ class Trainer:
         self.failures: dict[str, dict[str, Any]] = {}  # by clip id, of all ranks up to when they last shared them
         self.unshared = 0  # failures that only this rank knows of
         self.window: list[Tensor] = []  # this rank's share of the losses since the last line of metrics
+        self.skipped = 0  # steps in a row that were not finite and updated nothing
         self.stop_signal: int | None = None
 
     @property
@@ -106,6 +108,7 @@ class Trainer:
         if self.resumed is not None:
             self.resumed.load_state(self.engine, self.ema, self.critic)
             self.failures = dict(self.resumed.state["failures"])
+            self.skipped = self.resumed.state.get("skipped", 0)
             loss = self.resumed.state["window"]
             self.window = [torch.tensor(one if world.is_main else 0.0, dtype=torch.float64) for one in loss]
         module.train()
@@ -132,7 +135,10 @@ class Trainer:
                 clock.waited()
                 done = self.accumulate(step)
                 norm, rate = self.update()
-                self.window.append(done.loss)
+                if math.isfinite(norm):
+                    self.window.append(done.loss)
+                else:
+                    self._skip(log, step, norm)
                 clock.count(done.tokens, done.flops)
                 if self.step % config.log.every == 0 or self.step == config.schedule.steps:
                     self._log(log, progress, clock, step, norm, rate, done.critic)
@@ -157,8 +163,8 @@ class Trainer:
 
     def accumulate(self, step: Step) -> Done:
         """Forward and backward of all micro-steps: the gradient of the step's exact loss is then in the engine."""
-        config, world, objective = self.config, self.world, self.parts.objective
-        key = StepKey(config.run.seed, step.epoch, step.index, step.clips, self.step)
+        world, objective = self.world, self.parts.objective
+        key = self._key(step)
         self._note_failures(step)
         mine = sum(objective.weight(examples, key) for examples in step.examples)
         signals = [self.stop_signal == signal.SIGINT, self.stop_signal not in (None, signal.SIGINT)]
@@ -185,12 +191,16 @@ class Trainer:
         stop = int(signal.SIGTERM) if ended else int(signal.SIGINT) if interrupted else 0
         return Done(total / weight, tokens, flops, stop, None if critic is None else against / weight)
 
+    def _key(self, step: Step) -> StepKey:
+        return StepKey(self.config.run.seed, step.epoch, step.index, step.clips, self.step)
+
     def _critic_in_this_step(self) -> Engine | None:
         described = self.parts.objective.critic
         return self.critic if described is not None and self.step >= described.start else None
 
     def update(self) -> tuple[float, float]:
-        """The optimizer's step and the average's. Returns the gradient's norm before clipping, and the rate."""
+        """The optimizer's step and the average's. Returns the gradient's norm before clipping, and the rate. Where the
+        norm is not finite, which all ranks see alike, the weights and their average stay as they are."""
         factor = self.config.schedule.factor(self.step)
         rate = self.config.optimizer.lr * factor
         norm = self.engine.step(rate)
@@ -198,11 +208,25 @@ class Trainer:
             assert self.parts.objective.critic is not None
             norm += 0.0 * critic.step(self.parts.objective.critic.optimizer.lr * factor)  # not finite if that is not
         self.step += 1
-        if not math.isfinite(norm):  # all ranks have the same: none of them saves
-            raise self._diverged(f"the gradient's norm is {norm}")
-        if self.ema is not None:
+        finite = math.isfinite(norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        if finite and self.ema is not None:
             self.ema.update(self.step)
         return norm, rate
+
+    def _skip(self, log: MetricsLog | None, step: Step, norm: float) -> None:
+        """Names the clips of a step that was not finite; raises if too many steps in a row were."""
+        HEARTBEAT.doing(f"step {self.step} is not finite: running its clips alone")
+        key = replace(self._key(step), done=self.step - 1)
+        parts = self.parts
+        clips = non_finite.find_clips(step, key, parts.objective, self.engine, parts.manifest, self.world)
+        if log is not None:
+            log.write("skipped", self.step, epoch=step.epoch, grad_norm=norm, in_a_row=self.skipped, clips=clips)
+        told = f"the gradient's norm is {norm}. {non_finite.describe(clips, step.clips)}"
+        if self.skipped > self.config.optimizer.max_skipped_steps:
+            of_clips = 0 < len(clips) < step.clips or any(clip["fault"] != non_finite.LOSS for clip in clips)
+            raise self._diverged(f"{told}\n{self.skipped} steps in a row: stopped", of_clips)
+        self.say(f"step {self.step} updates nothing: {told}")
 
     def _log(
         self,
@@ -217,11 +241,12 @@ class Trainer:
         mine = [sum(float(one) for one in self.window), clock.tokens, clock.flops, self.unshared, STORAGE.retries]
         mine += [] if critic is None else [float(critic)]
         sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
-        loss = sums[0] / len(self.window)
+        loss = sums[0] / len(self.window) if self.window else math.nan
+        diverged = self.window and not math.isfinite(loss)
         self.window = []
         if sums[3]:
             self._share_failures()
-        if not math.isfinite(loss):
+        if diverged:
             raise self._diverged(f"the loss is {loss}")
         values = clock.rates(int(sums[1]), int(sums[2]), self.peak * self.world.size)
         values |= {} if critic is None else {"critic_loss": sums[5]}
@@ -232,13 +257,15 @@ class Trainer:
                 failed=len(self.failures), storage_retries=int(sums[4]), **values,
             )  # fmt: skip
 
-    def _diverged(self, what: str) -> StditError:
+    def _diverged(self, what: str, of_clips: bool = False) -> StditError:
+        """of_clips: only some of the step's clips are at fault, not the training."""
         found = Checkpoint.latest(self.folder)
         kept = f"{found.path} is from before" if found else "nothing was saved"
+        remedy = "a lower optimizer.lr, optimizer.clip set, a longer schedule.warmup, or run.precision=fp32"
         return StditError(
             f"step {self.step}: {what}. {kept}; going on from it would end here again, and a run keeps its settings. "
-            f"Start another with run=PATH and a lower optimizer.lr, optimizer.clip set, a longer schedule.warmup, or "
-            f"run.precision=fp32."
+            + f"Start another with run=PATH and {'a manifest without these clips' if of_clips else remedy}"
+            + (", or go on with a higher optimizer.max_skipped_steps." if of_clips else ".")
         )
 
     def _open_log(self) -> MetricsLog | None:
@@ -287,6 +314,7 @@ class Trainer:
             "plan": self.parts.plan_hash,
             "window": window.tolist(),
             "failures": self.failures,
+            "skipped": self.skipped,
             "base": self.base,
             "config": to_dict(self.config),
         }

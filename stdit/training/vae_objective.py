@@ -36,6 +36,12 @@ class VaeBatch:
     adversarial: bool
     made: list[Tensor] = field(default_factory=list)
 
+    noise_level = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {"pixels": self.groups[0][0]} if self.groups else {}
+
 
 class CriticModule(nn.Module):
     """Learns to tell a batch's clips from what the VAE made of them."""

@@ -17,24 +17,22 @@ from typing import Any
 import pytest
 import torch
 from children import LIMIT, Child
+from tiny_runs import ALONE, check_lines, losses, make_quick, same_weights
 
 from stdit.config import load_config
 from stdit.data.loader import Loader
 from stdit.errors import Interrupted, StditError
-from stdit.evaluation import report
 from stdit.training import export
-from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.build import build, open_caches
 from stdit.training.checkpoint import Checkpoint
 from stdit.training.feed import Feed, Step
-from stdit.training.metrics import SCHEMA, MetricsLog, read_metrics
+from stdit.training.metrics import MetricsLog, read_metrics
 from stdit.training.objective import FlowObjective
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
 from stdit.training.run import dry_run, run
 
-ALONE = World(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,12 +44,6 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     make_quick(monkeypatch)
     yield
     torch.set_num_threads(before)
-
-
-def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "measure_peak", lambda *args: 1e12)
-    monkeypatch.setattr(run_module, "draw", lambda *args: None)
-    monkeypatch.setattr(report, "write_report", lambda folder: folder)
 
 
 def train(tiny: Path, folder: Path, *overrides: str, config: str = "flow") -> None:
@@ -68,17 +60,6 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(folder, "train")}
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    states = [Checkpoint.latest(folder) for folder in (one, other)]
-    assert all(state is not None and state.step == 8 for state in states)
-    files = [[(p.name, p.read_bytes()) for p in sorted(state.path.glob("*.safetensors"))] for state in states if state]
-    return files[0] == files[1]
-
-
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert list(losses(whole)) == list(range(1, 9))
     samples = [line["samples"] for line in read_metrics(whole, "eval")]
@@ -90,21 +71,6 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
 
     frames = Pipeline.load(whole / "model")("a red circle", steps=1)
     assert frames.shape == (5, 32, 48, 3)
-
-
-def test_what_is_not_finite_is_never_saved(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = trainer_module.Trainer.update
-
-    def spoil(self: trainer_module.Trainer) -> Any:
-        if self.step == 1:
-            next(p for p in self.engine.flats if p.grad is not None).grad.fill_(float("nan"))
-        return update(self)
-
-    monkeypatch.setattr(trainer_module.Trainer, "update", spoil)
-    with pytest.raises(StditError, match=r"step 2: the gradient's norm is nan.*step-00000001 is from before.*run=PATH"):
-        train(tiny, tmp_path / "run", "checkpoint.every=1", "log.every=5")
-    found = Checkpoint.latest(tmp_path / "run")
-    assert found is not None and found.step == 1
 
 
 def test_the_exported_weights_are_the_average(whole: Path) -> None:
@@ -418,35 +384,6 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
 def test_mistakes_end_before_training(tiny: Path, tmp_path: Path, overrides: list[str], words: str) -> None:
     with pytest.raises(StditError, match=words):
         train(tiny, tmp_path / "run", *overrides)
-
-
-def check_lines(folder: Path) -> None:
-    """Every line of metrics.jsonl against the committed schema (the parts of JSON Schema that it uses)."""
-    schema = json.loads(SCHEMA.read_text())
-    kinds = {"integer": int, "number": (int, float), "string": str, "array": list, "null": type(None)}
-
-    def valid(rule: Any, value: Any) -> bool:
-        if rule is True:
-            return True
-        if ("const" in rule and value != rule["const"]) or ("enum" in rule and value not in rule["enum"]):
-            return False
-        wanted = rule.get("type", [])
-        if wanted and not any(
-            isinstance(value, kinds[one]) for one in ([wanted] if isinstance(wanted, str) else wanted)
-        ):
-            return False
-        return value is None or "minimum" not in rule or value >= rule["minimum"]
-
-    def fits(rule: dict[str, Any], line: dict[str, Any]) -> bool:
-        rest = rule.get("additionalProperties", True)
-        return set(rule.get("required", [])) <= set(line) and all(
-            valid(rule["properties"][name], value) if name in rule["properties"] else rest and valid(rest, value)
-            for name, value in line.items()
-        )
-
-    for line in read_metrics(folder):
-        assert fits({key: schema[key] for key in ("required", "properties")}, line), line
-        assert sum(fits(rule, line) for rule in schema["oneOf"]) == 1, line
 
 
 def test_metrics_follow_their_schema(whole: Path) -> None:
