@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from stdit.data.isolated import GRACE, Worker
 from stdit.data.pixels import Limits, VideoError, check_file, file_sha256, strange_file
+from stdit.data.scenes import LEAST
 from stdit.data.storage import STORAGE, StorageError
 
 Opened = Callable[[str], AbstractContextManager[str]]
@@ -23,6 +24,7 @@ class Span(NamedTuple):
     start: float
     end: float
     frames: int
+    fps: float
 
     @property
     def key(self) -> str:
@@ -42,7 +44,7 @@ class Probed:
     sha256: str | None
     reason: str | None = None
     message: str | None = None
-    scenes: list[tuple[float, float, int]] | None = None
+    scenes: list[tuple[float, float, int, float]] | None = None
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -59,8 +61,12 @@ class Wanted:
         probe = found.probe
         assert probe is not None
         if self.scenes and found.scenes:
-            return [Span(*scene) for scene in found.scenes]
-        return [Span(round(probe["start"], 6), round(probe["end"], 6), probe["frames"])]
+            return [scene for scene in map(Span._make, found.scenes) if scene.frames >= LEAST]
+        return [Span(round(probe["start"], 6), round(probe["end"], 6), probe["frames"], probe["fps"])]
+
+    def flashes(self, found: Probed) -> list[Span]:
+        """What lies between two cuts and is too short for a clip."""
+        return [scene for scene in map(Span._make, (self.scenes and found.scenes) or []) if scene.frames < LEAST]
 
     def lacks_scenes(self, found: Probed) -> bool:
         return self.scenes and found.probe is not None and found.probe["frames"] > 1 and found.scenes is None
@@ -151,13 +157,18 @@ def _look(worker: Worker, local: str, wanted: Wanted, timeout: float, found: Pro
         if "reason" in answer:
             raise VideoError(found.path, answer["reason"], answer["message"])
         found = replace(found, scenes=answer["scenes"])
-    scores, limits = {}, asdict(Limits(seconds=timeout))
+    scores = {}
     for span in wanted.lacks_scores(found):
         try:
-            scores[span.key], _ = worker.call("score", local, timeout, **span._asdict(), limits=limits)
+            scores[span.key] = _score(worker, local, timeout, span)
         except VideoError as error:
             scores[span.key] = {"reason": error.reason, "message": error.message}
     return replace(found, scores={**found.scores, **scores})
+
+
+def _score(worker: Worker, local: str, timeout: float, span: Span) -> dict[str, Any]:
+    where: dict[str, Any] = {"start": span.start, "end": span.end, "frames": span.frames}
+    return worker.call("score", local, timeout, **where, limits=asdict(Limits(seconds=timeout)))[0]
 
 
 def probe_and_hash(path: str, verify_pixels: int, limits: Limits) -> dict[str, Any]:

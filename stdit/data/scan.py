@@ -22,12 +22,13 @@ from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write
 from stdit.data.paths import is_remote
 from stdit.data.probing import Opened, Probed, Span, Wanted, probe_files
 from stdit.data.remembered import Memory, absolute, remembered
-from stdit.data.scenes import check_available
+from stdit.data.scenes import LEAST, check_available
 from stdit.data.storage import STORAGE, StorageError
 from stdit.data.video_io import VERIFY_PIXELS
 from stdit.errors import StditError, about
 from stdit.files import publish_text
 
+FLASHES = 5  # stretches between cuts that a message tells the place of
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -193,7 +194,9 @@ class _Found:
                 continue
             if damage := result.probe["damage"]:
                 self.damaged.append(Skipped(file.name, "damaged", f"{damage} The frames before that are used."))
-            spans = self.memory.wanted.spans(result)
+            spans, flashes = self.memory.wanted.spans(result), self.memory.wanted.flashes(result)
+            if flashes:
+                self.skipped.append(Skipped(file.name, "short_scene", _between_cuts(flashes, not spans)))
             for span in spans:
                 clip = _clip(result, span, captions)
                 name = file.name if len(spans) == 1 else f"{file.name} from {span.start:.2f} s"
@@ -216,6 +219,14 @@ class _Found:
         return [
             Skipped(self.names[clip], "repeat", f"looks like {self.names[first]}.") for clip, first in both if first
         ]
+
+
+def _between_cuts(flashes: Sequence[Span], all_of_it: bool) -> str:
+    where = ", ".join(f"{span.start:.2f}" for span in flashes[:FLASHES]) + (", …" if len(flashes) > FLASHES else "")
+    what = "is nothing but" if all_of_it else "has"
+    return (
+        f"{what} stretches of fewer than {LEAST} frames between cuts, which are left out: {len(flashes)}, at {where} s."
+    )
 
 
 def skipped_path(out: str | Path) -> Path:
@@ -266,7 +277,7 @@ def _clip(result: Probed, span: Span, captions: tuple[Caption, ...]) -> Clip:
         path=absolute(result.path),
         captions=captions,
         frames=span.frames,
-        fps=found["fps"],
+        fps=span.fps,
         width=found["width"],
         height=found["height"],
         start=span.start,
