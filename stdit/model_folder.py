@@ -210,6 +210,7 @@ def add_loras(
     transformer: STDiT | Experts,
     loras: Sequence[tuple[str | Path, float]],
     loras_2: Sequence[tuple[str | Path, float]] = (),
+    partly: bool = False,
 ) -> None:
     """Merges LoRA files, each with its weight: all of them or, on an error, none. See `Pipeline.add_loras`."""
     two = isinstance(transformer, Experts)
@@ -228,7 +229,7 @@ def add_loras(
         if not two:
             raise StditError(f"{path}: is meant for the second of two experts; these weights are one transformer.")
         wanted.append((low, path, weight))
-    read = [(model, read_adapter(path, model.config), weight) for model, path, weight in wanted]
+    read = [(model, read_adapter(path, model.config, partly), weight) for model, path, weight in wanted]
     for expert in dict.fromkeys((high, low)):
         merge(expert, [(adapter, weight) for model, adapter, weight in read if model is expert])
 

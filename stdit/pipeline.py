@@ -439,15 +439,19 @@ class Pipeline:
         return make_solver(config, request.steps, shift, shape=shape, latent=shape.latent(self.vae.config.stride))
 
     def add_loras(
-        self, loras: Sequence[tuple[str | Path, float]], loras_2: Sequence[tuple[str | Path, float]] = ()
+        self,
+        loras: Sequence[tuple[str | Path, float]],
+        loras_2: Sequence[tuple[str | Path, float]] = (),
+        partly: bool = False,
     ) -> None:
         """Merges LoRA files, each with its weight, into the transformer: all of them or, on an error, none.
 
         Of two experts (Wan 2.2 A14B) `loras` go into the one for high noise, as diffusers' load_lora_weights puts them
         into `transformer`, and `loras_2` into the other; a model folder with an adapter for each goes into both.
         In fp32, rounded once to the transformer's dtype. To be rid of them, load the folder again.
+        partly: leave out, with a warning, what is for layers that the transformer does not have; otherwise an error.
         """
-        add_loras(self.transformer, loras, loras_2)
+        add_loras(self.transformer, loras, loras_2, partly)
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -83,6 +84,9 @@ def sample(
         list[str] | None,
         typer.Option("--lora-2", metavar="FILE[:WEIGHT]", help="For the low-noise expert, where there are two."),
     ] = None,
+    lora_partly: Annotated[
+        bool, typer.Option("--lora-partly", help="Use LoRAs without what is for layers that the model does not have.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     memory: Annotated[int | None, MEMORY] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
@@ -144,7 +148,11 @@ def sample(
     HEARTBEAT.doing(f"loading {model}")
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
     pipeline.vae.memory = memory
-    pipeline.add_loras(loras, loras_2)
+    with warnings.catch_warnings(record=True) as left_out:
+        warnings.simplefilter("always")
+        pipeline.add_loras(loras, loras_2, lora_partly)
+    for warning in left_out:
+        typer.echo(warning.message, err=True)
     fps = float(pipeline.settings.fps if fps is None else fps)
     if ratio is None and wanted is None and source is not None:
         ratio = _source_ratio(source)
@@ -172,6 +180,7 @@ def sample(
         "model_hash": content_hash(_places(model)),
         "lora_hashes": [[content_hash([file]), weight] for file, weight in (*loras, *loras_2)],
         "known_hash": frames_hash(known), "stdit": __version__,
+        "lora_partly": lora_partly,
     }  # fmt: skip
     make_folder(out)
     clips = [ClipFiles(out, text, number, settings) for text, number in zip(texts, indices)]

@@ -118,6 +118,8 @@ class ClipFiles:
                 words.append(f"--video-frames={value}")
             elif key == "dtype_option" and value is not None:
                 words.append(f"--dtype={value}")
+            elif isinstance(value, bool):  # a flag
+                words += [option] if value else []
             elif key not in _NO_OPTION and value is not None and isinstance(value, str | int | float):
                 words.append(f"{option}={value}")
         return shlex.join(words)

@@ -55,8 +55,12 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, made if it is not there.")],
     layout: Annotated[
-        str, typer.Option(help='"diffusers", "original" (a release\'s) or "comfyui"; a LoRA also "peft" or "kohya".')
-    ] = "diffusers",
+        str,
+        typer.Option(
+            help='"diffusers", "original" (a release\'s) or "comfyui"; a LoRA also "common", "kohya" or "peft". '
+            "Unset: diffusers; of a LoRA common, which most programs read."
+        ),
+    ] = "",
     dtype: Annotated[str, typer.Option(help="bf16 or fp32; otherwise, and for adapters, as they are stored.")] = "",
     model: _Model = None,
     trust_pickle: _Pickle = False,
@@ -84,12 +88,14 @@ def convert(
         if model is None:
             raise StditError(f"{source}: is an adapter; say by --model which model it is for: its sizes are needed.")
         config = io.find("transformer", model, trust_pickle).config
+        layout = lora_files.ALIASES.get(layout, layout) or "common"
         adapter = lora_files.read_adapter(source, config)
         place = out if out.suffix == ".safetensors" else out / lora_files.FILES.get(layout, "lora.safetensors")
         if place.exists() and place.samefile(source):
             raise StditError(f"{place}: is the adapter itself, which would be replaced. Write to another file.")
         lora_files.write_adapter(adapter, place, config, layout)
         return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
+    layout = layout or "diffusers"
     if layout not in io.LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(io.LAYOUTS)}.")
     import torch

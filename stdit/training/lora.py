@@ -30,12 +30,13 @@ class LoraConfig:
     """alpha / rank scales what an adapter adds. targets: patterns (* and ?) of the linear layers, by our names; unset:
     all of attention and MLP. layout: of the exported file (stdit/weights/lora_files.py). merged: export the whole
     model folder too, with the adapter in its weights.
+    Of Cosmos, whose common layout diffusers does not read, there is a second file in diffusers' own.
     """
 
     rank: int = 16
     alpha: float = 16.0
     targets: list[str] = field(default_factory=lambda: ["*blocks.*_attn.*", "*blocks.*.ffn.*"])
-    layout: Literal["diffusers", "peft", "original", "kohya"] = "diffusers"
+    layout: Literal["common", "original", "kohya", "diffusers", "peft"] = "common"
     merged: bool = False
 
     def __post_init__(self) -> None:
@@ -91,8 +92,12 @@ def export_adapters(
         places = expert_adapter_places(folder)
     else:
         places = {"": expert_adapter_places(folder)[expert]}
+    files = {FILES[config.layout]: config.layout}
+    if config.layout == "common" and model.family == "cosmos":
+        files = {"lora.safetensors": "common", FILES["diffusers"]: "diffusers"}
     for name, place in places.items():
-        write_adapter(adapter_of(weights, config, name), place / FILES[config.layout], model, config.layout)
+        for file, layout in files.items():
+            write_adapter(adapter_of(weights, config, name), place / file, model, layout)
 
 
 def merge_lora(module: nn.Module) -> None:

@@ -1,12 +1,14 @@
 """LoRA files as other programs write them: diffusers and peft, ComfyUI, kohya's sd-scripts and musubi-tuner.
 
+    common     diffusion_model.blocks.0.self_attn.q.lora_A.weight            alpha / rank is in B: no reader can miss it
+    original   diffusion_model.blocks.0.self_attn.q.lora_down.weight, …alpha
+    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight, …alpha              what musubi-tuner takes as it is
     diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight       alpha in the metadata (lora_adapter_metadata)
     peft       base_model.model.blocks.0.attn1.to_q.lora_A.weight          alpha in adapter_config.json beside it
-    original   diffusion_model.blocks.0.self_attn.q.lora_down.weight, …alpha           what ComfyUI reads
-    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight, …alpha
 
-Those are the layouts that are written. Any mixture of prefix, ending and dialect is read, as long as every name is one
-of the model's: names joined by underscores are compared with those of the model's own tensors, never taken apart.
+Those are the layouts that are written. The common one, diffusion-pipe's, is what most programs read (a table is in
+docs/open-weights.md). Any mixture of prefix, ending and dialect is read, as long as every name is one of the model's:
+names joined by underscores are compared with those of the model's own tensors, never taken apart.
 Without an alpha an adapter is added as it is (alpha is the rank), as diffusers and ComfyUI do.
 """
 
@@ -16,9 +18,10 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,23 +38,30 @@ if TYPE_CHECKING:
     from stdit.models.config import TransformerConfig
     from stdit.weights.adapters import Adapter, Pair
 
-LAYOUTS = ("diffusers", "peft", "original", "kohya")
+LAYOUTS = ("common", "original", "kohya", "diffusers", "peft")
+ALIASES = {"comfyui": "common", "diffusion-pipe": "common"}
 FILES = {
+    "common": "pytorch_lora_weights.safetensors",  # which diffusers looks for in a folder
     "diffusers": "pytorch_lora_weights.safetensors",
     "peft": "adapter_model.safetensors",
     "original": "lora.safetensors",  # any name would do
     "kohya": "lora.safetensors",
 }
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
-_JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")  # before names whose dots became underscores
+_PREFIXES = (
+    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.", "dit.", "unet.",
+)  # fmt: skip
+# before names whose dots became underscores; VideoX-Fun's has two at its end
+_JOINED = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 _PARTS = {
-    "down": r"lora_A(?:\.default)?\.weight|lora_down\.weight|lora\.down\.weight",
-    "up": r"lora_B(?:\.default)?\.weight|lora_up\.weight|lora\.up\.weight",
-    "up_bias": r"lora_B(?:\.default)?\.bias",
+    "down": r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight",  # with peft's name of the adapter
+    "up": r"lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight",
+    "up_bias": r"lora_B(?:\.\w+)?\.bias",
     "alpha": r"alpha",
-    "diff": r"diff",
-    "diff_b": r"diff_b",
+    "diff": r"diff|w_norm",
+    "diff_b": r"diff_b|b_norm",
+    "diff_m": r"diff_m",  # of a modulation, in lightx2v's files
 }
+_OTHERS = re.compile(r"(transformer_2|text_encoders?\w*|lora_te\d?_\w+)\b")  # models beside the transformer
 _NAME = re.compile(r"(.+)\.(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _PARTS.items()) + ")")
 _REFUSED = {
     r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
@@ -62,6 +72,7 @@ _REFUSED = {
     r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
     r"\.(set_weight|reshape_weight)$": "a patch that replaces weights",
 }
+_PARTLY = "to use the rest of it, ask for it: --lora-partly, or `partly=True`"
 _OTHER_BASE = re.compile(r"pissa|olora|corda|loftq")  # starts of training that change the weights below the adapter
 
 
@@ -70,13 +81,15 @@ class LoraFile:
     """An adapter's file, its names taken apart; no tensor read.
 
     modules: what is adapted, as the file names it without its prefix: which of _PARTS: the tensor's name. joined:
-    names have underscores for dots. settings: peft's, if it says them.
+    names have underscores for dots. settings: peft's, if it says them. others: names of tensors for other models,
+    which are left out.
     """
 
     files: TensorFiles
     modules: dict[str, dict[str, str]]
     joined: bool
     settings: dict[str, Any]
+    others: tuple[str, ...] = ()
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -125,18 +138,23 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return any(_NAME.fullmatch(name) or re.search("|".join(_REFUSED), name) for name in names)
 
 
-def open_adapter(path: str | os.PathLike[str]) -> LoraFile:
-    """An adapter's file, every name understood and every pair whole, or a StditError that says what is not."""
+def open_adapter(path: str | os.PathLike[str], partly: bool = False) -> LoraFile:
+    """An adapter's file, every name understood and every pair whole, or a StditError that says what is not.
+
+    partly: leave out tensors for other models (a text encoder, a second transformer), where it is an error else.
+    """
     files = open_file(_place(path))
     for name in files.entries:
         for pattern, kind in _REFUSED.items():
             if re.search(pattern, name):
                 raise StditError(f"{files.path}: holds {kind} ({name}), which stdit does not read; it reads LoRA.")
-        if re.match(r"(transformer_2|text_encoder\w*|lora_te\d?_\w+)\b", name):
-            raise StditError(
-                f"{files.path}: holds an adapter for another model beside or instead of the transformer ({name}). "
-                "Split it, so that the file has the transformer's tensors alone."
-            )
+    others = tuple(name for name in files.entries if _OTHERS.match(name))
+    if others and not partly:
+        raise StditError(
+            f"{files.path}: holds an adapter for another model beside or instead of the transformer ({others[0]}). "
+            f"Split it, so that the file has the transformer's tensors alone; {_PARTLY}."
+        )
+    files = TensorFiles(files.path, {n: e for n, e in files.entries.items() if n not in others}, files.metadata)
     while (inner := files.without_prefix(_PREFIXES)) is not files:
         files = inner
     joined = False
@@ -149,35 +167,45 @@ def open_adapter(path: str | os.PathLike[str]) -> LoraFile:
                 f"{files.path}: {files.prefix}{name} is not part of a LoRA, whose tensors end in lora_A.weight and "
                 "lora_B.weight, or lora_down.weight, lora_up.weight and alpha."
             )
-        part = next(part for part in _PARTS if found[part])
-        if part in modules.setdefault(found[1], {}):
-            raise StditError(f"{files.path}: {files.prefix}{found[1]} has two tensors for {part}.")
-        modules[found[1]][part] = name
+        module, part = found[1], next(part for part in _PARTS if found[part])
+        if part == "diff_m":
+            module, part = f"{module}{'_' if joined else '.'}modulation", "diff"
+        if part in modules.setdefault(module, {}):
+            raise StditError(f"{files.path}: {files.prefix}{module} has two tensors for {part}.")
+        modules[module][part] = name
     if not modules:
-        raise StditError(f"{files.path}: holds no tensors.")
+        raise StditError(f"{files.path}: holds no tensors{' for a transformer' if others else ''}.")
     for parts in modules.values():
         for part, other in {"down": "up", "up": "down", "alpha": "down", "up_bias": "up"}.items():
             if part in parts and other not in parts:
                 raise StditError(f"{files.path}: {files.prefix}{parts[part]} has no lora_{other} beside it.")
         if "down" in parts and min(len(files.shapes[parts["down"]]), len(files.shapes[parts["up"]])) < 2:
             raise StditError(f"{files.path}: {files.prefix}{parts['down']} and its lora_up must be matrices.")
-    return LoraFile(files, modules, joined, _settings(files))
+    return LoraFile(files, modules, joined, _settings(files), others)
 
 
-def read_adapter(path: str | os.PathLike[str], config: TransformerConfig) -> Adapter:
+def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly: bool = False) -> Adapter:
     """An adapter for a model of this config, under our names.
 
     Raises StditError that names the file and the tensor where anything is unknown to this model, missing, misshaped,
     not finite, or of a kind that stdit does not read. Nothing is read before all names and shapes are checked.
+    partly: leave out what is for layers that this model does not have, with a warning that says what.
     """
     from stdit.weights.adapters import Adapter, Pair, to_native
 
-    found = open_adapter(path)
-    table, names = fitted(found, config)
+    found = open_adapter(path, partly)
+    table, names = fitted(found, config, partly)
+    left_out = [*found.others, *(module for module in found.modules if module not in names)]
+    if left_out:
+        warnings.warn(
+            f"{found.files.path}: {len(names)} layers are adapted; left out, since this model does not have them: "
+            f"{_kinds(left_out)}.",
+            stacklevel=2,
+        )
     pairs: dict[str, Pair] = {}
     differences: dict[str, Tensor] = {}
-    for module, parts in found.modules.items():
-        name = names[module]
+    for module, name in names.items():
+        parts = found.modules[module]
         if "down" in parts:
             shape = table.foreign_shapes[name]
             down = _tensor(found, parts["down"]).reshape(-1, *shape[1:])
@@ -192,7 +220,7 @@ def read_adapter(path: str | os.PathLike[str], config: TransformerConfig) -> Ada
 
 
 def write_adapter(
-    adapter: Adapter, path: str | os.PathLike[str], config: TransformerConfig, layout: str = "diffusers"
+    adapter: Adapter, path: str | os.PathLike[str], config: TransformerConfig, layout: str = "common"
 ) -> None:
     """Writes an adapter under our names for a model of this config to a safetensors file, in one of LAYOUTS.
 
@@ -200,8 +228,9 @@ def write_adapter(
     """
     from stdit.weights.adapters import to_foreign
 
+    layout = ALIASES.get(layout, layout)
     if layout not in LAYOUTS:
-        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
+        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join((*LAYOUTS, *ALIASES))}.")
     path, plain = Path(path), layout in ("diffusers", "peft")
     there = to_foreign(adapter, table_of(config, "diffusers" if plain else "original")[1])
     modules = {name.removesuffix(".weight"): pair for name, pair in there.pairs.items()}
@@ -211,7 +240,7 @@ def write_adapter(
         if there.differences:
             raise StditError(
                 f"{path}: the adapter changes {next(iter(there.differences))} as a whole, which diffusers' LoRA files "
-                "have no place for: write layout 'original'."
+                "have no place for: write layout 'common'."
             )
         prefix, settings = "base_model.model", _peft_settings(modules)
         if layout == "peft":
@@ -226,6 +255,10 @@ def write_adapter(
     else:
         for module, pair in modules.items():
             start = _start(module, layout)
+            if layout == "common":
+                tensors[f"{start}.lora_A.weight"] = pair.down
+                tensors[f"{start}.lora_B.weight"] = _as_kernel(_unscaled(pair))
+                continue
             tensors[f"{start}.lora_down.weight"] = pair.down
             tensors[f"{start}.lora_up.weight"] = _as_kernel(pair)
             tensors[f"{start}.alpha"] = pair.up.new_tensor(pair.alpha)
@@ -270,8 +303,11 @@ def _settings(files: TensorFiles) -> dict[str, Any]:
     return found
 
 
-def fitted(found: LoraFile, config: TransformerConfig) -> tuple[Table, dict[str, str]]:
-    """The table of the dialect that has all of a file's names, and the weights that they are; shapes are checked."""
+def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> tuple[Table, dict[str, str]]:
+    """The table of the dialect that has a file's names, and the weights that they are; shapes are checked.
+
+    partly: names that it does not have are absent, unless all are.
+    """
     best: tuple[Table, dict[str, str]] | None = None
     for dialect in ("original", "diffusers"):
         try:
@@ -284,16 +320,23 @@ def fitted(found: LoraFile, config: TransformerConfig) -> tuple[Table, dict[str,
     assert best is not None
     table, names = best
     unknown = [module for module in found.modules if module not in names]
-    if unknown:
+    if unknown and not (partly and names):
         known = [name.removesuffix(".weight") for name in table.foreign_shapes]
         raise StditError(
             f"{found.files.path}: adapts {len(unknown)} layers that this {family.FAMILY} of {config.layers} blocks "
-            f"does not have, such as {found.files.prefix}{unknown[0]}.{nearest_name(unknown[0], known)} For which "
-            f"family it is tells `stdit weights inspect {found.files.path}`."
+            f"does not have, such as {found.files.prefix}{unknown[0]}.{nearest_name(unknown[0], known)} It has "
+            f"{len(names)} of the file's {len(found.modules)}; it does not have {_kinds(unknown)}. For which family it "
+            f"is tells `stdit weights inspect {found.files.path}`{f'; {_PARTLY}' if names else ''}."
         )
-    for module, parts in found.modules.items():
-        _check_shapes(found, module, parts, names[module], table.foreign_shapes)
+    for module, name in names.items():
+        _check_shapes(found, module, found.modules[module], name, table.foreign_shapes)
     return table, names
+
+
+def _kinds(modules: Iterable[str]) -> str:
+    """Layers with the numbers of their blocks as *, each once: at most eight, then how many more."""
+    kinds = list(dict.fromkeys(re.sub(r"(?<=blocks[._])\d+", "*", module) for module in modules))
+    return ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
 
 
 def _check_shapes(
@@ -335,6 +378,12 @@ def _start(module: str, layout: str) -> str:
     return f"lora_unet_{module.replace('.', '_')}" if layout == "kohya" else f"diffusion_model.{module}"
 
 
+def _unscaled(pair: Pair) -> Pair:
+    """The same with alpha / rank in B: exact for a power of two, else rounded in fp32 whatever B is in."""
+    up = pair.up if math.frexp(pair.scale)[0] == 0.5 or pair.up.dtype.itemsize > 2 else pair.up.float()
+    return replace(pair, up=up * pair.scale, alpha=float(pair.rank))
+
+
 def _as_kernel(pair: Pair) -> Tensor:
     """B as a convolution with a kernel of one where A is a kernel."""
     return pair.up.reshape(*pair.up.shape, *(1,) * (pair.down.ndim - 2))
@@ -343,7 +392,9 @@ def _as_kernel(pair: Pair) -> Tensor:
 def _peft_settings(modules: Mapping[str, Pair]) -> dict[str, Any]:
     """The LoraConfig that says these ranks and alphas; exceptions to the commonest by name."""
     ranks = {module: pair.rank for module, pair in modules.items()}
-    alphas = {module: int(pair.alpha) if pair.alpha.is_integer() else pair.alpha for module, pair in modules.items()}
+    alphas = {
+        module: int(pair.alpha) if float(pair.alpha).is_integer() else pair.alpha for module, pair in modules.items()
+    }
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {

@@ -22,7 +22,7 @@ def describe(path: str | os.PathLike[str], config: TransformerConfig | None = No
 
     config: of the model that it is for; without one, names alone are compared.
     """
-    found = open_adapter(path)
+    found = open_adapter(path, partly=True)
     if config is not None:
         fitted(found, config)
     targets = Counter(re.sub(r"(?<=block)\d+|(?<=[._])\d+(?=[._])", "*", name, count=1) for name in found.modules)
@@ -33,6 +33,7 @@ def describe(path: str | os.PathLike[str], config: TransformerConfig | None = No
         "prefix": found.files.prefix,
         "ranks": dict(sorted(Counter(found.ranks.values()).items())),
         "alphas": dict(sorted(Counter(map(found.alpha, found.ranks)).items())),
+        "for_other_models": len(found.others),
         "differences": sum("diff" in parts or "diff_b" in parts for parts in found.modules.values()),
         "parameters": sum(math.prod(entry.shape) for entry in found.files.entries.values()),
         "dtypes": dict(Counter(entry.dtype for entry in found.files.entries.values())),

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -196,6 +197,15 @@ def test_loras_are_added_with_their_weights(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "out", *words, "--lora", "no.safetensors:1") == 1
     assert "no.safetensors is not a file" in capsys.readouterr().err
     assert run(folder, tmp_path / "out", *words, "--lora", f"{tmp_path / 'a.safetensors'}:inf") == 2
+    deeper = Adapter({name: pair, name.replace("0", "1", 1): pair})  # for a model of two blocks
+    write_adapter(deeper, tmp_path / "c.safetensors", replace(config, layers=2), "kohya")
+    assert run(folder, tmp_path / "part", *words, "--lora", tmp_path / "c.safetensors") == 1
+    assert "--lora-partly" in capsys.readouterr().err
+    assert run(folder, tmp_path / "part", *words, "--lora", tmp_path / "c.safetensors", "--lora-partly") == 0
+    assert "left out, since this model does not have them: blocks_*_ffn_0" in capsys.readouterr().err
+    for out, part in (("part", True), ("with", False)):
+        command = json.loads(next((tmp_path / out).glob("*.json")).read_text())["command"]
+        assert ("--lora-partly" in command.split()) == part
 
 
 def names(folder: Path, suffix: str = "mp4") -> list[str]:

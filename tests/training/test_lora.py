@@ -28,7 +28,7 @@ from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.checkpoint import Checkpoint
 from stdit.training.engine import TorchEngine
-from stdit.training.lora import LoraConfig, adapter_of, add_lora
+from stdit.training.lora import LoraConfig, adapter_of, add_lora, export_adapters
 from stdit.training.optimizer import OptimizerConfig
 from stdit.training.parallel import World
 from stdit.training.run import run
@@ -192,7 +192,8 @@ def test_a_run_goes_on_exactly_and_exports_its_adapter(made):
     adapter = read_adapter(whole / file, base.config)
     averages = adapter_of(saved.weights("ema"), LoraConfig(rank=2, alpha=4))
     assert adapter.pairs.keys() == averages.pairs.keys()
-    assert all(torch.equal(pair.up, averages.pairs[key].up) and pair.up.any() for key, pair in adapter.pairs.items())
+    for key, pair in adapter.pairs.items():  # alpha / rank, here 2, is in B
+        assert torch.equal(pair.up * pair.scale, averages.pairs[key].up * 2) and pair.up.any()
     merge(base, [(adapter, 1.0)])
     stdit.save_transformer(base, made / "merged")
     merged = load_file(whole / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -205,6 +206,30 @@ def test_a_run_goes_on_exactly_and_exports_its_adapter(made):
     weights.write_bytes(content)
     with pytest.raises(StditError, match="goes with other weights"):
         train(made, "parted", "schedule.steps=7")
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_what_is_exported_unasked(name, number, tmp_path):
+    """ComfyUI's names without alphas, where diffusers looks in a folder; of Cosmos each program has a file."""
+    checkpoint(name, number, tmp_path / "base")
+    ours = stdit.load_transformer(tmp_path / "base")
+    add_lora(ours, LoraConfig(rank=3, alpha=4), seed=0)
+    weights = {f"transformer.{key}": torch.randn(t.shape) for key, t in ours.state_dict().items() if ".lora_" in key}
+    export_adapters(weights, tmp_path / "out", ours.config, LoraConfig(rank=3, alpha=4), None)
+    files = {path.name: load_file(path) for path in (tmp_path / "out").iterdir()}
+    assert sorted(files) == ["lora.safetensors", "pytorch_lora_weights.safetensors"][name != "Cosmos-Predict" :]
+    common = files.get("lora.safetensors", files["pytorch_lora_weights.safetensors"])
+    assert all(key.startswith("diffusion_model.") and ".lora_" in key for key in common)
+    if name == "Cosmos-Predict":
+        assert all(key.startswith("transformer.") for key in files["pytorch_lora_weights.safetensors"])
+    wanted = {
+        key: pair.up @ pair.down.flatten(1) * 4 / 3 for key, pair in adapter_of(weights, LoraConfig()).pairs.items()
+    }
+    for file in files:
+        pairs = read_adapter(tmp_path / "out" / file, ours.config).pairs
+        assert pairs.keys() == wanted.keys()
+        for key, pair in pairs.items():
+            torch.testing.assert_close(pair.up @ pair.down.flatten(1) * pair.scale, wanted[key], rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_keeps_adapters_in_fp32_and_any_layout_is_exported(made):

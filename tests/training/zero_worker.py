@@ -41,7 +41,7 @@ def main() -> None:
             if name.startswith("frozen"):
                 settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
             if name.startswith("lora"):
-                settings += ["model.lora={rank: 3, alpha: 5, merged: true}", "text.trained=null"]
+                settings += ["model.lora={rank: 3, alpha: 5, merged: true, layout: diffusers}", "text.trained=null"]
                 settings += [f"text.path={Path(out) / 'text'}"]
                 settings += ["run.precision=bf16"] * ("bf16" in name)
             if source and world.is_main:

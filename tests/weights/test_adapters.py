@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,7 +120,7 @@ def test_what_diffusers_saved_changes_the_output_as_there_and_goes_back(name, nu
         write_adapter(adapter, tmp_path / "back" / PEFT_FILE, ours.config, "peft")
         peft.PeftModel.from_pretrained(other, tmp_path / "back")
     else:
-        write_adapter(adapter, tmp_path / "back" / FILE, ours.config)
+        write_adapter(adapter, tmp_path / "back" / FILE, ours.config, "diffusers")
         other.load_lora_adapter(tmp_path / "back", use_safetensors=True)  # without it diffusers passes over the alphas
     first, second = deltas(theirs), deltas(other)
     assert first.keys() == second.keys()
@@ -130,7 +132,7 @@ def test_what_diffusers_saved_changes_the_output_as_there_and_goes_back(name, nu
 def test_original_names_say_the_same_by_diffusers_own_converters(name, number, tmp_path):
     (theirs, file), ours = adapted(name, number, tmp_path), base(name, number, tmp_path / "base")
     adapter = read_adapter(file, ours.config)
-    for layout in ("original", "kohya"):
+    for layout in ("common", "original", "kohya"):
         write_adapter(adapter, tmp_path / f"{layout}.safetensors", ours.config, layout)
         again = read_adapter(tmp_path / f"{layout}.safetensors", ours.config)
         assert again.pairs.keys() == adapter.pairs.keys() and not again.differences
@@ -184,7 +186,7 @@ def test_an_adapter_of_fused_weights_is_split(tmp_path):
     assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("layout", ["original", "kohya"])
+@pytest.mark.parametrize("layout", ["common", "original", "kohya"])
 def test_wans_files_open_in_diffusers_pipeline(layout, tmp_path):
     """diffusers takes ComfyUI's and musubi's Wan files apart by name, with an alpha for every layer of the blocks."""
     from diffusers.loaders import WanLoraLoaderMixin
@@ -225,7 +227,7 @@ def test_other_ways_to_say_the_scale(kind, tmp_path):
         merge(ours, [(adapter, 1.0)])
         assert relative(*outputs(ours, theirs, "Wan", 0)) <= 1e-4
         with pytest.raises(StditError, match="as a whole, which diffusers' LoRA files have no place for"):
-            write_adapter(adapter, tmp_path / "no.safetensors", ours.config)
+            write_adapter(adapter, tmp_path / "no.safetensors", ours.config, "diffusers")
         return
     state = added(tmp_path / "out.safetensors", ours)
     assert max(relative(state[key], delta) for key, delta in wanted.items()) <= 1e-6
@@ -338,6 +340,122 @@ def test_a_file_tells_what_it_is_without_its_model(name, tmp_path):
     assert is_adapter(file) and not is_adapter(tmp_path / "base")
 
 
+def test_ltx_videos_common_file_opens_in_diffusers_pipeline(tmp_path):
+    """Its converter takes the prefix away and knows no alpha: a file with alphas is refused there."""
+    from diffusers.loaders import LTXVideoLoraLoaderMixin
+
+    (theirs, file), ours = adapted("LTX-Video", 0, tmp_path), base("LTX-Video", 0, tmp_path / "base")
+    adapter = read_adapter(file, ours.config)
+    adapter = Adapter({key: pair for key, pair in adapter.pairs.items() if "_attn." in key or ".ffn." in key})
+    write_adapter(adapter, tmp_path / "out.safetensors", ours.config)
+    state = LTXVideoLoraLoaderMixin.lora_state_dict(str(tmp_path / "out.safetensors"))
+    assert all("lora" in key for key in state)
+    other = fresh("LTX-Video", 0)
+    other.load_lora_adapter(state)
+    first, second = deltas(theirs), deltas(other)
+    assert len(second) == len(adapter.pairs) > 10
+    assert max(relative(second[key], first[key]) for key in second) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [2.0, 0.5, 3.0, 7.3])
+def test_the_common_layout_needs_no_alpha(alpha, dtype, tmp_path):
+    """B·A alone is what is added: no reader can be off by alpha / rank. A power of two is exact in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=generator).to(dtype) for shape in ((4, 12), (12, 4)))
+    config = TransformerConfig(dim=12, heads=2, layers=1, ffn_dim=8, text_dim=4)
+    path = tmp_path / "a.safetensors"
+    for layout in ("common", "comfyui", "diffusion-pipe"):
+        write_adapter(Adapter({"blocks.0.cross_attn.q.weight": Pair(down, up, alpha)}), path, config, layout)
+        found = load_file(path)
+        start = "diffusion_model.blocks.0.cross_attn.q"
+        assert sorted(found) == [f"{start}.lora_A.weight", f"{start}.lora_B.weight"]
+        wanted = up.double() @ down.double() * (alpha / 4)
+        product = found[f"{start}.lora_B.weight"].double() @ found[f"{start}.lora_A.weight"].double()
+        assert relative(product, wanted) <= (0 if alpha in (2.0, 0.5) else 1e-7)
+        assert read_adapter(path, config).pairs["blocks.0.cross_attn.q.weight"].scale == 1
+
+
+I2V = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4, in_channels=36, image_text_dim=6)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet__"])
+def test_lightx2vs_distilled_files_are_read_with_all_they_hold(prefix, tmp_path):
+    """Pairs, and whole differences of biases (diff_b), norms (diff) and modulations (diff_m)."""
+    generator = torch.Generator().manual_seed(0)
+    model = STDiT(I2V)
+    endings = {"diff_b": "bias", "diff_m": "modulation", "diff": "weight"}
+    held = [
+        "blocks.1.self_attn.q.diff_b", "blocks.1.self_attn.norm_q.diff", "blocks.0.cross_attn.norm_k_img.diff",
+        "blocks.0.norm3.diff", "blocks.0.norm3.diff_b", "blocks.0.diff_m", "head.diff_m", "img_emb.proj.0.diff",
+    ]  # fmt: skip
+    changed = {name: re.sub(r"\w+$", lambda ending: endings[ending[0]], name) for name in held}
+    stdit.save_transformer(model, tmp_path / "before", "original")
+    before = load_file(tmp_path / "before" / "diffusion_pytorch_model.safetensors")
+    tensors = {name: torch.randn(before[changed[name]].shape, generator=generator) for name in held}
+    pair = {"down": torch.randn(3, 12, generator=generator), "up": torch.randn(12, 3, generator=generator)}
+    written = tensors | {f"blocks.0.self_attn.v.lora_{part}.weight": tensor for part, tensor in pair.items()}
+
+    def named(name: str) -> str:
+        module = re.sub(r"\.(lora_\w+\.weight|diff\w*)$", "", name)
+        return prefix + (module.replace(".", "_") if "lora_unet" in prefix else module) + name[len(module) :]
+
+    save_file({named(name): tensor for name, tensor in written.items()}, tmp_path / "a.safetensors")
+    merge(model, [(read_adapter(tmp_path / "a.safetensors", I2V), 1.0)])
+    stdit.save_transformer(model, tmp_path / "after", "original")
+    after = load_file(tmp_path / "after" / "diffusion_pytorch_model.safetensors")
+    wanted = {changed[name]: before[changed[name]] + tensor for name, tensor in tensors.items()}
+    wanted["blocks.0.self_attn.v.weight"] = before["blocks.0.self_attn.v.weight"] + pair["up"] @ pair["down"]
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, wanted.get(name, before[name]))
+
+
+PAIR = {"lora_A.weight": torch.ones(1, 12), "lora_B.weight": torch.ones(12, 1)}
+
+
+@pytest.mark.parametrize(
+    ("start", "ending"),
+    [
+        ("", ".default"),  # DiffSynth-Studio's
+        ("pipe.dit.", ".default"),  # its training checkpoints
+        ("diffusion_model.", ""),  # diffusion-pipe's
+        ("base_model.model.", ""),
+        ("transformer.", ".style"),
+    ],
+)
+def test_every_programs_prefix_is_read(start, ending, tmp_path):
+    module = "blocks.1.attn1.to_q" if start == "transformer." else "blocks.1.self_attn.q"
+    tensors = {f"{start}{module}.{key.replace('.weight', f'{ending}.weight')}": value for key, value in PAIR.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert list(read_adapter(tmp_path / "a.safetensors", I2V).pairs) == ["blocks.1.self_attn.q.weight"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ("diffusion_model.blocks.{}.cross_attn.k_img", r"blocks\.\*\.cross_attn\.k_img"),
+        ("diffusion_model.blocks.7{}.ffn.0", r"blocks\.\*\.ffn\.0"),
+        ("text_encoder.layers.{}.q", r"text_encoder\.layers\.0"),
+        ("lora_te1_text_model_{}", "lora_te1_text_model_0"),
+    ],
+)
+def test_what_a_model_does_not_have_is_left_out_only_if_asked(extra, named, tmp_path):
+    """A Wan 2.1 I2V adapter on Wan 2.2 I2V, which has no image branch, and its kind."""
+    config = replace(I2V, image_text_dim=0)
+    tensors = {f"diffusion_model.blocks.0.self_attn.q.{key}": value for key, value in PAIR.items()}
+    for number in range(2):
+        tensors |= {f"{extra.format(number)}.{key}": value.clone() for key, value in PAIR.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(StditError, match="--lora-partly"):
+        read_adapter(tmp_path / "a.safetensors", config)
+    with pytest.warns(UserWarning, match=f"1 layers are adapted; left out.*{named}"):
+        found = read_adapter(tmp_path / "a.safetensors", config, partly=True)
+    assert list(found.pairs) == ["blocks.0.self_attn.q.weight"]
+    save_file({name: t for name, t in tensors.items() if ".0.self_attn.q." not in name}, tmp_path / "b.safetensors")
+    with pytest.raises(StditError, match=r"does not have|holds no tensors for a transformer"):
+        read_adapter(tmp_path / "b.safetensors", config, partly=True)
+
+
 def test_names_joined_by_underscores_are_the_models_own(tmp_path):
     config = TransformerConfig(dim=12, heads=2, layers=11, ffn_dim=8, text_dim=4, image_text_dim=6)
     start = "lora_unet_blocks_10_cross_attn_k_img"
@@ -357,7 +475,7 @@ def test_diffusers_metadata_is_what_its_loader_takes(tmp_path):
         "head.head.weight": Pair(torch.ones(3, 12), torch.ones(64, 3), 8.0),
         "blocks.0.ffn.2.weight": Pair(torch.ones(2, 8), torch.ones(12, 2), 8.0),
     }
-    write_adapter(Adapter(pairs), tmp_path / "a.safetensors", config)
+    write_adapter(Adapter(pairs), tmp_path / "a.safetensors", config, "diffusers")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         found = json.loads(file.metadata()["lora_adapter_metadata"])
     assert found["transformer.r"] == 2 and found["transformer.rank_pattern"] == {"^proj_out": 3}

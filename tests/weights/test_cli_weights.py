@@ -199,6 +199,11 @@ def test_adapters_are_told_and_converted_for_their_model(folder, tmp_path, capsy
     assert "say by --model which model it is for" in capsys.readouterr().err
     assert run("convert", tmp_path / "a.safetensors", tmp_path / "out", "--model", folder) == 0
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert list(tensors) == [f"diffusion_model.blocks.1.ffn.0.lora_{part}.weight" for part in "AB"]
+    assert torch.equal(tensors["diffusion_model.blocks.1.ffn.0.lora_B.weight"], pair.up * 1.5)
+    adapter = tmp_path / "a.safetensors", tmp_path / "out", "--model", folder
+    assert run("convert", *adapter, "--layout", "diffusers") == 0
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert list(tensors) == [f"transformer.blocks.1.ffn.net.0.proj.lora_{part}.weight" for part in "AB"]
     assert torch.equal(tensors["transformer.blocks.1.ffn.net.0.proj.lora_B.weight"], pair.up)
     large = TransformerConfig(dim=16, heads=2, layers=2, ffn_dim=8, text_dim=4)
