@@ -22,6 +22,7 @@ from stdit.files import publish_text
 from stdit.models.experts import Experts
 from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
+from stdit.strict import build
 from stdit.text.encoders import TextEncoder, load_text_encoder
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.open_sora import AnyVAE, OpenSoraVAE
@@ -93,6 +94,16 @@ class FolderSettings:
     text_padding: int | None = None
     shift_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= 1000:
+            raise StditError(f"fps is {self.fps:g}; it must be above 0 and at most 1000.")
+        if not self.shapes:
+            raise StditError("shapes is empty.")
+        for shape in self.shapes:
+            VideoShape.parse(shape)
+        if self.shift_tokens is not None and self.shift_tokens < 1:
+            raise StditError(f"shift_tokens is {self.shift_tokens}; it must be a positive integer or null.")
+
     @classmethod
     def read(cls, folder: str | Path, absent: FolderSettings | None = None) -> FolderSettings:
         """From a model folder; where it has no stdit.json, `absent`, or else Wan's."""
@@ -102,16 +113,7 @@ class FolderSettings:
         found = read_json(path)
         if found.pop("format", None) != FORMAT:
             raise StditError(f"{path}: its format is not {FORMAT}, the one this version of stdit reads.")
-        for key in found:
-            if key not in cls.__dataclass_fields__:
-                raise StditError(f"{path}: unknown key {key!r}.{nearest_name(key, cls.__dataclass_fields__)}")
-        found["shapes"] = tuple(found.get("shapes", cls.shapes))
-        if not found["shapes"]:
-            raise StditError(f"{path}: shapes is empty.")
-        tokens = found.get("shift_tokens")
-        if tokens is not None and not (type(tokens) is int and tokens > 0):
-            raise StditError(f"{path}: shift_tokens is {tokens!r}; it must be a positive integer or null.")
-        return cls(**found)
+        return build(cls, found, str(path))
 
     def write(self, folder: str | Path) -> None:
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
@@ -144,7 +146,7 @@ class Base:
         found = read_json(path)
         if found.pop("format", None) != FORMAT or found.keys() != cls.__dataclass_fields__.keys():
             raise StditError(f"{path}: not of format {FORMAT} with {', '.join(cls.__dataclass_fields__)}.")
-        base = cls(**{key: str(value) for key, value in found.items()})
+        base = build(cls, found, str(path))
         for name in ("transformer", "vae", "text_encoder"):
             if not Path(getattr(base, name)).exists():
                 raise StditError(

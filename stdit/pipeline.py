@@ -253,7 +253,7 @@ class Pipeline:
         """Raises where a clip certainly has no room: its noise; x, q, k, v and MLP of one block; a decoded frame."""
         config = self.transformer.config
         noise = 2 * 4 * clips * self.vae.config.z_dim * math.prod(latent.sizes)
-        block = tokens * (4 * config.dim + config.ffn_dim) * self.transformer.dtype.itemsize
+        block = 2 * tokens * (4 * config.dim + config.ffn_dim)  # bytes in bf16, the least
         frame = 2 * 3 * 4 * shape.height * shape.width
         what = f"{shape} (width x height x frames)" + (f" for {clips} clips" if clips > 1 else "")
         require_memory(noise + max(block, frame), self.device, what, "Choose a smaller size or fewer frames.")
@@ -272,7 +272,7 @@ class Pipeline:
         patch, z = self.transformer.config.patch, self.vae.config.z_dim
         copies = len(text.segments.lengths) // len(noise)
         masks = [torch.arange(noise.shape[2]) < (0 if one.tokens is None else one.tokens.shape[1]) for one in given]
-        conditions = [self._conditions(one, request) for one in given] * copies
+        conditions = [self.conditions(one, request.shape, request.fps) for one in given] * copies
         solver = self._solver(request)
 
         def impose(x: Tensor, tokens: Sequence[Tensor | None]) -> list[Tensor]:
@@ -346,10 +346,10 @@ class Pipeline:
         drawn = [torch.randn(like.shape[1:], generator=keyed_generator(seed, "sample step", n, step)) for n in numbers]
         return torch.stack(drawn).to(like)
 
-    def _conditions(self, given: Given, request: Request) -> dict[str, Any]:
+    def conditions(self, given: Given, shape: VideoShape, fps: float) -> dict[str, Any]:
         """Of one clip, for `pack_inputs`."""
-        size = (request.shape.width, request.shape.height)
-        fps = IMAGE_FPS if request.shape.is_image else request.fps
+        size = (shape.width, shape.height)
+        fps = IMAGE_FPS if shape.is_image else fps
         found = {"fps": fps, "size": size, "image": given.image, "image_text": given.image_text}
         return {name: found[name] for name in self.transformer.config.conditions}
 

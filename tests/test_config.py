@@ -106,6 +106,16 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
         ("text: {trained: {heads: 0}}", [], ["text.trained", "heads 0"]),
         ("text: {trained: {dim: 30, heads: 4}}", [], ["text.trained", "dim 30"]),
         ("parallel: {sequence_parallel: 0}", [], ["parallel", "sequence_parallel 0"]),
+        ("data: {rule: {areas: [64x64], aspects: ['1:1']}}", [], ["run.yaml: data.rule lacks durations."]),
+        ("data: {rule: {}}", [], ["data.rule lacks areas and aspects and durations."]),
+        ('data: {manifest: "a\\0b"}', [], ["data.manifest", "without NUL"]),
+        ("", ['run="a\\ud800"'], ["run.path", "lone surrogates"]),
+        ("a: 2020-13-45", [], ["run.yaml", "not YAML", "month"]),
+        ("", ["schedule.steps=" + "9" * 5000], ["the value is not YAML"]),
+        ("", ["optimizer.options=" + "[" * 5000], ["the value is not YAML"]),
+        ("optimizer: {options: {a: 2020-01-01}}", [], ["optimizer.options.a has a date"]),
+        ("optimizer: {options: {lr: 1e-3}}", [], ["optimizer: options.lr has no effect", "optimizer.lr"]),
+        ("optimizer: {options: {weight_decay: 0.5}}", [], ["options.weight_decay", "optimizer.weight_decay"]),
     ],
 )
 def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, overrides: list[str], words: list[str]) -> None:
@@ -113,6 +123,13 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, overrides:
         load_config(write(tmp_path, text), overrides)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_number_that_yaml_takes_for_a_text_is_one_in_options(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "optimizer: {options: {eps: 1e-8, betas: [0.9, 1e-3]}}"))
+    assert config.optimizer.options == {"eps": 1e-8, "betas": [0.9, 1e-3]}
+    config = load_config(write(tmp_path, ""), ["optimizer.options.eps=1E-6", "optimizer.options.name=adam1e5"])
+    assert config.optimizer.options == {"eps": 1e-6, "name": "adam1e5"}
 
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:

@@ -240,6 +240,9 @@ def test_defaults_come_from_the_folder(ours, theirs, tmp_path):
         ({"known": {"image": np.zeros((32, 48, 3), np.float32)}}, "uint8"),
         ({"solver": "ddim"}, "'ddim'"),
         ({"steps": 0}, "steps"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"shift": float("inf")}, "shift is inf"),
+        ({"size": (960000, 960000)}, "GB of memory"),
         ({"guidance_2": 3.0}, "this model has one"),
         ({"known": {"image": np.zeros((32, 48, 3), np.uint8), "last": np.zeros((32, 48, 3), np.uint8)}}, "last frame"),
     ],
@@ -261,6 +264,19 @@ def test_folders_that_cannot_be_loaded(folder, tmp_path):
     (tmp_path / "stdit.json").write_text(json.dumps({"format": 1, "shift_tokens": 0}))
     with pytest.raises(StditError, match="shift_tokens is 0"):
         FolderSettings.read(tmp_path)
+    for wrong, words in (
+        ({"fps": "sixteen"}, "stdit.json: fps is 'sixteen'"),
+        ({"fps": float("nan")}, "stdit.json: fps is nan"),
+        ({"fps": 1e300}, "fps is 1e\\+300"),
+        ({"shapes": "832x480x81"}, "stdit.json: shapes is '832x480x81'; it must be a list"),
+        ({"shapes": []}, "stdit.json: shapes is empty"),
+        ({"shapes": ["wide"]}, "'wide' is not a shape"),
+        ({"text_padding": 1.5}, "text_padding is 1.5"),
+        ({"text_padding": -1}, "text_padding is -1"),
+    ):
+        (tmp_path / "stdit.json").write_text(json.dumps({"format": 1, **wrong}))
+        with pytest.raises(StditError, match=words):
+            FolderSettings.read(tmp_path)
     (tmp_path / "stdit.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(StditError, match="format"):
         FolderSettings.read(tmp_path)

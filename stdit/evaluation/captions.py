@@ -31,7 +31,7 @@ from stdit.evaluation.metrics import mean_psnr
 from stdit.evaluation.toy import Accuracy
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
-from stdit.models.packing import pack_clips, pack_texts, unpack_clips
+from stdit.models.packing import pack_inputs, pack_texts, unpack_clips
 from stdit.pipeline import Pipeline
 from stdit.shapes import LatentShape, VideoShape
 
@@ -224,6 +224,11 @@ def caption_losses(
     """
     patch, path = pipeline.transformer.config.patch, path_of(pipeline.scheduler)
     texts = pipeline.encode_texts(captions)
+    if pipeline.transformer.config.image_channels > 1:
+        raise StditError(
+            "these weights begin with a picture, and a clip's own one tells more of it than its caption: captions of "
+            "image-to-video models are not compared."
+        )
     losses = np.zeros((len(clips), len(captions), len(levels)))
     for row, clip in enumerate(clips):
         progress("losses", row, len(clips))
@@ -236,15 +241,18 @@ def caption_losses(
                 noise = torch.randn(x0.shape, generator=generator).to(x0)
                 noisy[level, draw] = path.noisy(x0, noise, t)
                 target[level, draw] = path.target(x0, noise, t)
+        given = pipeline.known_frames.of(None, clip.shape)  # none: channels that say so, where weights have them
+        conditions = pipeline.conditions(given, clip.shape, pipeline.settings.fps)
         jobs = [(*key, column) for key in noisy for column in range(len(captions))]
         together = max(1, tokens_per_pack // LatentShape(*x0.shape[1:]).grid(patch).tokens)
         boundary = getattr(pipeline.transformer, "boundary", 0.0)  # of two experts, each has forwards of its own
         sides = [[job for job in jobs if bool(settled[job[0]] >= boundary) is high] for high in (True, False)]
         for part in [side[start : start + together] for side in sides for start in range(0, len(side), together)]:
-            pack = pack_clips(
+            pack = pack_inputs(
                 [noisy[level, draw] for level, draw, _ in part],
                 [settled[level] for level, _, _ in part],
                 patch,
+                [conditions] * len(part),
             )
             text = pack_texts([texts[column] for _, _, column in part], pipeline.text_padding)
             predicted = unpack_clips(pipeline.transformer(pack, text), pack, patch)

@@ -12,6 +12,8 @@ from stdit.models.config import TransformerConfig
 from stdit.models.packing import TextPack, TokenPack
 from stdit.models.transformer import STDiT
 
+ONE_FOR_ALL = {"fps": 0, "size": 1}  # dimensions of a condition that is one for all clips
+
 
 class Experts(nn.Module):
     """`high` predicts at noise levels from `boundary` on, `low` below it; to the caller they are one model.
@@ -62,11 +64,13 @@ class Experts(nn.Module):
         parts = []
         for expert, mine in ((self.high, high), (self.low, ~high)):
 
-            def of_mine(value: Any, mine: Tensor = mine) -> Any:
-                per_clip = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(mine)
-                return value[mine.to(value.device)] if per_clip else value
+            def of_mine(value: Any, one: int = 0, mine: Tensor = mine) -> Any:
+                """one: the dimensions of a value that is the same for all clips."""
+                if value is None or (value := torch.as_tensor(value)).ndim <= one or len(value) != len(mine):
+                    return value  # predict names what has too few or too many clips
+                return value[mine.to(value.device)]
 
-            given = {name: of_mine(value) for name, value in conditions.items()}
+            given = {name: of_mine(value, ONE_FOR_ALL.get(name, 0)) for name, value in conditions.items()}
             parts.append(expert.predict(*map(of_mine, (latents, t, text, text_mask)), **given))
         out = parts[0].new_empty(len(latents), *parts[0].shape[1:])
         for part, mine in zip(parts, (high, ~high)):

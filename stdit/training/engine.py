@@ -306,16 +306,26 @@ def _read_json(path: Path, precision: str) -> tuple[dict[str, Any], int]:
     for key, owner in OURS.items():
         if key in settings:
             raise StditError(f"{path} sets {key!r}, which the run's config owns ({owner}). Take it out of the JSON.")
-    zero = settings.get("zero_optimization", {})
+    zero = _section(settings, "zero_optimization", path)
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise StditError(f"{path}: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3.")
     if stage == 0 and precision == "bf16":
         raise StditError(f"{path}: ZeRO stage 0 in bf16 keeps no fp32 masters. Use stage 1 or precision fp32.")
     for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device") == "nvme":
+        if _section(zero, name, path).get("device") == "nvme":
             raise StditError(f"{path}: {name} to nvme is not supported; cpu is.")
     return settings, stage
+
+
+def _section(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """An object in a JSON object; null is taken out, which DeepSpeed does not read everywhere."""
+    if settings.get(name) is None:
+        settings.pop(name, None)
+    found = settings.get(name, {})
+    if not isinstance(found, dict):
+        raise StditError(f"{path}: {name} is {found!r}; it must be a JSON object, or left out.")
+    return found
 
 
 def _import_deepspeed(world: World) -> Any:

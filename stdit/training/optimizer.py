@@ -25,6 +25,18 @@ REFUSED = {
     "adahessian": "it needs second derivatives",
 }
 
+# Arguments of an optimizer that the config sets itself.
+OWN = {
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "params": "model.trainable, which says what trains",
+    "opt": "optimizer.name",
+    "opt_name": "optimizer.name",
+    "model_or_params": "model.trainable, which says what trains",
+    "filter_bias_and_bn": "optimizer.weight_decay, which acts on matrices only",
+    "layer_decay": "one optimizer.lr for all layers",
+}
+
 
 @dataclass
 class OptimizerConfig:
@@ -49,6 +61,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise StditError(f"lr {self.lr:g} must be positive.")
+        for name in self.options:
+            if name in OWN:
+                raise StditError(f"options.{name} has no effect: set {OWN[name]}.")
 
 
 def make_optimizer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from stdit.errors import StditError
@@ -11,7 +11,11 @@ from stdit.errors import StditError
 
 @dataclass
 class ScheduleConfig:
-    """steps: of the whole run. warmup: steps of linear rise. final: where decay ends, as a share of optimizer.lr."""
+    """steps: of the whole run. warmup: steps of linear rise. final: where decay ends, as a share of optimizer.lr.
+
+    A resumed run may have other steps. A decay then ends at the new last step: its whole curve moves, and the learning
+    rate jumps (up, if steps were raised). The run says from what to what. Without decay nothing moves.
+    """
 
     steps: int = 1000
     warmup: int = 0
@@ -33,3 +37,14 @@ class ScheduleConfig:
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.final + (1 - self.final) * left
+
+    def jump(self, steps_before: int, step: int, lr: float) -> str | None:
+        """What a change of `steps` on resume does to the learning rate of `step`; None where it does nothing."""
+        before, now = (lr * one.factor(step) for one in (replace(self, steps=steps_before), self))
+        if before == now:
+            return None
+        return (
+            f"schedule.steps was {steps_before} and is {self.steps}: the {self.decay} decay ends there now, so the "
+            f"learning rate of step {step} is {now:.3g} where it was {before:.3g}. For a rate that does not jump, "
+            "train on from the exported model: model.init (vae.path) and another run=PATH."
+        )

@@ -21,7 +21,8 @@ from stdit.training.objective import ObjectiveConfig
 from stdit.training.optimizer import OptimizerConfig
 from stdit.training.schedule import ScheduleConfig
 
-# On resume only these may differ: nothing in them changes what is computed.
+# On resume only these may differ. Nothing in them changes what is computed, but for schedule.steps, which moves a decay
+# (`ScheduleConfig`), and parallel, whose rounding differs.
 MAY_DIFFER = (
     "log.", "eval.", "checkpoint.", "parallel.", "run.path", "schedule.steps", "data.workers", "data.prefetch",
     "optimizer.max_skipped_steps",

@@ -95,6 +95,9 @@ class Trainer:
                     f"{self.resumed.path} was made with other data: {config.data.manifest} has changed since, so its "
                     f"steps would be others. Restore the manifest, or choose another run=PATH."
                 )
+            before = self.resumed.state["config"]["schedule"]["steps"]
+            if jump := config.schedule.jump(before, self.step, config.optimizer.lr):
+                self.say(jump)
             HEARTBEAT.doing(f"loading {self.resumed.path}")
             self.resumed.load_weights(module, *([critic.module] if critic else []))
         HEARTBEAT.doing("preparing the optimizer")

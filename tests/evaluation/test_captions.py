@@ -25,6 +25,7 @@ from stdit.evaluation.captions import (
     measures,
 )
 from stdit.models.config import TransformerConfig
+from stdit.models.transformer import STDiT
 from stdit.pipeline import FolderSettings, Pipeline
 
 WORDS = ("eat", "help", "milk", "no")
@@ -203,6 +204,31 @@ def test_all_captions_see_the_same_noise_however_they_are_packed(data):
     model.transformer.clip_of = lambda c, n: fit(tokens[0], n)
     ignorant = caption_losses(model, [clip], captions, [0.5], 3, 7, 100)
     assert np.ptp(ignorant) <= 1e-12 * ignorant.max()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"level_condition": "size"}, {"in_channels": 4, "image_channels": 1}, {"rope_fps": 8.0}]
+)
+def test_weights_that_take_more_than_text_are_given_it(settings):
+    """Sizes (PixArt), the mask of known frames (Cosmos-Predict2), the frames a second."""
+    names = {"dim": 24, "heads": 2, "layers": 1, "ffn_dim": 32, "in_channels": 3, "out_channels": 3, "text_dim": 1}
+    torch.manual_seed(0)
+    model = STDiT(TransformerConfig(**names | settings, text_padding=0, patch=(1, 1, 1)))
+    torch.nn.init.normal_(model.head.head.weight)
+    captions = ["one", "two"]
+    folder = FolderSettings(fps=8, shapes=("32x32x5",), text_padding=0)
+    pipe = Pipeline(model, Blocks(), Words(captions), unipc_config(), folder)  # type: ignore[arg-type]
+    clip = CaptionedClip("a", "a.mp4", "one", np.zeros((5, 32, 32, 3), np.uint8), torch.zeros(3, 2, 4, 4))
+    losses = caption_losses(pipe, [clip], captions, [0.3, 0.7], 1, 0, 1000)
+    assert losses.shape == (1, 2, 2) and np.isfinite(losses).all()
+
+
+def test_weights_that_begin_with_a_picture_are_refused_by_name():
+    names = {"dim": 24, "heads": 2, "layers": 1, "ffn_dim": 32, "in_channels": 10, "out_channels": 3, "text_dim": 1}
+    model = STDiT(TransformerConfig(**names, image_channels=7, text_padding=0, patch=(1, 1, 1)))
+    pipe = Pipeline(model, Blocks(), Words(["one"]), unipc_config())  # type: ignore[arg-type]
+    with pytest.raises(StditError, match="these weights begin with a picture"):
+        caption_losses(pipe, [], ["one"], [0.5], 1, 0, 1000)
 
 
 def test_distances_are_over_common_frames_and_equal_sizes():

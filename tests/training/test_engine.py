@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.training.ema import Ema, EmaConfig
-from stdit.training.engine import ParallelConfig, TorchEngine, make_engine, stand_alone
+from stdit.training.engine import ParallelConfig, TorchEngine, make_engine, stand_alone, zero_stage
 from stdit.training.optimizer import OptimizerConfig
 from stdit.training.parallel import World
 from stdit.training.schedule import ScheduleConfig
@@ -108,6 +108,10 @@ def test_timms_optimizers_by_name(name: str) -> None:
         ({"name": "adamw"}, "{", ["ds.json", "not valid JSON"]),
         ({"name": "adamw"}, "[]", ["ds.json", "list"]),
         ({"name": "adamw"}, {"zero_optimization": {"stage": "two"}}, ["ds.json", "'two'"]),
+        ({"name": "adamw"}, {"zero_optimization": {"stage": True}}, ["ds.json", "True"]),
+        ({"name": "adamw"}, {"zero_optimization": [1]}, ["ds.json", "zero_optimization is [1]", "JSON object"]),
+        ({"name": "adamw"}, {"zero_optimization": {"offload_param": "cpu"}}, ["offload_param is 'cpu'"]),
+        ({"name": "adamw"}, {"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["nvme"]),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, optimizer: dict[str, Any], json_text: Any, words: list[str]) -> None:
@@ -157,6 +161,22 @@ def test_the_average_is_the_written_out_sum() -> None:
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert ema.averages[0].tolist() == pytest.approx([expected] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"zero_optimization": None}, {"zero_optimization": {"offload_param": None}}, {}])
+def test_null_in_a_deepspeed_json_is_as_if_it_were_not_there(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    assert zero_stage(str(tmp_path / "ds.json")) == 0
+
+
+def test_a_change_of_steps_says_what_it_does_to_the_learning_rate() -> None:
+    for decay in ("cosine", "linear"):
+        raised = ScheduleConfig(steps=200, decay=decay, final=0.02)
+        told = raised.jump(100, 100, 1e-4)
+        assert told and "the learning rate of step 100 is 5.1e-05 where it was 2e-06" in told  # half-way, and the end
+        assert raised.jump(200, 100, 1e-4) is None
+    assert ScheduleConfig(steps=200).jump(100, 100, 1e-4) is None  # constant
+    assert ScheduleConfig(steps=200, decay="linear", warmup=150).jump(100, 50, 1e-4) is None  # both warm up still
 
 
 def test_schedules() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,21 @@ def test_each_clip_is_predicted_by_the_expert_for_its_level(experts):
     wanted = [experts.high.predict(latents[:1], frames[:1], text[:1]),
               experts.low.predict(latents[1:2], frames[1:], text[1:2])]  # fmt: skip
     torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_a_condition_of_all_clips_is_not_cut_like_one_of_each(experts):
+    """A size (2,) beside two clips has as many numbers as there are clips."""
+    config = replace(CONFIG, level_condition="size", dim=24)
+    both = Experts(expert(0, config), expert(1, config), 0.875)
+    latents, t, text = given([0.9, 0.3])
+    for size in (torch.tensor([48, 32]), [48, 32], torch.tensor([[48, 32], [64, 16]])):
+        each = torch.as_tensor(size).expand(2, 2)
+        found = both.predict(latents, t, text, size=size)
+        wanted = [
+            one.predict(latents[n : n + 1], t[n : n + 1], text[n : n + 1], size=each[n : n + 1])
+            for n, one in enumerate((both.high, both.low))
+        ]
+        torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-5)
 
 
 def test_both_get_gradients_of_their_own_clips(experts):
