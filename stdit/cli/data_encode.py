@@ -19,10 +19,12 @@ def encode(
     config: Annotated[Path, typer.Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
     out: Annotated[str, typer.Option(help="The cache's folder or URL; what it already holds is kept.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value to change in the config.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Clips the VAE encodes at once.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Clips the VAE encodes at once.")] = 4,
     crops: Annotated[
         int,
-        typer.Option(min=0, help="Cuts of every clip, sets data.crops: training draws one each time. 0: the config's."),
+        typer.Option(
+            min=0, max=1000, help="Cuts of every clip, sets data.crops: training draws one each time. 0: the config's."
+        ),
     ] = 0,
     memory: Annotated[int | None, MEMORY] = None,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "",

@@ -185,8 +185,11 @@ class DataConfig:
         )
 
     def check(self) -> None:
-        if not 0 < self.fps < math.inf:
-            raise StditError(f"data.fps is {self.fps}; it must be positive and finite.")
+        if not 0.001 <= self.fps <= 1000:
+            raise StditError(f"data.fps is {self.fps:g}; it must be from 0.001 to 1000.")
+        for name, most in (("crops", 1000), ("workers", 1000), ("prefetch", 10_000)):
+            if getattr(self, name) > most:
+                raise StditError(f"data.{name} is {getattr(self, name)}; it must be at most {most:,}.")
         check_filter(self.filter)
         shapes = self.video_shapes()
         for number, stage in enumerate(self.stages, 1):

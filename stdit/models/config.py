@@ -69,6 +69,11 @@ CHOICES: dict[str, dict[str, str]] = {
 }
 
 
+# No network is larger; sizes of tensors then fit into 64 bits, and no list of blocks fills the memory.
+LARGEST_INTEGER = 2**24
+MOST = {"layers": 4096, "in_channels": 65_536, "out_channels": 65_536, "rope_theta": 1e12}
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """Everything that shapes the network, and two things that it ignores: `text_padding` (512 or 0) is for who packs
@@ -130,9 +135,14 @@ class TransformerConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise StditError(f"transformer {name} is {value!r}; it must be a positive integer.")
+        for name in (field.name for field in fields(self)):
+            value, most = getattr(self, name), MOST.get(name, LARGEST_INTEGER)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not -most <= number <= most:
+                    raise StditError(f"transformer {name} is {value!r}; it must be at most {most:,}.")
         for name, known in CHOICES.items():
             value = getattr(self, name)
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 raise StditError(
                     f"transformer {name} is {value!r}.{nearest_name(str(value), known)} Known: {', '.join(known)}."
                 )

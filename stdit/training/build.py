@@ -22,6 +22,7 @@ from stdit.data.sources import source_weights
 from stdit.encode import text_identity, vae_identity
 from stdit.errors import StditError, about
 from stdit.heartbeat import HEARTBEAT
+from stdit.memory import require_memory
 from stdit.models.attention import choose_backend
 from stdit.models.inflate import inflate
 from stdit.models.transformer import STDiT, TransformerConfig
@@ -240,7 +241,11 @@ def make_vae(config: RunConfig) -> CausalVAE:
                 f"objective.vae.train={config.objective.vae.train} keeps the rest of a VAE: set vae.path to it."
             )
         with about("vae"):
-            return CausalVAE(vae_preset(config.vae.preset or "toy", **config.vae.overrides))
+            wanted = vae_preset(config.vae.preset or "toy", **config.vae.overrides)
+            with torch.device("meta"):
+                numbers = sum(parameter.numel() for parameter in CausalVAE(wanted).parameters())
+            require_memory(4 * numbers, "cpu", f"a VAE of {numbers:,} parameters", "Choose a smaller one.")
+            return CausalVAE(wanted)
     if config.vae.inflate and config.objective.kind != "vae":
         raise StditError("vae.inflate starts a VAE's own training (objective.kind=vae); a DiT takes a trained one.")
     with about("vae.path"):
@@ -280,7 +285,10 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
                     f"Leave it out."
                 )
         with about("model"):
-            model = STDiT(TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow)))
+            wanted = TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow))
+            require_memory(4 * wanted.n_parameters, "cpu", f"a transformer of {wanted.n_parameters:,} parameters",
+                           "Choose a smaller model.")  # fmt: skip
+            model = STDiT(wanted)
     else:
         with about("model.init"):
             path = transformer_path(settings)

@@ -40,9 +40,9 @@ class LoraConfig:
     merged: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+        if not 1 <= self.rank <= 65_536 or self.alpha <= 0 or not self.targets:
             raise StditError(
-                f"rank {self.rank} must be at least 1, alpha {self.alpha:g} positive, and targets "
+                f"rank {self.rank} must be from 1 to 65,536, alpha {self.alpha:g} positive, and targets "
                 f"{self.targets} name some layers."
             )
 

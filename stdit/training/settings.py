@@ -116,6 +116,8 @@ class TrainedText:
             raise StditError(
                 f"dim {self.dim}, layers {self.layers} and heads {self.heads} must be at least 1, and heads divide dim."
             )
+        if self.dim > 16_384 or self.layers > 256:
+            raise StditError(f"dim {self.dim} must be at most 16,384 and layers {self.layers} at most 256.")
 
 
 @dataclass
@@ -132,6 +134,8 @@ class TextSettings:
     def __post_init__(self) -> None:
         if self.path and self.trained:
             raise StditError("path and trained are both set: either a frozen encoder or one trained along.")
+        if self.padding is not None and self.padding > 1_000_000:
+            raise StditError(f"padding {self.padding} is more positions than any text has: at most 1,000,000.")
 
 
 @dataclass

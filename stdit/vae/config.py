@@ -69,13 +69,14 @@ class VaeConfig:
             object.__setattr__(self, "latents_mean", None)
         if self.latents_std is not None and all(std == 1 for std in self.latents_std):
             object.__setattr__(self, "latents_std", None)
-        for name in ("base_dim", "num_res_blocks", "z_dim", "patch_size"):
-            if getattr(self, name) < 1:
-                raise StditError(f"VAE: {name} is {getattr(self, name)}, it must be at least 1.")
-        if self.decoder_base_dim is not None and self.decoder_base_dim < 1:
-            raise StditError(f"VAE: decoder_base_dim is {self.decoder_base_dim}, it must be at least 1.")
-        if not self.dim_mult or min(self.dim_mult) < 1:
-            raise StditError(f"VAE: dim_mult {self.dim_mult} must have at least one level, each at least 1.")
+        for name, most in (("base_dim", 65_536), ("num_res_blocks", 256), ("z_dim", 65_536), ("patch_size", 64)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise StditError(f"VAE: {name} is {value!r}, it must be from 1 to {most:,}.")
+        if self.decoder_base_dim is not None and not 1 <= self.decoder_base_dim <= 65_536:
+            raise StditError(f"VAE: decoder_base_dim is {self.decoder_base_dim}, it must be from 1 to 65,536.")
+        if not 1 <= len(self.dim_mult) <= 8 or not 1 <= min(self.dim_mult) <= max(self.dim_mult) <= 1024:
+            raise StditError(f"VAE: dim_mult {self.dim_mult} must have one to eight levels, each from 1 to 1024.")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise StditError(
                 f"VAE: temporal_downsample {self.temporal_downsample} has {len(self.temporal_downsample)} entries; "

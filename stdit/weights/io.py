@@ -187,6 +187,18 @@ def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, st
     """Opens a transformer or VAE without reading a tensor. strict: raise if its tensors are not those of its config."""
     folder, files = _opened(kind, Path(path).expanduser(), trust_pickle)
     found, config_path = _config(kind, folder, files)
+    try:
+        return _source(kind, files, found, config_path, strict)
+    except StditError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        # A value of another type than any family's code expects of its config, or a size that no tensor has.
+        raise StditError(
+            f"{config_path or files.path}: not a config of a {kind} that can be read ({error}). Is it damaged?"
+        ) from error
+
+
+def _source(kind: str, files: TensorFiles, found: dict[str, Any], config_path: Path | None, strict: bool) -> Source:
     family = family_of(kind, found, files.shapes)
     dialect = family.dialect_of(files.shapes)
     others = [other.FAMILY for other in families(kind) if not dialect and other.dialect_of(files.shapes)]
