@@ -15,6 +15,8 @@ from stdit.training.settings import RunConfig, differences, save_config, to_dict
 # What PyYAML raises: also for a date such as 2020-13-45, a number of 5,000 digits, a thousand brackets, !!binary.
 _NO_YAML = (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError)
 
+LARGEST = 2**24  # bytes of a config
+
 __all__ = ["RunConfig", "differences", "from_dict", "load_config", "save_config", "to_dict"]
 
 
@@ -22,9 +24,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file with `a.b=c` set on top, values read as YAML; `run=PATH` sets run.path."""
     path = Path(path)
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST):
+            raise StditError(f"config {path} is not a file of at most {LARGEST:,} bytes, as a YAML file is.")
         raw = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise StditError(f"config {path} cannot be read: {error.strerror}.") from error
+    except StditError:
+        raise
     except _NO_YAML as error:
         raise StditError(f"{path} is not YAML: {error}") from error
     raw = {} if raw is None else raw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,16 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes("run: {path: Läufe}".encode("latin-1"))
     with pytest.raises(StditError, match=r"run\.yaml is not YAML.*utf-8"):
         load_config(tmp_path / "run.yaml")
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path: Path) -> None:
+    """A device gives bytes without an end, and a pipe none for ever."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "large.yaml").touch()
+    os.truncate(tmp_path / "large.yaml", 2**40)
+    for path in (tmp_path / "pipe.yaml", tmp_path / "large.yaml", tmp_path, Path("/dev/zero")):
+        with pytest.raises(StditError, match="is not a file of at most 16,777,216 bytes"):
+            load_config(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

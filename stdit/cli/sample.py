@@ -222,6 +222,8 @@ def _places(model: Path) -> list[Path]:
 
 def _read_prompts(file: Path | None) -> list[str]:
     assert file is not None
+    if file.exists() and not file.is_file():  # a pipe, say, that nobody writes to
+        raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt a line.")
     try:
         lines = file.read_text("utf-8").splitlines()
     except (FileNotFoundError, IsADirectoryError):

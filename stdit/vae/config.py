@@ -76,7 +76,9 @@ class VaeConfig:
         if self.decoder_base_dim is not None and not 1 <= self.decoder_base_dim <= 65_536:
             raise StditError(f"VAE: decoder_base_dim is {self.decoder_base_dim}, it must be from 1 to 65,536.")
         if not 1 <= len(self.dim_mult) <= 8 or not 1 <= min(self.dim_mult) <= max(self.dim_mult) <= 1024:
-            raise StditError(f"VAE: dim_mult {self.dim_mult} must have one to eight levels, each from 1 to 1024.")
+            raise StditError(
+                f"VAE: dim_mult {self.dim_mult} must have at least one level and at most eight, each from 1 to 1024."
+            )
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise StditError(
                 f"VAE: temporal_downsample {self.temporal_downsample} has {len(self.temporal_downsample)} entries; "
