@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stdit.errors import StditError
 from stdit.strict import build
+from stdit.text_files import read_text, read_yaml
 from stdit.training.settings import RunConfig, differences, save_config, to_dict
-
-# What PyYAML raises: also for a date such as 2020-13-45, a number of 5,000 digits, a thousand brackets, !!binary.
-_NO_YAML = (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError)
 
 LARGEST = 2**24  # bytes of a config
 
@@ -26,13 +22,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST):
             raise StditError(f"config {path} is not a file of at most {LARGEST:,} bytes, as a YAML file is.")
-        raw = yaml.safe_load(path.read_text("utf-8"))
+        text = read_text(path)
     except OSError as error:
         raise StditError(f"config {path} cannot be read: {error.strerror}.") from error
-    except StditError:
-        raise
-    except _NO_YAML as error:
-        raise StditError(f"{path} is not YAML: {error}") from error
+    raw = read_yaml(text, f"{path} is")
     raw = {} if raw is None else raw
     config = from_dict(raw, str(path))
     if not overrides:
@@ -51,10 +44,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise StditError(f"{override!r} is not KEY=VALUE, such as optimizer.lr=0.001.")
-    try:
-        value = yaml.safe_load(text)
-    except _NO_YAML as error:
-        raise StditError(f"{override!r}: the value is not YAML: {error}") from error
+    value = read_yaml(text, f"{override!r}: the value is")
     parts = ["run", "path"] if key == "run" else key.split(".")
     for part in parts[:-1]:
         if raw.get(part) is None:

@@ -135,7 +135,7 @@ def test_a_number_that_yaml_takes_for_a_text_is_one_in_options(tmp_path: Path) -
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes("run: {path: Läufe}".encode("latin-1"))
-    with pytest.raises(StditError, match=r"run\.yaml is not YAML.*utf-8"):
+    with pytest.raises(StditError, match=r"run\.yaml, line 1 is not UTF-8"):
         load_config(tmp_path / "run.yaml")
 
 

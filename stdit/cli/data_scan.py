@@ -28,9 +28,16 @@ def scan(
     captions: Annotated[
         str | None,
         typer.Option(
-            help="CSV (file,caption[,weight]) or JSONL. Without: captions.csv or captions.jsonl in FOLDER, "
-            "else .txt files beside the videos, a caption a line. Tar shards have their own."
+            help="CSV (file,caption[,weight]), JSONL or Parquet. Without: captions.csv or captions.jsonl in FOLDER, "
+            "else .txt (a caption a line) or .json files beside the videos. Tar shards have their own."
         ),
+    ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The column or key of the captions; caption, text or prompt if not given."),
+    ] = None,
+    file_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The column of the file names; file or path if not given.")
     ] = None,
     allow_uncaptioned: Annotated[
         bool, typer.Option("--allow-uncaptioned", help="Keep files without a caption.")
@@ -70,6 +77,8 @@ def scan(
             folder,
             captions,
             out,
+            caption_column=caption_column,
+            file_column=file_column,
             uncaptioned=allow_uncaptioned,
             verify=not quick,
             scenes=scenes,
@@ -84,9 +93,9 @@ def scan(
     else:
         console = Console()
         _table(console, "Skipped", result.skipped)
-        _table(console, "Damaged, used up to there", result.damaged)
+        _table(console, "Damaged, used as far as it goes", result.damaged)
         _table(console, "Look like others, kept unless data.repeats is false", result.repeats)
-        if any(s.reason == "no_caption" for s in result.skipped):
+        if any(s.reason in ("no_caption", "bad_caption") for s in result.skipped):
             console.print("--allow-uncaptioned keeps files without a caption.")
         images = sum(clip.image for clip in result.manifest)
         clips = len(result.manifest)

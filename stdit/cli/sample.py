@@ -23,6 +23,7 @@ from stdit.cli.stopped import when_stopped
 from stdit.errors import StditError
 from stdit.files import make_folder
 from stdit.shapes import LARGEST
+from stdit.text_files import read_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,11 +226,9 @@ def _read_prompts(file: Path | None) -> list[str]:
     if file.exists() and not file.is_file():  # a pipe, say, that nobody writes to
         raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt a line.")
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = read_lines(file)
     except (FileNotFoundError, IsADirectoryError):
         raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt a line.") from None
-    except UnicodeDecodeError as error:
-        raise StditError(f"{file} is not UTF-8 text: {error}.") from None
     if not lines:
         raise StditError(f"{file} is empty: it should hold one prompt a line.")
     for number, line in enumerate(lines, 1):

@@ -1,90 +1,311 @@
-"""Captions as people keep them: a CSV, a JSONL, or a text file beside each video."""
+"""Captions as people keep them: a table (CSV, JSONL, Parquet), or files beside each clip (.txt, .json)."""
 
 from __future__ import annotations
 
-import csv
+import json
 import os
 import posixpath
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stdit.data.manifest import Caption, json_lines
 from stdit.data.paths import is_remote
 from stdit.errors import StditError
+from stdit.text_files import Row, csv_rows, decode_text, fault_in, json_rows, shortened, split_lines, unicode_form
+
+# The first of these that says anything counts; capitals and spaces around a name do not.
+CAPTION_NAMES = ("captions", "caption", "text", "texts", "prompt", "prompts")
+FILE_NAMES = ("file", "path", "file_name", "filename", "video")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+_NAME_THEM = "--file-column and --caption-column say which hold the file and its caption."
+
+Fault = tuple[str, str]  # why a clip has no caption: no_caption or bad_caption, and a sentence
 
 
-def read_captions(path: Path, folder: str) -> dict[str, list[Caption]]:
-    """{file relative to `folder`: captions} of a CSV (columns file, caption and perhaps weight) or a JSONL
-    (file with caption, or with captions: a list of texts or of {text, weight}). A file may have several lines."""
+@dataclass(frozen=True)
+class Caption:
+    text: str
+    weight: float = 1.0
+
+
+@dataclass
+class Captions:
+    """Captions by file, relative to the folder; what is wrong, by file; (where, what) of rows that tell no file."""
+
+    texts: dict[str, list[Caption]] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
+    rows: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Names:
+    """The names of a folder's files, found as they are spelled or else by their Unicode form."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.all = set(names)
+        self.by_form: dict[str, list[str]] = {}
+        for name in sorted(name for name in self.all if not name.isascii()):
+            self.by_form.setdefault(unicode_form(name), []).append(name)
+
+    def find(self, name: str) -> list[str]:
+        """None, one, or several that differ only in form; a name in a tar is found if the tar is."""
+        if name in self.all:
+            return [name]
+        if name.isascii():
+            return [name] if any(name[: i + 4] in self.all for i in _tar_ends(name)) else []
+        if found := self.by_form.get(unicode_form(name)):
+            return found
+        return [tar + name[i + 4 :] for i in _tar_ends(name) for tar in self.find(name[: i + 4])]
+
+
+def _tar_ends(name: str) -> Iterator[int]:
+    at = name.find(".tar/")
+    while at >= 0:
+        yield at
+        at = name.find(".tar/", at + 1)
+
+
+def captions_of(row: dict[str, Any], column: str | None = None) -> list[Caption]:
+    """The captions in the first of CAPTION_NAMES (or in `column`) that says anything: a text, {text, weight}, or a list
+    of these. A text has the row's weight. Raises StditError, a predicate, for anything else."""
+    for name in columns_in(row, (column,) if column else CAPTION_NAMES):
+        value = row[name]
+        found = []
+        for one in value if isinstance(value, list) else [value]:
+            weight = next((row[key] for key in columns_in(row, ("weight",))), None)
+            text = one
+            if isinstance(one, dict):
+                inner = columns_in(one, ("text", "caption"))
+                if not inner:
+                    raise StditError(f"has the keys {_listed(one)} in {name}; a caption is a text, or {{text, weight}}")
+                text, weight = one[inner[0]], one.get("weight")
+            if text is None or text == "":
+                continue
+            if not isinstance(text, str):
+                raise StditError(f"has {shortened(text)} as {name}; a caption is a text")
+            if fault := fault_in(text):
+                raise StditError(f"has a {name} that {fault}")
+            if text.strip():
+                found.append(Caption(text.strip(), _weight(weight)))
+        if found:
+            return found
+    return []
+
+
+def _weight(value: Any) -> float:
+    try:
+        weight = 1.0 if value in (None, "") else float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = -1.0
+    if isinstance(value, bool) or not 0 < weight < float("inf"):
+        raise StditError(f"has the weight {shortened(value)}; a caption is a text with a positive weight")
+    return weight
+
+
+def columns_in(row: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The columns of these names that a row has, in the order of the names."""
+    row = list(row)
+    plain = {key.strip().lower(): key for key in reversed(row)}
+    found = [name if name in row else plain.get(name.strip().lower()) for name in names]
+    return [name for name in found if name is not None]
+
+
+def caption_cell(text: str) -> Any:
+    """What a CSV's field says of captions: a JSON list, or a text. Raises StditError for half of a list."""
+    if text.lstrip().startswith(('["', "[{")):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise StditError(f"has a list of captions that is not JSON ({error})") from error
+    return text
+
+
+def sidecar_captions(content: bytes, name: str, column: str | None = None) -> tuple[list[Caption], Fault | None]:
+    """The captions in a file beside a clip, or why it gives none: `.txt`, one a line; or `.json`, an object as
+    `captions_of` takes it, a list, or a text."""
+    try:
+        text = decode_text(content, name)
+        if name.lower().endswith(".txt"):
+            return _text_captions(text, name)
+        try:
+            row = json.loads(text.lstrip("\ufeff"))
+        except (ValueError, RecursionError) as error:
+            raise StditError(f"{name} is not JSON ({fault_in(text) or error}).") from error
+        if isinstance(row, str | list):
+            row = {column or "caption": row}
+        if not isinstance(row, dict):
+            return [], ("no_caption", f"{name} is {shortened(row)}, which is no caption.")
+        try:
+            captions = captions_of(row, column)
+        except StditError as error:
+            raise StditError(f"{name} {error}.") from error
+    except StditError as error:
+        return [], ("bad_caption", str(error))
+    if captions:
+        return captions, None
+    if there := columns_in(row, (column,) if column else CAPTION_NAMES):
+        return [], ("no_caption", f"{name} has nothing in {' and '.join(there)}.")
+    asked = column or ", ".join(CAPTION_NAMES)
+    message = f"{name} has no caption: its keys are {_listed(row)}, not {asked}. --caption-column names another."
+    return [], ("no_caption", message)
+
+
+def _text_captions(text: str, name: str) -> tuple[list[Caption], Fault | None]:
+    lines = split_lines(text)
+    for number, line in enumerate(lines, 1):
+        if fault := fault_in(line):
+            return [], ("bad_caption", f"{name}, line {number} {fault}.")
+    captions = [Caption(line.strip()) for line in lines if line.strip()]
+    return captions, None if captions else ("no_caption", f"{name} is empty.")
+
+
+def _listed(row: Iterable[str]) -> str:
+    names = list(row)
+    return ", ".join(shortened(name, 40) for name in names[:12]) + (", …" if len(names) > 12 else "") or "none"
+
+
+def read_captions(
+    path: Path, folder: str, names: Names, file_column: str | None = None, caption_column: str | None = None
+) -> Captions:
+    """A table of captions: a row names a file, relative to `folder` or to the table's own, and has captions as
+    `captions_of` takes them. A file may have several rows.
+
+    names: of the files in the folder. A bad row costs its own file. Raises StditError where columns are missing, a
+    quotation mark is never closed, or no row can be used.
+    """
     if not path.is_file():
         raise StditError(f"{path}: no such captions file.")
+    reader = _Table(path, folder, names, file_column, caption_column)
     suffix = path.suffix.lower()
-    if suffix not in (".csv", ".jsonl"):
-        raise StditError(f"{path}: captions are a .csv or a .jsonl file, or .txt files beside the videos.")
-    found: dict[str, list[Caption]] = {}
-    try:
-        for line, row in _csv(path) if suffix == ".csv" else json_lines(path):
-            name = row.get("file") or row.get("path")
-            if not isinstance(name, str):
-                raise StditError(f"{path}, line {line} names no file.")
-            relative = _relative(name, path.parent, folder)
-            if not relative.startswith("../"):  # a file elsewhere, of a table that captions more than this folder
-                found.setdefault(relative, []).extend(captions_of(row, f"{path}, line {line}"))
-    except UnicodeDecodeError as error:
-        raise StditError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-    return found
-
-
-def caption_lines(text: bytes, where: str) -> list[Caption]:
-    """The captions of a text file, one a line."""
-    try:
-        lines = text.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise StditError(f"{where} is not UTF-8 ({error}). Save it as UTF-8.") from error
-    return [Caption(line.strip()) for line in lines if line.strip()]
-
-
-def _relative(name: str, beside: Path, folder: str) -> str:
-    """The name as found in `folder`: as it stands, or relative to the captions file's own folder."""
-    if is_remote(folder):
-        return posixpath.normpath(name.removeprefix(folder + "/"))
-    name = name if os.sep == "\\" else name.replace("\\", "/")
-    for path in (Path(folder, name), beside / name):
-        if path.exists():
-            return os.path.relpath(path, folder).replace(os.sep, "/")
-    return os.path.normpath(name).replace(os.sep, "/")
-
-
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "caption" not in columns or not {"file", "path"} & set(columns):
-            raise StditError(f"{path}: the first line must name the columns file and caption, it is {columns}.")
-        for row in reader:
-            if None in row:
-                raise StditError(
-                    f"{path}, line {reader.line_num} has more fields than the first line. "
-                    'A caption with a comma goes into "quotation marks".'
-                )
-            yield reader.line_num, row
-
-
-def captions_of(row: dict[str, Any], where: str) -> Iterator[Caption]:
-    """A row's `captions` or `caption`; raises StditError for one that is no text with a positive weight."""
-    values = row.get("captions") if isinstance(row.get("captions"), list) else [row.get("caption")]
-    for value in values or []:
-        text, weight = (
-            (value.get("text"), value.get("weight")) if isinstance(value, dict) else (value, row.get("weight"))
+    if suffix in (".csv", ".tsv"):
+        header, rows = csv_rows(path, reader.enough, reader.is_row)
+        reader.check(header, "the first line")
+        reader.cells = True
+    elif suffix == ".jsonl":
+        rows = json_rows(path)
+    elif suffix == ".parquet":
+        reader.unit = "row"
+        rows = reader.parquet()
+    else:
+        raise StditError(
+            f"{path}: captions are a .csv or a .jsonl file (or .tsv, .parquet), or files beside the videos."
         )
-        if text is None or text == "":
-            continue  # the file then has no caption, and the scan says so
+    return reader.read(rows)
+
+
+class _Table:
+    def __init__(self, path: Path, folder: str, names: Names, file_column: str | None, caption_column: str | None):
+        self.path, self.folder, self.names = path, folder, names
+        self.file_names = (file_column,) if file_column else FILE_NAMES
+        self.caption_names = (caption_column,) if caption_column else CAPTION_NAMES
+        self.caption_column = caption_column
+        self.cells, self.unit = False, "line"
+        self.beside = None if is_remote(folder) or os.path.samefile(path.parent, folder) else path.parent
+
+    def enough(self, columns: Sequence[str]) -> bool:
+        return bool(columns_in(columns, self.file_names) and columns_in(columns, self.caption_names))
+
+    def check(self, columns: Sequence[str], where: str) -> None:
+        if not self.enough(columns):
+            wanted = f"{self.file_names[0]} and {self.caption_column or 'caption'}"
+            raise StditError(
+                f"{self.path}: {where} must name the columns {wanted}, it has {_listed(columns)}. {_NAME_THEM}"
+            )
+        used = {*self.file_names, *self.caption_names, "weight"}
+        counts = Counter(column.strip().lower() for column in columns)
+        if twice := [name for name in used if counts[name.strip().lower()] > 1]:
+            raise StditError(f"{self.path}: {where} names {' and '.join(sorted(twice))} twice. Rename one of them.")
+
+    def parquet(self) -> Iterator[Row]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
-            weight = float(1.0 if weight in (None, "") else weight)
-        except (TypeError, ValueError):
-            weight = -1.0
-        if not isinstance(text, str) or not 0 < weight < float("inf"):
-            raise StditError(f"{where}: a caption is a text with a positive weight, not {value!r}.")
-        if text.strip():
-            yield Caption(text.strip(), weight)
+            with pq.ParquetFile(self.path) as file:
+                columns = file.schema_arrow.names
+                self.check(columns, "the schema")
+                wanted = columns_in(columns, (*self.file_names, *self.caption_names, "weight"))
+                number = 0
+                for batch in file.iter_batches(4096, columns=wanted):
+                    for values in batch.to_pylist():
+                        yield Row(number, values)
+                        number += 1
+        except (pa.ArrowException, OSError) as error:
+            raise StditError(f"{self.path} cannot be read as Parquet: {error}") from error
+
+    def is_row(self, values: dict[str, str]) -> bool:
+        """Whether a line of a quoted field is a row that names a file in the folder."""
+        columns = columns_in(values, self.file_names)
+        if not columns or not self.enough(list(values)):
+            return False
+        return any(self.names.find(place) for place in self._places(values[columns[0]]))
+
+    def read(self, rows: Iterable[Row]) -> Captions:
+        found, enough = Captions(), False
+        first: tuple[str, list[str]] | None = None  # row, and the columns that it has
+        for row in rows:
+            where = f"{self.path}, {self.unit} {row.line}"
+            first = first or (where, list(row.values))
+            enough = enough or self.enough(list(row.values))
+            name = next((row.values[key] for key in columns_in(row.values, self.file_names)), None)
+            fault = row.fault or ("" if isinstance(name, str) and name.strip() else "names no file")
+            if not isinstance(name, str) or not name.strip():
+                found.rows.append((where, fault))
+                continue
+            if wrong := fault_in(name):
+                found.rows.append((where, f"names a file that {wrong}"))
+                continue
+            captions = []
+            try:
+                captions = [] if fault else captions_of(self._decoded(row.values), self.caption_column)
+            except StditError as error:
+                fault = str(error)
+            files = self._files(name)
+            if len(files) > 1:
+                fault = f"names {name}, and {' and '.join(map(ascii, files))} differ from it only in their Unicode form"
+            for file in files:
+                if fault:
+                    found.faults.setdefault(file, ("bad_caption", f"{where} {fault}."))
+                else:
+                    found.texts.setdefault(file, []).extend(captions)
+        if first and not found.texts:  # no row can be used, unless all are of files elsewhere
+            faults = [message for _, message in found.faults.values()] + [f"{at} {what}." for at, what in found.rows]
+            if faults:
+                more = "" if enough else f" Its columns are {_listed(first[1])}. {_NAME_THEM}"
+                raise StditError(faults[0] + more)
+        if first and found.texts and not enough:
+            self.check(first[1], first[0].rpartition(", ")[2])
+        return found
+
+    def _decoded(self, values: dict[str, Any]) -> dict[str, Any]:
+        if not self.cells:
+            return values
+        for column in columns_in(values, self.caption_names):
+            values[column] = caption_cell(values[column])
+        return values
+
+    def _files(self, name: str) -> list[str]:
+        """The file that a row names, relative to the folder; those that differ only in form; none for one elsewhere."""
+        places = list(dict.fromkeys(self._places(name)))
+        for place in places:
+            if found := self.names.find(place):
+                return found
+        if not is_remote(self.folder):  # one that a listing leaves out, such as a hidden file
+            places = [place for place in places if os.path.exists(os.path.join(self.folder, place))] or places
+        return [] if places[0].startswith("../") else places[:1]
+
+    def _places(self, name: str) -> list[str]:
+        if is_remote(self.folder):
+            return [posixpath.normpath(one.removeprefix(self.folder + "/")) for one in (name, name.strip())]
+        places = []
+        for one in (name, name.strip()):
+            one = one if os.sep == "\\" else one.replace("\\", "/")
+            if os.path.isabs(one):
+                places.append(os.path.relpath(one, self.folder))
+            else:
+                places.append(os.path.normpath(one))
+                if self.beside:
+                    places.append(os.path.relpath(self.beside / one, self.folder))
+        return [place.replace(os.sep, "/") for place in places]

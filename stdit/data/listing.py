@@ -1,35 +1,39 @@
-"""What a scan looks at: media files under a folder or a URL, and those in tar shards (WebDataset's layout) there."""
+"""What a scan looks at: media files under a folder or a URL, and the captions beside them. Tars: see `tars`."""
 
 from __future__ import annotations
 
-import json
 import os
-import posixpath
-import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from stdit.data.captions import caption_lines, captions_of
+from stdit.data.captions import Caption, Fault, Names, sidecar_captions
 from stdit.data.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
-from stdit.data.manifest import Caption, Skipped
-from stdit.data.paths import Member, is_remote, join
+from stdit.data.manifest import Skipped
+from stdit.data.paths import is_remote, join
 from stdit.data.storage import STORAGE, StorageError, side_by_side
 from stdit.errors import StditError
+from stdit.text_files import unicode_form
 
-_TEXT_BYTES = 1 << 20  # of a caption file in a tar; longer ones are none
+CAPTION_SUFFIXES = (".txt", ".json")
+CAPTION_BYTES = 16 << 20  # of a file beside a clip; longer ones are none
 
 
 @dataclass(frozen=True)
 class File:
     """name: relative to the scanned folder, as people see it; of a tar's member, the tar's and then its own.
 
-    state: another one when the file changes; None for a local file that is not there. captions: a tar member's own.
+    state: another one when the file changes; None for a local file that is not there. captions: a tar member's own, or
+    in caption_fault why it has none. refused: the reason and the message why a tar member cannot be looked at.
     """
 
     name: str
     path: str
     state: list[Any] | None
     captions: tuple[Caption, ...] = ()
+    caption_fault: Fault | None = None
+    refused: tuple[str, str] | None = None
 
 
 class Folder:
@@ -109,69 +113,89 @@ class Folder:
                 raise
             return False
 
+    @cached_property
+    def names(self) -> Names:
+        return Names(self._states)
+
     def captions_file(self) -> str | None:
         tables = [name for name in ("captions.csv", "captions.jsonl") if name in self]
         if len(tables) > 1:
             raise StditError(f"{self.root} has both captions.csv and captions.jsonl. Name one with --captions.")
         return self.path(tables[0]) if tables else None
 
-    def text_beside(self, name: str) -> str | None:
-        return next((text for text in (os.path.splitext(name)[0] + ".txt", name + ".txt") if text in self), None)
+    @cached_property
+    def _caption_files(self) -> dict[tuple[str, str], list[str]]:
+        """Names of .txt and .json files by suffix and the name before it, in one Unicode form."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for name in sorted(self._states):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in CAPTION_SUFFIXES:
+                found.setdefault((suffix.lower(), unicode_form(stem)), []).append(name)
+        return found
 
-    def sidecars(self, names: list[str]) -> dict[str, list[Caption]]:
-        """The captions of `clip.txt` or `clip.mp4.txt` beside clip.mp4, one a line."""
-        texts = {name: self.path(text) for name in names if (text := self.text_beside(name))}
-        contents = STORAGE.read_all(list(texts.values()))
-        return {name: caption_lines(text, path) for (name, path), text in zip(texts.items(), contents)}
+    @cached_property
+    def _stems(self) -> set[str]:
+        """Names of media files, without their suffixes and with."""
+        media = [name for name in self._states if suffix_of(name) in MEDIA]
+        return {*media, *(os.path.splitext(name)[0] for name in media)}
+
+    def captions_beside(self, name: str) -> list[list[str]]:
+        """The caption files of a clip, the first that says anything counts: clip.txt, clip.mp4.txt, clip.json,
+        clip.mp4.json, their suffixes in any case. More than one in a place cannot be told apart."""
+        found = []
+        for suffix in CAPTION_SUFFIXES:
+            for stem in (os.path.splitext(name)[0], name):
+                there = self._caption_files.get((suffix, unicode_form(stem)), [])
+                own = [file for file in there if os.path.splitext(file)[0] == stem]
+                # one in another Unicode form is this clip's unless there is a clip of that very name
+                if places := own or [file for file in there if os.path.splitext(file)[0] not in self._stems]:
+                    found.append(places)
+        return found
+
+    def sidecars(
+        self, names: list[str], column: str | None = None
+    ) -> tuple[dict[str, list[Caption]], dict[str, Fault]]:
+        """The captions in files beside the clips (see `captions_beside`), and why clips have none."""
+        names = [name for name in names if self.captions_beside(name)]
+
+        def look(name: str) -> tuple[list[Caption], Fault | None]:
+            return first_captions([(self._reading(files), files[0]) for files in self.captions_beside(name)], column)
+
+        found = dict(zip(names, side_by_side(look, names)))
+        captions = {name: captions for name, (captions, _) in found.items() if captions}
+        return captions, {name: fault for name, (_, fault) in found.items() if fault}
+
+    def _reading(self, files: list[str]) -> Callable[[], bytes]:
+        def read() -> bytes:
+            if len(files) > 1:
+                raise StditError(f"{' and '.join(map(ascii, files))} cannot be told apart. Remove one.")
+            file = self.file(files[0])
+            if file.state and file.state[0] is not None and int(file.state[0]) > CAPTION_BYTES:
+                raise StditError(f"{files[0]} has {file.state[0]} bytes, a caption at most {CAPTION_BYTES}.")
+            try:
+                return STORAGE.read(file.path)
+            except (OSError, StorageError) as error:
+                if isinstance(error, StorageError) and error.reason == "unreachable":
+                    raise
+                why = error.message if isinstance(error, StorageError) else str(error.strerror)
+                raise StditError(f"{files[0]} cannot be read ({why.rstrip('.')}).") from error
+
+        return read
 
 
-def tar_members(tar: File, local: str) -> tuple[list[File], str | None]:
-    """The videos and images of a tar, whose bytes are in the file `local`, and what is wrong further in, if anything.
-
-    Files whose names are the same up to the first dot belong together: `clip.txt` (a caption a line) or else
-    `clip.json` (caption, captions or text) captions `clip.mp4`. Raises tarfile.TarError, OSError: it is no tar.
-    """
-    media: list[tuple[str, Member]] = []
-    captions: dict[str, tuple[Caption, ...]] = {}
-    damage = None
-    with tarfile.open(local, "r:") as shard:
+def first_captions(
+    files: list[tuple[Callable[[], bytes], str]], column: str | None
+) -> tuple[list[Caption], Fault | None]:
+    """The captions of the first file (how to read it, name) that says anything, or why there are none."""
+    faults: list[Fault] = []
+    for read, name in files:
         try:
-            for info in shard:
-                name = posixpath.normpath("/" + info.name)[1:]  # without a way out of the tar
-                folder, base = posixpath.split(name)
-                if not info.isreg() or info.issparse() or base.startswith("."):
-                    continue
-                key, suffix = posixpath.join(folder, base.partition(".")[0]), posixpath.splitext(base)[1].lower()
-                if suffix in MEDIA or (suffix not in OTHER_SUFFIXES and _holds_media(shard, info)):
-                    media.append((key, Member(tar.path, info.offset_data, info.size, name)))
-                elif suffix in (".txt", ".json") and info.size <= _TEXT_BYTES:
-                    content = shard.extractfile(info)
-                    found = _captions(content.read() if content else b"", suffix)
-                    if suffix == ".txt" or key not in captions:
-                        captions[key] = found or captions.get(key, ())
-        except (tarfile.TarError, OSError, ValueError) as error:
-            damage = f"cannot be read to its end ({error})."
-        assert shard.fileobj is not None
-        shard.fileobj.seek(shard.offset)
-        if damage is None and any(shard.fileobj.read(tarfile.BLOCKSIZE)):  # an end is empty
-            damage = f"is no tar from byte {shard.offset} on."
-    files = [File(f"{tar.name}/{m.name}", str(m), tar.state, captions.get(key, ())) for key, m in media]
-    return files, damage
-
-
-def _holds_media(shard: tarfile.TarFile, info: tarfile.TarInfo) -> bool:
-    content = shard.extractfile(info)
-    return content is not None and content_of(content.read(HEAD)) is not None
-
-
-def _captions(content: bytes, suffix: str) -> tuple[Caption, ...]:
-    """What a caption file says; one that says nothing readable leaves its clip without a caption, which is named."""
-    try:
-        if suffix == ".txt":
-            return tuple(caption_lines(content, ""))
-        row = json.loads(content)
-        if not isinstance(row, dict):
-            return ()
-        return tuple(captions_of({"caption": row.get("text"), **row}, ""))
-    except (StditError, ValueError):
-        return ()
+            captions, fault = sidecar_captions(read(), name, column)
+        except StorageError:
+            raise
+        except StditError as error:
+            return [], ("bad_caption", str(error))
+        if captions or (fault and fault[0] == "bad_caption"):
+            return captions, fault
+        faults += [fault] if fault else []
+    return [], ("no_caption", " ".join(message for _, message in faults)) if faults else None

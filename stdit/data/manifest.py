@@ -9,11 +9,11 @@ Further columns are kept: `stdit data scan --scores` adds those of `filters.with
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +24,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from stdit.data.captions import CAPTION_NAMES, Caption, caption_cell, captions_of, columns_in
 from stdit.data.paths import is_remote, join
 from stdit.data.storage import STORAGE
 from stdit.errors import StditError, about, nearest_name
 from stdit.files import publish
+from stdit.text_files import Row, csv_rows, fault_in, json_rows, shortened
 
+__all__ = ["SCHEMA", "Caption", "Clip", "Manifest", "Skipped", "clip_id", "read_manifest", "write_manifest"]
 FORMAT = 1
+NAMED = 5  # rows that are left out, each on a line of its own
+
+log = logging.getLogger(__name__)
 
 _TEXT = pa.large_string()  # offsets of 64 bits: ten million captions exceed 2 GB
 SCHEMA = pa.schema(
@@ -46,12 +52,6 @@ SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Caption:
-    text: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ def _digest(digest: Any, column: pa.ChunkedArray) -> None:
 
 def _checked(table: pa.Table, source: str) -> pa.Table:
     """The table with the schema's types, or what is wrong with which row."""
+    table = _with_captions(table, source)
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise StditError(
@@ -200,14 +201,36 @@ def _checked(table: pa.Table, source: str) -> pa.Table:
     return checked
 
 
+def _with_captions(table: pa.Table, source: str) -> pa.Table:
+    """Captions that are texts or lists of texts, in any of CAPTION_NAMES, become a manifest's."""
+    names = columns_in(table.column_names, CAPTION_NAMES)
+    there = "captions" in table.column_names
+    kind = table.schema.field("captions").type if there else pa.null()
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not names or (lists and pa.types.is_struct(kind.value_type)):
+        return table
+    found = []
+    for number, row in enumerate(table.select([*names, *columns_in(table.column_names, ("weight",))]).to_pylist()):
+        with about(f"{source}: row {number}"):
+            found.append([asdict(caption) for caption in captions_of(row)])
+    column = pa.array(found, SCHEMA.field("captions").type)
+    if not there:
+        return table.append_column("captions", column)
+    return table.set_column(table.column_names.index("captions"), "captions", column)
+
+
 def _check_captions(captions: pa.ChunkedArray, source: str) -> None:
     each = pc.list_flatten(captions)
     weights = pc.struct_field(each, "weight").to_numpy()
-    right = pc.is_valid(pc.struct_field(each, "text")).to_numpy().astype(bool) & (weights > 0) & np.isfinite(weights)
+    texts = pc.struct_field(each, "text")
+    right = pc.is_valid(texts).to_numpy().astype(bool) & (weights > 0) & np.isfinite(weights)
+    right &= ~pc.fill_null(pc.match_substring(texts, "\0"), False).to_numpy().astype(bool)
     if not right.all():
         row = np.repeat(np.arange(len(captions)), pc.list_value_length(captions).to_numpy())[np.argmin(right)]
         wrong = each[int(np.argmin(right))].as_py()
-        raise StditError(f"{source}: row {row} has the caption {wrong}; it is a text with a positive weight.")
+        raise StditError(
+            f"{source}: row {row} has the caption {wrong}; it is a text (without NUL) with a positive weight."
+        )
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -228,10 +251,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if version != str(FORMAT).encode():
             raise StditError(f"{path} has manifest format {version.decode()}; this stdit reads {FORMAT}.")
     elif suffix in (".jsonl", ".csv"):
-        try:
-            table = _from_rows(path, list(json_lines(path) if suffix == ".jsonl" else _csv(path)))
-        except UnicodeDecodeError as error:
-            raise StditError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+        table = _table(path, suffix == ".csv")
     else:
         raise StditError(f"{path}: a manifest is a .parquet, .jsonl or .csv file.")
     return Manifest(table, path.parent, str(path))
@@ -265,65 +285,81 @@ def _stored(path: str, folder: str) -> str:
     return path.removeprefix(folder).replace(os.sep, "/") if path.startswith(folder) else path
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line of a JSONL file that is not empty."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise StditError(f"{path}, line {number} is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise StditError(f"{path}, line {number} is {row!r}, not an object {{…}}.")
-                yield number, row
-
-
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row or None in row.values():
-                raise StditError(f"{path}, line {reader.line_num} has another number of fields than the first line.")
-            if row.get("captions"):
-                try:
-                    row["captions"] = json.loads(row["captions"])
-                except json.JSONDecodeError as error:
-                    raise StditError(
-                        f"{path}, line {reader.line_num}: captions is not JSON ({error}). "
-                        "A single caption goes into a column named caption."
-                    ) from error
-            yield reader.line_num, row
-
-
-def _from_rows(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> pa.Table:
-    kinds: dict[str, Callable[[Any], Any]] = {"frames": int, "width": int, "height": int}
-    kinds |= {"fps": float, "start": float, "end": float, "id": str, "sha256": str, "path": str}
+def _table(path: Path, is_csv: bool) -> pa.Table:
+    """The rows of a CSV or a JSONL file. One whose captions are no texts is left out, with a warning."""
+    header: list[str] = []
+    rows: Iterable[Row]
+    if is_csv:
+        header, rows = csv_rows(
+            path, lambda columns: bool(columns_in(columns, ("path",))), lambda row: _is_row(row, header)
+        )
+        counts = Counter(name.strip().lower() for name in header)
+        if twice := [name for name in (*SCHEMA.names, *CAPTION_NAMES, "weight") if counts[name] > 1]:
+            raise StditError(f"{path}: the first line names {' and '.join(twice)} twice. Rename one of them.")
+    else:
+        rows = json_rows(path)
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for number, row in rows:
-        row = dict(row)
-        captions = row.get("captions") or ([row["caption"]] if row.get("caption") else [])
-        row["captions"] = [
-            {"weight": 1.0, **c} if isinstance(c, dict) else {"text": c, "weight": 1.0} for c in captions
-        ]
+    left_out = []
+    for row in rows:
+        where = f"{path}, line {row.line}"
+        if row.fault:
+            raise StditError(f"{where} {row.fault}.")
         try:
-            row.setdefault("start", 0.0)
-            if row.get("end") in (None, "") and row.get("frames") and row.get("fps"):
-                single = int(row["frames"]) == 1
-                row["end"] = 0.0 if single else float(row["start"]) + int(row["frames"]) / float(row["fps"])
-            if not row.get("id") and row.get("sha256"):
-                row["id"] = clip_id(row["sha256"], float(row["start"]), float(row["end"]))
-            for name in SCHEMA.names:
-                if row.get(name) in (None, ""):
-                    raise StditError(
-                        f"{path}, line {number} has no {name}. `stdit data scan` finds it out and writes a manifest."
-                    )
-                columns[name].append(kinds[name](row[name]) if name in kinds else row[name])
-        except (TypeError, ValueError) as error:
-            if isinstance(error, StditError):
-                raise
-            raise StditError(f"{path}, line {number}: {name} is {row.get(name)!r} ({error}).") from error
+            values = dict(row.values)
+            for name in columns_in(values, CAPTION_NAMES) if is_csv else ():
+                values[name] = caption_cell(values[name])
+            captions = captions_of(values)
+        except StditError as error:
+            left_out.append(f"{where} {error}.")
+            continue
+        for name, value in _numbers(row.values, where).items():
+            columns[name].append(value)
+        columns["captions"].append([asdict(caption) for caption in captions])
+    if left_out and not columns["id"]:
+        raise StditError(left_out[0])
+    for message in left_out[:NAMED]:
+        log.warning("%s Its clip is left out.", message)
+    if len(left_out) > NAMED:
+        log.warning("%s: %d more rows are left out.", path, len(left_out) - NAMED)
     try:
         return pa.table(columns, schema=SCHEMA)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise StditError(f"{path} cannot be read as a manifest: {error}") from error
+
+
+def _is_row(row: dict[str, str], header: list[str]) -> bool:
+    """Whether a line in a quoted field is a row of its own: it has every column, and a number of frames."""
+    return len(row) == len(header) and row.get("frames", "").strip().isdigit()
+
+
+def _numbers(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """All of a row but its captions; what follows from the rest is filled in."""
+    kinds: dict[str, type] = {"frames": int, "width": int, "height": int, "fps": float, "start": float, "end": float}
+    there = {name: given[key] for name in SCHEMA.names for key in columns_in(given, (name,)) if name != "captions"}
+    there = {"start": 0.0} | {name: value for name, value in there.items() if value not in (None, "")}
+    for name, value in there.items():
+        if isinstance(value, str) and (fault := fault_in(value)):
+            raise StditError(f"{where}: {name} is {shortened(value)}, which {fault}.")
+    follows = {"captions": True, "id": "sha256" in there, "end": "frames" in there and "fps" in there}
+    for name in SCHEMA.names:
+        if name not in there and not follows.get(name):
+            raise StditError(f"{where} has no {name}. `stdit data scan` finds it out and writes a manifest.")
+    row: dict[str, Any] = {}
+    for name, value in there.items():
+        kind = kinds.get(name, str)
+        try:
+            row[name] = kind(value)
+            if (kind is str and not isinstance(value, str)) or isinstance(value, bool):
+                raise ValueError(f"it must be {'a text' if kind is str else 'a number'}")
+            if kind is int and isinstance(value, float) and value != row[name]:
+                raise ValueError("it must be a whole number")
+        except (TypeError, ValueError, OverflowError) as error:
+            raise StditError(f"{where}: {name} is {shortened(value)} ({error}).") from error
+    try:
+        if "end" not in row:
+            row["end"] = 0.0 if row["frames"] == 1 else row["start"] + row["frames"] / row["fps"]
+        if "id" not in row:
+            row["id"] = clip_id(row["sha256"], row["start"], row["end"])
+    except (OverflowError, ZeroDivisionError) as error:
+        raise StditError(f"{where}: frames is {row['frames']}, fps {row['fps']} ({error}).") from error
+    return row

@@ -10,6 +10,7 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
+from stdit.data import tars
 from stdit.data.listing import File
 from stdit.data.manifest import Caption
 from stdit.data.paths import is_remote
@@ -25,9 +26,15 @@ class Memory:
     """What was found of files, by path, with the state (size, time) that a file had then."""
 
     def __init__(
-        self, wanted: Wanted, lines: list[dict[str, Any]], add: Callable[[list[dict[str, Any]]], None]
+        self,
+        wanted: Wanted,
+        lines: list[dict[str, Any]],
+        add: Callable[[list[dict[str, Any]]], None],
+        column: str | None = None,
     ) -> None:
         self.wanted, self.add = wanted, add
+        self.caption_column = column
+        self.reading = [tars.FORMAT, column]  # how captions in tars are read
         self.known = {line["path"]: line for line in lines}
         self.used: dict[str, dict[str, Any]] = {}
 
@@ -50,12 +57,13 @@ class Memory:
     def members(self, tar: File) -> tuple[list[File], str | None] | None:
         """What `tar_members` said."""
         line = self._line(tar)
-        if line is None or "members" not in line:
+        if line is None or "members" not in line or line.get("reading") != self.reading:
             return None
         members = []
-        for name, place, captions in line["members"]:
-            path = tar.path + place
-            members.append(File(f"{tar.name}/{name}", path, tar.state, tuple(Caption(*one) for one in captions)))
+        for name, place, captions, fault, refused in line["members"]:
+            path, texts = tar.path + place, tuple(Caption(*one) for one in captions)
+            why = (fault and tuple(fault), refused and tuple(refused))
+            members.append(File(f"{tar.name}/{name}", path, tar.state, texts, *why))
         return members, line["damage"]
 
     def keep_members(self, tar: File, members: list[File], damage: str | None) -> None:
@@ -64,10 +72,12 @@ class Memory:
                 file.name.removeprefix(f"{tar.name}/"),
                 file.path.removeprefix(tar.path),
                 [astuple(c) for c in file.captions],
+                file.caption_fault,
+                file.refused,
             )
             for file in members
         ]
-        self._keep(tar, {"members": rows, "damage": damage})
+        self._keep(tar, {"members": rows, "damage": damage, "reading": self.reading})
 
     def _line(self, file: File) -> dict[str, Any] | None:
         line = self.known.get(absolute(file.path))
@@ -83,13 +93,15 @@ class Memory:
 
 
 @contextmanager
-def remembered(path: Path | None, wanted: Wanted) -> Iterator[Memory]:
-    """What earlier scans wrote to this file; what is new is added as it comes, what is of no use any more goes."""
+def remembered(path: Path | None, wanted: Wanted, column: str | None = None) -> Iterator[Memory]:
+    """What earlier scans wrote to this file; what is new is added as it comes, what is of no use any more goes.
+
+    column: the key of captions in .json files of tars."""
     if path is None:
-        yield Memory(wanted, [], lambda _: None)
+        yield Memory(wanted, [], lambda _: None, column)
         return
     with journal(path) as (lines, add):
-        memory = Memory(wanted, lines, add)
+        memory = Memory(wanted, lines, add, column)
         yield memory
     publish_text(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()))
 

@@ -7,29 +7,29 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stdit.data.captions import read_captions
+from stdit.data.captions import Captions, Fault, Names, read_captions
 from stdit.data.filters import with_scores
 from stdit.data.formats import suffix_of
-from stdit.data.listing import File, Folder, tar_members
+from stdit.data.listing import File, Folder
 from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write_manifest
 from stdit.data.paths import is_remote
 from stdit.data.probing import Opened, Probed, Span, Wanted, probe_files
 from stdit.data.remembered import Memory, absolute, remembered
 from stdit.data.scenes import LEAST, check_available
 from stdit.data.storage import STORAGE, StorageError
+from stdit.data.tars import COMPRESSED, tar_members
 from stdit.data.video_io import VERIFY_PIXELS
 from stdit.errors import StditError, about
 from stdit.files import publish_text
 
 FLASHES = 5  # stretches between cuts that a message tells the place of
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def scan(
     captions: str | Path | None = None,
     out: str | Path | None = None,
     *,
+    caption_column: str | None = None,
+    file_column: str | None = None,
     uncaptioned: bool = False,
     verify: bool = True,
     scenes: bool = False,
@@ -60,12 +62,15 @@ def scan(
 ) -> Scan:
     """Probes every video and image under `folder` (hidden ones left out), in processes that may crash or hang.
 
-    folder: a folder or a URL of any fsspec scheme. Tar shards in it are looked into: see `listing.tar_members`.
-    captions: a CSV or JSONL; None: `captions.csv` or `captions.jsonl` in the folder, else .txt files beside the videos.
+    folder: a folder or a URL of any fsspec scheme. Tar shards in it are looked into: see `tars.tar_members`.
+    captions: a CSV, JSONL or Parquet; None: `captions.csv` or `captions.jsonl` in the folder, else .txt and .json files
+        beside the videos. Their columns are found by name, or are `file_column` and `caption_column`. A caption that
+        cannot be used costs its clip, as "bad_caption".
     out: the manifest to write, if there is a clip; what was skipped goes beside it as `….skipped.jsonl`, and what was
         found of every file as `….probed.jsonl`, while it is found: a scan that was stopped goes on there, and of files
         whose size and time of change are the same only what is new among `scenes` and `scores` is looked at.
-    uncaptioned: keep files without a caption (their captions are empty) instead of skipping them as "no_caption".
+    uncaptioned: keep files without a caption (their captions are empty) instead of skipping them as "no_caption"; those
+        with a bad one are kept without it, and named among `damaged`.
     verify: decode the files (each up to `video_io.VERIFY_PIXELS`), which finds damage; else only their first frame.
     scenes: cut videos at their scene changes (see `scenes`): each scene is a clip with the captions of its file.
     scores: also write the columns of `filters.with_scores`.
@@ -80,23 +85,25 @@ def scan(
         check_available()
     source = Folder(str(folder))
     table = str(captions) if captions is not None else source.captions_file()
-    captioned = {} if table is None else _table(table, source.root)
+    captioned = Captions() if table is None else _table(table, source, file_column, caption_column)
     names, tars, ignored = _names(source, captioned, table, out)
-    if table is not None and not captioned and not tars and not uncaptioned:
+    if table is not None and not captioned.texts and not tars and not uncaptioned:
         raise StditError(
             f"{table} captions no file in {folder}: the names in it are taken relative to that folder, or else to its "
             f"own. --allow-uncaptioned scans without captions."
         )
-    texts = captioned if table is not None else source.sidecars(names)
+    if table is None:
+        captioned = Captions(*source.sidecars(names, caption_column))
     wanted = Wanted(VERIFY_PIXELS if verify else 0, scenes, scores)
-    with remembered(None if out is None else _probed_path(out), wanted) as memory:
+    with remembered(None if out is None else _probed_path(out), wanted, caption_column) as memory:
         probe = partial(probe_files, workers=workers or _cores(), wanted=wanted, timeout=timeout)
         found = _Found(memory, probe, on_start, on_file)
         found.look_at(source.files(names))
         for tar in source.files(tars):
             found.look_into(tar)
     found.skipped += source.unreadable
-    clips = found.clips(texts, uncaptioned)
+    found.skipped += [Skipped(row, "bad_row", f"{what}.") for row, what in captioned.rows]
+    clips = found.clips(captioned, uncaptioned)
     manifest = Manifest.of(clips, "." if is_remote(source.root) else source.root)
     repeats: list[Skipped] = []
     if scores:
@@ -136,7 +143,9 @@ class _Found:
             if _unnameable(file.name):
                 name = file.name.encode("utf-8", "replace").decode()
                 self.skipped.append(Skipped(name, "name", "has a name that is not UTF-8. Rename it."))
-        files = [file for file in files if not _unnameable(file.name)]
+            elif file.refused:
+                self.skipped.append(Skipped(file.name, *file.refused))
+        files = [file for file in files if not _unnameable(file.name) and not file.refused]
         self.on_start(len(self.files) + len(files))
         known = {file.path: result for file in files if (result := self.memory.get(file))}
         new = {file.path: file for file in files if not self._whole(known.get(file.path))}
@@ -160,14 +169,14 @@ class _Found:
         """Looks at what is in a tar, which is fetched whole if it is remote and has changed."""
         known = self.memory.members(tar)
         try:
-            if tar.name.lower().endswith(_COMPRESSED):
+            if tar.name.lower().endswith(COMPRESSED):
                 raise tarfile.ReadError("it is compressed: only in a plain .tar can a file be read where it lies")
-            if known is not None and all(self._whole(self.memory.get(file)) for file in known[0]):
+            if known is not None and all(file.refused or self._whole(self.memory.get(file)) for file in known[0]):
                 members, damage = known
                 self.look_at(members)
             else:
                 with STORAGE.local(tar.path) as local:
-                    members, damage = known or tar_members(tar, local)
+                    members, damage = known or tar_members(tar, local, self.memory.caption_column)
                     self.memory.keep_members(tar, members, damage)
                     self.look_at(members, lambda path: nullcontext(local + path.removeprefix(tar.path)))
         except (tarfile.TarError, OSError) as error:
@@ -180,17 +189,21 @@ class _Found:
             if damage:
                 self.damaged.append(Skipped(tar.name, "damaged", f"{damage} The files before that are used."))
 
-    def clips(self, texts: Mapping[str, Sequence[Caption]], uncaptioned: bool) -> list[Clip]:
+    def clips(self, captioned: Captions, uncaptioned: bool) -> list[Clip]:
         """The clips of every file that can be one; why the others are none joins `skipped`."""
         clips: dict[str, Clip] = {}
+        of_file = _Lookup(captioned, [file.name for file, _ in self.files])
         for file, result in self.files:
-            captions = tuple(texts.get(file.name, ())) or file.captions
+            captions, fault = of_file(file)
             if result.probe is None or result.sha256 is None:
                 reason, message = result.reason or "undecodable", result.message or "cannot be read."
                 self.skipped.append(Skipped(file.name, reason, message))
                 continue
-            if not captions and not uncaptioned:
-                self.skipped.append(Skipped(file.name, "no_caption", "has no caption."))
+            reason, message = fault or ("no_caption", "has no caption.")
+            if reason == "bad_caption" and uncaptioned:
+                self.damaged.append(Skipped(file.name, reason, f"{message} The clip is kept without that."))
+            elif reason == "bad_caption" or not (captions or uncaptioned):
+                self.skipped.append(Skipped(file.name, reason, message))
                 continue
             if damage := result.probe["damage"]:
                 self.damaged.append(Skipped(file.name, "damaged", f"{damage} The frames before that are used."))
@@ -247,23 +260,48 @@ def _unnameable(file: str) -> bool:
     return any(0xD800 <= ord(c) <= 0xDFFF for c in file)
 
 
-def _table(path: str, root: str) -> dict[str, list[Caption]]:
+def _table(path: str, source: Folder, file_column: str | None, caption_column: str | None) -> Captions:
+    columns = (file_column, caption_column)
     if not is_remote(path):
-        return read_captions(Path(path), root)
+        return read_captions(Path(path), source.root, source.names, *columns)
     with about(path), STORAGE.local(path) as local:
-        return read_captions(Path(local), root)
+        return read_captions(Path(local), source.root, source.names, *columns)
+
+
+class _Lookup:
+    """The captions of a file, or why it has none: from a table or sidecars by its name, else a tar member's own."""
+
+    def __init__(self, captioned: Captions, files: Sequence[str]) -> None:
+        self.captioned, self.files = captioned, Names(files)
+        self.named = Names({*captioned.texts, *captioned.faults})
+
+    def __call__(self, file: File) -> tuple[tuple[Caption, ...], Fault | None]:
+        texts, faults = self.captioned.texts, self.captioned.faults
+        if file.name in self.named.all:
+            return tuple(texts.get(file.name, ())), faults.get(file.name)
+        alike = [] if file.name.isascii() else self.named.find(file.name)
+        mine = [name for name in alike if name not in self.files.all]
+        if len(mine) == 1 and len(self.files.find(mine[0])) == 1:  # a name in a tar, written in another Unicode form
+            return tuple(texts.get(mine[0], ())), faults.get(mine[0])
+        if alike and not file.captions:
+            message = f"has no caption; {' and '.join(map(ascii, alike))}, the same but for its Unicode form, has."
+            return (), ("no_caption", message)
+        return file.captions, file.caption_fault
 
 
 def _names(
-    source: Folder, captioned: dict[str, list[Caption]], table: str | None, out: str | Path | None
+    source: Folder, captioned: Captions, table: str | None, out: str | Path | None
 ) -> tuple[list[str], list[str], dict[str, int]]:
     """Files to probe, in order of name (media, and whatever a caption names); tars; how many others, by suffix."""
-    tars = {name for name in source if name.lower().endswith((".tar", *_COMPRESSED))}
-    in_tars = {name for name in captioned if any(name[: at.end()] in tars for at in re.finditer(r"\.tar(?=/)", name))}
-    files = set(captioned) - in_tars - tars | source.media()
+    tars = {name for name in source if name.lower().endswith((".tar", *COMPRESSED))}
+    named = {*captioned.texts, *captioned.faults}
+    in_tars = {name for name in named if any(name[: at.end()] in tars for at in re.finditer(r"\.tar(?=/)", name))}
+    files = named - in_tars - tars | source.media()
     beside = [] if out is None else [out, skipped_path(out), _probed_path(out)]
     own = {absolute(str(path)) for path in (table, *beside) if path is not None}
-    texts = set() if table is not None else {source.text_beside(name) for name in files}
+    texts: set[str] = set()
+    if table is None:
+        texts = {text for name in files for place in source.captions_beside(name) for text in place}
     others = (name for name in source if name not in files and name not in tars and name not in texts)
     suffixes = Counter(suffix_of(name) for name in others if absolute(source.path(name)) not in own)
     return sorted(files), sorted(tars), dict(suffixes.most_common())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stdit.data.isolated import READER
 from stdit.data.loader import local_file, to_video
-from stdit.data.manifest import Clip, Manifest, json_lines, read_manifest
+from stdit.data.manifest import Clip, Manifest, read_manifest
 from stdit.data.paths import is_remote, join
 from stdit.data.scan import scan
 from stdit.data.video_io import VideoError
@@ -29,6 +29,7 @@ from stdit.evaluation.metrics import ALIKE, SMALLEST_SSIM, decibels, ssim
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.shapes import first_frames, nearest_frames
+from stdit.text_files import json_lines
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.perceptual import Lpips
 from stdit.weights.io import find, load_vae, save_vae, vae_on_meta

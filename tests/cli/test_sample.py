@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stdit.cli.main import run_command
-from stdit.cli.sample import sample
+from stdit.cli.sample import _read_prompts, sample
 from stdit.cli.sample_files import slug
 from stdit.data.video_io import probe, read_frames, write_video
 from stdit.diffusion.solvers import unipc_config
@@ -80,6 +80,16 @@ def test_prompts_from_a_file_are_the_clips_of_the_pipeline(folder, tmp_path, cap
     for clip, frames in zip(result["clips"], expected):
         assert clip["video"] is None  # one frame is an image
         assert np.array_equal(read_frames(clip["image"], 1), frames)
+
+
+def test_a_line_of_prompts_ends_at_a_line_feed_and_odd_ones_are_named(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red\u2028circle\r\na\x0cblue square\n".encode())
+    assert _read_prompts(file) == ["a red\u2028circle", "a\x0cblue square"]
+    for content, says in [(b"ok\ncaf\xe9\n", "line 2 is not UTF-8"), (b"a\0b\n", "NUL"), (b"a\rb\r", "CR alone")]:
+        file.write_bytes(content)
+        with pytest.raises(StditError, match=rf"prompts\.txt.*{says}"):
+            _read_prompts(file)
 
 
 def test_a_frame_or_the_end_of_a_video_is_known(folder, tmp_path, capsys):

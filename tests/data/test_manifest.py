@@ -246,6 +246,79 @@ def test_jsonl_and_csv_are_read(tmp_path):
         assert found.id == clip_id(sha256, 0.0, 2.0) and found.path == str(tmp_path / "a.mp4")
 
 
+def rows_text(name, rows):
+    if name.endswith(".jsonl"):
+        return "\n".join(map(json.dumps, rows))
+    lines = [
+        ",".join(rows[0]),
+        *(",".join('"' + str(v).replace('"', '""') + '"' for v in row.values()) for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+GOOD = {"path": "a.mp4", "frames": 20, "fps": 10, "width": 64, "height": 48, "sha256": "ab" * 32}
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.csv"])
+@pytest.mark.parametrize("column", ["captions", "caption", "Text"])
+def test_a_string_where_a_list_of_captions_is_wanted_is_one_caption(tmp_path, name, column):
+    text = 'a dog,\u2028"big"\n' + "x" * 200_000  # longer than the csv module's own limit
+    (tmp_path / name).write_text(rows_text(name, [{**GOOD, column: text}]))
+    assert read_manifest(tmp_path / name)[0].captions == (Caption(text),)
+
+
+@pytest.mark.parametrize("values", [["a dog", "a cat"], [["a dog"], ["a cat"]]])
+def test_texts_in_a_parquet_are_captions(tmp_path, values):
+    table = Manifest.of([clip(1), clip(2)]).table.drop_columns(["captions"])
+    for column in ("captions", "text"):
+        pq.write_table(table.append_column(column, pa.array(values)), tmp_path / "m.parquet")
+        found = read_manifest(tmp_path / "m.parquet")
+        assert [one.captions for one in found] == [(Caption("a dog"),), (Caption("a cat"),)]
+    pq.write_table(table.append_column("captions", pa.array([1, 2])), tmp_path / "m.parquet")
+    with pytest.raises(StditError, match=r"m\.parquet: row 0: has 1 as captions"):
+        read_manifest(tmp_path / "m.parquet")
+
+
+def test_a_manifest_row_whose_caption_is_no_text_is_left_out_by_name(tmp_path, caplog):
+    rows = [{**GOOD, "sha256": f"{i:064x}", "captions": text} for i, text in enumerate(["\ud83d", "fine", 5, "a\0b"])]
+    (tmp_path / "m.jsonl").write_text(rows_text("m.jsonl", rows))
+    assert [c.captions for c in read_manifest(tmp_path / "m.jsonl")] == [(Caption("fine"),)]
+    said = [record.getMessage() for record in caplog.records]
+    assert [f"m.jsonl, line {line} has" in message for line, message in zip((1, 3, 4), said)] == [True] * 3
+    assert len(said) == 3 and all("left out" in message for message in said)
+    with pytest.raises(StditError, match=r"row 0 has the caption .*NUL"):
+        Manifest.of([clip(1, captions=(Caption("a\0b"),))])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"frames": "many"}, "frames is 'many'"),
+        ({"frames": 20.5}, "frames is 20.5 .*whole number"),
+        ({"fps": True}, "fps is True"),
+        ({"fps": 0}, "frames is 20, fps 0"),
+        ({"width": {}}, "width is {}"),
+        ({"path": 5}, "path is 5 .*a text"),
+        ({"sha256": "\ud800"}, "sha256 is .*half of a character"),
+        ({"frames": 10**400}, "frames is 1000.*int too large"),
+    ],
+)
+def test_a_wrong_value_is_named_with_line_and_column(tmp_path, change, says):
+    (tmp_path / "m.jsonl").write_text(rows_text("m.jsonl", [{**GOOD, **change}]))
+    with pytest.raises(StditError, match=rf"m\.jsonl, line 1: {says}"):
+        read_manifest(tmp_path / "m.jsonl")
+
+
+def test_an_open_quotation_mark_in_a_manifest_is_named(tmp_path):
+    lines = 'path,frames,fps,width,height,sha256,caption\na.mp4,20,10,64,48,aa,"red\nb.mp4,20,10,64,48,bb,5"\n'
+    (tmp_path / "m.csv").write_text(lines)
+    with pytest.raises(StditError, match=r"m\.csv, line 2: a quotation mark"):
+        read_manifest(tmp_path / "m.csv")
+    (tmp_path / "m.csv").write_text("path,frames,Frames\n")
+    with pytest.raises(StditError, match="names frames twice"):
+        read_manifest(tmp_path / "m.csv")
+
+
 def test_wrong_manifests_say_where(tmp_path):
     with pytest.raises(StditError, match="no such manifest"):
         read_manifest(tmp_path / "m.parquet")
@@ -266,10 +339,10 @@ def test_wrong_manifests_say_where(tmp_path):
         read_manifest(tmp_path / "m.jsonl")
     row = {"path": "a.mp4", "frames": 9, "fps": 8, "width": 8, "height": 8, "sha256": "00", "captions": [{"txt": "a"}]}
     (tmp_path / "m.jsonl").write_text(json.dumps(row))
-    with pytest.raises(StditError, match="row 0 has the caption"):
+    with pytest.raises(StditError, match=r"m\.jsonl, line 1 has the keys 'txt' in captions"):
         read_manifest(tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl").write_bytes(b'{"path": "l\xe4ufe.mp4"}\n')
-    with pytest.raises(StditError, match=r"m\.jsonl is not UTF-8"):
+    with pytest.raises(StditError, match=r"m\.jsonl, line 1: path is .*is not UTF-8"):
         read_manifest(tmp_path / "m.jsonl")
     table = Manifest.of([clip(1)]).table.replace_schema_metadata({"stdit_manifest": "99"})
     pq.write_table(table, tmp_path / "new.parquet")

@@ -15,12 +15,13 @@ from PIL import Image
 from stdit.data import scan as scan_module
 from stdit.data.buckets import DataConfig, assign
 from stdit.data.isolated import Reader
-from stdit.data.listing import File, tar_members
+from stdit.data.listing import File
 from stdit.data.loader import Loader
 from stdit.data.manifest import Caption, read_manifest
 from stdit.data.packs import PlanItem
 from stdit.data.paths import split_member
 from stdit.data.scan import scan
+from stdit.data.tars import tar_members
 from stdit.data.video_io import VideoError, probe, read_frames, write_video
 
 
@@ -163,3 +164,107 @@ def test_an_unchanged_tar_is_not_opened_again(plain, tmp_path, monkeypatch):
         add(shard, "new.txt", b"new")
     changed = scan(tmp_path, out=tmp_path / "m.parquet", workers=1)
     assert changed.reused == 0 and len(changed.manifest) == 6
+
+
+def members_of(path, entries):
+    """(name, its captions or why there are none) of a tar of (name, content, or a type and what it links to)."""
+    with tarfile.open(path, "w") as shard:
+        for name, content in entries:
+            if isinstance(content, bytes):
+                add(shard, name, content)
+                continue
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = content
+            shard.addfile(info)
+    members, damage = tar_members(File("s.tar", str(path), None), str(path))
+    assert damage is None
+    return [
+        (m.name.removeprefix("s.tar/"), m.refused or (m.caption_fault or [c.text for c in m.captions])) for m in members
+    ]
+
+
+KEYS = [("0.mp4", b"1"), ("0.txt", b"one"), ("1.mp4", b"2"), ("1.txt", b"two")]
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_keys_that_come_twice_keep_their_own_captions(tmp_path, order):
+    """Shards joined, their captions before or behind the clips; also two of one key side by side."""
+    second = [(name, content.replace(b"o", b"0")) for name, content in KEYS]
+    entries = [*KEYS, *second][order]
+    texts = dict.fromkeys(["one", "two", "0ne", "tw0"])
+    assert [said for _, said in members_of(tmp_path / "a.tar", entries)] == [[text] for text in texts][order]
+    pairs = [*KEYS[:2][order], *second[:2][order]]
+    assert [said for _, said in members_of(tmp_path / "a.tar", pairs)] == [["one"], ["0ne"]]
+
+
+def test_a_key_that_comes_twice_gives_no_clip_another_ones_caption(tmp_path):
+    found = dict(members_of(tmp_path / "a.tar", [*KEYS, ("0.png", b"3"), ("2.mp4", b"4"), ("2.json", b"[]")]))
+    assert found["0.mp4"] == ["one"] and found["1.mp4"] == ["two"]
+    assert found["0.png"] == ("no_caption", "the tar has several 0, and no caption is right beside this one.")
+    assert found["2.mp4"] == ("no_caption", "2.json has nothing in caption.")
+    apart = [("0.mp4", b"1"), ("1.mp4", b"2"), ("0.json", b'"j"'), ("1.txt", b"two"), ("0.txt", b""), ("1.json", b"{}")]
+    assert members_of(tmp_path / "a.tar", apart) == [("0.mp4", ["j"]), ("1.mp4", ["two"])]
+
+
+def test_links_are_followed_and_what_cannot_be_read_is_refused(tmp_path):
+    symbolic, hard = tarfile.SYMTYPE, tarfile.LNKTYPE
+    entries = [
+        ("s/0.mp4", (symbolic, "../blobs/aa")), ("s/0.txt", (symbolic, "../blobs/bb")), ("blobs/aa", b"video"),
+        ("blobs/bb", b"text"), ("s/1.mp4", (symbolic, "0.mp4")), ("/s/2.mp4", (hard, "blobs/aa")), ("s/2.txt", b"2"),
+        ("s/3.mp4", (symbolic, "/etc/passwd")), ("s/4.mp4", (symbolic, "../../blobs/aa")),
+        ("s/5.mp4", (hard, "s/9.mp4")), ("s/6.mp4", (symbolic, "6.mp4")), ("s/7.mp4", (tarfile.FIFOTYPE, "")),
+        ("s/8.mp4", (tarfile.CHRTYPE, "")), ("s/9.mp4", b"9"), ("s/9.txt", (symbolic, "nowhere.txt")),
+        ("s/d.mp4", (tarfile.DIRTYPE, "")), ("s/._0.mp4", b"x"), ("s/é\nx.mp4", b""),
+    ]  # fmt: skip
+    found = members_of(tmp_path / "a.tar", entries)
+    said = {name: value if isinstance(value, list) else value[0] for name, value in found}
+    assert said == {
+        "s/0.mp4": ["text"], "s/1.mp4": [], "s/2.mp4": ["2"], "s/3.mp4": "link", "s/4.mp4": "link", "s/5.mp4": "link",
+        "s/6.mp4": "link", "s/7.mp4": "special", "s/8.mp4": "special", "s/9.mp4": "bad_caption", "s/é\nx.mp4": [],
+    }  # fmt: skip
+    assert "s/nowhere.txt" not in str(found) and "symbolic link to nowhere.txt" in dict(found)["s/9.mp4"][1]
+    members, _ = tar_members(File("s.tar", "s.tar", None), str(tmp_path / "a.tar"))
+    for member in (split_member(file.path) for file in members[:3]):
+        assert _bytes(member._replace(tar=str(tmp_path / "a.tar"))) == b"video"
+
+
+def test_links_sparse_and_empty_members_are_clips_or_named_by_a_scan(plain, tmp_path):
+    video = (plain / "0.mp4").read_bytes()
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        add(shard, "a.mp4", video)
+        add(shard, "a.txt", b"a")
+        for name, kind in (("b.mp4", tarfile.LNKTYPE), ("c.mp4", tarfile.SYMTYPE), ("d.mp4", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.mp4"
+            shard.addfile(info)
+            add(shard, name.replace("mp4", "txt"), name.encode())
+        add(shard, "e.mp4", b"")
+        info = tarfile.TarInfo("f.mp4")  # as GNU tar writes sparse files in pax format
+        info.size, info.pax_headers = len(video), {"GNU.sparse.map": f"0,{len(video)}", "GNU.sparse.size": str(1 << 20)}
+        shard.addfile(info, io.BytesIO(video))
+    for _ in range(2):  # from the tar, and as an earlier scan remembers it
+        result = scan(tmp_path, out=tmp_path / "m.parquet", uncaptioned=True, workers=1)
+        assert [c.text for c in result.manifest[0].captions] == ["a", "b.mp4", "c.mp4"] and len(result.manifest) == 1
+        assert {s.file.removeprefix("s.tar/"): s.reason for s in result.skipped} == {
+            "b.mp4": "duplicate", "c.mp4": "duplicate", "d.mp4": "special", "e.mp4": "empty", "f.mp4": "sparse"
+        }  # fmt: skip
+
+
+def test_json_captions_of_a_tar_say_what_is_wrong_in_them(plain, tmp_path):
+    rows = {"0": {"caption": ["x", "y"]}, "1": {"blurb": "z"}, "2": {"caption": "a", "weight": 0}}
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        for (key, row), file in zip(rows.items(), ("0.mp4", "1.mkv", "2.webm")):
+            add(shard, f"{key}.mp4", (plain / file).read_bytes())
+            add(shard, f"{key}.JSON", json.dumps(row).encode())
+    result = scan(tmp_path, out=tmp_path / "m.parquet", workers=1)
+    assert [[c.text for c in clip.captions] for clip in result.manifest] == [["x", "y"]]
+    assert {s.file: s.reason for s in result.skipped} == {"s.tar/1.mp4": "no_caption", "s.tar/2.mp4": "bad_caption"}
+    assert "1.JSON" in result.skipped[0].message and "'blurb'" in result.skipped[0].message
+    result = scan(tmp_path, out=tmp_path / "m.parquet", caption_column="blurb", workers=1)  # asked anew
+    assert [clip.captions for clip in result.manifest] == [(Caption("z"),)]
+
+
+def test_a_compressed_tar_by_another_name_is_named(plain, tmp_path):
+    (tmp_path / "a.tar").write_bytes(gzip.compress(pack(plain, tmp_path / "whole").read_bytes()))
+    (skipped,) = scan(tmp_path, uncaptioned=True, workers=1).skipped
+    assert "it is gzip" in skipped.message
