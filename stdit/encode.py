@@ -129,12 +129,17 @@ def encode_manifest(
         for _ in range(0, len(items), batch):
             got = next(examples)
             good = [example for example in got if example.failure is None]
+            found = {example.clip_id: example.failure for example in got if example.failure is not None}
             for example, latents in zip(good, _encode(vae, good, device)):
-                tensors[key(example)] = latents.to(dtype)
+                if torch.isfinite(stored := latents.to(dtype)).all():
+                    tensors[key(example)] = stored
+                else:
+                    path = manifest[example.row].path
+                    found[example.clip_id] = f"{path}: the VAE gives latents that are not finite in {dtype}."
             for example in got:
-                if example.failure is not None:
-                    failed[key(example)] = example.failure
-                    failures.append((example.clip_id, example.failure))
+                if failure := found.get(example.clip_id):
+                    failed[key(example)] = failure
+                    failures.append((example.clip_id, failure))
             on_clips(len(got))
         cache.write_shard(name, tensors, failed)
     new = 0
@@ -152,10 +157,6 @@ def _encode(vae: Vae, examples: Sequence[Example], device: str | torch.device) -
     video = torch.stack([example.video for example in examples]).to(device)  # (B, 3, T, H, W)
     with torch.no_grad():
         latents = vae.encode(video)  # (B, C, T', H', W')
-    if not torch.isfinite(latents).all():
-        raise StditError(
-            f"the VAE gives latents that are not finite, for a clip among {[e.clip_id for e in examples]}."
-        )
     return list(latents.cpu())
 
 
@@ -201,7 +202,13 @@ def _encode_texts(
         for i in range(0, len(todo), batch):
             with torch.no_grad():
                 embeddings = encoder.encode(todo[i : i + batch])
-            tensors.update((text_key(t), e.detach().cpu().to(dtype)) for t, e in zip(todo[i : i + batch], embeddings))
+            for text, embedding in zip(todo[i : i + batch], embeddings):
+                tensors[text_key(text)] = stored = embedding.detach().cpu().to(dtype)
+                if not torch.isfinite(stored).all():
+                    raise StditError(
+                        f"the text encoder gives an embedding that is not finite in {dtype} for the caption {text!r}. "
+                        f"Set data.cache_dtype to bfloat16 or float32, or change that caption."
+                    )
         cache.write_shard(name, tensors, {})
         new += len(todo)
     return new

@@ -41,19 +41,22 @@ def encode(
     from stdit.cli.device import pick_device
     from stdit.config import load_config
     from stdit.data.buckets import assign
+    from stdit.data.loader import check_files
     from stdit.data.manifest import read_manifest
     from stdit.data.storage import STORAGE
     from stdit.encode import PRECISION, encode_manifest, text_identity, vae_identity
     from stdit.errors import StditError, about
     from stdit.heartbeat import HEARTBEAT
-    from stdit.training.start import follow_init
+    from stdit.training.start import check_vae, follow_init
     from stdit.weights.io import load_vae
 
     run = follow_init(load_config(config, [*(overrides or []), *([f"data.crops={crops}"] if crops else [])]))
     if run.vae.path is None:
         raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
+    check_vae(run.vae.path)
     HEARTBEAT.doing(f"reading {manifest}")
     clips = read_manifest(manifest)
+    check_files(clips)
     assignment = assign(clips, run.data)
     left_out = ", ".join(f"{n} {reason}" for reason, n in assignment.reasons.items())
     if not len(assignment.rows()):

@@ -21,6 +21,7 @@ from stdit.data.buckets import Assignment, DataConfig, slack
 from stdit.data.cache import Cache, latent_key, text_key
 from stdit.data.isolated import READER
 from stdit.data.manifest import Clip, Manifest
+from stdit.data.paths import file_of, is_remote
 from stdit.data.storage import OF_ONE_FILE, STORAGE, Storage, StorageError
 from stdit.data.video_io import Limits, VideoError, read_frames
 from stdit.errors import StditError
@@ -254,6 +255,16 @@ def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
         if error.reason in OF_ONE_FILE:
             raise VideoError(clip.path, error.reason, error.message) from error
         raise  # of the storage, and so perhaps of all clips: the run stops
+
+
+def check_files(manifest: Manifest) -> None:
+    """Raises where none of a few clips' files is there: the manifest or the videos were moved, and all would fail."""
+    files = [file_of(manifest[row].path) for row in range(0, len(manifest), max(1, len(manifest) // 8))]
+    if files and not any(is_remote(file) or os.path.lexists(file) for file in files):
+        raise StditError(
+            f"{manifest.source}: the files that it lists are not there, such as {files[0]}. Were it or they moved? "
+            "Paths in a manifest are counted from its own folder: put it back, or scan again."
+        )
 
 
 def choose_caption(clip: Clip, uniform: float) -> str:

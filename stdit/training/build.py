@@ -15,7 +15,7 @@ import torch
 
 from stdit.data.buckets import Assignment, assign
 from stdit.data.cache import Cache, CacheMissing, latent_settings, text_settings
-from stdit.data.loader import Loader
+from stdit.data.loader import Loader, check_files
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.planner import Plan
 from stdit.data.sources import source_weights
@@ -36,7 +36,7 @@ from stdit.training.lora import add_lora
 from stdit.training.objective import FlowObjective, Objective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
-from stdit.training.start import choose_trained, follow_init, transformer_path
+from stdit.training.start import check_vae, choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.autoencoder import preset as vae_preset
@@ -95,6 +95,8 @@ def build(config: RunConfig, world: World) -> Parts:
     config = follow_init(config)
     HEARTBEAT.doing(f"reading {config.data.manifest}")
     manifest = read_manifest(config.data.manifest)
+    if config.data.cache is None:
+        check_files(manifest)
     assignment = assign(manifest, config.data)
     torch.manual_seed(config.run.seed)
     HEARTBEAT.doing("building the models")
@@ -248,6 +250,7 @@ def make_vae(config: RunConfig) -> CausalVAE:
             return CausalVAE(wanted)
     if config.vae.inflate and config.objective.kind != "vae":
         raise StditError("vae.inflate starts a VAE's own training (objective.kind=vae); a DiT takes a trained one.")
+    check_vae(config.vae.path)
     with about("vae.path"):
         if config.vae.inflate:
             vae = inflate_image_vae(config.vae.path, config.vae.overrides.get("temporal_downsample"))

@@ -24,7 +24,7 @@ from stdit.training.engine import PRECISIONS, zero_stage
 from stdit.training.lora import add_lora
 from stdit.training.objective import FlowObjective, Objective, StepKey
 from stdit.training.settings import RunConfig, VaeSettings
-from stdit.training.start import choose_trained, follow_init, transformer_path
+from stdit.training.start import check_vae, choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
 from stdit.vae.autoencoder import preset
 from stdit.vae.perceptual import Lpips
@@ -63,6 +63,8 @@ class _Images:
 def outline(config: RunConfig) -> Objective:
     """The training's own objective over models of the run's sizes without any weights: what clips cost, what trains."""
     config = follow_init(config)
+    if config.vae.path is not None:
+        check_vae(config.vae.path)
     vae, dtype = _vae(config.vae), PRECISIONS[config.run.precision]
     with NOWHERE:
         if config.objective.kind == "vae":

@@ -22,6 +22,15 @@ from stdit.weights.io import find
 from stdit.weights.schedulers import scheduler_of
 
 
+def check_vae(path: str) -> None:
+    """Raises where nothing is at `vae.path`: who trains from nothing has a VAE to train first."""
+    if not Path(path).expanduser().exists():
+        raise StditError(
+            f"vae.path: {path}: no such file or folder. Train a VAE first (configs/pretrain_vae.yaml), or name the "
+            f"folder of one, such as Wan2.1-T2V-1.3B-Diffusers."
+        )
+
+
 def follow_init(config: RunConfig) -> RunConfig:
     """The config with its open settings filled in: from the folder that `model.init` names, or as for fresh weights.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,3 +97,17 @@ def test_encode_then_again_then_after_a_move(folder, tmp_path, capsys):
     assert status == 1 and "no clip fits one of data.shapes (2 short)" in said.err
     status, said = encode("vae.path=null")
     assert status == 1 and "sets no vae.path" in said.err
+
+
+@pytest.mark.parametrize(
+    "command", ["data plan MANIFEST --config", "data encode MANIFEST --out cache --config", "train"]
+)
+def test_a_vae_that_is_not_there_yet_is_told_how_to_get(folder, command, tmp_path, monkeypatch, capsys):
+    scan(folder)
+    monkeypatch.chdir(tmp_path)
+    manifest = str(folder / "m.parquet")
+    settings = [f"data.manifest={manifest}", "data.cache=null", "data.shapes=[32x32x5]"]
+    words = [manifest if word == "MANIFEST" else word for word in command.split()]
+    config = str(Path(__file__).parents[2] / "configs" / "pretrain.yaml")
+    assert run_command(app, [*words, config, *settings], prog="stdit") == 1
+    assert "runs/mine/vae/model/vae: no such file or folder. Train a VAE first" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from stdit.data import source
 from stdit.data.buckets import DataConfig, Stage, assign
 from stdit.data.cache import Cache, latent_key, latent_settings, text_key, text_settings
-from stdit.data.loader import Loader, choose_caption, to_video
+from stdit.data.loader import Loader, check_files, choose_caption, to_video
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.storage import Storage, StorageError
 from stdit.data.video_io import read_frames, write_video
@@ -337,3 +337,19 @@ def test_from_the_cache(clips, tmp_path):
     assert failed.latents.shape == (4, 2, 4, 4) and not failed.latents.any()
     with pytest.raises(StditError, match=r"set data\.start=first"):
         Loader(clips, assignment, CONFIG, 0, cache=Cache.open(tmp_path, settings))
+
+
+def test_a_manifest_that_was_moved_is_named_before_its_clips_fail(tmp_path):
+    def manifest(*paths):
+        rows = [
+            Clip(str(n), str(path), (Caption("a"),), 6, 8.0, 16, 16, 0.0, 0.75, f"{n:064x}")
+            for n, path in enumerate(paths)
+        ]
+        return Manifest.of(rows, tmp_path)
+
+    (tmp_path / "there.mp4").write_bytes(b"")
+    check_files(manifest(*[f"gone{n}.mp4" for n in range(20)], "s3://bucket/a.mp4"))
+    check_files(manifest("gone.mp4", "there.mp4"))
+    check_files(manifest("there.tar#512+3/a.mp4", "there.mp4"))
+    with pytest.raises(StditError, match=r"gone0\.mp4.*counted from its own folder"):
+        check_files(manifest(*[f"gone{n}.mp4" for n in range(20)]))
