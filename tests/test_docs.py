@@ -27,7 +27,6 @@ OPTIONS = {
     path: {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     for path, command in COMMANDS.items()
 }
-OTHERS = {"--nproc-per-node", "--revision", "--include", "--local-dir"}  # torchrun's and the hub's
 PLANNED = ("stdit serve",)  # the README says that they are not there yet
 QUICK = {
     "train": "schedule.steps=2 eval.every=0 eval.prompts=[] log.tensorboard=false checkpoint.every=2",
@@ -57,8 +56,8 @@ def test_commands_and_options_exist(page: Path) -> None:
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert given <= OPTIONS[path], f"{' '.join(words)}: {path} has no {given - OPTIONS[path]}"
         assert not hasattr(COMMANDS[path], "commands") or len(words) == len(path) or "…" in words[len(path)], words
-    everywhere = set().union(*OPTIONS.values(), OTHERS)
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", page.read_text("utf-8")))
+    everywhere = set().union(*OPTIONS.values())
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]*)", page.read_text("utf-8")))
     assert named <= everywhere, f"no command has {named - everywhere}"
 
 
