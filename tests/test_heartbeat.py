@@ -85,3 +85,4 @@ def test_bars_without_a_terminal_say_how_far_they_are(clock, capsys, monkeypatch
         assert "steps 1/2" in capsys.readouterr().err
     assert capsys.readouterr() == ("", "")
     assert list(tracked([3, 1], "dealing")) == [3, 1]
+    assert capsys.readouterr() == ("", "dealing: 2 of 2 in 0 s\n")

@@ -62,6 +62,7 @@ def tracked(items: Iterable[T], what: str) -> Iterable[T]:
         for done, item in enumerate(items):
             progress(what, done, len(items))
             yield item
+        progress(what, len(items), len(items))
 
 
 @contextmanager
