@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensor_files import load_file
+from safetensors import safe_open
 
 import stdit
 from stdit.weights.adapters import merge
@@ -40,21 +40,27 @@ def test_every_file_meant_for_a_program_is_used_whole():
 @pytest.mark.parametrize("name", golden.MODELS)
 def test_outputs_and_names_are_as_there(name, tmp_path):
     """To rounding; musubi's attention is in bfloat16."""
-    model, merged = golden.model_of(name), golden.model_of(name)
-    adapter = golden.adapter_of(model)
-    merge(merged, [(adapter, 1.0)])
-    outputs = {False: golden.ours(model, name), True: golden.ours(merged, name)}
-    assert relative(outputs[True], outputs[False]) > 0.5
+    model = golden.model_of(name)
+    adapter, outputs = golden.adapter_of(model), {False: golden.ours(model, name)}
+    write_adapter(adapter, tmp_path / "a.safetensors", model.config)
+    found = {"LoRA common": names_in(tmp_path / "a.safetensors")}
+    used = {case: set(FACTS[key].split()) for case in CASES if (key := f"names|{name}|{case}") in FACTS}
+    for layout in used.keys() - found.keys():
+        stdit.save_transformer(model, tmp_path / layout, layout)
+        (file,) = (tmp_path / layout).glob("*.safetensors")
+        found[layout] = names_in(file)
+    assert used["original"] and all(found[case] == names for case, names in used.items())
+    merge(model, [(adapter, 1.0)])
+    outputs[True] = golden.ours(model, name)
+    assert relative(outputs[True], outputs[False]) > 0.2
     kept = {key: value for key, value in np.load(golden.ARRAYS).items() if key.split("|")[1] == name}
     assert kept
     for key, wanted in kept.items():
         bound = 3e-3 if key.startswith("musubi") else 1e-5
         assert relative(outputs["LoRA" in key], torch.from_numpy(wanted)) <= bound, key
-    write_adapter(adapter, tmp_path / "a.safetensors", model.config)
-    found = {"LoRA common": set(load_file(tmp_path / "a.safetensors"))}
-    for layout in ("original", "diffusers"):
-        stdit.save_transformer(model, tmp_path / layout, layout)
-        (file,) = (tmp_path / layout).glob("*.safetensors")
-        found[layout] = set(load_file(file))
-    names = {case: set(FACTS[key].split()) for case in CASES if (key := f"names|{name}|{case}") in FACTS}
-    assert names["original"] and all(found[case] == used for case, used in names.items())
+
+
+def names_in(path: Path) -> set[str]:
+    """Without PixArt's table of positions, which ComfyUI computes."""
+    with safe_open(path, "pt") as file:
+        return set(file.keys()) - {"pos_embed"}

@@ -34,29 +34,34 @@ from torch.nn import functional as F
 import stdit
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights.adapters import Adapter, Pair, merge
+from stdit.weights.families import ltx, pixart
 from stdit.weights.lora_files import write_adapter
 
 ARRAYS, FACTS = Path(__file__).with_suffix(".npz"), Path(__file__).with_suffix(".json")
-# Heads of 128 and a text of 4096: programs that read Wan's files take both as given. LTX-Video has 32 heads.
+# Heads of 128 and a text of 4096: programs that read Wan's files take both as given. LTX-Video has 32 heads,
+# PixArt a width of 1152.
 _WAN = {"dim": 256, "heads": 2, "layers": 2, "ffn_dim": 192, "text_dim": 4096}
 _LTX = {"dim": 256, "heads": 32, "layers": 2, "ffn_dim": 1024, "text_dim": 4096, "in_channels": 128}
+_PIXART = {"dim": 1152, "heads": 16, "layers": 1, "ffn_dim": 4608, "in_channels": 4, "text_dim": 4096}
 MODELS: dict[str, dict[str, Any]] = {
     "native": _WAN,
     "Wan 2.1 I2V": {**_WAN, "in_channels": 36, "image_channels": 20, "image_text_dim": 1280},
     "Wan 2.2 I2V": {**_WAN, "in_channels": 36, "image_channels": 20},
     "LTX-Video": _LTX,
+    "LTX-Video 0.9.5": {**_LTX, "rotary": "inner_causal"},
+    "PixArt-Σ": _PIXART,
 }
 FPS, RANK, ALPHA = 25, 4, 6.0
 
 
 def model_of(name: str) -> STDiT:
     """The model with weights that its tensors' names make."""
+    settings: dict[str, Any] = {}
     if name.startswith("LTX"):
-        from stdit.weights.families import ltx
-
-        config = TransformerConfig(**{**ltx.SETTINGS, "patch": (1, 1, 1), "out_channels": 128, **MODELS[name]})
-    else:
-        config = TransformerConfig(**MODELS[name])
+        settings = {**ltx.SETTINGS, "patch": (1, 1, 1), "out_channels": 128}
+    elif name.startswith("PixArt"):
+        settings = {**pixart.SETTINGS, "position_base": 32, "out_channels": 8}
+    config = TransformerConfig(**{**settings, **MODELS[name]})
     model = STDiT(config)
     model.load_state_dict(weights({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}))
     return model.eval()
@@ -75,7 +80,8 @@ def adapter_of(model: STDiT) -> Adapter:
 def inputs(name: str) -> dict[str, torch.Tensor]:
     """latents, t, text (padded to Wan's 512 positions with zeros), and an image where the model takes one."""
     config, draw = MODELS[name], np.random.default_rng(7).standard_normal
-    shape = (1, 128, 3, 2, 3) if name.startswith("LTX") else (1, 16, 3, 4, 6)
+    shapes = {"LTX": (1, 128, 3, 2, 3), "Pix": (1, 4, 1, 40, 28)}
+    shape = shapes.get(name[:3], (1, 16, 3, 4, 6))
     made = {"latents": draw(shape, dtype=np.float32), "t": np.array([0.7])}
     made["text"] = draw((1, 7, 4096), dtype=np.float32)
     if name != "LTX-Video":
@@ -89,7 +95,8 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def ours(model: STDiT, name: str) -> torch.Tensor:
-    return model.predict(**inputs(name), **({"fps": FPS} if name.startswith("LTX") else {}))
+    out = model.predict(**inputs(name), **({"fps": FPS} if name.startswith("LTX") else {}))
+    return out[:, : out.shape[1] // 2] if name.startswith("PixArt") else out  # the variance is left out
 
 
 @dataclass
@@ -136,7 +143,9 @@ def comfyui(name: str, file: Path, adapter: Path | None) -> Answer:
     prefix = "model.diffusion_model." if all(key.startswith("model.") for key in held) else ""
     names = {key.removeprefix(prefix) for key in held}
     own = set(patcher.model.diffusion_model.state_dict())
-    answer = Answer(sorted(names & own), sorted(names - own), sorted(own - names))
+    computed = {"pos_embed"} if name.startswith("PixArt") else set()  # ComfyUI makes PixArt's table of positions
+    own -= {"y_embedder.y_embedding"}  # and its null text is for training
+    answer = Answer(sorted(names & own), sorted(names - own - computed), sorted(own - names))
     if adapter is not None:
         state = load_file(adapter)
         with _heard() as said:
@@ -147,6 +156,8 @@ def comfyui(name: str, file: Path, adapter: Path | None) -> Answer:
     network = patcher.model.diffusion_model
     if name.startswith("LTX"):
         out = network(given["latents"].clone(), given["t"].float(), given["text"], None, FPS)
+    elif name.startswith("PixArt"):
+        out = network(given["latents"][:, :, 0], given["t"].float() * 1000, given["text"])[:, :, None]
     else:
         x = torch.cat([given["latents"], *([given["image"]] if "image" in given else [])], 1)
         out = network(x, given["t"].float() * 1000, given["text"], clip_fea=given.get("image_text"))
@@ -336,13 +347,10 @@ def table(facts: dict[str, Any]) -> str:
     lines = ["| written by stdit | " + " | ".join(facts[f"program|{program}"] for program in PROGRAMS) + " |"]
     lines += ["|---" * (1 + len(PROGRAMS)) + "|"]
     rows = [(name, (name,), ("original", "comfyui", "diffusers")) for name in MODELS]
-    families = {
-        "Wan": [name for name in MODELS if name[:3] != "LTX"],
-        "LTX-Video": [name for name in MODELS if name[:3] == "LTX"],
-    }
-    rows += [
-        (f"{family}, LoRA {kind}", names, (f"LoRA {kind}",)) for family, names in families.items() for kind in LORAS
-    ]
+    of = {"Wan": ("native", "Wan"), "LTX-Video": ("LTX",), "PixArt-Σ": ("PixArt",)}  # how its models' names begin
+    for family, starts in of.items():
+        names = tuple(name for name in MODELS if name.startswith(starts))
+        rows += [(f"{family}, LoRA {kind}", names, (f"LoRA {kind}",)) for kind in LORAS]
     for row, names, cases in rows:
         cells = []
         for program in PROGRAMS:
