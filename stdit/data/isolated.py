@@ -19,7 +19,8 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import IO, Any, cast
 
@@ -32,6 +33,7 @@ MEMORY = 4 << 30  # address space of one process besides the frames it returns, 
 GRACE = 5.0  # seconds past its own limit of time after which a process counts as hung
 PATIENCE = 20  # times its limit that a read may take on a busy machine, as long as it gets on
 IDLE = 0.02  # of the time: a process that has computed less waits for a file, not for a core
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # they ask the run to save and end; it still needs its clips
 START = 300.0  # seconds that starting may take: Python's imports from a slow shared disk
 
 
@@ -90,18 +92,21 @@ class Worker:
         """The answer of a task (see `_TASKS`), and frames (T, H, W, 3) uint8 if it has any.
 
         Raises VideoError: "timeout" after `seconds`, "crashed" if two processes died of it. It is given to a second one
-        because the system may have killed the first, for memory or as it ended the run's other processes.
+        because the system may have killed the first, for memory or as it ended the run's other processes, and because a
+        disk that did not answer may do so again.
         """
         request = {"task": task, "seconds": seconds, "memory": memory, "path": path, **arguments}
         status = 0
-        for _ in range(2):
+        for last in (False, True):
             if self._process is None or self._process.popen.poll() is not None:
                 self.close()
-                self._process = _Process()
+                self._process = _start()
             try:
                 answer = self._process.ask(request)
-            except queue.Empty:
+            except queue.Empty as error:
                 self.close()
+                if isinstance(error, _Waiting) and not last:
+                    continue
                 raise VideoError(path, "timeout", f"took longer than {seconds:g} s to read.") from None
             except BaseException:  # Ctrl-C: its answer would come as that of the next request
                 self.close()
@@ -118,18 +123,44 @@ class Worker:
             self._process = None
 
 
+class _Waiting(queue.Empty):
+    """A process has not answered, and has not computed either: it waits for its file."""
+
+
+def _start() -> _Process:
+    try:
+        return _Process()
+    except StditError:  # something ended it; once may be chance
+        return _Process()
+
+
+@contextmanager
+def _kept_from_signals() -> Iterator[None]:
+    """What is started in this context has the signals blocked from its first instruction on, until it ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in SIGNALS})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Process:
     def __init__(self) -> None:
         self.memory = _shared_file()
         given = () if self.memory is None else (self.memory.fileno(),)
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "stdit.data.isolated", *map(str, given)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            pass_fds=given,
-        )
+        with _kept_from_signals():
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "stdit.data.isolated", *map(str, given)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                pass_fds=given,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows: no Ctrl-C from the console
+            )
         self.end = weakref.finalize(self, _end, self.popen)
         # read by a thread: neither a process that hangs nor one that the system cannot end may block the caller
         self.answers: queue.SimpleQueue[tuple[dict[str, Any], np.ndarray | None] | None] = queue.SimpleQueue()
@@ -165,7 +196,9 @@ class _Process:
                 return self.answers.get(timeout=limit)
             except queue.Empty:
                 now = _cpu_seconds(self.popen.pid)
-                if begun is None or seen is None or now is None or now - begun >= limit or now - seen < IDLE * limit:
+                if begun is None or seen is None or now is None or now - seen < IDLE * limit:
+                    raise _Waiting from None
+                if now - begun >= limit:
                     raise
                 seen = now
         raise queue.Empty
@@ -273,7 +306,7 @@ def _serve(fd: int | None) -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not come between the answers
     av.logging.set_level(av.logging.PANIC)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # they ask the run to save and end; it still needs its clips
+    for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     _limit("RLIMIT_CORE", 0)

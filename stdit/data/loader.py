@@ -172,7 +172,16 @@ class Loader:
         size = (shape.width, shape.height)
         sha256 = clip.sha256 if self.config.verify else None
         with local_file(clip, self.storage) as path:
-            return self.reader(path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
+
+            def read() -> np.ndarray:
+                try:
+                    return self.reader(path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
+                except VideoError as error:
+                    if error.reason != "unreachable":
+                        raise
+                    raise OSError(error.message) from error  # of the disk, and so perhaps of all clips
+
+            return self.storage.until_reached(clip.path, read)
 
     def _latents(self, item: Item, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
         assert self.cache is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -43,8 +44,9 @@ LIMITS = Limits()
 class VideoError(StditError):
     """A file, or the part asked for, that cannot be read. `reason` is one word a program may read.
 
-    Reasons: missing, unreadable, empty, changed, not_media, unsupported, no_video, undecodable, no_frames, too_large,
-    too_long, too_short, damaged, timeout, and (from processes of `isolated`) crashed.
+    Reasons: missing, unreadable, unreachable (the disk or the network failed, not the file), empty, changed, not_media,
+    unsupported, no_video, undecodable, no_frames, too_large, too_long, too_short, damaged, timeout, and (from processes
+    of `isolated`) crashed.
     """
 
     def __init__(self, path: str, reason: str, message: str) -> None:
@@ -59,17 +61,47 @@ def plain(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+# errors of a disk or a network, which say nothing of the file
+_STORAGE_NAMES = (
+    "EIO ESTALE ETIMEDOUT ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH "
+    "ENETRESET EREMOTEIO ENOLINK"
+)
+_STORAGE_ERRORS = {getattr(errno, name) for name in _STORAGE_NAMES.split() if hasattr(errno, name)}
+
+
 @contextmanager
 def strange_file(path: str) -> Iterator[None]:
     """Makes a VideoError of whatever a strange file brings up in the decoder: one clip must not end a run."""
     try:
         yield
-    except StditError:
-        raise
-    except MemoryError as error:
-        raise VideoError(path, "too_large", "needs more memory than there is.") from error
     except Exception as error:
+        if (failed := _storage_error(path, error)) is not None:
+            raise VideoError(path, "unreachable", f"the storage failed ({plain(failed)}).") from failed
+        if isinstance(error, StditError):
+            raise
+        if isinstance(error, MemoryError):
+            raise VideoError(path, "too_large", "needs more memory than there is.") from error
         raise VideoError(path, "undecodable", f"cannot be decoded ({type(error).__name__}: {error}).") from error
+
+
+def _storage_error(path: str, error: BaseException | None) -> OSError | None:
+    """What a disk or the network did, where that is what is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            return error if not isinstance(error, av.FFmpegError) else _read_error(path)
+        error = error.__cause__
+    return None
+
+
+def _read_error(path: str) -> OSError | None:
+    """Of reading all bytes: FFmpeg says "Input/output error" of damaged files, too."""
+    try:
+        with open_bytes(path) as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        return error
+    return None
 
 
 def check_file(path: str, limits: Limits = LIMITS) -> None:

@@ -19,7 +19,14 @@ from stdit.data.scores import FORMAT as SCORES_FORMAT
 from stdit.files import journal, publish_text
 
 FORMAT = 2  # raise it when a probe, scenes or a tar's members come out otherwise: scans then look at all files again
-PASSING = ("timeout", "crashed", "missing", "unreadable", "unsupported")  # reasons that may be none the next time
+PASSING = (
+    "timeout",
+    "crashed",
+    "missing",
+    "unreadable",
+    "unreachable",
+    "unsupported",
+)  # reasons that may be none the next time
 
 
 class Memory:

@@ -200,6 +200,22 @@ class Storage:
         """Seconds that a request of `size` bytes may take, where fsspec itself can end it."""
         return {"timeout": self.timeout * max(1, size / BLOCK)} if system.async_impl else {}
 
+    def until_reached(self, path: str, request: Callable[[], Result]) -> Result:
+        """What the request returns; tried again while it raises an OSError, and then StorageError "unreachable"."""
+
+        def answered() -> tuple[Any, Exception | None]:
+            try:
+                return request(), None
+            except OSError:
+                raise
+            except Exception as error:  # no matter of the storage
+                return None, error
+
+        result, error = self._retried(path, answered)
+        if error is not None:
+            raise error
+        return result
+
     def _retried(self, path: str, request: Callable[[], Result]) -> Result:
         for number in range(1, self.tries + 1):
             try:
@@ -265,7 +281,18 @@ class Storage:
                 raise OSError(f"{len(got)} bytes came, {end - first} were asked for")
             return got
 
-        return self._retried(path, request)
+        def answered() -> tuple[Any, Exception | None]:
+            try:
+                return request(), None
+            except OSError:
+                raise
+            except Exception as error:  # no matter of the storage
+                return None, error
+
+        result, error = self._retried(path, answered)
+        if error is not None:
+            raise error
+        return result
 
     def _check_same(self, path: str, url: str, info: dict[str, Any]) -> None:
         if _state(self._ask_info(url)) != _state(info):

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import asdict
 from functools import partial
@@ -130,6 +131,69 @@ def test_a_process_that_does_not_start_is_an_error_not_a_skip(monkeypatch):
     monkeypatch.setattr(isolated.sys, "executable", shutil.which("false"))
     with pytest.raises(StditError, match="does not start"):
         Worker().call("probe", "a.mp4", 1.0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no masks of signals on this system")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_for_the_run_do_not_end_a_process_that_starts(folder, monkeypatch, number):
+    """As a launcher sends them to all processes of a job: again and again, from the first instruction on."""
+    popens, plain = [], isolated.subprocess.Popen
+
+    def started(*args, **kwargs):
+        popens.append(plain(*args, **kwargs))
+        popens[-1].send_signal(number)
+        return popens[-1]
+
+    monkeypatch.setattr(isolated.subprocess, "Popen", started)
+    monkeypatch.setattr(isolated, "_start", isolated._Process)  # without another try
+    over = threading.Event()
+
+    def insist():
+        while not over.wait(0.002):
+            for popen in popens:
+                popen.send_signal(number)
+
+    sender = threading.Thread(target=insist)
+    sender.start()
+    reader, path = Reader(), str(folder / "good.mp4")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        assert np.array_equal(reader(path, 5, (16, 16), 8.0), read_frames(path, 5, (16, 16), 8.0))
+    finally:
+        over.set()
+        sender.join()
+        reader.close()
+    assert len(popens) == 1 and signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_a_start_that_fails_once_is_tried_again(folder, monkeypatch):
+    popen, programs = isolated.subprocess.Popen, [shutil.which("false"), isolated.sys.executable]
+
+    def started(command, **kwargs):
+        return popen([programs.pop(0), *command[1:]], **kwargs)
+
+    monkeypatch.setattr(isolated.subprocess, "Popen", started)
+    reader, path = Reader(), str(folder / "good.mp4")
+    assert reader(path, 5, (16, 16), 8.0).shape == (5, 16, 16, 3) and not programs
+    reader.close()
+
+
+def test_a_file_that_hangs_is_read_once_more(folder, monkeypatch):
+    """The second time it is there, as after a file server was away."""
+    hanging, starts, start = folder / "hang.mp4", [], isolated._start
+
+    def counted():
+        starts.append(0)
+        if len(starts) == 2:
+            (folder / "hang.mp4.free").touch()
+        return start()
+
+    monkeypatch.setattr(isolated, "_start", counted)
+    worker = Worker()
+    arguments = {"count": 5, "size": (16, 16), "fps": 8.0, "start": 0.0, "crop": (0.5, 0.5), "sha256": None}
+    _, frames = worker.call("read", str(hanging), 2.0, limits=asdict(Limits()), **arguments)
+    worker.close()
+    assert np.array_equal(frames, read_frames(str(folder / "good.mp4"), 5, (16, 16), 8.0)) and len(starts) == 2
 
 
 @pytest.fixture

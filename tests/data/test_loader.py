@@ -16,7 +16,7 @@ from stdit.data.cache import Cache, latent_key, latent_settings, text_key, text_
 from stdit.data.loader import Loader, check_files, choose_caption, to_video
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.storage import Storage, StorageError
-from stdit.data.video_io import read_frames, write_video
+from stdit.data.video_io import VideoError, read_frames, write_video
 from stdit.encode import encode_manifest
 from stdit.errors import StditError
 
@@ -167,6 +167,31 @@ def test_a_strange_clip_keeps_its_place_with_weight_0(clips, monkeypatch):
     assert [e.weight for e in examples] == [0, 1, 1]
     assert "0.mp4: cannot be decoded (IndexError" in examples[0].failure and examples[0].reason == "undecodable"
     assert not examples[0].frames.any()
+
+
+def test_a_disk_that_fails_is_asked_again_and_then_stops_the_run(clips):
+    """As a network mount does; a clip that is bad itself still costs only its place."""
+    failures = []
+
+    def reader(path, count, size, *_):
+        if failures:
+            raise failures.pop()
+        return np.full((count, size[1], size[0], 3), 7, np.uint8)
+
+    def gone():
+        return VideoError("a.mp4", "unreachable", "the storage failed (Stale file handle).")
+
+    storage = Storage(tries=3, pause=0.001)
+    loader = Loader(clips, assign(clips, CONFIG), CONFIG, seed=0, workers=0, reader=reader, storage=storage)
+    failures += [gone(), gone()]
+    (example,) = loader.fetch(items(clips)[:1], epoch=0)
+    assert example.weight == 1 and int(example.frames.min()) == 7 and storage.retries == 2
+    failures += [gone(), gone(), gone()]
+    with pytest.raises(StorageError, match=r"3 tries failed.*Stale file handle") as error:
+        loader.fetch(items(clips)[:1], epoch=0)
+    assert error.value.reason == "unreachable"
+    failures.append(VideoError("a.mp4", "damaged", "is bad."))
+    assert [e.weight for e in loader.fetch(items(clips)[:2], epoch=0)] == [0, 1]
 
 
 class Away(Storage):

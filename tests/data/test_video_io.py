@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import zlib
@@ -263,6 +265,29 @@ def test_whatever_a_strange_clip_brings_up_is_a_reason(tmp_path, monkeypatch, er
         with pytest.raises(VideoError, match=rf"{name}: cannot be decoded \({type(error).__name__}") as found:
             read_frames(str(tmp_path / name), count, (8, 8), 8.0)
         assert found.value.reason == "undecodable"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("name, part", [("a.mp4", "to_rgb"), ("a.png", "cover")])
+def test_an_error_of_the_disk_is_not_the_clips(tmp_path, monkeypatch, number, name, part):
+    write_video(tmp_path / "a.mp4", moving(), 8)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def failing(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(source if part == "to_rgb" else video_io, part, failing)
+    with pytest.raises(VideoError, match=os.strerror(number)) as error:
+        read_frames(str(tmp_path / name), 1, (8, 8), 8.0)
+    assert error.value.reason == "unreachable"
+
+    def of_the_data(*_):  # what FFmpeg says of a file that can be read to its end
+        raise av.error.OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(source if part == "to_rgb" else video_io, part, of_the_data)
+    with pytest.raises(VideoError) as error:
+        read_frames(str(tmp_path / name), 1, (8, 8), 8.0)
+    assert error.value.reason in ("undecodable", "unreadable")
 
 
 def test_limits(tmp_path, videos):
