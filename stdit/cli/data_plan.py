@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from stdit.data.buckets import Assignment
+    from stdit.data.left_out import LeftOut
     from stdit.data.manifest import Manifest
     from stdit.data.plan_picture import Measures
     from stdit.data.planner import Plan
@@ -50,6 +51,7 @@ def plan(
 
     from stdit.config import load_config
     from stdit.data.buckets import assign
+    from stdit.data.left_out import explain
     from stdit.data.manifest import read_manifest
     from stdit.data.plan_picture import draw_plan, measure_plan
     from stdit.errors import StditError
@@ -67,9 +69,10 @@ def plan(
     assignment = assign(clips, settings.data)
     stage = assignment.stages[settings.data.stage_of(epoch)]
     console = Console(stderr=as_json)
-    if not as_json or not stage.counts.any():
-        _print_drops(console, stage, len(clips))
     objective = outline(settings)
+    left_out = explain(clips, stage, settings.data, objective.tokens)
+    if not as_json or not stage.counts.any():
+        _print_drops(console, left_out, len(clips))
     HEARTBEAT.doing("planning the steps")
     made = make_plan(clips, assignment, objective, settings, epoch)
     if not made.num_steps:
@@ -85,6 +88,7 @@ def plan(
     HEARTBEAT.doing("computing the memory")
     needed = footprint(settings, objective, largest, fullest, world_size)
     summary = summarise(made, stage, measures, groups, bound, needed)
+    summary["left_out"] = [asdict(one) for one in left_out]
     summary |= {"world_size": world_size, "work_unit": work_unit, "epoch": epoch}
     summary["empty"] = [str(shape) for b, shape in enumerate(assignment.shapes) if not len(assignment.rows(b))]
     summary["stages"] = _stages(settings, assignment, partial(make_plan, clips, assignment, objective, settings))
@@ -245,18 +249,19 @@ def _progress(steps: Sequence[int]) -> Iterable[int]:
     return tracked(steps, "dealing steps")
 
 
-def _print_drops(console: Any, assignment: Assignment, clips: int) -> None:
+def _print_drops(console: Any, left_out: Sequence[LeftOut], clips: int) -> None:
     from rich.table import Table
 
     from stdit.data.buckets import REASONS
 
-    if not assignment.reasons:
+    if not left_out:
         return
-    dropped = sum(assignment.reasons.values())
-    table = Table("clips", "reason", title=f"Left out: {dropped:,} of {clips:,} clips", title_justify="left")
+    dropped = sum(one.clips for one in left_out)
+    title = f"Left out: {dropped:,} of {clips:,} clips"
+    table = Table("clips", "reason", "what they are", title=title, title_justify="left")
     table.columns[0].justify = "right"
-    for name, count in assignment.reasons.items():
-        table.add_row(f"{count:,}", REASONS[name])
+    for one in left_out:
+        table.add_row(f"{one.clips:,}", REASONS[one.reason], one.details)
     console.print(table)
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from stdit.data.buckets import REASONS, Assignment
+from stdit.data.buckets import REASONS
+from stdit.data.left_out import explain
 from stdit.data.packs import balance, split
 from stdit.errors import StditError
 from stdit.files import local_folder
@@ -74,7 +75,7 @@ def _train(config: RunConfig, trainer: Trainer, world: World) -> None:
 
     world.from_main(begin)
     trainer.prepare()
-    for line in gaps(trainer.parts.assignment):
+    for line in gaps(trainer.parts):
         trainer.say(line)
     HEARTBEAT.doing("drawing the plan")
     world.from_main(partial(draw, trainer.parts, world.size, folder / "plan.png"))
@@ -125,17 +126,20 @@ def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
     ]
     for shape, count, tokens in zip(parts.assignment.shapes, parts.assignment.counts, plan.tokens):
         lines.append(f"  {shape}: {int(count):,} clips of {tokens:,} tokens")
-    lines += gaps(parts.assignment)
+    lines += gaps(parts)
     fullest = max(max(packs.sums()[0]) for packs in itertools.chain(*splits))
     lines.append(memory(config, parts, fullest, ranks))
     return lines
 
 
-def gaps(assignment: Assignment) -> list[str]:
+def gaps(parts: Parts) -> list[str]:
     """Shapes that no clip goes to, and why clips go to none: what a wrong data.shapes or data.fps shows in."""
-    empty = [str(shape) for shape, count in zip(assignment.shapes, assignment.counts) if not count]
-    lines = [f"no clip goes to {', '.join(empty)}"] if empty else []
-    return lines + [f"{count:,} clips left out: {REASONS[name]}" for name, count in assignment.reasons.items()]
+    assignment, lines = parts.assignment, []
+    if empty := [str(shape) for shape, count in zip(assignment.shapes, assignment.counts) if not count]:
+        lines.append(f"no clip goes to {', '.join(empty)}")
+    for one in explain(parts.manifest, assignment, parts.config.data, parts.objective.tokens):
+        lines.append(f"{one.clips:,} clips left out: {REASONS[one.reason]}{f' ({one.details})' if one.details else ''}")
+    return lines
 
 
 def memory(config: RunConfig, parts: Parts, fullest: int, ranks: int) -> str:
