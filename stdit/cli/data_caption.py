@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from stdit.cli.ranges import SECONDS
 from stdit.cli.stopped import when_stopped
 
 SHOWN = 40  # failures listed; --json has all
@@ -39,7 +40,7 @@ def caption(
     ] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Clips read at the same time, each in its own process.")] = 2,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that reading a clip may take.")] = 60.0,
+    timeout: Annotated[float, typer.Option(callback=SECONDS, help="Seconds that reading a clip may take.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Caption a manifest's clips with a local vision-language model, each once. Nothing is downloaded.

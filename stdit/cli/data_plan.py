@@ -33,7 +33,7 @@ def plan(
     manifest: Annotated[str, typer.Argument(help="What `stdit data scan` wrote, or its URL.")],
     config: Annotated[Path, typer.Option(help="The training's config.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Set on top of it.")] = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks of the training.")] = 1,
+    world_size: Annotated[int, typer.Option(min=1, max=100_000, help="Ranks of the training.")] = 1,
     steps: Annotated[int, typer.Option(min=0, help="How many steps to deal and measure; 0: all.")] = 200,
     epoch: Annotated[int, typer.Option(min=0, help="Whose steps to show, where epochs differ (data.stages).")] = 0,
     rate: Annotated[

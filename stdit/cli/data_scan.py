@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stdit.cli.ranges import SECONDS
 from stdit.cli.stopped import when_stopped
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ def scan(
             "that look like others.",
         ),
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Probing processes; one a core if not given.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds a file may take.")] = 30.0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Probing processes; one a core if not given.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(callback=SECONDS, help="Seconds a file may take.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Probe every file of a folder or URL, write the manifest, and say what was skipped and why.

@@ -10,6 +10,7 @@ import typer
 
 from stdit.cli.eval_captions import captions
 from stdit.cli.eval_vae import vae
+from stdit.cli.ranges import GUIDANCE, SEED, STEPS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure a trained model.")
 
@@ -36,9 +37,9 @@ def toy(
     shape: Annotated[
         list[str] | None, typer.Option(help="WIDTHxHEIGHTxFRAMES, repeatable. Default: the trained and two untrained.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Solver steps.")] = 30,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1 is none.")] = 5.0,
-    seed: Annotated[int, typer.Option(help="Of the noise and of the choice of captions.")] = 0,
+    steps: Annotated[int, typer.Option(callback=STEPS, help="Solver steps.")] = 30,
+    guidance: Annotated[float, typer.Option(callback=GUIDANCE, help="Classifier-free guidance; 1 is none.")] = 5.0,
+    seed: Annotated[int, typer.Option(callback=SEED, help="Of the noise and of the choice of captions.")] = 0,
     held_out: Annotated[
         Path | None, typer.Option(help="The toy set's held_out folder: measures the VAE on its files too.")
     ] = None,

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from stdit.cli.ranges import GUIDANCE, SEED, STEPS
+
 MEASURES = {
     "below_mean": "loss: own caption below the others' mean",
     "lowest": "loss: own caption the lowest of all",
@@ -29,13 +31,16 @@ def captions(
         ),
     ] = None,
     clips: Annotated[int, typer.Option(min=2, help="At most so many clips, the manifest's first.")] = 100,
-    levels: Annotated[int, typer.Option(min=1, help="Noise levels, spread evenly.")] = 8,
-    draws: Annotated[int, typer.Option(min=1, help="Noises at each level.")] = 4,
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps. Default: the config's eval.steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is none. Default: eval.guidance.")
+    levels: Annotated[int, typer.Option(min=1, max=1000, help="Noise levels, spread evenly.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, max=1000, help="Noises at each level.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option(callback=STEPS, help="Solver steps. Default: the config's eval.steps.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(callback=GUIDANCE, help="Classifier-free guidance; 1 is none. Default: eval.guidance."),
+    ] = None,
+    seed: Annotated[int, typer.Option(callback=SEED, help="Of the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation-captions.json instead of a table.")] = False,
 ) -> None:

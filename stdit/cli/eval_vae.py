@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stdit.cli.memory import MEMORY
+from stdit.cli.ranges import FPS
 from stdit.cli.stopped import when_stopped
 
 
@@ -21,7 +22,7 @@ def vae(
         str | None, typer.Option(help="WIDTHxHEIGHT that clips are scaled and cut to. Default: each its own.")
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="At most so many frames of a clip, from its start.")] = 33,
-    fps: Annotated[float | None, typer.Option(min=0.001, help="Read clips at. Default: each at its own.")] = None,
+    fps: Annotated[float | None, typer.Option(callback=FPS, help="Read clips at. Default: each at its own.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many clips, the first.")] = 100,
     lpips: Annotated[
         list[Path] | None, typer.Option(help="LPIPS' weights, repeatable: VGG16's file and the heads', or a folder.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -134,6 +135,9 @@ def _silence_stdout() -> int:
     return 1
 
 
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's words, by device
+
+
 def _mendable(error: BaseException) -> str:
     """What to say of an error of the system that a user can mend, else ''. The cause counts too: libraries wrap."""
     seen: BaseException | None = error
@@ -144,8 +148,16 @@ def _mendable(error: BaseException) -> str:
             return f"{place}{said}"
         if number in (errno.EACCES, errno.EPERM):
             return f"{place}{os.strerror(number)}. Change its permissions, or choose another path."
-        if number in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if number in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             return f"{place}{os.strerror(number)}. Choose another path."
+        said = str(seen).splitlines()[0] if str(seen) else ""
+        if isinstance(seen, RuntimeError) and said.startswith("Symlink loop"):  # pathlib's, until Python 3.13
+            return f"{said}. Choose another path."
+        if isinstance(seen, MemoryError) or (isinstance(seen, RuntimeError) and _NO_MEMORY.search(str(seen))):
+            return (
+                f"out of memory ({said or 'the machine gives no more'}). Choose smaller sizes, fewer frames or a "
+                "smaller model; for a VAE see --memory."
+            )
         seen = seen.__cause__ or seen.__context__
     return ""
 

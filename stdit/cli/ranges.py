@@ -24,4 +24,5 @@ def within(low: Number, high: Number) -> Callable[[Number | None], Number | None
 STEPS = within(1, 1000)  # of a solver; no schedule has more
 GUIDANCE = within(0, 1000)
 FPS = within(0.001, 1000)
+SECONDS = within(1, 1_000_000)  # that something may take
 SEED = within(-(2**63), 2**63 - 1)

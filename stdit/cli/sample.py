@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -285,8 +284,8 @@ def _lora(text: str) -> tuple[Path, float]:
         strength = float(weight)
     except ValueError:
         file, strength = text, 1.0
-    if not math.isfinite(strength):
-        raise typer.BadParameter(f"--lora {text!r}: the weight must be a finite number.")
+    if not -1000 <= strength <= 1000:
+        raise typer.BadParameter(f"--lora {text!r}: the weight must be from -1000 to 1000.")
     if not Path(file).exists():
         raise StditError(f"--lora {text}: {file} is not a file.")
     return Path(file), strength

@@ -46,12 +46,14 @@ class TimestepConfig:
                 f"noise levels: distribution {self.distribution!r} is not known; own, logit_normal or uniform."
             )
         if (
-            self.std <= 0
-            or (self.shift is not None and self.shift <= 0)
+            not 0 < self.std <= 100
+            or abs(self.mean) > 100
+            or (self.shift is not None and not 0 < self.shift <= 1000)
             or (self.shift_tokens is not None and self.shift_tokens <= 0)
         ):
             raise StditError(
-                f"noise levels: std {self.std}, shift {self.shift} and shift_tokens {self.shift_tokens} must be > 0."
+                f"noise levels: std {self.std}, shift {self.shift} and shift_tokens {self.shift_tokens} must be > 0, "
+                f"std and the size of mean {self.mean} at most 100, shift at most 1000."
             )
         if self.range is not None and not 0 <= self.range[0] < self.range[1] <= 1:
             raise StditError(f"noise levels: range {list(self.range)} must be two levels from 0 to 1, the lower first.")

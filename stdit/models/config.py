@@ -71,7 +71,7 @@ CHOICES: dict[str, dict[str, str]] = {
 
 # No network is larger; sizes of tensors then fit into 64 bits, and no list of blocks fills the memory.
 LARGEST_INTEGER = 2**24
-MOST = {"layers": 4096, "in_channels": 65_536, "out_channels": 65_536, "rope_theta": 1e12}
+MOST = {"layers": 1000, "in_channels": 65_536, "out_channels": 65_536, "rope_theta": 1e12}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
             model, info = kind.from_pretrained(
                 str(folder), **LOCAL, use_safetensors=True, output_loading_info=True, **settings
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except StditError:
+        raise
+    except Exception as error:  # of any kind: transformers does not check all of a stranger's config.json
         raise StditError(f"{folder}: {what}'s weights cannot be read: {error}") from error
     lost = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if lost:

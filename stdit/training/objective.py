@@ -67,6 +67,10 @@ class ObjectiveConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     vae: VaeLossConfig = field(default_factory=VaeLossConfig)
 
+    def __post_init__(self) -> None:
+        if self.token_power > 10:
+            raise StditError(f"token_power is {self.token_power:g}; it must be at most 10.")
+
 
 @dataclass(frozen=True)
 class StepKey:

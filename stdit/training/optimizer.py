@@ -59,8 +59,10 @@ class OptimizerConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise StditError(f"lr {self.lr:g} must be positive.")
+        if not 0 < self.lr <= 1000 or self.weight_decay > 1000:
+            raise StditError(
+                f"lr {self.lr:g} must be positive and at most 1000, weight_decay {self.weight_decay:g} at most 1000."
+            )
         for name in self.options:
             if name in OWN:
                 raise StditError(f"options.{name} has no effect: set {OWN[name]}.")

@@ -73,6 +73,9 @@ class VaeConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise StditError(f"VAE: {name} is {value!r}, it must be from 1 to {most:,}.")
+        for flag in (self.residual, *self.temporal_downsample):
+            if type(flag) is not bool:
+                raise StditError(f"VAE: residual and temporal_downsample are true or false, not {flag!r}.")
         if self.decoder_base_dim is not None and not 1 <= self.decoder_base_dim <= 65_536:
             raise StditError(f"VAE: decoder_base_dim is {self.decoder_base_dim}, it must be from 1 to 65,536.")
         if not 1 <= len(self.dim_mult) <= 8 or not 1 <= min(self.dim_mult) <= max(self.dim_mult) <= 1024:

@@ -127,7 +127,7 @@ def other_vae(path: str | os.PathLike[str]) -> tuple[str, Path] | None:
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     path = folder / "config.json"
     name = read_json(path).get("_class_name") if path.is_file() else None
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         return None
     open_folder(folder)  # raises for files that are damaged, before anything is read
     return name, folder

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import typer
 from commands import every_command
 
@@ -224,3 +225,51 @@ def test_a_users_mistake_in_a_real_command():
     )
     assert run.returncode == 1
     assert run.stderr.count("error: ") == 1 and "/no/such/folder" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval captions --model m --out o --levels 9223372036854775808",
+        "eval captions --model m --out o --guidance nan",
+        "eval toy --model m --out o --steps 1e300",
+        "eval toy --model m --out o --guidance inf",
+        "eval vae videos --model m --out o --fps nan",
+        "data scan videos --out o.parquet --timeout inf",
+        "data scan videos --out o.parquet --timeout nan",
+        "data plan m.parquet --config c.yaml --world-size 1000000000",
+        "data encode m.parquet --config c.yaml --out o --crops 9223372036854775807",
+        "sample --model m --prompt a --out o --lora m:1e300",
+    ],
+)
+def test_numbers_out_of_range_are_wrong_arguments(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("m").touch()
+    assert run_command(app, words.split(), "stdit") == 2
+    assert "error: " in capsys.readouterr().err and [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("words", [["weights", "convert", "", "o"], ["data", "scan", "v", "--out="], ["train", " "]])
+def test_a_blank_path_is_not_the_current_folder(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(app, words, "stdit") == 2
+    assert "is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("Symlink loop from '/a/loop'"),
+        OSError(errno.ELOOP, "Too many levels of symbolic links", "loop"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(error, capsys):
+    def fails() -> None:
+        raise error
+
+    assert run_command(fails, [], "stdit") == 1
+    said = capsys.readouterr().err.strip().removeprefix("stdit: starting …\n")
+    assert said.startswith("error: ") and "\n" not in said and ("out of memory" in said) == ("oop" not in said)

@@ -283,7 +283,7 @@ def test_nothing_is_loaded_partly_and_silently(folder, tmp_path, change, message
         ({"quantization_config": {}}, "unknown key 'quantization_config'"),
         ({"ffn_dim": -1}, "ffn_dim is -1, not a positive whole number"),
         ({"ffn_dim": "71"}, "ffn_dim is '71', not a positive whole number"),
-        ({"num_layers": 10**9}, "layers is 1000000000; it must be at most 4,096"),
+        ({"num_layers": 10**9}, "layers is 1000000000; it must be at most 1,000"),
         ({"_stdit": {"format": 99}}, "_stdit is {'format': 99}; this version of stdit reads format 1"),
         ({"_stdit": {"format": 1, "txet_padding": 0}}, "txet_padding"),
         ({"_stdit": 3}, "_stdit"),
