@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,7 @@ def encode(
     from stdit.encode import PRECISION, encode_manifest, text_identity, vae_identity
     from stdit.errors import StditError, about
     from stdit.heartbeat import HEARTBEAT
+    from stdit.training.long_captions import LONGER, long_captions
     from stdit.training.start import check_vae, follow_init
     from stdit.weights.io import load_vae
 
@@ -80,6 +82,9 @@ def encode(
                 run.text.path, max_length=run.text.padding or None, dtype=PRECISION, device=device
             ).eval()
             text_id = text_identity(run.text.path, run.text.padding)
+    found = long_captions(run, clips, assignment) if rank == 0 else None
+    if found is not None and found.count:
+        print(f"{found}{LONGER}", file=sys.stderr, flush=True)
     with counting_bar("encoding", hidden=rank > 0) as (on_start, on_clips):
         done = encode_manifest(
             clips,
@@ -102,6 +107,7 @@ def encode(
         failures = [{"id": clip_id, "failure": failure} for clip_id, failure in done.failures]
         answer: dict[str, object] = {"cache": out, "clips": done.clips, "reused": done.reused, "texts": done.texts}
         answer["retries"] = STORAGE.retries
+        answer["long_captions"] = found.as_json() if found else None
         print(json.dumps({**answer, "failures": failures, "left_out": assignment.reasons}, ensure_ascii=False))
         return 0
     for _, failure in done.failures:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stdit.data.manifest import Manifest
     from stdit.data.plan_picture import Measures
     from stdit.data.planner import Plan
+    from stdit.text.lengths import LongTexts
     from stdit.training.footprint import Footprint
     from stdit.training.settings import RunConfig
 
@@ -58,6 +59,7 @@ def plan(
     from stdit.heartbeat import HEARTBEAT
     from stdit.training.build import make_plan
     from stdit.training.footprint import footprint, outline
+    from stdit.training.long_captions import LONGER
 
     settings = load_config(config, overrides or [])
     group_size = settings.parallel.sequence_parallel
@@ -93,6 +95,8 @@ def plan(
     summary["empty"] = [str(shape) for b, shape in enumerate(assignment.shapes) if not len(assignment.rows(b))]
     summary["stages"] = _stages(settings, assignment, partial(make_plan, clips, assignment, objective, settings))
     summary["sources"] = _sources(clips, settings.data.sources, made)
+    long = _long_captions(settings, clips, assignment)
+    summary["long_captions"] = long.as_json() if long else None
     if rate is not None:
         found = measured_rate(rate, pixels)
         seconds = summary["work_per_step"] * (1 if pixels else 3) / (world_size * found * summary["balance"])
@@ -104,6 +108,8 @@ def plan(
     _print_list(console, "Sources", summary["sources"])
     _print_buckets(console, summary)
     _print_steps(console, summary)
+    if long is not None and long.count:
+        console.print(f"{long}{LONGER}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     for line in advice(summary):
         console.print(line, style="yellow", highlight=False, soft_wrap=True)
     if picture is not None:
@@ -241,6 +247,18 @@ def _sources(clips: Manifest, sources: dict[str, float], plan: Plan) -> list[dic
         row = {"source": pattern, "weight": weight, "clips": int((mine & there).sum())}
         found.append(row | {"clips_in_epoch": int(mine[plan.rows].sum())})
     return found
+
+
+def _long_captions(settings: RunConfig, clips: Manifest, assignment: Assignment) -> LongTexts | None:
+    """Where the tokenizer is there; a plan is made without it, too."""
+    from stdit.errors import StditError
+    from stdit.training.long_captions import long_captions
+    from stdit.training.start import follow_init
+
+    try:
+        return long_captions(follow_init(settings), clips, assignment)
+    except StditError:
+        return None
 
 
 def _progress(steps: Sequence[int]) -> Iterable[int]:

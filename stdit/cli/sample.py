@@ -139,6 +139,7 @@ def sample(
     from stdit.heartbeat import HEARTBEAT
     from stdit.pipeline import Pipeline
     from stdit.shapes import frames_for
+    from stdit.text.lengths import TextLimit
     from stdit.vae.autoencoder import CausalVAE
     from stdit.vae.streaming import stream_slices
 
@@ -182,6 +183,9 @@ def sample(
         "known_hash": frames_hash(known), "stdit": __version__,
         "lora_partly": lora_partly,
     }  # fmt: skip
+    for text in dict.fromkeys([*texts, negative]):
+        if (long := TextLimit.of_encoder(pipeline.text_encoder, pipeline.text_padding or None).long(text)) is not None:
+            typer.echo(f"{text[:40]!r}… has {long}.", err=True)
     make_folder(out)
     clips = [ClipFiles(out, text, number, settings) for text, number in zip(texts, indices)]
     written = {clip.index: found for clip in clips if (found := clip.there())}

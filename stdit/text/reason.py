@@ -35,9 +35,8 @@ class ReasonEncoder(TextEncoder):
                 "the tokenizer has no chat template, which Cosmos-Reason1 is asked by: get chat_template.jinja, or the "
                 "chat_template of tokenizer_config.json, from where its weights came from."
             )
-        chats = [[_says("system", SYSTEM), _says("user", text)] for text in texts]
         found = self.tokenizer.apply_chat_template(
-            chats, add_generation_prompt=False, add_vision_id=False, truncation=True, padding="max_length",
+            chats(texts), add_generation_prompt=False, add_vision_id=False, truncation=True, padding="max_length",
             max_length=self.max_length, return_dict=True,
         )  # fmt: skip
         return found["input_ids"]
@@ -46,6 +45,11 @@ class ReasonEncoder(TextEncoder):
         model = self.encoder.model.language_model  # type: ignore[union-attr]
         layers = model(ids, output_hidden_states=True, use_cache=False).hidden_states[1:]  # the last one after its norm
         return torch.cat([(x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + 1e-8) for x in layers], dim=-1)
+
+
+def chats(texts: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Texts as what a user says to the model."""
+    return [[_says("system", SYSTEM), _says("user", text)] for text in texts]
 
 
 def _says(role: str, text: str) -> dict[str, Any]:

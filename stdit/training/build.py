@@ -32,6 +32,7 @@ from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_enc
 from stdit.training.conditions import Conditions
 from stdit.training.engine import PRECISIONS, check_engine, zero_stage
 from stdit.training.experts import ExpertsObjective
+from stdit.training.long_captions import LONGER, long_captions
 from stdit.training.lora import add_lora
 from stdit.training.objective import FlowObjective, Objective
 from stdit.training.parallel import World
@@ -101,6 +102,10 @@ def build(config: RunConfig, world: World) -> Parts:
     torch.manual_seed(config.run.seed)
     HEARTBEAT.doing("building the models")
     objective = make_objective(config, manifest, world)
+    if world.is_main:
+        HEARTBEAT.doing("counting long captions")
+        if (found := long_captions(config, manifest, assignment)) and found.count:
+            print(f"{found}{LONGER}", flush=True)
     HEARTBEAT.doing("planning the steps")
     plan = make_plan(manifest, assignment, objective, config, 0)
     HEARTBEAT.doing("opening the caches")

@@ -47,6 +47,20 @@ def plan(files, *arguments) -> int:
     return run_command(app, args, prog="stdit")
 
 
+def test_captions_that_are_cut_are_told(files, capsys):
+    long = " ".join(["word"] * 9)
+    clips = [clip(1, 12, 64, 64), replace(clip(2, 12, 64, 64), captions=(Caption(long), Caption("short")))]
+    write_manifest(Manifest.of(clips, files), files / "clips.parquet")
+    text = ("text.trained={dim: 64}", "text.padding=6")
+    assert plan(files, *text) == 0
+    told = "1 of 3 captions have more than 6 tokens and are cut. The longest has 10 tokens, and 6 are used: 'word word"
+    assert told in capsys.readouterr().out
+    assert plan(files, *text, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["long_captions"]
+    assert (found["count"], found["longest"]["dropped"]) == (1, "word word word word")
+    assert plan(files) == 0 and "tokens and are cut" not in capsys.readouterr().out
+
+
 def test_json_says_what_training_will_do(files, capsys):
     assert plan(files, "--json", "--world-size", "2", "--picture", str(files / "plan.png")) == 0
     found = json.loads(capsys.readouterr().out)

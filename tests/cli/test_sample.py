@@ -92,6 +92,15 @@ def test_a_line_of_prompts_ends_at_a_line_feed_and_odd_ones_are_named(tmp_path):
             _read_prompts(file)
 
 
+def test_a_prompt_that_is_cut_is_told_once_with_what_is_dropped(folder, tmp_path, capsys):
+    prompt = "a red circle moves left " * 4 + "and stops"
+    assert run(folder, tmp_path, "--prompt", prompt, "--frames", 1, "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("is dropped") == 1
+    assert "23 tokens, and 16 are used: 'a red circle moves left and stops' is dropped" in captured.err
+    assert json.loads(captured.out)["clips"][0]["prompt"] == prompt
+
+
 def test_a_frame_or_the_end_of_a_video_is_known(folder, tmp_path, capsys):
     clip = np.zeros((24, 60, 100, 3), np.uint8)
     clip[:, :, :, 0] = np.arange(24, dtype=np.uint8)[:, None, None] * 10  # frame number in red
