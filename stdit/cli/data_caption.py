@@ -56,10 +56,12 @@ def caption(
     from stdit.data.manifest import parquet_path, read_manifest
     from stdit.data.storage import STORAGE
     from stdit.errors import about
+    from stdit.heartbeat import HEARTBEAT
     from stdit.text.captioner import load_captioner
 
     parquet_path(out)
     clips = read_manifest(manifest)
+    HEARTBEAT.doing(f"loading {model}")
     with about("--model"):
         captioner = load_captioner(model, prompt, max_new_tokens, dtype, pick_device(device))
         maker = caption_identity(model, captioner, frames)

@@ -73,8 +73,10 @@ def scan(
     from stdit.data.scan import skipped_path
     from stdit.data.storage import STORAGE
     from stdit.errors import StditError
+    from stdit.heartbeat import HEARTBEAT
 
     parquet_path(out)
+    HEARTBEAT.doing(f"listing {folder}")
     with counting_bar("probing") as (on_start, on_files):
         result = scan_folder(
             folder,

@@ -55,8 +55,10 @@ def toy(
     from stdit.cli.bars import named_bars
     from stdit.cli.device import pick_device
     from stdit.evaluation.harness import evaluate_toy
+    from stdit.heartbeat import HEARTBEAT
 
     device = pick_device(device)
+    HEARTBEAT.doing(f"loading {model}")
     with named_bars(hidden=as_json) as progress:
         result = evaluate_toy(model, out, prompts, shape, steps, guidance, seed, held_out, device, progress)
     if as_json:

@@ -57,9 +57,11 @@ def captions(
     from stdit.cli.device import pick_device
     from stdit.config import load_config
     from stdit.evaluation.captions import evaluate_captions
+    from stdit.heartbeat import HEARTBEAT
 
     run = load_config(config or out / "config.yaml")
     device = pick_device(device)
+    HEARTBEAT.doing(f"loading {model}")
     with named_bars(hidden=as_json) as progress:
         result = evaluate_captions(
             model,

@@ -51,12 +51,14 @@ def vae(
     from stdit.cli.device import pick_device
     from stdit.errors import StditError
     from stdit.evaluation.vae import evaluate_vae, normalised_folder, write_normalisation
+    from stdit.heartbeat import HEARTBEAT
     from stdit.shapes import VideoShape
 
     shape = VideoShape.parse(size) if size else None
     if shape is not None and not shape.is_image:
         raise StditError(f"--size {size} is WIDTHxHEIGHT alone; --frames says how many frames.")
     device = pick_device(device)
+    HEARTBEAT.doing(f"loading {model}")
     if write:
         normalised_folder(model)  # raises before hours of measuring
     with named_bars(hidden=as_json) as progress:
