@@ -66,6 +66,7 @@ STILL = {
 }
 MOVING = {"animated webp": "WEBP", "animated avif": "AVIF"}
 NOT_READ = {
+    "heif sequence": "a HEIF image sequence",
     "exr": "OpenEXR",
     "hdr": "Radiance HDR",
     "pfm": "a float map (PFM)",
@@ -160,6 +161,8 @@ def _of_brands(head: bytes) -> str | None:
         return None
     if first in (b"avif", b"avis") or (first in _HEIF and brands & {b"avif", b"avis"}):
         return "animated avif" if b"avis" in brands else "avif"
+    if first in (b"hevc", b"hevx", b"msf1"):
+        return "heif sequence"
     return "heif" if first in _HEIF else "video"
 
 

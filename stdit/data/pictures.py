@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import struct
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -54,10 +53,10 @@ def open_picture(path: str, content: str, limits: Limits) -> Iterator[Image]:
     from PIL import UnidentifiedImageError
 
     name = {**STILL, **MOVING}[content]
-    formats = ["JPEG", "MPO"] if name == "JPEG" else [name]  # no others: some of Pillow's start programs
     _prepare(path, content)
     try:
-        with open_bytes(path) as file, PIL.Image.open(file, formats=formats) as image:
+        # no other formats: some of Pillow's start programs
+        with open_bytes(path) as file, PIL.Image.open(file, formats=[name]) as image:
             if image.width * image.height > limits.pixels:
                 raise VideoError(
                     path, "too_large", f"is {image.width}x{image.height}; the limit is {limits.pixels} pixels."
@@ -68,7 +67,9 @@ def open_picture(path: str, content: str, limits: Limits) -> Iterator[Image]:
     except UnidentifiedImageError as error:
         message = f"is damaged {name}, or of a kind that Pillow {PIL.__version__} does not read."
         raise VideoError(path, "not_media", message) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of a dozen libraries
         raise VideoError(path, "damaged", f"cannot be decoded ({plain(error)}).") from error
 
 
@@ -233,7 +234,9 @@ class PictureSource(Source):
             try:
                 self.image.seek(number)
                 rgb = as_shown(self.path, self.image)
-            except (OSError, SyntaxError, ValueError, EOFError) as error:
+            except StditError:
+                raise
+            except (OSError, RuntimeError, SyntaxError, ValueError, EOFError) as error:
                 message = f"cannot be decoded after {number} frames ({plain(error)})."
                 raise VideoError(self.path, "damaged" if number else "undecodable", message) from error
             duration = round(self.image.info.get("duration", 0))

@@ -49,13 +49,14 @@ def probe(path: str, verify_pixels: int = VERIFY_PIXELS, limits: Limits = LIMITS
 
     Raises VideoError if not one frame can be decoded. A file damaged further in is described up to the damage.
     """
-    check_file(path, limits)
-    content = content_of_path(path)
-    if content in STILL:
-        frame = decode_image(path, content, limits)
-        return Probe(frame.shape[1], frame.shape[0], 1.0, 1, 0.0, 0.0, content, image=True)
-    with _opened(path, content, limits) as source:
-        return source.probe(verify_pixels)
+    with strange_file(path):
+        check_file(path, limits)
+        content = content_of_path(path)
+        if content in STILL:
+            frame = decode_image(path, content, limits)
+            return Probe(frame.shape[1], frame.shape[0], 1.0, 1, 0.0, 0.0, content, image=True)
+        with _opened(path, content, limits) as source:
+            return source.probe(verify_pixels)
 
 
 def _new_frames(shape: tuple[int, ...]) -> np.ndarray:

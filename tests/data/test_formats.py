@@ -26,6 +26,7 @@ from stdit.data.video_io import write_video
         (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif" + bytes(20), "avif"),
         (b"\0\0\0\x1cftypmsf1\0\0\0\0avisavif" + bytes(20), "animated avif"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0heic" + bytes(20), "heif"),
+        (b"\0\0\0\x18ftyphevc\0\0\0\0mif1" + bytes(20), "heif sequence"),
         (b"\0\0\0\x18ftypcrx \0\0\0\0isom" + bytes(20), "raw"),
         (b"\x1aE\xdf\xa3" + bytes(20), "video"),
         ((b"G" + bytes(187)) * 3, "video"),
@@ -78,7 +79,7 @@ def test_every_media_file_of_a_folder_is_a_clip_or_named(folder):
     found = scan(folder, uncaptioned=True, workers=2)
     assert {os.path.basename(clip.path): clip.frames for clip in found.manifest} == CLIPS
     assert named(found) == NAMED
-    assert {s.reason for s in found.skipped} <= {"unsupported", "not_media", "no_video"}
+    assert {s.reason for s in found.skipped} <= {"unsupported", "not_media", "no_video", "undecodable", "damaged"}
     assert found.ignored == {".json": 1, ".xyz": 1, "": 1}
 
 

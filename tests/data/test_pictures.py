@@ -323,6 +323,29 @@ def test_a_cut_off_picture_is_named(tmp_path, suffix):
     assert refused(tmp_path / f"b.{suffix}")[0] in ("damaged", "not_media")
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "avif", "tiff", "jp2", "bmp", "moving.webp", "moving.avif"])
+def test_whatever_bytes_are_wrong_the_error_is_the_files(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"a.{suffix}"
+    if suffix.startswith("moving"):
+        save_moving(path, see_through(4))
+    else:
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(path)
+    good = np.frombuffer(path.read_bytes(), np.uint8)
+    failed = 0
+    for number in range(60):
+        bad = good.copy()
+        places = rng.integers(0, len(bad) if number % 2 else min(len(bad), 300), 4)
+        bad[places] = rng.integers(0, 256, 4)
+        path.write_bytes(bad.tobytes())
+        for read in (probe, lambda file: read_frames(file, 1)):
+            try:
+                read(str(path))
+            except VideoError:
+                failed += 1
+    assert failed
+
+
 def test_sizes_from_one_pixel_to_the_limit(tmp_path):
     Image.new("RGB", (1, 1), "red").save(tmp_path / "a.png")
     assert shown(tmp_path / "a.png").shape == (1, 1, 3)
