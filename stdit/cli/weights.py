@@ -83,6 +83,7 @@ def convert(
     from stdit.vae.config import VaeConfig
     from stdit.weights import io, lora_files
     from stdit.weights.experts import EXPERT_NAMES, expert_folders
+    from stdit.weights.layouts import dialect_in
 
     if lora_files.is_adapter(source):
         if model is None:
@@ -96,8 +97,7 @@ def convert(
         lora_files.write_adapter(adapter, place, config, layout)
         return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
     layout = layout or "diffusers"
-    if layout not in io.LAYOUTS:
-        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(io.LAYOUTS)}.")
+    dialect_in(layout)  # raises for one that does not exist
     import torch
 
     dtypes = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}

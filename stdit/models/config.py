@@ -150,6 +150,13 @@ class TransformerConfig:
             raise StditError(
                 f"transformer patch is {self.patch}; write three positive integers: frames, height, width."
             )
+        for name in ("rope_scale", "rope_stride", "position_max"):
+            value, least = getattr(self, name), 0 if name == "position_max" else 1e-9
+            if len(value) != 3 or any(type(n) not in (int, float) or not least <= n < math.inf for n in value):
+                raise StditError(f"transformer {name} is {value}; write three numbers: frames, height, width.")
+        for name in ("blank_channels", "null_text", "image_text_dim", "image_text_positions", "text_width"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise StditError(f"transformer {name} is {getattr(self, name)!r}; it must be 0 or a positive integer.")
         if self.dim % self.heads:
             raise StditError(f"transformer dim {self.dim} is not divisible by heads {self.heads}.")
         if self.head_dim % 2:
@@ -273,11 +280,13 @@ class TransformerConfig:
         return replace(PRESETS[name], **changes)
 
 
+# Heads are 128 wide: programs that read Wan's weights take the number of heads from the width (ComfyUI: dim // 128).
+# The toy is narrower than two such heads, so it opens in diffusers and stdit, which read its config, and not in those.
 PRESETS = {
     "toy": TransformerConfig(dim=144, heads=6, layers=6, ffn_dim=576, text_dim=128),
-    "small": TransformerConfig(dim=384, heads=6, layers=12, ffn_dim=1536),
-    "base": TransformerConfig(dim=768, heads=12, layers=12, ffn_dim=3072),
-    "large": TransformerConfig(dim=1024, heads=16, layers=24, ffn_dim=4096),
+    "small": TransformerConfig(dim=384, heads=3, layers=12, ffn_dim=1536),
+    "base": TransformerConfig(dim=768, heads=6, layers=12, ffn_dim=3072),
+    "large": TransformerConfig(dim=1024, heads=8, layers=24, ffn_dim=4096),
     "1.3B": TransformerConfig(dim=1536, heads=12, layers=30, ffn_dim=8960),
     "5B": TransformerConfig(dim=3072, heads=24, layers=30, ffn_dim=14336, in_channels=48, out_channels=48),
     "14B": TransformerConfig(dim=5120, heads=40, layers=40, ffn_dim=13824),

@@ -44,6 +44,7 @@ from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.experts import boundary_of
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import find, load, load_vae
+from stdit.weights.layouts import check_layout
 from stdit.weights.schedulers import scheduler_of
 
 
@@ -311,6 +312,9 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
         choose_trained(model, settings)
         if settings.lora is not None:
             add_lora(model, settings.lora, config.run.seed)
+    if settings.lora is None or settings.lora.merged:
+        with about("model, as run/model will hold it"):
+            check_layout(model.config, "diffusers")
     model.checkpoint_blocks = config.model.checkpoint_blocks
     return model
 

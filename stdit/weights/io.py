@@ -24,6 +24,7 @@ from stdit.weights.experts import EXPERT_NAMES, boundary_of, expert_folders, exp
 from stdit.weights.families import families, family_of, on_meta, shapes_of, table_of
 from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
 from stdit.weights.keymap import Table
+from stdit.weights.layouts import check_layout, describe, dialect_in
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from stdit.models.transformer import STDiT
     from stdit.vae.open_sora import AnyVAE
 
-LAYOUTS = ("diffusers", "original", "comfyui")
 SHARD_BYTES = 5_000_000_000
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.")
@@ -141,7 +141,8 @@ def save_transformer(
     layout: "diffusers" opens with from_pretrained(folder) of the family's class (WanTransformer3DModel for what stdit
     trains), "original" is a release's, "comfyui" that in one file with its prefix. Of two experts each has a folder in
     `folder`, transformer/ and transformer_2/ or high_noise_model/ and low_noise_model/; the noise level between them is
-    model_index.json's (`Pipeline.save`).
+    model_index.json's (`Pipeline.save`). Raises StditError, before anything is written, that names a setting which the
+    layout cannot hold (see stdit/weights/layouts.py).
 
     What was there before stays until all new files are written beside it; then they are renamed. A process that is
     killed among the renames leaves the old model, the new one, or a folder that does not load: never a mixture.
@@ -345,12 +346,13 @@ def _write(
     """Writes a model whose native tensors `read` gives, a tensor in memory at a time; see save_transformer."""
     from stdit.vae.config import VaeConfig
 
-    if layout not in LAYOUTS:
-        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
-    dialect = "diffusers" if layout == "diffusers" else "original"
+    dialect = dialect_in(layout)
+    check_layout(config, layout)
     family, table = table_of(config, dialect)
-    described = family.config_to_diffusers(config) if dialect == "diffusers" else family.config_to_original(config)
+    described = describe(config, layout)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
+    if dialect == "original" and hasattr(family, "metadata"):
+        metadata |= family.metadata(config)
     entries, read_foreign = table.written(read, dtypes)
     stem = _STEM
     stems: tuple[str, ...] = (_STEM,)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -239,6 +239,10 @@ class KeyMap:
         absent: tuple[str, ...] = (),
     ):
         self.rules, self.ignored, self.computed, self.absent = rules, ignored, computed or {}, absent
+
+    def unplaced(self, native: Iterable[str]) -> list[str]:
+        """Our names that no rule is for."""
+        return [n for n in native if n not in self.absent and all(rule.match(n) is None for rule in self.rules)]
 
     def table(self, native: Mapping[str, Shape]) -> Table:
         """Applies the rules to a model's tensors. Every native tensor that is not `absent` takes part

@@ -62,10 +62,10 @@ def test_inspect_tells_what_is_wrong_and_fails(folder, capsys):
 
 
 def test_inspect_names_presets_without_their_weights(tmp_path, capsys):
-    stdit.save_transformer(STDiT(PRESETS["toy"]), tmp_path, "original")
+    stdit.save_transformer(STDiT(PRESETS["toy"]), tmp_path)
     assert run("inspect", tmp_path, "--json") == 0
     found = json.loads(capsys.readouterr().out)["models"][0]
-    assert (found["preset"], found["dialect"]) == ("toy", "original")
+    assert (found["preset"], found["dialect"]) == ("toy", "diffusers")
 
 
 def test_convert_there_and_back_is_bit_for_bit(folder, tmp_path, capsys):
@@ -92,7 +92,10 @@ def test_two_experts_are_told_and_converted_each_into_its_folder(tmp_path, capsy
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "A14B" / name).read_bytes()
 
 
-def test_comfyui_gets_one_file_with_its_prefix(folder, tmp_path):
+def test_comfyui_gets_one_file_with_its_prefix(folder, tmp_path, capsys):
+    assert run("convert", folder / "transformer", tmp_path / "comfyui", "--layout", "comfyui") == 1
+    assert "layout 'comfyui' cannot hold" in capsys.readouterr().err and not (tmp_path / "comfyui").exists()
+    stdit.save_transformer(STDiT(TransformerConfig(256, 2, 1, 64)), folder / "transformer")
     assert run("convert", folder / "transformer", tmp_path / "comfyui", "--layout", "comfyui") == 0
     assert [entry.name for entry in (tmp_path / "comfyui").iterdir()] == ["wan.safetensors"]
     assert all(key.startswith("model.diffusion_model.") for key in load_file(tmp_path / "comfyui" / "wan.safetensors"))

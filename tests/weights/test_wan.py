@@ -227,8 +227,10 @@ def test_the_releases_own_configs_are_the_presets():
             assert wan.config_from(json.loads(json.dumps(form(config))), {}) == config
 
 
-@pytest.mark.parametrize("changes", [{"qk_norm": "none"}, {"cross_norm": "none"}])
-@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize(
+    ("changes", "layout"),
+    [({"qk_norm": "none"}, "original"), ({"cross_norm": "none"}, "original"), ({"cross_norm": "none"}, "diffusers")],
+)
 def test_models_without_norms_come_back_whole(tmp_path, changes, layout):
     small = dict(dim=24, heads=2, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=8, frequency_dim=16)
     model = STDiT(TransformerConfig(**small, **changes))
@@ -327,8 +329,8 @@ def test_a_config_of_other_weights_says_so(folder, tmp_path):
         stdit.load_transformer(place)
 
 
-def test_text_padding_and_rotary_base_survive_a_trip_through_diffusers_config(tmp_path):
-    config = TransformerConfig(dim=12, heads=2, layers=1, ffn_dim=8, text_padding=0, rope_theta=256.0, text_dim=4)
-    for layout in io.LAYOUTS:
+def test_text_padding_survives_a_trip_through_other_programs_config(tmp_path):
+    config = TransformerConfig(dim=12, heads=2, layers=1, ffn_dim=8, text_padding=0, text_dim=4)
+    for layout in ("diffusers", "original"):
         stdit.save_transformer(STDiT(config), tmp_path / layout, layout)
         assert stdit.load_transformer(tmp_path / layout).config == config

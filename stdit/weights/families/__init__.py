@@ -8,6 +8,10 @@ config_to_diffusers(config)          config.json as diffusers wants it
 config_to_original(config)           as the original release has it (where it has one)
 dialect_of(shapes)                   "original" or "diffusers", by the names alone, "" for another family's
 keymap(config, dialect)              a KeyMap, our names ↔ that dialect's
+built_in(config, layout)             our settings: the values that the layout's program has built in, so that a
+                                     config.json does not change them; None where ComfyUI has no such model
+NOT_WRITTEN                          (optional) settings that may differ when read back: they change no output
+metadata(config)                     (optional) what the program looks for in a file's own metadata
 """
 
 from __future__ import annotations
@@ -41,9 +45,14 @@ def family_of(kind: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) 
     return (named or [family for family in known if family.dialect_of(shapes)] or known)[0]
 
 
+def family_module(config: Any) -> ModuleType:
+    """The family of a config."""
+    return importlib.import_module(f"stdit.weights.families.{getattr(config, 'family', 'wan_vae')}")
+
+
 def table_of(config: Any, dialect: str) -> tuple[ModuleType, Table]:
     """The family of a config, and how its model's tensors are those of a dialect."""
-    family = importlib.import_module(f"stdit.weights.families.{getattr(config, 'family', 'wan_vae')}")
+    family = family_module(config)
     return family, family.keymap(config, dialect).table(shapes_of(on_meta(config)))
 
 

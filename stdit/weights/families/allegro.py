@@ -81,6 +81,11 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 config_to_original = config_to_diffusers
 
 
+def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]] | None:
+    """Settings of which diffusers' class and the release's have one value. ComfyUI has no Allegro."""
+    return None if layout == "comfyui" else {**configs.pixart_built_in(config), "rope_theta": (10000.0,)}
+
+
 def dialect_of(names: Mapping[str, Shape]) -> str:
     """ "diffusers" or "" for another family's."""
     return "diffusers" if {"pos_embed.proj.weight", "adaln_single.linear.weight"} <= set(names) else ""

@@ -151,6 +151,12 @@ def picture_fields(config: TransformerConfig) -> Settings:
     return {"out_channels": config.out_channels, "patch_size": side, "sample_size": config.position_base * side}
 
 
+def pixart_built_in(config: TransformerConfig) -> dict[str, tuple[Any, ...]]:
+    """For `built_in` of PixArt and what was made after it: patches are squares of one frame, texts are projected."""
+    square = (1, config.patch[1], config.patch[1])
+    return {"patch": (square,), "blank_channels": (0,), "text_embedding": ("mlp",)}
+
+
 def picture_from_shapes(
     shapes: Mapping[str, Shape], place: object, what: str, blocks: str, names: tuple[str, str, str]
 ) -> Settings:

@@ -135,6 +135,29 @@ def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     return configs.describe(_ORIGINAL_CLASS, config, _KEPT)
 
 
+def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
+    """Settings of which the layout's program has one value: ComfyUI knows the released sizes of 1 and 2 alone."""
+    if layout != "comfyui":
+        return {"rope_theta": (10000.0,)} if layout == "diffusers" else {"qk_norm": ("per_head",)}
+    learned, large = config.position == "learned", config.dim == 5120
+    small = (4096, 32) if learned else (2048, 16)
+    return {
+        "text_embedding": ("none",),  # 2.5 projects its text
+        "dim": (small[0], 5120),
+        "layers": (36 if large else 28,),
+        "heads": (40 if large else small[1],),
+        "ffn_dim": (4 * config.dim,),
+        "modulation_rank": (256,),
+        "text_dim": (1024,),
+        "in_channels": (16, 17),
+        "out_channels": (16,),
+        "patch": ((1, 2, 2),),
+        "blank_channels": (1,),
+        "position_max": ((128, 120, 120),) if learned else ((0, 0, 0),),
+        "rope_theta": (10000.0,),
+    }
+
+
 def dialect_of(names: Mapping[str, Shape]) -> str:
     """ "original" (of 1 or of 2) or "diffusers", by the names alone; "" for another family's."""
     if "x_embedder.proj.1.weight" in names:

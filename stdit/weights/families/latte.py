@@ -24,6 +24,7 @@ SETTINGS: dict[str, Any] = {
     "rotary": "none",
     "position": "space_time",
 }
+NOT_WRITTEN = ("null_text",)  # diffusers has no place for it, and no output depends on it
 _OWN = ("text_padding",)
 _BLOCKS = r"(?:temporal_)?transformer_blocks\.(\d+)\."
 _DIFFUSERS = configs.Fields(
@@ -83,6 +84,11 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """A config.json beside an original's tensors."""
     return configs.describe(_ORIGINAL_CLASS, config, configs.PICTURE_KEPT)
+
+
+def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]] | None:
+    """Nothing that is not in config.json. ComfyUI has no Latte."""
+    return None if layout == "comfyui" else configs.pixart_built_in(config)
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:

@@ -6,6 +6,7 @@ where all have a prefix and the VAE lies beside.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,6 +146,23 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         *block_rules(q_norm="{p}_norm" if original else "norm_{p}"),
         *end_rules("adaln_single" if original else "time_embed"),
     )
+
+
+def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
+    """Settings of which the layout's program has one value; ComfyUI reads the others in `metadata`."""
+    fixed: dict[str, tuple[Any, ...]] = {"rope_stride": ((8, 32, 32),), "rope_fps": (25.0,)}
+    if layout == "diffusers":
+        return {**fixed, "rope_theta": (10000.0,), "rope_scale": ((20.0, 2048.0, 2048.0),)}
+    if layout == "original":
+        return fixed
+    return {**fixed, "patch": ((1, 1, 1),), "in_channels": (128,), "out_channels": (128,)}
+
+
+def metadata(config: TransformerConfig) -> dict[str, str]:
+    """What the releases' single files carry from 0.9.5 on. ComfyUI looks there, and nowhere else, for the number of
+    heads and for positions of a causal VAE's frames (causal_temporal_positioning)."""
+    described = {name: value for name, value in config_to_original(config).items() if name != "_stdit"}
+    return {"config": json.dumps({"transformer": described}, sort_keys=True)}
 
 
 def _sizes(config: TransformerConfig) -> dict[str, Any]:

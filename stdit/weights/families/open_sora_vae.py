@@ -49,6 +49,11 @@ def config_to_original(config: OpenSoraConfig) -> dict[str, Any]:
 config_to_diffusers = config_to_original
 
 
+def built_in(config: OpenSoraConfig, layout: str) -> dict[str, tuple[Any, ...]] | None:
+    """ComfyUI has no such VAE."""
+    return None if layout == "comfyui" else {}
+
+
 def dialect_of(names: Mapping[str, Shape]) -> str:
     """ "original" or "" for another family's."""
     return "original" if {f"{_TIME}.conv_in.conv.weight", f"{_FRAMES}.0.resnets.0.conv1.weight"} <= set(names) else ""

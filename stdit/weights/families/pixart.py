@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "rotary": "none",
     "position": "space",
 }
+NOT_WRITTEN = ("null_text",)  # diffusers has no place for it, and no output depends on it
 _OWN = ("text_padding",)
 _BLOCKS = r"(?:transformer_)?blocks\.(\d+)\."
 _DIFFUSERS = configs.Fields(
@@ -105,6 +106,25 @@ def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     return configs.describe(_ORIGINAL_CLASS, config, configs.PICTURE_KEPT)
 
 
+def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
+    """Settings of which the layout's program has one value: ComfyUI knows the released size alone."""
+    if layout != "comfyui":
+        return configs.pixart_built_in(config)
+    return {
+        **configs.pixart_built_in(config),
+        "dim": (1152,),
+        "heads": (16,),
+        "ffn_dim": (4608,),
+        "in_channels": (4,),
+        "out_channels": (8,),
+        "patch": ((1, 2, 2),),
+        "text_dim": (4096,),
+        "compressed": ((),),
+        "attention": ("spatial",),
+        "position_stretch": (float(config.position_base * 2 // 64),),
+    }
+
+
 def dialect_of(names: Mapping[str, Shape]) -> str:
     """ "original" or "diffusers", by the names alone; "" for another family's."""
     if "y_embedder.y_proj.fc1.weight" in names and "blocks.0.attn.qkv.weight" in names:
@@ -139,7 +159,10 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
             absent=("null_text",),
         )
     if _is_inflated(config):
-        raise StditError("no original release has an inflated PixArt: write layout 'diffusers', which is stdit's own.")
+        raise StditError(
+            "no original release has an inflated PixArt (attention=spatial_temporal): write layout 'diffusers', which "
+            "is stdit's own."
+        )
     qkv = tuple(f"blocks.{{i}}.self_attn.{p}.{{leaf}}" for p in "qkv")
     kv = tuple(f"blocks.{{i}}.cross_attn.{p}.{{leaf}}" for p in "kv")
     return KeyMap(

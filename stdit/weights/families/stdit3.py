@@ -84,7 +84,10 @@ def config_from(
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """config.json as the release has it."""
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise StditError(f"{FAMILY} has once or twice as many channels out as in, not {config.out_channels}.")
+        raise StditError(
+            f"{FAMILY} has out_channels of once or twice its in_channels {config.in_channels}, not "
+            f"{config.out_channels}."
+        )
     written = _ORIGINAL.write(
         config,
         _OWN,
@@ -96,6 +99,11 @@ def config_to_original(config: TransformerConfig) -> dict[str, Any]:
 
 
 config_to_diffusers = config_to_original
+
+
+def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]] | None:
+    """Nothing that is not in config.json. ComfyUI has no STDiT3; it would take its tensors for PixArt's."""
+    return None if layout == "comfyui" else {"blank_channels": (0,)}
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:

@@ -70,6 +70,7 @@ _OWN = (
     "qk_norm",
     "image_channels",
 )  # what others' config.json may have no place for
+NOT_WRITTEN = ("rope_max",)  # not in every layout; no output depends on it here
 _SWITCHES = {"qk_norm": "across_heads", "cross_norm": "affine"}  # true or false there: ours where true, else "none"
 _WORDS = re.compile(r"(dim|heads|layers|ffn_dim|in_channels|out_channels|text_dim|frequency_dim|rope_max)")
 
@@ -115,10 +116,7 @@ def config_from(
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' WanTransformer3DModel.save_pretrained writes it, with our own values under "_stdit".
-
-    diffusers normalises q and k of every model, so only stdit runs one that has qk_norm=False.
-    """
+    """config.json as diffusers' WanTransformer3DModel.save_pretrained writes it, with our own values under "_stdit"."""
     return {
         "_class_name": DIFFUSERS_CLASS,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -199,6 +197,31 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         Rule("head.head.{leaf}", "proj_out.{leaf}"),
         Rule("head.modulation", "scale_shift_table"),
     )
+
+
+def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
+    """Settings of which the layout's program has one value: of diffusers' class, of the release's, and of ComfyUI's
+    (comfy/model_detection.py), which takes the number of heads from the width and much else for granted. Others that
+    read a release's file without its config.json take heads of 128, too; below that width they find none."""
+    fixed: dict[str, tuple[Any, ...]] = {"rope_theta": (10000.0,), "blank_channels": (0,)}
+    if layout == "diffusers":
+        return {**fixed, "qk_norm": ("across_heads",)}
+    fixed["heads"] = (config.dim // 128 or config.heads,)
+    if layout == "original":
+        return fixed
+    return {
+        **fixed,
+        "patch": ((1, 2, 2),),
+        "frequency_dim": (256,),
+        "eps": (1e-6,),
+        "qk_norm": ("across_heads",),
+        "cross_norm": ("affine",),
+        "text_dim": (4096,),
+        "text_padding": (512,),
+        "out_channels": (16, 48),  # the latents of the two VAEs that it has
+        "in_channels": (36,) if config.image_text_dim else (config.out_channels, 36),
+        "image_text_dim": (0, 1280),
+    }
 
 
 def _refuse_variants(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object) -> None:

@@ -103,6 +103,14 @@ def config_to_original(config: VaeConfig) -> dict[str, Any]:
     return {"_class_name": ORIGINAL_CLASS, "_stdit": _listed(own), **_listed(values)}
 
 
+def built_in(config: VaeConfig, layout: str) -> dict[str, tuple[Any, ...]]:
+    """ComfyUI runs the two released sizes alone, and normalises latents by the releases' numbers."""
+    if layout != "comfyui":
+        return {}
+    release = PRESETS["wan2.2" if config.residual else "wan2.1"]
+    return {field.name: (getattr(release, field.name),) for field in dataclasses.fields(VaeConfig)}
+
+
 def dialect_of(names: Mapping[str, Shape]) -> str:
     """ "diffusers" or "original", by the names alone; "" for another family's."""
     if "quant_conv.weight" in names and any(name.startswith("encoder.mid_block.") for name in names):

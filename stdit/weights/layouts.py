@@ -1,0 +1,72 @@
+"""What a layout can hold. A setting that would be lost is refused by name, before a training and at saving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from stdit.errors import StditError
+from stdit.weights.families import family_module, on_meta, shapes_of
+from stdit.weights.keymap import Shape
+
+LAYOUTS = ("diffusers", "original", "comfyui")
+
+
+def dialect_in(layout: str) -> str:
+    """Whose names a layout has. Raises StditError for an unknown layout."""
+    if layout not in LAYOUTS:
+        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
+    return "diffusers" if layout == "diffusers" else "original"
+
+
+def describe(config: Any, layout: str) -> dict[str, Any]:
+    """The config.json of a layout."""
+    family = family_module(config)
+    diffusers = dialect_in(layout) == "diffusers"
+    described: dict[str, Any] = family.config_to_diffusers(config) if diffusers else family.config_to_original(config)
+    return described
+
+
+def check_layout(config: Any, layout: str) -> None:
+    """Raises StditError where a model of this config, written in `layout`, would be read as another network.
+
+    Two readers are asked: stdit, which reads back what it would write, and the program that the layout is for, by what
+    its code has built in (`built_in` of each family).
+    """
+    family, dialect = family_module(config), dialect_in(layout)
+    native = shapes_of(on_meta(config))
+    built_in = family.built_in(config, layout)
+    if built_in is None:
+        raise StditError(f"layout {layout!r}: ComfyUI has no {family.FAMILY}. Write layout 'diffusers' or 'original'.")
+    for name, allowed in built_in.items():
+        if getattr(config, name) not in allowed:
+            _refuse(family.FAMILY, layout, name, getattr(config, name), " or ".join(map(str, allowed)))
+    keymap = family.keymap(config, dialect)
+    unplaced = keymap.unplaced(native)
+    shapes = keymap.table({name: shape for name, shape in native.items() if name not in unplaced}).foreign_shapes
+    _compare(family, config, layout, json.loads(json.dumps(describe(config, layout))), shapes)
+    if unplaced:
+        raise StditError(f"layout {layout!r} of a {family.FAMILY} has no place for the tensor {unplaced[0]}.")
+    if layout == "comfyui":  # which reads no config.json, only what the file itself says
+        carried = family.metadata(config).get("config", "{}") if hasattr(family, "metadata") else "{}"
+        _compare(family, config, layout, json.loads(carried).get("transformer", {}), shapes)
+
+
+def _compare(family: Any, config: Any, layout: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+    try:
+        again = asdict(family.config_from(found, shapes, f"layout {layout!r}"))
+    except StditError as error:
+        raise StditError(f"{error}\nSo layout {layout!r} cannot hold this {family.FAMILY}.") from None
+    for name, value in asdict(config).items():
+        if again[name] != value and name not in getattr(family, "NOT_WRITTEN", ()):
+            _refuse(family.FAMILY, layout, name, value, again[name])
+
+
+def _refuse(family: str, layout: str, name: str, value: Any, other: Any) -> None:
+    advice = "Write layout 'diffusers'." if layout != "diffusers" else f"Leave {name} as it is."
+    raise StditError(
+        f"layout {layout!r} cannot hold {name}={value}: a {family} there has {name}={other}, so that what is written "
+        f"would be another network. {advice}"
+    )
