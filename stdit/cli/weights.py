@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inspect and convert weights.")
 _Model = Annotated[Path | None, typer.Option(help="For an adapter (LoRA): the model that it is for.")]
+_Heads = Annotated[int | None, typer.Option(help="Of a transformer, where its tensors do not tell their number.")]
 _Pickle = Annotated[bool, typer.Option("--trust-pickle", help="Also open .pth and .bin files (tensors only).")]
 
 
@@ -23,6 +24,7 @@ def inspect(
     model: _Model = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     trust_pickle: _Pickle = False,
+    heads: _Heads = None,
 ) -> int:
     """Family, dialect, size, dtype, and what is missing or unexpected, without reading a tensor.
 
@@ -42,7 +44,9 @@ def inspect(
         else:
             _show_adapter(adapter)
         return 0
-    found = [_description(part, source) for part, source in _sources(path, trust_pickle, strict=False).items()]
+    found = [
+        _description(part, source) for part, source in _sources(path, trust_pickle, strict=False, heads=heads).items()
+    ]
     if json:
         print(format.dumps({"path": str(path), "models": found, "parts": _parts(path)}, indent=2))
     else:
@@ -64,6 +68,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="bf16 or fp32; otherwise, and for adapters, as they are stored.")] = "",
     model: _Model = None,
     trust_pickle: _Pickle = False,
+    heads: _Heads = None,
 ) -> None:
     """Write weights in another layout or dtype; in the same dtype bit for bit. A tensor in memory at a time.
 
@@ -103,7 +108,7 @@ def convert(
     dtypes = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}
     if dtype not in dtypes:
         raise StditError(f"dtype {dtype!r} is not one to convert to. Known: bf16, fp32.")
-    found = _sources(source, trust_pickle, strict=True)
+    found = _sources(source, trust_pickle, strict=True, heads=heads)
     for one, other, how in ((out, source, "is or lies in"), (source, out, "holds")):
         if source.is_dir() and within(one, other):
             raise StditError(f"{out}: {how} {source}, which is read. Write to another folder.")
@@ -164,7 +169,7 @@ def _copy(entries: list[Path], out: Path) -> None:
             publish_text(out / entry.name, entry.read_text("utf-8"))
 
 
-def _sources(path: Path, trust_pickle: bool, strict: bool) -> dict[str, Source]:
+def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = None) -> dict[str, Source]:
     """What is at `path`: transformer (or two experts, high and low) and vae; or the error that says why nothing is."""
     from stdit.errors import StditError
     from stdit.weights import io
@@ -189,7 +194,10 @@ def _sources(path: Path, trust_pickle: bool, strict: bool) -> dict[str, Source]:
         raise StditError(f"{path}: holds neither a {known}.")
     for problem in problems:
         typer.echo(f"left out: {problem}", err=True)
-    return {part: io.find(kind, place, trust_pickle, strict) for part, kind, place in parts}
+    return {
+        part: io.find(kind, place, trust_pickle, strict, heads if kind == "transformer" else None)
+        for part, kind, place in parts
+    }
 
 
 def _description(part: str, source: Source) -> dict[str, Any]:

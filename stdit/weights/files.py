@@ -15,9 +15,11 @@ import json
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,19 @@ DTYPES = {  # safetensors' name: (torch's, bits)
 }
 
 
+# What downloads leave beside a file that is not finished: of hf, curl and wget, browsers, aria2.
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".download", ".aria2")
+_STARTS = {  # of files that are not what their name says
+    b"version https://git-lfs": "is a Git-LFS pointer of {size} bytes, not the file itself. Fetch it: `git lfs pull` "
+    "in that repository, or download it again",
+    b"<!doctype": "is a web page, not weights. The download was answered by an error or a login: download it again",
+    b"<html": "is a web page, not weights. The download was answered by an error or a login: download it again",
+    b"gguf": "is a GGUF file, quantised for other programs. stdit reads safetensors: take the release's own weights",
+    b"pk\x03\x04": "is a pickle of torch.save, whatever its name says. Rename it to .pth if you trust where it is "
+    "from, or take safetensors",
+}
+
+
 class NoWeights(StditError):
     """A folder without any weights in it."""
 
@@ -72,6 +87,7 @@ class TensorFiles:
     metadata: dict[str, str] = field(default_factory=dict)
     prefix: str = ""  # before every name in the file
     loaded: dict[str, Tensor] | None = None  # of a trusted pickle
+    scales: dict[str, Entry | Tensor] = field(default_factory=dict)  # of quantised tensors: value = stored × scale
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @property
@@ -83,14 +99,19 @@ class TensorFiles:
         return sorted({entry.path for entry in self.entries.values()})
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype: a private view of the file (see above), every value of it finite."""
+        """The tensor in its stored dtype: a private view of the file (see above), every value of it finite. One that
+        has a scale: their product, in fp32."""
         entry = self.entries[name]
-        tensor = self._mapped(name) if self.loaded is None else self.loaded[name]
+        tensor = self._mapped(entry, name) if self.loaded is None else self.loaded[name]
         if not _finite(tensor):
             raise StditError(
                 f"{entry.path}: the tensor {self.prefix}{name} holds NaN or infinity. The file is damaged, or the "
                 "training that wrote it had diverged: take another copy, or an earlier checkpoint."
             )
+        if (scale := self.scales.get(name)) is not None:
+            factor = self._mapped(scale, f"the scale of {name}") if isinstance(scale, Entry) else scale
+            rows = factor.numel() if tensor.ndim else 1
+            return tensor.float() * factor.float().reshape((rows, *[1] * (tensor.ndim - 1)) if rows > 1 else ())
         return tensor
 
     def release(self, name: str) -> None:
@@ -101,10 +122,9 @@ class TensorFiles:
         if entry.path in self._maps and stop > start and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[entry.path].madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    def _mapped(self, name: str) -> Tensor:
+    def _mapped(self, entry: Entry, name: str) -> Tensor:
         import torch
 
-        entry = self.entries[name]
         dtype = getattr(torch, entry.dtype)
         if not math.prod(entry.shape):
             return torch.empty(entry.shape, dtype=dtype)
@@ -131,16 +151,29 @@ class TensorFiles:
         left = {name: entry for name, entry in self.entries.items() if not name.startswith(others)}
         if len(left) == len(self.entries) or not any(all(n.startswith(p) for n in left) for p in prefixes):
             return self
-        return TensorFiles(self.path, left, self.metadata, self.prefix, self.loaded)
+        return TensorFiles(self.path, left, self.metadata, self.prefix, self.loaded, self.scales)
 
     def without_prefix(self, prefixes: tuple[str, ...]) -> TensorFiles:
         """The same, with names freed of a prefix that all of them have (single files from other programs)."""
         for prefix in prefixes:
             if self.entries and all(name.startswith(prefix) for name in self.entries):
-                entries = {name.removeprefix(prefix): entry for name, entry in self.entries.items()}
-                loaded = self.loaded and {name.removeprefix(prefix): t for name, t in self.loaded.items()}
-                return TensorFiles(self.path, entries, self.metadata, prefix, loaded)
+                files = self.renamed(partial(_without, prefix))
+                files.prefix = self.prefix + prefix
+                return files.without_prefix(prefixes)  # there may be several: module._orig_mod.
         return self
+
+    def renamed(self, rename: Callable[[str], str]) -> TensorFiles:
+        """The same under other names; as they are where two would be one."""
+        if len({rename(name) for name in self.entries}) < len(self.entries):
+            return self
+        entries = {rename(name): entry for name, entry in self.entries.items()}
+        loaded = self.loaded and {rename(name): tensor for name, tensor in self.loaded.items()}
+        scales = {rename(name): entry for name, entry in self.scales.items()}
+        return TensorFiles(self.path, entries, self.metadata, self.prefix, loaded, scales)
+
+
+def _without(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -161,9 +194,27 @@ def _finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
+def check_start(path: Path) -> None:
+    """Raises StditError where a file is a Git-LFS pointer or something else under a name of weights or their config."""
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip().lower()
+    for known, what in _STARTS.items():
+        if start.startswith(known):
+            raise StditError(f"{path}: {what.format(size=path.stat().st_size)}.")
+
+
+def _unfinished(folder: Path) -> str:
+    """A sentence for errors that names a download in a folder which is not finished; "" where there is none."""
+    places = [folder, folder / ".cache" / "huggingface" / "download"]
+    files = [entry for place in places if place.is_dir() for entry in sorted(place.iterdir()) if entry.is_file()]
+    left = [entry for entry in files if entry.suffix in _UNFINISHED and not entry.name.startswith(".")]
+    return f" {left[0]} is a download that has not finished: let it finish." if left else ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises StditError naming the file."""
     try:
+        check_start(path)
         if path.stat().st_size > MAX_JSON:
             raise StditError(f"{path}: {path.stat().st_size} bytes is more than a JSON file of weights can need.")
         found = json.loads(path.read_text("utf-8"))
@@ -178,11 +229,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file and its metadata, checked against the file's size. Reads no tensor."""
+    check_start(path)
     size = path.stat().st_size
+    if (control := path.with_name(f"{path.name}.aria2")).exists():  # which gives a file its full size at once
+        raise StditError(f"{path}: its download has not finished, {control.name} says: let it finish.")
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:
-            raise StditError(f"{path}: {size} bytes is too short for a safetensors file. Is the download complete?")
+            raise StditError(
+                f"{path}: {size} bytes is too short for a safetensors file. Is the download complete?"
+                f"{_unfinished(path.parent)}"
+            )
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER:
             raise StditError(
@@ -192,6 +249,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if length > size - 8:
             raise StditError(
                 f"{path}: the file ends inside its header ({size} of {length + 8} bytes). Download it again."
+                f"{_unfinished(path.parent)}"
             )
         text = file.read(length)
     try:
@@ -227,7 +285,7 @@ def _entry(path: Path, name: str, found: Any, base: int, size: int) -> Entry:
     if base + stop > size:
         raise StditError(
             f"{path}: the file ends at byte {size}, inside or before the tensor {name} (bytes {base + start} to "
-            f"{base + stop}). It is cut short: copy or download it again."
+            f"{base + stop}). It is cut short: copy or download it again.{_unfinished(path.parent)}"
         )
     return Entry(path, name_of, tuple(shape), base + start, base + stop)
 
@@ -282,11 +340,12 @@ def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:
     """A safetensors file, a shard index (.index.json), or, only with `trust_pickle`, a pickle of tensors."""
     if not path.is_file():
         raise StditError(f"{path}: no such file.")
-    if path.name.endswith(".index.json"):
+    if re.search(r"\.index\.(\w+\.)?json$", path.name):
         return open_index(path)
     if path.suffix.lower() in PICKLES:
         return _open_pickle(path, trust_pickle)
     if path.suffix.lower() not in (".safetensors", ".sft"):
+        check_start(path)
         raise StditError(f"{path}: not a file of weights. stdit reads .safetensors files, and folders that hold them.")
     entries, metadata = read_header(path)
     return TensorFiles(path, entries, metadata)
@@ -314,7 +373,7 @@ def open_index(path: Path) -> TensorFiles:
                 count = sum(other == shard for other in weight_map.values())
                 raise StditError(
                     f"{file}: this shard is missing; {path.name} puts {count} tensors in it, such as {name}. "
-                    "Download it."
+                    f"Download it.{_unfinished(path.parent)}"
                 )
             shards[shard], more = read_header(file)
             metadata |= more
@@ -334,6 +393,8 @@ def open_folder(
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and wanted(entry.name))
     whole = [name for name in names if name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
     whole += [name for name in names if name.endswith(".safetensors.index.json")]
+    if not whole:  # a variant's alone, as diffusers and transformers name it
+        whole = [name for name in names if re.search(r"\.safetensors\.index\.\w+\.json$", name)]
     files = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
     for choice in (whole, files, pickles):
@@ -343,12 +404,20 @@ def open_folder(
             why = " and no index that says which belong together" if choice is files else ""
             raise StditError(
                 f"{folder}: holds {len(choice)} files of weights{why}: {', '.join(choice[:4])}"
-                f"{', …' if len(choice) > 4 else ''}. Name the one to load."
+                f"{', …' if len(choice) > 4 else ''}. Name the one to load.{_experts_hint(choice)}"
             )
-    raise NoWeights(f"{folder}: holds no .safetensors file.")
+    raise NoWeights(f"{folder}: holds no .safetensors file.{_unfinished(folder)}")
+
+
+def _experts_hint(names: list[str]) -> str:
+    if len(names) == 2 and all(any(word in name.lower() for name in names) for word in ("high", "low")):
+        return " For both experts of Wan 2.2, put one in high_noise_model/ and one in low_noise_model/."
+    return ""
 
 
 def _open_pickle(path: Path, trust: bool) -> TensorFiles:
+    if path.stat().st_size < 1024:
+        check_start(path)
     if not trust:
         raise StditError(
             f"{path}: is a pickle, which can run code when it is opened, and is refused. Convert it to safetensors, or "

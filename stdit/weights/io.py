@@ -25,6 +25,8 @@ from stdit.weights.families import families, family_of, on_meta, shapes_of, tabl
 from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
 from stdit.weights.keymap import Table
 from stdit.weights.layouts import check_layout, describe, dialect_in
+from stdit.weights.others import check_known, check_no_adapter
+from stdit.weights.quantised import FP8, fp8_count, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,11 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.")
+PREFIXES = (
+    "model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "transformer.", "dit.", "net.",
+    "model.",
+)  # fmt: skip
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's, in names
 _STEM = "diffusion_pytorch_model"
 _VAE_STEMS = ("Wan2.1_VAE", "Wan2.2_VAE")  # original releases keep it beside the transformer
 _OTHERS = re.compile(r"t5|clip|text_encoder|tokenizer|lora|adapter", re.IGNORECASE)
@@ -66,10 +72,12 @@ def load_transformer(
     device: torch.device | str = "cpu",
     trust_pickle: bool = False,
     expert: str = "both",
+    heads: int | None = None,
 ) -> STDiT | Experts:
     """A transformer from a model folder (stdit's or diffusers'), its transformer/, an original release, or a file.
 
-    dtype: None keeps each tensor's stored dtype. trust_pickle: allows .pth and .bin files, tensors only. expert: of a
+    dtype: None keeps each tensor's stored dtype; fp8, plain or with scales, becomes bf16. heads: their number, for a
+    file alone whose tensors do not tell it. trust_pickle: allows .pth and .bin files, tensors only. expert: of a
     folder with two (Wan 2.2 A14B: transformer/ and transformer_2/, or high_noise_model/ and low_noise_model/), "both"
     as one `Experts`, or "high" or "low" alone, as an STDiT.
     Raises StditError that names the file and the tensors where anything is missing, unexpected, misshaped or damaged,
@@ -81,10 +89,10 @@ def load_transformer(
     if places is None:
         if expert != "both":
             raise StditError(f"{path}: holds one transformer, not the two experts that {expert!r} would choose from.")
-        return load(find("transformer", path, trust_pickle), dtype, device)
+        return load(find("transformer", path, trust_pickle, heads=heads), dtype, device)
     if expert != "both":
-        return load(find("transformer", places[expert], trust_pickle), dtype, device)
-    sources = {name: find("transformer", place, trust_pickle) for name, place in places.items()}
+        return load(find("transformer", places[expert], trust_pickle, heads=heads), dtype, device)
+    sources = {name: find("transformer", place, trust_pickle, heads=heads) for name, place in places.items()}
     if sources["high"].config != sources["low"].config:
         raise StditError(f"{places['high']} and {places['low']} have different configs: they are not two experts.")
     from stdit.models.experts import Experts
@@ -184,12 +192,24 @@ def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -
     return any(family.dialect_of(files.shapes) for family in families(kind))
 
 
-def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, strict: bool = True) -> Source:
-    """Opens a transformer or VAE without reading a tensor. strict: raise if its tensors are not those of its config."""
+def find(
+    kind: str,
+    path: str | os.PathLike[str],
+    trust_pickle: bool = False,
+    strict: bool = True,
+    heads: int | None = None,
+) -> Source:
+    """Opens a transformer or VAE without reading a tensor. strict: raise if its tensors are not those of its config.
+    heads: of a transformer without a config."""
     folder, files = _opened(kind, Path(path).expanduser(), trust_pickle)
+    check_no_adapter(files.entries, files.path)
     found, config_path = _config(kind, folder, files)
+    if kind == "transformer":
+        check_known(found.get("_class_name"), files.entries, config_path or files.path)
+    if heads is not None and not found:
+        found = {"_heads": heads}
     try:
-        return _source(kind, files, found, config_path, strict)
+        return _source(kind, files, found, config_path, strict, heads)
     except StditError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
@@ -199,7 +219,9 @@ def find(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, st
         ) from error
 
 
-def _source(kind: str, files: TensorFiles, found: dict[str, Any], config_path: Path | None, strict: bool) -> Source:
+def _source(
+    kind: str, files: TensorFiles, found: dict[str, Any], config_path: Path | None, strict: bool, heads: int | None
+) -> Source:
     family = family_of(kind, found, files.shapes)
     dialect = family.dialect_of(files.shapes)
     others = [other.FAMILY for other in families(kind) if not dialect and other.dialect_of(files.shapes)]
@@ -209,6 +231,8 @@ def _source(kind: str, files: TensorFiles, found: dict[str, Any], config_path: P
             f"is of a {family.FAMILY}. Put the config.json of the weights beside them."
         )
     config = family.config_from(found, files.shapes, config_path or files.path) if found or dialect else None
+    if config is not None and heads is not None and config.heads != heads:
+        raise StditError(f"{config_path or files.path}: says {config.heads} heads, not {heads}.")
     if config is None or not dialect:
         known = ", nor a ".join(one.FAMILY for one in families(kind))
         raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
@@ -224,14 +248,24 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
 
     What is on the CPU in its stored dtype and order stays a private view of the file; see stdit/weights/files.py.
     """
+    import torch
+
     model = on_meta(source.config)
     files = source.files
+    if count := fp8_count(files):  # nothing computes in fp8 here
+        of = f"{count} of {len(files.entries)} tensors are fp8" + (", with scales" if files.scales else "")
+        print(f"{files.path}: {of}; they are computed in {_short(dtype or torch.bfloat16)}.", file=sys.stderr)
+
+    def wanted(name: str) -> torch.dtype | None:
+        return torch.bfloat16 if files.entries[name].dtype in FP8 or name in files.scales else None
+
     tensors: dict[str, Tensor] = {}
     for move in source.table.moves:
         stored = [files.read(name) for name in move.foreign]
         there = {tensor.untyped_storage().data_ptr() for tensor in stored}
         for name, tensor in zip(move.native, move.to_native(stored)):
-            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None).contiguous()
+            kept = wanted(move.foreign[0]) if dtype is None else dtype
+            tensors[name] = tensor.to(device, kept if tensor.is_floating_point() else None).contiguous()
         if there.isdisjoint(tensors[name].untyped_storage().data_ptr() for name in move.native):
             for name in move.foreign:
                 files.release(name)
@@ -256,7 +290,7 @@ def convert(
     files = source.files
 
     def stored(name: str) -> torch.dtype:
-        found: torch.dtype = getattr(torch, files.entries[name].dtype)
+        found: torch.dtype = torch.bfloat16 if name in files.scales else getattr(torch, files.entries[name].dtype)
         return dtype if dtype is not None and found.is_floating_point else found
 
     def read(name: str) -> Tensor:
@@ -268,6 +302,10 @@ def convert(
     _write(source.kind, source.config, source.table.native_reader(read), dtypes, Path(folder), layout, shard_bytes)
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
 def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
     """The folder of a model of this kind and its files, names freed of other programs' prefixes."""
     if not place.exists():
@@ -276,6 +314,7 @@ def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFil
         folder, files = place.parent, open_file(place, trust_pickle)
     else:
         folder, files = _in_folder(kind, place, trust_pickle)
+    files = scaled(files.renamed(lambda name: _WRAPPERS.sub("", name)))
     if kind == "transformer":
         files = files.without_others(PREFIXES, OTHER_MODELS)
     return folder, files.without_prefix(PREFIXES)
@@ -299,7 +338,14 @@ def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, Tenso
             f"{folder}: holds two models, high_noise_model/ and low_noise_model/ (Wan 2.2). Name one of them."
         )
     if kind == "transformer":
-        return folder, open_folder(folder, trust_pickle, lambda name: not (_VAE.search(name) or _OTHERS.search(name)))
+        try:
+            return folder, open_folder(
+                folder, trust_pickle, lambda name: not (_VAE.search(name) or _OTHERS.search(name))
+            )
+        except NoWeights:
+            for file in sorted(folder.glob("*.safetensors")):
+                check_no_adapter(open_file(file).entries, file, NoWeights)
+            raise
     named = any(_VAE.search(entry.name) and entry.is_file() for entry in folder.iterdir())
     return folder, open_folder(folder, trust_pickle, lambda name: bool(_VAE.search(name)) or not named)
 

@@ -167,7 +167,7 @@ def test_a_single_file_tells_its_size_by_its_shapes(name, heads, prefix, tmp_pat
     if prefix:
         alone["vae.decoder.conv_in.weight"] = torch.ones(2)
     save_file(alone, tmp_path / "alone.safetensors")
-    again = stdit.load_transformer(tmp_path / "alone.safetensors")
+    again = stdit.load_transformer(tmp_path / "alone.safetensors", heads=heads)
     assert again.config == model.config
     assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
 

@@ -3,7 +3,9 @@
 FAMILY                               what messages call it
 CLASSES                              the classes that its config.json may name
 config_from(found, shapes, place)    our config of a config.json in any dialect; where `found` is {}, of
-                                     the tensors' shapes alone; `place` is for errors
+                                     the tensors' shapes alone, or with {"_heads": n}; `place` is for errors
+fits(shapes)                         (optional) whether tensors without a config.json are this family's, where
+                                     another has the same names
 config_to_diffusers(config)          config.json as diffusers wants it
 config_to_original(config)           as the original release has it (where it has one)
 dialect_of(shapes)                   "original" or "diffusers", by the names alone, "" for another family's
@@ -42,7 +44,9 @@ def family_of(kind: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) 
     """The family of a config.json, or else of tensors by their names; where neither is known, the first."""
     known = families(kind)
     named = [family for family in known if found.get("_class_name") in family.CLASSES]
-    return (named or [family for family in known if family.dialect_of(shapes)] or known)[0]
+    alike = [family for family in known if family.dialect_of(shapes)]
+    fitting = [family for family in alike if not hasattr(family, "fits") or family.fits(shapes)]
+    return (named or fitting or alike or known)[0]
 
 
 def family_module(config: Any) -> ModuleType:

@@ -5,6 +5,7 @@ The release has diffusers' names. Its rotary turns the halves of each third of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,13 @@ _DIFFUSERS = configs.Fields(
 def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
 ) -> TransformerConfig:
-    """Our config of diffusers' config.json. There is no telling it by shapes: its tensors are named as PixArt's."""
+    """Our config of diffusers' config.json, or of shapes alone (see `fits`), with the positions of the release."""
+    found, heads = configs.split_heads(found)
+    if not found:
+        names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
+        values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names, heads, {2304: 24})
+        values["rope_scale"] = tuple(_DIFFUSERS.defaults[f"interpolation_scale_{axis}"] for axis in "thw")
+        return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     values, theirs = _DIFFUSERS.read(found, _OWN, place)
     values |= configs.checked_width(theirs, place)
     if theirs["attention_head_dim"] % 6:
@@ -89,6 +96,12 @@ def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...
 def dialect_of(names: Mapping[str, Shape]) -> str:
     """ "diffusers" or "" for another family's."""
     return "diffusers" if {"pos_embed.proj.weight", "adaln_single.linear.weight"} <= set(names) else ""
+
+
+def fits(shapes: Mapping[str, Shape]) -> bool:
+    """Whether as many channels come out as go in; of PixArt's, with the same names, twice as many."""
+    head, patch = shapes.get("proj_out.weight", (0,)), shapes.get("pos_embed.proj.weight", (0, 0, 0, 0))
+    return head[0] == math.prod(patch[1:])
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:

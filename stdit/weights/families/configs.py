@@ -158,21 +158,49 @@ def pixart_built_in(config: TransformerConfig) -> dict[str, tuple[Any, ...]]:
 
 
 def picture_from_shapes(
-    shapes: Mapping[str, Shape], place: object, what: str, blocks: str, names: tuple[str, str, str]
+    shapes: Mapping[str, Shape],
+    place: object,
+    what: str,
+    blocks: str,
+    names: tuple[str, str, str],
+    heads: int | None,
+    released: Mapping[int, int],
 ) -> Settings:
     """The same models by their tensors, `names` those of the patch embedding, the head and the text's first layer.
 
-    Widths are in the shapes; heads are 72 wide, as in every release.
+    released: the number of heads by the width, of the releases. heads: where it was given.
     """
     dim, channels, patch, _ = needed(shapes, names[0], 4, place, what)
     return {
-        **width(max(dim // 72, 1), dim // max(dim // 72, 1)),
+        **width(*checked_heads(heads, dim, released, place, what)),
         "layers": count(shapes, blocks),
         "in_channels": channels,
         "out_channels": needed(shapes, names[1], 2, place, what)[0] // patch**2,
         "patch": (1, patch, patch),
         "text_dim": needed(shapes, names[2], 2, place, what)[1],
     }
+
+
+def split_heads(found: Mapping[str, Any]) -> tuple[Mapping[str, Any], int | None]:
+    """What is known of a config.json, and the number of heads that was given for a file without one."""
+    return ({}, found["_heads"]) if "_heads" in found else (found, None)
+
+
+def checked_heads(
+    heads: int | None, dim: int, released: Mapping[int, int], place: object, what: str
+) -> tuple[int, int]:
+    """Number and width of the heads of a model without a config.json: as given, or as the releases of its width have
+    them; else they are asked for, since no tensor's shape tells them."""
+    heads = released.get(dim) if heads is None else heads
+    if heads is None:
+        raise StditError(
+            f"{place}: no config.json, and the tensors do not tell the number of heads of a {what} {dim} wide. Put the "
+            "config.json of the weights beside the file, or say it: load_transformer(heads=N), or for all commands "
+            "`stdit weights convert FILE OUT --heads N` makes a folder."
+        )
+    if heads < 1 or dim % heads:
+        raise StditError(f"{place}: {heads} heads do not divide a width of {dim}.")
+    return heads, dim // heads
 
 
 def checked_transformer(

@@ -84,6 +84,7 @@ def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
+    found, _ = configs.split_heads(found)  # the shapes tell them
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
         values = _values_from_shapes(shapes, configs.described(found, _KEPT, place), place)
         return checked_transformer(SETTINGS | _network_time(values) | values, shapes, place, _BLOCKS)

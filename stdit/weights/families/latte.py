@@ -57,8 +57,10 @@ def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
+    found, heads = configs.split_heads(found)
     if not found or (found.get("_class_name") == _ORIGINAL_CLASS and "_stdit" in found):
-        values = _values_from_shapes(shapes, place) | configs.described(found, configs.PICTURE_KEPT, place)
+        kept = configs.described(found, configs.PICTURE_KEPT, place)
+        values = _values_from_shapes(shapes, place, kept.get("heads", heads)) | kept
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     known = {**found, "_class_name": _DIFFUSERS.class_name}
     if found.get("_class_name") == _ORIGINAL_CLASS:  # the release's has the keys of a larger class
@@ -110,9 +112,9 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     )
 
 
-def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
+def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
     """Positions are for 64 latents a side, as in the release."""
     names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
-    values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names)
+    values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names, heads, {1152: 16})
     null_text = shapes.get("caption_projection.y_embedding", (0,))[0]
     return {**values, "position_base": 64 // values["patch"][1], "null_text": null_text}

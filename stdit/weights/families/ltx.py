@@ -97,8 +97,11 @@ def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
 ) -> TransformerConfig:
     """Our config of a config.json in either dialect, or, where `found` is empty, of the tensors' shapes alone."""
+    if sounds := [name for name in shapes if ".audio_" in name or name.startswith("audio_")]:
+        raise StditError(f"{place}: {sounds[0]} is of LTX-2, which has a second kind of tokens. {FAMILY}s load.")
+    found, heads = configs.split_heads(found)
     if not found:
-        return checked_transformer(SETTINGS | _values_from_shapes(shapes, place), shapes, place, _BLOCKS)
+        return checked_transformer(SETTINGS | _values_from_shapes(shapes, place, heads), shapes, place, _BLOCKS)
     original = found.get("_class_name") == _ORIGINAL.class_name or "positional_embedding_type" in found
     values, theirs = (_ORIGINAL if original else _DIFFUSERS).read(found, _OWN, place)
     if original:
@@ -173,16 +176,14 @@ def _sizes(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
-    """Widths are in the shapes; there are 32 heads and patches of one latent, as in every release."""
+def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
+    """Widths are in the shapes; the releases have 32 heads and patches of one latent. All of 13B count frames as a
+    causal VAE does; of 2B those from 0.9.5 on, whose files say so."""
     first = "patchify_proj" if dialect_of(shapes) == "original" else "proj_in"
     dim, channels = needed(shapes, f"{first}.weight", 2, place, FAMILY)
-    if dim % 64:
-        raise StditError(
-            f"{place}: no config.json, and a width of {dim} is not in 32 even heads. Put config.json beside the file."
-        )
     return {
-        **configs.width(32, dim // 32),
+        **configs.width(*configs.checked_heads(heads, dim, {2048: 32, 4096: 32}, place, FAMILY)),
+        "rotary": "inner_causal" if dim == 4096 else "inner",
         "layers": configs.count(shapes, _BLOCKS),
         "in_channels": channels,
         "out_channels": needed(shapes, "proj_out.weight", 2, place, FAMILY)[0],

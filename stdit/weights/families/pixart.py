@@ -68,8 +68,10 @@ def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
+    found, heads = configs.split_heads(found)
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
-        values = _values_from_shapes(shapes, place) | configs.described(found, configs.PICTURE_KEPT, place)
+        kept = configs.described(found, configs.PICTURE_KEPT, place)
+        values = _values_from_shapes(shapes, place, kept.get("heads", heads)) | kept
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     inflated = found.get("_class_name") == _INFLATED_CLASS
     values, theirs = _DIFFUSERS.read({**found, "_class_name": _DIFFUSERS.class_name}, _OWN, place)
@@ -131,6 +133,12 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
         return "original"
     both = {"pos_embed.proj.weight", "adaln_single.linear.weight"} <= set(names)
     return "diffusers" if both and not any(name.startswith("temporal_transformer_blocks.") for name in names) else ""
+
+
+def fits(shapes: Mapping[str, Shape]) -> bool:
+    """Whether more channels come out than go in (a variance); of Allegro's, with the same names, as many."""
+    head, patch = shapes.get("proj_out.weight", (0,)), shapes.get("pos_embed.proj.weight", (0, 0, 0, 0))
+    return dialect_of(shapes) == "original" or head[0] != math.prod(patch[1:])
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
@@ -205,13 +213,13 @@ def _positions(config: TransformerConfig) -> Tensor:
     return torch.from_numpy(both).float()[None]
 
 
-def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
+def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
     """The side of the grid of positions is told by the originals' `pos_embed`, or by the releases' habit: those that
     know the picture's size are for 1024 pixels."""
     names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
     if dialect_of(shapes) == "original":
         names = ("x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.y_proj.fc1.weight")
-    values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names)
+    values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names, heads, {1152: 16})
     sized = any(name.startswith(("csize_embedder.", "adaln_single.emb.resolution_embedder.")) for name in shapes)
     tokens = shapes.get("pos_embed", (1, 4096 if sized else 1024, values["dim"]))
     compressed = {int(name.split(".")[1]): shapes[name][2] for name in shapes if name.endswith(".attn.sr.weight")}

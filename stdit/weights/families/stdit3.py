@@ -71,7 +71,7 @@ def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
 ) -> TransformerConfig:
     """Our config of the release's config.json. Without one the number of heads is unknown."""
-    if not found:
+    if not found or "_heads" in found:
         raise StditError(f"{place}: {FAMILY} needs its config.json beside the file.")
     known = {name: value for name, value in found.items() if name not in _NOTES}
     values, theirs = _ORIGINAL.read(known, _OWN, place)

@@ -9,25 +9,43 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
-from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys, patch_rules
+from stdit.weights.families.configs import (
+    DIFFUSERS_VERSION,
+    FORMAT,
+    checked_heads,
+    checked_keys,
+    patch_rules,
+    split_heads,
+)
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
 FAMILY = "Wan transformer"
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 ORIGINAL_CLASS = "WanModel"
-CLASSES = (DIFFUSERS_CLASS, ORIGINAL_CLASS)
+SKYREELS_CLASS = "SkyReelsV2Transformer3DModel"  # Wan's network, unless it is told the frame rate or is causal
+CLASSES = (DIFFUSERS_CLASS, ORIGINAL_CLASS, SKYREELS_CLASS)
 
 # Branches that other variants of Wan have, by the start of a tensor's name in any dialect.
 _BRANCHES = {
+    "SkyReels-V2's embedding of the frame rate": r"fps_(embedding|projection)\.",
+    "HuMo's or MultiTalk's audio": r"audio_proj\.|blocks\.\d+\.(audio_cross_attn|audio_cross_attn_wrapper)",
+    "camera control (ReCamMaster)": r"blocks\.\d+\.(cam_encoder|projector)\.",
+    "pose control (UniAnimate)": r"(dwpose_embedding|randomref_embedding_pose)\.",
     "VACE control branches": r"vace_(blocks|patch_embedding|layers)\.",
     "Animate": r"(motion_encoder|face_adapter|face_encoder|pose_patch_embedding)\.",
-    "speech-to-video (S2V)": r"(casual_audio_encoder|audio_injector|condition_embedder\.causal_audio_encoder)\.",
-    "camera or reference control": r"(control_adapter|ref_conv|adapter)\.",
+    "speech-to-video (S2V)": (
+        r"(casual_audio_encoder|audio_injector|cond_encoder|frame_packer|trainable_cond_mask"
+        r"|condition_embedder\.causal_audio_encoder)\."
+    ),
+    "camera or reference control (Fun-Control, Fun-Camera)": r"(control_adapter|ref_conv|adapter)\.",
 }
+_CONTROL = {16: (32, 48, 52, 68), 48: (100, 148)}  # channels in of control variants, for those out
+_SKYREELS = {"inject_sample_info": False, "num_frame_per_block": 1, "flag_causal_attention": False}
 _MODEL_TYPES = {"t2v", "ti2v", "i2v", "flf2v"}
 
 # original name: our name. What is absent from a release's config.json has Wan's default.
@@ -83,9 +101,11 @@ def config_from(
     Raises StditError that names a variant that stdit does not run (image branches, VACE, Animate, …), an unknown
     class, a bad value, or a number of blocks that is not the file's.
     """
+    found, heads = split_heads(found)
     _refuse_variants(found, shapes, place)
+    found = _without_skyreels(found, place)
     if not found:
-        values = _values_from_shapes(shapes, place)
+        values = _values_from_shapes(shapes, place, heads)
     elif "num_attention_heads" in found or found.get("_class_name") == DIFFUSERS_CLASS:
         values = _values_from_diffusers(found, place)
     else:
@@ -94,6 +114,12 @@ def config_from(
         values = checked_keys(rest, _ORIGINAL_FIELDS, _OWN, place)
         _need(found, ("dim", "num_heads", "num_layers", "ffn_dim"), place)
     values = _image_values(values, shapes)
+    extra = values.get("in_channels", 16), values.get("out_channels", 16)
+    if "image_channels" not in found.get("_stdit", {}) and extra[1] in (16, 48) and extra[0] in _CONTROL[extra[1]]:
+        raise StditError(
+            f"{place}: takes {extra[0]} channels for {extra[1]} of latents: a control variant of Wan (Fun-Control), "
+            "which is not supported yet. stdit loads the t2v, i2v, flf2v and ti2v transformers of Wan 2.1 and 2.2."
+        )
     for name, value in values.items():
         if _WORDS.fullmatch(name) and not (type(value) is int and 0 < value < 2**31):
             raise StditError(f"{place}: {name} is {value!r}, not a positive whole number.")
@@ -226,7 +252,7 @@ def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...
 
 def _refuse_variants(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object) -> None:
     kind = found.get("_class_name")
-    if kind not in (None, DIFFUSERS_CLASS, ORIGINAL_CLASS):
+    if kind not in (None, *CLASSES):
         raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {FAMILY}s ({DIFFUSERS_CLASS}).")
     advice = "stdit loads the t2v, i2v, flf2v and ti2v transformers of Wan 2.1 and 2.2."
     if found.get("model_type", "t2v") not in _MODEL_TYPES:
@@ -238,6 +264,18 @@ def _refuse_variants(found: Mapping[str, Any], shapes: Mapping[str, Shape], plac
             raise StditError(
                 f"{place}: {branch} is not supported yet ({len(names)} tensors such as {names[0]}). {advice}"
             )
+
+
+def _without_skyreels(found: Mapping[str, Any], place: object) -> Mapping[str, Any]:
+    """A config.json without what SkyReels-V2 adds to Wan's; raises where that makes another network."""
+    for name, plain in _SKYREELS.items():
+        if found.get(name, plain) not in (plain, None):
+            raise StditError(
+                f"{place}: {name} is {found[name]!r}, of SkyReels-V2's diffusion forcing, which is not supported yet. "
+                "stdit loads what of it is Wan's network."
+            )
+    rest = {name: value for name, value in found.items() if name not in _SKYREELS}
+    return {**rest, "_class_name": DIFFUSERS_CLASS} if found.get("_class_name") == SKYREELS_CLASS else rest
 
 
 def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str, Any]:
@@ -277,8 +315,13 @@ def _image_values(values: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dic
     return found
 
 
-def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
+def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
     """A config of the tensors alone. Widths are in the shapes; heads are 128 wide, as in every release of Wan."""
+    if re.search(r"chrono[-_]?edit", Path(str(place)).name, re.IGNORECASE):
+        raise StditError(
+            f"{place}: is ChronoEdit by its name: Wan I2V's tensors, but its last frame stands at another place in "
+            "time, which is not supported yet."
+        )
     diffusers = dialect_of(shapes) == "diffusers"
     names = {
         "patch": "patch_embedding.weight",
@@ -298,14 +341,10 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
             f"{place}: not a {FAMILY}: no config.json, and no {absent[0]} of the right rank to tell the size by."
         )
     dim, in_channels, *patch = shapes[names["patch"]]
-    if dim % 128:
-        raise StditError(
-            f"{place}: no config.json, and a width of {dim} is not in heads of 128: the number of heads is unknown. "
-            "Put the model's config.json beside the file."
-        )
+    released = {} if dim % 128 else {dim: dim // 128}
     return {
         "dim": dim,
-        "heads": dim // 128,
+        "heads": checked_heads(heads, dim, released, place, FAMILY)[0],
         "layers": _blocks(shapes),
         "ffn_dim": shapes[names["ffn"]][0],
         "in_channels": in_channels,
