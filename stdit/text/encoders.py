@@ -31,7 +31,7 @@ from transformers import (
 from stdit.errors import StditError
 from stdit.text.cleaning import clean_prompt, lower_prompt, strip_caption
 from stdit.text.places import Treatment, find_text_encoder
-from stdit.text.pretrained import LOCAL, load_weights, no_bars
+from stdit.text.pretrained import LOCAL, check_files, load_weights, no_bars, said
 
 ENCODERS = {  # transformers' classes by the model_type in config.json
     "umt5": "UMT5EncoderModel",
@@ -67,9 +67,11 @@ class TextEncoder(nn.Module):
         if tokenizer.pad_token_id is None:
             raise StditError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json.")
         embeddings = encoder.config.get_text_config().vocab_size
-        if len(tokenizer) > embeddings:
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        # other models' vocabularies are smaller or larger; their own is rounded up by less than a tenth
+        if largest >= embeddings or (embeddings > 10_000 and largest < embeddings / 2):
             raise StditError(
-                f"the tokenizer has {len(tokenizer)} tokens, the text encoder {embeddings} embeddings. "
+                f"the tokenizer's largest id is {largest}, the text encoder has {embeddings} embeddings. "
                 "Do the two folders belong together?"
             )
         self.encoder = encoder
@@ -155,18 +157,43 @@ def load_text_encoder(
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """A tokenizer from a local folder, whatever class transformers' AutoTokenizer takes it for."""
+    """A tokenizer from a local folder, whatever class transformers' AutoTokenizer takes it for.
+
+    Raises StditError where its vocabulary is missing: transformers would go on with one of its own making.
+    """
+    folder = Path(folder)
+    check_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
-    except Exception as error:  # of any kind: transformers does not check all of a stranger's files
-        raise StditError(f"{folder}: transformers cannot read a tokenizer there: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
+    except Exception as error:  # transformers and tokenizers have no error of their own for what they cannot read
+        raise StditError(
+            f"{folder}: transformers cannot read a tokenizer there ({said(error)[:200]}). Is it whole, with "
+            f"tokenizer.json or else spiece.model? Download the folder again."
+        ) from error
+    names = dict(type(tokenizer).vocab_files_names)
+    whole = names.pop("tokenizer_file", "tokenizer.json")
+    missing = [name for name in names.values() if not (folder / name).is_file()]
+    if not names and type(tokenizer).vocab_files_names and not any(folder.glob("*.model")):
+        missing = [whole]
+    if missing and not (folder / whole).is_file():
+        either = "" if missing == [whole] else f", nor {whole} in its place"
+        raise StditError(
+            f"{folder}: the tokenizer's vocabulary is missing: {' and '.join(missing)} is not there{either}. Was the "
+            f"download broken off? Download the folder again."
+        )
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise StditError(f"{folder / whole}: a vocabulary without one word. Download the folder again.")
+    return tokenizer
 
 
 def _load_encoder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    check_files(folder)
+    if not (folder / "config.json").is_file():
+        raise StditError(f"{folder}: holds no config.json, which says what encoder it is. Download the folder again.")
     try:
         config = AutoConfig.from_pretrained(str(folder), **LOCAL)
-    except Exception as error:
-        raise StditError(f"{folder}: transformers cannot read config.json there: {error}") from error
+    except Exception as error:  # of any kind, where config.json is another program's
+        raise StditError(f"{folder}: transformers cannot read config.json there: {said(error)}") from error
     if config.model_type not in ENCODERS:
         raise StditError(
             f"{folder / 'config.json'}: model_type {config.model_type!r} is no text encoder known here "

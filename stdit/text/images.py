@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from stdit.errors import StditError
-from stdit.text.pretrained import LOCAL, load_weights
+from stdit.text.pretrained import LOCAL, check_files, load_weights, said
 
 
 class ImageEncoder(nn.Module):
@@ -44,8 +44,12 @@ def load_image_encoder(
     """From a model folder with image_encoder/ and image_processor/. dtype None keeps the stored one."""
     folder = Path(folder)
     encoder = load_weights(CLIPVisionModel, folder / "image_encoder", "the image encoder", dtype=dtype or "auto")
+    place = folder / "image_processor"
+    if not place.is_dir():
+        raise StditError(f"{folder}: this model folder has no image_processor/. Download that folder too.")
+    check_files(place)
     try:
-        processor = CLIPImageProcessor.from_pretrained(str(folder / "image_processor"), **LOCAL)
-    except (OSError, ValueError) as error:
-        raise StditError(f"{folder}: its image_processor/ cannot be read: {error}") from error
+        processor = CLIPImageProcessor.from_pretrained(str(place), **LOCAL)
+    except Exception as error:  # of any kind, where its JSON is another program's
+        raise StditError(f"{place}: transformers cannot read it: {said(error)}") from error
     return ImageEncoder(encoder, processor).to(device)

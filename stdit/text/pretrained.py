@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from stdit.errors import StditError
+from stdit.files import check_downloaded
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of every `from_pretrained`
+_CHECKED = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
 
 def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
@@ -21,19 +25,88 @@ def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
     """
     if not folder.is_dir():
         raise StditError(f"{folder}: no such folder; {what} is read from there.")
+    check_files(folder)
+    _check_weights(folder, what)
     try:
-        with no_bars():
+        with no_bars(), _quiet():
             model, info = kind.from_pretrained(
-                str(folder), **LOCAL, use_safetensors=True, output_loading_info=True, **settings
-            )
+                str(folder), **LOCAL, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+                **settings,
+            )  # fmt: skip
     except StditError:
         raise
-    except Exception as error:  # of any kind: transformers does not check all of a stranger's config.json
-        raise StditError(f"{folder}: {what}'s weights cannot be read: {error}") from error
+    except Exception as error:  # of safetensors, torch or transformers, each its own
+        raise StditError(f"{folder}: {what}'s weights cannot be read: {said(error)}") from error
     lost = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if lost:
-        raise StditError(f"{folder}: {what}'s weights do not fit its config.json: {lost}.")
+        first = "; ".join(f"{len(names)} {key}, such as {names[0]}" for key, names in lost.items())
+        raise StditError(
+            f"{folder}: {what}'s weights do not fit its config.json: {first}. Is that file of another model?"
+        )
     return model.eval()
+
+
+def check_files(folder: Path) -> None:
+    """Raises StditError where one of a folder's files is a Git LFS pointer, or empty."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _CHECKED and not path.name.startswith(".") and path.is_file():
+            check_downloaded(path)
+
+
+def _check_weights(folder: Path, what: str) -> None:
+    """Raises StditError where shards are missing, or a file of weights is cut short or damaged."""
+    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StditError(f"{index}: cannot be read ({said(error)}). Download it again.") from error
+        missing = [str(name) for name in shards if not (folder / str(name)).is_file()]
+        if missing:
+            raise StditError(
+                f"{folder}: {what} lacks {len(missing)} of its {len(shards)} files, such as {missing[0]}. "
+                f"{_unfinished(folder)}Download the folder again."
+            )
+    if not found:
+        pickles = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+        why = f"no .safetensors file is there. {_unfinished(folder)}Download the folder again."
+        if pickles:
+            why = f"there is only {pickles[0]}, a pickle, which may run anything. Convert it with save_pretrained."
+        raise StditError(f"{folder}: {what}'s weights cannot be read: {why}")
+    for path in found:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise StditError(
+                f"{path}: is cut short or damaged ({said(error)}). {_unfinished(folder)}Download it again."
+            ) from error
+
+
+def _unfinished(folder: Path) -> str:
+    """Names a download that was broken off, if there is one."""
+    kept = folder.parent / ".cache" / "huggingface" / "download" / folder.name  # hf download --local-dir
+    for place in (folder, kept, folder / ".cache" / "huggingface" / "download"):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.suffix in (".incomplete", ".part", ".aria2", ".crdownload", ".tmp"):
+                return f"A download has not finished: {path}. "
+    return ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of what does not fit: an error says it."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def said(error: BaseException) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

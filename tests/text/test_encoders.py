@@ -1,14 +1,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from references import small_reason
-from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 
 from stdit.errors import StditError
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
+from stdit.text.images import load_image_encoder
 
 CAPTIONS = ["A red circle moves left, slowly.", "a blue square moves right", "A small green triangle moves up"]
 
@@ -161,3 +171,92 @@ def test_errors_say_what_to_do(encoder, tmp_path):
         load_text_encoder(tmp_path)
     with pytest.raises(StditError, match="belong together"):
         TextEncoder(small_umt5(5, 16, 1, 2), encoder.tokenizer)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("text_encoder/model.safetensors", POINTER, r"text_encoder/model\.safetensors: is a Git LFS pointer.*lfs pull"),
+        ("text_encoder/config.json", POINTER, r"config\.json: is a Git LFS pointer"),
+        ("tokenizer/tokenizer.json", POINTER, r"tokenizer\.json: is a Git LFS pointer"),
+        ("tokenizer/spiece.model", POINTER, r"spiece\.model: is a Git LFS pointer"),
+        ("text_encoder/model.safetensors", 3000, r"model\.safetensors: is cut short"),
+        ("text_encoder/model.safetensors", 60, r"model\.safetensors: is cut short"),
+        ("text_encoder/model.safetensors", 0, r"model\.safetensors: is empty"),
+        ("text_encoder/model.safetensors", None, r"no \.safetensors file is .* A download has not"),
+        ("text_encoder/config.json", None, r"holds no config\.json"),
+        ("text_encoder/config.json", b"[]", r"cannot read config\.json"),
+        ("text_encoder/config.json", b'{"model_type": "nonsense"}', r"cannot read config\.json"),
+        ("text_encoder/config.json", b'{"model_type": "vit"}', "'vit' is no text encoder known"),
+        ("text_encoder/model.safetensors.index.json", b'{"weight_map": {"a": "2.safetensors"}}', "lacks 1 of its 1"),
+        ("text_encoder/model.safetensors.index.json", b"[]", r"index\.json: cannot be read"),
+        ("tokenizer/tokenizer.json", 500, "cannot read a tokenizer"),
+        ("tokenizer/tokenizer.json", None, "vocabulary is missing"),
+        ("tokenizer", None, r"no tokenizer in it or beside it \(.*tokenizer is not there\)"),
+        ("text_encoder", None, r"this model folder has no text_encoder/\. Download"),
+    ],
+)  # fmt: skip
+def test_what_a_broken_download_left_is_named_in_one_line(encoder, tmp_path, file, content, words):
+    """content: the file's, or how many of its bytes are left; None: it is gone."""
+    encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    config = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    if content is None and file.startswith("tokenizer/"):  # of this class transformers makes a vocabulary up
+        config["tokenizer_class"] = "T5Tokenizer"
+        (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    kept = tmp_path / ".cache" / "huggingface" / "download" / "text_encoder"
+    kept.mkdir(parents=True)
+    (kept / "abc.incomplete").write_bytes(b"half")
+    path = tmp_path / file
+    if isinstance(content, int):
+        path.write_bytes(path.read_bytes()[:content])
+    elif content is not None:
+        path.write_bytes(content)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    with pytest.raises(StditError, match=words) as caught:
+        load_text_encoder(tmp_path)
+    assert "\n" not in str(caught.value) and str(path.parent) in str(caught.value)
+
+
+def test_a_tokenizer_of_another_encoder_is_refused(encoder):
+    with pytest.raises(
+        StditError,
+        match=r"largest id is \d+, the text encoder has 12000 emb.*belong together",
+    ):
+        TextEncoder(small_umt5(12_000, 8, 1, 2), encoder.tokenizer)
+    TextEncoder(small_umt5(len(encoder.tokenizer) + 28, 8, 1, 2), encoder.tokenizer)  # rounded up, as T5's is
+    gap = build_word_tokenizer(CAPTIONS)
+    gap.add_tokens(["far"])
+    with pytest.raises(StditError, match="belong together"):
+        TextEncoder(small_umt5(len(gap) - 1, 8, 1, 2), gap)
+
+
+def test_an_image_encoder_that_is_not_whole_is_named(tmp_path):
+    settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**settings, image_size=16, patch_size=8)).save_pretrained(
+        tmp_path / "image_encoder"
+    )
+    CLIPImageProcessor().save_pretrained(tmp_path / "image_processor")
+    assert load_image_encoder(tmp_path).dim == 8
+    weights, config = (tmp_path / "image_encoder" / name for name in ("model.safetensors", "config.json"))
+    whole, described = weights.read_bytes(), config.read_bytes()
+    for content, words in ((POINTER, "Git LFS pointer"), (whole[:3000], "cut short")):
+        weights.write_bytes(content)
+        with pytest.raises(StditError, match=words):
+            load_image_encoder(tmp_path)
+    weights.write_bytes(whole)
+    config.write_text('{"model_type": "vit"}')
+    with pytest.raises(StditError, match=r"do not fit its config\.json: .*another model"):
+        load_image_encoder(tmp_path)
+    config.write_bytes(described)
+    (tmp_path / "image_processor" / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(StditError, match=r"image_processor: transformers cannot read it"):
+        load_image_encoder(tmp_path)
+    shutil.rmtree(tmp_path / "image_processor")
+    with pytest.raises(StditError, match="has no image_processor/"):
+        load_image_encoder(tmp_path)
