@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stdit.data.buckets import Assignment, DataConfig
 from stdit.data.cache import Cache, cuts, latent_key, latent_settings, text_key, text_settings
-from stdit.data.loader import Example, Loader
-from stdit.data.manifest import Manifest
+from stdit.data.loader import Example, Loader, local_file
+from stdit.data.manifest import Clip, Manifest
+from stdit.data.pixels import CHANGED, check_content
 from stdit.errors import StditError
 from stdit.text.places import find_text_encoder
 from stdit.weights.identity import folder_identity, tokenizer_identity
@@ -104,7 +105,7 @@ def encode_manifest(
     list of clips, which follows from the manifest, encoded in fixed batches and published whole; so a call that was
     killed is continued by the same call, by any number of ranks, and the files are the same, byte for byte, as those of
     a call that was not. Ranks share out the shards. A clip that cannot be read is recorded as failed (`retry_failed`
-    tries those shards again).
+    tries those shards again); one whose file had changed is tried again once the file that was scanned is back.
     """
     cut = cuts(config)
     cache = Cache.create(out, latent_settings(config, vae_id), write_settings=rank == 0)
@@ -176,10 +177,26 @@ def _shards(
                 there = positions[part]
                 # clips that another shard has (the manifest has grown since) are not encoded again
                 todo = (there < 0) & (not cache.has_shard(name))
-                failed = [p for p in there if retry_failed and p >= 0 and cache.failure(p) is not None]
+                failed = [
+                    p
+                    for row, p in zip(rows[part], there)
+                    if p >= 0 and (why := cache.failure(p)) and (retry_failed or _is_back(why, manifest[int(row)]))
+                ]
                 if failed:  # in this shard, which is written anew, or in one of a smaller manifest
                     todo |= np.isin(there, failed + [p for p in there if p >= 0 and cache.shard(p) == name])
                 yield name, [_Item(int(row), cut, bucket) for row in rows[part][todo]]
+
+
+def _is_back(failure: str, clip: Clip) -> bool:
+    """Whether a clip that was left out because its file had changed has the file again that was scanned."""
+    if CHANGED not in failure:
+        return False
+    try:
+        with local_file(clip) as path:
+            check_content(path, clip.sha256)
+    except (StditError, OSError):
+        return False
+    return True
 
 
 def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -89,7 +90,7 @@ def encode(
         done = encode_manifest(
             clips,
             assignment,
-            run.data,
+            replace(run.data, verify=True),  # the cache is addressed by the files' content
             vae,
             text_encoder,
             out,

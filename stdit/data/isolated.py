@@ -20,17 +20,19 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import IO, Any, cast
 
 import numpy as np
 
+from stdit.data.paths import file_of
 from stdit.data.pixels import LIMITS, Limits, VideoError
 from stdit.errors import StditError
 
 MEMORY = 4 << 30  # address space of one process besides the frames it returns, where the system can limit it
 GRACE = 5.0  # seconds past its own limit of time after which a process counts as hung
+HASHED = 1e8  # bytes a second that a file is hashed at, at least
 PATIENCE = 20  # times its limit that a read may take on a busy machine, as long as it gets on
 IDLE = 0.02  # of the time: a process that has computed less waits for a file, not for a core
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # they ask the run to save and end; it still needs its clips
@@ -65,6 +67,9 @@ class Reader:
             arguments = {"count": count, "size": size, "fps": fps, "start": start, "crop": crop, "sha256": sha256}
             more = MEMORY + count * size[0] * size[1] * 3
             seconds = limits.seconds + GRACE
+            if sha256 is not None:  # the file is read whole first
+                with suppress(OSError):
+                    seconds += os.stat(file_of(path)).st_size / HASHED
             answer, frames = worker.call("read", path, seconds, more, limits=asdict(limits), **arguments)
         finally:
             self._idle.append(worker)

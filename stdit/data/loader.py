@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,8 @@ from stdit.data.buckets import Assignment, DataConfig, slack
 from stdit.data.cache import Cache, latent_key, text_key
 from stdit.data.isolated import READER
 from stdit.data.manifest import Clip, Manifest
-from stdit.data.paths import file_of, is_remote
+from stdit.data.paths import file_of, is_remote, split_member
+from stdit.data.pixels import CHANGED, check_content
 from stdit.data.storage import OF_ONE_FILE, STORAGE, Storage, StorageError
 from stdit.data.video_io import Limits, VideoError, read_frames
 from stdit.errors import StditError
@@ -254,9 +256,12 @@ def read_ahead(
 
 @contextmanager
 def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
-    """A local path of a clip's file, while the context is open; what is wrong with this file is a VideoError."""
+    """A local path of a clip's file, while the context is open; what is wrong with this file is a VideoError: also that
+    it is another one than was scanned."""
     try:
         with storage.local(clip.path) as path:
+            if clip.state and not _is_as_scanned(clip, storage):
+                check_content(path, clip.sha256)  # it may have been copied or touched, and be the same
             yield path
     except VideoError as error:  # which may name a local copy
         raise VideoError(clip.path, error.reason, error.message) from error
@@ -274,6 +279,29 @@ def check_files(manifest: Manifest) -> None:
             f"{manifest.source}: the files that it lists are not there, such as {files[0]}. Were it or they moved? "
             "Paths in a manifest are counted from its own folder: put it back, or scan again."
         )
+
+
+def _is_as_scanned(clip: Clip, storage: Storage) -> bool:
+    """Whether a file's size and time, or what its storage tells of it, are those of its scan.
+
+    Raises VideoError where it is longer or shorter now, and so another one.
+    """
+    member = split_member(clip.path)
+    file = member.tar if member else clip.path.removeprefix("file://")
+    try:
+        then = json.loads(clip.state)
+        assert isinstance(then, list)
+    except (ValueError, AssertionError):
+        return False  # of another program's making
+    try:
+        now = storage.state(file) if is_remote(file) else [(found := os.stat(file)).st_size, found.st_mtime_ns]
+    except OSError:
+        return True  # the reader says what is wrong
+    pairs = [(a, b) for a, b in zip(then, now) if a is not None and b is not None]  # a list of a store has less
+    if pairs and member is None and then[0] is not None and now[0] is not None and str(then[0]) != str(now[0]):
+        message = f"{CHANGED} ({now[0]} bytes, {then[0]} then). Scan again: stdit data scan."
+        raise VideoError(clip.path, "changed", message)
+    return all(str(a) == str(b) for a, b in pairs)
 
 
 def choose_caption(clip: Clip, uniform: float) -> str:

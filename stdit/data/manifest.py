@@ -4,6 +4,7 @@ Columns: `id` (sha256 of the file's sha256 with start and end, not of the path),
 weight}), `frames`, `fps`, `width`, `height` (as displayed), `start`, `end` (seconds; both 0 for an image), `sha256`.
 A path inside the manifest's folder is stored relative to it, so the folder can be moved as a whole; others are
 absolute, or URLs of any fsspec scheme; a file in a tar shard is `SHARD.tar#OFFSET+SIZE/NAME` of either (`paths.py`).
+`stdit data scan` adds `file_state`, the file's size and time, by which a file that has changed since is noticed.
 Further columns are kept: `stdit data scan --scores` adds those of `filters.with_scores`.
 """
 
@@ -33,6 +34,7 @@ from stdit.text_files import Row, csv_rows, fault_in, json_rows, shortened
 
 __all__ = ["SCHEMA", "Caption", "Clip", "Manifest", "Skipped", "clip_id", "read_manifest", "write_manifest"]
 FORMAT = 1
+STATE = "file_state"  # a column of its own: it is not part of what the clips are
 NAMED = 5  # rows that are left out, each on a line of its own
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Clip:
     start: float
     end: float
     sha256: str
+    state: str = ""  # of the file when it was scanned (size, time, …; see `listing.File`), JSON; "" where unknown
 
     @property
     def image(self) -> bool:
@@ -100,7 +103,10 @@ class Manifest:
     def of(cls, clips: Sequence[Clip], folder: str | Path = ".") -> Manifest:
         columns: dict[str, list[Any]] = {name: [getattr(clip, name) for clip in clips] for name in SCHEMA.names}
         columns["captions"] = [[asdict(caption) for caption in clip.captions] for clip in clips]
-        return cls(pa.table(columns, schema=SCHEMA), folder)
+        table = pa.table(columns, schema=SCHEMA)
+        if any(clip.state for clip in clips):
+            table = table.append_column(STATE, pa.array([clip.state for clip in clips], pa.string()))
+        return cls(table, folder)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -111,6 +117,8 @@ class Manifest:
         values = {name: column[int(row)].as_py() for name, column in self._columns}
         values["captions"] = tuple(Caption(c["text"], c["weight"]) for c in values["captions"])
         values["path"] = self._resolve(values["path"])
+        if self._states is not None:
+            values["state"] = self._states[int(row)].as_py() or ""
         return Clip(**values)
 
     def __iter__(self) -> Iterator[Clip]:
@@ -129,6 +137,11 @@ class Manifest:
     def _columns(self) -> list[tuple[str, pa.ChunkedArray]]:
         """A clip's; looking them up again for each would take longer than reading its latents."""
         return [(name, self.table.column(name)) for name in SCHEMA.names]
+
+    @cached_property
+    def _states(self) -> pa.ChunkedArray | None:
+        found = self.table.column(STATE) if STATE in self.table.column_names else None
+        return found if found is not None and pa.types.is_string(found.type) else None
 
     @cached_property
     def ids(self) -> pa.ChunkedArray:

@@ -39,6 +39,7 @@ class Limits:
 
 
 LIMITS = Limits()
+CHANGED = "is not the file that was scanned"  # how messages of reason "changed" begin
 
 
 class VideoError(StditError):
@@ -135,7 +136,7 @@ def check_content(path: str, sha256: str) -> None:
     status = os.stat(file_of(path))
     found = _known_sha256(path, status.st_size, status.st_mtime_ns)
     if found != sha256:
-        message = f"is not the file that was scanned (sha256 {found}, the manifest has {sha256}). Scan it again."
+        message = f"{CHANGED} (sha256 {found}, the manifest has {sha256}). Scan again: stdit data scan."
         raise VideoError(path, "changed", message)
 
 

@@ -211,7 +211,7 @@ class _Found:
             if flashes:
                 self.skipped.append(Skipped(file.name, "short_scene", _between_cuts(flashes, not spans)))
             for span in spans:
-                clip = _clip(result, span, captions)
+                clip = replace(_clip(result, span, captions), state=json.dumps(file.state) if file.state else "")
                 name = file.name if len(spans) == 1 else f"{file.name} from {span.start:.2f} s"
                 scores = result.scores.get(span.key, {})
                 if clip.id in clips:

@@ -5,6 +5,7 @@ Importing this module is cheap (no torch): the processes that probe files import
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,9 +14,9 @@ import av
 import numpy as np
 
 from stdit.data.formats import IMAGE_SUFFIXES, MOVING, STILL, VIDEO_SUFFIXES
-from stdit.data.paths import open_bytes, split_member
+from stdit.data.paths import file_of, open_bytes, split_member
 from stdit.data.pictures import PictureSource, content_of_path, decode_image, open_picture
-from stdit.data.pixels import LIMITS, Limits, VideoError, check_content, check_file, cover, plain, strange_file
+from stdit.data.pixels import CHANGED, LIMITS, Limits, VideoError, check_content, check_file, cover, plain, strange_file
 from stdit.data.source import Probe, Source, VideoSource
 from stdit.data.video_write import contact_sheet, write_video
 
@@ -88,9 +89,15 @@ def read_frames(
         raise ValueError(f"count is {count}, must be at least 1.")
     with strange_file(path):
         check_file(path, limits)
-        if sha256 is not None:
-            check_content(path, sha256)
-        return _read_frames(path, count, size, fps, start, crop, limits, allocate)
+        if sha256 is None:
+            return _read_frames(path, count, size, fps, start, crop, limits, allocate)
+        before = os.stat(file_of(path))
+        check_content(path, sha256)
+        frames = _read_frames(path, count, size, fps, start, crop, limits, allocate)
+        after = os.stat(file_of(path))
+        if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
+            raise VideoError(path, "changed", f"{CHANGED}: it was written to while it was read. Scan again.")
+        return frames
 
 
 def _read_frames(
