@@ -29,6 +29,9 @@ MAY_DIFFER = (
     "data.timeout", "data.verify", "data.keep_gb",
 )  # fmt: skip
 
+# These, too, where the checkpoint names what is there by content (`frozen.check_frozen`): a folder may be moved.
+MAY_MOVE = ("model.init", "vae.path", "text.path", "objective.vae.lpips.path")
+
 # A field with the metadata "rest_of": "module:Class" holds those settings of its section that belong to that class.
 
 
@@ -211,18 +214,18 @@ def save_config(config: RunConfig, path: Path) -> None:
     publish_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
-def differences(then: dict[str, Any], now: RunConfig) -> list[str]:
+def differences(then: dict[str, Any], now: RunConfig, named: bool = False) -> list[str]:
     """Lines "optimizer.lr: 0.001 → 0.002" for what a resumed run must not change.
 
     then: `to_dict` of the config that the run began with, perhaps in an older stdit: settings that it lacks had their
-    defaults.
+    defaults. named: whether the checkpoint names by content what is at paths, which may then be others.
     """
     old, new = _flatten(_completed(then, now)), _flatten(to_dict(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [
         f"{key}: {old.get(key, '(unset)')} → {new.get(key, '(unset)')}"
         for key in changed
-        if not key.startswith(MAY_DIFFER)
+        if not key.startswith(MAY_DIFFER) and not (named and key in MAY_MOVE and old.get(key) and new.get(key))
     ]
 
 

@@ -7,15 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from stdit.diffusion.solvers import static_shift
-from stdit.encode import vae_identity
 from stdit.errors import StditError, about, nearest_name
 from stdit.models.config import TransformerConfig
 from stdit.models.inflate import NEW
 from stdit.models.transformer import STDiT
 from stdit.pipeline import FolderSettings
-from stdit.training.checkpoint import Checkpoint
-from stdit.training.lora import base_identity
-from stdit.training.parallel import World
 from stdit.training.settings import ModelSettings, RunConfig
 from stdit.weights.experts import boundary_of, expert_places
 from stdit.weights.io import find
@@ -106,29 +102,3 @@ def choose_trained(model: STDiT, settings: ModelSettings) -> None:
             )
     for name, parameter in parameters.items():
         parameter.requires_grad_(not patterns or any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def check_base(config: RunConfig, resumed: Checkpoint | None, world: World) -> str | None:
-    """The SHA-256 of weights that a run leaves as they are, on rank 0 alone: no checkpoint holds them, so a resumed run
-    must find the same. None where there are none."""
-    base: str | None = None
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            place: str | Path | None = None
-            if config.objective.kind == "vae":
-                if config.objective.vae.train != "all":
-                    place = config.vae.path
-                    base = vae_identity(place or "")
-            elif config.model.lora is not None:
-                place = config.model.init
-                base = base_identity(transformer_paths(config.model))
-            if place is not None and resumed is not None and resumed.state.get("base") != base:
-                raise StditError(
-                    f"{resumed.path} goes with other weights: {place} has changed since. Restore it, or choose "
-                    f"another run=PATH."
-                )
-        except Exception as found:  # of any kind: the other ranks wait
-            error = found
-    world.all_succeeded(error)
-    return base

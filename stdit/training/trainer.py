@@ -29,12 +29,12 @@ from stdit.training.checkpoint import Checkpoint
 from stdit.training.ema import Ema
 from stdit.training.engine import PRECISIONS, Engine, make_engine
 from stdit.training.feed import Feed, Step
+from stdit.training.frozen import check_frozen
 from stdit.training.metrics import MetricsLog, measure_peak, read_metrics
 from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
 from stdit.training.settings import MAY_DIFFER, RunConfig, differences, to_dict
-from stdit.training.start import check_base
 
 
 class Done(NamedTuple):
@@ -56,7 +56,7 @@ class Trainer:
         self.say: Callable[[str], None] = _say if world.is_main else (lambda _: None)
         self.resumed = Checkpoint.latest(self.folder)
         if self.resumed is not None:
-            changed = differences(self.resumed.state["config"], config)
+            changed = differences(self.resumed.state["config"], config, named="frozen" in self.resumed.state)
             if changed:
                 free = ", ".join(key.rstrip(".") for key in MAY_DIFFER)
                 raise StditError(
@@ -81,7 +81,7 @@ class Trainer:
         _set_deterministic(config.run.deterministic)
         self.parts: Parts = build(config, world)
         module, critic = self.parts.objective.module, self.parts.objective.critic
-        self.base = check_base(config, self.resumed, world)
+        self.frozen = check_frozen(self.parts.config, self.resumed, world, self.say)
         plans = world.gather(self.parts.plan_hash)
         other = next((rank for rank, plan in enumerate(plans) if plan != plans[0]), None)
         if other is not None:  # they would wait for one another, or learn from clips of different steps
@@ -318,7 +318,7 @@ class Trainer:
             "window": window.tolist(),
             "failures": self.failures,
             "skipped": self.skipped,
-            "base": self.base,
+            "frozen": self.frozen,
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoint.keep

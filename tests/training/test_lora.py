@@ -200,12 +200,14 @@ def test_a_run_goes_on_exactly_and_exports_its_adapter(made):
     wanted = load_file(made / "merged" / "diffusion_pytorch_model.safetensors")
     assert merged.keys() == wanted.keys() and all(torch.equal(merged[key], wanted[key]) for key in wanted)
 
-    weights = made / "base" / "diffusion_pytorch_model.safetensors"
+    moved = (made / "base").rename(made / "moved")
+    train(made, "parted", "schedule.steps=6", f"model.init={moved}")
+    weights = moved / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-2] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(StditError, match="goes with other weights"):
-        train(made, "parted", "schedule.steps=7")
+    with pytest.raises(StditError, match=r"goes with other weights: the transformer, .* has changed since"):
+        train(made, "parted", "schedule.steps=7", f"model.init={moved}")
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
