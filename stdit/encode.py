@@ -204,6 +204,18 @@ def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
     return sorted({"", *pc.unique(pc.struct_field(captions, "text")).to_pylist()})
 
 
+def check_texts(manifest: Manifest, assignment: Assignment, cache: Cache) -> None:
+    """Raises StditError where a cache lacks a caption of the clips that have a shape."""
+    texts = _texts(manifest, assignment)
+    missing = [text for text, at in zip(texts, cache.find([text_key(text) for text in texts])) if at < 0]
+    if missing:
+        raise StditError(
+            f"{cache.folder} lacks the embeddings of {len(missing)} of {len(texts)} captions, such as "
+            f"{missing[0][:80]!r}. Run `stdit data encode {manifest.source} --config CFG --out "
+            f"{cache.folder.rpartition('/')[0]}`."
+        )
+
+
 def _encode_texts(
     texts: list[str], encoder: TextEncoder, cache: Cache, dtype: torch.dtype, batch: int, rank: int, ranks: int
 ) -> int:

@@ -17,7 +17,7 @@ from stdit.data.cache import Cache, CacheMissing, latent_key, latent_settings, t
 from stdit.data.loader import embedding, to_video
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.video_io import read_frames, write_video
-from stdit.encode import encode_manifest, text_identity, vae_identity
+from stdit.encode import check_texts, encode_manifest, text_identity, vae_identity
 from stdit.errors import StditError
 from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
 
@@ -211,3 +211,12 @@ def test_another_length_or_precision_is_another_identity(tmp_path):
         (tmp_path / part / ".DS_Store").write_text("of no account")
         (tmp_path / part / "README.md").write_text("neither")
     assert text_identity(tmp_path, 32) == first
+
+
+def test_captions_that_came_after_the_cache_are_told_before_training(clips, tmp_path):
+    encode(clips, tmp_path)
+    cache = Cache.open(tmp_path, text_settings(CONFIG, {"text_encoder": "text"}))
+    check_texts(clips, assign(clips, CONFIG), cache)
+    rows = Manifest.of([replace(clips[0], captions=(Caption("of today"), Caption("shared"))), clips[1]])
+    with pytest.raises(StditError, match=r"lacks the embeddings of 1 of 4 captions, such as 'of today'.*data encode"):
+        check_texts(rows, assign(rows, CONFIG), cache)

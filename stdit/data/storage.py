@@ -136,7 +136,12 @@ class Storage:
         """Names of what is directly in a folder, sorted; none if there is no such folder."""
         if not is_remote(folder):
             folder = folder.removeprefix("file://")
-            return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+            try:
+                return sorted(os.listdir(folder))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            except OSError as error:  # a disk that does not answer is not an empty one
+                raise StorageError(folder, "unreachable", f"cannot be listed ({error.strerror}).") from error
         system, name = self._system(folder)
         try:
             system.invalidate_cache()

@@ -31,7 +31,7 @@ from transformers import (
 from stdit.errors import StditError
 from stdit.text.cleaning import clean_prompt, lower_prompt, strip_caption
 from stdit.text.places import Treatment, find_text_encoder
-from stdit.text.pretrained import LOCAL, check_files, load_weights, no_bars, said
+from stdit.text.pretrained import LOCAL, check_files, check_weights, load_weights, no_bars, said
 
 ENCODERS = {  # transformers' classes by the model_type in config.json
     "umt5": "UMT5EncoderModel",
@@ -53,7 +53,8 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 class TextEncoder(nn.Module):
     """An encoder and its tokenizer. Trains like any module; has no dropout.
 
-    max_length: texts are cut to this many tokens, the end token included; by default the treatment's.
+    max_length: texts are cut to this many tokens, the end token included; by default the treatment's. load: reads the
+    weights when a text is first encoded, or they are saved; until then `encoder` takes no memory. It does not train.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class TextEncoder(nn.Module):
         tokenizer: Any,
         max_length: int | None = None,
         treatment: Treatment | None = None,
+        load: Callable[[], PreTrainedModel] | None = None,
     ) -> None:
         super().__init__()
+        self._load, self._moves = load, list[Callable[[Tensor], Tensor]]()
         if tokenizer.pad_token_id is None:
             raise StditError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json.")
         embeddings = encoder.config.get_text_config().vocab_size
@@ -84,6 +87,19 @@ class TextEncoder(nn.Module):
         """Width D of the embeddings."""
         return int(self.encoder.config.d_model)
 
+    def ready(self) -> None:
+        """Reads the weights, if that was put off, to where the module was moved meanwhile."""
+        if self._load is not None:
+            self.encoder, self._load = self._load().requires_grad_(False), None
+            for move in self._moves:
+                self._apply(move)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TextEncoder:
+        if self._load is not None:
+            self._moves.append(fn)
+            return self
+        return super()._apply(fn, recurse)
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Cleaned texts to token ids, the end token included, without padding."""
         if not texts:
@@ -98,6 +114,7 @@ class TextEncoder(nn.Module):
         """
         if not ids:
             return []
+        self.ready()
         device = next(self.encoder.parameters()).device
         longest = self.max_length if self.treatment.sees_padding else max(at_least, *(len(one) for one in ids))
         padded = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.long)
@@ -126,6 +143,7 @@ class TextEncoder(nn.Module):
 
     def save(self, text_encoder: str | Path, tokenizer: str | Path) -> None:
         """Writes both folders of a model folder; transformers opens them."""
+        self.ready()
         with no_bars():
             self.encoder.save_pretrained(text_encoder)
         self.tokenizer.save_pretrained(tokenizer)
@@ -140,20 +158,32 @@ def load_text_encoder(
     max_length: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    deferred: bool = False,
 ) -> TextEncoder:
     """A T5, mT5 or UMT5 encoder, or Cosmos-Reason1 (a Qwen2.5-VL), from a local folder.
 
     folder: a model folder with text_encoder/ and tokenizer/, or a folder transformers reads. tokenizer: its folder;
     by default the encoder's own, or the one beside it. Texts are treated as the pipeline of the model folder treats
-    them. max_length: in place of its. dtype None keeps the stored one.
+    them. max_length: in place of its. dtype None keeps the stored one. deferred: read no weights until they are needed
+    (see `TextEncoder`).
     """
     folder, words, treatment = find_text_encoder(folder, tokenizer)
-    model, kind = _load_encoder(folder, dtype), TextEncoder
-    if model.config.model_type == "qwen2_5_vl":
+    config, kind = _encoder_config(folder), TextEncoder
+    model_class = getattr(transformers, ENCODERS[config.model_type])
+    if config.model_type == "qwen2_5_vl":
         from stdit.text.reason import ReasonEncoder
 
         kind = ReasonEncoder
-    return kind(model, load_tokenizer(words), max_length, treatment).to(device)
+
+    def load() -> PreTrainedModel:
+        return load_weights(model_class, folder, "the text encoder", config=config, dtype=dtype or "auto")
+
+    if not deferred:
+        return kind(load(), load_tokenizer(words), max_length, treatment).to(device)
+    check_weights(folder, "the text encoder")
+    with torch.device("meta"):
+        empty = model_class(config).eval()
+    return kind(empty, load_tokenizer(words), max_length, treatment, load).to(device)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -186,7 +216,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def _load_encoder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def _encoder_config(folder: Path) -> Any:
     check_files(folder)
     if not (folder / "config.json").is_file():
         raise StditError(f"{folder}: holds no config.json, which says what encoder it is. Download the folder again.")
@@ -201,8 +231,7 @@ def _load_encoder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         )
     if hasattr(config, "dropout_rate"):
         config.dropout_rate = 0.0  # an unkeyed dropout could not be resumed
-    kind = getattr(transformers, ENCODERS[config.model_type])
-    return load_weights(kind, folder, "the text encoder", config=config, dtype=dtype or "auto")
+    return config
 
 
 def build_word_tokenizer(captions: Iterable[str], max_words: int = 32_000) -> PreTrainedTokenizerFast:

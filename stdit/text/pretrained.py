@@ -26,7 +26,7 @@ def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
     if not folder.is_dir():
         raise StditError(f"{folder}: no such folder; {what} is read from there.")
     check_files(folder)
-    _check_weights(folder, what)
+    check_weights(folder, what)
     try:
         with no_bars(), _quiet():
             model, info = kind.from_pretrained(
@@ -53,7 +53,7 @@ def check_files(folder: Path) -> None:
             check_downloaded(path)
 
 
-def _check_weights(folder: Path, what: str) -> None:
+def check_weights(folder: Path, what: str) -> None:
     """Raises StditError where shards are missing, or a file of weights is cut short or damaged."""
     found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     for index in sorted(folder.glob("*.safetensors.index.json")):

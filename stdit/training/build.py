@@ -15,11 +15,11 @@ import torch
 
 from stdit.data.buckets import Assignment, assign
 from stdit.data.cache import Cache, CacheMissing, latent_settings, text_settings
-from stdit.data.loader import Loader, check_files
+from stdit.data.loader import Loader, check_files, embedding
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.planner import Plan
 from stdit.data.sources import source_weights
-from stdit.encode import text_identity, vae_identity
+from stdit.encode import check_texts, text_identity, vae_identity
 from stdit.errors import StditError, about
 from stdit.heartbeat import HEARTBEAT
 from stdit.memory import require_memory
@@ -111,6 +111,7 @@ def build(config: RunConfig, world: World) -> Parts:
     plan = make_plan(manifest, assignment, objective, config, 0)
     HEARTBEAT.doing("opening the caches")
     cache, text_cache = open_caches(config, world)
+    use_texts(objective, manifest, assignment, text_cache, world)
     vae = objective.vae.config
     loader = Loader(
         manifest, assignment, config.data, config.run.seed, cache, text_cache, pin=world.device.type == "cuda",
@@ -119,6 +120,21 @@ def build(config: RunConfig, world: World) -> Parts:
     parts = Parts(manifest, assignment, objective, loader, plan, config)
     check_evaluation(parts)
     return parts
+
+
+def use_texts(
+    objective: Objective, manifest: Manifest, assignment: Assignment, cache: Cache | None, world: World
+) -> None:
+    """Takes dropped captions from the cache as well, so that only a sample needs the text encoder's weights; without a
+    cache, reads them now. Raises StditError where the cache lacks captions."""
+    flows = [objective.high, objective.low] if isinstance(objective, ExpertsObjective) else [objective]
+    if cache is not None:
+        world.from_main(lambda: check_texts(manifest, assignment, cache))
+    for flow in flows:
+        if isinstance(flow, FlowObjective) and cache is not None:
+            flow.empty_text = embedding(cache, "")
+        elif isinstance(flow, FlowObjective):
+            flow.text_encoder.ready()
 
 
 def check_evaluation(parts: Parts) -> None:
@@ -269,10 +285,10 @@ def make_vae(config: RunConfig) -> CausalVAE:
 
 
 def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
-    """The frozen encoder of `text.path`, or a fresh one whose words are the manifest's."""
+    """The frozen encoder of `text.path`, its weights not read yet, or a fresh one whose words are the manifest's."""
     if config.text.path:
         with about("text.path"):
-            return load_text_encoder(config.text.path, max_length=config.text.padding or None)
+            return load_text_encoder(config.text.path, max_length=config.text.padding or None, deferred=True)
     if config.text.trained is None:
         raise StditError("text.path or text.trained must be set: a folder with text_encoder/, or one to train along.")
     trained = config.text.trained

@@ -227,6 +227,7 @@ class FlowObjective:
         self.conditions = conditions
         self.text_encoder = text_encoder
         self.train_text = train_text
+        self.empty_text: Tensor | None = None  # (L, D) of "" from a cache, in its precision
         self.text_padding = text_padding
         self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding, self.path)
         self.model_config = transformer.config
@@ -384,6 +385,8 @@ class FlowObjective:
                 text = example.text
             elif example is not None and caption != example.caption and self.model_config.guided_by_null_text:
                 text = self.module.transformer.get_buffer("null_text")[: len(self._ids(example.caption))]
+            elif caption == "" and self.empty_text is not None:
+                text = self.empty_text
             else:
                 text = self._embedding(caption)
             texts.append(text.to(self.device, self.dtype))

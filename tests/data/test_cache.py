@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from stdit.data.buckets import DataConfig
-from stdit.data.cache import Cache, latent_key, latent_settings, text_key
+from stdit.data.cache import Cache, CacheMissing, latent_key, latent_settings, text_key
+from stdit.data.storage import StorageError
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
@@ -109,3 +112,17 @@ def test_a_damaged_shard_says_what_to_do(tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(StditError, match=r"one\.safetensors cannot be read.*Remove one\.parquet"):
         Cache.open(tmp_path, SETTINGS).tensor(0)
+
+
+def test_a_disk_that_does_not_answer_is_not_a_missing_cache(tmp_path, monkeypatch):
+    Cache.create(tmp_path, SETTINGS)
+
+    def stale(folder):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with pytest.raises(CacheMissing):
+        Cache.open(tmp_path / "elsewhere", SETTINGS)
+    monkeypatch.setattr(os, "listdir", stale)
+    with pytest.raises(StorageError, match="cannot be listed") as caught:
+        Cache.open(tmp_path, SETTINGS)
+    assert caught.value.reason == "unreachable" and not isinstance(caught.value, CacheMissing)

@@ -260,3 +260,31 @@ def test_an_image_encoder_that_is_not_whole_is_named(tmp_path):
     shutil.rmtree(tmp_path / "image_processor")
     with pytest.raises(StditError, match="has no image_processor/"):
         load_image_encoder(tmp_path)
+
+
+def test_weights_are_read_when_they_are_needed(encoder, tmp_path):
+    encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    late = load_text_encoder(tmp_path, max_length=16, deferred=True)
+    assert late.dim == encoder.dim and late.tokenize(CAPTIONS) == encoder.tokenize(CAPTIONS)
+    late.requires_grad_(False).to("cpu", torch.bfloat16)
+    assert all(p.is_meta for p in late.encoder.parameters())
+    wanted = load_text_encoder(tmp_path, max_length=16, dtype=torch.bfloat16).encode(CAPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(late.encode(CAPTIONS), wanted))
+    assert {(p.dtype, p.requires_grad) for p in late.encoder.parameters()} == {(torch.bfloat16, False)}
+    late.to(torch.float32)
+    assert next(late.encoder.parameters()).dtype == torch.float32
+
+    again = load_text_encoder(tmp_path, deferred=True)
+    again.save(tmp_path / "again" / "text_encoder", tmp_path / "again" / "tokenizer")
+    one, other = (load_text_encoder(place).encode(["a"])[0] for place in (tmp_path, tmp_path / "again"))
+    assert torch.equal(one, other)
+    (tmp_path / "text_encoder" / "model.safetensors").write_bytes(POINTER)
+    with pytest.raises(StditError, match="Git LFS pointer"):
+        load_text_encoder(tmp_path, deferred=True)  # and not hours later
+
+
+def test_a_vision_language_model_is_deferred_too(tmp_path):
+    model, tokenizer = small_reason(CAPTIONS)
+    model.save_pretrained(tmp_path / "text_encoder"), tokenizer.save_pretrained(tmp_path / "tokenizer")
+    late, now = (load_text_encoder(tmp_path, max_length=40, deferred=deferred) for deferred in (True, False))
+    assert late.dim == now.dim and torch.equal(late.encode(CAPTIONS[:1])[0], now.encode(CAPTIONS[:1])[0])

@@ -301,6 +301,15 @@ def test_training_finds_the_texts_that_encode_wrote(
     assert cache is not None and cache.settings["max_length"] == length
     caption = parts.loader.fetch(parts.plan.step(0)[:1], 0)[0].caption
     (wanted,) = load_parts(init, torch.float32, "cpu").text_encoder.encode([caption])
+    objective, key = parts.objective, StepKey(0, 0, 0, 4)
+    assert all(p.is_meta for p in objective.text_encoder.encoder.parameters())  # nothing needs its weights
+    text = objective._text(["", caption], parts.loader.fetch(parts.plan.step(0)[:1], 0) * 2)[0]
+    batch = objective.prepare(parts.loader.fetch(parts.plan.step(0), 0), parts.plan.step(0), key)
+    assert text is not None and batch.text is not None
+    assert all(p.is_meta for p in objective.text_encoder.encoder.parameters())
+    if name != "STDiT3":  # whose weights have a text for "no text"
+        empty = embedding(cache, "")
+        assert torch.equal(text.tokens[: len(empty)], empty)
     if name != "Cosmos-Predict2.5":  # whose texts are padded to the length that is asked for
         torch.testing.assert_close(embedding(cache, caption), wanted, rtol=1e-5, atol=1e-6)
 

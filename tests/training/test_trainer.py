@@ -392,10 +392,12 @@ def test_metrics_follow_their_schema(whole: Path) -> None:
 
 
 def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stdit.data.buckets import assign
+    from stdit.data.cache import Cache
     from stdit.data.manifest import read_manifest
+    from stdit.data.storage import StorageError
     from stdit.encode import encode_manifest, text_identity, vae_identity
     from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
     from stdit.weights.io import load_vae
@@ -422,6 +424,18 @@ def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
     other = load_config(tiny / "flow.yaml", [*overrides, f"data.cache={tmp_path / 'cache'}", "text.padding=9"])
     with pytest.raises(StditError, match=r"holds other text:\n.*max_length 32 there, 9 wanted"):
         open_caches(other, ALONE)  # and not a text encoder in every step
+
+    def away(root: str, settings: dict[str, Any]) -> Cache:
+        if settings["kind"] == "text":
+            raise StorageError(root, "unreachable", "8 tries failed.")
+        return opened(root, settings)
+
+    opened, cached = Cache.open, load_config(tiny / "flow.yaml", [*overrides, f"data.cache={tmp_path / 'cache'}"])
+    with monkeypatch.context() as patched, pytest.raises(StorageError):
+        patched.setattr(Cache, "open", staticmethod(away))
+        open_caches(cached, ALONE)
+    assert all(cache is not None for cache in open_caches(cached, ALONE))
+    assert not capsys.readouterr().out
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-5)
     found = Checkpoint.latest(tmp_path / "fly")
     assert found is not None and all(name.startswith("transformer.") for name in found.about["parameters"])
