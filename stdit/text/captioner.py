@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from stdit.errors import StditError
-from stdit.text.pretrained import LOCAL, load_weights
+from stdit.text.pretrained import LOCAL, check_files, load_weights
 
 PROMPT = "Describe what can be seen, in one paragraph."  # for models that are talked to
 
@@ -153,6 +153,7 @@ def load_captioner(
             f"{folder} is not a folder. Models are read from local folders, nothing is downloaded: download one first "
             "(hf download NAME --local-dir FOLDER) and give that folder."
         )
+    check_files(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), **LOCAL)
     except (OSError, ValueError) as error:

@@ -290,7 +290,10 @@ def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
         with about("text.path"):
             return load_text_encoder(config.text.path, max_length=config.text.padding or None, deferred=True)
     if config.text.trained is None:
-        raise StditError("text.path or text.trained must be set: a folder with text_encoder/, or one to train along.")
+        init = f"; {config.model.init} has no text_encoder/" if config.model.init else ""
+        raise StditError(
+            f"text.path or text.trained must be set: a folder with text_encoder/, or one to train along{init}."
+        )
     trained = config.text.trained
     tokenizer = build_word_tokenizer(caption["text"] for caption in _captions(manifest))
     encoder = small_umt5(len(tokenizer), trained.dim, trained.layers, trained.heads, seed=config.run.seed)
@@ -363,19 +366,41 @@ def open_caches(config: RunConfig, world: World) -> tuple[Cache | None, Cache | 
         return None, None
     vae, text = config.vae.path, config.text
     assert vae is not None
-    latents = Cache.open(config.data.cache, latent_settings(config.data, world.from_main(lambda: vae_identity(vae))))
+    latent_id = world.from_main(lambda: vae_identity(vae))
+    latents = _open(config.data.cache, latent_settings(config.data, latent_id), world)
     if text.path is None:
         return latents, None
     path = text.path
-    identity = world.from_main(lambda: text_identity(path, text.padding))
+    text_id = world.from_main(lambda: text_identity(path, text.padding))
     try:
-        return latents, Cache.open(config.data.cache, text_settings(config.data, identity))
+        return latents, _open(config.data.cache, text_settings(config.data, text_id), world)
     except CacheMissing as error:
         if error.others:
             raise
         if world.is_main:
             print(f"captions are encoded while training, by {path}: {error}", flush=True)
         return latents, None
+
+
+def _open(place: str, settings: dict[str, Any], world: World) -> Cache:
+    """A cache that all ranks see, or the error of one of them: with some of them it would be waited for ever."""
+    found: Cache | None = None
+    missing: CacheMissing | None = None
+    error: Exception | None = None
+    try:
+        found = Cache.open(place, settings)
+    except CacheMissing as caught:
+        missing = caught
+    except Exception as caught:
+        error = caught
+    world.all_succeeded(error)
+    see = world.gather(found is not None)
+    if any(see) and not all(see):
+        raise StditError(f"rank {see.index(False)} does not see the {settings['kind']} in {place} that others see.")
+    if missing is not None:
+        raise missing
+    assert found is not None
+    return found
 
 
 def _captions(manifest: Manifest) -> Iterable[dict[str, Any]]:
