@@ -125,7 +125,8 @@ class DataConfig:
     workers: processes that read ahead (0: none, everything is read in the training's own); batches are the same for any
         number. A file that crashes or hangs the decoder then costs its clip and not the run.
     timeout: seconds of a core that reading a clip may take, or of waiting for its file, before it is left out.
-    verify: also leave out clips whose file is not the one that was scanned, by its sha256 (read once a worker).
+    verify: tell a file that is not the one that was scanned by its sha256 (read once a worker), not only by size and
+        time. Such clips are left out.
     prefetch: how many micro-steps they read ahead.
     keep_gb: decoded clips kept in memory, in GB, for data small enough; only where start is first and crop centre.
     """

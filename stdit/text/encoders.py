@@ -6,6 +6,7 @@ each text, the end token included. Nothing here is ever downloaded.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,12 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     check_files(folder)
+    alone = [] if (folder / "tokenizer.json").is_file() else sorted(path.name for path in folder.glob("*.model"))
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        raise StditError(
+            f"{folder}: reading the vocabulary {alone[0]} needs a package that is not installed: pip install "
+            f"sentencepiece. (Or put the tokenizer.json of the same tokenizer beside it.)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except Exception as error:  # transformers and tokenizers have no error of their own for what they cannot read

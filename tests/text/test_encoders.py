@@ -288,3 +288,12 @@ def test_a_vision_language_model_is_deferred_too(tmp_path):
     model.save_pretrained(tmp_path / "text_encoder"), tokenizer.save_pretrained(tmp_path / "tokenizer")
     late, now = (load_text_encoder(tmp_path, max_length=40, deferred=deferred) for deferred in (True, False))
     assert late.dim == now.dim and torch.equal(late.encode(CAPTIONS[:1])[0], now.encode(CAPTIONS[:1])[0])
+
+
+def test_a_sentencepiece_vocabulary_alone_says_which_package_reads_it(encoder, tmp_path, monkeypatch):
+    """Some tokenizers have no tokenizer.json; transformers then asks for tiktoken, which does not read them."""
+    encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").rename(tmp_path / "tokenizer" / "spiece.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(StditError, match=r"spiece\.model needs a package .* pip install sentencepiece"):
+        load_text_encoder(tmp_path)
