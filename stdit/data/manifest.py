@@ -10,6 +10,7 @@ Further columns are kept: `stdit data scan --scores` adds those of `filters.with
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -70,7 +71,8 @@ class Clip:
     start: float
     end: float
     sha256: str
-    state: str = ""  # of the file when it was scanned (size, time, …; see `listing.File`), JSON; "" where unknown
+    # of the file when it was scanned (size, time, …; see `listing.File`), JSON; "" where unknown. Not what the clip is.
+    state: str = dataclasses.field(default="", compare=False)
 
     @property
     def image(self) -> bool:

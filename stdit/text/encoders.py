@@ -182,8 +182,11 @@ def load_text_encoder(
     if not deferred:
         return kind(load(), load_tokenizer(words), max_length, treatment).to(device)
     check_weights(folder, "the text encoder")
-    with torch.device("meta"):
-        empty = model_class(config).eval()
+    try:
+        with torch.device("meta"):
+            empty = model_class(config).eval()
+    except Exception as error:  # of sizes that make no model
+        raise StditError(f"{folder / 'config.json'}: makes no text encoder: {said(error)}") from error
     return kind(empty, load_tokenizer(words), max_length, treatment, load).to(device)
 
 
