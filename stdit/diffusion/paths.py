@@ -92,6 +92,8 @@ class DdpmPath:
         start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
         if count != INDICES:
             raise StditError(f"a DDPM of num_train_timesteps {count} is not supported, only one of {INDICES}.")
+        if not (0 < start < 1 and 0 < end < 1):
+            raise StditError(f"beta_start {start} and beta_end {end} of a scheduler must be between 0 and 1.")
         if (trained := config.get("trained_betas")) is not None:
             right = isinstance(trained, list | tuple) and all(type(beta) in (int, float) for beta in trained)
             betas = torch.tensor(trained if right else [], dtype=torch.float32)
@@ -103,6 +105,8 @@ class DdpmPath:
             raise StditError(f"beta_schedule {kind!r} is not supported: linear or scaled_linear.")
         if len(betas) != count or not ((betas > 0) & (betas < 1)).all():
             raise StditError(f"a scheduler's betas must be {count} numbers between 0 and 1.")
+        if not torch.cumprod(1 - betas, 0)[-1] > 1e-30:
+            raise StditError("a scheduler's betas leave nothing of the clip in the last level: they are too large.")
         return cls(betas, str(config.get("prediction_type", "epsilon")))
 
     @cached_property

@@ -321,6 +321,12 @@ def test_a_solver_by_name_keeps_the_betas(name):
         solvers.named_config("euler", made)
 
 
+@pytest.mark.parametrize("left", ["many", math.nan, [0], {}])
+def test_a_leftover_may_be_anything(left):
+    config = {"_class_name": "RFLOW", "num_train_timesteps": left, "disable_corrector": left, "shift": left}
+    assert len(solvers.make_solver(config, 4).levels) == 4
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b'"\xe4"'])
 def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
     (tmp_path / "scheduler_config.json").write_bytes(content)
@@ -341,6 +347,11 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
         ),
         ({**solvers.euler_config(), "num_train_timesteps": 500}, "num_train_timesteps = 500"),
         ({**solvers.unipc_config(), "num_train_timesteps": 500}, "num_train_timesteps = 500"),
+        ({**solvers.unipc_config(), "disable_corrector": 1}, "disable_corrector = 1"),
+        ({**solvers.unipc_config(), "disable_corrector": [0, "a"]}, "disable_corrector"),
+        ({**ALLEGRO, "trained_betas": [0.5] * 1000}, "too large"),
+        ({**PIXART, "beta_end": 1e8}, "beta_end 1"),
+        ({**COSMOS1, "sigma_max": 1e300}, "at most 1e9"),
         ({**solvers.euler_config(), "shift_terminal": 1.0}, "shift_terminal = 1.0"),
         ({**LTX, "_pipeline": "LTXConditionPipeline"}, "use_dynamic_shifting"),
         ({**solvers.euler_config(), "invert_sigmas": True}, "invert_sigmas"),

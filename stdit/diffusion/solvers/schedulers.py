@@ -326,10 +326,13 @@ def check_scheduler(config: Config, where: str = "scheduler") -> None:
         raise StditError(f"{where}: {name} with use_karras_sigmas takes sigma_min and sigma_max up to 1: {limits}.")
     for key in scheduler.read:
         value = config.get(key, 1)
-        number = type(value) in (int, float) and math.isfinite(value)
+        number = type(value) in (int, float) and abs(value) <= 1e9  # levels are fp32
         if key not in _NO_NUMBERS and not (number and (value > 0 or key not in _POSITIVE)):
             kind = "a positive number" if key in _POSITIVE else "a number"
-            raise StditError(f"{where}: {name} with {key} = {value!r}; it must be {kind}.")
+            raise StditError(f"{where}: {name} with {key} = {value!r}; it must be {kind}, at most 1e9.")
+    steps = config.get("disable_corrector", [])
+    if "disable_corrector" in scheduler.read and not (isinstance(steps, list) and all(type(n) is int for n in steps)):
+        raise StditError(f"{where}: {name} with disable_corrector = {steps!r}; it must be a list of steps.")
     if "shift_terminal" in scheduler.read and not 0 <= config.get("shift_terminal", 0) < 1:
         raise StditError(f"{where}: {name} with shift_terminal = {config['shift_terminal']!r}; it must be in [0, 1).")
     known = {*scheduler.allowed, *scheduler.read}
@@ -365,8 +368,8 @@ def make_solver(
     check_scheduler(config, where)
     config = _given(config)
     name = config["_class_name"]
-    if not 1 <= steps <= int(config.get("num_train_timesteps", 1000)):
-        raise StditError(f"steps must be between 1 and {config.get('num_train_timesteps', 1000)}, not {steps}.")
+    if not 1 <= steps <= 1000:
+        raise StditError(f"steps must be between 1 and 1000, not {steps}.")
     if shift is not None and shift <= 0:
         raise StditError(f"shift must be positive, not {shift}.")
     if shift is not None and (path_of(config).name != "flow" or config.get("use_karras_sigmas")):
