@@ -16,9 +16,10 @@ import pyarrow as pa
 from stdit.data.isolated import READER
 from stdit.data.loader import local_file, read_ahead
 from stdit.data.manifest import SCHEMA, Clip, Manifest, Skipped, write_manifest
+from stdit.data.paths import beside
 from stdit.data.pixels import Limits, VideoError
+from stdit.data.storage import STORAGE
 from stdit.errors import StditError
-from stdit.files import journal
 from stdit.text.captioner import Captioner, Refused
 from stdit.weights.identity import folder_identity
 
@@ -87,7 +88,7 @@ def caption_manifest(
     if not 0 < weight < float("inf"):
         raise StditError(f"a caption's weight is positive, not {weight}.")
     made, failures, refused = 0, list[Skipped](), 0
-    with journal(Path(out).with_suffix(".captions.jsonl")) as (lines, add):
+    with STORAGE.journal(beside(out, ".captions.jsonl")) as (lines, add):
         texts = {line["id"]: line["text"] for line in lines if line.get("maker") == maker}
         there = len(texts.keys() & set(manifest.ids.to_pylist()))
         todo = _batches(manifest, texts, batch)

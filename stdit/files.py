@@ -98,7 +98,7 @@ def local_path(what: str, given: str | Path) -> Path:
 def local_folder(what: str, given: str | Path) -> Path:
     """`local_path` of a folder to write to. Raises StditError where a file is in its place or it cannot be made."""
     path = local_path(what, given)
-    _check_place(what, path)
+    _check_place(path)
     return path
 
 
@@ -106,21 +106,19 @@ def local_file(what: str, given: str | Path) -> Path:
     """`local_path` of a file to write. Raises StditError where a folder is in its place or its own cannot be made."""
     path = local_path(what, given)
     if path.is_dir():
-        raise StditError(f"{what} is {path}, a folder. Name the file in it, such as {path / 'FILE'}.")
-    _check_place(what, path.parent)
+        raise StditError(f"{path}: is a folder. Name the file in it: {path / 'NAME'}, or choose another path.")
+    _check_place(path.parent)
     return path
 
 
-def _check_place(what: str, folder: Path) -> None:
+def _check_place(folder: Path) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if there.exists() and not there.is_dir():
-        raise StditError(f"{there}: is a file, not a folder ({what}). Choose another path.")
+        raise StditError(f"{there}: is a file, not a folder. Choose another path.")
     if not there.exists():
-        raise StditError(f"{there}: is a link to {os.readlink(there)}, which is not there ({what}). Remove the link.")
+        raise StditError(f"{there}: is a link to {os.readlink(there)}, which is not there. Remove the link.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise StditError(
-            f"{what}: nothing can be written in {there}: {os.strerror(errno.EACCES)}. Choose another path."
-        )
+        raise StditError(f"{there}: {os.strerror(errno.EACCES)}. Change its permissions, or choose another path.")
 
 
 @contextmanager
@@ -313,8 +311,11 @@ def unpickled(path: str | Path) -> Any:
         return None
 
 
+Journal = tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], None]]
+
+
 @contextmanager
-def journal(path: str | Path) -> Iterator[tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], None]]]:
+def journal(path: str | Path) -> Iterator[Journal]:
     """The JSON objects in a file of lines, and a function that adds more, those of one call at once.
 
     What is added survives the process at any moment. A line that was cut off as a process was ended is left out.

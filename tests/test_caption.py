@@ -146,7 +146,7 @@ def test_killed_and_continued_the_manifest_is_the_same(clips, tmp_path, moment):
                 return call
 
             FakeCaptioner.caption = counted(FakeCaptioner.caption)
-            inner = caption_module.journal
+            inner = caption_module.STORAGE.journal
 
             class Counted:
                 def __init__(self, path):
@@ -159,7 +159,7 @@ def test_killed_and_continued_the_manifest_is_the_same(clips, tmp_path, moment):
                 def __exit__(self, *arguments):
                     return self.inner.__exit__(*arguments)
 
-            caption_module.journal = Counted
+            caption_module.STORAGE.journal = Counted
             caption_module.READER = caption_module.READER.__class__()
             caption(clips, out, batch=2)
         finally:

@@ -117,6 +117,7 @@ def test_what_is_saved_reads_back(tmp_path: Path) -> None:
         ("optimizer: {options: {a: 2020-01-01}}", [], ["optimizer.options.a has a date"]),
         ("optimizer: {options: {lr: 1e-3}}", [], ["optimizer: options.lr has no effect", "optimizer.lr"]),
         ("optimizer: {options: {weight_decay: 0.5}}", [], ["options.weight_decay", "optimizer.weight_decay"]),
+        ("parallel: {sequence_parallel: 2}", [], ["parallel", "sequence_parallel 2: only 1"]),
     ],
 )
 def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, overrides: list[str], words: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from stdit.cli.outputs import out_manifest
 from stdit.cli.ranges import SECONDS
 from stdit.cli.stopped import when_stopped
 
@@ -21,7 +22,10 @@ def caption(
     model: Annotated[
         Path, typer.Option(metavar="FOLDER", help="An image- or video-to-text model that transformers loads.")
     ],
-    out: Annotated[Path, typer.Option(metavar="MANIFEST2", help="The manifest to write (.parquet).")],
+    out: Annotated[
+        str,
+        typer.Option(metavar="MANIFEST2", parser=out_manifest, help="The manifest to write (.parquet), or its URL."),
+    ],
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -81,7 +85,7 @@ def caption(
             on_clips=on_clips,
         )
     if as_json:
-        answer: dict[str, object] = {"manifest": str(out), "clips": len(clips), "captioned": done.captioned}
+        answer: dict[str, object] = {"manifest": out, "clips": len(clips), "captioned": done.captioned}
         answer |= {
             "reused": done.reused,
             "retries": STORAGE.retries,

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from stdit.cli.memory import MEMORY
+from stdit.cli.outputs import out_store
 from stdit.cli.stopped import when_stopped
 
 
@@ -19,7 +20,12 @@ from stdit.cli.stopped import when_stopped
 def encode(
     manifest: Annotated[str, typer.Argument(help="The manifest to encode, or its URL.")],
     config: Annotated[Path, typer.Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
-    out: Annotated[str, typer.Option(help="The cache's folder or URL; what it already holds is kept.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="CACHE", parser=out_store, help="The cache's folder or URL; what it already holds is kept."
+        ),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value to change in the config.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=100_000, help="Clips the VAE encodes at once.")] = 4,
     crops: Annotated[

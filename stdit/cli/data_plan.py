@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stdit.cli.outputs import out_file
+
 if TYPE_CHECKING:
     from stdit.data.buckets import Assignment
     from stdit.data.left_out import LeftOut
@@ -41,7 +43,7 @@ def plan(
         str | None,
         typer.Option(metavar="FLOPS|RUN", help="Measured FLOP/s a rank, or a run's folder: tells the time of a step."),
     ] = None,
-    picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Also draw the plan.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="PNG", parser=out_file, help="Also draw the plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """What training will do with a manifest: buckets, drops, steps, packs, balance, memory. Nothing is decoded.
@@ -62,10 +64,7 @@ def plan(
     from stdit.training.long_captions import LONGER
 
     settings = load_config(config, overrides or [])
-    group_size = settings.parallel.sequence_parallel
-    if world_size % group_size:
-        raise StditError(f"--world-size {world_size} is not a multiple of parallel.sequence_parallel {group_size}.")
-    groups = world_size // group_size
+    groups = world_size  # sequence parallelism would make them fewer
     HEARTBEAT.doing(f"reading {manifest}")
     clips = read_manifest(manifest)
     assignment = assign(clips, settings.data)
@@ -81,12 +80,12 @@ def plan(
         raise StditError(f"--epoch {epoch} has no clip: data.sources lets each come in some epochs only. Show another.")
     pixels = settings.objective.kind == "vae"
     work_unit = "pixel" if pixels else "FLOP"
-    bound = made.token_bound(group_size)
+    bound = made.token_bound()
     measures = measure_plan(made, groups, bound, steps, _progress)
     if picture is not None:
         draw_plan(made, assignment.shapes, groups, bound, picture, measures, work_unit)
     largest = assignment.shapes[max(range(len(made.tokens)), key=lambda b: (made.counts[b] > 0, made.tokens[b]))]
-    fullest = -(-max(measures.fullest) // group_size)
+    fullest = max(measures.fullest)
     HEARTBEAT.doing("computing the memory")
     needed = footprint(settings, objective, largest, fullest, world_size)
     summary = summarise(made, stage, measures, groups, bound, needed)
@@ -207,13 +206,13 @@ def advice(summary: dict[str, Any]) -> list[str]:
         most = max(1, int(share * summary["steps_per_epoch"] * summary["groups"]))
         lines.append(
             f"a whole epoch is the work of {share * summary['steps_per_epoch']:.2g} of the largest clip a group, and a "
-            f"clip cannot be divided: at most {most} groups have enough to do. Use fewer ranks, raise "
-            f"parallel.sequence_parallel, or add clips."
+            f"clip cannot be divided: at most {most} groups have enough to do. Use fewer ranks, or "
+            f"add clips."
         )
     elif share < 1:
         lines.append(
             f"a step is the work of {share:.2g} of the largest clip a group, and a clip cannot be divided: raise "
-            f"plan.largest_clips_per_step to {summary['groups']} or more, or parallel.sequence_parallel."
+            f"plan.largest_clips_per_step to {summary['groups']} or more."
         )
     else:
         lines.append(

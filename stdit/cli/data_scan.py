@@ -6,11 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stdit.cli.outputs import out_manifest
 from stdit.cli.ranges import SECONDS
 from stdit.cli.stopped import when_stopped
 
@@ -25,7 +25,9 @@ SHOWN = 40  # rows of a table; the file beside the manifest has all
 @when_stopped("A manifest is written when all files are probed: run the same command again.")
 def scan(
     folder: Annotated[str, typer.Argument(help="Folder or URL of videos, images and tar shards, with its subfolders.")],
-    out: Annotated[Path, typer.Option(metavar="MANIFEST", help="The manifest to write (.parquet).")],
+    out: Annotated[
+        str, typer.Option(metavar="MANIFEST", parser=out_manifest, help="The manifest to write (.parquet), or its URL.")
+    ],
     captions: Annotated[
         str | None,
         typer.Option(
@@ -123,9 +125,9 @@ def scan(
     return 0
 
 
-def _summary(result: Scan, out: Path, retries: int) -> dict[str, object]:
+def _summary(result: Scan, out: str, retries: int) -> dict[str, object]:
     return {
-        "manifest": str(out) if len(result.manifest) else None,
+        "manifest": out if len(result.manifest) else None,
         "clips": len(result.manifest),
         "hash": result.manifest.hash,
         "skipped": [asdict(s) for s in result.skipped],

@@ -8,9 +8,16 @@ from typing import Annotated
 
 import typer
 
+from stdit.cli.outputs import out_folder
+
 
 def toy(
-    folder: Annotated[Path, typer.Argument(help="Where to write. A folder partly written is completed.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", parser=out_folder, help="Where to write. A folder partly written is completed."
+        ),
+    ],
     clips: Annotated[int, typer.Option(min=1, help="Clips to train on.")] = 1000,
     held_out: Annotated[int, typer.Option(min=0, help="Clips of combinations never trained, in FOLDER/held_out.")] = 48,
     seed: Annotated[int, typer.Option(help="Another seed, other clips.")] = 0,

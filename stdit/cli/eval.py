@@ -10,6 +10,7 @@ import typer
 
 from stdit.cli.eval_captions import captions
 from stdit.cli.eval_vae import vae
+from stdit.cli.outputs import out_folder
 from stdit.cli.ranges import GUIDANCE, SEED, STEPS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure a trained model.")
@@ -31,7 +32,12 @@ app.command()(vae)
 def toy(
     model: Annotated[Path, typer.Option(help="A model folder trained on the toy set.")],
     out: Annotated[
-        Path, typer.Option(help="Where evaluation.json and evaluation/ go; the run folder, for its report.")
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            parser=out_folder,
+            help="Where evaluation.json and evaluation/ go; the run folder, for its report.",
+        ),
     ],
     prompts: Annotated[int, typer.Option(min=1, max=72, help="Held-out captions to sample at each shape.")] = 64,
     shape: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stdit.cli.outputs import out_folder
 from stdit.cli.ranges import GUIDANCE, SEED, STEPS
 
 MEASURES = {
@@ -20,7 +21,12 @@ MEASURES = {
 
 def captions(
     model: Annotated[Path, typer.Option(help="The model folder that the run wrote.")],
-    out: Annotated[Path, typer.Option(help="Where evaluation-captions.json and .png go; the run folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER", parser=out_folder, help="Where evaluation-captions.json and .png go; the run folder."
+        ),
+    ],
     config: Annotated[
         Path | None, typer.Option(help="The run's config, which names the clips. Default: OUT/config.yaml.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from stdit.cli.memory import MEMORY
+from stdit.cli.outputs import out_folder
 from stdit.cli.ranges import FPS
 from stdit.cli.stopped import when_stopped
 
@@ -17,7 +18,12 @@ from stdit.cli.stopped import when_stopped
 def vae(
     clips: Annotated[str, typer.Argument(help="A manifest, or a folder of videos and images; or the URL of either.")],
     model: Annotated[Path, typer.Option(help="The VAE's folder, or a model folder with vae/.")],
-    out: Annotated[Path, typer.Option(help="Where evaluation-vae.json and evaluation-vae/ with pictures go.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER", parser=out_folder, help="Where evaluation-vae.json and evaluation-vae/ with pictures go."
+        ),
+    ],
     size: Annotated[
         str | None, typer.Option(help="WIDTHxHEIGHT that clips are scaled and cut to. Default: each its own.")
     ] = None,

@@ -16,6 +16,7 @@ import typer
 from stdit import __version__
 from stdit.cli.device import pick_device
 from stdit.cli.memory import MEMORY
+from stdit.cli.outputs import out_folder
 from stdit.cli.ranges import FPS, GUIDANCE, SEED, STEPS, within
 from stdit.cli.sample_files import ClipFiles, check_text, content_hash, frames_hash
 from stdit.cli.stopped import when_stopped
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @when_stopped("Clips that are written are kept in --out: the same command makes the others.")
 def sample(
     model: Annotated[Path, typer.Option(help="Model folder: a run's, or one in diffusers' layout.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", parser=out_folder, help="Folder to write to.")],
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stdit.cli.outputs import out_path
+
 if TYPE_CHECKING:
     from stdit.weights.io import Source
 
@@ -57,7 +59,7 @@ def inspect(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, made if it is not there.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=out_path, help="A folder, made if it is not there.")],
     layout: Annotated[
         str,
         typer.Option(

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import unquote
 
 from stdit.data.captions import Caption, Fault, Names, sidecar_captions
 from stdit.data.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
 from stdit.data.manifest import Skipped
-from stdit.data.paths import is_remote, join
+from stdit.data.paths import is_remote, join, name_of
 from stdit.data.storage import STORAGE, StorageError, side_by_side
 from stdit.errors import StditError
 from stdit.text_files import unicode_form
@@ -43,8 +44,11 @@ class Folder:
         self.root = root.removeprefix("file://").rstrip("/") or "/"
         self._states: dict[str, list[Any] | None] = {}
         self.unreadable: list[Skipped] = []  # folders in it
+        self._written: dict[str, str] = {}  # names of web addresses, as they are written there
         if is_remote(self.root):
             self._states = STORAGE.find(self.root)
+            if self.root.startswith(("http://", "https://")):
+                self._unquote()
             return
         if not os.path.isdir(self.root):
             raise StditError(f"{root} is not a folder.")
@@ -66,6 +70,13 @@ class Folder:
                     if not name.startswith("."):
                         self._states[self._name(os.path.join(here, name))] = None
 
+    def _unquote(self) -> None:
+        """Names as people and captions have them: without %20, without a query."""
+        for written in list(self._states):
+            name = unquote(name_of(f"{self.root}/{written}")[len(self.root) + 1 :])
+            if name not in self._states:
+                self._states[name], self._written[name] = self._states.pop(written), written
+
     def _name(self, path: str) -> str:
         return os.path.relpath(path, self.root).replace(os.sep, "/")
 
@@ -81,7 +92,7 @@ class Folder:
         return iter(self._states)
 
     def path(self, name: str) -> str:
-        return join(self.root, name)
+        return join(self.root, self._written.get(name, name))
 
     def files(self, names: list[str]) -> list[File]:
         """Asks side by side: a web server is asked for each."""

@@ -27,10 +27,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stdit.data.captions import CAPTION_NAMES, Caption, caption_cell, captions_of, columns_in
-from stdit.data.paths import is_remote, join
+from stdit.data.paths import beside, is_remote, join
 from stdit.data.storage import STORAGE
 from stdit.errors import StditError, about, nearest_name
-from stdit.files import publish
 from stdit.text_files import Row, csv_rows, fault_in, json_rows, shortened
 
 __all__ = ["SCHEMA", "Caption", "Clip", "Manifest", "Skipped", "clip_id", "read_manifest", "write_manifest"]
@@ -272,29 +271,31 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest(table, path.parent, str(path))
 
 
-def parquet_path(path: str | Path) -> Path:
-    """The path, if a manifest can be written there by its name."""
-    path = Path(path)
-    if path.suffix.lower() != ".parquet":
-        raise StditError(f"{path}: manifests are written as Parquet; name it {path.with_suffix('.parquet').name}.")
+def parquet_path(path: str | Path) -> str:
+    """The path or URL, if a manifest can be written there by its name."""
+    path = str(path)
+    if not path.lower().endswith(".parquet"):
+        raise StditError(f"{path}: manifests are written as Parquet; name it {beside(path, '.parquet')}.")
     return path
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Writes Parquet: a new file is renamed into place, so a reader sees the old one or the new one."""
+    """Writes Parquet, to a path or a URL, whole: a reader sees the old one or the new one."""
     path = parquet_path(path)
-    folder = os.path.join(os.path.abspath(path.parent), "")
+    folder = None if is_remote(path) else os.path.join(os.path.dirname(os.path.abspath(path)), "")
     stored = [_stored(p, folder) for p in (manifest._resolve(p) for p in manifest.table.column("path").to_pylist())]
     table = manifest.table.set_column(manifest.table.column_names.index("path"), "path", pa.array(stored, _TEXT))
     table = table.replace_schema_metadata({"stdit_manifest": str(FORMAT)})
-    with publish(path) as part:
+    with STORAGE.publish(path) as part:
         pq.write_table(table, part, compression="zstd")
 
 
-def _stored(path: str, folder: str) -> str:
-    """How a path is written into a manifest of this folder (which ends in a separator)."""
+def _stored(path: str, folder: str | None) -> str:
+    """How a path is written into a manifest of this folder (which ends in a separator; None: at a URL)."""
     if "://" in path:
         return path
+    if folder is None:
+        return os.path.abspath(path)
     if not path.startswith(folder) or ".." in path:
         path = os.path.abspath(path)
     return path.removeprefix(folder).replace(os.sep, "/") if path.startswith(folder) else path

@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import os
 import re
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-_MEMBER = re.compile(r"(?P<tar>.+\.tar)#(?P<offset>\d+)\+(?P<size>\d+)/(?P<name>.+)", re.DOTALL | re.IGNORECASE)
+_TAR = r"(?P<tar>https?://[^?#]+\.tar\?[^#]*|.+\.tar)"  # only a web address has a query: elsewhere "?" is of the name
+_MEMBER = re.compile(_TAR + r"#(?P<offset>\d+)\+(?P<size>\d+)/(?P<name>.+)", re.DOTALL | re.IGNORECASE)
 
 
 class Member(NamedTuple):
@@ -45,6 +47,17 @@ def file_of(path: str) -> str:
 def join(folder: str, name: str) -> str:
     """`name` in a folder that may be a URL."""
     return f"{folder.rstrip('/')}/{name}" if "://" in folder else os.path.join(folder, name)
+
+
+def name_of(path: str) -> str:
+    """A path or URL without the query of a web address: its suffix says what the file is."""
+    return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
+
+
+def beside(path: str | Path, suffix: str) -> str:
+    """A file's path or URL with another suffix."""
+    path = str(path)
+    return os.path.splitext(path)[0] + suffix
 
 
 def open_bytes(path: str) -> BinaryIO:

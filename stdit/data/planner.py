@@ -127,8 +127,8 @@ class Plan:
             raise StditError(
                 f"a clip of {self.names[largest[1]]} has {largest[0]} tokens, a pack at most {bound} "
                 f"(plan.tokens_per_pack {self.config.tokens_per_pack} × {group_size} ranks a group). Raise "
-                f"plan.tokens_per_pack to {-(-largest[0] // group_size)} if memory allows, raise "
-                f"parallel.sequence_parallel, or take the shape out of data.shapes."
+                f"plan.tokens_per_pack to {-(-largest[0] // group_size)} if memory allows, "
+                f"or take the shape out of data.shapes."
             )
         return bound
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
-from pathlib import Path
 from typing import Any
 
 from stdit.data import tars
@@ -16,7 +15,7 @@ from stdit.data.manifest import Caption
 from stdit.data.paths import is_remote
 from stdit.data.probing import Probed, Wanted
 from stdit.data.scores import FORMAT as SCORES_FORMAT
-from stdit.files import journal, publish_text
+from stdit.data.storage import STORAGE
 
 FORMAT = 2  # raise it when a probe, scenes or a tar's members come out otherwise: scans then look at all files again
 PASSING = (
@@ -100,17 +99,17 @@ class Memory:
 
 
 @contextmanager
-def remembered(path: Path | None, wanted: Wanted, column: str | None = None) -> Iterator[Memory]:
+def remembered(path: str | None, wanted: Wanted, column: str | None = None) -> Iterator[Memory]:
     """What earlier scans wrote to this file; what is new is added as it comes, what is of no use any more goes.
 
     column: the key of captions in .json files of tars."""
     if path is None:
         yield Memory(wanted, [], lambda _: None, column)
         return
-    with journal(path) as (lines, add):
+    with STORAGE.journal(path) as (lines, add):
         memory = Memory(wanted, lines, add, column)
         yield memory
-    publish_text(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()))
+    STORAGE.write(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()).encode())
 
 
 def absolute(path: str) -> str:

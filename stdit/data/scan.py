@@ -19,7 +19,7 @@ from stdit.data.filters import with_scores
 from stdit.data.formats import suffix_of
 from stdit.data.listing import File, Folder
 from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write_manifest
-from stdit.data.paths import is_remote
+from stdit.data.paths import beside, is_remote
 from stdit.data.probing import Opened, Probed, Span, Wanted, probe_files
 from stdit.data.remembered import Memory, absolute, remembered
 from stdit.data.scenes import LEAST, check_available
@@ -27,7 +27,6 @@ from stdit.data.storage import STORAGE, StorageError
 from stdit.data.tars import COMPRESSED, tar_members
 from stdit.data.video_io import VERIFY_PIXELS
 from stdit.errors import StditError, about
-from stdit.files import publish_text
 
 FLASHES = 5  # stretches between cuts that a message tells the place of
 
@@ -115,7 +114,7 @@ def scan(
         if len(manifest):
             write_manifest(manifest, out)
         lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in scanned.skipped]
-        publish_text(skipped_path(out), "".join(lines))
+        STORAGE.write(skipped_path(out), "".join(lines).encode())
     return scanned
 
 
@@ -242,9 +241,9 @@ def _between_cuts(flashes: Sequence[Span], all_of_it: bool) -> str:
     )
 
 
-def skipped_path(out: str | Path) -> Path:
+def skipped_path(out: str | Path) -> str:
     """Where `scan` lists the files it skipped."""
-    return Path(out).with_suffix(".skipped.jsonl")
+    return beside(out, ".skipped.jsonl")
 
 
 def _cores() -> int:
@@ -252,8 +251,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _probed_path(out: str | Path) -> Path:
-    return Path(out).with_suffix(".probed.jsonl")
+def _probed_path(out: str | Path) -> str:
+    return beside(out, ".probed.jsonl")
 
 
 def _unnameable(file: str) -> bool:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stdit.data.copies import Copies
-from stdit.data.paths import Member, is_remote, split_member
+from stdit.data.paths import Member, is_remote, name_of, split_member
 from stdit.errors import StditError
-from stdit.files import publish
+from stdit.files import Journal, journal, publish, writing
 
 TRIES = 8  # of one request, with pauses of 0.5, 1, 2, … seconds, a minute in all
 LONGEST_PAUSE = 30.0
@@ -80,7 +81,7 @@ class Storage:
             yield path.removeprefix("file://")
             return
         member = split_member(path)
-        name = member.name if member else path.partition("?")[0]
+        name = member.name if member else name_of(path)
         for _ in range(self.tries):
             copy = self._copy_name(path, member, os.path.splitext(name)[1])
             held = self.copies.hold(copy)
@@ -125,12 +126,68 @@ class Storage:
 
     def write(self, path: str, content: bytes) -> None:
         """Puts a file in its place whole: object stores do so by themselves, local files are renamed into place."""
+        if is_remote(path):
+            system, name = self._system(path)
+            within = self._within(system, len(content))
+            return self._put(path, lambda: system.pipe_file(name, content, **within))
+        for last in (False, False, True):
+            try:
+                with publish(path.removeprefix("file://")) as part:
+                    part.write_bytes(content)
+                return
+            except FileNotFoundError:  # another process that writes this file took the part for a leftover
+                if last:
+                    raise
+
+    @contextmanager
+    def publish(self, path: str) -> Iterator[Path]:
+        """`files.publish` for a path that may be a URL: the file is sent there whole at the end."""
         if not is_remote(path):
             with publish(path.removeprefix("file://")) as part:
-                part.write_bytes(content)
+                yield part
             return
-        system, name = self._system(path)
-        self._retried(path, lambda: system.pipe_file(name, content, **self._within(system, len(content))))
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "part"
+            with writing(part):
+                yield part
+            system, name = self._system(path)
+            within = self._within(system, part.stat().st_size)
+            self._put(path, lambda: system.put_file(str(part), name, **within))
+
+    @contextmanager
+    def journal(self, path: str) -> Iterator[Journal]:
+        """`files.journal` for a path that may be a URL: lines are added to a file in the folder of copies, which is
+        sent at the end; a process that was ended goes on with that file. Sends what is there at once, so that a URL
+        that cannot be written to is an error before the work."""
+        if not is_remote(path):
+            with journal(path.removeprefix("file://")) as found:
+                yield found
+            return
+        here = self.copies.folder / "journals" / (hashlib.sha256(path.encode()).hexdigest()[:32] + ".jsonl")
+        if not here.exists():
+            try:
+                before = self.read(path)
+            except StorageError as error:
+                if error.reason != "missing":
+                    raise
+                before = b""
+            with publish(here) as part:
+                part.write_bytes(before)
+        self.write(path, here.read_bytes())
+        with journal(here) as found:
+            yield found
+        self.write(path, here.read_bytes())
+        here.unlink(missing_ok=True)
+
+    def _put(self, path: str, request: Callable[[], object]) -> None:
+        try:
+            self._retried(path, request)
+        except StorageError as error:
+            if error.reason not in ("missing", "wrong"):
+                raise
+            why = "no such bucket or folder" if error.reason == "missing" else _said(error.__cause__ or error)
+            message = f"cannot be written ({why}). Choose another URL, of a store that takes files, or a path."
+            raise StorageError(path, error.reason, message) from error
 
     def names(self, folder: str) -> list[str]:
         """Names of what is directly in a folder, sorted; none if there is no such folder."""
@@ -167,14 +224,29 @@ class Storage:
             if name in seen:
                 continue
             seen.add(name)
-            for info in self._retried(system.unstrip_protocol(name), partial(system.ls, name, detail=True)):
+            for info in self._entries(system, name, missing=name == first):
                 child = info["name"].rstrip("/")
-                if child == name or child.rpartition("/")[2].startswith("."):
-                    continue
                 if info["type"] == "directory":
-                    folders.append(child)
-                elif not info["name"].endswith("/"):
-                    found[child[len(first) + 1 :]] = None if info.get("size") is None else _state(info)
+                    if child != name and not _hidden(child[len(name) + 1 :]):
+                        folders.append(child)
+                elif (key := info["name"][len(first) + 1 :]) and not key.endswith("/") and not _hidden(key):
+                    found[key] = None if info.get("size") is None else _state(info)
+        return found
+
+    def _entries(self, system: Any, folder: str, missing: bool) -> list[dict[str, Any]]:
+        """What is directly in a folder, and all files whose key goes on with a second "/": no `ls` enters those.
+
+        missing: whether a folder that is not there is an error; else it has only such files, or was removed."""
+        url = system.unstrip_protocol(folder)
+        found = []
+        try:
+            found = self._retried(url, partial(system.ls, folder, detail=True))
+        except StorageError as error:
+            if missing or error.reason != "missing":
+                raise
+        if not found or any(info["type"] == "directory" and info["name"].rstrip("/") == folder for info in found):
+            every = self._retried(url, partial(system.find, folder, detail=True)).values()
+            found += [info for info in every if info["name"].startswith(f"{folder}//")]
         return found
 
     def state(self, url: str) -> list[Any]:
@@ -193,7 +265,13 @@ class Storage:
         try:
             import fsspec
 
-            system, name = fsspec.url_to_fs(path, **options)
+            if _is_chain(path):
+                system, name = fsspec.url_to_fs(path, **options)
+            else:  # url_to_fs would cut a name at "::"
+                protocol = path.partition("://")[0]
+                kind = fsspec.get_filesystem_class(protocol)
+                system = fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(path), **options})
+                name = system._strip_protocol(path)
         except (ImportError, ValueError) as error:
             message = f"cannot be read: {error}. pip install 'stdit[remote]' brings what s3:// and https:// need."
             raise StorageError(path, "wrong", message) from error
@@ -254,7 +332,9 @@ class Storage:
     def _copy_name(self, path: str, member: Member | None, suffix: str) -> str:
         state = _state(self._info(member.tar if member else path))
         text = json.dumps([path, state])
-        return hashlib.sha256(text.encode()).hexdigest()[:32] + (suffix.lower() if suffix[1:].isalnum() else "")
+        return hashlib.sha256(text.encode()).hexdigest()[:32] + (
+            suffix.lower() if suffix[1:].isalnum() and len(suffix) < 16 else ""
+        )
 
     def _fetch(self, path: str, member: Member | None, copy: str) -> None:
         """Block by block, so that a connection that is cut costs a block."""
@@ -303,6 +383,19 @@ class Storage:
         if _state(self._ask_info(url)) != _state(info):
             self._info.cache_clear()
             raise StorageError(path, "changed", "was written to while it was read.")
+
+
+def _is_chain(path: str) -> bool:
+    """Whether a URL is several of fsspec's, such as simplecache::s3://bucket/key, and not a name with "::" in it."""
+    from fsspec.registry import known_implementations
+
+    links = path.split("::")
+    return len(links) > 1 and all("://" in link or link in known_implementations for link in links)
+
+
+def _hidden(name: str) -> bool:
+    """Whether a name, or a folder in it, begins with a dot; a store may have folders called "." and ".."."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -54,14 +54,15 @@ OURS = {
 
 @dataclass
 class ParallelConfig:
-    """deepspeed: a DeepSpeed JSON, needed on more than one rank. sequence_parallel: ranks that share a clip."""
+    """deepspeed: a DeepSpeed JSON, needed on more than one rank. sequence_parallel: ranks that share a clip; only 1 so
+    far, here and in `data plan`."""
 
     deepspeed: str | None = None
     sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
-        if self.sequence_parallel < 1:
-            raise StditError(f"sequence_parallel {self.sequence_parallel} must be at least 1.")
+        if self.sequence_parallel != 1:
+            raise StditError(f"sequence_parallel {self.sequence_parallel}: only 1 is supported so far.")
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,6 @@ def make_engine(
 
 def check_engine(config: OptimizerConfig, parallel: ParallelConfig, device: torch.device) -> None:
     """Raises for what no engine can be made of, before anything large is."""
-    if parallel.sequence_parallel != 1:
-        raise StditError(f"parallel.sequence_parallel={parallel.sequence_parallel}: only 1 is supported so far.")
     stage = zero_stage(parallel.deepspeed)
     if stage > 0 and config.name not in ELEMENTWISE:
         raise StditError(

@@ -119,14 +119,14 @@ def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
         (["data.shapes=[65x64x9]"], "Nearest"),
         (["plan.tokens_per_pack=20"], "tokens_per_pack to"),
         (["data.shaps=[64x64]"], "Did you mean 'shapes'"),
-        (["parallel.sequence_parallel=2", "--world-size", "3"], "not a multiple"),
+        (["parallel.sequence_parallel=2", "--world-size", "2"], "sequence_parallel 2: only 1 is supported so far"),
         (["vae.path=/no/such/vae"], "/no/such/vae"),
         (["model.preset=tyo"], "Did you mean 'toy'"),
         (["text.path=/no/such/text"], "/no/such/text"),
         (["data.sources={'*': 0.001}", "--epoch", "1"], "--epoch 1 has no clip"),
         (["data.shapes=[00x64]"], "'00x64' is not a shape"),
         (["data.shapes=[64x64x9,16x16x65]", "data.stages=[{epochs: 1}, {area: 16x16}]"], "stage 2: the plan has no"),
-        (["--picture", "."], "Is a directory"),
+        (["--picture", "."], "is a folder. Name the file in it"),
     ],
 )
 def test_what_is_wrong_is_said(files, arguments, message, capsys):

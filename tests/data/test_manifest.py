@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -67,7 +68,9 @@ def test_scan_of_real_files_names_the_broken_ones(videos, tmp_path):
     assert list(by_path) == sorted(names[:3])
     assert (by_path["mixed/video_90.mov"].width, by_path["mixed/video_90.mov"].height) == (320, 568)
     assert by_path["mixed/corrupted.mp4"].frames == 28 and by_path["mixed/corrupted.mp4"].end == pytest.approx(2.8)
-    listed = [json.loads(line) for line in skipped_path(tmp_path / "manifest.parquet").read_text().splitlines()]
+    listed = [
+        json.loads(line) for line in pathlib.Path(skipped_path(tmp_path / "manifest.parquet")).read_text().splitlines()
+    ]
     assert [row["file"] for row in listed] == [s.file for s in result.skipped]
 
 

@@ -5,8 +5,11 @@ moto's server on loopback is the store; what goes wrong happens in a proxy befor
 
 from __future__ import annotations
 
+import csv
 import http.client
+import io
 import json
+import os
 import tarfile
 import threading
 import time
@@ -14,6 +17,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -28,7 +32,7 @@ from stdit.data.copies import Copies
 from stdit.data.loader import Loader
 from stdit.data.manifest import read_manifest
 from stdit.data.packs import PlanItem
-from stdit.data.paths import split_member
+from stdit.data.paths import Member, join, split_member
 from stdit.data.scan import scan
 from stdit.data.storage import STORAGE, StorageError
 from stdit.data.video_io import write_video
@@ -282,3 +286,128 @@ def test_over_http_too(uploaded, store, server):
         assert by_content(found.manifest) == by_content(scan(uploaded, workers=1).manifest)
         assert [example.weight for example in examples(found.manifest)] == [1] * 6
         web.shutdown()
+
+
+ODD = [
+    "ha#sh", "q?x", "q?x=1&y", "per%20cent", "plus+plus", "sp ace", "日本語", "dou//ble", "/lead", "semi;co", "star*",
+    "br[1]", "quo\"te'", "back\\slash", "a::b", ":", "tra/../il", "./dot", "{brace}", "~tilde", "é" * 100, "tail /x",
+    "s.tar#1+2/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["odd", "o#d?d/ sub"])
+def test_every_key_that_a_store_lists_is_read(server, store, tmp_path, folder):
+    for name in ODD:
+        server[0].put_object(Bucket="bucket", Key=f"{folder}/{name}.bin", Body=name.encode())
+    server[0].put_object(Bucket="bucket", Key=f"{folder}/sub/", Body=b"")  # as consoles mark a folder
+    server[0].put_object(Bucket="bucket", Key=f"{folder}-beside/x.bin", Body=b"")
+    found = store.find(f"s3://bucket/{folder}")
+    assert sorted(found) == sorted(f"{name}.bin" for name in ODD)
+    for name in set(ODD) - {"s.tar#1+2/x"}:  # that one is read as a tar's member
+        path = join(f"s3://bucket/{folder}", f"{name}.bin")
+        assert store.read(path).decode() == name and store.state(path) == found[f"{name}.bin"]
+        with store.local(path) as local, open(local, "rb") as file:
+            assert file.read().decode() == name and local.endswith(".bin")
+
+
+def test_a_tar_of_any_key_gives_its_clips(server, videos, store, tmp_path):
+    names = ["s?x.tar", "a#b.tar", "dou//ble.tar", "sp ace%20.TAR"]
+    for number, name in enumerate(names):
+        with tarfile.open(tmp_path / "one.tar", "w") as shard:  # others than in the tar beside it
+            frames = np.random.default_rng(100 + number).integers(0, 256, (10, 16, 24, 3), dtype=np.uint8)
+            write_video(tmp_path / "c?l#i p.mp4", frames, 8)
+            shard.add(tmp_path / "c?l#i p.mp4", "c?l#i p.mp4")
+        server[0].upload_file(str(tmp_path / "one.tar"), "bucket", f"tars/{name}")
+    found = scan("s3://bucket/tars", uncaptioned=True, workers=1)
+    assert not found.skipped and sorted(split_member(clip.path).tar for clip in found.manifest) == sorted(
+        f"s3://bucket/tars/{name}" for name in names
+    )
+    for copy in (tmp_path / "copies").iterdir():
+        copy.unlink()
+    assert [example.weight for example in examples(found.manifest)] == [1] * len(names)
+
+
+def test_a_web_pages_names_are_those_of_people(videos, store, tmp_path):
+    """What a page writes as sp%20ace.mp4?download=1 is captioned as "sp ace.mp4", and fetched as it is written."""
+    names = ["sp ace.mp4", "ha#sh.mp4", "per%20cent.mp4", "日本.mp4", "q?x.mp4"]
+    for number, name in enumerate(names):
+        frames = np.random.default_rng(number).integers(0, 256, (10, 16, 24, 3), dtype=np.uint8)
+        write_video(tmp_path / "web" / name, frames, 8)
+    with open(tmp_path / "web" / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("file", "caption"), *((name, f"of {name}") for name in names)])
+
+    class Handler(SimpleHTTPRequestHandler):
+        asked: list = []  # noqa: RUF012
+
+        def list_directory(self, path):
+            written = [quote(name) + ("?download=1" if name.startswith("sp") else "") for name in os.listdir(path)]
+            page = "".join(f'<a href="{name}">{name}</a>' for name in written).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            return io.BytesIO(page)
+
+        def log_message(self, *_):
+            self.asked.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "web"))) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_address[1]}"
+        found = scan(url, workers=1)
+        assert {clip.captions[0].text for clip in found.manifest} == {f"of {name}" for name in names}
+        assert f"{url}/sp%20ace.mp4?download=1" in [clip.path for clip in found.manifest]
+        assert [example.weight for example in examples(found.manifest)] == [1] * len(names)
+        member = Member(f"{url}/shard.tar?sig=a/b", 512, 7, "x.mp4")  # of a tar whose address is signed
+        assert split_member(str(member)) == member
+        web.shutdown()
+
+
+def test_a_manifest_and_its_reports_go_to_a_url(uploaded, store, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    server[0].put_object(Bucket="bucket", Key="videos/broken.mp4", Body=b"not a video")
+    here = scan(uploaded, workers=1)
+    command = ["data", "scan", "s3://bucket/videos", "--out", "s3://bucket/out/m.parquet", "--workers", "1"]
+    try:
+        for reused in (0, 7):
+            assert run_command(app, [*command, "--json"], "stdit") == 0
+            told = json.loads(capsys.readouterr().out)
+            assert told["manifest"] == "s3://bucket/out/m.parquet" and told["reused"] == reused
+    finally:
+        server[0].delete_object(Bucket="bucket", Key="videos/broken.mp4")
+    found = read_manifest("s3://bucket/out/m.parquet")
+    assert by_content(found) == by_content(here.manifest)
+    assert all(clip.path.startswith("s3://bucket/videos/") for clip in found)
+    keys = sorted(one["Key"] for one in server[0].list_objects_v2(Bucket="bucket", Prefix="out/")["Contents"])
+    assert keys == ["out/m.parquet", "out/m.probed.jsonl", "out/m.skipped.jsonl"]
+    assert b"broken.mp4" in server[0].get_object(Bucket="bucket", Key="out/m.skipped.jsonl")["Body"].read()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("s3")]
+    assert not list((tmp_path / "copies" / "journals").iterdir())
+
+
+def test_a_scan_that_was_ended_goes_on_though_its_manifest_is_far(uploaded, store, server, monkeypatch):
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        scan("s3://bucket/videos", out="s3://bucket/again/m.parquet", workers=1, on_file=stop)
+    assert scan("s3://bucket/videos", out="s3://bucket/again/m.parquet", workers=1).reused > 0
+
+
+@pytest.mark.parametrize("out", ["s3://nowhere/m.parquet", "http://127.0.0.1:9/m.parquet", "nosuch://x/m.parquet"])
+def test_a_url_that_takes_no_files_is_told_before_the_work(uploaded, store, out, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(STORAGE, "tries", 2)
+    monkeypatch.setattr("stdit.data.scan.probe_files", None)
+    assert run_command(app, ["data", "scan", str(uploaded), "--out", out], "stdit") == 1
+    error = capsys.readouterr().err
+    assert out.removesuffix(".parquet") in error and len(error.strip().splitlines()) <= 2, error
+
+
+def test_clips_here_are_named_in_full_in_a_manifest_that_is_far(uploaded, store, monkeypatch):
+    monkeypatch.chdir(uploaded)
+    found = scan(".", out="s3://bucket/local/m.parquet", workers=1).manifest
+    far = read_manifest("s3://bucket/local/m.parquet")
+    assert by_content(far) == by_content(found) and all(clip.path.startswith(str(uploaded)) for clip in far)

@@ -12,6 +12,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from stdit import files as files_module
 from stdit.data import storage as storage_module
 from stdit.data.paths import Member, open_bytes, split_member
 from stdit.data.storage import Storage, StorageError
@@ -268,6 +269,29 @@ def test_written_files_are_listed_and_read(tmp_path, files):
     store.write("flaky://cache/.hidden/d", b"")
     store.write("flaky://cache/.e", b"")
     assert set(store.find("flaky://cache/")) == {"a", "b", "deeper/c"}
+
+
+def test_what_another_process_takes_for_a_leftover_is_written_again(tmp_path, monkeypatch):
+    """Two `data encode` into one cache: each removes parts that no process finished, as it must believe."""
+    store, sync, left = storage(tmp_path), files_module.sync, [2]
+
+    def removed(part):
+        if left[0]:
+            left[0] -= 1
+            part.unlink()
+        sync(part)
+
+    monkeypatch.setattr(files_module, "sync", removed)
+    store.write(str(tmp_path / "a"), b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"
+    left[0] = 3
+    with pytest.raises(FileNotFoundError):
+        store.write(str(tmp_path / "b"), b"content")
+
+
+def test_a_chain_of_file_systems_is_still_one(tmp_path):
+    (tmp_path / "x").write_bytes(b"two")
+    assert storage(tmp_path).read(f"simplecache::file://{tmp_path}/x") == b"two"
 
 
 def test_the_environment_says_where_and_how_much(tmp_path, monkeypatch):

@@ -365,7 +365,6 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
         (["model.attention_backend=fast"], "model.attention_backend: .*'fast' does not exist"),
         (["model.attention_backend=flash"], "model.attention_backend: .*runs on a GPU only"),
         (["parallel.deepspeed=nowhere.json"], "nowhere.json"),
-        (["parallel.sequence_parallel=2"], "sequence_parallel"),
         (["plan.tokens_per_pack=10"], "tokens_per_pack"),
         (["checkpoint.every=0"], "checkpoint: every 0"),
         (["log.every=0"], "log: every 0"),
