@@ -366,18 +366,7 @@ class Storage:
                 raise OSError(f"{len(got)} bytes came, {end - first} were asked for")
             return got
 
-        def answered() -> tuple[Any, Exception | None]:
-            try:
-                return request(), None
-            except OSError:
-                raise
-            except Exception as error:  # no matter of the storage
-                return None, error
-
-        result, error = self._retried(path, answered)
-        if error is not None:
-            raise error
-        return result
+        return self._retried(path, request)
 
     def _check_same(self, path: str, url: str, info: dict[str, Any]) -> None:
         if _state(self._ask_info(url)) != _state(info):
