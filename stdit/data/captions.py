@@ -8,6 +8,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,11 @@ def _weight(value: Any) -> float:
 
 def columns_in(row: Iterable[str], names: Sequence[str]) -> list[str]:
     """The columns of these names that a row has, in the order of the names."""
-    row = list(row)
+    return _columns_in(tuple(row), tuple(names))
+
+
+@lru_cache(1024)  # the rows of a table have the same ones
+def _columns_in(row: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
     plain = {key.strip().lower(): key for key in reversed(row)}
     found = [name if name in row else plain.get(name.strip().lower()) for name in names]
     return [name for name in found if name is not None]
@@ -288,6 +293,8 @@ class _Table:
 
     def _files(self, name: str) -> list[str]:
         """The file that a row names, relative to the folder; those that differ only in form; none for one elsewhere."""
+        if name in self.names.all:
+            return [name]
         places = list(dict.fromkeys(self._places(name)))
         for place in places:
             if found := self.names.find(place):
