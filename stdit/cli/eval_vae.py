@@ -33,6 +33,7 @@ def vae(
     lpips: Annotated[
         list[Path] | None, typer.Option(help="LPIPS' weights, repeatable: VGG16's file and the heads', or a folder.")
     ] = None,
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Open LPIPS' .pth, tensors only.")] = False,
     write: Annotated[
         bool,
         typer.Option("--write-normalisation", help="Put the latents' mean and deviation into the VAE's config.json."),
@@ -82,6 +83,7 @@ def vae(
             sample,
             device,
             progress,
+            trust_pickle,
         )
     written = write_normalisation(model, result["latents"]) if write else None
     if as_json:

@@ -27,16 +27,23 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     trust_pickle: _Pickle = False,
     heads: _Heads = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Instead: hash the files and compare with the SHA-256 that is beside them.")
+    ] = False,
 ) -> int:
     """Family, dialect, size, dtype, and what is missing or unexpected, without reading a tensor.
 
-    Exit status 1 where anything is missing, unexpected or misshaped.
+    Exit status 1 where anything is missing, unexpected or misshaped, or, with --verify, where a file differs from its
+    published checksum: FILE.sha256 or SHA256SUMS beside it, or what the hub's download noted.
 
     Example: stdit weights inspect Wan2.1-T2V-1.3B-Diffusers
     """
     import json as format
 
     from stdit.weights import io, lora_files, lora_info
+
+    if verify:
+        return _verify(path, json)
 
     if lora_files.is_adapter(path):
         config = None if model is None else io.find("transformer", model, trust_pickle).config
@@ -54,6 +61,41 @@ def inspect(
     else:
         _show(found, _parts(path))
     return int(any(model["missing"] or model["unexpected"] or model["misshaped"] for model in found))
+
+
+def _verify(path: Path, json: bool) -> int:
+    """Prints a line a file: ok, differs, or nothing to check against."""
+    import json as format
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from stdit.errors import StditError
+    from stdit.weights.checksums import check, weight_files
+
+    files = weight_files(path.expanduser())
+    if not path.expanduser().exists() or not files:
+        raise StditError(f"{path}: no file of weights is there.")
+    found = []
+    with Console(stderr=True).status("reading") as status:
+        for file in files:
+            status.update(f"{file}: {file.stat().st_size / 1e9:.1f} GB")
+            found.append(check(file))
+    if json:
+        rows = [{"file": str(one.file), **one.__dict__, "verdict": one.verdict} for one in found]
+        print(format.dumps({"path": str(path), "checksums": rows}, indent=2, default=str))
+    else:
+        table = Table(title=f"checksums: {path}", title_justify="left")
+        for column in ("file", "is", "by"):
+            table.add_column(column, overflow="fold")
+        for one in found:
+            name = str(one.file.relative_to(path)) if path.is_dir() else str(one.file)
+            details = (
+                f"{one.source}\nwanted {one.wanted}\nfound  {one.found}" if one.verdict == "differs" else one.source
+            )
+            table.add_row(name, one.verdict, details)
+        Console().print(table)
+    return int(any(one.verdict == "differs" for one in found))
 
 
 @app.command()

@@ -205,12 +205,14 @@ def evaluate_vae(
     sample: bool = False,
     device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
+    trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Measures a VAE in fp32 on the clips of a manifest or a folder, or of a URL; see DEFINITIONS.
 
     size: (width, height) that clips are scaled to cover and cut to at the centre; None: each its own, cut to multiples
     of the VAE's stride. frames: at most so many of each clip from its start. fps: that they are read at; None: each its
-    own. limit: only the first so many clips. lpips: files or folders of LPIPS' weights. pictures: of the first so many
+    own. limit: only the first so many clips. lpips: files or folders of LPIPS' weights (trust_pickle: .pth ones too).
+    pictures: of the first so many
     clips. memory: bytes for a CausalVAE to work in; another family's keeps to none, and is an error. sample: latents
     are drawn from the posterior, keyed by the clip, instead of its mode: not exact, as a transformer's are not.
 
@@ -231,7 +233,7 @@ def evaluate_vae(
         "clips": str(clips), "size": size and list(size), "frames": frames, "fps": fps, "lpips": [*map(str, lpips)],
         "sample": sample, "vae": vae_identity(Path(model).expanduser()),
     }  # fmt: skip
-    perceptual = Lpips(lpips).to(device) if lpips else None
+    perceptual = Lpips(lpips, trust_pickle).to(device) if lpips else None
     record = out / "evaluation-vae.jsonl"
     known = _known(record, settings)
     measured: list[dict[str, Any]] = []

@@ -194,7 +194,7 @@ def make_objective(
             from stdit.vae.perceptual import Lpips
 
             with about("objective.vae.lpips"):
-                lpips = Lpips(settings.path).to(world.device)
+                lpips = Lpips(settings.path, settings.trust_pickle).to(world.device)
         return VaeObjective(config.objective, partial(make_vae, config), lpips, device=world.device, dtype=dtype)
     if not config.vae.path:
         raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")

@@ -26,10 +26,12 @@ WANTED = (
 
 @dataclass
 class LpipsConfig:
-    """path: the folder or file with its weights, see `Lpips`. weight: beside the L1's 1."""
+    """path: the folder or file with its weights, see `Lpips`. weight: beside the L1's 1. trust_pickle: also open .pth
+    files, as torchvision and LPIPS publish them (tensors only)."""
 
     path: str = ""
     weight: float = 1.0
+    trust_pickle: bool = False
 
     def __post_init__(self) -> None:
         if not self.path or not self.weight > 0:
@@ -40,11 +42,14 @@ class Lpips(nn.Module):
     """LPIPS of VGG16, frozen. path: a folder, a file or several files that hold torchvision's VGG16 and LPIPS' heads;
     None: without memory, on the meta device.
 
-    Read are .safetensors and .pth (tensors alone); tensors by other names, such as VGG16's classifier, are left.
+    Read are .safetensors and, with trust_pickle, .pth (tensors alone); tensors by other names, such as VGG16's
+    classifier, are left.
     Raises StditError that names what is missing, misshaped or there twice.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None, trust_pickle: bool = False
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         self.ends = []  # the number of layers up to the last activation of each size
@@ -59,7 +64,7 @@ class Lpips(nn.Module):
             self.features = nn.Sequential(*layers)  # numbered as torchvision's
             self.heads = nn.ParameterList(torch.empty(1, widths[-1], 1, 1) for widths in WIDTHS)
         if path is not None:
-            self._read(path)
+            self._read(path, trust_pickle)
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -82,14 +87,14 @@ class Lpips(nn.Module):
             total = total + F.conv2d(difference, head).float().mean((1, 2, 3))
         return total.view(a.shape[0], a.shape[2]).mean(1)
 
-    def _read(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
+    def _read(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], trust_pickle: bool) -> None:
         wanted = {name: name for name in self.state_dict() if name.startswith("features.")}
         wanted |= {f"lin{i}.model.1.weight": f"heads.{i}" for i in range(len(WIDTHS))}
         places = [path] if isinstance(path, str | os.PathLike) else path
         found: dict[str, Tensor] = {}
         source: dict[str, Path] = {}
         for file in [file for place in places for file in _files(Path(place).expanduser())]:
-            for name, tensor in _tensors(file).items():
+            for name, tensor in _tensors(file, trust_pickle).items():
                 if name not in wanted:
                     continue
                 if name in found:
@@ -111,10 +116,16 @@ def _files(place: Path) -> list[Path]:
     return [place]
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def _tensors(file: Path, trust_pickle: bool) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if file.suffix != ".safetensors" and not trust_pickle:
+        raise StditError(
+            f"LPIPS: {file}: is a pickle, which can run code when it is opened, and is refused. If you trust where it "
+            "is from, ask for it: --trust-pickle, objective.vae.lpips.trust_pickle=true, or trust_pickle=True. Only "
+            "tensors are read."
+        )
     try:
         found = load_file(file) if file.suffix == ".safetensors" else unpickled(file)
     except SafetensorError:

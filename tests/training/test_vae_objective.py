@@ -226,9 +226,9 @@ def test_lpips_is_a_term_and_does_not_train(tiny: Path, monkeypatch: pytest.Monk
     class Stub(nn.Module):
         """Another distance in LPIPS' place, to be found in the loss as it is."""
 
-        def __init__(self, path: str) -> None:
+        def __init__(self, path: str, trust_pickle: bool) -> None:
             super().__init__()
-            assert path == "lpips.pth"
+            assert path == "lpips.pth" and not trust_pickle
             self.scale = nn.Parameter(torch.tensor(3.0), requires_grad=False)
 
         def forward(self, a: Tensor, b: Tensor) -> Tensor:

@@ -68,14 +68,14 @@ def test_it_is_the_formula_on_torchvisions_features(folder, features, heads):
     wanted = [
         torch.stack([reference(features, heads, a[i, :, t], b[i, :, t]) for t in range(2)]).mean() for i in range(2)
     ]
-    assert_close(Lpips(folder)(a, b), torch.stack(wanted), rtol=1e-5, atol=1e-6)
+    assert_close(Lpips(folder, True)(a, b), torch.stack(wanted), rtol=1e-5, atol=1e-6)
 
 
 def test_files_of_any_kind_and_the_gradient(folder, heads, tmp_path):
     save_file(heads, tmp_path / "heads.safetensors")
-    lpips = Lpips([folder / "vgg16-397923af.pth", tmp_path / "heads.safetensors"])
+    lpips = Lpips([folder / "vgg16-397923af.pth", tmp_path / "heads.safetensors"], True)
     a, b = clips()
-    assert torch.equal(lpips(a, b), Lpips(folder)(a, b))
+    assert torch.equal(lpips(a, b), Lpips(folder, True)(a, b))
     assert lpips(a, a).tolist() == [0, 0]
     assert not any(p.requires_grad for p in lpips.parameters())
     a = torch.zeros_like(a).requires_grad_()  # of one colour: features that are all 0, where a norm has no gradient
@@ -85,14 +85,14 @@ def test_files_of_any_kind_and_the_gradient(folder, heads, tmp_path):
 
 def test_what_is_wrong_is_said(folder, features, heads, tmp_path):
     with pytest.raises(StditError, match=r"vgg\.pth: no features\.0\.weight there.*vgg16-397923af\.pth"):
-        Lpips(folder / "vgg.pth")
+        Lpips(folder / "vgg.pth", True)
     with pytest.raises(StditError, match=r"no lin0\.model\.1\.weight there.*PerceptualSimilarity"):
-        Lpips(folder / "vgg16-397923af.pth")
+        Lpips(folder / "vgg16-397923af.pth", True)
     with pytest.raises(StditError, match="no such file or folder"):
         Lpips(tmp_path / "none")
     save_file(heads, tmp_path / "a.safetensors")
     with pytest.raises(StditError, match="both hold lin0"):
-        Lpips([folder, tmp_path])
+        Lpips([folder, tmp_path], True)
     save_file({"lin0.model.1.weight": torch.zeros(1, 63, 1, 1)}, tmp_path / "a.safetensors")
     with pytest.raises(StditError, match=r"\(1, 63, 1, 1\), not \(1, 64, 1, 1\)"):
         Lpips(tmp_path)
@@ -106,8 +106,15 @@ def test_what_is_wrong_is_said(folder, features, heads, tmp_path):
         with pytest.raises(
             StditError, match=rf"{name} is damaged, or is no dictionary of tensors.*vgg16-397923af"
         ) as error:
-            Lpips(tmp_path / name)
+            Lpips(tmp_path / name, True)
         assert not re.search("weights_only|[Pp]ickle|trust|torch.load", str(error.value))
     a, b = clips()
     with pytest.raises(StditError, match="at least 16x16"):
-        Lpips(folder)(a[..., :15], b[..., :15])
+        Lpips(folder, True)(a[..., :15], b[..., :15])
+
+
+def test_pickles_are_opened_only_if_asked(folder):
+    with pytest.raises(
+        StditError, match=r"vgg.*\.pth: is a pickle.*--trust-pickle, objective\.vae\.lpips\.trust_pickle=true"
+    ):
+        Lpips(folder)
