@@ -170,7 +170,7 @@ def content_of_file(file: BinaryIO, name: str) -> str | None:
     """As `content_of`; also tells PNGs that move, which are FFmpeg's ("video"), and formats that bytes do not tell."""
     suffix = suffix_of(name)
     content = _NOT_READ_SUFFIXES.get(suffix) or content_of(file.read(HEAD))
-    if content == "png" and png_chunk(file, b"acTL"):
+    if content == "png" and png_chunk(file, b"acTL"):  # Pillow 13 lays half transparent pixels over others wrongly
         return "video"
     return "tga" if content is None and suffix == ".tga" else content
 
