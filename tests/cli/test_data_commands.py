@@ -83,7 +83,8 @@ def test_encode_then_again_then_after_a_move(folder, tmp_path, capsys):
     assert status == 1 and "memory 1000: " in said.err
     status, said = encode()
     assert status == 0 and json.loads(said.out) | {"cache": ""} == {
-        "cache": "", "clips": 2, "reused": 0, "texts": 0, "retries": 0, "failures": [], "left_out": {}
+        "cache": "", "clips": 2, "reused": 0, "texts": 0, "retries": 0, "failures": [], "left_out": {},
+        "long_captions": None,
     }  # fmt: skip
     status, said = encode("--crops", "3")  # cut at random: none of those is there
     assert status == 0 and (json.loads(said.out)["clips"], json.loads(said.out)["reused"]) == (6, 0)
