@@ -86,13 +86,18 @@ def local_path(what: str, given: str | Path) -> Path:
     what: the setting or option that the path comes from, for the error.
     """
     text = str(given).removeprefix("file://")
-    if not text.strip() or "\0" in text:
-        raise StditError(f"{what} is {text!r}: it must be a path.")
+    if not text.strip() or "\0" in text or not is_utf8(text):
+        raise StditError(f"{what} is {text!r}: it must be a path{', in UTF-8' if text.strip() else ''}.")
     if "://" in text:
         raise StditError(
             f"{what} is {text}: a URL. This is written to a path on this machine only; copy it afterwards."
         )
     return Path(text).expanduser()
+
+
+def is_utf8(path: str) -> bool:
+    """Whether a path's bytes are UTF-8, so that a manifest or a JSON file can hold it."""
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in path)
 
 
 def local_folder(what: str, given: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -207,8 +208,12 @@ def _copy(entries: list[Path], out: Path) -> None:
         if entry.is_dir():
             part = out / f".{entry.name}.part"
             remove_folder(part)
-            copy_folder(entry, part)
-            publish_folder(part, out / entry.name)
+            try:
+                copy_folder(entry, part)
+                publish_folder(part, out / entry.name)
+            finally:
+                with suppress(OSError):
+                    remove_folder(part)
         else:
             publish_text(out / entry.name, entry.read_text("utf-8"))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stdit.errors import StditError
+from stdit.files import writing
 
 PROCESSES = 16  # that share the folder, at a guess
 STALE = 3600.0  # seconds after which a part that nobody finished is taken for a dead process's
@@ -86,7 +87,7 @@ class Copies:
         self._make_room(size)
         part = self.folder / f".{name}.{secrets.token_hex(4)}.part"
         try:
-            with open(part, "wb") as file:
+            with writing(f"{self.folder} (STDIT_LOCAL)"), open(part, "wb") as file:
                 yield file
                 more = file.tell() - size  # of a server that does not tell sizes
             if more > 0:

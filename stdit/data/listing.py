@@ -15,6 +15,7 @@ from stdit.data.manifest import Skipped
 from stdit.data.paths import is_remote, join, name_of
 from stdit.data.storage import STORAGE, StorageError, side_by_side
 from stdit.errors import StditError
+from stdit.files import is_utf8
 from stdit.text_files import unicode_form
 
 CAPTION_SUFFIXES = (".txt", ".json")
@@ -50,6 +51,10 @@ class Folder:
             if self.root.startswith(("http://", "https://")):
                 self._unquote()
             return
+        if not is_utf8(os.path.abspath(self.root)):
+            raise StditError(
+                f"{os.path.abspath(self.root)!r}: its name is not UTF-8, so no manifest can hold it. Rename it."
+            )
         if not os.path.isdir(self.root):
             raise StditError(f"{root} is not a folder.")
         self._walk()

@@ -27,6 +27,7 @@ from stdit.data.storage import STORAGE, StorageError
 from stdit.data.tars import COMPRESSED, tar_members
 from stdit.data.video_io import VERIFY_PIXELS
 from stdit.errors import StditError, about
+from stdit.files import is_utf8
 
 FLASHES = 5  # stretches between cuts that a message tells the place of
 
@@ -139,12 +140,12 @@ class _Found:
     def look_at(self, files: list[File], opened: Opened = STORAGE.local) -> None:
         """Finds what is wanted of files, as far as no earlier scan has."""
         for file in files:
-            if _unnameable(file.name):
+            if not is_utf8(file.name):
                 name = file.name.encode("utf-8", "replace").decode()
                 self.skipped.append(Skipped(name, "name", "has a name that is not UTF-8. Rename it."))
             elif file.refused:
                 self.skipped.append(Skipped(file.name, *file.refused))
-        files = [file for file in files if not _unnameable(file.name) and not file.refused]
+        files = [file for file in files if is_utf8(file.name) and not file.refused]
         self.on_start(len(self.files) + len(files))
         known = {file.path: result for file in files if (result := self.memory.get(file))}
         new = {file.path: file for file in files if not self._whole(known.get(file.path))}
@@ -253,10 +254,6 @@ def _cores() -> int:
 
 def _probed_path(out: str | Path) -> str:
     return beside(out, ".probed.jsonl")
-
-
-def _unnameable(file: str) -> bool:
-    return any(0xD800 <= ord(c) <= 0xDFFF for c in file)
 
 
 def _table(path: str, source: Folder, file_column: str | None, caption_column: str | None) -> Captions:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,10 +252,14 @@ def publish(run: Path, step: int, write: Callable[[Path], None]) -> None:
     """What `write` puts into a folder becomes run/model, whole or not at all, and says which step it is of."""
     final, temporary = run / "model", run / ".tmp-model"
     remove_folder(temporary)
-    with writing(temporary):
-        write(temporary)
-        (temporary / "export.json").write_text(json.dumps({"format": FORMAT, "step": step}) + "\n")
-        publish_folder(temporary, final)
+    try:
+        with writing(temporary):
+            write(temporary)
+            (temporary / "export.json").write_text(json.dumps({"format": FORMAT, "step": step}) + "\n")
+            publish_folder(temporary, final)
+    finally:  # a disk that is full gets its room back
+        with suppress(OSError):
+            remove_folder(temporary)
 
 
 def exported_step(run: Path) -> int | None:

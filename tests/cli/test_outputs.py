@@ -67,6 +67,19 @@ def test_a_folder_is_no_file(command, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_name_that_no_manifest_can_hold_is_told(tmp_path, capsys):
+    bad = os.fsdecode(b"bad\xff")
+    (tmp_path / bad).mkdir()
+    try:
+        assert run_command(app, ["data", "scan", bad, "--out", "m.parquet"], prog="stdit") == 1
+        assert "bad\\udcff': its name is not UTF-8" in capsys.readouterr().err
+        for out in (f"{bad}.parquet", f"{bad}/m.parquet"):
+            assert run_command(app, ["data", "scan", ".", "--out", out], prog="stdit") == 2
+            assert "it must be a path, in UTF-8" in capsys.readouterr().err
+    finally:
+        (tmp_path / bad).rmdir()
+
+
 def test_the_home_folder_is_the_home_folder(tmp_path, capsys):
     """No shell writes out the ~ of --out=~/m.parquet."""
     assert run_command(app, ["data", "scan", "none", "--out=~/m.txt"], prog="stdit") == 1

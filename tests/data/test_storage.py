@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -287,6 +288,20 @@ def test_what_another_process_takes_for_a_leftover_is_written_again(tmp_path, mo
     left[0] = 3
     with pytest.raises(FileNotFoundError):
         store.write(str(tmp_path / "b"), b"content")
+
+
+def test_a_full_disk_of_copies_is_said_and_no_missing_file(tmp_path, files):
+    files("clips/a.tar", b"content")
+    store = storage(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store._block = full
+    with pytest.raises(StditError, match=r"copies \(STDIT_LOCAL\): no space left on the disk") as caught:
+        with store.local("flaky://clips/a.tar"):
+            pass
+    assert not isinstance(caught.value, StorageError) and copies(tmp_path) == []
 
 
 def test_a_chain_of_file_systems_is_still_one(tmp_path):
