@@ -16,7 +16,7 @@ import torch
 from stdit import locks
 from stdit.config import load_config
 from stdit.errors import StditError
-from stdit.training import checkpoint, export, start
+from stdit.training import checkpoint, export
 from stdit.training.checkpoint import remove_strays
 from stdit.training.metrics import MetricsLog, read_metrics
 from stdit.training.parallel import World
@@ -134,18 +134,6 @@ def test_an_export_on_a_full_disk_names_one_file_and_keeps_the_old_one(tmp_path:
     assert export.exported_step(tmp_path) == 3
     export.publish(tmp_path, 6, write)
     assert export.exported_step(tmp_path) == 6 and os.listdir(tmp_path) == ["model"]
-
-
-def test_a_disk_error_on_one_rank_ends_the_other_too(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    config = load_config(tiny / "vae.yaml", [f"run={tmp_path}", "objective.vae.train=decoder"])
-    monkeypatch.setattr(start, "vae_identity", broken)
-    first, second = both(lambda world: start.check_base(config, None, world))
-    assert isinstance(first, OSError) and isinstance(second, StditError) and "Input/output error" in str(second)
 
 
 def test_a_rank_that_does_not_see_the_folder_yet_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
