@@ -60,7 +60,7 @@ def test_scan_of_nothing_is_an_error(tmp_path, capsys):
     assert "none is a video or an image" in capsys.readouterr().err
     assert not (tmp_path / "m.parquet").exists()
     assert run_command(app, ["data", "scan", str(tmp_path), "--out", str(tmp_path / "m.csv")], "stdit") == 1
-    assert "name it m.parquet" in capsys.readouterr().err
+    assert f"name it {tmp_path / 'm.parquet'}" in capsys.readouterr().err
 
 
 def test_encode_then_again_then_after_a_move(folder, tmp_path, capsys):

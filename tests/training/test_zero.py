@@ -108,7 +108,8 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nothing_of_deepspeeds_own_is_in_the_log(runs: Path, rank: int) -> None:
     """Neither warnings at every collective nor its memory at start-up: a user's log of many ranks would be buried."""
-    assert (runs / f"rank{rank}.txt").read_text() == ""
+    lines = (runs / f"rank{rank}.txt").read_text().splitlines()
+    assert not [line for line in lines if not line.startswith("schedule.steps was ")]  # ours: the runs go on that way
 
 
 def test_no_rank_waits_for_a_compiler(runs: Path) -> None:

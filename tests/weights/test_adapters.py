@@ -376,7 +376,9 @@ def test_the_common_layout_needs_no_alpha(alpha, dtype, tmp_path):
         assert read_adapter(path, config).pairs["blocks.0.cross_attn.q.weight"].scale == 1
 
 
-I2V = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4, in_channels=36, image_text_dim=6)
+I2V = TransformerConfig(
+    dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4, in_channels=36, image_channels=20, image_text_dim=6
+)
 
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet__"])

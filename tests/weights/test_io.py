@@ -39,7 +39,7 @@ def test_a_save_that_fails_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(io, "write_tensors", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StditError, match="no space left on the disk"):
         stdit.save_transformer(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
