@@ -6,7 +6,7 @@ each text, the end token included. Nothing here is ever downloaded.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,12 +197,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     check_files(folder)
-    alone = [] if (folder / "tokenizer.json").is_file() else sorted(path.name for path in folder.glob("*.model"))
-    if alone and importlib.util.find_spec("sentencepiece") is None:
-        raise StditError(
-            f"{folder}: reading the vocabulary {alone[0]} needs a package that is not installed: pip install "
-            f"sentencepiece. (Or put the tokenizer.json of the same tokenizer beside it.)"
-        )
+    if not (folder / "tokenizer.json").is_file() and (models := sorted(folder.glob("*.model"))):
+        _check_sentencepiece(models[0])
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
     except Exception as error:  # transformers and tokenizers have no error of their own for what they cannot read
@@ -224,6 +220,19 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
         raise StditError(f"{folder / whole}: a vocabulary without one word. Download the folder again.")
     return tokenizer
+
+
+def _check_sentencepiece(vocabulary: Path) -> None:
+    """Raises StditError where what transformers reads such a file with is broken: it would ask for tiktoken instead."""
+    for module, package in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise StditError(
+                f"{vocabulary}: reading it needs the package {package}, which cannot be imported here ({error}). "
+                f"Install it again: pip install --force-reinstall {package}. (Or put the tokenizer.json of the same "
+                f"tokenizer beside it.)"
+            ) from error
 
 
 def _encoder_config(folder: Path) -> Any:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
+import sentencepiece
 import torch
 from references import small_reason
 from transformers import (
@@ -290,10 +293,57 @@ def test_a_vision_language_model_is_deferred_too(tmp_path):
     assert late.dim == now.dim and torch.equal(late.encode(CAPTIONS[:1])[0], now.encode(CAPTIONS[:1])[0])
 
 
-def test_a_sentencepiece_vocabulary_alone_says_which_package_reads_it(encoder, tmp_path, monkeypatch):
-    """Some tokenizers have no tokenizer.json; transformers then asks for tiktoken, which does not read them."""
+T5_CONFIG = {
+    "tokenizer_class": "T5Tokenizer",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "extra_ids": 100,
+    "model_max_length": 512,
+}
+
+
+def test_a_sentencepiece_vocabulary_alone_gives_its_own_ids(tmp_path):
+    """The tokenizers of LTX-Video, PixArt, Latte and Allegro are a spiece.model without a tokenizer.json."""
+    sentences = [*CAPTIONS, "the camera pans over a beach at sunset", "Ein gelber Kreis wächst, langsam."] * 4
+    (tmp_path / "tokenizer").mkdir()
+    with open(tmp_path / "tokenizer" / "spiece.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=file, model_type="unigram", vocab_size=80,
+            hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(T5_CONFIG))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer" / "spiece.model"))
+    size = reference.get_piece_size() + T5_CONFIG["extra_ids"]
+    config = T5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path / "text_encoder")
+    encoder = load_text_encoder(tmp_path, max_length=64)
+    encoder.treatment = replace(encoder.treatment, clean="none")
+    texts = [
+        *CAPTIONS,
+        "",
+        "waves  at   sunset",
+        " spaces around ",
+        "wächst, ½ ﬁ ＡＢＣ",
+        "unknown 日本",
+        "a\nb\tc",
+    ]
+    ids = encoder.tokenize(texts)
+    assert ids == [[*reference.encode(text), 1] for text in texts]
+    assert ids[texts.index("")] == [1] and 2 in ids[texts.index("unknown 日本")]
+    assert [len(one) for one in encoder.encode(texts)] == [len(one) for one in ids]
+
+    encoder.save(tmp_path / "again" / "text_encoder", tmp_path / "again" / "tokenizer")
+    again = load_text_encoder(tmp_path / "again", max_length=64)
+    again.treatment = encoder.treatment
+    assert again.tokenize(texts) == ids
+
+
+@pytest.mark.parametrize(("module", "package"), [("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")])
+def test_a_package_for_sentencepiece_files_that_is_broken_is_named(module, package, encoder, tmp_path, monkeypatch):
+    """transformers would ask for tiktoken, which does not read them."""
     encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.json").rename(tmp_path / "tokenizer" / "spiece.model")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(StditError, match=r"spiece\.model needs a package .* pip install sentencepiece"):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(StditError, match=rf"spiece\.model: reading it needs the package {package}, which cannot"):
         load_text_encoder(tmp_path)
