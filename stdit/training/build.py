@@ -37,14 +37,13 @@ from stdit.training.lora import add_lora
 from stdit.training.objective import FlowObjective, Objective
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
-from stdit.training.start import check_vae, choose_trained, follow_init, transformer_path
+from stdit.training.start import check_export, check_vae, choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.experts import boundary_of
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import find, load, load_vae
-from stdit.weights.layouts import check_layout
 from stdit.weights.schedulers import scheduler_of
 
 
@@ -331,9 +330,7 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
         choose_trained(model, settings)
         if settings.lora is not None:
             add_lora(model, settings.lora, config.run.seed)
-    if settings.lora is None or settings.lora.merged:
-        with about("model, as run/model will hold it"):
-            check_layout(model.config, "diffusers")
+    check_export(settings, model.config)
     model.checkpoint_blocks = config.model.checkpoint_blocks
     return model
 

@@ -24,7 +24,7 @@ from stdit.training.engine import PRECISIONS, zero_stage
 from stdit.training.lora import add_lora
 from stdit.training.objective import FlowObjective, Objective, StepKey
 from stdit.training.settings import RunConfig, VaeSettings
-from stdit.training.start import check_vae, choose_trained, follow_init, transformer_path
+from stdit.training.start import check_export, check_vae, choose_trained, follow_init, transformer_path
 from stdit.training.vae_objective import VaeObjective
 from stdit.vae.autoencoder import preset
 from stdit.vae.perceptual import Lpips
@@ -81,6 +81,7 @@ def outline(config: RunConfig) -> Objective:
             follow = {"in_channels": vae.config.z_dim, "out_channels": vae.config.z_dim}
             follow |= {"text_dim": config.text.trained.dim} if config.text.trained else {}
             model = STDiT(TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow)))
+    check_export(settings, model.config)
     model.checkpoint_blocks = settings.checkpoint_blocks
     images = _Images(model.config.image_text_dim, model.config.image_text_positions)
     return FlowObjective(

@@ -15,6 +15,7 @@ from stdit.pipeline import FolderSettings
 from stdit.training.settings import ModelSettings, RunConfig
 from stdit.weights.experts import boundary_of, expert_places
 from stdit.weights.io import find
+from stdit.weights.layouts import check_layout
 from stdit.weights.schedulers import scheduler_of
 
 
@@ -102,3 +103,10 @@ def choose_trained(model: STDiT, settings: ModelSettings) -> None:
             )
     for name, parameter in parameters.items():
         parameter.requires_grad_(not patterns or any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def check_export(settings: ModelSettings, model: TransformerConfig) -> None:
+    """Raises StditError that names a setting which the exported model folder cannot hold."""
+    if settings.lora is None or settings.lora.merged:
+        with about("model, as run/model will hold it"):
+            check_layout(model, "diffusers")

@@ -123,6 +123,7 @@ def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
         (["vae.path=/no/such/vae"], "/no/such/vae"),
         (["model.preset=tyo"], "Did you mean 'toy'"),
         (["text.path=/no/such/text"], "/no/such/text"),
+        (["model.norm=rms"], "run/model will hold it: layout 'diffusers' cannot hold norm=rms"),
         (["data.sources={'*': 0.001}", "--epoch", "1"], "--epoch 1 has no clip"),
         (["data.shapes=[00x64]"], "'00x64' is not a shape"),
         (["data.shapes=[64x64x9,16x16x65]", "data.stages=[{epochs: 1}, {area: 16x16}]"], "stage 2: the plan has no"),

@@ -323,10 +323,20 @@ def test_presets_have_heads_that_all_programs_take_from_the_width():
 def test_a_training_whose_model_no_layout_holds_is_refused_before_it_starts(change):
     from stdit.config import from_dict
     from stdit.training.build import make_transformer
+    from stdit.training.footprint import outline
+    from stdit.training.lora import LoraConfig
+    from stdit.training.start import check_export
 
     config = from_dict({"run": {"path": "x"}, "model": {"preset": "toy", "layers": 1, **change}}, "test")
-    with pytest.raises(StditError, match=rf"layout 'diffusers' cannot hold ({'|'.join(change)})="):
-        make_transformer(config, 4, 8)
+    for make in (lambda: make_transformer(config, 4, 8), lambda: outline(config)):
+        with pytest.raises(StditError, match=rf"run/model will .*'diffusers' cannot hold ({'|'.join(change)})="):
+            make()
+    model = TransformerConfig.preset("toy", layers=1, **change)
+    config.model.lora = LoraConfig()  # whose model folder holds the adapter alone
+    check_export(config.model, model)
+    config.model.lora.merged = True
+    with pytest.raises(StditError, match="cannot hold"):
+        check_export(config.model, model)
 
 
 # VAEs.
