@@ -19,6 +19,7 @@ import torch
 from stdit.diffusion.solvers import read_scheduler, write_scheduler
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish_text
+from stdit.heartbeat import HEARTBEAT
 from stdit.models.experts import Experts
 from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
@@ -28,10 +29,11 @@ from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.open_sora import AnyVAE, OpenSoraVAE
 from stdit.vae.others import OtherVAE
 from stdit.weights.adapters import merge
-from stdit.weights.experts import expert_adapter_places
+from stdit.weights.experts import expert_adapter_places, expert_places
 from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.files import read_json
-from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
+from stdit.weights.identity import folder_identity
+from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae, transformer_identity
 from stdit.weights.lora_files import read_adapter
 from stdit.weights.schedulers import default_scheduler
 
@@ -130,12 +132,14 @@ class Base:
     """What an adapter's model folder says of the weights below it, in base.json: paths, which load_parts follows.
 
     transformer: a model folder, or a transformer's folder or file. pipeline: the class to sample as, where it is none.
+    content: SHA-256 (hex) of what is at the paths, by part; empty where an earlier stdit wrote base.json.
     """
 
     transformer: str
     vae: str
     text_encoder: str
     pipeline: str = "WanPipeline"
+    content: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Base:
@@ -144,7 +148,7 @@ class Base:
         if not path.is_file():
             return cls(str(folder), str(folder), str(folder), pipeline="")
         found = read_json(path)
-        if found.pop("format", None) != FORMAT or found.keys() != cls.__dataclass_fields__.keys():
+        if found.pop("format", None) != FORMAT or {"content", *found} != cls.__dataclass_fields__.keys():
             raise StditError(f"{path}: not of format {FORMAT} with {', '.join(cls.__dataclass_fields__)}.")
         base = build(cls, found, str(path))
         for name in ("transformer", "vae", "text_encoder"):
@@ -154,6 +158,43 @@ class Base:
                     f"where it is now; or load that model with the adapter: --model MODEL --lora {folder}."
                 )
         return base
+
+    def contents(self) -> dict[str, str]:
+        """What is at the paths now, by part: both experts' transformers, where there are two."""
+        from stdit.encode import text_identity, vae_identity
+
+        folder = Path(self.transformer)
+        weights, configs = transformer_identity((expert_places(folder) or {"": folder}).values())
+        text = text_identity(self.text_encoder)
+        found = {
+            "transformer": weights,
+            "transformer's config": configs,
+            "vae": vae_identity(self.vae),
+            "text_encoder": text["text_encoder"],
+            "tokenizer": text["tokenizer"],
+        }
+        if (folder / "image_encoder").is_dir():
+            found["image_encoder"] = folder_identity(folder / "image_encoder")
+        return found
+
+    def check(self, folder: Path) -> None:
+        """Raises StditError where other weights are at the paths than the adapter in `folder` was trained over."""
+        if not self.content:
+            return
+        HEARTBEAT.doing("checking the weights below the adapter")
+        now = self.contents()
+        HEARTBEAT.doing(f"loading {folder}")
+        lines = [
+            f"{name} is {now.get(name, 'gone')}, the adapter was trained over {self.content.get(name, 'none')}"
+            for name in {**self.content, **now}
+            if now.get(name) != self.content.get(name)
+        ]
+        if lines:
+            raise StditError(
+                f"{folder / 'base.json'}: what lies at its paths has changed since: {'; '.join(lines)} (SHA-256). "
+                f"Restore it, or write where it is now; or load other weights with the adapter all the same: --model "
+                f"MODEL --lora {folder}."
+            )
 
     def write(self, folder: Path) -> None:
         publish_text(folder / "base.json", json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
@@ -190,6 +231,7 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
             f"{path}: a {name} is not supported.{nearest_name(str(name), KINDS)} Supported: {', '.join(KINDS)}."
         )
     kind = KINDS[name]
+    base.check(folder)
     transformer = load_transformer(base.transformer, dtype=dtype, device=device).eval()
     if base.pipeline:
         add_loras(transformer, [(folder, 1.0)])

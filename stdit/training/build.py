@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -57,6 +57,7 @@ class Parts:
     loader: Loader
     plan: Plan  # of epoch 0
     config: RunConfig  # with what follows from model.init
+    frozen: dict[str, str] = field(default_factory=dict)  # `check_frozen`'s, once it is checked
 
     def plan_of(self, epoch: int) -> Plan:
         """The plan of an epoch; the last few are kept."""

@@ -32,6 +32,7 @@ from stdit.training.build import Parts
 from stdit.training.ema import Ema
 from stdit.training.engine import Engine
 from stdit.training.experts import ExpertsModule, ExpertsObjective
+from stdit.training.frozen import check_unchanged
 from stdit.training.lora import export_adapters, merge_lora
 from stdit.training.objective import FlowModule, FlowObjective
 from stdit.training.parallel import World
@@ -180,13 +181,18 @@ def check_export(config: RunConfig) -> None:
 
 
 def write_base(parts: Parts, folder: Path) -> None:
-    """What makes a model folder of an adapter alone: where the weights below it are, and how they are sampled."""
+    """What makes a model folder of an adapter alone: where the weights below it are, and how they are sampled.
+
+    Raises StditError where they are no longer those that the run began with.
+    """
     config, objective = parts.config, parts.objective
     assert isinstance(objective, FlowObjective | ExpertsObjective)
+    check_unchanged(config, parts.frozen)
     given = (config.model.init, config.vae.path, config.text.path)
     transformer, vae, text_encoder = (str(Path(place or "").expanduser().resolve()) for place in given)
     pipeline = objective.scheduler.get("_pipeline", "WanPipeline")
-    Base(transformer, vae, text_encoder, pipeline).write(folder)
+    base = Base(transformer, vae, text_encoder, pipeline)
+    replace(base, content=base.contents()).write(folder)
     scheduler = with_static_shift(objective.scheduler, config.objective.flow.noise_levels.shift)
     write_scheduler(scheduler, folder / "scheduler")
     _settings(parts).write(folder)

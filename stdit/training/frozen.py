@@ -10,12 +10,11 @@ from typing import Any
 from stdit.encode import text_identity, vae_identity
 from stdit.errors import StditError
 from stdit.training.checkpoint import Checkpoint
-from stdit.training.lora import base_identity
 from stdit.training.parallel import World
 from stdit.training.settings import RunConfig
 from stdit.training.start import transformer_paths
 from stdit.weights.identity import file_identity, files_identity, folder_identity
-from stdit.weights.io import find
+from stdit.weights.io import transformer_identity
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ def frozen_parts(config: RunConfig) -> dict[str, Part]:
 
 def _init_parts(config: RunConfig, init: Path) -> dict[str, Part]:
     paths = transformer_paths(config.model)
-    configs = [place for path in paths if (place := find("transformer", path).config_path) is not None]
     levels = config.objective.flow.noise_levels
     follows = f"text.padding {config.text.padding}, shift {levels.shift}, range {levels.range}"
-    parts = {"transformer": base_identity(paths), "transformer's config": files_identity(configs)}
+    weights, settings = transformer_identity(paths)
+    parts = {"transformer": weights, "transformer's config": settings}
     parts |= {"settings that follow from it": f"{follows}, tasks {config.objective.flow.tasks}"}
     if (scheduler := init / "scheduler" / "scheduler_config.json").is_file():
         parts["scheduler"] = file_identity(scheduler)
@@ -81,6 +80,17 @@ def check_frozen(
         else:
             _compare(resumed.path, then, parts, only_known="frozen" not in resumed.state)
     return {name: part.content for name, part in parts.items()}
+
+
+def check_unchanged(config: RunConfig, then: dict[str, str]) -> None:
+    """Raises StditError where parts are no longer what they were at the run's start. then: `check_frozen`'s."""
+    parts = frozen_parts(config) if then else {}
+    changed = [f"the {name}, {one.place}" for name, one in parts.items() if one.content != then.get(name)]
+    if changed:
+        raise StditError(
+            f"{'; '.join(changed)}: has changed while the run trained over it. Restore it and give the same command "
+            f"again: it goes on from the last checkpoint."
+        )
 
 
 def _recorded(state: dict[str, Any], config: RunConfig) -> dict[str, str] | None:

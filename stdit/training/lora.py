@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,8 +17,6 @@ from stdit.models.lora import LoraLinear
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights.adapters import Adapter, Pair, merge
 from stdit.weights.experts import expert_adapter_places
-from stdit.weights.identity import folder_identity
-from stdit.weights.io import find
 from stdit.weights.lora_files import FILES, write_adapter
 
 _START = "transformer."  # of its parameters' names in the module that trains
@@ -110,9 +107,3 @@ def merge_lora(module: nn.Module) -> None:
     merge(module, [(Adapter(pairs), 1.0)])
     for name, layer in layers.items():
         module.set_submodule(name, layer.plain())
-
-
-def base_identity(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files of the weights that adapters are trained over: no checkpoint holds them."""
-    files = [file for path in paths for file in find("transformer", path).files.files]
-    return hashlib.sha256("".join(map(folder_identity, files)).encode()).hexdigest()

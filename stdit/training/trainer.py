@@ -31,6 +31,7 @@ from stdit.training.engine import PRECISIONS, Engine, make_engine
 from stdit.training.feed import Feed, Step
 from stdit.training.frozen import check_frozen
 from stdit.training.metrics import MetricsLog, measure_peak, read_metrics
+from stdit.training.networks import check_networks, with_networks
 from stdit.training.objective import StepKey
 from stdit.training.parallel import World
 from stdit.training.progress import Progress
@@ -56,7 +57,8 @@ class Trainer:
         self.say: Callable[[str], None] = _say if world.is_main else (lambda _: None)
         self.resumed = Checkpoint.latest(self.folder)
         if self.resumed is not None:
-            changed = differences(self.resumed.state["config"], config, named="frozen" in self.resumed.state)
+            state = self.resumed.state
+            changed = differences(with_networks(state, config), config, named="frozen" in state)
             if changed:
                 free = ", ".join(key.rstrip(".") for key in MAY_DIFFER)
                 raise StditError(
@@ -81,7 +83,8 @@ class Trainer:
         _set_deterministic(config.run.deterministic)
         self.parts: Parts = build(config, world)
         module, critic = self.parts.objective.module, self.parts.objective.critic
-        self.frozen = check_frozen(self.parts.config, self.resumed, world, self.say)
+        self.parts.frozen = check_frozen(self.parts.config, self.resumed, world, self.say)
+        self.networks = check_networks(self.parts.config, self.parts.objective, self.resumed, self.say)
         plans = world.gather(self.parts.plan_hash)
         other = next((rank for rank, plan in enumerate(plans) if plan != plans[0]), None)
         if other is not None:  # they would wait for one another, or learn from clips of different steps
@@ -318,7 +321,8 @@ class Trainer:
             "window": window.tolist(),
             "failures": self.failures,
             "skipped": self.skipped,
-            "frozen": self.frozen,
+            "frozen": self.parts.frozen,
+            "networks": self.networks,
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoint.keep

@@ -6,12 +6,13 @@ its device and dtype, into a model that was built without memory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from stdit.files import publish
 from stdit.weights.experts import EXPERT_NAMES, boundary_of, expert_folders, expert_places
 from stdit.weights.families import families, family_of, on_meta, shapes_of, table_of
 from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
+from stdit.weights.identity import files_identity, folder_identity
 from stdit.weights.keymap import Table
 from stdit.weights.layouts import check_layout, describe, dialect_in
 from stdit.weights.others import check_known, check_no_adapter
@@ -217,6 +219,14 @@ def find(
         raise StditError(
             f"{config_path or files.path}: not a config of a {kind} that can be read ({error}). Is it damaged?"
         ) from error
+
+
+def transformer_identity(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, str]:
+    """SHA-256 (hex) of the weights of one or more transformers, and of their configs."""
+    found = [find("transformer", path) for path in paths]
+    weights = [folder_identity(file) for one in found for file in one.files.files]
+    configs = [one.config_path for one in found if one.config_path is not None]
+    return hashlib.sha256("".join(weights).encode()).hexdigest(), files_identity(configs)
 
 
 def _source(

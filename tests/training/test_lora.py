@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -289,6 +291,84 @@ def test_an_adapters_folder_alone_samples_is_measured_and_reported(made, two, in
     (made / init).rename(made / "elsewhere")
     with pytest.raises(StditError, match=r"base\.json: transformer, .*, over which this adapter was trained, is not"):
         Pipeline.load(alone / "model")
+
+
+@pytest.fixture
+def alone(made: Path) -> Path:
+    """The model folder of an adapter alone, over parts of three places."""
+    return train(made, "alone", "model.lora.merged=false", "schedule.steps=1") / "model"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("transformer", "base/diffusion_pytorch_model.safetensors"),
+        ("transformer's config", "base/config.json"),
+        ("vae", "own/vae/diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "text/text_encoder/model.safetensors"),
+        ("tokenizer", "text/tokenizer/tokenizer.json"),
+    ],
+)
+def test_other_weights_below_an_adapter_are_refused(made, tiny, alone, part, file):
+    """base.json names them by content; where they lie does not matter."""
+    shutil.copytree(tiny / "vae", made / "own" / "vae")
+    path, written = alone / "base.json", json.loads((alone / "base.json").read_text())
+    (made / "there").mkdir()
+    for name in ("base", "text", "own"):
+        shutil.move(made / name, made / "there" / name)
+    moved = {"transformer": "base", "vae": "own", "text_encoder": "text"}
+    written |= {name: str(made / "there" / place) for name, place in moved.items()}
+    path.write_text(json.dumps(written))
+    Pipeline.load(alone)
+    place = made / "there" / file
+    if place.suffix == ".json":
+        place.write_text(place.read_text() + "\n")
+    else:
+        flip(place)
+    with pytest.raises(StditError, match=r"base\.json: what lies at its paths has changed") as caught:
+        Pipeline.load(alone)
+    said, wanted = str(caught.value), written["content"][part]
+    assert re.search(rf"since: {part} is \w{{64}}, the adapter was trained over {wanted} \(SHA-256\)\. Restore", said)
+    assert f"--lora {alone}" in said and said.count("trained over") == 1
+    if part == "transformer":  # as the SHA-256 of the files says, by another program
+        found = hashlib.sha256(place.read_bytes()).hexdigest()
+        assert hashlib.sha256(found.encode()).hexdigest() in said
+    assert set(written["content"]) == {"transformer", "transformer's config", "vae", "text_encoder", "tokenizer"}
+    del written["content"]  # as earlier versions wrote it
+    path.write_text(json.dumps(written))
+    Pipeline.load(alone)
+
+
+def test_both_experts_below_an_adapter_are_named(made, two):
+    settings = [f"model.init={two}", "model.expert=low", "vae.path=null", "text.path=null", "text.padding=null"]
+    folder = train(made, "low", *settings, "model.lora.merged=false", "schedule.steps=1") / "model"
+    Pipeline.load(folder)
+    flip(two / "transformer" / "diffusion_pytorch_model.safetensors")  # not the one that the adapter is of
+    with pytest.raises(StditError, match=r"since: transformer is \w{64}, the adapter was trained over"):
+        Pipeline.load(folder)
+
+
+def test_weights_that_change_under_a_training_are_not_named_as_its_base(made, monkeypatch):
+    write = trainer_module.export.write_model
+    weights = made / "base" / "diffusion_pytorch_model.safetensors"
+
+    def changed(*given):
+        flip(weights)
+        return write(*given)
+
+    monkeypatch.setattr(trainer_module.export, "write_model", changed)
+    with pytest.raises(StditError, match=r"the transformer, .*base: has changed while the run trained over it"):
+        train(made, "alone", "model.lora.merged=false", "schedule.steps=1")
+    monkeypatch.setattr(trainer_module.export, "write_model", write)
+    assert not (made / "alone" / "model").exists()
+    flip(weights)
+    assert (train(made, "alone", "model.lora.merged=false", "schedule.steps=1") / "model" / "base.json").is_file()
 
 
 @pytest.fixture
