@@ -80,6 +80,20 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def no_empty_folders(*places: Path) -> Iterator[None]:
+    """Where the work fails, removes what it left empty of the folders that were not there before: `places`, and those
+    above them."""
+    made = {place for end in places for place in (end, *end.parents) if not os.path.lexists(place)}
+    try:
+        yield
+    except BaseException:
+        for place in sorted(made, key=lambda place: len(place.parts), reverse=True):
+            with suppress(OSError):  # not made, or not empty
+                place.rmdir()
+        raise
+
+
 def local_path(what: str, given: str | Path) -> Path:
     """A path on this machine to write to, with ~ as the home folder. Raises StditError for a URL or no path at all.
 

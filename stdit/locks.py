@@ -63,6 +63,11 @@ def _lock(path: Path) -> int | None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:  # another user's, in a folder that is shared
             descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                raise
+            make_folder(path.parent)  # the one before failed, and removed its empty folder
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):

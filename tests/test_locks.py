@@ -13,6 +13,7 @@ from children import Child
 
 from stdit import locks
 from stdit.errors import StditError
+from stdit.files import make_folder
 from stdit.locks import NAME, locked
 
 HOLDS = """
@@ -95,3 +96,16 @@ def test_a_child_of_the_holder_holds_nothing(tmp_path, monkeypatch):
     with locked(Path(tmp_path), "a training", ""):
         assert child.popen.poll() is None
     child.kill()
+
+
+def test_a_folder_that_its_last_holder_removed_is_made_again(tmp_path, monkeypatch):
+    calls = []
+
+    def make(folder):
+        calls.append(folder)
+        return Path(folder) if len(calls) == 1 else make_folder(folder)  # removed before the first lock
+
+    monkeypatch.setattr(locks, "make_folder", make)
+    with locked(tmp_path / "out", "a conversion", ""):
+        assert (tmp_path / "out" / NAME).is_file()
+    assert len(calls) == 2

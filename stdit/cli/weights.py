@@ -127,13 +127,13 @@ def convert(
     from rich.console import Console
 
     from stdit.errors import StditError
-    from stdit.files import check_copyable, within
+    from stdit.files import check_copyable, no_empty_folders, within
     from stdit.heartbeat import HEARTBEAT
     from stdit.locks import locked
     from stdit.vae.config import VaeConfig
     from stdit.weights import io, lora_files
     from stdit.weights.experts import EXPERT_NAMES, expert_folders
-    from stdit.weights.layouts import dialect_in
+    from stdit.weights.layouts import check_layout, dialect_in
 
     if lora_files.is_adapter(source):
         if model is None:
@@ -144,7 +144,8 @@ def convert(
         place = out if out.suffix == ".safetensors" else out / lora_files.FILES.get(layout, "lora.safetensors")
         if place.exists() and place.samefile(source):
             raise StditError(f"{place}: is the adapter itself, which would be replaced. Write to another file.")
-        lora_files.write_adapter(adapter, place, config, layout)
+        with no_empty_folders(place.parent):
+            lora_files.write_adapter(adapter, place, config, layout)
         return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
     layout = layout or "diffusers"
     dialect_in(layout)  # raises for one that does not exist
@@ -164,6 +165,8 @@ def convert(
             return out / expert_folders(layout)[part]
         return out / part if len(found) > 1 and (layout == "diffusers" or not named) else out
 
+    for converted in found.values():  # before anything is written: the second may be the one that is refused
+        check_layout(converted.config, layout)
     places = {part: place_of(part) for part in found}
     for part, place in places.items():
         if place.resolve() in {file.parent.resolve() for one in found.values() for file in one.files.files}:
@@ -175,7 +178,8 @@ def convert(
         check_copyable(entry)
         _check_replaceable(entry, out / entry.name)
     console = Console(stderr=True)
-    with locked(out, "stdit weights convert", "Wait for its end, or write to another folder."):
+    remedy = "Wait for its end, or write to another folder."
+    with no_empty_folders(out, *places.values()), locked(out, "stdit weights convert", remedy):
         for part, converted in found.items():
             HEARTBEAT.doing(f"{part}: {converted.parameters:,} parameters to {places[part]}")
             with console.status(f"{part}: {converted.parameters:,} parameters to {places[part]}"):

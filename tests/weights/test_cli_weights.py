@@ -94,7 +94,7 @@ def test_two_experts_are_told_and_converted_each_into_its_folder(tmp_path, capsy
 
 def test_comfyui_gets_one_file_with_its_prefix(folder, tmp_path, capsys):
     assert run("convert", folder / "transformer", tmp_path / "comfyui", "--layout", "comfyui") == 1
-    assert "layout 'comfyui' cannot hold" in capsys.readouterr().err and not list(tmp_path.glob("comfyui/*"))
+    assert "layout 'comfyui' cannot hold" in capsys.readouterr().err and not (tmp_path / "comfyui").exists()
     stdit.save_transformer(STDiT(TransformerConfig(256, 2, 1, 64)), folder / "transformer")
     assert run("convert", folder / "transformer", tmp_path / "comfyui", "--layout", "comfyui") == 0
     assert [entry.name for entry in (tmp_path / "comfyui").iterdir()] == ["wan.safetensors"]
@@ -283,3 +283,25 @@ def test_two_conversions_to_one_folder_are_refused(folder, tmp_path, capsys, mon
         assert run("convert", folder, tmp_path / "out") == 1
     assert "out: is in use by stdit weights convert (process" in capsys.readouterr().err
     assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("out", ["out", "new/deep/out"])
+def test_what_fails_leaves_no_empty_folder(out, folder, tmp_path, capsys):
+    """A layout that cannot hold the second part, a tensor that is not finite, an adapter that is refused."""
+    before = sorted(tmp_path.rglob("*"))
+    stdit.save_transformer(STDiT(TransformerConfig(256, 2, 1, 64)), folder / "transformer")
+    assert run("convert", folder, tmp_path / out, "--layout", "comfyui") == 1  # the transformer alone would do
+    assert "layout 'comfyui' cannot hold" in capsys.readouterr().err
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.bias"][0] = float("nan")
+    save_file(tensors, weights)
+    assert run("convert", folder, tmp_path / out) == 1
+    assert "proj_out.bias holds NaN" in capsys.readouterr().err
+    save_file({"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 256)}, folder / "half.safetensors")
+    assert run("convert", folder / "half.safetensors", tmp_path / out, "--model", folder) == 1
+    (folder / "half.safetensors").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / out).mkdir(parents=True)
+    assert run("convert", folder, tmp_path / out) == 1
+    assert os.listdir(tmp_path / out) == []  # the user's own stays
