@@ -239,7 +239,7 @@ class Cases:
             args.append(name)
             return
         value = self.value(kind, name)
-        if name in args and not repeats and self.random.random() < 0.9:
+        if name in args[:-1] and not repeats and self.random.random() < 0.9:
             args[args.index(name) + 1] = value
         elif self.random.random() < 0.1:
             args.append(name)  # without a value
