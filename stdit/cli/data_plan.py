@@ -192,7 +192,10 @@ def advice(summary: dict[str, Any]) -> list[str]:
     if empty:
         more = len(empty) - SHAPES_NAMED
         some = ", ".join(empty[:SHAPES_NAMED]) + (f" and {more} more" if more > 0 else "")
-        lines.append(f"no clip goes to {some}, in any epoch: take what is not wanted out of data, or add such clips.")
+        lines.append(
+            f"no clip goes to {some}, in any epoch: remove what you do not need from data.shapes (or data.rule, "
+            f"data.stages), or add clips that fit."
+        )
     over = summary["steps_with_a_clip_over_a_share"]
     if over:
         lines.append(

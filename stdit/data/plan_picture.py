@@ -189,6 +189,8 @@ def _draw_packs(axes: Axes, splits: list[list[Packs]], groups: int, colours: dic
 
 
 def _draw_balance(axes: Axes, measures: Measures, token_bound: int, num_steps: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     style: dict[str, Any] = dict(marker="o", ms=3.5) if len(measures.steps) < 60 else {}
     axes.plot(measures.steps, measures.balance, color="#1f5fa8", lw=1.4, label="balance: mean work / largest", **style)
     full = np.array(measures.fullest) / token_bound
@@ -197,6 +199,7 @@ def _draw_balance(axes: Axes, measures: Measures, token_bound: int, num_steps: i
     axes.set_ylim(0, 1.08)
     axes.set_xlim(-0.5, max(num_steps - 0.5, 0.5))
     axes.set_xlabel("step of the epoch")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", ncols=2, fontsize=9)

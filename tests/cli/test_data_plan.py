@@ -106,7 +106,7 @@ def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
         "shorter than every shape",
         "64x64x9",
         "balance",
-        "no clip goes to 64x64x33",
+        "no clip goes to 64x64x33, in any epoch: remove what you do not need from data.shapes",
         "memory a rank",
     ):
         assert part in text

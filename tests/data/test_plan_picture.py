@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from stdit.data.packs import balance, split
-from stdit.data.plan_picture import draw_plan, measure_plan, readable_work
+from stdit.data.plan_picture import _draw_balance, draw_plan, measure_plan, readable_work
 from stdit.data.planner import Plan, PlanConfig
 from stdit.shapes import VideoShape
 
@@ -72,3 +73,12 @@ def test_readable_work():
     assert readable_work(12_870_856_212_480_000) == "12.9 PFLOP"
     assert readable_work(82_944, "pixel") == "82.9 kpixel"
     assert readable_work(5) == "5 FLOP"
+
+
+@pytest.mark.parametrize("clips", [1, 32, 48, 400])
+def test_steps_are_counted_in_whole_numbers(clips):
+    plan = make([1] * clips)
+    axes = Figure().subplots()
+    _draw_balance(axes, measure_plan(plan, 1, 16384), 16384, plan.num_steps)
+    ticks = axes.get_xticks()
+    assert np.array_equal(ticks, np.round(ticks)) and 0 in ticks
