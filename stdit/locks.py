@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stdit.errors import StditError
 from stdit.files import make_folder
+from stdit.heartbeat import HEARTBEAT
 
 NAME = ".stdit.lock"
 WAIT = 10.0  # seconds: a process that was killed a moment ago may take some to be gone
@@ -85,6 +86,8 @@ def _lock(path: Path) -> int | None:
             return -1
         if not told:
             print(f"{path.parent}: is in use by {_holder(path)}; waits {WAIT:g} s for its end.", file=sys.stderr)
+            HEARTBEAT.doing(f"waiting for {path.parent}")
+            HEARTBEAT.spoke()
             told = True
         time.sleep(0.1)
 

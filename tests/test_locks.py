@@ -39,6 +39,8 @@ def holder(tmp_path):
 
 def test_another_process_is_refused_and_told_who_has_it(tmp_path, holder, monkeypatch, capsys):
     monkeypatch.setattr(locks, "WAIT", 0.2)
+    doing = []
+    monkeypatch.setattr(locks.HEARTBEAT, "doing", doing.append)
     linked = tmp_path / "link"
     linked.symlink_to(tmp_path)
     for place in (tmp_path, linked):
@@ -48,6 +50,7 @@ def test_another_process_is_refused_and_told_who_has_it(tmp_path, holder, monkey
         assert f"a test (process {holder.popen.pid} on {socket.gethostname()}, since 20" in said
         assert said.startswith(f"{place}: is in use") and said.endswith("Choose another run=PATH.")
     assert "waits 0.2 s for its end" in capsys.readouterr().err
+    assert doing == [f"waiting for {place}" for place in (tmp_path, linked)]
 
 
 def test_a_lock_ends_with_its_process(tmp_path, holder, monkeypatch):

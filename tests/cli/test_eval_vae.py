@@ -50,6 +50,7 @@ def test_a_folder_of_clips(clips, model, tmp_path, capsys):
     assert stdit(*words) == 0
     printed = capsys.readouterr().out
     assert "2 clips" in printed and "grey levels of 255" in printed and "broken.mp4" in printed
+    assert " ".join(printed.split()).count("of all clips the median") == 2  # motion and sharpness
     result = json.loads((out / "evaluation-vae.json").read_text())
     assert [clip["shape"] for clip in result["clips"]] == ["32x24x17", "32x24x1"]  # legal sizes, 1+4k frames
     assert len(result["failures"]) == 2 and "24x34" not in result["failures"][0]
