@@ -115,7 +115,7 @@ def test_what_is_wrong_is_said(clips, model, tmp_path, capsys):
     assert "size 8x8: SSIM takes at least 11" in fails(clips, "--model", model, "--size", "8x8")
     assert stdit("eval", "vae", clips, "--model", model, "--out", tmp_path, "--fps", "inf") == 2
     (tmp_path / "file").write_text("")
-    assert "file: File exists" in fails(clips, "--model", model, "--out", tmp_path / "file")
+    assert "file: is a file, not a folder" in fails(clips, "--model", model, "--out", tmp_path / "file")
     assert "no clip could be measured" in fails(clips, "--model", model, "--size", "64x64")
     assert "no such file or folder" in fails(clips, "--model", model, "--lpips", tmp_path / "none")
     save_vae(load_vae(model), tmp_path / "original", layout="original")
