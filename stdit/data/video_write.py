@@ -34,7 +34,7 @@ def write_video(
             f"Nearest: {width // 2 * 2 or 2}x{height // 2 * 2 or 2}."
         )
     with publish(path) as part:
-        with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(f"file:{part}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=rate)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             # mbtree is off since with it x264 gives other bytes for the same frames, about once in twenty times

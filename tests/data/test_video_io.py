@@ -356,3 +356,13 @@ def test_importing_it_is_cheap():
         "import sys, stdit.data.video_io, stdit.data.probing; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=300).split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("name", ["a: b: c/clip.mp4", "http:clip.mp4", "data:,x.mp4", "-.mp4", "50%d.mp4"])
+def test_a_relative_name_is_a_file_whatever_is_in_it(name, tmp_path, monkeypatch):
+    """To FFmpeg, what stands before a colon is a protocol."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    frames = np.full((3, 32, 48, 3), 128, np.uint8)
+    write_video(name, frames, 8)
+    assert os.path.getsize(tmp_path / name) > 0 and probe(name).frames == 3
