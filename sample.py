@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 
 from stdit.cli.main import run_command
-from stdit.cli.sample import sample
+from stdit.cli.sample.command import sample
 
 if __name__ == "__main__":
     sys.exit(run_command(sample, prog="sample.py"))

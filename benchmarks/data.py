@@ -38,12 +38,13 @@ import av
 import numpy as np
 import torch
 
-from stdit.data.buckets import Assignment, DataConfig, assign
-from stdit.data.cache import Cache, latent_key, latent_settings
-from stdit.data.loader import Loader
+from stdit.data.config import DataConfig
+from stdit.data.decode.pixels import covering_size
+from stdit.data.load.cache import Cache, latent_key, latent_settings
+from stdit.data.load.loader import Loader
 from stdit.data.manifest import Manifest
-from stdit.data.pixels import covering_size
-from stdit.data.scan import scan
+from stdit.data.plan.buckets import Assignment, assign
+from stdit.data.scan.scan import scan
 from stdit.data.toy import ToySettings, make_toy
 
 LATENT_CHANNELS, STRIDE = 16, (4, 8, 8)  # of Wan 2.1

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from stdit.data.buckets import DataConfig, assign_columns
-from stdit.data.packs import Packs, split
-from stdit.data.planner import Plan, PlanConfig
+from stdit.data.config import DataConfig, PlanConfig
+from stdit.data.plan.buckets import assign_columns
+from stdit.data.plan.planner import Plan
+from stdit.data.plan.split import Packs, split
 from stdit.shapes import VideoShape, size_for
 
 ASPECTS = (16 / 9, 3 / 2, 4 / 3, 1.0, 3 / 4, 2 / 3, 9 / 16)

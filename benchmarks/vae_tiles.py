@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stdit.data.loader import to_video
-from stdit.data.video_io import read_frames
+from stdit.data.decode.video import read_frames
+from stdit.data.load.loader import to_video
 from stdit.shapes import VideoShape
 from stdit.vae import streaming
 from stdit.weights.io import load_vae

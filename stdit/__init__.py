@@ -12,7 +12,7 @@ _PUBLIC = {
     "save_transformer": "stdit.weights.io",
     "load_vae": "stdit.weights.io",
     "save_vae": "stdit.weights.io",
-    "Pipeline": "stdit.pipeline",
+    "Pipeline": "stdit.sampling.pipeline",
     "StditError": "stdit.errors",
 }
 __all__ = sorted(_PUBLIC)

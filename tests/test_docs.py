@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from commands import every_command
 
-from stdit.cli.lazy import as_command
+from stdit.cli.common.lazy import as_command
 from stdit.cli.main import app, run_command
-from stdit.config import RunConfig, load_config
 from stdit.data.toy import ToySettings, make_toy
 from stdit.training import trainer as trainer_module
+from stdit.training.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -18,16 +18,34 @@ LINES = [
     {"shapes", "keyed", "errors", "files", "text_files", "memory", "strict", "heartbeat", "locks"},
     {"models", "vae", "text", "diffusion", "data"},
     {"weights"},
-    {"encode", "caption"},
-    {"pipeline", "model_folder", "known_frames"},
+    {"prepare"},
+    {"sampling"},
     {"evaluation"},
     {"training"},
-    {"config"},
     {"cli"},
 ]
 LINE_OF = {part: number for number, line in enumerate(LINES) for part in line}
 STRANGERS = LINES[1]
-ONLY_IMPORTER = {"deepspeed": "training/engine.py"}
+# The same inside a part: a room (or a file beside the rooms) imports from its own line and from the lines above.
+ROOMS = {
+    "data": [
+        {"remote"}, {"decode"}, {"measure"}, {"workers"}, {"config", "captions", "manifest", "toy"}, {"scan"}, {"plan"},
+        {"load"},
+    ],
+    "training": [
+        {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"outputs"}, {"batches", "non_finite"}, {"trainer"}, {"run"},
+    ],
+    "weights": [{"families"}, {"lora"}],
+    "cli": [{"common"}, {"data", "eval", "sample", "train", "weights"}, {"main"}],
+}  # fmt: skip
+LIGHT = (
+    "data/decode",
+    "data/measure",
+    "data/workers",
+    "data/remote",
+)  # the decoder's process: neither torch nor pyarrow
+ONLY_IMPORTER = {"deepspeed": "training/engine/engine.py"}
+MOST_FILES, MOST_LINES = 16, 470
 
 
 def imported(path: Path) -> list[tuple[int, str]]:
@@ -66,6 +84,18 @@ def offence(path: Path, name: str) -> str:
         return f"{here} imports {there}; they know each other only through shapes and tensors"
     if LINE_OF[there] > LINE_OF[here]:
         return f"{here} imports {there}, which stands below it"
+    return within_part(path, rest) if here == there else ""
+
+
+def within_part(path: Path, rest: list[str]) -> str:
+    """The same for the rooms of one part."""
+    line_of = {room: number for number, line in enumerate(ROOMS.get(rest[0], [])) for room in line}
+    parts = path.relative_to(PACKAGE).parts
+    if len(parts) < 2 or len(rest) < 2:
+        return ""
+    here, there = parts[1].removesuffix(".py"), rest[1]
+    if line_of.get(there, -1) > line_of.get(here, len(line_of)):
+        return f"{rest[0]}/{here} imports {rest[0]}/{there}, which stands below it"
     return ""
 
 
@@ -80,21 +110,81 @@ def test_imports_point_upward():
     assert not offenders, "\n" + "\n".join(offenders)
 
 
+def module_of(path: Path) -> str:
+    return ".".join(("stdit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_through_others():
+    """No circle, not even of imports inside functions or for types alone."""
+    modules = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    edges: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found = edges[module] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names} & modules.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                members = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                found |= members or ({node.module} & modules.keys())
+        found.discard(module)
+    done: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> None:
+        assert module not in trail, " → ".join([*trail[trail.index(module) :], module])
+        if module not in done:
+            for other in sorted(edges[module]):
+                visit(other, [*trail, module])
+            done.add(module)
+
+    for module in edges:
+        visit(module, [])
+
+
+def test_every_folder_says_what_lives_there_and_stays_small():
+    for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir() and path.name != "__pycache__")]:
+        init = folder / "__init__.py"
+        assert init.exists() and ast.get_docstring(ast.parse(init.read_text())), f"{init}: says nothing"
+        files = [path for path in folder.glob("*.py") if path != init]
+        assert len(files) <= MOST_FILES, f"{folder}: {len(files)} files"
+        for path in files:
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            assert lines <= MOST_LINES, f"{path}: {lines} lines"
+
+
+def test_tests_mirror_the_package():
+    """tests/ROOM/test_NAME.py has a module stdit/ROOM/NAME.py, or its folder is one of the package's."""
+    tests = Path(__file__).parent
+    for path in tests.rglob("test_*.py"):
+        folder = path.relative_to(tests).parent
+        assert (PACKAGE / folder).is_dir(), f"{path}: the package has no stdit/{folder}"
+
+
+def test_the_decoders_process_needs_neither_torch_nor_pyarrow():
+    names = [module_of(path) for room in LIGHT for path in sorted((PACKAGE / room).rglob("*.py"))]
+    code = f"import sys, importlib; [importlib.import_module(n) for n in {names!r}]; "
+    code += "print(*[n for n in ('torch', 'pyarrow') if n in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert not run.stdout.split()
+
+
 @pytest.mark.parametrize(
     ("file", "name", "why"),
     [
         ("models/transformer.py", "stdit.vae.layers", "know each other"),
-        ("data/loader.py", "stdit.training", "below"),
+        ("data/load/loader.py", "stdit.training", "below"),
+        ("data/decode/video.py", "stdit.data.scan.scan", "below"),
+        ("data/manifest.py", "stdit.data.plan.planner", "below"),
+        ("data/load/loader.py", "stdit.data.manifest", ""),
         ("shapes.py", "stdit.models", "below"),
         ("training/trainer.py", "deepspeed.runtime", "only"),
-        ("training/engine.py", "deepspeed", ""),
-        ("training/trainer.py", "stdit.config", "below"),
-        ("config.py", "stdit.training.trainer", ""),
-        ("pipeline.py", "stdit.encode", ""),
+        ("training/engine/engine.py", "deepspeed", ""),
+        ("training/config.py", "stdit.training.trainer", "below"),
+        ("training/trainer.py", "stdit.training.config", ""),
+        ("sampling/pipeline.py", "stdit.prepare.encode", ""),
         ("vae/losses.py", "stdit.vae.layers", ""),
         ("vae/losses.py", "stdit.errors", ""),
         ("vae/losses.py", "stdit", ""),
-        ("serve/app.py", "stdit.pipeline", "no place"),
+        ("serve/app.py", "stdit.sampling.pipeline", "no place"),
     ],
 )
 def test_the_rule_itself(file, name, why):

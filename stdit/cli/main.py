@@ -14,17 +14,17 @@ from typing import Annotated, Any
 
 import typer
 
-from stdit.cli.lazy import as_command, lazy_group
+from stdit.cli.common.lazy import as_command, lazy_group
 from stdit.errors import Interrupted, StditError
 from stdit.files import disk_trouble
 from stdit.heartbeat import HEARTBEAT
 
 COMMANDS = {
-    "data": ("stdit.cli.data", "Scan, plan and encode clips; render the embedded toy clips."),
+    "data": ("stdit.cli.data.group", "Scan, plan and encode clips; render the embedded toy clips."),
     "train": ("stdit.cli.train", "Train a VAE or a diffusion transformer, alone or under torchrun."),
-    "sample": ("stdit.cli.sample", "Text (and known frames) to video, at any shape."),
+    "sample": ("stdit.cli.sample.command", "Text (and known frames) to video, at any shape."),
     "weights": ("stdit.cli.weights", "Inspect and convert weights."),
-    "eval": ("stdit.cli.eval", "Measure a trained model."),
+    "eval": ("stdit.cli.eval.group", "Measure a trained model."),
 }
 MAY_BE_EMPTY = ("--prompt", "--negative")  # texts
 HELP = """Spacetime-patch diffusion transformers for text-to-video: pretrain, fine-tune and sample any shape.

@@ -26,8 +26,8 @@ def train(
 
     torchrun --nproc-per-node 2 train.py configs/toy/dit.yaml parallel.deepspeed=deepspeed_configs/zero2.json
     """
-    from stdit.config import load_config
-    from stdit.training.parallel import join_world, leave_world
+    from stdit.training.config import load_config
+    from stdit.training.engine.parallel import join_world, leave_world
     from stdit.training.run import dry_run as describe
     from stdit.training.run import run
 

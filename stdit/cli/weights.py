@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stdit.cli.outputs import out_path
+from stdit.cli.common.outputs import out_path
 
 if TYPE_CHECKING:
     from stdit.weights.io import Source
@@ -41,7 +41,9 @@ def inspect(
     """
     import json as format
 
-    from stdit.weights import io, lora_files, lora_info
+    from stdit.weights import io
+    from stdit.weights.lora import files as lora_files
+    from stdit.weights.lora import info as lora_info
 
     if verify:
         return _verify(path, json)
@@ -131,9 +133,10 @@ def convert(
     from stdit.heartbeat import HEARTBEAT
     from stdit.locks import locked
     from stdit.vae.config import VaeConfig
-    from stdit.weights import io, lora_files
+    from stdit.weights import io
     from stdit.weights.experts import EXPERT_NAMES, expert_folders
     from stdit.weights.layouts import check_layout, dialect_in
+    from stdit.weights.lora import files as lora_files
 
     if lora_files.is_adapter(source):
         if model is None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stdit.data.paths import is_remote
+from stdit.data.remote.paths import is_remote
 from stdit.errors import StditError
 from stdit.text_files import Row, csv_rows, decode_text, fault_in, json_rows, shortened, split_lines, unicode_form
 

@@ -27,8 +27,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stdit.data.captions import CAPTION_NAMES, Caption, caption_cell, captions_of, columns_in
-from stdit.data.paths import beside, is_remote, join
-from stdit.data.storage import STORAGE
+from stdit.data.remote.paths import beside, is_remote, join
+from stdit.data.remote.storage import STORAGE
 from stdit.errors import StditError, about, nearest_name
 from stdit.text_files import Row, csv_rows, fault_in, json_rows, shortened
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stdit.data.video_write import write_video
+from stdit.data.decode.write import write_video
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish, publish_text
 from stdit.keyed import keyed_seed, keyed_uniform

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stdit.data.buckets import DataConfig, assign
-from stdit.data.loader import Loader
+from stdit.data.config import DataConfig
+from stdit.data.decode.video import contact_sheet
+from stdit.data.load.loader import Loader
 from stdit.data.manifest import Manifest, read_manifest
-from stdit.data.packs import PlanItem
-from stdit.data.video_io import contact_sheet
+from stdit.data.plan.buckets import assign
+from stdit.data.plan.split import PlanItem
 from stdit.diffusion.solvers import path_of
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr
@@ -32,7 +33,7 @@ from stdit.evaluation.toy import Accuracy
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.models.packing import pack_inputs, pack_texts, unpack_clips
-from stdit.pipeline import Pipeline
+from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import LatentShape, VideoShape
 
 FORMAT = 1

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stdit.data.decode.video import contact_sheet, read_frames, write_video
 from stdit.data.toy import Jitter, ToySpec, held_out_prompts, render
-from stdit.data.video_io import contact_sheet, read_frames, write_video
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr, psnr
 from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
@@ -23,7 +23,7 @@ from stdit.keyed import keyed_seed
 from stdit.shapes import VideoShape, nearest_frames, size_for
 
 if TYPE_CHECKING:
-    from stdit.pipeline import Pipeline
+    from stdit.sampling.pipeline import Pipeline
 
 FORMAT = 1
 Progress = Callable[[str, int, int], None]  # what is being done, done, in all
@@ -54,7 +54,7 @@ def evaluate_toy(
 
     Writes out/evaluation.json and out/evaluation/SHAPE/{NN.mp4, sheet.png}; returns the content of the JSON.
     """
-    from stdit.pipeline import Pipeline
+    from stdit.sampling.pipeline import Pipeline
 
     pipeline = Pipeline.load(model, device=device) if isinstance(model, str | Path) else model
     out = make_folder(out)
@@ -235,7 +235,7 @@ def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[Video
 
 
 def _read_at_a_trained_shape(path: Path, trained: Sequence[VideoShape], fps: float) -> tuple[VideoShape, np.ndarray]:
-    from stdit.data.video_io import probe
+    from stdit.data.decode.video import probe
 
     about = probe(str(path))
     fits = [shape for shape in trained if not shape.is_image and shape.frames <= round(about.duration * fps)]

@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stdit.data.isolated import READER
-from stdit.data.loader import local_file, to_video
+from stdit.data.decode.video import VideoError
+from stdit.data.decode.write import contact_sheet, sheet_frames
+from stdit.data.load.loader import local_file, to_video
 from stdit.data.manifest import Clip, Manifest, read_manifest
-from stdit.data.paths import is_remote, join
-from stdit.data.scan import scan
-from stdit.data.video_io import VideoError
-from stdit.data.video_write import contact_sheet, sheet_frames
-from stdit.encode import vae_identity
+from stdit.data.remote.paths import is_remote, join
+from stdit.data.scan.scan import scan
+from stdit.data.workers.pool import READER
 from stdit.errors import StditError
 from stdit.evaluation.metrics import ALIKE, SMALLEST_SSIM, decibels, ssim
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
+from stdit.prepare.encode import vae_identity
 from stdit.shapes import first_frames, nearest_frames
 from stdit.text_files import json_lines
 from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.perceptual import Lpips
+from stdit.vae.training.lpips import Lpips
 from stdit.weights.io import find, load_vae, save_vae, vae_on_meta
 
 FORMAT = 1

@@ -1,0 +1,1 @@
+"""The transformer: packed tokens in, velocities out. Imports shapes only."""

@@ -245,16 +245,6 @@ class TransformerConfig:
         }
         return tuple(name for name, taken in takes.items() if taken)
 
-    @property
-    def n_parameters(self) -> int:
-        """Counted over the modules, without their memory."""
-        import torch
-
-        from stdit.models.transformer import STDiT
-
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in STDiT(self).parameters())
-
     def inflated(self) -> TransformerConfig:
         """The same with a block over time after every block of an image model, for `stdit.models.inflate`.
 

@@ -395,3 +395,9 @@ class STDiT(nn.Module):
             )
         if text_mask is not None and text_mask.shape != text.shape[:2]:
             raise StditError(f"text_mask is {tuple(text_mask.shape)}; wanted {tuple(text.shape[:2])}.")
+
+
+def count_parameters(config: TransformerConfig) -> int:
+    """The number of parameters of a transformer, counted on the meta device."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in STDiT(config).parameters())

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.text.encoders import CLEANERS, TextEncoder, build_word_tokenizer, load_tokenizer
+from stdit.text.encoders import CLEANERS, TextEncoder
+from stdit.text.loading import load_tokenizer
 from stdit.text.places import Treatment, find_text_encoder
+from stdit.text.small import build_word_tokenizer
 
 MOST = 10_000  # texts that are tokenized to be counted: seconds; of more, as many evenly spread
 SHOWN = 100  # characters of a text in a message

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from stdit.data.manifest import Manifest
-from stdit.training.engine import Engine
-from stdit.training.feed import Step
-from stdit.training.objective import Batch, Objective, StepKey
-from stdit.training.parallel import World
+from stdit.training.batches import Step
+from stdit.training.engine.engine import Engine
+from stdit.training.engine.parallel import World
+from stdit.training.objectives.flow import Batch, Objective, StepKey
 
 LOSS = "its loss is not finite"
 SHOWN = 8  # clips that a message names; metrics.jsonl has all

@@ -9,21 +9,21 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from stdit.data.buckets import REASONS
-from stdit.data.left_out import explain
-from stdit.data.packs import balance, split
+from stdit.data.plan.buckets import REASONS
+from stdit.data.plan.left_out import explain
+from stdit.data.plan.split import balance, split
 from stdit.errors import StditError
 from stdit.files import local_folder
 from stdit.heartbeat import HEARTBEAT
 from stdit.locks import NAME, locked
-from stdit.training.build import Parts, build
-from stdit.training.checkpoint import published, remove_strays
-from stdit.training.export import check_export
-from stdit.training.footprint import footprint, outline
-from stdit.training.metrics import read_metrics
-from stdit.training.parallel import World
-from stdit.training.settings import RunConfig, save_config
-from stdit.training.start import follow_init
+from stdit.training.config import RunConfig, save_config
+from stdit.training.engine.checkpoint import published, remove_strays
+from stdit.training.engine.parallel import World
+from stdit.training.outputs.export import check_export
+from stdit.training.outputs.metrics import read_metrics
+from stdit.training.setup.build import Parts, build
+from stdit.training.setup.footprint import footprint, outline
+from stdit.training.setup.initial_weights import follow_init
 from stdit.training.trainer import Trainer
 
 OURS = ("config.yaml", "metrics.jsonl", "report.html", "plan.png", "checkpoints", "model")  # what a run replaces
@@ -94,7 +94,7 @@ def draw(parts: Parts, ranks: int, path: Path) -> None:
     """The plan's picture, for the report; one that is there stays."""
     if path.exists():
         return
-    from stdit.data.plan_picture import draw_plan, measure_plan
+    from stdit.data.plan.picture import draw_plan, measure_plan
 
     bound = parts.plan.token_bound()
     measures = measure_plan(parts.plan, ranks, bound, most=64)

@@ -20,22 +20,24 @@ import torch
 from torch import Tensor
 
 import stdit
-from stdit.data.storage import STORAGE
+from stdit.data.remote.storage import STORAGE
 from stdit.errors import Interrupted, StditError
 from stdit.heartbeat import HEARTBEAT
-from stdit.training import checkpoint, export, non_finite
-from stdit.training.build import Parts, build
-from stdit.training.checkpoint import Checkpoint
-from stdit.training.ema import Ema
-from stdit.training.engine import PRECISIONS, Engine, make_engine
-from stdit.training.feed import Feed, Step
-from stdit.training.frozen import check_frozen
-from stdit.training.metrics import MetricsLog, measure_peak, read_metrics
-from stdit.training.networks import check_networks, with_networks
-from stdit.training.objective import StepKey
-from stdit.training.parallel import World
-from stdit.training.progress import Progress
-from stdit.training.settings import MAY_DIFFER, RunConfig, differences, to_dict
+from stdit.training import non_finite
+from stdit.training.batches import Feed, Step
+from stdit.training.config import MAY_DIFFER, RunConfig, differences, to_dict
+from stdit.training.engine import checkpoint
+from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.engine.ema import Ema
+from stdit.training.engine.engine import PRECISIONS, Engine, make_engine
+from stdit.training.engine.parallel import World
+from stdit.training.objectives.flow import StepKey
+from stdit.training.outputs import export
+from stdit.training.outputs.metrics import MetricsLog, measure_peak, read_metrics
+from stdit.training.outputs.progress import Progress
+from stdit.training.setup.build import Parts, build
+from stdit.training.setup.frozen import check_frozen
+from stdit.training.setup.networks import check_networks, with_networks
 
 
 class Done(NamedTuple):

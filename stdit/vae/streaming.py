@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +22,25 @@ from stdit.shapes import VideoShape
 from stdit.vae.config import VaeConfig
 from stdit.vae.layers import FRAMES_AT_ONCE, Past
 
-if TYPE_CHECKING:
-    from stdit.vae.autoencoder import CausalVAE
-
 DEFAULT_MEMORY = 256 << 20  # bytes to work in where the caller gives no budget; frames are tiled only under a given one
 MOST_LATENTS = 8  # latent frames of a chunk, however small they are: more gain nothing
 OVERLAP = 8  # latents that neighbouring tiles share
 MARGIN = 2  # of these, the outermost of a tile are not used: they see its border's zeros
 SMALLEST_TILE = 2 * OVERLAP
+
+
+class Streamable(Protocol):
+    """What streaming asks of a VAE: `CausalVAE`'s two halves of encoder and decoder."""
+
+    config: VaeConfig
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def encode_fine(self, video: Tensor, past: Past | None = None) -> Tensor: ...
+    def encode_coarse(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]: ...
+    def decode_coarse(self, latents: Tensor, past: Past | None = None) -> Tensor: ...
+    def decode_fine(self, x: Tensor, past: Past | None = None) -> Tensor: ...
+    def normalise(self, raw: Tensor) -> Tensor: ...
+    def denormalise(self, latents: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -185,7 +196,7 @@ def blend_weights(tiles: list[tuple[int, int]], scale: int) -> list[Tensor]:
     return [weight / whole[_scaled(span, scale)] for weight, span in zip(raw, tiles)]
 
 
-def encode_moments(vae: CausalVAE, video: Tensor, memory: int | None = None) -> Tensor:
+def encode_moments(vae: Streamable, video: Tensor, memory: int | None = None) -> Tensor:
     """(B, 3, T, H, W) -> mean and log-variance of the raw latents behind one another, (B, 2z, T', H', W')."""
     t = vae.config.stride[0]
     latent = VideoShape(*video.shape[2:]).latent(vae.config.stride)
@@ -198,7 +209,7 @@ def encode_moments(vae: CausalVAE, video: Tensor, memory: int | None = None) -> 
     return whole
 
 
-def decode(vae: CausalVAE, latents: Tensor, memory: int | None = None, clamp: bool = True) -> Tensor:
+def decode(vae: Streamable, latents: Tensor, memory: int | None = None, clamp: bool = True) -> Tensor:
     """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W)."""
     count, _, frames, h, w = latents.shape
     t, *stride = vae.config.stride
@@ -213,7 +224,7 @@ def decode(vae: CausalVAE, latents: Tensor, memory: int | None = None, clamp: bo
 
 @torch.no_grad()
 def encode_stream(
-    vae: CausalVAE, frames: Iterable[Tensor], memory: int | None = None, posterior: torch.Generator | None = None
+    vae: Streamable, frames: Iterable[Tensor], memory: int | None = None, posterior: torch.Generator | None = None
 ) -> Iterator[Tensor]:
     """Frames (3, H, W) in [−1, 1], 1+k·stride of them, to chunks of normalised latents (z, n, H', W'), as they come.
 
@@ -249,7 +260,7 @@ def draw(mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None)
 
 @torch.no_grad()
 def decode_stream(
-    vae: CausalVAE, latents: Tensor | Iterable[Tensor], memory: int | None = None, clamp: bool = True
+    vae: Streamable, latents: Tensor | Iterable[Tensor], memory: int | None = None, clamp: bool = True
 ) -> Iterator[Tensor]:
     """Normalised latents of one clip, (z, T', H', W') whole or in chunks, to chunks of its frames (3, t, H, W).
 
@@ -291,7 +302,7 @@ def _lengths(frames: int, cut: Slices, begun: bool = False) -> list[int]:
     return first + [min(cut.latents, rest - done) for done in range(0, rest, cut.latents)]
 
 
-def stream_slices(vae: CausalVAE, shape: tuple[int, int, int], memory: int | None) -> Slices | None:
+def stream_slices(vae: Streamable, shape: tuple[int, int, int], memory: int | None) -> Slices | None:
     """The slices in which latents of `shape` (frames, rows, columns; 0 frames: unknown) are decoded as a stream.
 
     None: a stream does not fit, but all of them tile by tile. Raises StditError where neither does.
@@ -305,14 +316,14 @@ def stream_slices(vae: CausalVAE, shape: tuple[int, int, int], memory: int | Non
         return None
 
 
-def _slices(vae: CausalVAE, side: str, shape: tuple[int, int, int, int], memory: int | None) -> Slices:
+def _slices(vae: Streamable, side: str, shape: tuple[int, int, int, int], memory: int | None) -> Slices:
     return slices(vae.config, side, shape, next(vae.parameters()).element_size(), memory)
 
 
 class _Stream:
     """A side of a VAE over the chunks of a clip in order, each chunk tile by tile."""
 
-    def __init__(self, vae: CausalVAE, side: str, rows: int, columns: int, cut: Slices):
+    def __init__(self, vae: Streamable, side: str, rows: int, columns: int, cut: Slices):
         self.vae, self.decodes, stride = vae, side == "decoder", vae.config.stride[1:]
         scale_in, scale_out = ((1, 1), stride) if self.decodes else (stride, (1, 1))
         self.size = rows * scale_out[0], columns * scale_out[1]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from stdit.models.experts import Experts
     from stdit.models.transformer import STDiT
-    from stdit.vae.open_sora import AnyVAE
+    from stdit.vae.families.open_sora import AnyVAE
 
 SHARD_BYTES = 5_000_000_000
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
@@ -111,10 +111,10 @@ def load_vae(
 ) -> Any:
     """A causal VAE from a model folder, its vae/, an original Wan release, or a file; otherwise as load_transformer.
 
-    A CausalVAE, or Open-Sora's OpenSoraVAE; where config.json names another family's (`stdit.vae.others.CLASSES`), an
-    OtherVAE, which diffusers runs behind the same methods.
+    A CausalVAE, or Open-Sora's OpenSoraVAE; where config.json names another family's class
+    (`stdit.vae.families.diffusers_vae.CLASSES`), an OtherVAE, which diffusers runs behind the same methods.
     """
-    from stdit.vae.others import load_other
+    from stdit.vae.families.diffusers_vae import load_other
 
     if (other := other_vae(path)) is not None:
         return load_other(*other, dtype, device)
@@ -123,7 +123,7 @@ def load_vae(
 
 def vae_on_meta(path: str | os.PathLike[str]) -> Any:
     """The VAE that load_vae would load, without memory. No weight is read."""
-    from stdit.vae.others import other_on_meta
+    from stdit.vae.families.diffusers_vae import other_on_meta
 
     other = other_vae(path)
     return on_meta(find("vae", path).config) if other is None else other_on_meta(*other)
@@ -131,7 +131,7 @@ def vae_on_meta(path: str | os.PathLike[str]) -> Any:
 
 def other_vae(path: str | os.PathLike[str]) -> tuple[str, Path] | None:
     """Class and folder of another family's VAE, its files checked; None where there is none."""
-    from stdit.vae.others import CLASSES
+    from stdit.vae.families.diffusers_vae import CLASSES
 
     folder = Path(path).expanduser()
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
@@ -172,7 +172,7 @@ def save_vae(
     """As save_transformer. "diffusers" opens with AutoencoderKLWan.from_pretrained(folder); "original" is one file,
     Wan2.1_VAE.safetensors (Wan2.2_VAE where levels have shortcuts), which carries our config in its metadata. Of
     Open-Sora's both are the same, config.json and its own tensors."""
-    from stdit.vae.others import OtherVAE
+    from stdit.vae.families.diffusers_vae import OtherVAE
 
     if isinstance(vae, OtherVAE):
         if layout != "diffusers":

@@ -8,7 +8,7 @@ import pytest
 from children import Child
 from commands import every_command
 
-from stdit.cli.lazy import as_command
+from stdit.cli.common.lazy import as_command
 from stdit.cli.main import app
 
 HEAVY = ("torch", "transformers", "deepspeed", "numpy", "pyarrow", "av", "matplotlib", "PIL", "fsspec", "timm")

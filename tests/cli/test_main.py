@@ -16,7 +16,7 @@ import typer
 from commands import every_command
 
 from stdit import __version__
-from stdit.cli.lazy import as_command, load_command
+from stdit.cli.common.lazy import as_command, load_command
 from stdit.cli.main import COMMANDS, app, run_command
 from stdit.errors import Interrupted, StditError
 
@@ -97,14 +97,18 @@ def test_how_a_command_ends(error, status, message, capsys):
 @pytest.mark.parametrize(
     ("args", "place", "advice"),
     [
-        ("data encode m.parquet --config c.yaml --out cache", "stdit.config.load_config", "the same command goes on"),
+        (
+            "data encode m.parquet --config c.yaml --out cache",
+            "stdit.training.config.load_config",
+            "the same command goes on",
+        ),
         (
             "data caption m.parquet --model m --out o.parquet",
             "stdit.data.manifest.read_manifest",
             "the same command goes",
         ),
-        ("data scan . --out m.parquet", "stdit.data.scan.scan", "when all files are probed"),
-        ("sample --model m --prompt p --out clips", "stdit.pipeline.Pipeline.load", "are kept in --out"),
+        ("data scan . --out m.parquet", "stdit.data.scan.scan.scan", "when all files are probed"),
+        ("sample --model m --prompt p --out clips", "stdit.sampling.pipeline.Pipeline.load", "are kept in --out"),
     ],
 )
 def test_ctrl_c_says_what_to_do(args, place, advice, monkeypatch, capsys):

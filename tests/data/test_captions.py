@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stdit.data.captions import Caption, Names, captions_of, read_captions, sidecar_captions
-from stdit.data.listing import Folder
-from stdit.data.scan import scan
-from stdit.data.video_io import write_video
+from stdit.data.decode.video import write_video
+from stdit.data.scan.listing import Folder
+from stdit.data.scan.scan import scan
 from stdit.errors import StditError
 
 NFC, NFD = (unicodedata.normalize(form, "Käfer.mp4") for form in ("NFC", "NFD"))

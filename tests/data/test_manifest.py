@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from stdit.data.decode.video import write_video
 from stdit.data.manifest import SCHEMA, Caption, Clip, Manifest, clip_id, read_manifest, write_manifest
-from stdit.data.probing import probe_files
-from stdit.data.scan import scan, skipped_path
-from stdit.data.video_io import write_video
+from stdit.data.scan.probing import probe_files
+from stdit.data.scan.scan import scan, skipped_path
 from stdit.errors import StditError
 
 
@@ -100,7 +100,7 @@ def test_what_did_not_change_is_not_probed_again(tmp_path, monkeypatch):
         probed.extend(path.rpartition("/")[2] for path in paths)
         return probe_files(paths, **options)
 
-    monkeypatch.setattr("stdit.data.scan.probe_files", counted)
+    monkeypatch.setattr("stdit.data.scan.scan.probe_files", counted)
     out = tmp_path / "out" / "m.parquet"
     for name in ("a", "b", "c"):
         small_video(tmp_path / "in" / f"{name}.mp4", 50 * ord(name) % 255)
@@ -164,7 +164,7 @@ def test_as_many_files_are_probed_at_once_as_there_are_cores_to_use(tmp_path, mo
         asked.append(workers)
         return probe_files(paths, workers, **options)
 
-    monkeypatch.setattr("stdit.data.scan.probe_files", probe)
+    monkeypatch.setattr("stdit.data.scan.scan.probe_files", probe)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
     scan(tmp_path, uncaptioned=True)
     assert asked == [3]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from stdit.data import toy
+from stdit.data.decode.video import probe, read_frames
 from stdit.data.toy import (
     COLOURS,
     DIRECTIONS,
@@ -27,7 +28,6 @@ from stdit.data.toy import (
     still_specs,
     toy_file,
 )
-from stdit.data.video_io import probe, read_frames
 from stdit.errors import StditError
 
 FEW = ToySettings(clips=5, held_out=2, scales=(1.0,), seconds=(1.25,), fps=(16,), image_share=0.3)

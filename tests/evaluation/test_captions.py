@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from stdit.data.buckets import DataConfig
+from stdit.data.config import DataConfig
+from stdit.data.decode.video import write_video
 from stdit.data.manifest import Caption, Clip, Manifest, write_manifest
-from stdit.data.video_io import write_video
 from stdit.diffusion.solvers import unipc_config
 from stdit.errors import StditError
 from stdit.evaluation.captions import (
@@ -26,7 +26,7 @@ from stdit.evaluation.captions import (
 )
 from stdit.models.config import TransformerConfig
 from stdit.models.transformer import STDiT
-from stdit.pipeline import FolderSettings, Pipeline
+from stdit.sampling.pipeline import FolderSettings, Pipeline
 
 WORDS = ("eat", "help", "milk", "no")
 PEOPLE = ("a grey T-shirt", "an orange sweater")
@@ -106,8 +106,8 @@ def data(tmp_path_factory) -> DataConfig:
 
 def known_tokens(data: DataConfig) -> tuple[list[str], list[torch.Tensor]]:
     """The captions, and the latents of each one's clip as tokens."""
+    from stdit.data.decode.video import read_frames
     from stdit.data.manifest import read_manifest
-    from stdit.data.video_io import read_frames
 
     manifest = read_manifest(data.manifest)
     captions, tokens = [], []

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from stdit.data.decode.video import read_frames
 from stdit.data.toy import Jitter, ToySettings, ToySpec, make_toy, render
-from stdit.data.video_io import read_frames
 from stdit.errors import StditError
 from stdit.evaluation.harness import default_shapes, evaluate_toy, reconstruct, shape_kind
 from stdit.shapes import VideoShape, check_size

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from stdit.data.decode.video import contact_sheet, write_video
 from stdit.data.toy import ToySpec, held_out_prompts, render
-from stdit.data.video_io import contact_sheet, write_video
 from stdit.errors import StditError
 from stdit.evaluation.harness import summarise
 from stdit.evaluation.report import write_report

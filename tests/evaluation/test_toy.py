@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stdit.data.decode.video import read_frames
 from stdit.data.toy import Jitter, ToySettings, ToySpec, all_specs, render, still_specs, toy_file
 from stdit.data.toy import _write as write_file
-from stdit.data.video_io import read_frames
 from stdit.errors import StditError
 from stdit.evaluation.harness import shuffle
 from stdit.evaluation.metrics import psnr

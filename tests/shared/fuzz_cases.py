@@ -15,7 +15,7 @@ from typing import Any
 import typer
 import yaml
 
-from stdit.training.settings import RunConfig
+from stdit.training.config import RunConfig
 
 NUMBERS = ["nan", "inf", "-inf", "1e300", "-1e300", "1e-300", "-1", "0", "-0.0", "1", "2", "3", "0.5", "2147483648"]
 NUMBERS += ["9223372036854775807", "9223372036854775808", "9" * 400, "1_000", "0x10", "١٢", "1,5", "NaN%", "1e", "+-1"]
@@ -137,10 +137,10 @@ def _options(function: Any) -> list[tuple[str, Any, bool]]:
 def commands() -> dict[str, Any]:
     """The functions behind the commands that are fuzzed, by their words."""
     places = {
-        "train": "stdit.cli.train:train", "data scan": "stdit.cli.data_scan:scan",
-        "data plan": "stdit.cli.data_plan:plan", "data encode": "stdit.cli.data_encode:encode",
-        "sample": "stdit.cli.sample:sample", "eval vae": "stdit.cli.eval_vae:vae",
-        "eval captions": "stdit.cli.eval_captions:captions", "eval toy": "stdit.cli.eval:toy",
+        "train": "stdit.cli.train:train", "data scan": "stdit.cli.data.scan:scan",
+        "data plan": "stdit.cli.data.plan:plan", "data encode": "stdit.cli.data.encode:encode",
+        "sample": "stdit.cli.sample.command:sample", "eval vae": "stdit.cli.eval.vae:vae",
+        "eval captions": "stdit.cli.eval.captions:captions", "eval toy": "stdit.cli.eval.group:toy",
         "weights inspect": "stdit.cli.weights:inspect", "weights convert": "stdit.cli.weights:convert",
     }  # fmt: skip
     return {

@@ -45,14 +45,15 @@ def make_template(folder: Path) -> None:
     from PIL import Image
 
     from stdit.cli.main import app, run_command
-    from stdit.data.video_io import write_video
+    from stdit.data.decode.video import write_video
     from stdit.diffusion.solvers import unipc_config
     from stdit.models.transformer import STDiT, TransformerConfig
-    from stdit.pipeline import FolderSettings, Pipeline
-    from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
+    from stdit.sampling.pipeline import FolderSettings, Pipeline
+    from stdit.text.encoders import TextEncoder
+    from stdit.text.small import build_word_tokenizer, small_umt5
     from stdit.vae.autoencoder import CausalVAE, VaeConfig
-    from stdit.weights.adapters import Adapter, Pair
-    from stdit.weights.lora_files import write_adapter
+    from stdit.weights.lora.adapters import Adapter, Pair
+    from stdit.weights.lora.files import write_adapter
 
     folder.mkdir()
     os.chdir(folder)
@@ -200,7 +201,7 @@ def _child(case: dict[str, Any], folder: Path, work: Path, log: Path, outside: P
         from fuzz_cases import apply
 
         from stdit.cli.main import app, run_command
-        from stdit.data.storage import STORAGE
+        from stdit.data.remote.storage import STORAGE
 
         apply(work, case["edits"])
         STORAGE.pause = 0.0  # what cannot be reached is not waited for

@@ -12,9 +12,9 @@ import torch
 from stdit.evaluation import report
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
-from stdit.training.checkpoint import Checkpoint
-from stdit.training.metrics import SCHEMA, read_metrics
-from stdit.training.parallel import World
+from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.engine.parallel import World
+from stdit.training.outputs.metrics import SCHEMA, read_metrics
 
 ALONE = World(0, 1, torch.device("cpu"))
 

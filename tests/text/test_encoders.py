@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from stdit.errors import StditError
-from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
+from stdit.text.encoders import TextEncoder
 from stdit.text.images import load_image_encoder
+from stdit.text.loading import load_text_encoder
+from stdit.text.small import build_word_tokenizer, small_umt5
 
 CAPTIONS = ["A red circle moves left, slowly.", "a blue square moves right", "A small green triangle moves up"]
 

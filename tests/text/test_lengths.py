@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from stdit.text import lengths
-from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
+from stdit.text.encoders import TextEncoder
 from stdit.text.lengths import TextLimit
 from stdit.text.places import Treatment
+from stdit.text.small import build_word_tokenizer, small_umt5
 
 WORDS = "a red dog runs over the hill and on"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from stdit.data.scan import scan
+from stdit.data.scan.scan import scan
 from stdit.data.toy import ToySettings, make_toy
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.weights.io import save_vae

@@ -15,26 +15,27 @@ import torch
 import yaml
 
 import stdit
-from stdit.cli.data_encode import encode
-from stdit.config import load_config
-from stdit.data.loader import embedding
+from stdit.cli.data.encode import encode
+from stdit.data.load.loader import embedding
 from stdit.errors import StditError
 from stdit.evaluation import report
-from stdit.model_folder import load_parts
 from stdit.models.config import TransformerConfig
 from stdit.models.transformer import STDiT
-from stdit.pipeline import Pipeline
-from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
-from stdit.training import export
+from stdit.sampling.model_folder import load_parts
+from stdit.sampling.pipeline import Pipeline
+from stdit.text.encoders import TextEncoder
+from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
-from stdit.training.build import Parts, build
-from stdit.training.checkpoint import Checkpoint
-from stdit.training.engine import Engine, make_engine
-from stdit.training.export import write_model
-from stdit.training.footprint import footprint, outline
-from stdit.training.objective import StepKey
-from stdit.training.parallel import World
+from stdit.training.config import load_config
+from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.engine.engine import Engine, make_engine
+from stdit.training.engine.parallel import World
+from stdit.training.objectives.flow import StepKey
+from stdit.training.outputs import export
+from stdit.training.outputs.export import write_model
+from stdit.training.setup.build import Parts, build
+from stdit.training.setup.footprint import footprint, outline
 from stdit.weights.io import find
 
 pytest.importorskip("diffusers")
@@ -453,7 +454,7 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
 
 
 def test_checkpoints_hold_what_trains(tiny: Path, tmp_path: Path, folder: Any) -> None:
-    from stdit.training import checkpoint
+    from stdit.training.engine import checkpoint
 
     pattern = "model.trainable=['blocks.1.*']"
     parts = started(tiny, tmp_path, folder("Wan"), pattern)

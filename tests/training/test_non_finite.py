@@ -19,17 +19,17 @@ from tensor_files import load_file
 from tiny_runs import ALONE, check_lines, losses, make_quick, same_weights
 
 from stdit.cli.main import app, run_command
-from stdit.config import load_config
-from stdit.data.loader import Loader
+from stdit.data.load.loader import Loader
 from stdit.data.manifest import read_manifest
 from stdit.errors import StditError
 from stdit.training import trainer as trainer_module
-from stdit.training.checkpoint import Checkpoint
-from stdit.training.engine import TorchEngine
-from stdit.training.metrics import read_metrics
-from stdit.training.optimizer import OptimizerConfig
+from stdit.training.config import load_config
+from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.engine.engine import TorchEngine
+from stdit.training.engine.optimizer import OptimizerConfig
+from stdit.training.objectives.vae import VaeObjective
+from stdit.training.outputs.metrics import read_metrics
 from stdit.training.run import run
-from stdit.training.vae_objective import VaeObjective
 
 ROOT = Path(__file__).parents[2]
 FIXED = ("data.start=first", "data.crop=centre")
@@ -121,7 +121,8 @@ def test_where_only_some_clips_are_at_fault_the_remedy_is_to_leave_them_out(
 
 
 def test_the_embedding_of_a_caption(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
+    from stdit.text.encoders import TextEncoder
+    from stdit.text.small import build_word_tokenizer, small_umt5
 
     tokenizer = build_word_tokenizer(["a small red circle moves left on black"])
     encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
@@ -199,9 +200,9 @@ def test_an_engine_updates_nothing(kind: str, precision: str) -> None:
 
 WORKER = """
 import sys, torch
-from stdit.config import load_config
+from stdit.training.config import load_config
 from stdit.training import run as run_module, trainer as trainer_module
-from stdit.training.parallel import join_world, leave_world
+from stdit.training.engine.parallel import join_world, leave_world
 torch.set_num_threads(1)
 trainer_module.measure_peak = lambda *args: 1e12
 config, *runs = sys.argv[1:]

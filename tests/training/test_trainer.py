@@ -19,19 +19,19 @@ import torch
 from children import LIMIT, Child
 from tiny_runs import ALONE, check_lines, losses, make_quick, same_weights
 
-from stdit.config import load_config
-from stdit.data.loader import Loader
+from stdit.data.load.loader import Loader
 from stdit.errors import Interrupted, StditError
-from stdit.training import export
 from stdit.training import trainer as trainer_module
-from stdit.training.build import build, open_caches
-from stdit.training.checkpoint import Checkpoint
-from stdit.training.feed import Feed, Step
-from stdit.training.metrics import MetricsLog, read_metrics
-from stdit.training.objective import FlowObjective
-from stdit.training.parallel import World
-from stdit.training.progress import Progress
+from stdit.training.batches import Feed, Step
+from stdit.training.config import load_config
+from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.engine.parallel import World
+from stdit.training.objectives.flow import FlowObjective
+from stdit.training.outputs import export
+from stdit.training.outputs.metrics import MetricsLog, read_metrics
+from stdit.training.outputs.progress import Progress
 from stdit.training.run import dry_run, run
+from stdit.training.setup.build import build, open_caches
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert json.loads((whole / "model" / "stdit.json").read_text())["shapes"][0] == "48x32x5"
     assert (whole / "report.html").exists() and (whole / "config.yaml").exists() and (whole / "plan.png").exists()
     assert list((whole / "tensorboard").iterdir())
-    from stdit.pipeline import Pipeline
+    from stdit.sampling.pipeline import Pipeline
 
     frames = Pipeline.load(whole / "model")("a red circle", steps=1)
     assert frames.shape == (5, 32, 48, 3)
@@ -393,12 +393,14 @@ def test_metrics_follow_their_schema(whole: Path) -> None:
 def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stdit.data.buckets import assign
-    from stdit.data.cache import Cache
+    from stdit.data.load.cache import Cache
     from stdit.data.manifest import read_manifest
-    from stdit.data.storage import StorageError
-    from stdit.encode import encode_manifest, text_identity, vae_identity
-    from stdit.text.encoders import TextEncoder, build_word_tokenizer, load_text_encoder, small_umt5
+    from stdit.data.plan.buckets import assign
+    from stdit.data.remote.storage import StorageError
+    from stdit.prepare.encode import encode_manifest, text_identity, vae_identity
+    from stdit.text.encoders import TextEncoder
+    from stdit.text.loading import load_text_encoder
+    from stdit.text.small import build_word_tokenizer, small_umt5
     from stdit.weights.io import load_vae
 
     tokenizer = build_word_tokenizer(["a small red circle moves left on black"])

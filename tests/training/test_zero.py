@@ -20,11 +20,13 @@ from children import Child, finish_together
 from tensor_files import load_file
 
 from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.text.encoders import TextEncoder, build_word_tokenizer, small_umt5
-from stdit.training.checkpoint import Checkpoint
-from stdit.training.lora import LoraConfig, adapter_of
+from stdit.text.encoders import TextEncoder
+from stdit.text.small import build_word_tokenizer, small_umt5
+from stdit.training.config import LoraConfig
+from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.setup.lora import adapter_of
 from stdit.weights.io import find, save_transformer
-from stdit.weights.lora_files import read_adapter
+from stdit.weights.lora.files import read_adapter
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from stdit.config import RunConfig, load_config
-from stdit.training import build, export
 from stdit.training import trainer as trainer_module
-from stdit.training.feed import Feed
-from stdit.training.parallel import World, join_world, leave_world
+from stdit.training.batches import Feed
+from stdit.training.config import RunConfig, load_config
+from stdit.training.engine.parallel import World, join_world, leave_world
+from stdit.training.outputs import export
+from stdit.training.setup import build
 from stdit.training.trainer import Trainer
 
 

@@ -294,7 +294,7 @@ def test_presets():
 
 def test_trains_a_little():
     """An untrained posterior is narrow, every parameter gets a gradient, and a few steps on one clip lower the loss."""
-    from stdit.vae.losses import kl_loss, pixel_loss
+    from stdit.vae.training.losses import kl_loss, pixel_loss
 
     torch.manual_seed(0)
     vae = CausalVAE(TINY)

@@ -17,11 +17,11 @@ from tensor_files import load_file
 import stdit
 from stdit import locks
 from stdit.cli.main import app, run_command
-from stdit.models.transformer import PRESETS, STDiT, TransformerConfig
+from stdit.models.transformer import PRESETS, STDiT, TransformerConfig, count_parameters
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.weights.adapters import Adapter, Pair
 from stdit.weights.families import wan
-from stdit.weights.lora_files import write_adapter
+from stdit.weights.lora.adapters import Adapter, Pair
+from stdit.weights.lora.files import write_adapter
 
 TRANSFORMER = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4)
 VAE = VaeConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=2)
@@ -44,7 +44,7 @@ def test_inspect_tells_both_models_of_a_folder(folder, capsys):
     transformer, vae = json.loads(capsys.readouterr().out)["models"]
     assert (transformer["kind"], vae["kind"]) == ("transformer", "vae")
     assert transformer["dialect"] == "diffusers" and transformer["dtypes"] == {"float32": transformer["tensors"]}
-    assert transformer["parameters"] == TRANSFORMER.n_parameters
+    assert transformer["parameters"] == count_parameters(TRANSFORMER)
     assert vae["parameters"] == sum(p.numel() for p in CausalVAE(VAE).parameters())
     assert not (transformer["missing"] or vae["unexpected"] or vae["misshaped"])
     assert run("inspect", folder / "vae") == 0 and "Wan causal video VAE" in capsys.readouterr().out

@@ -12,11 +12,11 @@ from tensor_files import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from stdit.config import from_dict
 from stdit.errors import StditError
-from stdit.training.build import make_objective, make_vae
-from stdit.training.footprint import outline
-from stdit.training.parallel import World
+from stdit.training.config import from_dict
+from stdit.training.engine.parallel import World
+from stdit.training.setup.build import make_objective, make_vae
+from stdit.training.setup.footprint import outline
 from stdit.vae.autoencoder import CausalVAE
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import load_vae, save_vae

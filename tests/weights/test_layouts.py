@@ -19,7 +19,7 @@ from stdit.models.transformer import STDiT
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.config import PRESETS as VAES
 from stdit.vae.config import VaeConfig
-from stdit.vae.open_sora import OpenSoraConfig, OpenSoraVAE
+from stdit.vae.families.open_sora import OpenSoraConfig, OpenSoraVAE
 from stdit.weights.families import family_module, on_meta
 from stdit.weights.layouts import check_layout
 
@@ -321,11 +321,10 @@ def test_presets_have_heads_that_all_programs_take_from_the_width():
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_a_training_whose_model_no_layout_holds_is_refused_before_it_starts(change):
-    from stdit.config import from_dict
-    from stdit.training.build import make_transformer
-    from stdit.training.footprint import outline
-    from stdit.training.lora import LoraConfig
-    from stdit.training.start import check_export
+    from stdit.training.config import LoraConfig, from_dict
+    from stdit.training.setup.build import make_transformer
+    from stdit.training.setup.footprint import outline
+    from stdit.training.setup.initial_weights import check_export
 
     config = from_dict({"run": {"path": "x"}, "model": {"preset": "toy", "layers": 1, **change}}, "test")
     for make in (lambda: make_transformer(config, 4, 8), lambda: outline(config)):

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 
 import stdit
-from stdit.weights.adapters import merge
-from stdit.weights.lora_files import write_adapter
+from stdit.weights.lora.adapters import merge
+from stdit.weights.lora.files import write_adapter
 
 sys.path.insert(0, str(Path(__file__).parent / "goldens"))
 import programs_golden as golden

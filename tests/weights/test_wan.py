@@ -13,7 +13,7 @@ from tensor_files import load_file
 
 import stdit
 from stdit.errors import StditError
-from stdit.models.transformer import PRESETS, STDiT, TransformerConfig
+from stdit.models.transformer import PRESETS, STDiT, TransformerConfig, count_parameters
 from stdit.weights import io
 from stdit.weights.families import wan
 
@@ -210,7 +210,7 @@ def test_presets_are_wans_with_no_key_missing_unexpected_or_misshaped(name, para
     table = wan.keymap(config, "diffusers").table({key: tuple(t.shape) for key, t in ours.state_dict().items()})
     assert not table.differences(shapes) and table.foreign_shapes.keys() == shapes.keys()
     count = sum(p.numel() for p in theirs.parameters())
-    assert count == sum(p.numel() for p in ours.parameters()) == config.n_parameters
+    assert count == sum(p.numel() for p in ours.parameters()) == count_parameters(config)
     assert abs(count - parameters) < 0.005e9
 
 

@@ -67,7 +67,7 @@ def on_meta(config: Any) -> nn.Module:
 
     from stdit.models.transformer import STDiT
     from stdit.vae.autoencoder import CausalVAE, VaeConfig
-    from stdit.vae.open_sora import OpenSoraConfig, OpenSoraVAE
+    from stdit.vae.families.open_sora import OpenSoraConfig, OpenSoraVAE
 
     class Undrawn(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

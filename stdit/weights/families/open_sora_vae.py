@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.vae.open_sora import OpenSoraConfig
+from stdit.vae.families.open_sora import OpenSoraConfig
 from stdit.weights.families.configs import count, describe, described, needed
 from stdit.weights.keymap import KeyMap, Rule, Shape
 

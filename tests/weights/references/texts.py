@@ -14,7 +14,7 @@ def small_reason(captions: Sequence[str]) -> tuple[Any, Any]:
     """A Qwen2.5-VL of two layers of width 16, and a tokenizer of these captions' words with a chat template."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    from stdit.text.encoders import build_word_tokenizer
+    from stdit.text.small import build_word_tokenizer
 
     tokenizer = build_word_tokenizer([*captions, "system: user: you are a helpful assistant who will provide prompts"])
     tokenizer.chat_template = CHAT

@@ -1,0 +1,1 @@
+"""`stdit data …`: scan, caption, plan, encode, toy."""

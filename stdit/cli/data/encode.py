@@ -1,0 +1,128 @@
+"""`stdit data encode`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stdit.cli.common.memory import MEMORY
+from stdit.cli.common.outputs import out_store
+from stdit.cli.common.stopped import when_stopped
+
+
+@when_stopped("What is encoded is kept: the same command goes on from there.")
+def encode(
+    manifest: Annotated[str, typer.Argument(help="The manifest to encode, or its URL.")],
+    config: Annotated[Path, typer.Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="CACHE", parser=out_store, help="The cache's folder or URL; what it already holds is kept."
+        ),
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value to change in the config.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Clips the VAE encodes at once.")] = 4,
+    crops: Annotated[
+        int,
+        typer.Option(
+            min=0, max=1000, help="Cuts of every clip, sets data.crops: training draws one each time. 0: the config's."
+        ),
+    ] = 0,
+    memory: Annotated[int | None, MEMORY] = None,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "",
+    retry_failed: Annotated[bool, typer.Option(help="Try clips again that could not be read before.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> int:
+    """Encode the latents of a manifest's clips and the embeddings of its captions, each once.
+
+    Killed and started again it goes on where it was, on any number of ranks. Under torchrun, the ranks share the work.
+
+    Example: stdit data encode videos/manifest.parquet --config configs/toy/dit.yaml --out videos/cache
+    """
+    from stdit.cli.common.bars import counting_bar
+    from stdit.cli.common.device import pick_device
+    from stdit.data.load.loader import check_files
+    from stdit.data.manifest import read_manifest
+    from stdit.data.plan.buckets import assign
+    from stdit.data.remote.storage import STORAGE
+    from stdit.errors import StditError, about
+    from stdit.heartbeat import HEARTBEAT
+    from stdit.prepare.encode import PRECISION, encode_manifest, text_identity, vae_identity
+    from stdit.training.config import load_config
+    from stdit.training.setup.initial_weights import check_vae, follow_init
+    from stdit.training.setup.long_captions import LONGER, long_captions
+    from stdit.weights.io import load_vae
+
+    run = follow_init(load_config(config, [*(overrides or []), *([f"data.crops={crops}"] if crops else [])]))
+    if run.vae.path is None:
+        raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
+    check_vae(run.vae.path)
+    HEARTBEAT.doing(f"reading {manifest}")
+    clips = read_manifest(manifest)
+    check_files(clips)
+    assignment = assign(clips, run.data)
+    left_out = ", ".join(f"{n} {reason}" for reason, n in assignment.reasons.items())
+    if not len(assignment.rows()):
+        raise StditError(f"{manifest}: no clip fits one of data.shapes ({left_out or 'it is empty'}).")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    HEARTBEAT.doing(f"loading {run.vae.path}")
+    with about("vae.path"):
+        vae = load_vae(run.vae.path, dtype=PRECISION, device=device).eval()
+    vae.memory = memory
+    for shape in assignment.shapes:
+        with about(f"data.shapes: {shape}"):
+            shape.latent(vae.config.stride)
+    text_encoder = text_id = None
+    if run.text.path:
+        from stdit.text.loading import load_text_encoder
+
+        HEARTBEAT.doing(f"loading {run.text.path}")
+        with about("text.path"):
+            text_encoder = load_text_encoder(
+                run.text.path, max_length=run.text.padding or None, dtype=PRECISION, device=device
+            ).eval()
+            text_id = text_identity(run.text.path, run.text.padding)
+    found = long_captions(run, clips, assignment) if rank == 0 else None
+    if found is not None and found.count:
+        print(f"{found}{LONGER}", file=sys.stderr, flush=True)
+    with counting_bar("encoding", hidden=rank > 0) as (on_start, on_clips):
+        done = encode_manifest(
+            clips,
+            assignment,
+            replace(run.data, verify=True),  # the cache is addressed by the files' content
+            vae,
+            text_encoder,
+            out,
+            vae_id=vae_identity(run.vae.path),
+            text_id=text_id,
+            device=device,
+            batch=batch,
+            rank=rank,
+            ranks=ranks,
+            retry_failed=retry_failed,
+            on_start=on_start,
+            on_clips=on_clips,
+        )
+    if as_json:
+        failures = [{"id": clip_id, "failure": failure} for clip_id, failure in done.failures]
+        answer: dict[str, object] = {"cache": out, "clips": done.clips, "reused": done.reused, "texts": done.texts}
+        answer["retries"] = STORAGE.retries
+        answer["long_captions"] = found.as_json() if found else None
+        print(json.dumps({**answer, "failures": failures, "left_out": assignment.reasons}, ensure_ascii=False))
+        return 0
+    for _, failure in done.failures:
+        print(f"skipped: {failure}")
+    print(
+        f"{out}: {done.clips} clips encoded, {done.reused} were there, {done.texts} texts, {len(done.failures)} failed"
+        + (f", {STORAGE.retries} requests tried again" if STORAGE.retries else "")
+        + (f"; left out: {left_out}" if left_out else "")
+        + "."
+    )
+    return 0

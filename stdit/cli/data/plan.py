@@ -1,0 +1,360 @@
+"""`stdit data plan`: the dry run of a training's data."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stdit.cli.common.outputs import out_file
+
+if TYPE_CHECKING:
+    from stdit.data.manifest import Manifest
+    from stdit.data.plan.buckets import Assignment
+    from stdit.data.plan.left_out import LeftOut
+    from stdit.data.plan.picture import Measures
+    from stdit.data.plan.planner import Plan
+    from stdit.text.lengths import LongTexts
+    from stdit.training.config import RunConfig
+    from stdit.training.setup.footprint import Footprint
+
+FORMAT = 1  # of the JSON
+SHOWN = 40  # buckets in the table
+SHAPES_NAMED = 8  # of those without clips
+GOOD = 0.95  # a balance below this comes with advice
+TIMES = {"a step": "seconds_per_step", "an epoch": "seconds_per_epoch"}
+
+
+def plan(
+    manifest: Annotated[str, typer.Argument(help="What `stdit data scan` wrote, or its URL.")],
+    config: Annotated[Path, typer.Option(help="The training's config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Set on top of it.")] = None,
+    world_size: Annotated[int, typer.Option(min=1, max=100_000, help="Ranks of the training.")] = 1,
+    steps: Annotated[int, typer.Option(min=0, help="How many steps to deal and measure; 0: all.")] = 200,
+    epoch: Annotated[int, typer.Option(min=0, help="Whose steps to show, where epochs differ (data.stages).")] = 0,
+    rate: Annotated[
+        str | None,
+        typer.Option(metavar="FLOPS|RUN", help="Measured FLOP/s a rank, or a run's folder: tells the time of a step."),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="PNG", parser=out_file, help="Also draw the plan.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """What training will do with a manifest: buckets, drops, steps, packs, balance, memory. Nothing is decoded.
+
+    Example: stdit data plan clips.parquet --config configs/toy/dit.yaml --world-size 8 --picture plan.png
+    """
+    from rich.console import Console
+
+    from stdit.data.manifest import read_manifest
+    from stdit.data.plan.buckets import assign
+    from stdit.data.plan.left_out import explain
+    from stdit.data.plan.picture import draw_plan, measure_plan
+    from stdit.errors import StditError
+    from stdit.heartbeat import HEARTBEAT
+    from stdit.training.config import load_config
+    from stdit.training.setup.build import make_plan
+    from stdit.training.setup.footprint import footprint, outline
+    from stdit.training.setup.long_captions import LONGER
+
+    settings = load_config(config, overrides or [])
+    groups = world_size  # sequence parallelism would make them fewer
+    HEARTBEAT.doing(f"reading {manifest}")
+    clips = read_manifest(manifest)
+    assignment = assign(clips, settings.data)
+    stage = assignment.stages[settings.data.stage_of(epoch)]
+    console = Console(stderr=as_json)
+    objective = outline(settings)
+    left_out = explain(clips, stage, settings.data, objective.tokens)
+    if not as_json or not stage.counts.any():
+        _print_drops(console, left_out, len(clips))
+    HEARTBEAT.doing("planning the steps")
+    made = make_plan(clips, assignment, objective, settings, epoch)
+    if not made.num_steps:
+        raise StditError(f"--epoch {epoch} has no clip: data.sources lets each come in some epochs only. Show another.")
+    pixels = settings.objective.kind == "vae"
+    work_unit = "pixel" if pixels else "FLOP"
+    bound = made.token_bound()
+    measures = measure_plan(made, groups, bound, steps, _progress)
+    if picture is not None:
+        draw_plan(made, assignment.shapes, groups, bound, picture, measures, work_unit)
+    largest = assignment.shapes[max(range(len(made.tokens)), key=lambda b: (made.counts[b] > 0, made.tokens[b]))]
+    fullest = max(measures.fullest)
+    HEARTBEAT.doing("computing the memory")
+    needed = footprint(settings, objective, largest, fullest, world_size)
+    summary = summarise(made, stage, measures, groups, bound, needed)
+    summary["left_out"] = [asdict(one) for one in left_out]
+    summary |= {"world_size": world_size, "work_unit": work_unit, "epoch": epoch}
+    summary["empty"] = [str(shape) for b, shape in enumerate(assignment.shapes) if not len(assignment.rows(b))]
+    summary["stages"] = _stages(settings, assignment, partial(make_plan, clips, assignment, objective, settings))
+    summary["sources"] = _sources(clips, settings.data.sources, made)
+    long = _long_captions(settings, clips, assignment)
+    summary["long_captions"] = long.as_json() if long else None
+    if rate is not None:
+        found = measured_rate(rate, pixels)
+        seconds = summary["work_per_step"] * (1 if pixels else 3) / (world_size * found * summary["balance"])
+        summary |= {"rate": found, "seconds_per_step": seconds, "seconds_per_epoch": seconds * made.num_steps}
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    _print_list(console, "Stages", summary["stages"])
+    _print_list(console, "Sources", summary["sources"])
+    _print_buckets(console, summary)
+    _print_steps(console, summary)
+    if long is not None and long.count:
+        console.print(f"{long}{LONGER}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    for line in advice(summary):
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
+    if picture is not None:
+        console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+
+
+def measured_rate(given: str, pixels: bool) -> float:
+    """Work a second and rank, of forward and backward: a number, or what a run folder's metrics.jsonl says."""
+    from stdit.errors import StditError
+    from stdit.training.outputs.metrics import read_metrics
+
+    try:
+        rate = float(given)
+    except ValueError:
+        rates: list[float] = []
+        start: dict[str, Any] = {}
+        for line in read_metrics(given):
+            if line["kind"] == "start":  # a run may go on with other ranks
+                start = line
+            elif line["kind"] == "train" and pixels:
+                rates.append(line["tokens_per_second"] / start["ranks"])
+            elif line["kind"] == "train" and line["mfu"]:
+                rates.append(line["mfu"] * start["peak_flops"])
+        if not rates:
+            raise StditError(
+                f"--rate {given}: neither a number of FLOP/s a rank, such as 2e14, nor a run folder whose "
+                f"metrics.jsonl has lines of training."
+            ) from None
+        rate = statistics.median(rates)
+    if not 0 < rate < math.inf:
+        raise StditError(f"--rate {given}: it must be positive.")
+    return rate
+
+
+def summarise(
+    plan: Plan, assignment: Assignment, measures: Measures, groups: int, bound: int, needed: Footprint
+) -> dict[str, Any]:
+    """What `--json` prints. Work is in forward FLOPs; of a VAE's training, in pixels (`work_unit`)."""
+    count = len(measures.steps)
+    kept = assignment.bucket >= 0
+    return {
+        "format": FORMAT,
+        "clips": len(assignment.bucket),
+        "planned": plan.num_items,
+        "dropped": assignment.reasons,
+        "crop_loss": float(assignment.lost[kept].mean()),
+        "buckets": [
+            {
+                "shape": str(shape),
+                "clips": int(plan.counts[b]),
+                "tokens": plan.tokens[b],
+                "work": plan.work[b],
+                "share_of_work": int(plan.counts[b]) * plan.work[b] / plan.total_work,
+                "crop_loss": float(assignment.crop_losses[b]),
+            }
+            for b, shape in enumerate(assignment.shapes)
+        ],
+        "steps_per_epoch": plan.num_steps,
+        "work_per_step_wanted": plan.work_per_step,
+        "largest_clip_work": max(work for work, clips in zip(plan.work, plan.counts) if clips),
+        "groups": groups,
+        "tokens_per_pack": bound,
+        "measured_steps": count,
+        "clips_per_step": sum(measures.clips) / count,
+        "tokens_per_step": sum(measures.tokens) / count,
+        "work_per_step": sum(measures.work) / count,
+        "micro_steps_per_step": sum(measures.micro_steps) / count,
+        "fullest_pack": max(measures.fullest),
+        "balance": measures.total_balance,
+        "balance_least": min(measures.balance),
+        "balance_best": measures.best_balance,
+        "steps_with_a_clip_over_a_share": measures.indivisible,
+        "memory_per_rank": {**asdict(needed), "total": needed.total},
+        "hash": plan.hash,
+    }
+
+
+def advice(summary: dict[str, Any]) -> list[str]:
+    """What would make the plan better, if it is not good."""
+    lines, empty = [], summary["empty"]
+    if empty:
+        more = len(empty) - SHAPES_NAMED
+        some = ", ".join(empty[:SHAPES_NAMED]) + (f" and {more} more" if more > 0 else "")
+        lines.append(
+            f"no clip goes to {some}, in any epoch: remove what you do not need from data.shapes (or data.rule, "
+            f"data.stages), or add clips that fit."
+        )
+    over = summary["steps_with_a_clip_over_a_share"]
+    if over:
+        lines.append(
+            f"{over} of {summary['measured_steps']} steps have a clip of more work than a group's share of the step: "
+            f"the best balance that can be had is {summary['balance_best']:.3f}."
+        )
+    if summary["balance"] >= GOOD or summary["groups"] == 1:
+        return lines
+    share = summary["work_per_step"] / summary["groups"] / summary["largest_clip_work"]
+    if share * summary["steps_per_epoch"] < 1:
+        most = max(1, int(share * summary["steps_per_epoch"] * summary["groups"]))
+        lines.append(
+            f"a whole epoch is the work of {share * summary['steps_per_epoch']:.2g} of the largest clip a group, and a "
+            f"clip cannot be divided: at most {most} groups have enough to do. Use fewer ranks, or "
+            f"add clips."
+        )
+    elif share < 1:
+        lines.append(
+            f"a step is the work of {share:.2g} of the largest clip a group, and a clip cannot be divided: raise "
+            f"plan.largest_clips_per_step to {summary['groups']} or more."
+        )
+    else:
+        lines.append(
+            "larger steps (plan.largest_clips_per_step), more memory (plan.tokens_per_pack) or more images and short "
+            "clips, which fill gaps, raise the balance."
+        )
+    return lines
+
+
+def _stages(config: RunConfig, assignment: Assignment, plan_of: Callable[[int], Plan]) -> list[dict[str, Any]]:
+    """Of a curriculum."""
+    found, first = [], 0
+    for stage, assigned in zip(config.data.stages, assignment.stages):
+        made = plan_of(first)
+        shown: dict[str, Any] = {"epoch": first, "epochs": stage.epochs, "area": stage.area, "frames": stage.frames}
+        shown |= {"clips": made.num_items, "steps_per_epoch": made.num_steps, "dropped": assigned.reasons}
+        found.append(shown)
+        first += stage.epochs or 0
+    return found
+
+
+def _sources(clips: Manifest, sources: dict[str, float], plan: Plan) -> list[dict[str, Any]]:
+    from stdit.data.plan.sources import source_of
+
+    if not sources:
+        return []
+    source, there = source_of(clips, list(sources)), plan.bucket >= 0
+    found = []
+    for number, (pattern, weight) in enumerate([*sources.items(), ("others", 1.0)]):
+        mine = source == (number if number < len(sources) else -1)
+        row = {"source": pattern, "weight": weight, "clips": int((mine & there).sum())}
+        found.append(row | {"clips_in_epoch": int(mine[plan.rows].sum())})
+    return found
+
+
+def _long_captions(settings: RunConfig, clips: Manifest, assignment: Assignment) -> LongTexts | None:
+    """Where the tokenizer is there; a plan is made without it, too."""
+    from stdit.errors import StditError
+    from stdit.training.setup.initial_weights import follow_init
+    from stdit.training.setup.long_captions import long_captions
+
+    try:
+        return long_captions(follow_init(settings), clips, assignment)
+    except StditError:
+        return None
+
+
+def _progress(steps: Sequence[int]) -> Iterable[int]:
+    from stdit.cli.common.bars import tracked
+
+    return tracked(steps, "dealing steps")
+
+
+def _print_drops(console: Any, left_out: Sequence[LeftOut], clips: int) -> None:
+    from rich.table import Table
+
+    from stdit.data.plan.buckets import REASONS
+
+    if not left_out:
+        return
+    dropped = sum(one.clips for one in left_out)
+    title = f"Left out: {dropped:,} of {clips:,} clips"
+    table = Table("clips", "reason", "what they are", title=title, title_justify="left")
+    table.columns[0].justify = "right"
+    for one in left_out:
+        table.add_row(f"{one.clips:,}", REASONS[one.reason], one.details)
+    console.print(table)
+
+
+def _print_buckets(console: Any, summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from stdit.data.plan.picture import readable_work
+
+    rows = sorted(summary["buckets"], key=lambda bucket: (-bucket["share_of_work"], bucket["tokens"]))
+    table = Table("shape", title=f"Shape buckets: {summary['planned']:,} clips", title_justify="left")
+    for name in ("clips", "tokens", "forward", "share of work", "cut off"):
+        table.add_column(name, justify="right")
+    for row in rows[:SHOWN]:
+        table.add_row(
+            row["shape"],
+            f"{row['clips']:,}",
+            f"{row['tokens']:,}",
+            readable_work(row["work"], summary["work_unit"]),
+            f"{row['share_of_work']:.1%}",
+            f"{row['crop_loss']:.1%}",
+        )
+    if len(rows) > SHOWN:
+        rest = rows[SHOWN:]
+        share = sum(row["share_of_work"] for row in rest)
+        table.add_row(f"and {len(rest)} more", f"{sum(row['clips'] for row in rest):,}", "", "", f"{share:.1%}", "")
+    console.print(table)
+
+
+def _print_steps(console: Any, summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from stdit.data.plan.picture import readable_work
+
+    s = summary
+    work = readable_work(s["work_per_step"], s["work_unit"])
+    work += f" ({s['work_per_step'] / s['largest_clip_work']:.2f} × the largest clip)"
+    measured = "all" if s["measured_steps"] == s["steps_per_epoch"] else f"{s['measured_steps']:,}"
+    groups = f"{s['groups']} {'group' if s['groups'] != s['world_size'] else 'rank'}{'s' * (s['groups'] > 1)}"
+    table = Table(title=f"Plan on {groups} ({measured} steps measured)", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in (
+        ("steps an epoch", f"{s['steps_per_epoch']:,}"),
+        ("clips a step", f"{s['clips_per_step']:,.1f}"),
+        ("tokens a step", f"{s['tokens_per_step']:,.0f}"),
+        ("work a step, forward", work),
+        ("micro-steps a step", f"{s['micro_steps_per_step']:.1f}"),
+        ("tokens of the fullest pack", f"{s['fullest_pack']:,} of {s['tokens_per_pack']:,}"),
+        ("balance (mean work / largest)", f"{s['balance']:.4f} (least {s['balance_least']:.4f})"),
+        ("area lost to cropping", f"{s['crop_loss']:.1%}"),
+        ("memory a rank", f"{s['memory_per_rank']['total'] / 2**30:.2f} GiB"),
+        *((f"  {name}", f"{size / 2**30:.2f} GiB") for name, size in s["memory_per_rank"].items() if name != "total"),
+        *((f"time {of}", _duration(s[key])) for of, key in TIMES.items() if key in s),
+        ("plan", s["hash"][:16]),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _print_list(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*("" if value is None or value == {} else escape(str(value)) for value in row.values()))
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

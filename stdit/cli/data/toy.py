@@ -1,0 +1,58 @@
+"""`stdit data toy`: renders the embedded data set of moving shapes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stdit.cli.common.outputs import out_folder
+
+
+def toy(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", parser=out_folder, help="Where to write. A folder partly written is completed."
+        ),
+    ],
+    clips: Annotated[int, typer.Option(min=1, help="Clips to train on.")] = 1000,
+    held_out: Annotated[int, typer.Option(min=0, help="Clips of combinations never trained, in FOLDER/held_out.")] = 48,
+    seed: Annotated[int, typer.Option(help="Another seed, other clips.")] = 0,
+    shapes: Annotated[str, typer.Option(help="Aspect ratios, as sizes: WIDTHxHEIGHT,…")] = "64x64,80x48,48x80",
+    seconds: Annotated[str, typer.Option(help="Durations: SECONDS,…")] = "1.25,2.25",
+    images: Annotated[float, typer.Option(min=0, max=1, help="Share of still images.")] = 0.1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Render moving shapes with captions to real video files: a data set to watch a model learn on.
+
+    Example: stdit data toy data/toy && stdit data scan data/toy/train --out data/toy/manifest.parquet
+    """
+    from stdit.cli.common.bars import named_bars
+    from stdit.data.toy import ToySettings, make_toy
+    from stdit.errors import StditError
+
+    try:
+        lengths = tuple(float(value) for value in seconds.split(","))
+    except ValueError:
+        raise StditError(f"--seconds {seconds!r}: write numbers with commas between them, such as 1.25,2.25.") from None
+    settings = ToySettings(
+        clips=clips,
+        held_out=held_out,
+        seed=seed,
+        shapes=tuple(part.strip() for part in shapes.split(",")),
+        seconds=lengths,
+        image_share=images,
+    )
+    with named_bars(hidden=as_json) as progress:
+        counts = make_toy(folder, settings, partial(progress, "rendering"))
+    if as_json:
+        import json
+
+        print(json.dumps({"folder": str(folder), **counts}))
+        return
+    done = f"rendered {counts['rendered']} files" if counts["rendered"] else "was complete already"
+    print(f"{folder}: {done}; {counts['train']} clips to train on, {counts['held_out']} held out.")
+    print(f"Next: stdit data scan {folder / 'train'} --out {folder / 'manifest.parquet'}")

@@ -1,0 +1,1 @@
+"""`stdit eval …`: toy, captions, vae."""

@@ -1,0 +1,250 @@
+"""Picture files, still and moving, by Pillow: as a browser shows them, on white, in 8-bit sRGB; or a reason why not."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+
+from stdit.data.decode import hdr
+from stdit.data.decode.formats import IMAGE_SUFFIXES, MOVING, NOT_READ, STILL, content_of_file, png_chunk, suffix_of
+from stdit.data.decode.pixels import Limits, VideoError, plain
+from stdit.data.decode.source import Source
+from stdit.data.remote.paths import open_bytes
+from stdit.errors import StditError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Modules that teach Pillow a format; `stdit[pictures]` brings them.
+_PLUGINS = {"heif": ("HEIC or HEIF", "pillow_heif"), "jxl": ("JPEG XL", "pillow_jxl")}
+_ORIENTATION, _SUBFILE, _BITS, _PHOTOMETRIC, _DNG = 0x0112, 254, 258, 262, 50706  # tags of TIFF and EXIF
+_REDUCED, _MASK = 1, 4  # bits of _SUBFILE: a page that is a smaller copy, or a mask, of another
+_PAGES = 100  # of a TIFF that are looked at
+_SHORTEST, _USUAL = 10, 100  # ms: browsers show frames of at most the first for the second
+
+
+def content_of_path(path: str) -> str | None:
+    """See `formats.content_of_file`. Raises VideoError for what is known, and not read."""
+    try:
+        with open_bytes(path) as file:
+            content = content_of_file(file, path)
+    except OSError as error:
+        raise VideoError(path, "unreadable", f"cannot be read ({plain(error)}).") from error
+    if content in NOT_READ:
+        message = f"is {NOT_READ[content]}, which is not read: save it as PNG, JPEG, TIFF or WebP."
+        raise VideoError(path, "unsupported", message)
+    if content is None and suffix_of(path) in IMAGE_SUFFIXES:
+        raise VideoError(path, "not_media", "is not an image that can be opened.")
+    return content
+
+
+@contextmanager
+def open_picture(path: str, content: str, limits: Limits) -> Iterator[Image]:
+    """The opened file; Pillow's errors, here and as it is used, are VideoErrors."""
+    import PIL.Image
+    from PIL import UnidentifiedImageError
+
+    name = {**STILL, **MOVING}[content]
+    _prepare(path, content)
+    try:
+        # no other formats: some of Pillow's start programs
+        with open_bytes(path) as file, PIL.Image.open(file, formats=[name]) as image:
+            if image.width * image.height > limits.pixels:
+                raise VideoError(
+                    path, "too_large", f"is {image.width}x{image.height}; the limit is {limits.pixels} pixels."
+                )
+            yield image
+    except StditError:
+        raise
+    except UnidentifiedImageError as error:
+        message = f"is damaged {name}, or of a kind that Pillow {PIL.__version__} does not read."
+        raise VideoError(path, "not_media", message) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of a dozen libraries
+        raise VideoError(path, "damaged", f"cannot be decoded ({plain(error)}).") from error
+
+
+def _prepare(path: str, content: str) -> None:
+    if "avif" in content:
+        try:
+            from PIL import AvifImagePlugin
+
+            AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one a core would take more address space than a reader may
+        except ImportError:
+            pass
+    if content in _PLUGINS:
+        name, module = _PLUGINS[content]
+        try:
+            plugin = importlib.import_module(module)
+        except ImportError as error:
+            message = f"is {name}, which needs {module.replace('_', '-')}: pip install 'stdit[pictures]'."
+            raise VideoError(path, "unsupported", message) from error
+        if content == "heif":
+            plugin.register_heif_opener(thumbnails=False)
+
+
+def decode_image(path: str, content: str, limits: Limits) -> np.ndarray:
+    """A still picture as (H, W, 3) uint8. content: a key of `STILL`."""
+    with open_picture(path, content, limits) as image:
+        if content == "tiff":
+            _find_page(path, image)
+        rgb = as_shown(path, image)
+        if (transfer := _transfer(path, content)) in (hdr.PQ, hdr.HLG):
+            rgb = hdr.to_srgb(rgb.astype(np.uint16) * 257, transfer)
+        return rgb
+
+
+def as_shown(path: str, image: Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an opened picture, or of the frame it is at: upright, on white, in sRGB.
+
+    Integers of 16 bits are divided by their range. Those of 32 bits and floats are refused: no file says what white is.
+    """
+    from PIL import Image as Images
+
+    image.load()
+    orientation = _orientation(image)
+    icc = image.info.get("icc_profile")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        image = _of_16_bits(image)
+    elif image.mode in ("I", "F"):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
+        message = f"is a picture of {kind}, which do not say how bright white is: save it with 8 or 16 bits."
+        raise VideoError(path, "unsupported", message)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGB")
+    rgb = _in_srgb(image, icc)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Images.alpha_composite(Images.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return np.array(rgb)
+
+
+# EXIF's orientations as members of PIL.Image.Transpose
+_TURNS: dict[int, Any] = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+
+
+def _orientation(image: Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # what is wrong with the notes beside a picture does not cost the picture
+        return 1
+
+
+def _of_16_bits(image: Image) -> Image:
+    """Grey by the bits that the file says it uses. White may be 0, in TIFF."""
+    from PIL import Image as Images
+
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS, (16,))[0] if image.format == "TIFF" else 16
+    most = (1 << bits) - 1 if 8 < bits <= 16 else 0xFFFF
+    values = np.minimum(np.asarray(image).astype(np.int64), most)
+    hidden = image.info.get("transparency") if image.format == "PNG" else None
+    grey = ((values * 255 + most // 2) // most).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:
+        grey = 255 - grey
+    if isinstance(hidden, int):
+        grey[values == hidden] = 255  # before white
+    return Images.fromarray(grey)
+
+
+def _in_srgb(image: Image, icc: bytes | None) -> Image:
+    """RGB by the picture's own colour profile, if it has one that can be used."""
+    from PIL import ImageCms
+
+    if image.mode not in ("L", "LA", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    if image.mode == "LA":
+        image = image.convert("L")
+    space = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}[image.mode]
+    try:
+        if image.mode == "LAB":
+            profile: Any = ImageCms.createProfile("LAB")
+        else:
+            profile = ImageCms.ImageCmsProfile(BytesIO(icc)).profile if icc else None
+        if image.mode == "LAB" or (profile and profile.xcolor_space.strip() == space and not _is_srgb(profile)):
+            intent = ImageCms.Intent.PERCEPTUAL if image.mode == "LAB" else profile.rendering_intent
+            source = ImageCms.ImageCmsProfile(profile)
+            shown = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), intent, "RGB")
+            assert shown is not None
+            return shown
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        if image.mode == "LAB":
+            raise
+    return image.convert("RGB")
+
+
+def _is_srgb(profile: Any) -> bool:
+    return str(profile.profile_description or "").startswith(("sRGB IEC61966", "sRGB built-in"))
+
+
+def _find_page(path: str, image: Image) -> None:
+    """Goes to a TIFF's one page that is no smaller copy and no mask of another. Raises VideoError if there are more."""
+    if _DNG in image.tag_v2:  # type: ignore[attr-defined]
+        raise VideoError(path, "unsupported", f"is {NOT_READ['raw']}, which is not read: save it as PNG, JPEG or TIFF.")
+    pages = []
+    for page in range(min(_PAGES, getattr(image, "n_frames", 1))):
+        image.seek(page)
+        if not image.tag_v2.get(_SUBFILE, 0) & (_REDUCED | _MASK):  # type: ignore[attr-defined]
+            pages.append(page)
+    if len(pages) != 1:
+        found = f"has {len(pages)} pages" if pages else "has previews only"
+        raise VideoError(path, "unsupported", f"{found}: save each picture in a file of its own.")
+    image.seek(pages[0])
+
+
+def _transfer(path: str, content: str) -> int | None:
+    """The transfer characteristics (ITU-T H.273) that an AVIF, HEIF or PNG names."""
+    with open_bytes(path) as file:
+        if content in ("avif", "heif"):
+            head = file.read(1 << 16)
+            at = head.find(b"colrnclx")
+            return int.from_bytes(head[at + 10 : at + 12], "big") if at >= 0 else None
+        found = png_chunk(file, b"cICP") if content == "png" else None
+        return found[1] if found and len(found) > 1 else None
+
+
+class PictureSource(Source):
+    """A picture that moves (animated WebP, AVIF), composed by Pillow. Frames have the times that browsers give them."""
+
+    def __init__(self, path: str, content: str, image: Image, limits: Limits) -> None:
+        super().__init__(path, limits, content.split()[-1], None)
+        self.image = image
+
+    def frames(self) -> Generator[tuple[float, av.VideoFrame], None, None]:
+        time = 0
+        for number in range(getattr(self.image, "n_frames", 1)):
+            self.check_time()
+            if number >= self.limits.frames:
+                raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
+            try:
+                self.image.seek(number)
+                rgb = as_shown(self.path, self.image)
+            except StditError:
+                raise
+            except (OSError, RuntimeError, SyntaxError, ValueError, EOFError) as error:
+                message = f"cannot be decoded after {number} frames ({plain(error)})."
+                raise VideoError(self.path, "damaged" if number else "undecodable", message) from error
+            duration = round(self.image.info.get("duration", 0))
+            duration = duration if duration > _SHORTEST else _USUAL
+            frame = av.VideoFrame.from_ndarray(rgb, "rgb24")
+            frame.pts, frame.time_base, frame.duration = time, Fraction(1, 1000), duration
+            yield time / 1000, frame
+            time += duration
+
+    def probe(self, verify_pixels: int):  # type: ignore[no-untyped-def]
+        return super().probe(sys.maxsize)  # how long frames are shown is known as they are decoded

@@ -1,0 +1,309 @@
+"""An opened file as frames at times, whichever library decodes it. Reading, probing, scenes and scores use it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import cast
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from stdit.data.decode.frame_skipping import Times, needed_packets
+from stdit.data.decode.pixels import Limits, VideoError, displayed_size, plain, progressive, to_rgb
+
+# Decoders that also give the transparency that a WebM file keeps beside the picture; FFmpeg's own do not.
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a player shows: size after rotation and with square pixels, frames and seconds that can be decoded.
+
+    `start` is the time of the first frame after the stream's own start (almost always 0); `end` is when the last frame
+    ends. `damage` says where decoding stopped, if it did; `verified` whether all frames were decoded.
+    """
+
+    width: int
+    height: int
+    fps: float
+    frames: int
+    start: float
+    end: float
+    codec: str
+    image: bool = False
+    verified: bool = True
+    damage: str | None = None
+
+    @property
+    def duration(self) -> float:
+        return self.end - self.start
+
+
+class Source:
+    """Frames of one opened file. Times are seconds after its own start."""
+
+    timed = True  # whether frames have times of their own
+    probing = False  # whether all is looked at, to count frames
+
+    def __init__(self, path: str, limits: Limits, codec: str, rate: Fraction | None) -> None:
+        self.path, self.limits, self.codec, self.declared_rate = path, limits, codec, rate
+        self.deadline = time.thread_time() + limits.seconds  # not wall-clock: other work may take the core
+        self.period = float(1 / rate) if rate else 1 / 25  # nominal, until timestamps say otherwise
+        self.pixel_aspect = 1.0
+        self.reformatter = VideoReformatter()
+
+    def frames(self) -> Generator[tuple[float, av.VideoFrame], None, None]:
+        """(time, frame) in order; raises VideoError('damaged') where decoding fails."""
+        raise NotImplementedError
+
+    def seek(self, start: float) -> bool:
+        """Makes `frames` begin at the last keyframe before `start` that the container knows of; False if it cannot."""
+        return False
+
+    def check_time(self) -> None:
+        if time.thread_time() > self.deadline:
+            raise VideoError(self.path, "timeout", f"took longer than {self.limits.seconds:g} s to read.")
+
+    def check_size(self, width: int, height: int) -> None:
+        if width * height > self.limits.pixels:
+            raise VideoError(
+                self.path, "too_large", f"is {width}x{height} pixels a frame; the limit is {self.limits.pixels} pixels."
+            )
+
+    def ask(self, times: Times) -> None:
+        """Says which times are read, so that frames which are not needed may be skipped."""
+
+    def rest(self, last: float) -> tuple[list[float], str | None]:
+        """Times of the frames after `last`, not decoded, and what stopped their counting, if anything."""
+        return [], None
+
+    def read(
+        self,
+        count: int,
+        size: tuple[int, int] | None,
+        fps: float | None,
+        start: float,
+        crop: tuple[float, float],
+        allocate: Callable[[tuple[int, ...]], np.ndarray],
+        seek: bool,
+    ) -> np.ndarray | None:
+        """As `read_frames`; None if the stream could not be sought to before `start`."""
+        if seek and not self.seek(start):
+            return None
+        if fps is not None and self.timed:
+            self.ask(Times(start, fps, count))
+        out, taken = np.empty(0), 0
+        previous: tuple[float, av.VideoFrame] | None = None
+        converted: np.ndarray | None = None
+
+        def take_previous() -> None:
+            nonlocal converted, out, taken, size
+            assert previous is not None
+            if converted is None:
+                converted = to_rgb(previous[1], self.pixel_aspect, size, crop, self.reformatter)
+            if taken == 0:
+                out = allocate((count, *converted.shape))
+                size = converted.shape[1], converted.shape[0]
+            out[taken] = converted
+            taken += 1
+
+        def wanted() -> float:
+            return start + taken / fps if fps is not None else start
+
+        try:
+            for now, frame in self.frames():
+                if seek and previous is None and (frame.pts is None or now > start):
+                    return None
+                if fps is None:  # every frame from `start` on
+                    if now >= start - 1e-6:
+                        previous, converted = (now, frame), None
+                        take_previous()
+                elif previous is not None:
+                    while taken < count and wanted() <= (previous[0] + now) / 2 + 1e-9:
+                        take_previous()
+                if taken == count:
+                    return out
+                previous, converted = (now, frame), None
+        except VideoError as error:
+            # what was decoded before the damage is good, and the last such frame stands for half its own period
+            if error.reason not in ("damaged", "undecodable"):
+                raise
+            damage: VideoError | None = error
+        else:
+            damage = None
+        if previous is None and seek:  # landed where nothing more can be decoded
+            return None
+        if previous is None:
+            raise damage or VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
+        # The last frame is shown for its own duration; half of it, or of a requested period, is within tolerance.
+        tolerance = max(self.period, _seconds(previous[1].duration, previous[1].time_base), 1 / (fps or 1e9)) / 2
+        while fps is not None and taken < count and wanted() <= previous[0] + tolerance + 1e-3:
+            take_previous()
+        if taken == count:
+            return out
+        if damage is not None:
+            raise damage
+        rate = "" if fps is None else f" at {fps:g} fps"
+        raise VideoError(
+            self.path,
+            "too_short",
+            f"its last frame is at {previous[0]:.3f} s; {count} frames{rate} from {start:.3f} s need more.",
+        )
+
+    def probe(self, verify_pixels: int) -> Probe:
+        """As `video.probe`."""
+        self.probing = True
+        times: list[float] = []
+        shown: tuple[int, int] | None = None
+        last_duration, budget, damage, verified = 0.0, verify_pixels, None, True
+        frames = self.frames()
+        try:
+            for now, frame in frames:
+                shown = shown or displayed_size(frame, self.pixel_aspect)
+                times.append(now)
+                last_duration = _seconds(frame.duration, frame.time_base)
+                budget -= frame.width * frame.height
+                if budget <= 0:
+                    verified = False
+                    break
+        except VideoError as error:
+            if error.reason != "damaged":
+                raise
+            damage = error.message
+        finally:
+            frames.close()
+        if not times or shown is None:
+            raise VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
+        if not verified:
+            more, damage = self.rest(times[-1])
+            times += more
+        return self._describe(times, shown, last_duration, verified, damage)
+
+    def _describe(
+        self, times: list[float], shown: tuple[int, int], last_duration: float, verified: bool, damage: str | None
+    ) -> Probe:
+        first, last, count = times[0], times[-1], len(times)
+        measured = (count - 1) / (last - first) if count > 1 and last > first else 1 / self.period
+        declared = float(self.declared_rate or 0)
+        # the container's rational rate is exact where it agrees with the timestamps
+        fps = declared if declared and abs(declared / measured - 1) < 0.01 else measured
+        if damage is not None or not 0 < last_duration < 4 / fps:
+            last_duration = 1 / fps
+        return Probe(*shown, fps, count, first, last + last_duration, self.codec, False, verified, damage)
+
+
+class VideoSource(Source):
+    """One video stream of a container, by FFmpeg."""
+
+    def __init__(self, path: str, container: av.container.InputContainer, limits: Limits) -> None:
+        streams = [s for s in container.streams.video if not _is_cover_art(s)]
+        if not streams:
+            raise VideoError(path, "no_video", "has no video stream.")
+        self.container, self.stream = container, streams[0]
+        codec = self.stream.codec_context
+        if codec is None:
+            raise VideoError(path, "undecodable", "has a video stream of a codec that this FFmpeg does not decode.")
+        rate = self.stream.average_rate
+        super().__init__(path, limits, codec.name, rate)
+        if not rate and (guessed := self.stream.guessed_rate or self.stream.base_rate):
+            self.period = float(1 / guessed)
+        self.check_size(codec.width, codec.height)
+        self.tick = float(self.stream.time_base or 0)  # a Fraction a packet would cost as much as the packet
+        self.origin = (self.stream.start_time or 0) * self.tick
+        ratio = float(self.stream.sample_aspect_ratio or 1)
+        self.pixel_aspect = ratio if 0.1 <= ratio <= 10 else 1.0
+        self.packet_times = list[float]()  # while it is probed
+        self.asked: Times | None = None  # what is read, of a stream in which unneeded frames may be skipped
+        # AVI stores no presentation times; what FFmpeg makes up for reordered frames goes back and forth
+        self.timed = container.format.name != "avi"
+        tags = {name.lower(): value for name, value in self.stream.metadata.items()}
+        self.decoder: av.VideoCodecContext | None = None  # another one than the stream's own
+        if tags.get("alpha_mode") == "1" and _WITH_ALPHA.get(codec.name) in av.codecs_available:
+            self.decoder = cast(av.VideoCodecContext, av.CodecContext.create(_WITH_ALPHA[codec.name], "r"))
+            self.decoder.extradata = codec.extradata
+        for context in (codec, self.decoder):
+            if context is not None:
+                context.thread_count = 1  # workers run side by side; one thread each keeps memory and results the same
+
+    def ask(self, times: Times) -> None:
+        self.asked = times if self.codec == "h264" else None
+
+    def rest(self, last: float) -> tuple[list[float], str | None]:
+        damage = None
+        try:
+            for _ in self.packets():
+                pass
+        except av.FFmpegError as error:
+            damage = f"cannot be read after {len(self.packet_times)} packets ({plain(error)})."
+        return sorted(t for t in self.packet_times if t > last + 1e-6), damage
+
+    def packets(self) -> Iterator[av.Packet]:
+        packets = self.container.demux(self.stream)
+        for _ in range(self.limits.packets):
+            self.check_time()
+            packet = next(packets, None)
+            if packet is None:
+                return
+            if self.probing:
+                stamp = packet.pts if packet.pts is not None else packet.dts
+                if packet.size and stamp is not None and not packet.is_discard:
+                    self.packet_times.append(stamp * self.tick - self.origin)
+            yield packet
+        raise VideoError(self.path, "too_long", f"has more than {self.limits.packets} packets.")
+
+    def frames(self) -> Generator[tuple[float, av.VideoFrame], None, None]:
+        last = None
+        for frame in progressive(self._decoded()):
+            now = frame.time - self.origin if self.timed and frame.time is not None else None
+            if last is not None and (now is None or now <= last):
+                now = last + self.period  # no timestamp, or one that goes back
+            last = 0.0 if now is None else now
+            yield last, frame
+
+    def seek(self, start: float) -> bool:
+        if not self.timed:
+            return False
+        try:
+            offset = int((start + self.origin) / float(self.stream.time_base or Fraction(1, 1000)))
+            self.container.seek(offset, stream=self.stream, backward=True)
+        except av.FFmpegError:
+            return False
+        if self.decoder is not None:
+            self.decoder.flush_buffers()
+        return True
+
+    def _decoded(self) -> Generator[av.VideoFrame, None, None]:
+        decoded, progressive, skipping = 0, False, False
+        codec = self.stream.codec_context
+        try:
+            for packet, needed in needed_packets(self.packets(), self.asked, self.tick, self.origin):
+                if skipping != (progressive and not needed):
+                    skipping = not skipping
+                    codec.skip_frame = "NONREF" if skipping else "DEFAULT"
+                for frame in packet.decode() if self.decoder is None else self.decoder.decode(packet):
+                    self.check_size(frame.width, frame.height)
+                    decoded += 1
+                    progressive = not frame.interlaced_frame  # else its neighbours in time are needed, too
+                    if decoded > self.limits.frames:
+                        raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
+                    yield frame
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            # av's errors are OSErrors too; what is not about the data is about the disk or the network
+            if isinstance(error, av.InvalidDataError | av.EOFError | av.PatchWelcomeError | av.ExternalError):
+                message = f"cannot be decoded after {decoded} frames ({plain(error)})."
+                raise VideoError(self.path, "damaged" if decoded else "undecodable", message) from error
+            raise VideoError(self.path, "unreadable", f"reading failed ({plain(error)}).") from error
+
+
+def _seconds(value: int | None, time_base: Fraction | None) -> float:
+    return float((value or 0) * (time_base or 0))
+
+
+def _is_cover_art(stream: av.VideoStream) -> bool:
+    return bool(stream.disposition & type(stream.disposition).attached_pic)

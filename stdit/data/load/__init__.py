@@ -1,0 +1,1 @@
+"""Clips of the plan as tensors, from files or from the cache. Imports the rooms before it."""

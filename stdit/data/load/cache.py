@@ -1,0 +1,247 @@
+"""The cache: tensors in safetensors shards with a Parquet index, addressed by content. Read through memory maps.
+
+    CACHE/latents-0123456789abcdef/settings.json              what made them: VAE identity, fps, dtype, …
+                                   832x480x81-….safetensors   one tensor a key
+                                   832x480x81-….parquet       its keys; a shard without one is not there
+    CACHE/text-…/                                          the same for text embeddings
+
+The folder's name is the hash of the settings, so another VAE never reads, and never mixes with, this one's latents.
+CACHE may be a URL of any fsspec scheme: shards are then fetched into `storage`'s bounded folder and mapped there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stdit.data.config import DataConfig
+from stdit.data.remote.paths import is_remote, join
+from stdit.data.remote.storage import STORAGE, Storage
+from stdit.errors import StditError
+from stdit.shapes import VideoShape
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+TEXT_FORMAT = 2  # 1 did not say how texts were treated
+_INDEX = pa.schema([("key", pa.string()), ("shard", pa.string()), ("failure", pa.string())])
+_OPEN_SHARDS = 64
+
+
+def cuts(config: DataConfig) -> DataConfig:
+    """The config by which the cached clips are cut: from the first frame and at the centre, or `crops` ways by key."""
+    return config.fixed() if config.crops == 1 else replace(config, cache=None, keep_gb=0.0)
+
+
+def latent_settings(config: DataConfig, vae_identity: str) -> dict[str, Any]:
+    """What decides a latent besides the clip, its shape and, where clips are cut several ways, the number of the cut.
+
+    How many cuts there are is not among it: more can be added.
+    """
+    cut = cuts(config)
+    return {
+        "format": FORMAT,
+        "kind": "latents",
+        "vae": vae_identity,
+        "fps": float(config.fps),
+        "start": cut.start,
+        "crop": cut.crop,
+        "dtype": config.cache_dtype,
+        **({"mirror": True} if cut.mirror else {}),
+    }
+
+
+def text_settings(config: DataConfig, text_identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides an embedding besides its text. text_identity: see `stdit.prepare.encode.text_identity`."""
+    return {"format": TEXT_FORMAT, "kind": "text", "dtype": config.cache_dtype, **text_identity}
+
+
+def latent_key(clip_id: str, shape: VideoShape, cut: int | None = None) -> str:
+    """cut: which of several; None where there is one, from the first frame and at the centre."""
+    return f"{clip_id}/{shape}" if cut is None else f"{clip_id}/{shape}/{cut}"
+
+
+def text_key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class CacheMissing(StditError):
+    """A cache does not hold what was made with these settings. others: whether it holds what was made with others."""
+
+    def __init__(self, message: str, others: bool) -> None:
+        super().__init__(message)
+        self.others = others
+
+
+class Cache:
+    """Tensors of one settings. `open` for reading; `create` also for writing."""
+
+    def __init__(self, folder: str, settings: Mapping[str, Any], storage: Storage = STORAGE) -> None:
+        self.folder, self.settings, self.storage = folder, dict(settings), storage
+        self._lock = Lock()
+        self._shards: OrderedDict[str, Any] = OrderedDict()
+        self.reload()
+
+    @classmethod
+    def create(
+        cls, root: str | Path, settings: Mapping[str, Any], storage: Storage = STORAGE, write_settings: bool = True
+    ) -> Cache:
+        """write_settings: for one of several ranks that write to one cache."""
+        folder = join(str(root).removeprefix("file://"), _name(settings))
+        if write_settings:
+            _remove_parts(folder, "settings.json")
+            text = json.dumps(dict(settings), indent=1, sort_keys=True)
+            storage.write(join(folder, "settings.json"), text.encode())
+        return cls(folder, settings, storage)
+
+    @classmethod
+    def open(cls, root: str | Path, settings: Mapping[str, Any], storage: Storage = STORAGE) -> Cache:
+        """The tensors made with exactly these settings. Raises CacheMissing, which says what the folder holds instead,
+        and StorageError where it cannot be reached."""
+        root = str(root).removeprefix("file://")
+        folder = join(root, _name(settings))
+        if "settings.json" in storage.names(folder):
+            return cls(folder, settings, storage)
+        kind, others = settings["kind"], []
+        for name in storage.names(root):
+            if not name.startswith(f"{kind}-") or "settings.json" not in storage.names(join(root, name)):
+                continue
+            content, other = storage.read(join(join(root, name), "settings.json")), None
+            with suppress(ValueError):
+                other = json.loads(content)
+            if not isinstance(other, dict):
+                others.append(f"{name}: its settings.json is damaged; what made it is not known")
+                continue
+            names = sorted({*settings, *other})
+            differs = [
+                f"{n} {other.get(n)} there, {settings.get(n)} wanted" for n in names if other.get(n) != settings.get(n)
+            ]
+            others.append(f"{name}: {'; '.join(differs)}")
+        held = "holds no " + kind if not others else f"holds other {kind}:\n  " + "\n  ".join(others)
+        advice = f"`stdit data encode MANIFEST --config CFG --out {root}` adds those wanted here."
+        raise CacheMissing(f"cache {root} {held}.\n{advice}", others=bool(others))
+
+    def reload(self) -> None:
+        """Reads the index anew."""
+        names = [name for name in self.storage.names(self.folder) if name.endswith(".parquet") and name[0] != "."]
+        contents = self.storage.read_all([join(self.folder, name) for name in names])
+        parts = [_index_part(join(self.folder, name), content) for name, content in zip(names, contents)]
+        self._complete = {name.removesuffix(".parquet") for name in names}
+        self.index = pa.concat_tables(parts) if parts else _INDEX.empty_table()
+        failed = pc.is_valid(self.index.column("failure"))
+        if pc.any(failed).as_py():  # what failed once may have been encoded later, into another shard: that is found
+            self.index = pa.concat_tables([self.index.filter(pc.invert(failed)), self.index.filter(failed)])
+        self.__dict__.pop("_by_hash", None)
+
+    @cached_property
+    def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
+        """(keys,) the first 8 bytes of the SHA-256 that keys begin with, sorted, and where each is in the index: they
+        find one among millions in 16 bytes a key."""
+        prefixes = "".join(pc.utf8_slice_codeunits(self.index.column("key"), 0, 16).to_pylist())
+        numbers = np.frombuffer(bytes.fromhex(prefixes), ">u8").astype(np.uint64)
+        order = np.argsort(numbers, kind="stable")
+        return numbers[order], order
+
+    def __len__(self) -> int:
+        return self.index.num_rows
+
+    def has_shard(self, name: str) -> bool:
+        return name in self._complete
+
+    def find(self, keys: Sequence[str] | pa.Array) -> np.ndarray:
+        """(keys,) positions in the index, −1 for a key that is not there."""
+        found = pc.index_in(pa.array(keys, pa.string()), value_set=self.index.column("key"))
+        return found.fill_null(-1).to_numpy(zero_copy_only=False)
+
+    def position(self, key: str) -> int:
+        """The position in the index of one key that begins with a SHA-256 in hex, as texts' do, or −1."""
+        (known, order), number = self._by_hash, np.uint64(int(key[:16], 16))
+        low, high = np.searchsorted(known, number, "left"), np.searchsorted(known, number, "right")
+        return next((int(p) for p in order[low:high] if self.key(p) == key), -1)
+
+    def failure(self, position: int) -> str | None:
+        """Why there is no tensor at this position of the index, or None."""
+        return self.index.column("failure")[int(position)].as_py()
+
+    def shard(self, position: int) -> str:
+        return self.index.column("shard")[int(position)].as_py()
+
+    def key(self, position: int) -> str:
+        return self.index.column("key")[int(position)].as_py()
+
+    def tensor(self, position: int) -> torch.Tensor:
+        """The tensor at a position of the index, in fp32 (a view of the file where it is stored so)."""
+        name, key = self.shard(position), self.key(position)
+        path = join(self.folder, f"{name}.safetensors")
+        if is_remote(path):  # opened for this tensor alone: what is open cannot make room
+            with self.storage.local(path) as local:
+                return self._open_shard(name, local).get_tensor(key).float()
+        with self._lock:
+            shard = self._shards.pop(name, None) or self._open_shard(name, path)
+            self._shards[name] = shard  # the most recently used last
+            if len(self._shards) > _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            return shard.get_tensor(key).float()
+
+    def _open_shard(self, name: str, path: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise StditError(
+                f"{join(self.folder, name)}.safetensors cannot be read ({error}). "
+                f"Remove {name}.parquet beside it and run `stdit data encode` again."
+            ) from error
+
+    def write_shard(self, name: str, tensors: Mapping[str, torch.Tensor], failures: Mapping[str, str]) -> None:
+        """Publishes a shard: the tensors first, then the index part that makes them count."""
+        from safetensors.torch import save
+
+        _remove_parts(self.folder, name)
+        metadata = {"stdit_cache": str(FORMAT)}
+        content = save({k: t.contiguous() for k, t in tensors.items()}, metadata)
+        self.storage.write(join(self.folder, f"{name}.safetensors"), content)
+        keys = [*tensors, *failures]
+        columns = [keys, [name] * len(keys), [None] * len(tensors) + list(failures.values())]
+        table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _INDEX)], schema=_INDEX)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer)
+        self.storage.write(join(self.folder, f"{name}.parquet"), buffer.getvalue().to_pybytes())
+        self._complete.add(name)
+
+
+def _index_part(path: str, content: bytes) -> pa.Table:
+    try:
+        # not read_table, which takes five times as long for so small a part: there may be 100,000 of them
+        return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False).cast(_INDEX)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise StditError(
+            f"{path} cannot be read as Parquet ({error}). Remove it and run `stdit data encode` again."
+        ) from error
+
+
+def _remove_parts(folder: str, name: str) -> None:
+    """Removes what a killed process left half-written of the files of this name."""
+    if not is_remote(folder):
+        for part in Path(folder).glob(f".{name}*.part"):
+            part.unlink(missing_ok=True)
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    text = json.dumps(dict(settings), sort_keys=True)
+    return f"{settings['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

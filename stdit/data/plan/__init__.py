@@ -1,0 +1,2 @@
+"""A manifest to global steps and packs: shape buckets, filters, sources, the plan, its split over ranks. Reads no
+file."""

@@ -1,0 +1,229 @@
+"""What a plan amounts to on a number of groups, in numbers and as a picture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stdit.data.plan.planner import Plan
+from stdit.data.plan.split import Packs, split
+from stdit.files import publish
+from stdit.shapes import VideoShape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHAPES_SHOWN = 12
+GROUPS_SHOWN = 8
+MICRO_STEPS_SHOWN = 12  # and what is left of the last step
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of some steps of a plan, dealt to a number of groups; every list has one entry a step."""
+
+    steps: list[int]
+    clips: list[int]
+    tokens: list[int]
+    work: list[int]  # forward FLOPs
+    micro_steps: list[int]
+    fullest: list[int]  # tokens of the pack that has the most
+    balance: list[float]
+    total_balance: float  # mean work / Σ of the largest group's, over all these steps
+    best_balance: float  # what no deal can surpass: a clip cannot be divided among groups
+    indivisible: int  # steps whose largest clip exceeds a group's share of the step
+
+
+def measure_plan(
+    plan: Plan,
+    groups: int,
+    token_bound: int,
+    most: int = 200,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Measures:
+    """Deals up to `most` steps, evenly spread over the epoch (0: all). track: a progress bar around the steps."""
+    count = min(most or plan.num_steps, plan.num_steps)
+    steps = [i * plan.num_steps // count for i in range(count)]
+    found: list[tuple[int, int, int, int, int, float]] = []
+    ideal = slowest = fastest = 0.0
+    indivisible = 0
+    for index in track(steps):
+        items = plan.items(index)
+        packs = split(items, groups, token_bound)
+        sums = [micro.sums() for micro in packs]  # tokens and work of each group
+        work, slow = sum(sum(works) for _, works in sums), sum(max(works) for _, works in sums)
+        value = work / groups / slow
+        ideal += work / groups
+        slowest += slow
+        largest = max(plan.work[b] for b in np.unique(items.bucket))
+        fastest += max(work / groups, largest)
+        indivisible += largest * groups > work
+        held = [tokens for tokens, _ in sums]
+        found.append((len(items), sum(map(sum, held)), work, len(packs), max(map(max, held)), value))
+    clips, tokens, works, micro_steps, fullests, values = (list(column) for column in zip(*found))
+    return Measures(
+        steps, clips, tokens, works, micro_steps, fullests, values,
+        total_balance=ideal / slowest, best_balance=ideal / fastest, indivisible=indivisible,
+    )  # fmt: skip
+
+
+def draw_plan(
+    plan: Plan,
+    shapes: Sequence[VideoShape],
+    groups: int,
+    token_bound: int,
+    path: str | Path,
+    measures: Measures,
+    work_unit: str = "FLOP",
+) -> None:
+    """Writes a PNG: the shapes to scale, packs on the first groups as a time line, balance over the steps."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    present = [b for b in np.argsort(plan.tokens, kind="stable").tolist() if plan.counts[b]]
+    # From blue to red by tokens; a colour's distance from the next grows with the work, so that what covers much of the
+    # picture can be told apart.
+    share = np.array([int(plan.counts[b]) * plan.work[b] / plan.total_work for b in present])
+    share = 0.8 * share + 0.2 / len(present)
+    colours = {b: colormaps["turbo"](0.04 + 0.9 * at) for b, at in zip(present, np.cumsum(share) - share / 2)}
+
+    splits: list[list[Packs]] = []
+    for index in range(plan.num_steps):
+        splits.append(split(plan.items(index), groups, token_bound))
+        if sum(map(len, splits)) >= MICRO_STEPS_SHOWN:
+            break
+
+    figure = Figure(figsize=(14, 11), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    top, middle, bottom = figure.subplots(3, 1, height_ratios=[3.2, 4, 2.2])
+    counts = (
+        f"{_count(plan.num_items, 'clip')} in {_count(plan.num_steps, 'step')} an epoch, on {_count(groups, 'group')}"
+    )
+    figure.suptitle(f"Plan: {counts}; balance {measures.total_balance:.3f}", fontsize=15, fontweight="bold")
+    _draw_shapes(top, plan, shapes, present, colours)
+    _draw_packs(middle, splits, groups, colours, work_unit)
+    _draw_balance(bottom, measures, token_bound, plan.num_steps)
+    with publish(path) as part:
+        figure.savefig(part, dpi=110, format="png")
+
+
+def _draw_shapes(
+    axes: Axes, plan: Plan, shapes: Sequence[VideoShape], present: list[int], colours: dict[int, Any]
+) -> None:
+    """Every shape as a rectangle to scale, its frames as a stack of sheets; the buckets with the most work if many."""
+    from matplotlib.patches import Rectangle
+
+    work = {b: int(plan.counts[b]) * plan.work[b] for b in present}
+    kept = set(sorted(present, key=lambda b: -work[b])[:SHAPES_SHOWN])
+    shown = [b for b in present if b in kept]
+    widest, tallest = max(shapes[b].width for b in shown), max(shapes[b].height for b in shown)
+    total = max(len(shown) * 1.45 * widest, 11 * tallest)  # the panel's width in pixels of the shapes
+    cell = min(total / len(shown), 1.9 * max(widest, tallest))
+    most_frames = max(2, *(shapes[b].frames for b in shown))
+    for column, b in enumerate(shown):
+        shape = shapes[b]
+        sheets = 1 + round(7 * (shape.frames - 1) / (most_frames - 1)) if shape.frames > 1 else 1
+        x = (column + 0.5) * cell - shape.width / 2
+        for sheet in reversed(range(sheets)):
+            shift = 0.04 * min(widest, tallest) * sheet
+            axes.add_patch(Rectangle((x + shift, shift), shape.width, shape.height, fc=colours[b], ec="white", lw=0.8))
+        label = (
+            f"{shape.width}×{shape.height}\n{'image' if shape.is_image else f'{shape.frames} frames'}\n"
+            f"{_count(int(plan.counts[b]), 'clip')}\n{plan.tokens[b]:,} tok\n"
+            f"{work[b] / plan.total_work:.1%} of work"
+        )
+        axes.text((column + 0.5) * cell, -0.006 * total, label, ha="center", va="top", fontsize=8.5, linespacing=1.25)
+    axes.set_xlim(0, total)
+    axes.set_ylim(-0.09 * total, 0.12 * total)
+    axes.set_aspect("equal", anchor="W")
+    axes.axis("off")
+    more = f" (the {len(shown)} of {len(present)} with the most work)" if len(shown) < len(present) else ""
+    axes.set_title(f"Shape buckets, to scale{more}", loc="left", fontsize=12)
+
+
+def _draw_packs(axes: Axes, splits: list[list[Packs]], groups: int, colours: dict[int, Any], work_unit: str) -> None:
+    """A row a group, work from left to right: a micro-step ends for all when its largest pack does."""
+    from matplotlib.patches import Rectangle
+
+    rows = min(groups, GROUPS_SHOWN)
+    scale, prefix = _prefix(max(1.0, float(sum(max(micro.sums()[1]) for steps in splits for micro in steps))))
+    x = 0.0
+    for index, steps in enumerate(splits):
+        begin = x
+        for micro in steps:
+            width = max(micro.sums()[1]) / scale
+            for row, pack in enumerate(micro[:rows]):
+                axes.add_patch(Rectangle((x, row - 0.4), width, 0.8, fc="#f3f3f3", ec="#a0a0a0", hatch="////", lw=0))
+                bars, left = [], x
+                for b, items in itertools.groupby(pack, key=lambda item: item.bucket):
+                    length = sum(item.work for item in items) / scale
+                    bars.append((left, length, colours[b]))
+                    left += length
+                if bars:
+                    axes.broken_barh(
+                        [(start, length) for start, length, _ in bars],
+                        (row - 0.4, 0.8),
+                        facecolors=[colour for *_, colour in bars],
+                        edgecolors="white",
+                        linewidths=0.25,
+                    )
+            x += width
+            axes.axvline(x, color="black", lw=0.7, alpha=0.6)
+        axes.axvline(x, color="black", lw=2.2)
+        axes.text((begin + x) / 2, -0.4 - 0.05 * rows, f"step {index}", ha="center", va="center", fontsize=9)
+    axes.set_xlim(0, x)
+    axes.set_ylim(rows - 0.4, -0.4 - 0.1 * rows)
+    axes.set_yticks(range(rows), [f"group {g}" for g in range(rows)])
+    axes.set_xlabel(f"work, {prefix}{work_unit} forward")
+    axes.spines[["top", "right"]].set_visible(False)
+    some = f" (the first {rows} of {groups} groups)" if rows < groups else ""
+    axes.set_title(
+        f"Packs{some}: a thick line ends a step, a thin one a micro-step; hatched is idle", loc="left", fontsize=12
+    )
+
+
+def _draw_balance(axes: Axes, measures: Measures, token_bound: int, num_steps: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    style: dict[str, Any] = dict(marker="o", ms=3.5) if len(measures.steps) < 60 else {}
+    axes.plot(measures.steps, measures.balance, color="#1f5fa8", lw=1.4, label="balance: mean work / largest", **style)
+    full = np.array(measures.fullest) / token_bound
+    axes.plot(measures.steps, full, color="#c9772b", lw=1.2, label=f"fullest pack / {token_bound:,} tokens", **style)
+    axes.axhline(1, color="black", lw=0.6)
+    axes.set_ylim(0, 1.08)
+    axes.set_xlim(-0.5, max(num_steps - 0.5, 0.5))
+    axes.set_xlabel("step of the epoch")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", ncols=2, fontsize=9)
+    axes.set_title(
+        f"Balance over steps: mean {measures.total_balance:.3f}, least {min(measures.balance):.3f}; micro-steps a step "
+        f"{np.mean(measures.micro_steps):.1f}",
+        loc="left",
+        fontsize=12,
+    )
+
+
+def _prefix(work: float) -> tuple[float, str]:
+    """A power of ten that makes a number readable, and its prefix."""
+    for power, name in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if work >= 10**power:
+            return 10.0**power, name
+    return 1.0, ""
+
+
+def readable_work(work: float, unit: str = "FLOP") -> str:
+    """ "12.9 PFLOP"."""
+    scale, prefix = _prefix(work)
+    return f"{work / scale:.3g} {prefix}{unit}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")

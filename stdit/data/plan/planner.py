@@ -1,0 +1,204 @@
+"""The plan: which clips form which global step, and which group of ranks computes which of them. Computed, never drawn.
+
+It has two parts, both pure functions: `Plan` cuts an epoch into global steps of nearly equal work and does not know how
+many ranks there are; `split.split` deals one step to them.
+
+Work is in forward FLOPs as exact integers: linear·n + quadratic·n² for a clip of n tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from stdit.data.config import PlanConfig
+from stdit.data.plan.split import PlanItem, StepItems, fill
+from stdit.errors import StditError
+from stdit.keyed import keyed_seed
+
+FORMAT = 1  # part of the plan's hash: raise it when the same inputs would give other steps
+MOST_CLIPS = 2**31 - 1  # of an epoch: their numbers are int32
+
+
+class Plan:
+    """The global steps of one epoch.
+
+    bucket: (rows,) the bucket of every row of the manifest, −1 for a row that is left out.
+    tokens: (buckets,) tokens of a clip of each bucket.
+    cost: forward FLOPs (per token, per token²) as integers.
+    names: (buckets,) what errors call the buckets; usually their `VideoShape`.
+    weights: (rows,) how often an epoch has each row on average; unset: once. Of a fraction, rows take turns.
+    source: the manifest's hash, for the plan's.
+
+    Steps are keyed by (seed, epoch) and have nearly equal work, total / num_steps, where num_steps = total /
+    work_per_step to the nearest integer, at least 1 and at most one a clip. Each has nearly the same mixture of
+    buckets: from the most to the least work, clips go to the step that has the least, so images fill the gaps between
+    videos. Every (row, occurrence) is in exactly one step. Without weights all epochs have equally many steps.
+    """
+
+    def __init__(
+        self,
+        bucket: np.ndarray,
+        tokens: Sequence[int],
+        cost: tuple[int, int],
+        config: PlanConfig,
+        seed: int,
+        epoch: int = 0,
+        *,
+        names: Sequence[object] | None = None,
+        weights: np.ndarray | None = None,
+        source: str = "",
+    ) -> None:
+        self.config, self.seed, self.epoch, self.source = config, seed, epoch, source
+        self.cost = (int(cost[0]), int(cost[1]))
+        self.bucket = np.ascontiguousarray(bucket, dtype=np.int32)  # (rows,)
+        self.tokens = [int(n) for n in tokens]
+        self.names = [str(name) for name in names] if names is not None else [f"bucket {b}" for b in range(len(tokens))]
+        self.work = [self.cost[0] * n + self.cost[1] * n * n for n in self.tokens]
+        self.weights = None if weights is None else np.ascontiguousarray(weights, dtype=np.float64)
+        self._check()
+
+        self.rows = np.flatnonzero(self.bucket >= 0).astype(np.int32)  # (items,)
+        self._occurrence: np.ndarray | None = None  # (items,); None: all 0
+        if not len(self.rows):
+            raise StditError(
+                "the plan has no step: no clip is in any bucket. `stdit data plan` says why each was dropped; add "
+                "shapes that the clips reach to data.shapes, or scan more files."
+            )
+        self._present = np.bincount(self.bucket[self.rows], minlength=len(self.tokens)) > 0  # (buckets,) in any epoch
+        if self.weights is not None:
+            times = _occurrences(self.weights[self.rows], seed, epoch)
+            self.rows = np.repeat(self.rows, times)
+            firsts = np.repeat(np.cumsum(times) - times, times)
+            self._occurrence = (np.arange(len(firsts)) - firsts).astype(np.int32)
+        self.counts = np.bincount(self.bucket[self.rows], minlength=len(self.tokens))  # (buckets,)
+        self.total_work = sum(int(count) * work for count, work in zip(self.counts, self.work))
+        self.work_per_step = self._work_per_step()
+        steps = max(1, (2 * self.total_work + self.work_per_step) // (2 * self.work_per_step))  # to the nearest
+        self.num_steps = min(steps, len(self.rows))
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    @property
+    def num_items(self) -> int:
+        return len(self.rows)
+
+    def step(self, index: int) -> list[PlanItem]:
+        """The items of a step, in an order that says nothing about their buckets."""
+        return self.items(index).take()
+
+    def items(self, index: int) -> StepItems:
+        """The same as arrays: a step may have 100,000, of which a rank needs a few."""
+        if not 0 <= index < self.num_steps:
+            raise IndexError(f"step {index} of an epoch of {self.num_steps}")
+        order, ends = self._steps
+        items = order[ends[index] : ends[index + 1]]
+        rows = self.rows[items]
+        occurrences = np.zeros(len(items), np.int32) if self._occurrence is None else self._occurrence[items]
+        return StepItems(rows, occurrences, self.bucket[rows], np.arange(len(items)), self.tokens, self.work)
+
+    def token_bound(self, group_size: int = 1) -> int:
+        """The tokens that a pack may have on a group of ranks. Raises if a clip has more."""
+        largest = max((n, b) for b, n in enumerate(self.tokens) if self._present[b])
+        if self.config.tokens_per_pack is None:
+            return max(2 * largest[0], 16384 * group_size)
+        bound = self.config.tokens_per_pack * group_size
+        if largest[0] > bound:
+            raise StditError(
+                f"a clip of {self.names[largest[1]]} has {largest[0]} tokens, a pack at most {bound} "
+                f"(plan.tokens_per_pack {self.config.tokens_per_pack} × {group_size} ranks a group). Raise "
+                f"plan.tokens_per_pack to {-(-largest[0] // group_size)} if memory allows, "
+                f"or take the shape out of data.shapes."
+            )
+        return bound
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of everything that decides the steps of all epochs. Neither ranks nor memory do."""
+        about = [FORMAT, self.source, self.tokens, self.cost, self.work_per_step, self.seed]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        digest.update(self.bucket.tobytes())
+        if self.weights is not None:
+            digest.update(self.weights.tobytes())
+        return digest.hexdigest()
+
+    def _check(self) -> None:
+        if min(self.cost) < 0 or sum(self.cost) == 0:
+            raise StditError(f"cost coefficients {self.cost}: two integers ≥ 0, not both 0.")
+        if len(self.names) != len(self.tokens) or (self.tokens and min(self.tokens) < 1):
+            raise StditError(f"tokens {self.tokens} of buckets {self.names}: one number ≥ 1 for each.")
+        if len(self.bucket) and self.bucket.max() >= len(self.tokens):
+            raise StditError(f"bucket {self.bucket.max()} of a row, but there are only {len(self.tokens)} buckets.")
+        if self.weights is not None and len(self.weights) != len(self.bucket):
+            raise StditError(f"weights of {len(self.weights)} rows, the manifest has {len(self.bucket)}.")
+        if self.weights is not None and not (self.weights > 0).all():
+            raise StditError(f"a row has the weight {self.weights.min()}; it must be positive.")
+        if self.weights is not None and self.weights.sum() > MOST_CLIPS:
+            raise StditError(f"data.sources make an epoch of {self.weights.sum():.3g} clips; {MOST_CLIPS:,} at most.")
+
+    def _work_per_step(self) -> int:
+        if self.config.work_per_step is not None:
+            wanted, name = int(self.config.work_per_step), "plan.work_per_step"
+        else:
+            largest = max(work for work, present in zip(self.work, self._present) if present)
+            wanted = round(self.config.largest_clips_per_step * largest)
+            name = "plan.largest_clips_per_step"
+        if wanted < 1:
+            raise StditError(f"{name} makes steps of {wanted} FLOPs; it must be positive.")
+        return wanted
+
+    @cached_property
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Items (indices into `rows`) step after step, (items,), and where each step begins and ends, (steps + 1,)."""
+        # Whole epochs overflow int64 in FLOPs: coarser units, in which the epoch's work stays under 2^61.
+        shift = max(0, self.total_work.bit_length() - 61)
+        shuffled = _shuffle(len(self.rows), keyed_seed(self.seed, "plan", self.epoch))  # (items,)
+        bucket = self.bucket[self.rows[shuffled]]  # (items,)
+        by_bucket = np.argsort(bucket, kind="stable").astype(np.int32)  # (items,), shuffled within a bucket
+        begins = np.cumsum(self.counts) - self.counts
+        names = _shuffle(self.num_steps, keyed_seed(self.seed, "plan steps", self.epoch)).astype(np.int32)
+        load = np.zeros(self.num_steps, dtype=np.int64)
+        step_of = np.empty(len(shuffled), dtype=np.int32)
+        for b in sorted(np.flatnonzero(self.counts), key=lambda b: (-self.work[b], b)):
+            work = max(1, self.work[b] >> shift)
+            taken = fill(load, work, int(self.counts[b]))  # (steps,)
+            load += taken * work
+            step_of[by_bucket[begins[b] : begins[b] + self.counts[b]]] = np.repeat(names, taken)
+        step_of[shuffled] = step_of.copy()  # (items,), from shuffled to their own order
+        # A second shuffle: by the first, the clips of a rare bucket would come first or last in their step.
+        order = _shuffle(len(self.rows), keyed_seed(self.seed, "plan positions", self.epoch)).astype(np.int32)
+        order = order[np.argsort(step_of[order], kind="stable")]
+        ends = np.concatenate([[0], np.cumsum(np.bincount(step_of, minlength=self.num_steps))])
+        return order, ends
+
+
+def _occurrences(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """(items,) how often an epoch has each of them: rounded down or up, so that over epochs all of a weight come
+    equally often."""
+    times = np.floor(weights).astype(np.int64)
+    fractions = weights - times
+    for fraction in np.unique(fractions[fractions > 0]).tolist():
+        items = np.flatnonzero(fractions == fraction)
+        order = _shuffle(len(items), keyed_seed(seed, "plan weights", str(fraction)))
+        turns = np.arange(*(math.ceil(e * fraction * len(items)) for e in (epoch, epoch + 1)))
+        times[items[order[turns % len(items)]]] += 1
+    return times
+
+
+def _shuffle(count: int, key: int) -> np.ndarray:
+    """A permutation of 0 … count−1 keyed by an integer: sorted by splitmix64 (Steele et al. 2014), which has no ties.
+
+    Not numpy's, whose streams may change between versions.
+    """
+    with np.errstate(over="ignore"):
+        z = np.uint64(key) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return np.argsort(z)

@@ -1,0 +1,256 @@
+"""Reading in processes of their own, so that a file that crashes or hangs the decoder costs itself and not the run.
+
+Requests and answers are JSON lines on the child's standard input and output (`workers.child`). Frames come back through
+memory that both processes map, or after the answer where a system lets no process inherit memory (Windows).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from typing import IO, Any, cast
+
+import numpy as np
+
+from stdit.data.decode.pixels import LIMITS, Limits, VideoError
+from stdit.data.remote.paths import file_of
+from stdit.data.workers.child import GRACE, PATIENCE, SIGNALS
+from stdit.errors import StditError
+
+MEMORY = 4 << 30  # address space of one process besides the frames it returns, where the system can limit it
+HASHED = 1e8  # bytes a second that a file is hashed at, at least
+IDLE = 0.02  # of the time: a process that has computed less waits for a file, not for a core
+START = 300.0  # seconds that starting may take: Python's imports from a slow shared disk
+
+
+class Reader:
+    """`video.read_frames` in other processes: as many as there are threads that call at the same time.
+
+    A process that dies or hangs is replaced; its clip ends in a VideoError of reason "crashed" or "timeout".
+    """
+
+    def __init__(self) -> None:
+        self._idle: deque[Worker] = deque()
+
+    def __call__(
+        self,
+        path: str,
+        count: int,
+        size: tuple[int, int],
+        fps: float | None = None,
+        start: float = 0.0,
+        crop: tuple[float, float] = (0.5, 0.5),
+        limits: Limits = LIMITS,
+        sha256: str | None = None,
+    ) -> np.ndarray:
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            worker = Worker()
+        try:
+            arguments = {"count": count, "size": size, "fps": fps, "start": start, "crop": crop, "sha256": sha256}
+            more = MEMORY + count * size[0] * size[1] * 3
+            seconds = limits.seconds + GRACE
+            if sha256 is not None:  # the file is read whole first
+                with suppress(OSError):
+                    seconds += os.stat(file_of(path)).st_size / HASHED
+            answer, frames = worker.call("read", path, seconds, more, limits=asdict(limits), **arguments)
+        finally:
+            self._idle.append(worker)
+        if frames is None:
+            raise VideoError(path, answer["reason"], answer["message"])
+        return frames
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+
+READER = Reader()  # of all loaders: its processes go on from one to the next
+
+
+class Worker:
+    """One process, started when there is something to do, and again after it died. Not for two threads at once."""
+
+    def __init__(self) -> None:
+        self._process: _Process | None = None
+
+    def call(
+        self, task: str, path: str, seconds: float, memory: int = MEMORY, **arguments: Any
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        """The answer of a task (see `_TASKS`), and frames (T, H, W, 3) uint8 if it has any.
+
+        Raises VideoError: "timeout" after `seconds`, "crashed" if two processes died of it. It is given to a second one
+        because the system may have killed the first, for memory or as it ended the run's other processes, and because a
+        disk that did not answer may do so again.
+        """
+        request = {"task": task, "seconds": seconds, "memory": memory, "path": path, **arguments}
+        status = 0
+        for last in (False, True):
+            if self._process is None or self._process.popen.poll() is not None:
+                self.close()
+                self._process = _start()
+            try:
+                answer = self._process.ask(request)
+            except queue.Empty as error:
+                self.close()
+                if isinstance(error, _Waiting) and not last:
+                    continue
+                raise VideoError(path, "timeout", f"took longer than {seconds:g} s to read.") from None
+            except BaseException:  # Ctrl-C: its answer would come as that of the next request
+                self.close()
+                raise
+            if answer is not None:
+                return answer
+            status = self._process.popen.wait()
+        name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        raise VideoError(path, "crashed", f"crashed the decoder ({name}).")
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+
+class _Waiting(queue.Empty):
+    """A process has not answered, and has not computed either: it waits for its file."""
+
+
+def _start() -> _Process:
+    try:
+        return _Process()
+    except StditError:  # something ended it; once may be chance
+        return _Process()
+
+
+@contextmanager
+def _kept_from_signals() -> Iterator[None]:
+    """What is started in this context has the signals blocked from its first instruction on, until it ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, name) for name in SIGNALS})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Process:
+    def __init__(self) -> None:
+        self.memory = _shared_file()
+        given = () if self.memory is None else (self.memory.fileno(),)
+        with _kept_from_signals():
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "stdit.data.workers.child", *map(str, given)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                pass_fds=given,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows: no Ctrl-C from the console
+            )
+        self.end = weakref.finalize(self, _end, self.popen)
+        # read by a thread: neither a process that hangs nor one that the system cannot end may block the caller
+        self.answers: queue.SimpleQueue[tuple[dict[str, Any], np.ndarray | None] | None] = queue.SimpleQueue()
+        listening = threading.Thread(
+            target=_listen, args=(self.popen.stdout, self.memory, self.answers), name="stdit-reader", daemon=True
+        )
+        listening.start()
+        try:
+            started = self.answers.get(timeout=START)
+        except queue.Empty:
+            started = None
+        if started is None:
+            self.end()
+            raise StditError(
+                "the process that decodes files does not start. To see why: python -m stdit.data.workers.child"
+            )
+
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None] | None:
+        """The answer, or None if the process died. Raises queue.Empty if there is none in time.
+
+        The limit counts the process's own seconds on a core where the system tells them, so that other work on the
+        machine costs no clip. A process that waits for its file counts as hung once the limit has passed.
+        """
+        assert self.popen.stdin is not None
+        try:
+            # surrogates (a file name that is not UTF-8) travel as \u escapes
+            self.popen.stdin.write(json.dumps(request).encode() + b"\n")
+            self.popen.stdin.flush()
+        except OSError:
+            return None
+        limit = request["seconds"]
+        begun = seen = _cpu_seconds(self.popen.pid)
+        for _ in range(PATIENCE):
+            try:
+                return self.answers.get(timeout=limit)
+            except queue.Empty:
+                now = _cpu_seconds(self.popen.pid)
+                if begun is None or seen is None or now is None or now - seen < IDLE * limit:
+                    raise _Waiting from None
+                if now - begun >= limit:
+                    raise
+                seen = now
+        raise queue.Empty
+
+
+def _cpu_seconds(pid: int) -> float | None:
+    """What a process has computed so far; None on systems without /proc."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            user, system = stat.read().rpartition(b")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    assert process.stdin is not None
+    try:
+        process.stdin.close()
+        process.wait(timeout=1)
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # stuck in the system, on a disk that does not answer: nothing more can be done
+
+
+def _listen(stdout: IO[bytes], memory: IO[bytes] | None, answers: queue.SimpleQueue) -> None:
+    """Puts every answer of a process into the queue, and None when it has ended."""
+    with stdout:
+        for line in stdout:
+            if not line.endswith(b"\n"):
+                break
+            answer = json.loads(line)
+            frames = None
+            if shape := answer.pop("shape", None):
+                if memory is None:
+                    frames = np.frombuffer(stdout.read(math.prod(shape)), np.uint8)
+                else:
+                    with mmap.mmap(memory.fileno(), math.prod(shape)) as shared:
+                        frames = np.array(np.frombuffer(shared, np.uint8))
+                frames = frames.reshape(shape)
+            answers.put((answer, frames))
+    answers.put(None)
+
+
+def _shared_file() -> IO[bytes] | None:
+    """A file in memory (not in /dev/shm, which containers keep small) that a child process can inherit."""
+    if sys.platform == "win32":
+        return None
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stdit-frames"), "w+b", buffering=0)
+    return cast("IO[bytes]", tempfile.TemporaryFile(buffering=0))

@@ -1,0 +1,172 @@
+"""A manifest's clips to captions, once each, stopped and continued at will."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from stdit.data.decode.pixels import Limits, VideoError
+from stdit.data.load.loader import local_file, read_ahead
+from stdit.data.manifest import SCHEMA, Clip, Manifest, Skipped, write_manifest
+from stdit.data.remote.paths import beside
+from stdit.data.remote.storage import STORAGE
+from stdit.data.workers.pool import READER
+from stdit.errors import StditError
+from stdit.text.captioner import Captioner, Refused
+from stdit.weights.identity import folder_identity
+
+LONGEST_SIDE = 1280  # of the frames that are given to a model's processor, which scales them further
+REFUSALS = 3  # of the first clips: then it is not the clips
+
+
+class Describes(Protocol):
+    """What makes captions of frames: a `Captioner`, or what takes its place."""
+
+    def frames(self, wanted: int) -> int: ...
+    def caption(self, clips: Sequence[np.ndarray], fps: Sequence[float]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What one call did: clips captioned now, those that were already, and those that could not be."""
+
+    manifest: Manifest
+    captioned: int
+    reused: int
+    failures: tuple[Skipped, ...]
+
+
+class _Shown(NamedTuple):
+    """Frames (T, H, W, 3) of a clip and their rate, or why there are none."""
+
+    clip: Clip
+    frames: np.ndarray | None
+    fps: float
+    failure: Skipped | None = None
+
+
+def caption_identity(folder: str | Path, captioner: Captioner, frames: int) -> str:
+    """SHA-256 (hex) over all that decides what a clip's caption is: the model's folder, the prompt, how it is shown."""
+    parts = [folder_identity(folder), captioner.template, captioner.prompt, captioner.max_new_tokens]
+    parts += [str(captioner.model.dtype), captioner.frames(frames)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def caption_manifest(
+    manifest: Manifest,
+    captioner: Describes,
+    out: str | Path,
+    *,
+    maker: str,
+    frames: int = 8,
+    batch: int = 1,
+    weight: float = 1.0,
+    replace: bool = False,
+    workers: int = 2,
+    timeout: float = 60.0,
+    on_start: Callable[[int], None] = lambda _: None,
+    on_clips: Callable[[int], None] = lambda _: None,
+) -> Captioned:
+    """Writes the manifest again, with a caption of every clip beside those it has, or in place of them (`replace`).
+
+    maker: what makes the captions, such as `caption_identity`. frames: of a clip, spread evenly. weight: the new
+    captions'. workers: clips that are read at the same time. timeout: seconds a clip, of reading.
+
+    A caption is written to `….captions.jsonl` beside `out` when it is made, with its clip's id and maker: a call that
+    was ended at any moment goes on there, and ends in the same manifest, since the clips of a batch follow from the
+    manifest alone. A clip that cannot be read, or that the model fails on, keeps the captions it has; every call tries
+    it again. Raises StditError where no clip could be captioned.
+    """
+    if not 0 < weight < float("inf"):
+        raise StditError(f"a caption's weight is positive, not {weight}.")
+    made, failures, refused = 0, list[Skipped](), 0
+    with STORAGE.journal(beside(out, ".captions.jsonl")) as (lines, add):
+        texts = {line["id"]: line["text"] for line in lines if line.get("maker") == maker}
+        there = len(texts.keys() & set(manifest.ids.to_pylist()))
+        todo = _batches(manifest, texts, batch)
+        on_start(sum(map(len, todo)))
+        show = partial(_show, manifest, count=captioner.frames(frames), limits=Limits(seconds=timeout))
+        for shown in read_ahead(show, todo, workers, ahead=2):
+            failures += [one.failure for one in shown if one.failure]
+            new = []
+            for one, text in _described(captioner, [one for one in shown if one.frames is not None]):
+                if isinstance(text, Skipped):
+                    failures.append(text)
+                    refused += text.reason == "refused"
+                else:
+                    new.append({"id": one.clip.id, "maker": maker, "text": text})
+            add(new)
+            texts |= {line["id"]: line["text"] for line in new}
+            made += len(new)
+            if refused >= REFUSALS and not made + there:
+                break
+            on_clips(len(shown))
+    if not made + there:
+        why = f"The first of {len(failures)}: {failures[0].file}: {failures[0].message}" if failures else "It is empty."
+        raise StditError(f"no clip of {manifest.source} could be captioned. {why}")
+    captioned = _with_captions(manifest, texts, weight, replace)
+    write_manifest(captioned, out)
+    return Captioned(captioned, made, there, tuple(failures))
+
+
+def _batches(manifest: Manifest, texts: dict[str, str], batch: int) -> list[list[int]]:
+    """Rows that have no caption yet, by batches that are the same whatever has been captioned; images by themselves."""
+    ids, image = manifest.ids.to_pylist(), manifest.column("frames") == 1
+    batches = []
+    for rows in (np.flatnonzero(image), np.flatnonzero(~image)):
+        for first in range(0, len(rows), batch):
+            batches.append([int(row) for row in rows[first : first + batch] if ids[row] not in texts])
+    return [rows for rows in batches if rows]
+
+
+def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _Shown:
+    """`count` frames of a clip, or all it has: the middles of equal parts of its time."""
+    clip = manifest[row]
+    count = min(count, clip.frames)
+    seconds = clip.end - clip.start
+    fps = count / seconds if seconds > 0 else clip.fps
+    # a frame's middle is half its duration after its time: as many parts as frames are exactly the frames
+    first = clip.start + max(0.0, (1 / fps - 1 / clip.fps) / 2)
+    scale = min(1.0, LONGEST_SIDE / max(clip.width, clip.height))
+    size = (max(1, round(clip.width * scale)), max(1, round(clip.height * scale)))
+    try:
+        with local_file(clip) as path:
+            return _Shown(clip, READER(path, count, size, fps, first, limits=limits), fps)
+    except VideoError as error:
+        return _Shown(clip, None, fps, Skipped(clip.path, error.reason, error.message))
+
+
+def _described(captioner: Describes, shown: list[_Shown]) -> Iterator[tuple[_Shown, str | Skipped]]:
+    """Each clip with its caption, or with why it has none; a batch that the model fails on is tried clip by clip."""
+    if not shown:
+        return
+    try:
+        texts = captioner.caption([one.frames for one in shown if one.frames is not None], [one.fps for one in shown])
+    except Refused as error:
+        if len(shown) > 1:
+            for one in shown:
+                yield from _described(captioner, [one])
+        else:
+            yield shown[0], Skipped(shown[0].clip.path, "refused", str(error))
+        return
+    for one, text in zip(shown, texts):
+        yield one, text or Skipped(one.clip.path, "no_caption", "the model says nothing of it.")
+
+
+def _with_captions(manifest: Manifest, texts: dict[str, str], weight: float, replace: bool) -> Manifest:
+    captions = manifest.table.column("captions").to_pylist()
+    for row, clip_id in enumerate(manifest.ids.to_pylist()):
+        text = texts.get(clip_id)
+        if text is not None and (replace or all(caption["text"] != text for caption in captions[row])):
+            captions[row] = [*([] if replace else captions[row]), {"text": text, "weight": weight}]
+    place = manifest.table.column_names.index("captions")
+    table = manifest.table.set_column(place, "captions", pa.array(captions, SCHEMA.field("captions").type))
+    return Manifest(table, manifest.folder, manifest.source)

@@ -1,0 +1,244 @@
+"""Clips to cached latents and captions to cached embeddings, once each, stopped and continued at will."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from stdit.data.config import DataConfig
+from stdit.data.decode.pixels import CHANGED, check_content
+from stdit.data.load.cache import Cache, cuts, latent_key, latent_settings, text_key, text_settings
+from stdit.data.load.loader import Example, Loader, local_file
+from stdit.data.manifest import Clip, Manifest
+from stdit.data.plan.buckets import Assignment
+from stdit.errors import StditError
+from stdit.text.places import find_text_encoder
+from stdit.weights.identity import folder_identity, tokenizer_identity
+
+CLIPS_PER_SHARD = 64
+TEXTS_PER_SHARD = 1024
+BATCH = 4
+PRECISION = torch.float32  # that encoders compute in, whatever the cache's tensors are stored as
+
+
+class Vae(Protocol):
+    """(B, 3, T, H, W) in [−1, 1] to normalised latents (B, C, T', H', W')."""
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Texts to their embeddings, (L, D) each."""
+
+    def encode(self, texts: list[str]) -> Sequence[Tensor]: ...
+
+
+class _Item(NamedTuple):
+    row: int
+    occurrence: int
+    bucket: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one call did: clips and texts encoded now, those that were there already, and clips that failed."""
+
+    clips: int
+    reused: int
+    texts: int
+    failures: tuple[tuple[str, str], ...]  # (clip id, why)
+
+
+def vae_identity(path: str | Path) -> str:
+    """SHA-256 of a VAE's weights and config: of its folder, of a model folder's vae/, or of one file."""
+    path = Path(path)
+    return folder_identity(path / "vae" if (path / "vae").is_dir() else path)
+
+
+def text_identity(path: str | Path, padding: int | None = None) -> dict[str, Any]:
+    """What decides a text's embedding besides the text: encoder and tokenizer by the SHA-256 of their files, and how
+    texts are treated. Who writes a cache of texts, and who reads it, name it by this.
+
+    path: the folder that `load_text_encoder` takes, which is treated as it does. padding: `text.padding`, the positions
+    that texts are cut to; 0 or None: as many as the treatment has.
+    """
+    encoder, tokenizer, treatment = find_text_encoder(path)
+    return {
+        "text_encoder": folder_identity(encoder),
+        "tokenizer": tokenizer_identity(tokenizer),
+        **asdict(replace(treatment, max_length=padding or treatment.max_length)),
+        "precision": str(PRECISION).removeprefix("torch."),
+    }
+
+
+def encode_manifest(
+    manifest: Manifest,
+    assignment: Assignment,
+    config: DataConfig,
+    vae: Vae,
+    text_encoder: TextEncoder | None,
+    out: str | Path,
+    *,
+    vae_id: str,
+    text_id: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    batch: int = BATCH,
+    clips_per_shard: int = CLIPS_PER_SHARD,
+    rank: int = 0,
+    ranks: int = 1,
+    retry_failed: bool = False,
+    on_start: Callable[[int], None] = lambda _: None,
+    on_clips: Callable[[int], None] = lambda _: None,
+) -> Encoded:
+    """Latents of every clip that has a shape, and embeddings of every caption (and of "") if there is a text encoder.
+
+    vae_id, text_id: what the encoders' weights are, such as `vae_identity` and `text_identity` of their folders.
+
+    Clips start at their first frame and are cropped at the centre, or are cut `config.crops` ways. A shard is one fixed
+    list of clips, which follows from the manifest, encoded in fixed batches and published whole; so a call that was
+    killed is continued by the same call, by any number of ranks, and the files are the same, byte for byte, as those of
+    a call that was not. Ranks share out the shards. A clip that cannot be read is recorded as failed (`retry_failed`
+    tries those shards again); one whose file had changed is tried again once the file that was scanned is back.
+    """
+    cut = cuts(config)
+    cache = Cache.create(out, latent_settings(config, vae_id), write_settings=rank == 0)
+    shards = list(_shards(cache, manifest, assignment, config.crops, clips_per_shard, retry_failed))
+    wanted = sum(len(assignment.rows(bucket)) for bucket in range(len(assignment.shapes))) * config.crops
+    reused = wanted - sum(len(items) for _, items in shards)
+    # by number among all shards, done or not: what other ranks have finished by now must not change who does what
+    todo = [(name, items) for number, (name, items) in enumerate(shards) if items and number % ranks == rank]
+    on_start(sum(len(items) for _, items in todo))
+    loader = Loader(manifest, assignment, cut, seed=0)
+    batches = [items[i : i + batch] for _, items in todo for i in range(0, len(items), batch)]
+    examples = loader.iterate(batches, epoch=0)
+    failures: list[tuple[str, str]] = []
+    dtype = getattr(torch, config.cache_dtype)
+
+    def key(example: Example) -> str:
+        return latent_key(example.clip_id, example.shape, example.occurrence if config.crops > 1 else None)
+
+    for name, items in todo:
+        tensors: dict[str, Tensor] = {}
+        failed: dict[str, str] = {}
+        for _ in range(0, len(items), batch):
+            got = next(examples)
+            good = [example for example in got if example.failure is None]
+            found = {example.clip_id: example.failure for example in got if example.failure is not None}
+            for example, latents in zip(good, _encode(vae, good, device)):
+                if torch.isfinite(stored := latents.to(dtype)).all():
+                    tensors[key(example)] = stored
+                else:
+                    path = manifest[example.row].path
+                    found[example.clip_id] = f"{path}: the VAE gives latents that are not finite in {dtype}."
+            for example in got:
+                if failure := found.get(example.clip_id):
+                    failed[key(example)] = failure
+                    failures.append((example.clip_id, failure))
+            on_clips(len(got))
+        cache.write_shard(name, tensors, failed)
+    new = 0
+    if text_encoder is not None:
+        if text_id is None:
+            raise ValueError("text_id is needed with a text encoder.")
+        text_cache = Cache.create(out, text_settings(config, text_id), write_settings=rank == 0)
+        new = _encode_texts(_texts(manifest, assignment), text_encoder, text_cache, dtype, batch, rank, ranks)
+    return Encoded(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
+
+
+def _encode(vae: Vae, examples: Sequence[Example], device: str | torch.device) -> list[Tensor]:
+    if not examples:
+        return []
+    video = torch.stack([example.video for example in examples]).to(device)  # (B, 3, T, H, W)
+    with torch.no_grad():
+        latents = vae.encode(video)  # (B, C, T', H', W')
+    return list(latents.cpu())
+
+
+def _shards(
+    cache: Cache, manifest: Manifest, assignment: Assignment, crops: int, clips_per_shard: int, retry_failed: bool
+) -> Iterator[tuple[str, list[_Item]]]:
+    """(name, clips to encode) of all shards; no clips for one that is there. A shard's name follows from its clips."""
+    for bucket, shape in enumerate(assignment.shapes):
+        rows = assignment.rows(bucket)
+        ids = manifest.ids.take(rows).to_pylist()
+        for cut in range(crops):
+            keys = [latent_key(clip_id, shape, cut if crops > 1 else None) for clip_id in ids]
+            positions = cache.find(keys)
+            for first in range(0, len(rows), clips_per_shard):
+                part = slice(first, first + clips_per_shard)
+                name = f"{shape}-{hashlib.sha256(' '.join(keys[part]).encode()).hexdigest()[:16]}"
+                there = positions[part]
+                # clips that another shard has (the manifest has grown since) are not encoded again
+                todo = (there < 0) & (not cache.has_shard(name))
+                failed = [
+                    p
+                    for row, p in zip(rows[part], there)
+                    if p >= 0 and (why := cache.failure(p)) and (retry_failed or _is_back(why, manifest[int(row)]))
+                ]
+                if failed:  # in this shard, which is written anew, or in one of a smaller manifest
+                    todo |= np.isin(there, failed + [p for p in there if p >= 0 and cache.shard(p) == name])
+                yield name, [_Item(int(row), cut, bucket) for row in rows[part][todo]]
+
+
+def _is_back(failure: str, clip: Clip) -> bool:
+    """Whether a clip that was left out because its file had changed has the file again that was scanned."""
+    if CHANGED not in failure:
+        return False
+    try:
+        with local_file(clip) as path:
+            check_content(path, clip.sha256)
+    except (StditError, OSError):
+        return False
+    return True
+
+
+def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
+    captions = pc.list_flatten(manifest.table.column("captions").take(assignment.rows()))
+    return sorted({"", *pc.unique(pc.struct_field(captions, "text")).to_pylist()})
+
+
+def check_texts(manifest: Manifest, assignment: Assignment, cache: Cache) -> None:
+    """Raises StditError where a cache lacks a caption of the clips that have a shape."""
+    texts = _texts(manifest, assignment)
+    missing = [text for text, at in zip(texts, cache.find([text_key(text) for text in texts])) if at < 0]
+    if missing:
+        raise StditError(
+            f"{cache.folder} lacks the embeddings of {len(missing)} of {len(texts)} captions, such as "
+            f"{missing[0][:80]!r}. Run `stdit data encode {manifest.source} --config CFG --out "
+            f"{cache.folder.rpartition('/')[0]}`."
+        )
+
+
+def _encode_texts(
+    texts: list[str], encoder: TextEncoder, cache: Cache, dtype: torch.dtype, batch: int, rank: int, ranks: int
+) -> int:
+    new = 0
+    known = cache.find([text_key(text) for text in texts])
+    for number, first in enumerate(range(0, len(texts), TEXTS_PER_SHARD)):
+        part = slice(first, first + TEXTS_PER_SHARD)
+        name = f"text-{hashlib.sha256(''.join(map(text_key, texts[part])).encode()).hexdigest()[:16]}"
+        todo = [text for text, at in zip(texts[part], known[part]) if at < 0]
+        if number % ranks != rank or cache.has_shard(name) or not todo:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for i in range(0, len(todo), batch):
+            with torch.no_grad():
+                embeddings = encoder.encode(todo[i : i + batch])
+            for text, embedding in zip(todo[i : i + batch], embeddings):
+                tensors[text_key(text)] = stored = embedding.detach().cpu().to(dtype)
+                if not torch.isfinite(stored).all():
+                    raise StditError(
+                        f"the text encoder gives an embedding that is not finite in {dtype} for the caption {text!r}. "
+                        f"Set data.cache_dtype to bfloat16 or float32, or change that caption."
+                    )
+        cache.write_shard(name, tensors, {})
+        new += len(todo)
+    return new

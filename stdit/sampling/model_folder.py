@@ -1,0 +1,324 @@
+"""Model folders in diffusers' pipeline layout: what each pipeline class does around its transformer, and their parts.
+
+What is written here opens in the class that model_index.json names, with the same result for the same noise, and what
+is saved there opens here. `stdit.json` holds what diffusers has no place for. An adapter alone, as training writes it,
+is a model folder too: its `base.json` says where the rest is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stdit.diffusion.solvers import read_scheduler, write_scheduler
+from stdit.errors import StditError, nearest_name
+from stdit.files import publish_text
+from stdit.heartbeat import HEARTBEAT
+from stdit.models.experts import Experts
+from stdit.models.transformer import STDiT
+from stdit.shapes import VideoShape
+from stdit.strict import build
+from stdit.text.encoders import TextEncoder
+from stdit.text.loading import load_text_encoder
+from stdit.vae.autoencoder import CausalVAE
+from stdit.vae.families.diffusers_vae import OtherVAE
+from stdit.vae.families.open_sora import AnyVAE, OpenSoraVAE
+from stdit.weights.experts import expert_adapter_places, expert_places
+from stdit.weights.families.configs import DIFFUSERS_VERSION
+from stdit.weights.files import read_json
+from stdit.weights.identity import folder_identity
+from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae, transformer_identity
+from stdit.weights.lora.adapters import merge
+from stdit.weights.lora.files import read_adapter
+from stdit.weights.schedulers import default_scheduler
+
+if TYPE_CHECKING:
+    from stdit.text.images import ImageEncoder
+
+FORMAT = 1  # of stdit.json
+
+
+@dataclass(frozen=True)
+class PipelineKind:
+    """What one of diffusers' pipeline classes does around its transformer, or Open-Sora 1.2's code.
+
+    negative_follows: the negative prompt is brought to each prompt's length, with what the encoder says at positions of
+    padding. known_noise: at noise level t the network sees known tokens under so many t² of noise. fps, shape: of the
+    released weights; no shape: pictures of the size they were trained at. gathered: a user puts the folder together
+    from downloads that have no scheduler/.
+    """
+
+    fps: float
+    shape: str | None = None
+    negative_follows: bool = False
+    gathered: bool = False
+    known_noise: float = 0.0
+
+
+KINDS = {
+    "WanPipeline": PipelineKind(16, "832x480x81"),
+    "WanImageToVideoPipeline": PipelineKind(16, "832x480x81"),
+    "LTXPipeline": PipelineKind(25, "704x512x161"),
+    "LTXImageToVideoPipeline": PipelineKind(25, "704x512x161"),
+    "LTXConditionPipeline": PipelineKind(25, "704x512x161", known_noise=0.15),
+    "PixArtAlphaPipeline": PipelineKind(1),
+    "PixArtSigmaPipeline": PipelineKind(1),
+    "LattePipeline": PipelineKind(8, "512x512x16", negative_follows=True),
+    "AllegroPipeline": PipelineKind(15, "1280x720x88"),
+    "CosmosTextToWorldPipeline": PipelineKind(30, "1280x704x121"),
+    "Cosmos2TextToImagePipeline": PipelineKind(16, "1360x768x1"),
+    "Cosmos2VideoToWorldPipeline": PipelineKind(16, "1280x704x93"),
+    "Cosmos2_5_PredictBasePipeline": PipelineKind(16, "1280x704x93"),
+    "OpenSoraPipeline": PipelineKind(24, "848x480x102", gathered=True),
+}
+REFUSED = {
+    "CosmosVideoToWorldPipeline": "Cosmos-Predict1 from a video adds noise to what it is given, which is not built",
+}
+
+
+@dataclass(frozen=True)
+class FolderSettings:
+    """What a model folder says beyond its weights, in stdit.json: the defaults of sampling.
+
+    fps: frames a second it was trained at. shapes: what it was trained at, WIDTHxHEIGHTxFRAMES; the first is the
+    default. text_padding: positions that texts are padded to; None: as the transformer's config says. shift_tokens: a
+    clip of so many tokens is sampled with the scheduler's static shift, one of n with √(n / shift_tokens) times as
+    much, as it was trained; None: all with the static one, as diffusers does.
+    """
+
+    fps: float = 16.0
+    shapes: tuple[str, ...] = ("832x480x81",)
+    text_padding: int | None = None
+    shift_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= 1000:
+            raise StditError(f"fps is {self.fps:g}; it must be above 0 and at most 1000.")
+        if not self.shapes:
+            raise StditError("shapes is empty.")
+        for shape in self.shapes:
+            VideoShape.parse(shape)
+        if self.shift_tokens is not None and self.shift_tokens < 1:
+            raise StditError(f"shift_tokens is {self.shift_tokens}; it must be a positive integer or null.")
+
+    @classmethod
+    def read(cls, folder: str | Path, absent: FolderSettings | None = None) -> FolderSettings:
+        """From a model folder; where it has no stdit.json, `absent`, or else Wan's."""
+        path = Path(folder) / "stdit.json"
+        if not path.is_file():
+            return absent or cls()
+        found = read_json(path)
+        if found.pop("format", None) != FORMAT:
+            raise StditError(f"{path}: its format is not {FORMAT}, the one this version of stdit reads.")
+        return build(cls, found, str(path))
+
+    def write(self, folder: str | Path) -> None:
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        publish_text(Path(folder) / "stdit.json", text)
+
+    @property
+    def shape(self) -> VideoShape:
+        """The default shape."""
+        return VideoShape.parse(self.shapes[0])
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter's model folder says of the weights below it, in base.json: paths, which load_parts follows.
+
+    transformer: a model folder, or a transformer's folder or file. pipeline: the class to sample as, where it is none.
+    content: SHA-256 (hex) of what is at the paths, by part; empty where an earlier stdit wrote base.json.
+    """
+
+    transformer: str
+    vae: str
+    text_encoder: str
+    pipeline: str = "WanPipeline"
+    content: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Base:
+        """Of a folder; one without base.json is its own."""
+        path = folder / "base.json"
+        if not path.is_file():
+            return cls(str(folder), str(folder), str(folder), pipeline="")
+        found = read_json(path)
+        if found.pop("format", None) != FORMAT or {"content", *found} != cls.__dataclass_fields__.keys():
+            raise StditError(f"{path}: not of format {FORMAT} with {', '.join(cls.__dataclass_fields__)}.")
+        base = build(cls, found, str(path))
+        for name in ("transformer", "vae", "text_encoder"):
+            if not Path(getattr(base, name)).exists():
+                raise StditError(
+                    f"{path}: {name}, {getattr(base, name)}, over which this adapter was trained, is not there. Write "
+                    f"where it is now; or load that model with the adapter: --model MODEL --lora {folder}."
+                )
+        return base
+
+    def contents(self) -> dict[str, str]:
+        """What is at the paths now, by part: both experts' transformers, where there are two."""
+        from stdit.prepare.encode import text_identity, vae_identity
+
+        folder = Path(self.transformer)
+        weights, configs = transformer_identity((expert_places(folder) or {"": folder}).values())
+        text = text_identity(self.text_encoder)
+        found = {
+            "transformer": weights,
+            "transformer's config": configs,
+            "vae": vae_identity(self.vae),
+            "text_encoder": text["text_encoder"],
+            "tokenizer": text["tokenizer"],
+        }
+        if (folder / "image_encoder").is_dir():
+            found["image_encoder"] = folder_identity(folder / "image_encoder")
+        return found
+
+    def check(self, folder: Path) -> None:
+        """Raises StditError where other weights are at the paths than the adapter in `folder` was trained over."""
+        if not self.content:
+            return
+        HEARTBEAT.doing("checking the weights below the adapter")
+        now = self.contents()
+        HEARTBEAT.doing(f"loading {folder}")
+        lines = [
+            f"{name} is {now.get(name, 'gone')}, the adapter was trained over {self.content.get(name, 'none')}"
+            for name in {**self.content, **now}
+            if now.get(name) != self.content.get(name)
+        ]
+        if lines:
+            raise StditError(
+                f"{folder / 'base.json'}: what lies at its paths has changed since: {'; '.join(lines)} (SHA-256). "
+                f"Restore it, or write where it is now; or load other weights with the adapter all the same: --model "
+                f"MODEL --lora {folder}."
+            )
+
+    def write(self, folder: Path) -> None:
+        publish_text(folder / "base.json", json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+
+
+@dataclass
+class ModelParts:
+    """What a model folder holds, in memory. index: its model_index.json, whose class says which pipeline it is for."""
+
+    transformer: STDiT | Experts
+    vae: AnyVAE
+    text_encoder: TextEncoder
+    scheduler: dict[str, Any]
+    settings: FolderSettings
+    image_encoder: ImageEncoder | None = None
+    index: dict[str, Any] = field(default_factory=lambda: {"_class_name": "WanPipeline"})
+
+
+def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> ModelParts:
+    """Reads a model folder. dtype: of the transformer and the encoders; None keeps the stored ones.
+
+    Of an adapter's (base.json) the parts are those that it was trained over, with the adapter merged.
+    """
+    base = Base.read(folder)
+    path = Path(base.transformer) / "model_index.json"
+    if not (path.is_file() or base.pipeline):
+        raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
+    index = read_json(path) if path.is_file() else {"_class_name": base.pipeline}
+    name = index.get("_class_name")
+    if name in REFUSED:
+        raise StditError(f"{path}: a {name} is not supported: {REFUSED[name]}.")
+    if name not in KINDS:
+        raise StditError(
+            f"{path}: a {name} is not supported.{nearest_name(str(name), KINDS)} Supported: {', '.join(KINDS)}."
+        )
+    kind = KINDS[name]
+    base.check(folder)
+    transformer = load_transformer(base.transformer, dtype=dtype, device=device).eval()
+    if base.pipeline:
+        add_loras(transformer, [(folder, 1.0)])
+    vae = load_vae(base.vae, device=device).eval()
+    text_encoder = load_text_encoder(base.text_encoder, dtype=dtype, device=device)
+    image_encoder = None
+    if (path.parent / "image_encoder").is_dir():
+        from stdit.text.images import load_image_encoder
+
+        image_encoder = load_image_encoder(path.parent, dtype, device)
+    settings = FolderSettings.read(folder, _released(kind, transformer, vae))
+    if kind.gathered and not (folder / "scheduler").is_dir():
+        scheduler = default_scheduler(transformer.config)
+    else:
+        scheduler = read_scheduler(folder / "scheduler", name)
+    return ModelParts(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
+
+
+def add_loras(
+    transformer: STDiT | Experts,
+    loras: Sequence[tuple[str | Path, float]],
+    loras_2: Sequence[tuple[str | Path, float]] = (),
+    partly: bool = False,
+) -> None:
+    """Merges LoRA files, each with its weight: all of them or, on an error, none. See `Pipeline.add_loras`."""
+    two = isinstance(transformer, Experts)
+    high, low = (transformer.high, transformer.low) if isinstance(transformer, Experts) else (transformer, transformer)
+    wanted: list[tuple[STDiT, str | Path, float]] = []
+    for path, weight in loras:
+        places = {name: place for name, place in expert_adapter_places(Path(path)).items() if place.is_dir()}
+        if places and not two:
+            raise StditError(
+                f"{path}: holds adapters of two experts (Wan 2.2 A14B); these weights are one transformer."
+            )
+        wanted += [({"high": high, "low": low}[name], place, weight) for name, place in places.items()]
+        if not places:
+            wanted.append((high, path, weight))
+    for path, weight in loras_2:
+        if not two:
+            raise StditError(f"{path}: is meant for the second of two experts; these weights are one transformer.")
+        wanted.append((low, path, weight))
+    read = [(model, read_adapter(path, model.config, partly), weight) for model, path, weight in wanted]
+    for expert in dict.fromkeys((high, low)):
+        merge(expert, [(adapter, weight) for model, adapter, weight in read if model is expert])
+
+
+def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> FolderSettings:
+    """The defaults of a folder that was not made here."""
+    if transformer.config.family == "wan" and vae.config.z_dim == 48:  # Wan 2.2 TI2V 5B
+        return FolderSettings(24, ("1280x704x121",))
+    if kind.shape is not None:
+        return FolderSettings(kind.fps, (kind.shape,))
+    side = transformer.config.position_base * transformer.config.patch[1] * vae.config.stride[1]
+    return FolderSettings(kind.fps, (f"{side}x{side}x1",))
+
+
+def save_parts(parts: ModelParts, folder: Path) -> None:
+    """Writes a model folder that diffusers' pipeline of its kind and `load_parts` open."""
+    experts = isinstance(parts.transformer, Experts)
+    save_transformer(parts.transformer, folder if experts else folder / "transformer")
+    save_vae(parts.vae, folder / "vae")
+    parts.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
+    write_scheduler(parts.scheduler, folder / "scheduler")
+    parts.settings.write(folder)
+    family = importlib.import_module(f"stdit.weights.families.{parts.transformer.config.family}")
+    transformer = ["diffusers", family.config_to_diffusers(parts.transformer.config)["_class_name"]]
+    vae = ["diffusers", parts.vae.config.name if isinstance(parts.vae, OtherVAE) else "AutoencoderKLWan"]
+    if isinstance(parts.vae, OpenSoraVAE):  # of which diffusers has none
+        transformer[0], vae = "opensora", ["opensora", parts.vae.config.name]
+    if isinstance(parts.vae, CausalVAE) and parts.vae.config.groups:
+        vae = ["stdit", "CausalVAE"]  # no other program has a class for it
+    index = {name: value for name, value in parts.index.items() if name != "_name_or_path"}
+    if index["_class_name"].startswith("Wan"):
+        index = {"expand_timesteps": False} | index
+        index["boundary_ratio"] = parts.transformer.boundary if isinstance(parts.transformer, Experts) else None
+        index["transformer_2"] = transformer if experts else [None, None]
+    index |= {
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", parts.scheduler["_class_name"]],
+        "text_encoder": ["transformers", type(parts.text_encoder.encoder).__name__],
+        "tokenizer": ["transformers", parts.text_encoder.tokenizer_class],
+        "transformer": transformer,
+        "vae": vae,
+    }
+    if parts.image_encoder is not None:
+        parts.image_encoder.save(folder / "image_encoder", folder / "image_processor")
+        index["image_encoder"] = ["transformers", type(parts.image_encoder.encoder).__name__]
+        index["image_processor"] = ["transformers", type(parts.image_encoder.processor).__name__]
+    publish_text(folder / "model_index.json", json.dumps(dict(sorted(index.items())), indent=2) + "\n")

@@ -1,0 +1,123 @@
+"""Text encoders and tokenizers from local folders. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from stdit.errors import StditError
+from stdit.text.encoders import TextEncoder
+from stdit.text.places import find_text_encoder
+from stdit.text.pretrained import LOCAL, check_files, check_weights, load_weights, said
+from stdit.text.reason import ReasonEncoder
+
+ENCODERS = {  # transformers' classes by the model_type in config.json
+    "umt5": "UMT5EncoderModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",  # Cosmos-Reason1, see stdit/text/reason.py
+}
+
+
+def load_text_encoder(
+    folder: str | Path,
+    tokenizer: str | Path | None = None,
+    *,
+    max_length: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    deferred: bool = False,
+) -> TextEncoder:
+    """A T5, mT5 or UMT5 encoder, or Cosmos-Reason1 (a Qwen2.5-VL), from a local folder.
+
+    folder: a model folder with text_encoder/ and tokenizer/, or a folder transformers reads. tokenizer: its folder;
+    by default the encoder's own, or the one beside it. Texts are treated as the pipeline of the model folder treats
+    them. max_length: in place of its. dtype None keeps the stored one. deferred: read no weights until they are needed
+    (see `TextEncoder`).
+    """
+    folder, words, treatment = find_text_encoder(folder, tokenizer)
+    config, kind = _encoder_config(folder), TextEncoder
+    model_class = getattr(transformers, ENCODERS[config.model_type])
+    if config.model_type == "qwen2_5_vl":
+        kind = ReasonEncoder
+
+    def load() -> PreTrainedModel:
+        return load_weights(model_class, folder, "the text encoder", config=config, dtype=dtype or "auto")
+
+    if not deferred:
+        return kind(load(), load_tokenizer(words), max_length, treatment).to(device)
+    check_weights(folder, "the text encoder")
+    try:
+        with torch.device("meta"):
+            empty = model_class(config).eval()
+    except Exception as error:  # of sizes that make no model
+        raise StditError(f"{folder / 'config.json'}: makes no text encoder: {said(error)}") from error
+    return kind(empty, load_tokenizer(words), max_length, treatment, load).to(device)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """A tokenizer from a local folder, whatever class transformers' AutoTokenizer takes it for.
+
+    Raises StditError where its vocabulary is missing: transformers would go on with one of its own making.
+    """
+    folder = Path(folder)
+    check_files(folder)
+    if not (folder / "tokenizer.json").is_file() and (models := sorted(folder.glob("*.model"))):
+        _check_sentencepiece(models[0])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
+    except Exception as error:  # transformers and tokenizers have no error of their own for what they cannot read
+        raise StditError(
+            f"{folder}: transformers cannot read a tokenizer there ({said(error)[:200]}). Is it whole, with "
+            f"tokenizer.json or else spiece.model? Download the folder again."
+        ) from error
+    names = dict(type(tokenizer).vocab_files_names)
+    whole = names.pop("tokenizer_file", "tokenizer.json")
+    missing = [name for name in names.values() if not (folder / name).is_file()]
+    if not names and type(tokenizer).vocab_files_names and not any(folder.glob("*.model")):
+        missing = [whole]
+    if missing and not (folder / whole).is_file():
+        either = "" if missing == [whole] else f", nor {whole} in its place"
+        raise StditError(
+            f"{folder}: the tokenizer's vocabulary is missing: {' and '.join(missing)} is not there{either}. Was the "
+            f"download broken off? Download the folder again."
+        )
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise StditError(f"{folder / whole}: a vocabulary without one word. Download the folder again.")
+    return tokenizer
+
+
+def _check_sentencepiece(vocabulary: Path) -> None:
+    """Raises StditError where what transformers reads such a file with is broken: it would ask for tiktoken instead."""
+    for module, package in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise StditError(
+                f"{vocabulary}: reading it needs the package {package}, which cannot be imported here ({error}). "
+                f"Install it again: pip install --force-reinstall {package}. (Or put the tokenizer.json of the same "
+                f"tokenizer beside it.)"
+            ) from error
+
+
+def _encoder_config(folder: Path) -> Any:
+    check_files(folder)
+    if not (folder / "config.json").is_file():
+        raise StditError(f"{folder}: holds no config.json, which says what encoder it is. Download the folder again.")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), **LOCAL)
+    except Exception as error:  # of any kind, where config.json is another program's
+        raise StditError(f"{folder}: transformers cannot read config.json there: {said(error)}") from error
+    if config.model_type not in ENCODERS:
+        raise StditError(
+            f"{folder / 'config.json'}: model_type {config.model_type!r} is no text encoder known here "
+            f"({', '.join(ENCODERS)})."
+        )
+    if hasattr(config, "dropout_rate"):
+        config.dropout_rate = 0.0  # an unkeyed dropout could not be resumed
+    return config

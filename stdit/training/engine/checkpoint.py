@@ -1,0 +1,296 @@
+"""Checkpoints: fp32 masters, moments and averages as safetensors shards that any number of ranks can read.
+
+    checkpoints/step-00000200/manifest.json          format, the run's and the groups' state, parameters' shapes
+    checkpoints/step-00000200/rank-00000.safetensors  "master/blocks.0.ffn.0.weight@0", "exp_avg/…", "ema/…", …
+
+A tensor's name says which numbers of the flattened parameter it holds: from `@offset` on. A checkpoint is written under
+a name that no reader looks at, synced, and renamed: a killed process leaves the earlier checkpoint and a stray folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stdit.errors import StditError
+from stdit.files import (
+    DiskError,
+    disk_trouble,
+    heal_folder,
+    make_folder,
+    publish_folder,
+    remove_folder,
+    sync,
+    writing,
+)
+from stdit.training.engine.ema import Ema
+from stdit.training.engine.engine import Engine
+from stdit.training.engine.optimizer import group_state
+from stdit.training.engine.parallel import World
+from stdit.weights.files import read_header, read_json
+
+FORMAT = 1
+
+
+@dataclass
+class CheckpointConfig:
+    """every: steps between checkpoints; the last step and a signal always write one. keep: how many stay, 0 for all."""
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 0:
+            raise StditError(f"every {self.every} must be at least 1, and keep {self.keep} at least 0.")
+
+
+def save(
+    folder: Path,
+    step: int,
+    engine: Engine,
+    ema: Ema | None,
+    state: dict[str, Any],
+    keep: int,
+    world: World,
+    critic: Engine | None = None,
+) -> Path:
+    """Publishes `checkpoints/step-N` of a run folder, then removes all but the last `keep`. Called on every rank.
+
+    state: what else the run needs to go on (JSON). critic: of what trains against `engine`'s module.
+    Raises StditError on a full disk; earlier checkpoints are kept.
+    """
+    engines = [engine] if critic is None else [engine, critic]
+    folder = folder / "checkpoints"
+    final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
+    with _kept_on_errors(folder, temporary):
+        error: Exception | None = None
+        try:
+            if world.is_main:
+                remove_folder(temporary)
+                make_folder(temporary)
+        except (OSError, StditError) as found:
+            error = found
+        world.all_succeeded(error)
+        try:
+            if world.is_main or not engine.replicated:
+                shard = temporary / f"rank-{world.rank:05d}.safetensors"
+                make_folder(temporary)  # on a network disk a rank may not see rank 0's yet
+                tensors = dict(_tensors(engine, ema))
+                if critic is not None:
+                    tensors |= dict(_tensors(critic, None))
+                with writing(shard):
+                    save_file(tensors, shard)
+                    sync(shard)  # by its own rank: another machine's disk cache is not rank 0's
+        except Exception as found:  # safetensors raises its own type on a full disk
+            error = found
+        world.all_succeeded(error)
+        kept = [group for one in engines for group in group_state(one.optimizer)]
+        groups = [{k: _number(k, v) for k, v in group.items()} for group in kept]
+        every = [piece for one in engines for pieces in one.pieces for piece in pieces]
+        shapes = world.gather({piece.name: piece.shape for piece in every})
+        try:
+            if world.is_main:
+                parameters = {name: list(shape) for rank in shapes for name, shape in rank.items()}
+                files = 1 if engine.replicated else world.size
+                about = {
+                    "format": FORMAT, "step": step, "shards": files, "parameters": parameters, "groups": groups,
+                    "state": state,
+                }  # fmt: skip
+                with writing(temporary / "manifest.json"):
+                    (temporary / "manifest.json").write_text(json.dumps(about, indent=1))
+                publish_folder(temporary, final)
+        except (OSError, StditError) as found:
+            error = found
+        world.all_succeeded(error)
+    if world.is_main and keep > 0:
+        for old in published(folder.parent)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def published(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted((path for path in found if (path / "manifest.json").exists()), key=lambda path: int(path.name[5:]))
+
+
+def remove_strays(folder: Path) -> None:
+    """Ends what a killed process left half-done: a folder put aside gets its name back, half-written ones go."""
+    for aside in [folder / ".model.old", *(folder / "checkpoints").glob(".step-*.old")]:
+        heal_folder(aside.with_name(aside.name[1:-4]))
+    for path in [folder / ".tmp-model", *(folder / "checkpoints").glob(".tmp-step-*")]:
+        with suppress(OSError):  # it is in nobody's way
+            remove_folder(path)
+
+
+class Checkpoint:
+    """A published checkpoint, read piece by piece."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.about = read_json(path / "manifest.json")
+        if self.about.get("format") != FORMAT:
+            raise StditError(f"{path} has checkpoint format {self.about.get('format')}; this stdit reads {FORMAT}.")
+        self.step: int = self.about["step"]
+        self.state: dict[str, Any] = self.about["state"]
+
+    @classmethod
+    def latest(cls, folder: Path) -> Checkpoint | None:
+        found = published(folder)
+        return cls(found[-1]) if found else None
+
+    @cached_property
+    def _index(self) -> dict[str, list[tuple[int, int, Path]]]:
+        """Key without offset → (offset, numel, file), one for every shard that has some of it."""
+        index: dict[str, list[tuple[int, int, Path]]] = {}
+        for rank in range(self.about["shards"]):
+            file = self.path / f"rank-{rank:05d}.safetensors"
+            if not file.exists():
+                raise StditError(f"{self.path} lacks {file.name}. Remove the folder to go on from the one before.")
+            try:
+                entries, _ = read_header(file)
+            except StditError as error:
+                raise StditError(f"{error} Remove {self.path} to go on from the checkpoint before.") from error
+            for key, entry in entries.items():
+                name, _, offset = key.rpartition("@")
+                index.setdefault(name, []).append((int(offset), math.prod(entry.shape), file))
+        return index
+
+    def read(self, key: str, offset: int, numel: int) -> Tensor:
+        """`numel` numbers from `offset` on of e.g. "master/head.head.weight", flattened, whoever wrote them."""
+        result: Tensor | None = None
+        found = 0
+        for begin, length, file in self._index.get(key, []):
+            low, high = max(offset, begin), min(offset + numel, begin + length)
+            if low >= high:
+                continue
+            with safe_open(file, "pt") as shard:
+                part = shard.get_slice(f"{key}@{begin}")[low - begin : high - begin]
+            if result is None:
+                result = torch.empty(numel, dtype=part.dtype)
+            result[low - offset : high - offset] = part
+            found += high - low
+        if result is None or found != numel:
+            raise StditError(f"{self.path} has {found} of the {numel} numbers of {key} from {offset} on.")
+        return result
+
+    def weights(self, kind: str = "master") -> dict[str, Tensor]:
+        """All parameters in fp32: kind master, or ema."""
+        return {
+            name: self.read(f"{kind}/{name}", 0, math.prod(shape)).reshape(shape)
+            for name, shape in self.about["parameters"].items()
+        }
+
+    @torch.no_grad()
+    def load_weights(self, *modules: nn.Module) -> None:
+        """Into all modules that train, before their engines are made; strict in names and shapes."""
+        parameters = {name: p for module in modules for name, p in module.named_parameters() if p.requires_grad}
+        shapes = {name: list(p.shape) for name, p in parameters.items()}
+        if shapes != self.about["parameters"]:
+            names = {name for name in shapes.keys() | self.about["parameters"].keys()}
+            wrong = sorted(name for name in names if shapes.get(name) != self.about["parameters"].get(name))
+            raise StditError(f"{self.path} does not fit the model: {', '.join(wrong[:5])} differ.")
+        for name, weight in self.weights().items():
+            parameters[name].copy_(weight)
+
+    @torch.no_grad()
+    def load_state(self, engine: Engine, ema: Ema | None, critic: Engine | None = None) -> None:
+        """Masters, the optimizers' state and averages into the pieces of this rank."""
+        self._load_pieces(engine, ema)
+        groups = engine.optimizer.param_groups
+        if critic is not None:
+            self._load_pieces(critic, None)
+            groups = [*groups, *critic.optimizer.param_groups]
+        for group, kept in zip(groups, self.about.get("groups", [])):
+            for name, (value, dtype) in kept.items():
+                group[name] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
+
+    def _load_pieces(self, engine: Engine, ema: Ema | None) -> None:
+        kinds = {key.split("/", 1)[0] for key in self._index}
+        cut = {kind for kind in kinds if "." not in kind} - {"master", "ema"}  # the optimizer's, cut like the masters
+        group = engine.optimizer.param_groups[0]
+        on_device = bool(group.get("fused") or group.get("capturable"))  # where these keep their step counters
+        for index, (flat, pieces) in enumerate(zip(engine.flats, engine.pieces)):
+            targets = {"master": flat.detach()}
+            if ema is not None:
+                targets["ema"] = ema.averages[index]
+            for kind in cut:
+                if any(f"{kind}/{piece.name}" in self._index for piece in pieces):
+                    targets[kind] = engine.optimizer.state[flat][kind] = torch.zeros_like(flat, requires_grad=False)
+            for piece in pieces:
+                for kind, target in targets.items():
+                    numbers = self.read(f"{kind}/{piece.name}", piece.offset, piece.numel)
+                    target.view(-1)[piece.start : piece.start + piece.numel].copy_(numbers)
+            for kind in kinds - cut - {"master", "ema"}:
+                if pieces and (value := self._whole(f"{kind}/{pieces[0].name}")) is not None:
+                    kept, _, name = kind.partition(".")
+                    value = value.to(flat.device) if on_device else value
+                    engine.optimizer.state[flat][name] = value.item() if kept == "number" else value
+
+    def _whole(self, key: str) -> Tensor | None:
+        if key not in self._index:
+            return None
+        offset, _, file = self._index[key][0]  # every shard has the same
+        with safe_open(file, "pt") as shard:
+            return shard.get_tensor(f"{key}@{offset}")
+
+
+def _number(name: str, value: Any) -> tuple[int | float, str | None]:
+    """A group's number, and as what type of tensor it is kept, if it is one."""
+    if isinstance(value, int | float):
+        return value, None
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item(), str(value.dtype).removeprefix("torch.")
+    raise StditError(f"the optimizer keeps {name} as {type(value).__name__}, which no checkpoint holds.")
+
+
+def _tensors(engine: Engine, ema: Ema | None) -> Iterator[tuple[str, Tensor]]:
+    """What a rank writes: tensors cut like the masters under their kind, other state whole, once for every piece."""
+    for index, (flat, pieces) in enumerate(zip(engine.flats, engine.pieces)):
+        cut: dict[str, Tensor] = {"master": flat}
+        if ema is not None:
+            cut["ema"] = ema.averages[index]
+        whole: dict[str, Tensor] = {}
+        for kind, value in engine.optimizer.state.get(flat, {}).items():
+            if isinstance(value, Tensor) and value.shape == flat.shape and value.numel() > 1:
+                cut[kind] = value
+            elif isinstance(value, Tensor):
+                whole[f"tensor.{kind}"] = value
+            elif isinstance(value, int | float):
+                whole[f"number.{kind}"] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+            elif value is not None:
+                raise StditError(f"the optimizer keeps {kind} as {type(value).__name__}, which no checkpoint holds.")
+        for piece in pieces:
+            place = f"{piece.name}@{piece.offset}"
+            for kind, value in cut.items():
+                numbers = value.detach().reshape(-1)[piece.start : piece.start + piece.numel]
+                yield f"{kind}/{place}", numbers.cpu().clone()
+            for kind, value in whole.items():
+                yield f"{kind}/{place}", value.detach().cpu().clone()
+
+
+@contextmanager
+def _kept_on_errors(folder: Path, temporary: Path) -> Iterator[None]:
+    """Says of a full disk, or a limit of the system, that earlier checkpoints are kept; nothing half-written stays."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DiskError) or disk_trouble(error):
+            with suppress(OSError):
+                remove_folder(temporary)
+            said = str(error) if isinstance(error, StditError) else f"{temporary}: {disk_trouble(error)}"
+            raise StditError(f"{said} This checkpoint was not written, earlier ones in {folder} are kept.") from error
+        raise

@@ -1,0 +1,112 @@
+"""What weights take of a clip beside its text, in training: its rate, its size, and the frames that its task gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stdit.data.load.loader import Example
+from stdit.diffusion.tasks import Task
+from stdit.errors import StditError
+from stdit.models.config import TransformerConfig
+from stdit.sampling.known_frames import frame_mask
+from stdit.sampling.pipeline import IMAGE_FPS
+from stdit.vae.autoencoder import CausalVAE
+
+
+class ImageEncoder(Protocol):
+    """Frames (H, W, 3) uint8 to tokens (I, D) each."""
+
+    def encode(self, frames: Sequence[Tensor]) -> list[Tensor]: ...
+
+
+class Conditions:
+    """Makes the conditions of `pack_inputs` for weights of a config.
+
+    `image` is either a mask of the known frames beside known tokens (Cosmos-Predict), or, instead of known tokens, as
+    many mask channels as the VAE's stride has frames and the latents of the clip with its unknown frames grey (Wan's
+    image to video; diffusers' WanImageToVideoPipeline). There the image encoder sees the first frame of that clip, and
+    for weights with positions for both (FLF2V) its last one too.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, vae: CausalVAE, fps: float, image_encoder: ImageEncoder | None
+    ) -> None:
+        self.names, self.channels = config.conditions, config.image_channels
+        self.vae, self.fps, self.image_encoder = vae, fps, image_encoder
+        self.width, self.positions, self.patch = config.image_text_dim, config.image_text_positions, config.patch
+        stride, z = vae.config.stride[0], vae.config.z_dim
+        self.gives_latents = self.channels == stride + z  # beside the noisy ones, instead of known tokens
+        if self.channels not in (0, 1) and not self.gives_latents:
+            raise StditError(
+                f"model.init: takes {self.channels} channels of an image; known are 1, a mask of frames, and "
+                f"{stride + z}, a mask and latents of this VAE."
+            )
+        if "image_text" in self.names and image_encoder is None:
+            raise StditError(
+                "model.init: these weights see their image through an encoder as well, and there is no image_encoder/ "
+                "beside them. Name the model folder that has it."
+            )
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """Raises for a task that these weights cannot be given."""
+        sees_first = self.image_encoder is not None and not self.positions
+        if "first_last_to_video" in tasks and (not self.gives_latents or sees_first):
+            take = "see the tokens of a first image alone" if self.gives_latents else "take no image beside the noise"
+            raise StditError(
+                f"objective.flow.tasks: first_last_to_video is for weights that take a first and a last image "
+                f"(Wan FLF2V, Wan 2.2 I2V); these {take}."
+            )
+
+    @torch.no_grad()
+    def of(self, examples: Sequence[Example], tasks: Sequence[Task]) -> list[dict[str, Any]]:
+        """The conditions of each clip."""
+        found: list[dict[str, Any]] = [self._numbers(example) for example in examples]
+        if self.gives_latents:
+            clips = [self._given(example, task) for example, task in zip(examples, tasks)]
+            for one, (video, is_known) in zip(found, clips):
+                z = self.vae.encode(video[None])[0].float()
+                mask = frame_mask(is_known, self.vae.config.stride[0])[:, :, None, None]
+                one["image"] = torch.cat([mask.expand(-1, -1, *z.shape[2:]).to(z), z])
+            if self.image_encoder is not None:
+                seen = (0, -1) if self.positions else (0,)
+                frames = [video[:, at] for video, _ in clips for at in seen]
+                tokens = self.image_encoder.encode(
+                    [frame.permute(1, 2, 0).add(1).mul(127.5).round().to(torch.uint8) for frame in frames]
+                )
+                for number, one in enumerate(found):
+                    one["image_text"] = torch.cat(tokens[number * len(seen) : (number + 1) * len(seen)])
+        elif self.channels:
+            for one, example, task in zip(found, examples, tasks):
+                latent = example.shape.latent(self.vae.config.stride)
+                mask = task.mask(latent.frames)[:, None, None].expand(-1, latent.height, latent.width)
+                one["image"] = mask[None].float()
+        return found
+
+    def nothing(self) -> dict[str, Any]:
+        """Conditions of a clip of one token, which weighs nothing."""
+        found: dict[str, Any] = {"fps": self.fps, "size": (self.patch[2], self.patch[1])}
+        found["image"] = torch.zeros(self.channels, *self.patch)
+        found["image_text"] = torch.zeros(self.positions or 1, self.width)
+        return {name: self._tensor(found[name]) for name in self.names}
+
+    def _numbers(self, example: Example) -> dict[str, Any]:
+        shape = example.shape
+        values = {"fps": IMAGE_FPS if shape.is_image else self.fps, "size": (shape.width, shape.height)}
+        return {name: self._tensor(value) for name, value in values.items() if name in self.names}
+
+    def _tensor(self, value: Any) -> Tensor:
+        return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
+
+    def _given(self, example: Example, task: Task) -> tuple[Tensor, Tensor]:
+        """The clip (3, T, H, W) with its unknown frames grey, and which are known, (T,)."""
+        video = example.video.to(next(self.vae.parameters()))
+        is_known = torch.zeros(video.shape[1])
+        is_known[: 1 + (task.known_frames - 1) * self.vae.config.stride[0] if task.known_frames else 0] = 1
+        if task.last:
+            is_known[-1] = 1
+        video[:, is_known == 0] = 0
+        return video, is_known

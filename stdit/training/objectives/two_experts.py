@@ -1,0 +1,81 @@
+"""Two experts trained by one run, every clip by the one for its noise level (Wan 2.2 A14B)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from stdit.data.load.loader import Example
+from stdit.data.plan.split import PlanItem
+from stdit.shapes import VideoShape
+from stdit.training.objectives.flow import FlowBatch, FlowModule, FlowObjective, StepKey
+
+
+@dataclass
+class ExpertsBatch:
+    high: FlowBatch
+    low: FlowBatch
+
+    @property
+    def weight(self) -> float:
+        return self.high.weight + self.low.weight
+
+    @property
+    def flops(self) -> int:
+        return self.high.flops + self.low.flops
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return (self.high if self.high.weight else self.low).inputs
+
+    @property
+    def noise_level(self) -> float | None:
+        return (self.high if self.high.weight else self.low).noise_level
+
+
+class ExpertsModule(nn.Module):
+    def __init__(self, high: FlowModule, low: FlowModule) -> None:
+        super().__init__()
+        self.high, self.low = high, low
+
+    def forward(self, batch: ExpertsBatch) -> Tensor:
+        return self.high(batch.high) + self.low(batch.low)
+
+
+class ExpertsObjective:
+    """high learns from the clips whose noise level is at least `boundary`, low from the others.
+
+    An expert that a micro-step has no clip for runs a token of weight 0, so that all ranks run the same modules.
+    """
+
+    critic = None
+
+    def __init__(self, high: FlowObjective, low: FlowObjective, boundary: float) -> None:
+        self.high, self.low, self.boundary = high, low, boundary
+        self.module = ExpertsModule(high.module, low.module)
+        self.vae, self.text_encoder, self.dtype = high.vae, high.text_encoder, high.dtype
+        self.model_config, self.scheduler = high.model_config, high.scheduler
+
+    def tokens(self, shape: VideoShape) -> int:
+        return self.high.tokens(shape)
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        return self.high.cost
+
+    def weight(self, examples: Sequence[Example], key: StepKey) -> float:
+        return self.high.weight(examples, key)
+
+    def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> ExpertsBatch:
+        of_high = [bool(level >= self.boundary) for level in self.high.levels(items, key)] if items else []
+
+        def batch(objective: FlowObjective, wanted: bool) -> FlowBatch:
+            mine = [(e, i) for e, i, high in zip(examples, items, of_high) if high == wanted]
+            return objective.prepare([e for e, _ in mine], [i for _, i in mine], key)
+
+        return ExpertsBatch(batch(self.high, True), batch(self.low, False))
+
+    def fresh(self) -> ExpertsModule:
+        return ExpertsModule(self.high.fresh(), self.low.fresh())

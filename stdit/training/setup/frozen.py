@@ -1,0 +1,118 @@
+"""What a run leaves as it is, by content: no checkpoint holds it, so a resumed run must find the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stdit.errors import StditError
+from stdit.prepare.encode import text_identity, vae_identity
+from stdit.training.config import RunConfig
+from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.engine.parallel import World
+from stdit.training.setup.initial_weights import transformer_paths
+from stdit.weights.identity import file_identity, files_identity, folder_identity
+from stdit.weights.io import transformer_identity
+
+
+@dataclass(frozen=True)
+class Part:
+    """content: a SHA-256 (hex), or settings in words. place: the path that it was read from."""
+
+    content: str
+    place: str
+
+
+def frozen_parts(config: RunConfig) -> dict[str, Part]:
+    """The weights, tokenizers and files that a run reads and does not keep. config: as `follow_init` gives it.
+
+    The weights that training starts from are among them, also where all of them train.
+    """
+    parts: dict[str, Part] = {}
+    if config.vae.path:
+        parts["VAE"] = Part(vae_identity(config.vae.path), config.vae.path)
+    if config.objective.kind == "vae":
+        lpips = config.objective.vae.lpips
+        if lpips is not None and lpips.path:
+            parts["LPIPS"] = Part(folder_identity(lpips.path), lpips.path)
+        return parts
+    if config.text.path:
+        found = text_identity(config.text.path, config.text.padding)
+        place = config.text.path
+        parts["text encoder"] = Part(found.pop("text_encoder"), place)
+        parts["tokenizer"] = Part(found.pop("tokenizer"), place)
+        parts["treatment of texts"] = Part(", ".join(f"{name} {value}" for name, value in found.items()), place)
+    if config.model.init:
+        parts |= _init_parts(config, Path(config.model.init).expanduser())
+    return parts
+
+
+def _init_parts(config: RunConfig, init: Path) -> dict[str, Part]:
+    paths = transformer_paths(config.model)
+    levels = config.objective.flow.noise_levels
+    follows = f"text.padding {config.text.padding}, shift {levels.shift}, range {levels.range}"
+    weights, settings = transformer_identity(paths)
+    parts = {"transformer": weights, "transformer's config": settings}
+    parts |= {"settings that follow from it": f"{follows}, tasks {config.objective.flow.tasks}"}
+    if (scheduler := init / "scheduler" / "scheduler_config.json").is_file():
+        parts["scheduler"] = file_identity(scheduler)
+    if (init / "image_encoder").is_dir():
+        parts["image encoder"] = folder_identity(init / "image_encoder")
+        processor = init / "image_processor"
+        parts["image processor"] = files_identity(sorted(processor.glob("*.json")))
+    return {name: Part(content, str(init)) for name, content in parts.items()}
+
+
+def check_frozen(
+    config: RunConfig, resumed: Checkpoint | None, world: World, say: Callable[[str], None]
+) -> dict[str, str]:
+    """What to keep in checkpoints: content by part, found on rank 0.
+
+    Raises StditError on every rank where a resumed run finds another part than it began with.
+    """
+    parts = world.from_main(lambda: frozen_parts(config))
+    if resumed is not None:
+        then = _recorded(resumed.state, config)
+        if then is None:
+            say(f"{resumed.path}: an earlier stdit wrote it, without what its frozen parts are: they are not checked.")
+        else:
+            _compare(resumed.path, then, parts, only_known="frozen" not in resumed.state)
+    return {name: part.content for name, part in parts.items()}
+
+
+def check_unchanged(config: RunConfig, then: dict[str, str]) -> None:
+    """Raises StditError where parts are no longer what they were at the run's start. then: `check_frozen`'s."""
+    parts = frozen_parts(config) if then else {}
+    changed = [f"the {name}, {one.place}" for name, one in parts.items() if one.content != then.get(name)]
+    if changed:
+        raise StditError(
+            f"{'; '.join(changed)}: has changed while the run trained over it. Restore it and give the same command "
+            f"again: it goes on from the last checkpoint."
+        )
+
+
+def _recorded(state: dict[str, Any], config: RunConfig) -> dict[str, str] | None:
+    """What a checkpoint says of the parts; earlier ones knew of one at most, None where of none."""
+    if "frozen" in state:
+        return dict(state["frozen"])
+    if state.get("base") is None:
+        return None
+    return {"VAE" if config.objective.kind == "vae" else "transformer": state["base"]}
+
+
+def _compare(path: Path, then: dict[str, str], parts: dict[str, Part], only_known: bool) -> None:
+    names = [name for name in (then if only_known else {**then, **parts})]
+    lines = []
+    for name in names:
+        part, wanted = parts.get(name), then.get(name)
+        if part is None:
+            lines.append(f"the {name} is gone (the run began with {wanted})")
+        elif part.content != wanted:
+            began = f"the run began with {wanted}" if wanted else "the run began without one"
+            lines.append(f"the {name}, {part.place}, has changed since: {part.content} now, {began}")
+    if lines:
+        raise StditError(
+            f"{path} goes with other weights: {'; '.join(lines)}. Restore them, or choose another run=PATH."
+        )

@@ -1,0 +1,86 @@
+"""Training adapters (LoRA) over frozen weights: where they are put, how they start, and what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from stdit.errors import StditError
+from stdit.keyed import keyed_generator
+from stdit.models.lora import LoraLinear
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.training.config import LoraConfig
+from stdit.weights.experts import expert_adapter_places
+from stdit.weights.lora.adapters import Adapter, Pair, merge
+from stdit.weights.lora.files import FILES, write_adapter
+
+_START = "transformer."  # of its parameters' names in the module that trains
+
+
+def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:
+    """Freezes a model and puts adapters beside its target layers: A as peft starts it (Kaiming, uniform), keyed by the
+    layer's name; B zero, so that at first nothing changes. In fp32."""
+    model.requires_grad_(False)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for pattern in config.targets:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise StditError(
+                f"model.lora.targets: {pattern!r} is no linear layer of this model; they are named "
+                f"{', '.join(list(linears)[:3])}, …, blocks.0.self_attn.q, …, {next(reversed(linears))}."
+            )
+    for name, module in linears.items():
+        if any(fnmatchcase(name, pattern) for pattern in config.targets):
+            layer = LoraLinear(module, config.rank, config.alpha)
+            generator = keyed_generator(seed, "lora", name)
+            nn.init.kaiming_uniform_(layer.lora_down.weight, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(layer.lora_up.weight)
+            model.set_submodule(name, layer)
+
+
+def adapter_of(weights: Mapping[str, Tensor], config: LoraConfig, expert: str = "") -> Adapter:
+    """The adapter in the parameters that trained (the module's, or the transformer's alone), by name. expert: which
+    one's, where two train together."""
+    pairs, start = {}, f"{expert}." if expert else ""
+    for name, down in weights.items():
+        if name.startswith(start) and name.endswith(".lora_down.weight"):
+            layer = name.removesuffix(".lora_down.weight")
+            pair = Pair(down, weights[f"{layer}.lora_up.weight"], config.alpha)
+            pairs[f"{layer.removeprefix(start).removeprefix(_START)}.weight"] = pair
+    return Adapter(pairs)
+
+
+def export_adapters(
+    weights: Mapping[str, Tensor], folder: Path, model: TransformerConfig, config: LoraConfig, expert: str | None
+) -> None:
+    """Writes the adapter that trained into a model folder; of experts each its own, where `expert_adapter_places` says.
+
+    weights: as `adapter_of` takes them. expert: high, low or both; None where there is one transformer.
+    """
+    if expert is None:
+        places = {"": folder}
+    elif expert == "both":
+        places = expert_adapter_places(folder)
+    else:
+        places = {"": expert_adapter_places(folder)[expert]}
+    files = {FILES[config.layout]: config.layout}
+    if config.layout == "common" and model.family == "cosmos":
+        files = {"lora.safetensors": "common", FILES["diffusers"]: "diffusers"}
+    for name, place in places.items():
+        for file, layout in files.items():
+            write_adapter(adapter_of(weights, config, name), place / file, model, layout)
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Puts a module's adapters, if it has any, into its weights."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLinear)}
+    pairs = {
+        f"{name}.weight": Pair(layer.lora_down.weight, layer.lora_up.weight, layer.alpha)
+        for name, layer in layers.items()
+    }
+    merge(module, [(Adapter(pairs), 1.0)])
+    for name, layer in layers.items():
+        module.set_submodule(name, layer.plain())

@@ -1,0 +1,1 @@
+"""Other families' autoencoders behind the interface of `vae.autoencoder`."""

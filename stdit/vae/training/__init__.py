@@ -1,0 +1,1 @@
+"""What trains a VAE: losses, LPIPS, the discriminator, which parts are trained."""

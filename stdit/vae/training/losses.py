@@ -1,0 +1,112 @@
+"""What a VAE trains on, term by term: every one is a clip's own, (B,), a mean over the clip, alike at any shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stdit.errors import StditError
+from stdit.vae.training.discriminator import DiscriminatorConfig
+from stdit.vae.training.lpips import LpipsConfig
+from stdit.vae.training.trainable_parts import Part
+
+LEVELS = 3  # of wavelets
+CELL = 4  # coefficients
+FAINT = 0.003  # of contrast, less than half a grey level: the root's slope stays finite
+OUTLIER_RADIUS = 3.0  # standard deviations, Movie Gen's r
+
+
+@dataclass
+class VaeLossConfig:
+    """Weights beside the L1's 1, 0 for none: kl; wavelet, for details; outlier, Movie Gen's with 1e5.
+
+    lpips, discriminator: terms with settings of their own. train: what of the VAE trains, see `choose_trained`.
+    crop: train on keyed squares of so many pixels instead of whole frames.
+    """
+
+    kl: float = 1e-6
+    wavelet: float = 0.0
+    outlier: float = 0.0
+    lpips: LpipsConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
+    train: Part = "all"
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and self.crop < 1:
+            raise StditError(f"crop {self.crop} must be a positive number of pixels, or null for whole frames.")
+
+
+def pixel_loss(output: Tensor, video: Tensor) -> Tensor:
+    """The mean absolute error of (B, 3, T, H, W) in [−1, 1]. Returns (B,)."""
+    return F.l1_loss(output.float(), video.float(), reduction="none").flatten(1).mean(1)
+
+
+def wavelet_loss(output: Tensor, video: Tensor, levels: int = LEVELS) -> Tensor:
+    """How far the contrast of wavelet bands is off, place by place, summed over levels. Returns (B,).
+
+    Of each band of details, over time, rows and columns, the root mean square over 4×4 coefficients is compared, not
+    the coefficients: texture and motion are to be as strong as the clip's, wherever each line of them lies, which is
+    how texture is perceived (Portilla & Simoncelli 2000). The L1 of coefficients themselves blurs (docs/log.md).
+    """
+    low, wanted = output.float(), video.float()
+    total = low.new_zeros(len(low))
+    for _ in range(levels):
+        (low, *details), (wanted, *others) = haar(low), haar(wanted)
+        errors = [(contrast(a) - contrast(b)).abs().flatten(1) for a, b in zip(details, others) if a.numel()]
+        if errors:
+            total = total + torch.cat(errors, dim=1).mean(1)
+    return total
+
+
+def contrast(band: Tensor) -> Tensor:
+    """The root mean square over cells of 4×4 coefficients, (B, C, T, H, W) to (B, C, T, ⌈H/4⌉, ⌈W/4⌉)."""
+    cell = (1, min(CELL, band.shape[3]), min(CELL, band.shape[4]))
+    energy = F.avg_pool3d(band.square(), cell, ceil_mode=True)
+    return (energy + FAINT**2).sqrt()
+
+
+def haar(x: Tensor) -> list[Tensor]:
+    """One level of the orthonormal Haar transform of (B, C, T, H, W) over time, rows and columns: eight bands.
+
+    The first is low in all three. Of an odd number of frames the first stays as it is, in the low half: so time is cut
+    as a causal VAE cuts it, and an image has no temporal details. Odd rows and columns go the same way.
+    """
+    bands = [x]
+    for dim in (2, 3, 4):
+        bands = [half for band in bands for half in _halves(band, dim)]
+    return bands
+
+
+def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    odd = x.shape[dim] % 2
+    pairs = x.narrow(dim, odd, x.shape[dim] - odd).unflatten(dim, (-1, 2))
+    a, b = pairs.unbind(dim + 1)
+    low, high = (a + b) * 0.5**0.5, (a - b) * 0.5**0.5
+    return (torch.cat([x.narrow(dim, 0, odd), low], dim) if odd else low), high
+
+
+def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
+    """The mean over a clip's latents (B, z, T', H', W') of KL(N(mean, e^logvar) ‖ N(0, 1)) in nats. Returns (B,).
+
+    Kingma & Welling 2014, appendix B; small weights as in Rombach et al. 2022, appendix G.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    return (0.5 * (mean.square() + logvar.exp() - 1 - logvar)).flatten(1).mean(1)
+
+
+def outlier_penalty(latents: Tensor, radius: float = OUTLIER_RADIUS) -> Tensor:
+    """Movie Gen's outlier penalty (Polyak et al. 2024, section 3.1.1), which keeps a VAE from hiding what it cannot
+    hold in a few bright spots: the mean over positions of max(‖X_ij − Mean(X)‖ − r·‖Std(X)‖, 0), frame by frame.
+
+    latents: (B, z, T', H', W'). Norms are over channels, Mean and Std over a frame's positions. Returns (B,).
+    """
+    x = latents.float()
+    mean = x.mean((3, 4), keepdim=True)
+    variance = (x - mean).square().mean((3, 4))  # (B, z, T')
+    reach = radius * (variance.sum(1) + 1e-12).sqrt()[..., None, None]  # ‖Std‖; a root of 0 has no gradient
+    distance = ((x - mean).square().sum(1) + 1e-12).sqrt()  # (B, T', H', W')
+    return (distance - reach).clamp_min(0).flatten(1).mean(1)

@@ -1,0 +1,1 @@
+"""Adapters (LoRA) of every layout, in and out."""

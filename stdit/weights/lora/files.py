@@ -1,0 +1,406 @@
+"""LoRA files as other programs write them: diffusers and peft, ComfyUI, kohya's sd-scripts and musubi-tuner.
+
+    common     diffusion_model.blocks.0.self_attn.q.lora_A.weight            alpha / rank is in B: no reader can miss it
+    original   diffusion_model.blocks.0.self_attn.q.lora_down.weight, …alpha
+    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight, …alpha              what musubi-tuner takes as it is
+    diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight       alpha in the metadata (lora_adapter_metadata)
+    peft       base_model.model.blocks.0.attn1.to_q.lora_A.weight          alpha in adapter_config.json beside it
+
+Those are the layouts that are written. The common one, diffusion-pipe's, is what most programs read (a table is in
+docs/open-weights.md). Any mixture of prefix, ending and dialect is read, as long as every name is one of the model's:
+names joined by underscores are compared with those of the model's own tensors, never taken apart.
+Without an alpha an adapter is added as it is (alpha is the rank), as diffusers and ComfyUI do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stdit.errors import StditError, nearest_name
+from stdit.files import publish, publish_text
+from stdit.weights.families import table_of
+from stdit.weights.files import TensorFiles, open_file, read_json, write_tensors
+from stdit.weights.keymap import Shape, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stdit.models.config import TransformerConfig
+    from stdit.weights.lora.adapters import Adapter, Pair
+
+LAYOUTS = ("common", "original", "kohya", "diffusers", "peft")
+ALIASES = {"comfyui": "common", "diffusion-pipe": "common"}
+FILES = {
+    "common": "pytorch_lora_weights.safetensors",  # which diffusers looks for in a folder
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "peft": "adapter_model.safetensors",
+    "original": "lora.safetensors",  # any name would do
+    "kohya": "lora.safetensors",
+}
+_PREFIXES = (
+    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.", "dit.", "unet.",
+)  # fmt: skip
+# before names whose dots became underscores; VideoX-Fun's has two at its end
+_JOINED = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
+_PARTS = {
+    "down": r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight",  # with peft's name of the adapter
+    "up": r"lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight",
+    "up_bias": r"lora_B(?:\.\w+)?\.bias",
+    "alpha": r"alpha",
+    "diff": r"diff|w_norm",
+    "diff_b": r"diff_b|b_norm",
+    "diff_m": r"diff_m",  # of a modulation, in lightx2v's files
+}
+_OTHERS = re.compile(r"(transformer_2|text_encoders?\w*|lora_te\d?_\w+)\b")  # models beside the transformer
+_NAME = re.compile(r"(.+)\.(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _PARTS.items()) + ")")
+_REFUSED = {
+    r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
+    r"\.lokr_": "LoKr",
+    r"\.hada_": "LoHa",
+    r"\.b?oft_": "OFT",
+    r"\.lora_mid\.": "LoCon in Tucker form",
+    r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
+    r"\.(set_weight|reshape_weight)$": "a patch that replaces weights",
+}
+_PARTLY = "to use the rest of it, ask for it: --lora-partly, or `partly=True`"
+_OTHER_BASE = re.compile(r"pissa|olora|corda|loftq")  # starts of training that change the weights below the adapter
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An adapter's file, its names taken apart; no tensor read.
+
+    modules: what is adapted, as the file names it without its prefix: which of _PARTS: the tensor's name. joined:
+    names have underscores for dots. settings: peft's, if it says them. others: names of tensors for other models,
+    which are left out.
+    """
+
+    files: TensorFiles
+    modules: dict[str, dict[str, str]]
+    joined: bool
+    settings: dict[str, Any]
+    others: tuple[str, ...] = ()
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        return {
+            module: self.files.entries[parts["down"]].shape[0]
+            for module, parts in self.modules.items()
+            if "down" in parts
+        }
+
+    def alpha(self, module: str) -> float:
+        """What the file says of a module, as the alpha of alpha / rank."""
+        parts, rank = self.modules[module], self.ranks[module]
+        if "alpha" in parts:
+            tensor = self.files.read(parts["alpha"])
+            alpha: Any = float(tensor) if tensor.numel() == 1 else math.nan
+        else:
+            alpha = self.settings.get("lora_alpha", rank)
+            for pattern, value in (self.settings.get("alpha_pattern") or {}).items():
+                name = pattern.removeprefix("^").replace("\\.", ".")
+                if module == name or (module.endswith(f".{name}") and pattern[0] != "^"):
+                    alpha = value
+                    break
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            raise StditError(f"{self.files.path}: alpha of {module} is {alpha!r}, not a positive number.")
+        return float(alpha) * (math.sqrt(rank) if self.settings.get("use_rslora") else 1)
+
+    def resolve(self, table: Table) -> dict[str, str]:
+        """Module: the dialect's name of the weight that it adapts. Modules that the table does not have are absent."""
+        known: dict[str, list[str]] = {}
+        for name in table.foreign_shapes:
+            module = name.removesuffix(".weight")
+            known.setdefault(module.replace(".", "_") if self.joined else module, []).append(name)
+        for module in self.modules:
+            if len(known.get(module, ())) > 1:
+                raise StditError(f"{self.files.path}: {module} may be any of {', '.join(known[module])}.")
+        return {module: known[module][0] for module in self.modules if module in known}
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file, or one in a folder under a name of FILES, is an adapter by its tensors'
+    names. Raises where it cannot be read."""
+    place = _place(path)
+    if not place.is_file() or place.suffix not in (".safetensors", ".sft"):
+        return False
+    names = open_file(place).entries
+    return any(_NAME.fullmatch(name) or re.search("|".join(_REFUSED), name) for name in names)
+
+
+def open_adapter(path: str | os.PathLike[str], partly: bool = False) -> LoraFile:
+    """An adapter's file, every name understood and every pair whole, or a StditError that says what is not.
+
+    partly: leave out tensors for other models (a text encoder, a second transformer), where it is an error else.
+    """
+    files = open_file(_place(path))
+    for name in files.entries:
+        for pattern, kind in _REFUSED.items():
+            if re.search(pattern, name):
+                raise StditError(f"{files.path}: holds {kind} ({name}), which stdit does not read; it reads LoRA.")
+    others = tuple(name for name in files.entries if _OTHERS.match(name))
+    if others and not partly:
+        raise StditError(
+            f"{files.path}: holds an adapter for another model beside or instead of the transformer ({others[0]}). "
+            f"Split it, so that the file has the transformer's tensors alone; {_PARTLY}."
+        )
+    files = TensorFiles(files.path, {n: e for n, e in files.entries.items() if n not in others}, files.metadata)
+    while (inner := files.without_prefix(_PREFIXES)) is not files:
+        files = inner
+    joined = False
+    if (inner := files.without_prefix(_JOINED)) is not files:
+        files, joined = inner, True
+    modules: dict[str, dict[str, str]] = {}
+    for name in files.entries:
+        if not (found := _NAME.fullmatch(name)):
+            raise StditError(
+                f"{files.path}: {files.prefix}{name} is not part of a LoRA, whose tensors end in lora_A.weight and "
+                "lora_B.weight, or lora_down.weight, lora_up.weight and alpha."
+            )
+        module, part = found[1], next(part for part in _PARTS if found[part])
+        if part == "diff_m":
+            module, part = f"{module}{'_' if joined else '.'}modulation", "diff"
+        if part in modules.setdefault(module, {}):
+            raise StditError(f"{files.path}: {files.prefix}{module} has two tensors for {part}.")
+        modules[module][part] = name
+    if not modules:
+        raise StditError(f"{files.path}: holds no tensors{' for a transformer' if others else ''}.")
+    for parts in modules.values():
+        for part, other in {"down": "up", "up": "down", "alpha": "down", "up_bias": "up"}.items():
+            if part in parts and other not in parts:
+                raise StditError(f"{files.path}: {files.prefix}{parts[part]} has no lora_{other} beside it.")
+        if "down" in parts and min(len(files.shapes[parts["down"]]), len(files.shapes[parts["up"]])) < 2:
+            raise StditError(f"{files.path}: {files.prefix}{parts['down']} and its lora_up must be matrices.")
+    return LoraFile(files, modules, joined, _settings(files), others)
+
+
+def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly: bool = False) -> Adapter:
+    """An adapter for a model of this config, under our names.
+
+    Raises StditError that names the file and the tensor where anything is unknown to this model, missing, misshaped,
+    not finite, or of a kind that stdit does not read. Nothing is read before all names and shapes are checked.
+    partly: leave out what is for layers that this model does not have, with a warning that says what.
+    """
+    from stdit.weights.lora.adapters import Adapter, Pair, to_native
+
+    found = open_adapter(path, partly)
+    table, names = fitted(found, config, partly)
+    left_out = [*found.others, *(module for module in found.modules if module not in names)]
+    if left_out:
+        warnings.warn(
+            f"{found.files.path}: {len(names)} layers are adapted; left out, since this model does not have them: "
+            f"{_kinds(left_out)}.",
+            stacklevel=2,
+        )
+    pairs: dict[str, Pair] = {}
+    differences: dict[str, Tensor] = {}
+    for module, name in names.items():
+        parts = found.modules[module]
+        if "down" in parts:
+            shape = table.foreign_shapes[name]
+            down = _tensor(found, parts["down"]).reshape(-1, *shape[1:])
+            pairs[name] = Pair(down, _tensor(found, parts["up"]).flatten(1), found.alpha(module))
+        if "diff" in parts:
+            differences[name] = _tensor(found, parts["diff"])
+        if "diff_b" in parts:
+            differences[_bias(name)] = _tensor(found, parts["diff_b"])
+        if "up_bias" in parts:
+            differences[_bias(name)] = _tensor(found, parts["up_bias"]) * pairs[name].scale
+    return to_native(Adapter(pairs, differences), table)
+
+
+def write_adapter(
+    adapter: Adapter, path: str | os.PathLike[str], config: TransformerConfig, layout: str = "common"
+) -> None:
+    """Writes an adapter under our names for a model of this config to a safetensors file, in one of LAYOUTS.
+
+    peft looks for the file under the name adapter_model.safetensors, and for adapter_config.json beside it.
+    """
+    from stdit.weights.lora.adapters import to_foreign
+
+    layout = ALIASES.get(layout, layout)
+    if layout not in LAYOUTS:
+        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join((*LAYOUTS, *ALIASES))}.")
+    path, plain = Path(path), layout in ("diffusers", "peft")
+    there = to_foreign(adapter, table_of(config, "diffusers" if plain else "original")[1])
+    modules = {name.removesuffix(".weight"): pair for name, pair in there.pairs.items()}
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": "pt"}
+    if plain:
+        if there.differences:
+            raise StditError(
+                f"{path}: the adapter changes {next(iter(there.differences))} as a whole, which diffusers' LoRA files "
+                "have no place for: write layout 'common'."
+            )
+        prefix, settings = "base_model.model", _peft_settings(modules)
+        if layout == "peft":
+            text = json.dumps({"peft_type": "LORA", **settings}, indent=2, sort_keys=True)
+            publish_text(path.parent / "adapter_config.json", text + "\n")
+        else:
+            prefix, settings = "transformer", {f"transformer.{key}": value for key, value in settings.items()}
+            metadata["lora_adapter_metadata"] = json.dumps(settings, indent=2, sort_keys=True)
+        for module, pair in modules.items():
+            tensors[f"{prefix}.{module}.lora_A.weight"] = pair.down
+            tensors[f"{prefix}.{module}.lora_B.weight"] = _as_kernel(pair)
+    else:
+        for module, pair in modules.items():
+            start = _start(module, layout)
+            if layout == "common":
+                tensors[f"{start}.lora_A.weight"] = pair.down
+                tensors[f"{start}.lora_B.weight"] = _as_kernel(_unscaled(pair))
+                continue
+            tensors[f"{start}.lora_down.weight"] = pair.down
+            tensors[f"{start}.lora_up.weight"] = _as_kernel(pair)
+            tensors[f"{start}.alpha"] = pair.up.new_tensor(pair.alpha)
+        for name, difference in there.differences.items():
+            ending = "diff_b" if name.endswith(".bias") else "diff"
+            tensors[f"{_start(re.sub(r'[.](weight|bias)$', '', name), layout)}.{ending}"] = difference
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with publish(path) as part:
+        write_tensors(part, entries, tensors.__getitem__, metadata)
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    """The file itself, or in a folder the one that has a name of FILES."""
+    place = Path(path).expanduser()
+    return next((place / name for name in FILES.values() if (place / name).is_file()), place)
+
+
+def _settings(files: TensorFiles) -> dict[str, Any]:
+    """peft's LoraConfig, as diffusers puts it into a file's metadata, or as peft lays it beside the file."""
+    beside = files.path.parent / "adapter_config.json"
+    if carried := files.metadata.get("lora_adapter_metadata"):
+        try:
+            found = json.loads(carried)
+        except (ValueError, RecursionError) as error:
+            raise StditError(f"{files.path}: lora_adapter_metadata is not valid JSON ({error}).") from None
+    else:
+        found = read_json(beside) if files.path.name == "adapter_model.safetensors" and beside.is_file() else {}
+    if not isinstance(found, dict):
+        raise StditError(f"{files.path}: lora_adapter_metadata is not a JSON object.")
+    found = {key.removeprefix("transformer."): value for key, value in found.items()}
+    patterns = found.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or any(not re.fullmatch(r"\^?([\w-]|\\?\.)+", key) for key in patterns):
+        raise StditError(f"{files.path}: alpha_pattern of its LoraConfig must be numbers by layers' names.")
+    if found.get("use_dora"):
+        raise StditError(f"{files.path}: holds DoRA (use_dora), which stdit does not read; it reads LoRA.")
+    start = found.get("init_lora_weights")
+    if isinstance(start, str) and _OTHER_BASE.match(start.lower()):
+        raise StditError(
+            f"{files.path}: init_lora_weights is {start!r}, so it belongs to weights that were changed before the "
+            "training. Save it with peft's path_initial_model_for_weight_conversion as an ordinary LoRA."
+        )
+    return found
+
+
+def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> tuple[Table, dict[str, str]]:
+    """The table of the dialect that has a file's names, and the weights that they are; shapes are checked.
+
+    partly: names that it does not have are absent, unless all are.
+    """
+    best: tuple[Table, dict[str, str]] | None = None
+    for dialect in ("original", "diffusers"):
+        try:
+            family, table = table_of(config, dialect)
+        except StditError:  # a model that diffusers has no class for
+            continue
+        names = found.resolve(table)
+        if best is None or len(names) > len(best[1]):
+            best = table, names
+    assert best is not None
+    table, names = best
+    unknown = [module for module in found.modules if module not in names]
+    if unknown and not (partly and names):
+        known = [name.removesuffix(".weight") for name in table.foreign_shapes]
+        raise StditError(
+            f"{found.files.path}: adapts {len(unknown)} layers that this {family.FAMILY} of {config.layers} blocks "
+            f"does not have, such as {found.files.prefix}{unknown[0]}.{nearest_name(unknown[0], known)} It has "
+            f"{len(names)} of the file's {len(found.modules)}; it does not have {_kinds(unknown)}. For which family it "
+            f"is tells `stdit weights inspect {found.files.path}`{f'; {_PARTLY}' if names else ''}."
+        )
+    for module, name in names.items():
+        _check_shapes(found, module, found.modules[module], name, table.foreign_shapes)
+    return table, names
+
+
+def _kinds(modules: Iterable[str]) -> str:
+    """Layers with the numbers of their blocks as *, each once: at most eight, then how many more."""
+    kinds = list(dict.fromkeys(re.sub(r"(?<=blocks[._])\d+", "*", module) for module in modules))
+    return ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
+
+
+def _check_shapes(
+    found: LoraFile, module: str, parts: Mapping[str, str], name: str, shapes: Mapping[str, Shape]
+) -> None:
+    """Every tensor of a module against the weight that it is for."""
+    shape = shapes[name]
+    rank = found.ranks.get(module, 0)
+    columns = math.prod(shape[1:])
+    ones = (1,) * (len(shape) - 2)
+    wanted: dict[str, list[Shape]] = {"alpha": [(), (1,)], "diff": [shape]}
+    wanted |= {"down": [(rank, *shape[1:]), (rank, columns), (rank, columns, *ones)]}
+    wanted |= {"up": [(shape[0], rank), (shape[0], rank, *ones)]}
+    for part in ("diff_b", "up_bias"):
+        if part in parts and not (name.endswith(".weight") and _bias(name) in shapes):
+            raise StditError(f"{found.files.path}: {parts[part]} changes a bias, and {name} has none.")
+        wanted[part] = [shapes.get(_bias(name), ())]
+    for part, tensor in parts.items():
+        entry = found.files.entries[tensor]
+        if tuple(entry.shape) not in wanted[part] or (part in ("down", "up") and (rank < 1 or len(shape) < 2)):
+            raise StditError(
+                f"{found.files.path}: {tensor} is {tuple(entry.shape)}; for {name}, which is {shape}, it should be "
+                f"{' or '.join(map(str, dict.fromkeys(wanted[part])))}. Is it for a model of another size?"
+            )
+        if part != "alpha" and not entry.dtype.startswith(("float", "bfloat")):
+            raise StditError(f"{found.files.path}: {tensor} is {entry.dtype}, not floating point.")
+
+
+def _tensor(found: LoraFile, name: str) -> Tensor:
+    tensor = found.files.read(name)
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # little can be done in fp8
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix(".weight") + ".bias"
+
+
+def _start(module: str, layout: str) -> str:
+    return f"lora_unet_{module.replace('.', '_')}" if layout == "kohya" else f"diffusion_model.{module}"
+
+
+def _unscaled(pair: Pair) -> Pair:
+    """The same with alpha / rank in B: exact for a power of two, else rounded in fp32 whatever B is in."""
+    up = pair.up if math.frexp(pair.scale)[0] == 0.5 or pair.up.dtype.itemsize > 2 else pair.up.float()
+    return replace(pair, up=up * pair.scale, alpha=float(pair.rank))
+
+
+def _as_kernel(pair: Pair) -> Tensor:
+    """B as a convolution with a kernel of one where A is a kernel."""
+    return pair.up.reshape(*pair.up.shape, *(1,) * (pair.down.ndim - 2))
+
+
+def _peft_settings(modules: Mapping[str, Pair]) -> dict[str, Any]:
+    """The LoraConfig that says these ranks and alphas; exceptions to the commonest by name."""
+    ranks = {module: pair.rank for module, pair in modules.items()}
+    alphas = {
+        module: int(pair.alpha) if float(pair.alpha).is_integer() else pair.alpha for module, pair in modules.items()
+    }
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(module)}": found for module, found in ranks.items() if found != rank},
+        "alpha_pattern": {f"^{re.escape(module)}": found for module, found in alphas.items() if found != alpha},
+        "target_modules": sorted(modules),
+    }

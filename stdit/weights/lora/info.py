@@ -1,0 +1,76 @@
+"""What a LoRA file is, told without its model: families, ranks, alphas, layers."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from stdit.weights.families import families, table_of
+from stdit.weights.lora.files import LoraFile, fitted, open_adapter
+
+if TYPE_CHECKING:
+    from stdit.models.config import TransformerConfig
+
+
+def describe(path: str | os.PathLike[str], config: TransformerConfig | None = None) -> dict[str, Any]:
+    """What an adapter's file is: the families whose names it has, ranks, alphas, what it adapts.
+
+    config: of the model that it is for; without one, names alone are compared.
+    """
+    found = open_adapter(path, partly=True)
+    if config is not None:
+        fitted(found, config)
+    targets = Counter(re.sub(r"(?<=block)\d+|(?<=[._])\d+(?=[._])", "*", name, count=1) for name in found.modules)
+    return {
+        "kind": "adapter",
+        "path": str(found.files.path),
+        "fits": [f"{family} ({dialect} names)" for family, dialect in fitting(found)],
+        "prefix": found.files.prefix,
+        "ranks": dict(sorted(Counter(found.ranks.values()).items())),
+        "alphas": dict(sorted(Counter(map(found.alpha, found.ranks)).items())),
+        "for_other_models": len(found.others),
+        "differences": sum("diff" in parts or "diff_b" in parts for parts in found.modules.values()),
+        "parameters": sum(math.prod(entry.shape) for entry in found.files.entries.values()),
+        "dtypes": dict(Counter(entry.dtype for entry in found.files.entries.values())),
+        "targets": dict(targets),
+    }
+
+
+def fitting(found: LoraFile) -> list[tuple[str, str]]:
+    """(family, dialect) that has all the names of a file, whatever its sizes."""
+    numbers = [
+        int(number) for module in found.modules for number in re.findall(r"blocks?[._]?(\d{1,3})(?=[._])", module)
+    ]
+    fits = []
+    for family in families("transformer"):
+        for dialect in ("original", "diffusers"):
+            for config in _samples(getattr(family, "SETTINGS", {}), max(numbers, default=0) + 1):
+                table = table_of(config, dialect)[1]
+                if len(found.resolve(table)) == len(found.modules) and (family.FAMILY, dialect) not in fits:
+                    fits.append((family.FAMILY, dialect))
+    return fits
+
+
+def _samples(settings: Mapping[str, Any], layers: int) -> Iterable[TransformerConfig]:
+    """Small models of a family that have, together, every tensor that some model of it has."""
+    from stdit.models.config import TransformerConfig
+
+    sizes = {"dim": 12, "heads": 1, "ffn_dim": 4, "text_dim": 4, "frequency_dim": 12, "in_channels": 1}
+    small = TransformerConfig(**(sizes | {"layers": layers, "out_channels": 1, "position_base": 1} | dict(settings)))
+    if small.family == "wan":
+        return [small, replace(small, image_text_dim=4, image_text_positions=1)]
+    if small.family == "pixart":
+        return [small, replace(small, level_condition="size")]
+    if small.family == "cosmos":
+        plain = replace(small, text_embedding="none")
+        return [
+            plain,
+            replace(plain, position="learned", position_max=(1, 1, 1)),
+            replace(plain, text_embedding="gelu", text_width=4),
+        ]
+    return [replace(small, qk_norm="per_head_self") if small.family == "stdit3" else small]

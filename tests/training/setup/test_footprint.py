@@ -1,0 +1,130 @@
+"""The memory that is predicted on meta tensors, against what torch's profiler sees of a real step's allocations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torchvision.models import vgg
+
+from stdit.data.load.loader import Example
+from stdit.data.plan.split import PlanItem
+from stdit.models.transformer import STDiT
+from stdit.shapes import VideoShape
+from stdit.training.config import from_dict
+from stdit.training.objectives.flow import FlowObjective, StepKey
+from stdit.training.setup.footprint import Footprint, activations, footprint, outline
+from stdit.vae.training.discriminator import Discriminator, DiscriminatorConfig
+
+SHAPE = VideoShape(9, 64, 96)
+CONFIG = {
+    "model": {"preset": "toy", "dim": 96, "heads": 4, "layers": 5, "ffn_dim": 256, "text_dim": 32},
+    "data": {"cache": "somewhere"},
+    "optimizer": {"ema": {"decay": 0.99}},
+}
+
+
+def profiled_peak(objective: FlowObjective, clips: int) -> int:
+    """Bytes that forward and backward of a real step hold at most, above what is there before."""
+    size = SHAPE.latent(objective.vae.config.stride)
+    shape = (objective.model_config.latent_channels, size.frames, size.height, size.width)
+    examples = [Example(str(n), n, 0, 0, SHAPE, 1.0, "", None, torch.zeros(shape)) for n in range(clips)]
+    items = [PlanItem(n, 0, 0, objective.tokens(SHAPE), 1, n) for n in range(clips)]
+    for p in objective.module.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def step() -> None:
+        objective.module(objective.prepare(examples, items, StepKey(0, 0, 0, clips))).backward()
+
+    step()  # what is made once and kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    live = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("clips", [3])
+def test_activations_are_what_a_real_step_allocates(checkpoint, clips):
+    config = from_dict(CONFIG, "test")
+    config.model.checkpoint_blocks = checkpoint
+    predicted = activations(config, outline(config), SHAPE, clips * SHAPE.grid((4, 8, 8), (1, 2, 2)).tokens)
+    real = outline(config)
+    assert isinstance(real, FlowObjective)
+    real.device = torch.device("cpu")
+    transformer = STDiT(real.model_config)
+    transformer.checkpoint_blocks = checkpoint
+    real.module.transformer = transformer
+    measured = profiled_peak(real, clips)
+    assert predicted == pytest.approx(measured, rel=0.03)
+
+
+def test_checkpointing_and_fewer_tokens_need_less():
+    config = from_dict(CONFIG, "test")
+    whole = activations(config, outline(config), SHAPE, 10_000)
+    assert activations(config, outline(config), SHAPE, 5_000) == pytest.approx(whole / 2, rel=0.02)
+    config.model.checkpoint_blocks = True
+    assert activations(config, outline(config), SHAPE, 10_000) < 0.6 * whole
+
+
+def test_state_is_split_as_zero_says():
+    for precision, stage, each in [("fp32", 0, (4, 4, 12)), ("bf16", 0, (2, 4, 16)), ("bf16", 3, (0.5, 1, 4))]:
+        deepspeed = None if stage == 0 else f"deepspeed_configs/zero{stage}.json"
+        config = from_dict(CONFIG | {"run": {"precision": precision}, "parallel": {"deepspeed": deepspeed}}, "test")
+        objective = outline(config)
+        parameters = sum(p.numel() for p in objective.module.parameters())
+        found = footprint(config, objective, SHAPE, 100, ranks=4)
+        assert (found.weights, found.gradients, found.state) == pytest.approx([parameters * one for one in each], abs=2)
+        assert found.encoders == 4 * sum(p.numel() for p in objective.vae.parameters())
+        config.model.expert = "both"
+        both = footprint(config, outline(config), SHAPE, 100, ranks=4)
+        assert (both.weights, both.gradients, both.state) == pytest.approx(
+            (2 * found.weights, 2 * found.gradients, 2 * found.state), abs=4
+        )
+
+
+def test_what_a_vae_trains_against_is_counted():
+    def told(vae: dict, **more: dict) -> Footprint:
+        config = from_dict(CONFIG | {"objective": {"kind": "vae", "vae": vae}, "data": {}} | more, "test")
+        objective = outline(config)
+        return footprint(config, objective, SHAPE, objective.tokens(SHAPE), ranks=1)
+
+    plain, critic = told({}), DiscriminatorConfig(dim=8, layers=2)
+    against = told({"discriminator": {"dim": 8, "layers": 2, "start": 100}})
+    more = sum(p.numel() for p in Discriminator(critic).parameters())
+    assert (against.weights, against.gradients) == (plain.weights + 4 * more, plain.gradients + 4 * more)
+    assert against.state == plain.state + 8 * more  # two moments, and no average
+    assert against.activations > plain.activations
+    low = told({"discriminator": {"dim": 8, "layers": 2}}, run={"precision": "bf16"})
+    assert low.activations < against.activations
+    with_lpips = told({"lpips": {"path": "nowhere.pth"}})
+    convolutions = sum(p.numel() for p in vgg.make_layers(vgg.cfgs["D"]).parameters())
+    assert with_lpips.encoders == 4 * (convolutions + 64 + 128 + 256 + 512 + 512)
+    # both pictures' first activations, in 64 channels of fp32
+    assert with_lpips.activations > plain.activations + 2 * 4 * 64 * SHAPE.frames * SHAPE.height * SHAPE.width
+
+
+@pytest.mark.parametrize("kind", ["flow", "vae"])
+def test_a_vae_that_encodes_or_trains_is_counted(kind):
+    config = from_dict(CONFIG | {"objective": {"kind": kind}, "data": {}}, "test")
+    objective = outline(config)
+    tokens = objective.tokens(SHAPE)
+    found = activations(config, objective, SHAPE, tokens)
+    assert found > 4 * SHAPE.frames * SHAPE.height * SHAPE.width * 3  # the clip itself in fp32, at least
+    if kind == "flow":
+        cached = from_dict(CONFIG | {"data": {"cache": "somewhere"}}, "test")
+        trained = activations(cached, outline(cached), SHAPE, tokens)
+        assert trained <= found < 1.5 * trained  # the same step, and here encoding takes less
+        wide = from_dict(CONFIG | {"vae": {"preset": "toy", "base_dim": 128}, "data": {}}, "test")
+        assert activations(wide, outline(wide), SHAPE, tokens) > 1.5 * trained  # and there more
+
+
+def test_frozen_weights_are_no_activations():
+    config = from_dict(CONFIG | {"vae": {"preset": "toy", "base_dim": 128}, "data": {}}, "test")
+    objective, image = outline(config), VideoShape(1, 16, 16)
+    weights = 4 * sum(p.numel() for p in objective.vae.encoder.parameters())
+    assert activations(config, objective, image, objective.tokens(image)) < 0.2 * weights
