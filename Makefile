@@ -25,11 +25,11 @@ demo demo-full: install
 	stdit data toy $(DEMO)/videos --clips $(CLIPS)
 	stdit data scan $(DEMO)/videos/train --out $(DEMO)/manifest.parquet
 	stdit data scan $(DEMO)/videos/held_out --out $(DEMO)/held_out.parquet
-	stdit train configs/toy/vae.yaml run=$(DEMO)/vae data.manifest=$(DEMO)/manifest.parquet \
+	stdit train toy/vae run=$(DEMO)/vae data.manifest=$(DEMO)/manifest.parquet \
 		eval.manifest=$(DEMO)/held_out.parquet schedule.steps=$(VAE_STEPS)
-	stdit data encode $(DEMO)/manifest.parquet --config configs/toy/dit.yaml --out $(DEMO)/cache \
+	stdit data encode $(DEMO)/manifest.parquet --config toy/dit --out $(DEMO)/cache \
 		vae.path=$(DEMO)/vae/model/vae
-	stdit train configs/toy/dit.yaml run=$(DEMO)/dit data.manifest=$(DEMO)/manifest.parquet \
+	stdit train toy/dit run=$(DEMO)/dit data.manifest=$(DEMO)/manifest.parquet \
 		data.cache=$(DEMO)/cache vae.path=$(DEMO)/vae/model/vae schedule.steps=$(DIT_STEPS)
 	stdit eval toy --model $(DEMO)/dit/model --out $(DEMO)/dit --held-out $(DEMO)/videos/held_out --steps 12 \
 		--guidance 4 $(SHAPES:%=--shape %)

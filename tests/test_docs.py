@@ -16,6 +16,7 @@ from commands import every_command
 from stdit.cli.common.lazy import as_command
 from stdit.cli.main import app, run_command
 from stdit.data.toy import ToySettings, make_toy
+from stdit.shipped import CONFIGS, find_shipped
 from stdit.training import trainer as trainer_module
 from stdit.training.config import RunConfig, load_config
 
@@ -68,8 +69,10 @@ def test_settings_and_files_exist(page: Path) -> None:
     for key in re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)[`:=]", text):
         if not key.endswith((".md", ".py", ".yaml", ".json", ".jsonl", ".html")):
             assert is_setting(RunConfig, key.split(".")), f"{page.name}: {key} is not a setting"
-    for file in re.findall(r"\b(?:configs|deepspeed_configs|benchmarks)/[\w/.-]+\.(?:yaml|json|py)", text):
+    for file in re.findall(r"\b(?:stdit/configs|benchmarks)/[\w/.-]+\.(?:yaml|json|py)", text):
         assert (ROOT / file).is_file(), f"{page.name}: {file} is not there"
+    for name in re.findall(r"(?:stdit train|train\.py|--config) ([a-z][\w/.-]*\w)", text):
+        assert find_shipped(name, CONFIGS, ".yaml").is_file()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), f"{page.name}: {link} is not there"
 
@@ -83,7 +86,7 @@ def is_setting(kind: type, names: list[str]) -> bool:
     return len(names) == 1 or not inner or any(is_setting(one, names[1:]) for one in inner)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_is_read(config: Path) -> None:
     load_config(config)
 
@@ -94,12 +97,10 @@ def test_every_config_is_read(config: Path) -> None:
 def test_the_commands_of_a_walk_through_work_one_after_the_other(
     page: str, heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder with configs/ and a few small videos, two steps a run; what is optional or for GPUs is left out."""
+    """In a folder with a few small videos, two steps a run; what is optional or for GPUs is left out."""
     toy = ToySettings(clips=4, held_out=1, shapes=("80x64",), scales=(1.0,), seconds=(1.7,), fps=(8,), image_share=0)
     make_toy(tmp_path / "toy", toy)
     shutil.move(tmp_path / "toy" / "train", tmp_path / "videos")
-    for name in ("configs", "deepspeed_configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer_module, "measure_peak", lambda *_: 1e12)
     text = (ROOT / page).read_text("utf-8")

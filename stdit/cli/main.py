@@ -29,7 +29,7 @@ COMMANDS = {
 MAY_BE_EMPTY = ("--prompt", "--negative")  # texts
 HELP = """Spacetime-patch diffusion transformers for text-to-video: pretrain, fine-tune and sample any shape.
 
-Example: stdit train configs/toy/dit.yaml run=runs/toy
+Example: stdit train toy/dit run=runs/toy
 """
 app = lazy_group(COMMANDS, name="stdit", help=HELP)
 

@@ -9,7 +9,7 @@ import typer
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's config, YAML.")],
+    config: Annotated[Path, typer.Argument(help="The run's config: a YAML file, or one of stdit/configs by name.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value to change in it; run=PATH names the run.")
     ] = None,
@@ -22,9 +22,9 @@ def train(
 
     Examples:
 
-    stdit train configs/toy/dit.yaml run=runs/toy
+    stdit train toy/dit run=runs/toy
 
-    torchrun --nproc-per-node 2 train.py configs/toy/dit.yaml parallel.deepspeed=deepspeed_configs/zero2.json
+    torchrun --nproc-per-node 2 train.py toy/dit parallel.deepspeed=zero2
     """
     from stdit.training.config import load_config
     from stdit.training.engine.parallel import join_world, leave_world

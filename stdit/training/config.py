@@ -14,6 +14,7 @@ from stdit.data.config import DataConfig, PlanConfig
 from stdit.errors import StditError
 from stdit.files import publish_text
 from stdit.shapes import VideoShape
+from stdit.shipped import CONFIGS, find_shipped
 from stdit.strict import build
 from stdit.text_files import read_text, read_yaml
 from stdit.training.engine.checkpoint import CheckpointConfig
@@ -293,7 +294,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file with `a.b=c` set on top, values read as YAML; `run=PATH` sets run.path."""
-    path = Path(path)
+    path = find_shipped(path, CONFIGS, ".yaml")
     try:
         if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST):
             raise StditError(f"config {path} is not a file of at most {LARGEST:,} bytes, as a YAML file is.")

@@ -19,6 +19,7 @@ from stdit import __version__
 from stdit.cli.common.lazy import as_command, load_command
 from stdit.cli.main import COMMANDS, app, run_command
 from stdit.errors import Interrupted, StditError
+from stdit.shipped import CONFIGS, find_shipped
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,8 +32,8 @@ def test_every_command_is_there_and_helps_with_an_example(capsys):
         assert end.value.code == 0
         help_text = " ".join(capsys.readouterr().out.split())
         seen.append(path[1:])
-        for file in re.findall(r"\b(?:configs|deepspeed_configs)/\S+", help_text):
-            assert (ROOT / file).is_file(), f"{' '.join(path)} --help names {file}, which is not there"
+        for name in re.findall(r"(?:stdit train|train\.py|--config) ([a-z]\S*)", help_text):
+            assert find_shipped(name, CONFIGS, ".yaml").is_file()  # what the examples name
         if hasattr(command, "list_commands"):  # a group: its commands have the examples
             continue
         example = re.search(r"Examples?: (.*)", help_text)
@@ -202,7 +203,7 @@ def test_a_closed_pipe_is_quiet():
         "data scan FOLDER --out PLACE/m.parquet",
         "data scan FOLDER --out PLACE/in/m.parquet",
         "data toy PLACE/toy",
-        "train ROOT/configs/toy/dit.yaml run=PLACE/run",
+        "train toy/dit run=PLACE/run",
     ],
 )
 def test_a_place_that_cannot_be_written_to_is_named(args, place, tmp_path, capsys):

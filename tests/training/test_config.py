@@ -10,10 +10,9 @@ import pytest
 import yaml
 
 from stdit.errors import StditError
+from stdit.shipped import CONFIGS
 from stdit.training.config import RunConfig, differences, from_dict, load_config, save_config, to_dict
 from stdit.vae.config import preset
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def write(folder: Path, text: str) -> Path:

@@ -22,6 +22,7 @@ from stdit.cli.main import app, run_command
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import read_manifest
 from stdit.errors import StditError
+from stdit.shipped import DEEPSPEED
 from stdit.training import trainer as trainer_module
 from stdit.training.config import load_config
 from stdit.training.engine.checkpoint import Checkpoint
@@ -236,7 +237,7 @@ def test_two_ranks_do_as_one(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert expected and {clip["id"] for line in expected for clip in line["clips"]} == bad
 
     (tmp_path / "zero0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    stages = {f"zero{n}": ROOT / "deepspeed_configs" / f"zero{n}.json" for n in (1, 2, 3)}
+    stages = {f"zero{n}": DEEPSPEED / f"zero{n}.json" for n in (1, 2, 3)}
     stages["zero0"] = tmp_path / "zero0.json"
     runs = [
         " ".join([f"run={tmp_path / name}", f"parallel.deepspeed={path}", *common]) for name, path in stages.items()

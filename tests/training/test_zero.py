@@ -20,6 +20,7 @@ from children import Child, finish_together
 from tensor_files import load_file
 
 from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.shipped import DEEPSPEED
 from stdit.text.encoders import TextEncoder
 from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.training.config import LoraConfig
@@ -49,12 +50,12 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae["plan"] = {"largest_clips_per_step": 4, "tokens_per_pack": 48 * 32 * 5}
     vae["objective"]["vae"] = {"wavelet": 0.5, "outlier": 1.0, "discriminator": {"dim": 8, "layers": 3, "lr": 2e-3}}
     (out / "vae.yaml").write_text(yaml.safe_dump(vae))
-    partitioned = json.loads((ROOT / "deepspeed_configs" / "zero3.json").read_text())
+    partitioned = json.loads((DEEPSPEED / "zero3.json").read_text())
     partitioned["zero_optimization"]["stage3_param_persistence_threshold"] = (
         0  # parameters as small as ours are cut too
     )
     (out / "zero3.json").write_text(json.dumps(partitioned))
-    jsons = {stage: ROOT / "deepspeed_configs" / f"{stage}.json" for stage in STAGES} | {"zero3": out / "zero3.json"}
+    jsons = {stage: DEEPSPEED / f"{stage}.json" for stage in STAGES} | {"zero3": out / "zero3.json"}
     buckets = json.loads(jsons["zero2"].read_text())
     buckets["zero_optimization"]["reduce_bucket_size"] = 1000  # many: each holds the same gradients on both ranks
     jsons["zero2-buckets"] = out / "buckets.json"

@@ -43,7 +43,7 @@ def encode(
 
     Killed and started again it goes on where it was, on any number of ranks. Under torchrun, the ranks share the work.
 
-    Example: stdit data encode videos/manifest.parquet --config configs/toy/dit.yaml --out videos/cache
+    Example: stdit data encode videos/manifest.parquet --config toy/dit --out videos/cache
     """
     from stdit.cli.common.bars import counting_bar
     from stdit.cli.common.device import pick_device

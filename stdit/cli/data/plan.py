@@ -34,7 +34,7 @@ TIMES = {"a step": "seconds_per_step", "an epoch": "seconds_per_epoch"}
 
 def plan(
     manifest: Annotated[str, typer.Argument(help="What `stdit data scan` wrote, or its URL.")],
-    config: Annotated[Path, typer.Option(help="The training's config.")],
+    config: Annotated[Path, typer.Option(help="The training's config, a file or a name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Set on top of it.")] = None,
     world_size: Annotated[int, typer.Option(min=1, max=100_000, help="Ranks of the training.")] = 1,
     steps: Annotated[int, typer.Option(min=0, help="How many steps to deal and measure; 0: all.")] = 200,
@@ -48,7 +48,7 @@ def plan(
 ) -> None:
     """What training will do with a manifest: buckets, drops, steps, packs, balance, memory. Nothing is decoded.
 
-    Example: stdit data plan clips.parquet --config configs/toy/dit.yaml --world-size 8 --picture plan.png
+    Example: stdit data plan clips.parquet --config toy/dit --world-size 8 --picture plan.png
     """
     from rich.console import Console
 

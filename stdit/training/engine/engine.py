@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.errors import StditError, about
+from stdit.shipped import DEEPSPEED, find_shipped
 from stdit.training.engine.optimizer import ELEMENTWISE, OptimizerConfig, group_state, make_optimizer
 from stdit.training.engine.parallel import World
 from stdit.weights.files import read_json
@@ -54,8 +55,10 @@ OURS = {
 
 @dataclass
 class ParallelConfig:
-    """deepspeed: a DeepSpeed JSON, needed on more than one rank. sequence_parallel: ranks that share a clip; only 1 so
-    far, here and in `data plan`."""
+    """
+    deepspeed: a DeepSpeed JSON, or zero1, zero2, zero3 or zero3_offload. Required on more than one rank.
+    sequence_parallel: ranks that share a clip; only 1 is supported so far.
+    """
 
     deepspeed: str | None = None
     sequence_parallel: int = 1
@@ -106,8 +109,8 @@ class TorchEngine(Engine):
     def __init__(self, module: nn.Module, config: OptimizerConfig, precision: str, world: World) -> None:
         if world.size > 1:
             raise StditError(
-                f"{world.size} ranks need a DeepSpeed config: parallel.deepspeed=deepspeed_configs/zero1.json "
-                f"(or zero2, zero3), and `pip install stdit[train]`."
+                f"{world.size} ranks need DeepSpeed: set parallel.deepspeed=zero1 (or zero2, zero3) and "
+                f"`pip install stdit[train]`."
             )
         self.clip = config.clip
         names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -169,7 +172,7 @@ class DeepSpeedEngine(Engine):
         self, module: nn.Module, config: OptimizerConfig, parallel: ParallelConfig, precision: str, world: World
     ) -> None:
         assert parallel.deepspeed is not None
-        settings, stage = _read_json(Path(parallel.deepspeed), precision)
+        settings, stage = _read_json(parallel.deepspeed, precision)
         deepspeed = _import_deepspeed(world)
         settings |= {
             "train_micro_batch_size_per_gpu": 1,
@@ -296,11 +299,12 @@ def check_engine(config: OptimizerConfig, parallel: ParallelConfig, device: torc
 
 def zero_stage(path: str | None) -> int:
     """The ZeRO stage of a DeepSpeed JSON; 0 without one."""
-    return 0 if path is None else _read_json(Path(path), "fp32")[1]
+    return 0 if path is None else _read_json(path, "fp32")[1]
 
 
-def _read_json(path: Path, precision: str) -> tuple[dict[str, Any], int]:
+def _read_json(given: str, precision: str) -> tuple[dict[str, Any], int]:
     with about("parallel.deepspeed"):
+        path = find_shipped(given, DEEPSPEED, ".json")
         settings = read_json(path)
     for key, owner in OURS.items():
         if key in settings:

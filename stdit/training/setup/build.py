@@ -189,7 +189,7 @@ def make_objective(
         if world.size > 1 and zero_stage(config.parallel.deepspeed) > 2:
             raise StditError(
                 "a VAE trains under ZeRO 0 to 2: images and videos run different layers, whose weights stage 3 gathers "
-                "one by one on all ranks together. Use parallel.deepspeed=deepspeed_configs/zero2.json."
+                "one by one on all ranks together. Use parallel.deepspeed=zero2."
             )
         lpips = None
         if (settings := config.objective.vae.lpips) is not None:

@@ -23,7 +23,7 @@ def check_vae(path: str) -> None:
     """Raises where nothing is at `vae.path`: who trains from nothing has a VAE to train first."""
     if not Path(path).expanduser().exists():
         raise StditError(
-            f"vae.path: {path}: no such file or folder. Train a VAE first (configs/pretrain_vae.yaml), or name the "
+            f"vae.path: {path}: no such file or folder. Train a VAE first (stdit train pretrain_vae), or name the "
             f"folder of one, such as Wan2.1-T2V-1.3B-Diffusers."
         )
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from stdit.cli.main import app, run_command
+from stdit.shipped import CONFIGS
 
 ROOT = Path(__file__).parents[3]
-CONFIG = ROOT / "configs" / "toy" / "dit.yaml"
+CONFIG = CONFIGS / "toy" / "dit.yaml"
 MANIFESTS = ["data scan . --out OUT", "data caption m.parquet --model m --out OUT"]
 STORES = [f"data encode m.parquet --config {CONFIG} --out OUT"]
 FOLDERS = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +108,6 @@ def test_a_vae_that_is_not_there_yet_is_told_how_to_get(folder, command, tmp_pat
     manifest = str(folder / "m.parquet")
     settings = [f"data.manifest={manifest}", "data.cache=null", "data.shapes=[32x32x5]"]
     words = [manifest if word == "MANIFEST" else word for word in command.split()]
-    config = str(Path(__file__).parents[3] / "configs" / "pretrain.yaml")
+    config = "pretrain"
     assert run_command(app, [*words, config, *settings], prog="stdit") == 1
     assert "runs/mine/vae/model/vae: no such file or folder. Train a VAE first" in capsys.readouterr().err

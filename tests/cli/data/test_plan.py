@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -16,10 +15,10 @@ from stdit.data.remote.storage import STORAGE
 from stdit.errors import StditError
 from stdit.models.transformer import TransformerConfig, cost_coefficients
 from stdit.shapes import VideoShape
+from stdit.shipped import CONFIGS
 from stdit.training.config import load_config
 from stdit.training.setup.footprint import outline
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 CONFIG = """
 data: {shapes: [64x64x9, 96x64x9, 64x64, 64x64x33], fps: 8}
 plan: {largest_clips_per_step: 3}

@@ -16,6 +16,7 @@ from stdit.data.manifest import Caption, Clip, Manifest, write_manifest
 from stdit.diffusion.solvers import unipc_config
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.sampling.pipeline import FolderSettings, Pipeline
+from stdit.shipped import CONFIGS
 from stdit.text.encoders import TextEncoder
 from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.training.config import load_config
@@ -75,10 +76,9 @@ def test_what_is_wrong_is_said(run, tmp_path, capsys):
 
 
 def test_the_configs_for_real_clips_fit_together():
-    configs = Path(__file__).parents[3] / "configs"
-    told = (configs / "asl.yaml").read_text().replace("\\\n#", "")
-    (line,) = (line for line in told.splitlines() if "stdit train configs/vae/asl.yaml" in line)
-    vae, dit = load_config(configs / "vae" / "asl.yaml", line.split()[4:]), load_config(configs / "asl.yaml")
+    told = (CONFIGS / "asl.yaml").read_text().replace("\\\n#", "")
+    (line,) = (line for line in told.splitlines() if "stdit train vae/asl" in line)
+    vae, dit = load_config("vae/asl", line.split()[4:]), load_config("asl")
     assert dit.vae.path == f"{vae.run.path}/model/vae"
     assert (vae.data.manifest, vae.data.shapes, vae.data.fps) == (dit.data.manifest, dit.data.shapes, dit.data.fps)
     vae.data.check()

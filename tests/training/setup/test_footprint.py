@@ -73,7 +73,7 @@ def test_checkpointing_and_fewer_tokens_need_less():
 
 def test_state_is_split_as_zero_says():
     for precision, stage, each in [("fp32", 0, (4, 4, 12)), ("bf16", 0, (2, 4, 16)), ("bf16", 3, (0.5, 1, 4))]:
-        deepspeed = None if stage == 0 else f"deepspeed_configs/zero{stage}.json"
+        deepspeed = None if stage == 0 else f"zero{stage}"
         config = from_dict(CONFIG | {"run": {"precision": precision}, "parallel": {"deepspeed": deepspeed}}, "test")
         objective = outline(config)
         parameters = sum(p.numel() for p in objective.module.parameters())
