@@ -15,7 +15,7 @@ CLOSING = 30.0  # seconds
 
 
 @dataclass(frozen=True)
-class Step:
+class StepClips:
     """A global step, as one rank sees it: its items and examples, micro-step by micro-step (a list may be empty)."""
 
     epoch: int
@@ -25,7 +25,7 @@ class Step:
     examples: list[list[Example]]
 
 
-class Feed:
+class StepLoader:
     """Steps from `first_step` (counted over epochs) on, without end.
 
     plan_of: the plan of an epoch. A thread reads ahead unless the loader has no workers; `close` ends it, or a process
@@ -37,7 +37,7 @@ class Feed:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         steps = self._read(first_step)
-        self.steps: Iterator[Step] = self._ahead(steps) if loader.workers else steps
+        self.steps: Iterator[StepClips] = self._ahead(steps) if loader.workers else steps
 
     def close(self) -> None:
         """Ends reading ahead. Waits for the clips that are being read, at most CLOSING for one that hangs."""
@@ -45,7 +45,7 @@ class Feed:
         if self._thread is not None:
             self._thread.join(CLOSING)
 
-    def _read(self, first_step: int) -> Generator[Step, None, None]:
+    def _read(self, first_step: int) -> Generator[StepClips, None, None]:
         epoch, index = 0, first_step
         while index >= (steps := self.plan_of(epoch).num_steps):
             epoch, index = epoch + 1, index - steps
@@ -65,14 +65,14 @@ class Feed:
             batches = self.loader.iterate(packs(), epoch)
             for batch in batches:
                 index, clips, items = dealt.pop(0)
-                yield Step(epoch, index, clips, items, [batch, *(next(batches) for _ in items[1:])])
+                yield StepClips(epoch, index, clips, items, [batch, *(next(batches) for _ in items[1:])])
             epoch, index = epoch + 1, 0
 
-    def _ahead(self, steps: Generator[Step, None, None]) -> Iterator[Step]:
+    def _ahead(self, steps: Generator[StepClips, None, None]) -> Iterator[StepClips]:
         """Reads the next steps on a thread: the first clips of an epoch come while the last of the one before train."""
-        ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=2)
+        ready: queue.Queue[StepClips | BaseException] = queue.Queue(maxsize=2)
 
-        def put(value: Step | BaseException) -> None:
+        def put(value: StepClips | BaseException) -> None:
             while not self._stop.is_set():
                 try:
                     return ready.put(value, timeout=0.2)

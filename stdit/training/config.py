@@ -21,7 +21,7 @@ from stdit.training.engine.checkpoint import CheckpointConfig
 from stdit.training.engine.engine import ParallelConfig
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.engine.schedule import ScheduleConfig
-from stdit.training.objectives.flow import ObjectiveConfig
+from stdit.training.objectives.config import ObjectiveConfig
 
 LARGEST = 2**24  # bytes of a config
 

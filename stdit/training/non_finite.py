@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from stdit.data.manifest import Manifest
-from stdit.training.batches import Step
+from stdit.training.batches import StepClips
 from stdit.training.engine.engine import Engine
 from stdit.training.engine.parallel import World
-from stdit.training.objectives.flow import Batch, Objective, StepKey
+from stdit.training.objectives.protocol import Batch, Objective, StepKey
 
 LOSS = "its loss is not finite"
 SHOWN = 8  # clips that a message names; metrics.jsonl has all
 
 
 def find_clips(
-    step: Step, key: StepKey, objective: Objective, engine: Engine, manifest: Manifest, world: World
+    step: StepClips, key: StepKey, objective: Objective, engine: Engine, manifest: Manifest, world: World
 ) -> list[dict[str, Any]]:
     """Runs every clip of the step alone and returns those that are not finite, of all ranks: id, path, rank,
     noise_level and what is not finite. All ranks call it together; each runs as many batches as the busiest one."""

@@ -21,7 +21,7 @@ from stdit.training.engine.checkpoint import published, remove_strays
 from stdit.training.engine.parallel import World
 from stdit.training.outputs.export import check_export
 from stdit.training.outputs.metrics import read_metrics
-from stdit.training.setup.build import Parts, build
+from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.footprint import footprint, outline
 from stdit.training.setup.initial_weights import follow_init
 from stdit.training.trainer import Trainer
@@ -90,7 +90,7 @@ def report(trainer: Trainer) -> None:
     trainer.say(f"report: {write_report(trainer.folder)}")
 
 
-def draw(parts: Parts, ranks: int, path: Path) -> None:
+def draw(parts: RunComponents, ranks: int, path: Path) -> None:
     """The plan's picture, for the report; one that is there stays."""
     if path.exists():
         return
@@ -111,7 +111,7 @@ def dry_run(config: RunConfig, world: World) -> None:
         print(line)
 
 
-def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
+def description(config: RunConfig, parts: RunComponents, ranks: int) -> list[str]:
     plan = parts.plan
     bound = plan.token_bound()
     splits = [split(plan.items(i), ranks, bound) for i in range(min(plan.num_steps, 32))]
@@ -132,7 +132,7 @@ def description(config: RunConfig, parts: Parts, ranks: int) -> list[str]:
     return lines
 
 
-def gaps(parts: Parts) -> list[str]:
+def gaps(parts: RunComponents) -> list[str]:
     """Shapes that no clip goes to, and why clips go to none: what a wrong data.shapes or data.fps shows in."""
     assignment, lines = parts.assignment, []
     if empty := [str(shape) for shape, count in zip(assignment.shapes, assignment.counts) if not count]:
@@ -142,7 +142,7 @@ def gaps(parts: Parts) -> list[str]:
     return lines
 
 
-def memory(config: RunConfig, parts: Parts, fullest: int, ranks: int) -> str:
+def memory(config: RunConfig, parts: RunComponents, fullest: int, ranks: int) -> str:
     """Bytes on a rank, of the fullest pack's tokens."""
     found = footprint(config, outline(config), parts.shapes[0], fullest, ranks, parts.parameters)
     each = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in asdict(found).items())

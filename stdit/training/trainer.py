@@ -24,23 +24,23 @@ from stdit.data.remote.storage import STORAGE
 from stdit.errors import Interrupted, StditError
 from stdit.heartbeat import HEARTBEAT
 from stdit.training import non_finite
-from stdit.training.batches import Feed, Step
+from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import MAY_DIFFER, RunConfig, differences, to_dict
 from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.ema import Ema
 from stdit.training.engine.engine import PRECISIONS, Engine, make_engine
 from stdit.training.engine.parallel import World
-from stdit.training.objectives.flow import StepKey
+from stdit.training.objectives.protocol import StepKey
 from stdit.training.outputs import export
 from stdit.training.outputs.metrics import MetricsLog, measure_peak, read_metrics
 from stdit.training.outputs.progress import Progress
-from stdit.training.setup.build import Parts, build
+from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.frozen import check_frozen
 from stdit.training.setup.networks import check_networks, with_networks
 
 
-class Done(NamedTuple):
+class StepResult(NamedTuple):
     """A step's gradients are there. loss, tokens, flops: this rank's share, they add up."""
 
     loss: Tensor
@@ -83,7 +83,7 @@ class Trainer:
         """Builds everything, and takes up the state of the last checkpoint."""
         config, world = self.config, self.world
         _set_deterministic(config.run.deterministic)
-        self.parts: Parts = build(config, world)
+        self.parts: RunComponents = build(config, world)
         module, critic = self.parts.objective.module, self.parts.objective.critic
         self.parts.frozen = check_frozen(self.parts.config, self.resumed, world, self.say)
         self.networks = check_networks(self.parts.config, self.parts.objective, self.resumed, self.say)
@@ -112,7 +112,7 @@ class Trainer:
             self.critic = make_engine(critic.module, critic.optimizer, config.parallel, config.run.precision, world)
             critic.module.train()
         ema = config.optimizer.ema
-        self.ema = Ema(self.engine.flats, ema) if ema.decay > 0 else None
+        self.ema = Ema(self.engine.flat_masters, ema) if ema.decay > 0 else None
         if self.resumed is not None:
             self.resumed.load_state(self.engine, self.ema, self.critic)
             self.failures = dict(self.resumed.state["failures"])
@@ -128,7 +128,7 @@ class Trainer:
         HEARTBEAT.doing("measuring this machine's rate")
         self.peak = measure_peak(world.device, PRECISIONS[config.run.precision])
         log = self._open_log()
-        feed = Feed(parts.plan_of, parts.loader, world.rank, world.size, self.step)
+        feed = StepLoader(parts.plan_of, parts.loader, world.rank, world.size, self.step)
         progress = Progress(self.step, config.schedule.steps, config.log.progress and world.is_main)
         clock = _Clock()
         restore = self._catch_signals()
@@ -169,7 +169,7 @@ class Trainer:
             if log is not None:
                 log.close()
 
-    def accumulate(self, step: Step) -> Done:
+    def accumulate(self, step: StepClips) -> StepResult:
         """Forward and backward of all micro-steps: the gradient of the step's exact loss is then in the engine."""
         world, objective = self.world, self.parts.objective
         key = self._key(step)
@@ -197,9 +197,9 @@ class Trainer:
             del batch  # before the next one is made
         tokens = sum(item.tokens for items in step.items for item in items)
         stop = int(signal.SIGTERM) if ended else int(signal.SIGINT) if interrupted else 0
-        return Done(total / weight, tokens, flops, stop, None if critic is None else against / weight)
+        return StepResult(total / weight, tokens, flops, stop, None if critic is None else against / weight)
 
-    def _key(self, step: Step) -> StepKey:
+    def _key(self, step: StepClips) -> StepKey:
         return StepKey(self.config.run.seed, step.epoch, step.index, step.clips, self.step)
 
     def _critic_in_this_step(self) -> Engine | None:
@@ -222,7 +222,7 @@ class Trainer:
             self.ema.update(self.step)
         return norm, rate
 
-    def _skip(self, log: MetricsLog | None, step: Step, norm: float) -> None:
+    def _skip(self, log: MetricsLog | None, step: StepClips, norm: float) -> None:
         """Names the clips of a step that was not finite; raises if too many steps in a row were."""
         HEARTBEAT.doing(f"step {self.step} is not finite: running its clips alone")
         key = replace(self._key(step), done=self.step - 1)
@@ -241,7 +241,7 @@ class Trainer:
         log: MetricsLog | None,
         progress: Progress,
         clock: _Clock,
-        step: Step,
+        step: StepClips,
         norm: float,
         rate: float,
         critic: Tensor | None = None,
@@ -294,7 +294,7 @@ class Trainer:
         )
         return log
 
-    def _note_failures(self, step: Step) -> None:
+    def _note_failures(self, step: StepClips) -> None:
         for example in (one for examples in step.examples for one in examples):
             if example.failure and example.clip_id not in self.failures:
                 self.failures[example.clip_id] = {
@@ -373,7 +373,7 @@ class Trainer:
             if self.config.eval.prompts:
                 self._measure(log, weights)
             write = partial(export.write_model, self.parts, weights, self.world)
-            export.publish(self.folder, self.step, write)
+            export.publish_model(self.folder, self.step, write)
         log.write("end", self.step, model="model")
         self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
 

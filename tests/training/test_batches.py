@@ -18,7 +18,7 @@ from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign
 from stdit.data.plan.planner import Plan
 from stdit.errors import StditError
-from stdit.training.batches import Feed
+from stdit.training.batches import StepLoader
 
 
 def clips(folder, sizes):
@@ -39,7 +39,7 @@ def steps(manifest, count, ranks=1, first=0, workers=0, shapes=("16x16x5", "32x1
     plan_of = cache(lambda epoch: Plan(assignment.bucket, [2, 4], (1, 1), plan, 5, epoch))
     found = []
     feeds = [
-        Feed(plan_of, Loader(manifest, assignment, config, 5, workers=workers), rank, ranks, first)
+        StepLoader(plan_of, Loader(manifest, assignment, config, 5, workers=workers), rank, ranks, first)
         for rank in range(ranks)
     ]
     for _ in range(count):
@@ -62,7 +62,7 @@ def test_steps_not_asked_for_hold_the_readers_back(tmp_path):
         return np.zeros((count, size[1], size[0], 3), np.uint8)
 
     plan_of = cache(lambda epoch: Plan(assignment.bucket, [2], (1, 1), PlanConfig(largest_clips_per_step=1), 5, epoch))
-    feed = Feed(plan_of, Loader(manifest, assignment, config, 5, workers=1, reader=reader), 0, 1, 0)
+    feed = StepLoader(plan_of, Loader(manifest, assignment, config, 5, workers=1, reader=reader), 0, 1, 0)
     for taken in (1, 2, 3):
         next(feed.steps)
         before = -1
@@ -86,7 +86,7 @@ def test_epochs_of_other_lengths_are_counted(tmp_path):
     assert len(set(lengths)) > 1 and sum(lengths) == 10
     wanted = [(epoch, index) for epoch, length in enumerate(lengths) for index in range(length)]
     for first in range(10):
-        feed = Feed(plan_of, Loader(manifest, assignment, config, 5, workers=0), 0, 1, first)
+        feed = StepLoader(plan_of, Loader(manifest, assignment, config, 5, workers=0), 0, 1, first)
         found = [next(feed.steps) for _ in range(10 - first)]
         assert [(step.epoch, step.index) for step in found] == wanted[first:]
         if first == 0:

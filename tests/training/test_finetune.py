@@ -31,10 +31,10 @@ from stdit.training.config import load_config
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.engine import Engine, make_engine
 from stdit.training.engine.parallel import World
-from stdit.training.objectives.flow import StepKey
+from stdit.training.objectives.protocol import StepKey
 from stdit.training.outputs import export
 from stdit.training.outputs.export import write_model
-from stdit.training.setup.build import Parts, build
+from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.footprint import footprint, outline
 from stdit.weights.io import find
 
@@ -132,7 +132,7 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return make
 
 
-def started(tiny: Path, tmp_path: Path, init: Path, *overrides: str) -> Parts:
+def started(tiny: Path, tmp_path: Path, init: Path, *overrides: str) -> RunComponents:
     """What a config builds that names the model folder alone, beside data and optimizer."""
     raw = yaml.safe_load((tiny / "flow.yaml").read_text())
     raw = {key: raw[key] for key in ("data", "plan", "optimizer", "schedule", "log")}
@@ -141,7 +141,7 @@ def started(tiny: Path, tmp_path: Path, init: Path, *overrides: str) -> Parts:
     return build(load_config(tmp_path / "tune.yaml", ["data.workers=0", *overrides]), ALONE)
 
 
-def train(parts: Parts, steps: int) -> tuple[Engine, list[float]]:
+def train(parts: RunComponents, steps: int) -> tuple[Engine, list[float]]:
     """Steps on the plan's first step, one pack, the same noise each time; the losses."""
     config = parts.config
     engine = make_engine(parts.objective.module, config.optimizer, config.parallel, config.run.precision, ALONE)
@@ -208,7 +208,7 @@ def test_the_folder_comes_back_with_what_trained_in_its_place(tiny: Path, tmp_pa
     parts = started(tiny, tmp_path, init, "model.trainable=['blocks.*.self_attn.q.*','head.*']")
     before = stdit.load_transformer(init).state_dict()
     engine, _ = train(parts, 2)
-    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flats, engine.pieces)}
+    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flat_masters, engine.pieces)}
     write_model(parts, weights, ALONE, tmp_path / "model")
     after = stdit.load_transformer(tmp_path / "model").state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
@@ -349,7 +349,7 @@ def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Pat
     assert losses[-1] < losses[0]
     state = video.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in image.state_dict().items())
-    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flats, engine.pieces)}
+    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flat_masters, engine.pieces)}
     assert {name.removeprefix("transformer.") for name in weights} == state.keys() - image.state_dict().keys()
     write_model(parts, weights, ALONE, tmp_path / "model")
     again = stdit.load_transformer(tmp_path / "model")
@@ -437,7 +437,7 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
                     "eval={prompts: [a small red circle], steps: 4, guidance: 2}", f"run={tmp_path}")  # fmt: skip
     engine, losses = train(parts, 4)
     assert losses[-1] < losses[0]
-    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flats, engine.pieces)}
+    weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flat_masters, engine.pieces)}
     write_model(parts, weights, ALONE, tmp_path / "model")
     for name in ("transformer", "transformer_2"):
         old, new = (stdit.load_transformer(place / name).state_dict() for place in (experts, tmp_path / "model"))

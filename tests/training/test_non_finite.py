@@ -189,14 +189,14 @@ def test_an_engine_updates_nothing(kind: str, precision: str) -> None:
         return engine.step(0.1)
 
     assert math.isfinite(step())
-    state = [one.clone() for one in engine.optimizer.state[engine.flats[0]].values()]
-    before, trained = engine.flats[0].detach().clone(), module.weight.detach().clone()
+    state = [one.clone() for one in engine.optimizer.state[engine.flat_masters[0]].values()]
+    before, trained = engine.flat_masters[0].detach().clone(), module.weight.detach().clone()
     module.kind = kind
     assert not math.isfinite(step())
-    assert torch.equal(engine.flats[0], before) and torch.equal(module.weight, trained)
-    assert all(map(torch.equal, state, engine.optimizer.state[engine.flats[0]].values()))
+    assert torch.equal(engine.flat_masters[0], before) and torch.equal(module.weight, trained)
+    assert all(map(torch.equal, state, engine.optimizer.state[engine.flat_masters[0]].values()))
     module.kind = "neither"
-    assert math.isfinite(step()) and not torch.equal(engine.flats[0], before)
+    assert math.isfinite(step()) and not torch.equal(engine.flat_masters[0], before)
 
 
 WORKER = """

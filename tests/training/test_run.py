@@ -112,7 +112,7 @@ def test_leftovers_of_an_export_are_in_nobodys_way(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("half")
     left.chmod(0o555)
-    export.publish(tmp_path, 3, lambda folder: (folder / "vae").mkdir(parents=True))
+    export.publish_model(tmp_path, 3, lambda folder: (folder / "vae").mkdir(parents=True))
     assert export.exported_step(tmp_path) == 3 and sorted(os.listdir(tmp_path / "model")) == ["export.json", "vae"]
     assert os.listdir(tmp_path) == ["model"]
     (tmp_path / "model").rename(tmp_path / ".model.old")  # killed between the two renames of a system without exchange
@@ -124,16 +124,16 @@ def test_an_export_on_a_full_disk_names_one_file_and_keeps_the_old_one(tmp_path:
     def write(folder: Path) -> None:
         (folder / "vae").mkdir(parents=True)
 
-    export.publish(tmp_path, 3, write)
+    export.publish_model(tmp_path, 3, write)
 
     def full(folder: Path) -> None:
         write(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(StditError, match=r"^\S*\.tmp-model: no space left on the disk\. [^:]*: [^:]*$"):
-        export.publish(tmp_path, 6, full)
+        export.publish_model(tmp_path, 6, full)
     assert export.exported_step(tmp_path) == 3
-    export.publish(tmp_path, 6, write)
+    export.publish_model(tmp_path, 6, write)
     assert export.exported_step(tmp_path) == 6 and os.listdir(tmp_path) == ["model"]
 
 
@@ -142,7 +142,7 @@ def test_a_rank_that_does_not_see_the_folder_yet_makes_it(tmp_path: Path, monkey
 
     class Engine:
         replicated, optimizer = False, torch.optim.SGD([torch.zeros(1)])
-        flats, pieces = (), ()
+        flat_masters, pieces = (), ()
 
     real = checkpoint.save_file
 

@@ -22,7 +22,7 @@ from tiny_runs import ALONE, check_lines, losses, make_quick, same_weights
 from stdit.data.load.loader import Loader
 from stdit.errors import Interrupted, StditError
 from stdit.training import trainer as trainer_module
-from stdit.training.batches import Feed, Step
+from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import load_config
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
@@ -186,7 +186,7 @@ def test_only_one_micro_steps_tensors_are_there_at_a_time(tiny: Path, monkeypatc
         return batch
 
     monkeypatch.setattr(FlowObjective, "prepare", watched)
-    feed = Feed(trainer.parts.plan_of, trainer.parts.loader, 0, 1, 0)
+    feed = StepLoader(trainer.parts.plan_of, trainer.parts.loader, 0, 1, 0)
     step = next(feed.steps)
     loss = float(trainer.accumulate(step).loss)
     feed.close()
@@ -210,7 +210,7 @@ def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None
     clock = trainer_module._Clock()
     clock.count(10, 20)
     log = MetricsLog(tmp_path, 0, tensorboard=False)
-    trainer._log(log, Progress(0, 1, False), clock, Step(0, 0, 4, [], []), 1.0, 0.1)
+    trainer._log(log, Progress(0, 1, False), clock, StepClips(0, 0, 4, [], []), 1.0, 0.1)
     (line,) = read_metrics(tmp_path, "train")
     assert (line["failed"], line["loss"], line["tokens"]) == (2, 3.0, 15) and trainer.unshared == 0
     assert line["storage_retries"] == 3

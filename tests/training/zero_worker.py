@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from stdit.training import trainer as trainer_module
-from stdit.training.batches import Feed
+from stdit.training.batches import StepLoader
 from stdit.training.config import RunConfig, load_config
 from stdit.training.engine.parallel import World, join_world, leave_world
 from stdit.training.outputs import export
@@ -54,7 +54,7 @@ def main() -> None:
     leave_world()
 
 
-def build_random(config: RunConfig, world: World) -> build.Parts:
+def build_random(config: RunConfig, world: World) -> build.RunComponents:
     """Fresh weights are too kind: a head of zeros lets no gradient through to the rest."""
     parts = build.build(config, world)
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     trainer.prepare()
     steps = trainer.config.schedule.steps
     first = trainer.step
-    feed = Feed(trainer.parts.plan_of, trainer.parts.loader, world.rank, world.size, first)
+    feed = StepLoader(trainer.parts.plan_of, trainer.parts.loader, world.rank, world.size, first)
     losses, ids, micro_steps = [], [], []
     for number in range(first, steps):
         step = next(feed.steps)
@@ -92,7 +92,7 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     if trainer.config.model.lora is not None:
         weights = export.averaged_weights(trainer.engine, trainer.ema, world)
         if weights is not None:
-            export.publish(out, steps, partial(export.write_model, trainer.parts, weights, world))
+            export.publish_model(out, steps, partial(export.write_model, trainer.parts, weights, world))
     packs = world.gather(micro_steps)
     if world.is_main:
         (out / "seen.json").write_text(json.dumps({"losses": losses, "ids": ids, "packs": packs}))

@@ -223,7 +223,7 @@ class Checkpoint:
         cut = {kind for kind in kinds if "." not in kind} - {"master", "ema"}  # the optimizer's, cut like the masters
         group = engine.optimizer.param_groups[0]
         on_device = bool(group.get("fused") or group.get("capturable"))  # where these keep their step counters
-        for index, (flat, pieces) in enumerate(zip(engine.flats, engine.pieces)):
+        for index, (flat, pieces) in enumerate(zip(engine.flat_masters, engine.pieces)):
             targets = {"master": flat.detach()}
             if ema is not None:
                 targets["ema"] = ema.averages[index]
@@ -259,7 +259,7 @@ def _number(name: str, value: Any) -> tuple[int | float, str | None]:
 
 def _tensors(engine: Engine, ema: Ema | None) -> Iterator[tuple[str, Tensor]]:
     """What a rank writes: tensors cut like the masters under their kind, other state whole, once for every piece."""
-    for index, (flat, pieces) in enumerate(zip(engine.flats, engine.pieces)):
+    for index, (flat, pieces) in enumerate(zip(engine.flat_masters, engine.pieces)):
         cut: dict[str, Tensor] = {"master": flat}
         if ema is not None:
             cut["ema"] = ema.averages[index]

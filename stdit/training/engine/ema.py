@@ -24,15 +24,15 @@ class EmaConfig:
 
 
 class Ema:
-    """Averages of `flats`, fp32 tensors that an optimizer updates in place."""
+    """Averages of `flat_masters`, fp32 tensors that an optimizer updates in place."""
 
-    def __init__(self, flats: Sequence[Tensor], config: EmaConfig) -> None:
+    def __init__(self, flat_masters: Sequence[Tensor], config: EmaConfig) -> None:
         self.config = config
-        self.flats = [flat.detach() for flat in flats]
-        self.averages = [flat.clone() for flat in self.flats]
+        self.flat_masters = [flat.detach() for flat in flat_masters]
+        self.averages = [flat.clone() for flat in self.flat_masters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step number `step` (the first is 1)."""
         decay = min(self.config.decay, (1 + step) / (self.config.warmup + step))
-        torch._foreach_lerp_(self.averages, self.flats, 1 - decay)
+        torch._foreach_lerp_(self.averages, self.flat_masters, 1 - decay)

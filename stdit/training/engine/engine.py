@@ -4,7 +4,7 @@ Two engines with one interface. `TorchEngine` is plain PyTorch on one rank. `Dee
 ZeRO; this file is the only one that imports DeepSpeed. Both train fp32 masters; with precision bf16 the module computes
 in bf16 copies of them.
 
-The fp32 state of a rank is a list of `flats`, tensors that the optimizer updates in place, and of the pieces of
+The fp32 state of a rank is a list of `flat_masters`, tensors that the optimizer updates in place, and of the pieces of
 parameters that lie in each. Checkpoints and the moving average need to know no more than that.
 """
 
@@ -69,7 +69,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPiece:
     """`numel` numbers of the parameter `name` (flattened) from `offset` on, which lie in a flat from `start` on."""
 
     name: str
@@ -83,9 +83,9 @@ class Engine:
     """What both engines are: see `TorchEngine` for each method's meaning."""
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer  # its state is keyed by flats
-    flats: list[Tensor]
-    pieces: list[list[Piece]]  # of each flat
+    optimizer: torch.optim.Optimizer  # its state is keyed by flat_masters
+    flat_masters: list[Tensor]
+    pieces: list[list[ShardPiece]]  # of each flat
     replicated = False  # every rank holds all pieces
     differentiable = True  # whether `forward` takes a backward that is none of the training's
 
@@ -122,8 +122,8 @@ class TorchEngine(Engine):
             self.module.to(PRECISIONS[precision])
             trained = dict(self.module.named_parameters())
             self._copies = [trained[name] for name in names]
-        self.flats = [masters[name] for name in names]
-        self.pieces = [[Piece(name, tuple(p.shape), 0, 0, p.numel())] for name, p in masters.items()]
+        self.flat_masters = [masters[name] for name in names]
+        self.pieces = [[ShardPiece(name, tuple(p.shape), 0, 0, p.numel())] for name, p in masters.items()]
         self.optimizer = make_optimizer(masters, config)
         self._groups = [list(group["params"]) for group in self.optimizer.param_groups]
 
@@ -134,7 +134,7 @@ class TorchEngine(Engine):
         """
         total = self.module(batch)
         (total * _with_fault(scale, total)).backward()
-        for master, copy in zip(self.flats, self._copies):  # gradients add up in fp32
+        for master, copy in zip(self.flat_masters, self._copies):  # gradients add up in fp32
             if copy.grad is not None:
                 master.grad = copy.grad.float() if master.grad is None else master.grad.add_(copy.grad)
                 copy.grad = None
@@ -143,7 +143,7 @@ class TorchEngine(Engine):
     def gradients(self) -> dict[str, Tensor]:
         """The step's whole gradients by parameter in fp32, before clipping; after the last micro-step's backward."""
         found = {}
-        for flat, (piece,) in zip(self.flats, self.pieces):
+        for flat, (piece,) in zip(self.flat_masters, self.pieces):
             found[piece.name] = torch.zeros_like(flat) if flat.grad is None else flat.grad.detach().clone()
         return found
 
@@ -153,14 +153,14 @@ class TorchEngine(Engine):
         not finite, on any rank, nothing was updated on any."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        gradients = [flat.grad for flat in self.flats if flat.grad is not None]
+        gradients = [flat.grad for flat in self.flat_masters if flat.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if math.isfinite(value := float(norm)):
             if self.clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(self.flats, self.clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(self.flat_masters, self.clip, norm)
             self.optimizer.step()
             if self._copies:
-                torch._foreach_copy_([copy.data for copy in self._copies], self.flats)
+                torch._foreach_copy_([copy.data for copy in self._copies], self.flat_masters)
         self.optimizer.zero_grad(set_to_none=True)
         return value
 
@@ -203,26 +203,28 @@ class DeepSpeedEngine(Engine):
         self.replicated = stage == 0
         self.differentiable = stage < 3  # which counts forwards and backwards
         self._parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
-        self.flats, self.pieces = self._find_pieces(shapes, world)
+        self.flat_masters, self.pieces = self._find_pieces(shapes, world)
         with torch.no_grad():
-            for flat, pieces in zip(self.flats, self.pieces):
+            for flat, pieces in zip(self.flat_masters, self.pieces):
                 for piece in pieces if exact else []:
                     numbers = exact[piece.name][piece.offset : piece.offset + piece.numel]
                     flat.view(-1)[piece.start : piece.start + piece.numel] = numbers.to(flat)
         self._safe_get_full_grad = deepspeed.utils.safe_get_full_grad
 
-    def _find_pieces(self, shapes: dict[str, tuple[int, ...]], world: World) -> tuple[list[Tensor], list[list[Piece]]]:
+    def _find_pieces(
+        self, shapes: dict[str, tuple[int, ...]], world: World
+    ) -> tuple[list[Tensor], list[list[ShardPiece]]]:
         zero = self._deepspeed.optimizer
         if self.stage == 0:
             items = self._parameters.items()
-            return [p for _, p in items], [[Piece(n, shapes[n], 0, 0, p.numel())] for n, p in items]
+            return [p for _, p in items], [[ShardPiece(n, shapes[n], 0, 0, p.numel())] for n, p in items]
         if self.stage == 3:
-            flats = list(zero.fp32_partitioned_groups_flat)
+            flat_masters = list(zero.fp32_partitioned_groups_flat)
         elif hasattr(zero, "single_partition_of_fp32_groups"):
-            flats = list(zero.single_partition_of_fp32_groups)
+            flat_masters = list(zero.single_partition_of_fp32_groups)
         else:  # bf16 with fp32 accumulation at stage 1
-            flats = list(zero.fp32_groups_flat_partition)
-        pieces: list[list[Piece]] = [[] for _ in flats]
+            flat_masters = list(zero.fp32_groups_flat_partition)
+        pieces: list[list[ShardPiece]] = [[] for _ in flat_masters]
         for name, p in self._parameters.items():
             if self.stage == 3:
                 flat, start, numel = zero.grad_position[zero.get_param_id(p)]
@@ -234,8 +236,8 @@ class DeepSpeedEngine(Engine):
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
                 flat, start, offset, numel = mapping.param_group_index, here.start, there.start, here.numel
             if numel > 0:
-                pieces[flat].append(Piece(name, shapes[name], offset, start, numel))
-        return flats, pieces
+                pieces[flat].append(ShardPiece(name, shapes[name], offset, start, numel))
+        return flat_masters, pieces
 
     def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(last)

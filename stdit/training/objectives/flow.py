@@ -1,16 +1,11 @@
-"""What a clip's loss is, for the transformer (along its weights' path) and for the VAE, behind one small interface.
-
-An objective turns the clips of a micro-step into a batch (`prepare`) and holds the one module of everything that
-trains; `module(batch)` returns Σ_c w_c · loss_c over the batch's clips. Divided by Σ_c w_c over the whole step, on all
-ranks and micro-steps, the sums add up to the step's exact loss. Everything random is keyed by the clip.
-"""
+"""The transformer's objective: the error of its output along its weights' path from clip to noise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,127 +14,20 @@ from stdit.data.load.loader import Example, to_video
 from stdit.data.plan.split import PlanItem
 from stdit.diffusion.paths import Path, token_errors
 from stdit.diffusion.solvers import dynamic_shift, path_of, unipc_config
-from stdit.diffusion.tasks import Task, check_weights, draw_task, frame_levels
-from stdit.diffusion.timesteps import TimestepConfig, noise_levels
-from stdit.errors import StditError
+from stdit.diffusion.tasks import Task, draw_task, frame_levels
+from stdit.diffusion.timesteps import noise_levels
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_inputs, pack_texts
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
-from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.objectives.conditions import Conditions
+from stdit.training.objectives.config import ObjectiveConfig
+from stdit.training.objectives.protocol import StepKey
 from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.training.losses import VaeLossConfig
 
 CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
 EMBEDDED_BYTES = 2**34  # of embeddings kept at most: 4096 whole ones of a T5-XXL in bf16, 167 of Cosmos-Reason1
-
-
-@dataclass
-class FlowConfig:
-    """caption_dropout: the share of clips trained with an empty caption, for guidance.
-
-    tasks: their weights; unset: text_to_video, or where weights are given an image in every call image_to_video, or
-    first_last_to_video (Wan FLF2V).
-    """
-
-    noise_levels: TimestepConfig = field(default_factory=TimestepConfig)
-    caption_dropout: float = 0.1
-    tasks: dict[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.tasks is not None:
-            check_weights(self.tasks)
-        if not 0 <= self.caption_dropout <= 1:
-            raise StditError(f"caption_dropout {self.caption_dropout} must be in [0, 1].")
-
-
-@dataclass
-class ObjectiveConfig:
-    """kind: flow trains the transformer (and a text encoder) along the path of its weights, vae the VAE.
-
-    token_power p: a clip weighs (its own weight) × (unknown tokens)^p; 1 counts every token alike, 0 every clip.
-    """
-
-    kind: Literal["flow", "vae"] = "flow"
-    token_power: float = 1.0
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    vae: VaeLossConfig = field(default_factory=VaeLossConfig)
-
-    def __post_init__(self) -> None:
-        if self.token_power > 10:
-            raise StditError(f"token_power is {self.token_power:g}; it must be at most 10.")
-
-
-@dataclass(frozen=True)
-class StepKey:
-    """What a step's random draws are keyed by: position-stratified levels need the number of clips in the step."""
-
-    seed: int
-    epoch: int
-    step: int  # in the epoch
-    clips: int
-    done: int = 0  # optimizer steps before it, in the whole run
-
-
-class Batch(Protocol):
-    @property
-    def weight(self) -> float:
-        """Σ_c w_c."""
-        ...
-
-    @property
-    def flops(self) -> int:
-        """Of forward and backward."""
-        ...
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the module is given of the clips, by what it is; `pixels` or `latents` first, the leaves of a graph."""
-        ...
-
-    @property
-    def noise_level(self) -> float | None:
-        """The highest in the batch, None where there are none."""
-        ...
-
-
-@dataclass
-class Critic:
-    """What trains against an objective's module by an optimizer of its own, from optimizer step `start` on.
-
-    module: takes a batch after the objective's module did, and returns Σ_c w_c · its own loss of c.
-    """
-
-    module: nn.Module
-    optimizer: OptimizerConfig
-    start: int
-
-
-class Objective(Protocol):
-    vae: CausalVAE  # or another family's, behind the same methods
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def critic(self) -> Critic | None: ...
-
-    def tokens(self, shape: VideoShape) -> int: ...
-
-    @property
-    def cost(self) -> tuple[int, int]: ...
-
-    def weight(self, examples: Sequence[Example], key: StepKey) -> float:
-        """Σ_c w_c of the batch that `prepare` would make, without its tensors."""
-        ...
-
-    def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> Batch: ...
-
-    def fresh(self) -> nn.Module:
-        """A module like `module` on the CPU, to be filled with what trained; what did not is there. No ZeRO in it."""
-        ...
 
 
 @dataclass

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
 from stdit.shapes import VideoShape
-from stdit.training.objectives.flow import FlowBatch, FlowModule, FlowObjective, StepKey
+from stdit.training.objectives.flow import FlowBatch, FlowModule, FlowObjective
+from stdit.training.objectives.protocol import StepKey
 
 
 @dataclass

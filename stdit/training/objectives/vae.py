@@ -14,7 +14,8 @@ from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.shapes import VideoShape
 from stdit.training.engine.optimizer import OptimizerConfig
-from stdit.training.objectives.flow import Critic, ObjectiveConfig, StepKey
+from stdit.training.objectives.config import ObjectiveConfig
+from stdit.training.objectives.protocol import Critic, StepKey
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.layers import patchify
 from stdit.vae.training.discriminator import (
@@ -26,7 +27,7 @@ from stdit.vae.training.discriminator import (
 )
 from stdit.vae.training.losses import VaeLossConfig, kl_loss, outlier_penalty, pixel_loss, wavelet_loss
 from stdit.vae.training.lpips import SMALLEST
-from stdit.vae.training.trainable_parts import choose_trained
+from stdit.vae.training.trainable_parts import select_trainable_part
 
 
 @dataclass
@@ -157,7 +158,7 @@ class VaeObjective:
             judge = CriticModule(described)
             optimizer = OptimizerConfig(lr=described.lr, betas=(0.5, 0.9), weight_decay=0.0)
             self.critic = Critic(judge, optimizer, described.start)
-        choose_trained(self.vae, settings.train)
+        select_trainable_part(self.vae, settings.train)
         self.module = VaeModule(self.vae, settings, judge, lpips)
 
     def tokens(self, shape: VideoShape) -> int:
@@ -223,7 +224,7 @@ class VaeObjective:
     def fresh(self) -> VaeModule:
         with torch.random.fork_rng(devices=[]):
             vae = self.remake()
-            choose_trained(vae, self.config.vae.train)
+            select_trainable_part(vae, self.config.vae.train)
             return VaeModule(vae, self.config.vae, None, None).eval()
 
 

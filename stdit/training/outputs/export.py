@@ -35,7 +35,7 @@ from stdit.training.engine.parallel import World
 from stdit.training.objectives.flow import FlowModule, FlowObjective
 from stdit.training.objectives.two_experts import ExpertsModule, ExpertsObjective
 from stdit.training.objectives.vae import VaeModule
-from stdit.training.setup.build import Parts
+from stdit.training.setup.build import RunComponents
 from stdit.training.setup.frozen import check_unchanged
 from stdit.training.setup.lora import export_adapters, merge_lora
 from stdit.vae.autoencoder import CausalVAE, measure_latents
@@ -51,7 +51,7 @@ VAE_CLIPS = 256  # at most as many measure the latents' mean and deviation
 def averaged_weights(engine: Engine, ema: Ema | None, world: World) -> dict[str, Tensor] | None:
     """All averaged weights (without an average: the masters) in fp32 on rank 0's CPU, None elsewhere."""
     weights: dict[str, Tensor] = {}
-    for flat, pieces in zip(ema.averages if ema is not None else engine.flats, engine.pieces):
+    for flat, pieces in zip(ema.averages if ema is not None else engine.flat_masters, engine.pieces):
         numbers = flat.detach().reshape(-1)
         mine = [(piece, numbers[piece.start : piece.start + piece.numel].cpu()) for piece in pieces]
         gathered = [mine] if engine.replicated else world.gather_on_main(mine)
@@ -74,7 +74,7 @@ def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return module
 
 
-def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pipeline:
+def make_pipeline(parts: RunComponents, weights: dict[str, Tensor], world: World) -> Pipeline:
     """What samples with these weights, at the run's precision on this rank's device."""
     objective = parts.objective
     assert isinstance(objective, FlowObjective | ExpertsObjective)
@@ -91,13 +91,13 @@ def make_pipeline(parts: Parts, weights: dict[str, Tensor], world: World) -> Pip
     return Pipeline(transformer, objective.vae, text_encoder, scheduler, _settings(parts))
 
 
-def _settings(parts: Parts) -> FolderSettings:
+def _settings(parts: RunComponents) -> FolderSettings:
     config, shapes = parts.config, tuple(map(str, parts.sampled_shapes))
     shift_tokens = config.objective.flow.noise_levels.shift_tokens
     return FolderSettings(config.data.fps, shapes, config.text.padding, shift_tokens)
 
 
-def write_model(parts: Parts, weights: dict[str, Tensor], world: World, folder: Path) -> None:
+def write_model(parts: RunComponents, weights: dict[str, Tensor], world: World, folder: Path) -> None:
     """Writes the model folder: that of `model.init` with what trained in its place, where all else is of there too.
 
     Of a run with adapters it is their files and where the rest is, or if asked for the rest with them merged."""
@@ -180,7 +180,7 @@ def check_export(config: RunConfig) -> None:
             check_copyable(place)
 
 
-def write_base(parts: Parts, folder: Path) -> None:
+def write_base(parts: RunComponents, folder: Path) -> None:
     """What makes a model folder of an adapter alone: where the weights below it are, and how they are sampled.
 
     Raises StditError where they are no longer those that the run began with.
@@ -198,7 +198,7 @@ def write_base(parts: Parts, folder: Path) -> None:
     _settings(parts).write(folder)
 
 
-def sample(pipeline: Pipeline, parts: Parts, step: int) -> list[str]:
+def sample(pipeline: Pipeline, parts: RunComponents, step: int) -> list[str]:
     """Writes the validation prompts' clips to samples/step-N/; returns their paths within the run folder."""
     settings, run = parts.config.eval, Path(parts.config.run.path)
     size = None
@@ -220,7 +220,7 @@ def sample(pipeline: Pipeline, parts: Parts, step: int) -> list[str]:
     return [one["file"] for one in about]
 
 
-def vae_psnr(vae: CausalVAE, parts: Parts) -> float:
+def vae_psnr(vae: CausalVAE, parts: RunComponents) -> float:
     """Mean PSNR in dB of reconstructed clips: of eval.manifest (held out) if set, else of training clips."""
     found = []
     for example in _clips(parts, parts.config.eval.manifest, parts.config.eval.clips):  # one at a time in memory
@@ -232,7 +232,7 @@ def vae_psnr(vae: CausalVAE, parts: Parts) -> float:
     return sum(found) / len(found)
 
 
-def export_vae(parts: Parts, weights: dict[str, Tensor], step: int, world: World) -> dict[str, float]:
+def export_vae(parts: RunComponents, weights: dict[str, Tensor], step: int, world: World) -> dict[str, float]:
     """Measures the mean and deviation of the VAE's latents and publishes it. Returns its PSNR.
 
     Where only the decoder trained, the latents and with them the numbers that normalise them are what they were.
@@ -250,11 +250,11 @@ def export_vae(parts: Parts, weights: dict[str, Tensor], step: int, world: World
         FolderSettings(parts.config.data.fps, tuple(map(str, parts.shapes)), None).write(folder)
 
     measured = {"psnr": vae_psnr(vae, parts)}
-    publish(Path(parts.config.run.path), step, write)
+    publish_model(Path(parts.config.run.path), step, write)
     return measured
 
 
-def publish(run: Path, step: int, write: Callable[[Path], None]) -> None:
+def publish_model(run: Path, step: int, write: Callable[[Path], None]) -> None:
     """What `write` puts into a folder becomes run/model, whole or not at all, and says which step it is of."""
     final, temporary = run / "model", run / ".tmp-model"
     remove_folder(temporary)
@@ -276,7 +276,7 @@ def exported_step(run: Path) -> int | None:
         return None
 
 
-def _clips(parts: Parts, manifest_path: str | None, count: int) -> Iterator[Example]:
+def _clips(parts: RunComponents, manifest_path: str | None, count: int) -> Iterator[Example]:
     """Up to `count` clips spread over a manifest, each cut to its shape from the start and the centre."""
     data = parts.config.data.fixed()
     manifest, assignment = parts.manifest, parts.assignment

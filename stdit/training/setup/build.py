@@ -35,10 +35,17 @@ from stdit.training.config import RunConfig
 from stdit.training.engine.engine import PRECISIONS, check_engine, zero_stage
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.conditions import Conditions
-from stdit.training.objectives.flow import FlowObjective, Objective
+from stdit.training.objectives.flow import FlowObjective
+from stdit.training.objectives.protocol import Objective
 from stdit.training.objectives.two_experts import ExpertsObjective
 from stdit.training.objectives.vae import VaeObjective
-from stdit.training.setup.initial_weights import check_export, check_vae, choose_trained, follow_init, transformer_path
+from stdit.training.setup.initial_weights import (
+    check_export,
+    check_vae,
+    follow_init,
+    select_trainable,
+    transformer_path,
+)
 from stdit.training.setup.long_captions import LONGER, long_captions
 from stdit.training.setup.lora import add_lora
 from stdit.vae.autoencoder import CausalVAE
@@ -50,7 +57,7 @@ from stdit.weights.schedulers import scheduler_of
 
 
 @dataclass
-class Parts:
+class RunComponents:
     """What a run works on."""
 
     manifest: Manifest
@@ -91,7 +98,7 @@ class Parts:
         return [shape for shape in self.shapes if not shape.is_image] or self.shapes
 
 
-def build(config: RunConfig, world: World) -> Parts:
+def build(config: RunConfig, world: World) -> RunComponents:
     """Reads the data, builds the models with their starting weights (the same on all ranks)."""
     if not config.data.manifest:
         raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
@@ -119,7 +126,7 @@ def build(config: RunConfig, world: World) -> Parts:
         manifest, assignment, config.data, config.run.seed, cache, text_cache, pin=world.device.type == "cuda",
         latent_size=lambda shape: (vae.z_dim, *shape.latent(vae.stride).sizes),
     )  # fmt: skip
-    parts = Parts(manifest, assignment, objective, loader, plan, config)
+    parts = RunComponents(manifest, assignment, objective, loader, plan, config)
     check_evaluation(parts)
     return parts
 
@@ -139,7 +146,7 @@ def use_texts(
             flow.text_encoder.ready()
 
 
-def check_evaluation(parts: Parts) -> None:
+def check_evaluation(parts: RunComponents) -> None:
     """Raises for what evaluation would stumble over at the end of a training."""
     settings, objective = parts.config.eval, parts.objective
     if settings.manifest is not None:
@@ -331,7 +338,7 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
                     whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")
                     raise StditError(f"{path}: its {name} is {getattr(model.config, name)}, {whose} {value}.")
             model = inflate(model) if settings.inflate else model
-        choose_trained(model, settings)
+        select_trainable(model, settings)
         if settings.lora is not None:
             add_lora(model, settings.lora, config.run.seed)
     check_export(settings, model.config)

@@ -22,9 +22,16 @@ from stdit.shapes import VideoShape
 from stdit.training.config import RunConfig, VaeSettings
 from stdit.training.engine.engine import PRECISIONS, zero_stage
 from stdit.training.objectives.conditions import Conditions
-from stdit.training.objectives.flow import FlowObjective, Objective, StepKey
+from stdit.training.objectives.flow import FlowObjective
+from stdit.training.objectives.protocol import Objective, StepKey
 from stdit.training.objectives.vae import VaeObjective
-from stdit.training.setup.initial_weights import check_export, check_vae, choose_trained, follow_init, transformer_path
+from stdit.training.setup.initial_weights import (
+    check_export,
+    check_vae,
+    follow_init,
+    select_trainable,
+    transformer_path,
+)
 from stdit.training.setup.lora import add_lora
 from stdit.vae.autoencoder import preset
 from stdit.vae.training.lpips import Lpips
@@ -74,7 +81,7 @@ def outline(config: RunConfig) -> Objective:
         if settings.init:
             found = find("transformer", transformer_path(settings)).config
             model = STDiT(found.inflated() if settings.inflate else found)
-            choose_trained(model, settings)
+            select_trainable(model, settings)
             if settings.lora is not None:
                 add_lora(model, settings.lora, config.run.seed)
         else:

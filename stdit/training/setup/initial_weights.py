@@ -91,7 +91,7 @@ def transformer_paths(settings: ModelSettings) -> list[Path]:
     return list(places.values()) if places else [path]
 
 
-def choose_trained(model: STDiT, settings: ModelSettings) -> None:
+def select_trainable(model: STDiT, settings: ModelSettings) -> None:
     """Lets train what `model.trainable` and `model.freeze` say."""
     patterns = [NEW] if settings.freeze else settings.trainable
     parameters = dict(model.named_parameters())

@@ -15,7 +15,8 @@ from stdit.errors import StditError
 from stdit.models.transformer import PRESETS, TransformerConfig
 from stdit.training.config import RunConfig
 from stdit.training.engine.checkpoint import Checkpoint
-from stdit.training.objectives.flow import FlowObjective, Objective
+from stdit.training.objectives.flow import FlowObjective
+from stdit.training.objectives.protocol import Objective
 from stdit.training.objectives.two_experts import ExpertsObjective
 from stdit.training.objectives.vae import VaeObjective
 from stdit.vae.config import VaeConfig

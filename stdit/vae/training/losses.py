@@ -23,7 +23,7 @@ OUTLIER_RADIUS = 3.0  # standard deviations, Movie Gen's r
 class VaeLossConfig:
     """Weights beside the L1's 1, 0 for none: kl; wavelet, for details; outlier, Movie Gen's with 1e5.
 
-    lpips, discriminator: terms with settings of their own. train: what of the VAE trains, see `choose_trained`.
+    lpips, discriminator: terms with settings of their own. train: what of the VAE trains, see `select_trainable_part`.
     crop: train on keyed squares of so many pixels instead of whole frames.
     """
 

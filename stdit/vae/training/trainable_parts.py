@@ -25,7 +25,7 @@ class Taps(nn.Module):
         return weight[:, :, :-1].clone(), weight[:, :, -1:].clone()
 
 
-def choose_trained(vae: CausalVAE, part: Part) -> None:
+def select_trainable_part(vae: CausalVAE, part: Part) -> None:
     """Lets `part` of the VAE train, from now on.
 
     all. decoder: latents stay what they were, so a transformer trained on them goes on working (Blattmann et al. 2023,
@@ -52,7 +52,7 @@ def choose_trained(vae: CausalVAE, part: Part) -> None:
 
 
 def join_taps(module: nn.Module) -> None:
-    """Makes kernels in a module that `choose_trained` split whole again."""
+    """Makes kernels in a module that `select_trainable_part` split whole again."""
     for layer in list(module.modules()):
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight")

@@ -16,7 +16,7 @@ from stdit.errors import StditError
 from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import Checkpoint, published, remove_strays
 from stdit.training.engine.ema import Ema, EmaConfig
-from stdit.training.engine.engine import Engine, Piece, TorchEngine
+from stdit.training.engine.engine import Engine, ShardPiece, TorchEngine
 from stdit.training.engine.optimizer import OptimizerConfig, group_state, make_optimizer
 from stdit.training.engine.parallel import World
 
@@ -41,7 +41,7 @@ def options_of(name: str) -> OptimizerConfig:
 
 def trained(name: str = "adamw", steps: int = 3, precision: str = "fp32") -> tuple[TorchEngine, Ema]:
     engine = TorchEngine(Model(0), options_of(name), precision, ALONE)
-    ema = Ema(engine.flats, EmaConfig(0.9))
+    ema = Ema(engine.flat_masters, EmaConfig(0.9))
     go_on(engine, ema, 0, steps)
     return engine, ema
 
@@ -56,8 +56,8 @@ def go_on(engine: Engine, ema: Ema, begin: int, end: int) -> None:
 
 
 def state_of(engine: Engine, ema: Ema) -> list[Tensor]:
-    found = [*engine.flats, *ema.averages]
-    for flat in engine.flats:
+    found = [*engine.flat_masters, *ema.averages]
+    for flat in engine.flat_masters:
         found += [torch.as_tensor(value) for _, value in sorted(engine.optimizer.state[flat].items())]
     found += [torch.as_tensor(value) for group in group_state(engine.optimizer) for value in group.values()]
     return [one.detach().clone() for one in found]
@@ -75,7 +75,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path, name: str, precision
     module = Model(1)
     found.load_weights(module)
     again = TorchEngine(module, options_of(name), precision, ALONE)
-    average = Ema(again.flats, EmaConfig(0.9))
+    average = Ema(again.flat_masters, EmaConfig(0.9))
     found.load_state(again, average)
     go_on(again, average, 3, 6)
     for one, other in zip(state_of(engine, ema), state_of(again, average)):
@@ -89,15 +89,15 @@ class CutEngine(Engine):
         self.module = module
         sizes = [(name, tuple(p.shape), p.numel()) for name, p in module.named_parameters()]
         each = -(-sum(n for _, _, n in sizes) // ranks)
-        self.flats = [nn.Parameter(torch.zeros(each))]
+        self.flat_masters = [nn.Parameter(torch.zeros(each))]
         self.pieces = [[]]
         begin = 0
         for name, shape, n in sizes:
             low, high = max(begin, rank * each), min(begin + n, (rank + 1) * each)
             if low < high:
-                self.pieces[0].append(Piece(name, shape, low - begin, low - rank * each, high - low))
+                self.pieces[0].append(ShardPiece(name, shape, low - begin, low - rank * each, high - low))
             begin += n
-        self.optimizer = make_optimizer({"all.weight": self.flats[0]}, OptimizerConfig())
+        self.optimizer = make_optimizer({"all.weight": self.flat_masters[0]}, OptimizerConfig())
 
 
 class ThreadWorld(World):
@@ -125,7 +125,7 @@ def test_any_number_of_ranks_reads_and_writes_the_same_numbers(tmp_path: Path, r
     with ThreadPoolExecutor(ranks) as pool:
         for rank in range(ranks):
             part = CutEngine(Model(1), rank, ranks)
-            average = Ema(part.flats, EmaConfig(0.9))
+            average = Ema(part.flat_masters, EmaConfig(0.9))
             source.load_state(part, average)
             world = ThreadWorld(rank, ranks, torch.device("cpu"))
             jobs.append(pool.submit(checkpoint.save, tmp_path / "many", 3, part, average, {}, 0, world))
@@ -135,7 +135,7 @@ def test_any_number_of_ranks_reads_and_writes_the_same_numbers(tmp_path: Path, r
     again = Checkpoint.latest(tmp_path / "many")
     assert again is not None and again.about["shards"] == ranks
     restored = TorchEngine(Model(2), OptimizerConfig(lr=0.05), "fp32", ALONE)
-    average = Ema(restored.flats, EmaConfig(0.9))
+    average = Ema(restored.flat_masters, EmaConfig(0.9))
     again.load_weights(restored.module)
     again.load_state(restored, average)
     for one, other in zip(state_of(engine, ema), state_of(restored, average)):

@@ -66,8 +66,10 @@ def test_accumulated_gradients_clipping_and_adamw_equal_torch() -> None:
 def test_bf16_trains_fp32_masters_and_adds_up_gradients_in_fp32() -> None:
     engine = TorchEngine(Toy(), OptimizerConfig(lr=1e-4, clip=0), "bf16", ALONE)
     weight = engine.module.body.weight
-    assert weight.dtype == torch.bfloat16 and all(flat.dtype == torch.float32 for flat in engine.flats)
-    start = engine.flats[0].clone() if engine.pieces[0][0].name == "body.weight" else engine.flats[1].clone()
+    assert weight.dtype == torch.bfloat16 and all(flat.dtype == torch.float32 for flat in engine.flat_masters)
+    start = (
+        engine.flat_masters[0].clone() if engine.pieces[0][0].name == "body.weight" else engine.flat_masters[1].clone()
+    )
     batch = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
         single = engine.backward(batch, 1.0, last=False)
@@ -77,7 +79,7 @@ def test_bf16_trains_fp32_masters_and_adds_up_gradients_in_fp32() -> None:
     engine.backward(batch, 1.0, last=True)
     assert torch.equal(thrice, engine.gradients()["body.weight"] * 3)
     engine.step(1e-4)
-    master = dict(zip((p[0].name for p in engine.pieces), engine.flats))["body.weight"]
+    master = dict(zip((p[0].name for p in engine.pieces), engine.flat_masters))["body.weight"]
     assert (master - start).abs().max() > 5e-5  # a step that bf16 could not hold
     assert torch.equal(engine.module.body.weight, master.bfloat16())
 

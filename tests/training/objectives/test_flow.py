@@ -22,16 +22,17 @@ from stdit.sampling.pipeline import FolderSettings
 from stdit.training.config import load_config
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.conditions import Conditions
-from stdit.training.objectives.flow import FlowObjective, StepKey
+from stdit.training.objectives.flow import FlowObjective
+from stdit.training.objectives.protocol import StepKey
 from stdit.training.outputs.export import make_pipeline
-from stdit.training.setup.build import Parts, build
+from stdit.training.setup.build import RunComponents, build
 from stdit.weights.schedulers import default_scheduler
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def parts(tiny: Path) -> Parts:
+def parts(tiny: Path) -> RunComponents:
     parts = build(load_config(tiny / "flow.yaml", ["data.workers=0"]), ALONE)
     with torch.no_grad():
         for p in parts.objective.module.parameters():
@@ -39,7 +40,7 @@ def parts(tiny: Path) -> Parts:
     return parts
 
 
-def prepared(parts: Parts, groups: int, bound: int) -> list:
+def prepared(parts: RunComponents, groups: int, bound: int) -> list:
     """Batches of the plan's first step, all groups' and micro-steps'."""
     items = parts.plan.step(0)
     key = StepKey(0, 0, 0, len(items))
@@ -47,7 +48,7 @@ def prepared(parts: Parts, groups: int, bound: int) -> list:
     return [parts.objective.prepare(parts.loader.fetch(pack, 0), pack, key) for pack in packs]
 
 
-def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: Parts) -> None:
+def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: RunComponents) -> None:
     """Σ_c w_c · mean over c's unknown latents of (prediction − (ε − x_0))², w_c the number of unknown tokens."""
     objective = parts.objective
     assert isinstance(objective, FlowObjective)
@@ -78,7 +79,7 @@ def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: Parts) -> None
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_pack_has_equal_clips_side_by_side(parts: Parts) -> None:
+def test_a_pack_has_equal_clips_side_by_side(parts: RunComponents) -> None:
     items = parts.plan.step(0)[::-1]
     batch = parts.objective.prepare(parts.loader.fetch(items, 0), items, StepKey(0, 0, 0, len(items)))
     kinds = list(zip(batch.pack.segments.lengths, map(len, batch.text_ids)))
@@ -86,7 +87,7 @@ def test_a_pack_has_equal_clips_side_by_side(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize(("groups", "bound"), [(1, 90), (2, 100), (3, 80)])
-def test_the_loss_of_a_step_does_not_depend_on_its_split(parts: Parts, groups: int, bound: int) -> None:
+def test_the_loss_of_a_step_does_not_depend_on_its_split(parts: RunComponents, groups: int, bound: int) -> None:
     with torch.no_grad():
         (whole,) = prepared(parts, 1, 10_000)
         dealt = prepared(parts, groups, bound)
@@ -106,7 +107,7 @@ def test_bf16_encodes_and_exports_the_vae_in_fp32(tiny: Path) -> None:
     assert {p.dtype for p in objective.vae.parameters()} == {torch.float32}
 
 
-def test_a_clip_that_failed_weighs_nothing(parts: Parts) -> None:
+def test_a_clip_that_failed_weighs_nothing(parts: RunComponents) -> None:
     from dataclasses import replace
 
     items = parts.plan.step(0)
@@ -121,7 +122,7 @@ def test_a_clip_that_failed_weighs_nothing(parts: Parts) -> None:
         assert loss == pytest.approx(float(parts.objective.module(the_others)), rel=1e-5)
 
 
-def test_a_rank_without_clips_has_every_gradient_and_all_are_zero(parts: Parts) -> None:
+def test_a_rank_without_clips_has_every_gradient_and_all_are_zero(parts: RunComponents) -> None:
     batch = parts.objective.prepare([], [], StepKey(0, 0, 0, 4))
     loss = parts.objective.module(batch)
     gradients = torch.autograd.grad(loss, list(parts.objective.module.parameters()))
@@ -209,7 +210,7 @@ def test_attention_runs_on_the_backend_that_is_named(tiny: Path) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-def family(parts: Parts, scheduler: dict, **changes: object) -> FlowObjective:
+def family(parts: RunComponents, scheduler: dict, **changes: object) -> FlowObjective:
     """An objective like that of `parts`, for fresh weights of another path."""
     flow = parts.objective
     assert isinstance(flow, FlowObjective)
@@ -237,7 +238,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("scheduler", "changes"), PATHS)
-def test_every_path_has_its_own_noise_target_and_loss(parts: Parts, scheduler: dict, changes: dict) -> None:
+def test_every_path_has_its_own_noise_target_and_loss(parts: RunComponents, scheduler: dict, changes: dict) -> None:
     """Noisy clips as diffusers' schedulers make them, known frames clean, and the loss written out clip by clip."""
     objective = family(parts, scheduler, **changes)
     items = parts.plan.step(0)
@@ -300,7 +301,7 @@ def test_every_path_has_its_own_noise_target_and_loss(parts: Parts, scheduler: d
 
 
 @pytest.mark.parametrize(("scheduler", "changes"), PATHS)
-def test_what_trained_samples_along_its_own_path(parts: Parts, scheduler: dict, changes: dict) -> None:
+def test_what_trained_samples_along_its_own_path(parts: RunComponents, scheduler: dict, changes: dict) -> None:
     """The pipeline of a run has the scheduler of its weights; variances are dropped, guidance and known frames work."""
     run = copy.copy(parts)
     run.objective = objective = family(parts, scheduler, **changes)

@@ -20,11 +20,11 @@ from stdit.training import trainer as trainer_module
 from stdit.training.config import load_config
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
-from stdit.training.objectives.flow import StepKey
+from stdit.training.objectives.protocol import StepKey
 from stdit.training.objectives.vae import VaeBatch, VaeObjective
 from stdit.training.outputs.metrics import read_metrics
 from stdit.training.run import run
-from stdit.training.setup.build import Parts, build
+from stdit.training.setup.build import RunComponents, build
 from stdit.vae.training.losses import kl_loss, outlier_penalty, pixel_loss, wavelet_loss
 from stdit.weights.io import load_vae, save_vae
 
@@ -44,11 +44,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def built(tiny: Path, *overrides: str) -> Parts:
+def built(tiny: Path, *overrides: str) -> RunComponents:
     return build(load_config(tiny / "vae.yaml", ["data.workers=0", *overrides]), ALONE)
 
 
-def batches(parts: Parts, groups: int = 1, bound: int = 10**9, done: int = 0) -> list[Any]:
+def batches(parts: RunComponents, groups: int = 1, bound: int = 10**9, done: int = 0) -> list[Any]:
     """Of the plan's first step, all groups' and micro-steps'."""
     items = parts.plan.step(0)
     key = StepKey(0, 0, 0, len(items), done)

@@ -12,7 +12,8 @@ from stdit.data.plan.split import PlanItem
 from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
 from stdit.training.config import from_dict
-from stdit.training.objectives.flow import FlowObjective, StepKey
+from stdit.training.objectives.flow import FlowObjective
+from stdit.training.objectives.protocol import StepKey
 from stdit.training.setup.footprint import Footprint, activations, footprint, outline
 from stdit.vae.training.discriminator import Discriminator, DiscriminatorConfig
 

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.vae.training.trainable_parts import Part, choose_trained, join_taps
+from stdit.vae.training.trainable_parts import Part, join_taps, select_trainable_part
 
 CONFIG = VaeConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=3, patch_size=2)
 WAN22 = replace(CONFIG, decoder_base_dim=8, dim_mult=(1, 1), residual=True)
@@ -21,7 +21,7 @@ def changed(config: VaeConfig, part: Part) -> tuple[CausalVAE, CausalVAE]:
     torch.manual_seed(0)
     before, after = CausalVAE(config), CausalVAE(config)
     after.load_state_dict(before.state_dict())
-    choose_trained(after, part)
+    select_trainable_part(after, part)
     with torch.no_grad():
         for p in after.parameters():
             if p.requires_grad:
@@ -61,9 +61,9 @@ def test_split_kernels_are_the_same_vae():
     vae = CausalVAE(CONFIG)
     clip = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     whole = vae.encode(clip)
-    choose_trained(vae, "temporal")
+    select_trainable_part(vae, "temporal")
     assert_close(vae.encode(clip), whole, rtol=0, atol=1e-6)
     trained = {name for name, p in vae.named_parameters() if p.requires_grad}
     assert trained and all("time_conv" in name or name.endswith(".original0") for name in trained)
-    choose_trained(vae_all := CausalVAE(CONFIG), "all")
+    select_trainable_part(vae_all := CausalVAE(CONFIG), "all")
     assert all(p.requires_grad for p in vae_all.parameters())
