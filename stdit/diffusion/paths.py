@@ -22,8 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stdit.diffusion.flow import interpolate, velocity
-from stdit.diffusion.timesteps import shift_noise_level
+from stdit.diffusion.noise_levels import shift_noise_level
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
@@ -45,16 +44,12 @@ class FlowPath:
     distribution: ClassVar[Distribution] = "logit_normal"
 
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return interpolate(x0, noise, t)
+        return (1 - t) * x0 + t * noise  # exactly x_0 at t = 0 and exactly ε at t = 1
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return -velocity(x0, noise) if self.reverse else velocity(x0, noise)
+        return x0 - noise if self.reverse else noise - x0
 
-    def clean(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """x_0 of what the network saw and put out."""
-        return x + t * output if self.reverse else x - t * output
-
-    def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
+    def trained_levels(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
         """Levels that were drawn for clips of these shapes, (n,) fp64 in (0, 1), as the family trains at them."""
         if not self.by_shape:
             return t
@@ -133,10 +128,6 @@ class DdpmPath:
         alpha, sigma = self._scales(t, x0)
         return alpha * noise - sigma * x0
 
-    def clean(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self._scales(t, x)
-        return (x - sigma * output) / alpha if self.prediction == "epsilon" else alpha * x - sigma * output
-
     def variance_bound(self, values: Tensor, error: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """The variational bound of a step back in bits, for a learned variance (Nichol & Dhariwal 2021, eq. 4 and 15).
 
@@ -168,7 +159,7 @@ class DdpmPath:
             scale = scale * alpha.sqrt()
         return torch.cat([posterior[1:2], posterior[1:]]).log(), beta.log(), scale
 
-    def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
+    def trained_levels(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
         return (t * INDICES).floor().clamp(max=INDICES - 1) / INDICES
 
 
@@ -198,11 +189,7 @@ class EdmPath:
         sigma, data = self._sigma(t, x0), self.sigma_data
         return self.sign * (sigma * x0 - data * noise) / (sigma**2 + data**2).sqrt()
 
-    def clean(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        sigma, data = self._sigma(t, x), self.sigma_data
-        return (data * x + self.sign * sigma * output) / (sigma**2 + data**2).sqrt()
-
-    def settle(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
+    def trained_levels(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
         return t
 
 

@@ -235,7 +235,7 @@ def caption_losses(
         progress("losses", row, len(clips))
         x0 = clip.latents.to(pipeline.device)  # (C, T', H', W')
         noisy, target = {}, {}
-        settled = path.settle(torch.tensor(levels, dtype=torch.float64), [clip.shape] * len(levels))
+        settled = path.trained_levels(torch.tensor(levels, dtype=torch.float64), [clip.shape] * len(levels))
         for level, t in enumerate(settled):
             for draw in range(draws):
                 generator = keyed_generator(seed, "caption loss", clip.id, level, draw)

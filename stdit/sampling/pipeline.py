@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from stdit.diffusion.guidance import guide, guides_beyond, needs_unconditional
+from stdit.diffusion.noise_levels import shift_by_tokens
 from stdit.diffusion.solvers import Solver, make_solver, named_config, static_shift
 from stdit.diffusion.tasks import frame_levels
-from stdit.diffusion.timesteps import shift_by_tokens
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.memory import require_memory
@@ -295,8 +295,10 @@ class Pipeline:
             output = torch.stack(unpack_clips(self.transformer(pack, text), pack, patch))[:, :z].float()
             if copies == 2:
                 output = self._guided(output[: len(x)], output[len(x) :], request, t)
-            drawn = self._drawn(request.seed, index, numbers, x) if solver.draws else None
-            x = solver.step(index, output, x, drawn)
+            keys = numbers if solver.draws else ()
+            x = solver.step(
+                index, output, x, [keyed_generator(request.seed, "sample step", key, index) for key in keys]
+            )
             for clip, finite in enumerate(torch.isfinite(x).flatten(1).all(1).tolist()):
                 if not finite and clip not in failed:
                     failed[clip] = self._not_finite(f"latents are not finite at step {index + 1}", t)
@@ -340,11 +342,6 @@ class Pipeline:
         low = isinstance(self.transformer, Experts) and self.transformer.at(level) is self.transformer.low
         beyond = guides_beyond(self.index["_class_name"])
         return guide(conditional, unconditional, request.guidance[low], beyond)
-
-    def _drawn(self, seed: int, step: int, numbers: Sequence[int], like: Tensor) -> Tensor:
-        """The fresh noise of a step, of every clip by its own key."""
-        drawn = [torch.randn(like.shape[1:], generator=keyed_generator(seed, "sample step", n, step)) for n in numbers]
-        return torch.stack(drawn).to(like)
 
     def conditions(self, given: Given, shape: VideoShape, fps: float) -> dict[str, Any]:
         """Of one clip, for `pack_inputs`."""

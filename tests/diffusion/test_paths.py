@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, EDMEulerScheduler
 from scipy import stats
 
 from stdit.diffusion import solvers
+from stdit.diffusion.noise_levels import NoiseLevelConfig, noise_levels
 from stdit.diffusion.paths import DdpmPath, EdmPath, FlowPath, token_errors
-from stdit.diffusion.timesteps import TimestepConfig, noise_levels
 from stdit.models.positions import network_time, sinusoids
 from stdit.shapes import VideoShape
 
@@ -27,6 +27,19 @@ PATHS = [
 ]
 
 
+def clean_of(path, output, x, t):
+    """x_0 from the network's input and output, by the inverse of the table at the top of paths.py."""
+    if isinstance(path, FlowPath):
+        return x + t * output if path.reverse else x - t * output
+    if isinstance(path, EdmPath):
+        sigma, data = t / (1 - t), path.sigma_data
+        return (data * x + path.sign * sigma * output) / (sigma**2 + data**2).sqrt()
+    alpha = path.alphas[path.index(t)]
+    if path.prediction == "epsilon":
+        return (x - (1 - alpha).sqrt() * output) / alpha.sqrt()
+    return alpha.sqrt() * x - (1 - alpha).sqrt() * output
+
+
 @pytest.fixture
 def pair() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -36,12 +49,27 @@ def pair() -> list[torch.Tensor]:
 @pytest.mark.parametrize("path", PATHS)
 def test_the_target_gives_the_clip_back(path, pair):
     x0, noise = pair
-    for t in path.settle(torch.tensor([0.003, 0.437, 0.98], dtype=torch.float64), []):
+    for t in path.trained_levels(torch.tensor([0.003, 0.437, 0.98], dtype=torch.float64), []):
         x = path.noisy(x0, noise, t)
-        torch.testing.assert_close(path.clean(path.target(x0, noise, t), x, t), x0, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(clean_of(path, path.target(x0, noise, t), x, t), x0, rtol=1e-9, atol=1e-9)
     frames = torch.tensor([0.2, 0.7], dtype=torch.float64)[:, None, None]  # a level a frame
     apart = [path.noisy(x0[:, [i]], noise[:, [i]], frames[i]) for i in (0, 1)]
     torch.testing.assert_close(path.noisy(x0, noise, frames), torch.cat(apart, 1))
+
+
+def test_a_flows_ends_are_exact(pair):
+    x0, noise = pair
+    assert torch.equal(FlowPath().noisy(x0, noise, torch.tensor(0.0)), x0)
+    assert torch.equal(FlowPath().noisy(x0, noise, torch.tensor(1.0)), noise)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.437, 1.0])
+def test_velocity_gives_both_ends_back_and_is_the_derivative(pair, level):
+    (x0, noise), path, t = pair, FlowPath(), torch.tensor(level, dtype=torch.float64)
+    x_t, v = path.noisy(x0, noise, t), path.target(x0, noise, t)
+    torch.testing.assert_close(x_t - t * v, x0, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x_t + (1 - t) * v, noise, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((path.noisy(x0, noise, t + 1e-3) - x_t) / 1e-3, v, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
@@ -61,7 +89,7 @@ def test_ddpm_agrees_with_diffusers(kind, pair):
 def test_the_network_is_told_the_ddpm_index_itself():
     """index / 1000 · 1000 in fp64 is the integer, for every one of them: sinusoids to the last bit."""
     indices = torch.arange(1000)
-    levels = DdpmPath.of(DDPM).settle((indices.double() + 0.5) / 1000, [])
+    levels = DdpmPath.of(DDPM).trained_levels((indices.double() + 0.5) / 1000, [])
     assert torch.equal(DdpmPath.of(DDPM).index(levels), indices)
     assert torch.equal(sinusoids(network_time(levels), 8), sinusoids(indices, 8))
 
@@ -82,7 +110,7 @@ def test_edm_agrees_with_diffusers(prediction, data, pair):
         assert told == pytest.approx(theirs.precondition_noise(sigma).item(), rel=1e-9)
         output = torch.randn(z.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         clean = theirs.precondition_outputs(x, output, sigma)
-        torch.testing.assert_close(path.clean(output, seen, t) * data, clean)
+        torch.testing.assert_close(clean_of(path, output, seen, t) * data, clean)
         weight = (sigma**2 + data**2) / (sigma * data) ** 2
         torch.testing.assert_close(
             (output - path.target(z, noise, t)).square(), weight * (clean - data * z).square(), rtol=1e-6, atol=1e-9
@@ -171,7 +199,7 @@ def test_what_is_learned_along_a_path_is_sampled_by_its_solver(name):
     steps = 200 if name == "Allegro" else 40  # ancestral steps are of first order in the noise as well
     solver, path = solvers.make_solver(config, steps, shape=VideoShape(17, 256, 256)), solvers.path_of(config)
     generator = torch.Generator().manual_seed(0)
-    clips, noise, x, fresh = (torch.randn(20_000, generator=generator, dtype=torch.float64) for _ in range(4))
+    clips, noise, x = (torch.randn(20_000, generator=generator, dtype=torch.float64) for _ in range(3))
     clips = 0.7 + 0.4 * clips
     x = solver.start(x)
     for index, level in enumerate(solver.levels):
@@ -179,7 +207,7 @@ def test_what_is_learned_along_a_path_is_sampled_by_its_solver(name):
         seen, target = path.noisy(clips, noise, t), path.target(clips, noise, t)
         slope = torch.cov(torch.stack([seen, target]))[0, 1] / seen.var()
         output = target.mean() + slope * (solver.network_input(index, x) - seen.mean())
-        x = solver.step(index, output, x, fresh.roll(7 * index))
+        x = solver.step(index, output, x, [generator])
     found = solver.finish(x)
     assert float(found.mean()) == pytest.approx(0.7, abs=0.03)
     assert float(found.std()) == pytest.approx(0.4, rel=0.08)
@@ -188,13 +216,15 @@ def test_what_is_learned_along_a_path_is_sampled_by_its_solver(name):
 def test_levels_are_drawn_as_the_family_trains():
     """DDPM: its indices, uniformly. EDM: log-normal σ. Open-Sora: moved by the clip's shape."""
     key = {"seed": 0, "epoch": 0, "step": 0}
-    u = noise_levels(range(4000), 4000, [1] * 4000, TimestepConfig(distribution="uniform"), **key)
-    indices = DdpmPath.of(DDPM).settle(u, []) * 1000
+    u = noise_levels(range(4000), 4000, [1] * 4000, NoiseLevelConfig(distribution="uniform"), **key)
+    indices = DdpmPath.of(DDPM).trained_levels(u, []) * 1000
     assert torch.equal(indices, indices.round()) and torch.equal(indices.unique(), torch.arange(1000.0).double())
     assert (torch.bincount(indices.long()) - 4).abs().max() <= 1
-    t = noise_levels(range(4000), 4000, [1] * 4000, TimestepConfig(mean=-0.4, std=1.3), **key)
+    t = noise_levels(range(4000), 4000, [1] * 4000, NoiseLevelConfig(mean=-0.4, std=1.3), **key)
     sigma = t / (1 - t)
     assert stats.kstest(sigma.numpy(), stats.lognorm(1.3, scale=math.exp(-0.4)).cdf).pvalue > 1e-3
-    moved = FlowPath(reverse=True, by_shape=True).settle(t[:2], [VideoShape(1, 512, 512), VideoShape(34, 256, 256)])
+    moved = FlowPath(reverse=True, by_shape=True).trained_levels(
+        t[:2], [VideoShape(1, 512, 512), VideoShape(34, 256, 256)]
+    )
     ratio = 10**0.5 / 2
     assert moved.tolist() == pytest.approx([t[0].item(), (ratio * t[1] / (1 + (ratio - 1) * t[1])).item()])

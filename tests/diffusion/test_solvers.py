@@ -1,8 +1,9 @@
-"""Every solver against diffusers' scheduler, driven as diffusers' pipelines drive it, step by step."""
+"""Every solver, ours and the adapter, against diffusers' scheduler in a loop as its pipelines have it."""
 
 from __future__ import annotations
 
 import math
+import sys
 from itertools import pairwise
 
 import diffusers
@@ -49,6 +50,9 @@ DDPMS = [
         "beta_start": 0.00085,
         "beta_end": 0.012,
     },
+    {**LATTE, "clip_sample": True},
+    {**PIXART, "solver_order": 3, "use_lu_lambdas": True},
+    {**PIXART, "algorithm_type": "sde-dpmsolver++"},
     {**LATTE, "trained_betas": [0.001 + 1e-5 * i for i in range(1000)]},
     ALLEGRO,
     {**ALLEGRO, "timestep_spacing": "leading", "steps_offset": 1},
@@ -130,8 +134,8 @@ def test_ddpms_agree_with_diffusers(config, steps):
     x, y = noise() * theirs.init_noise_sigma, ours.start(noise())
     assert_near(y, x)
     for index, t in enumerate(theirs.timesteps):
-        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(index)) if ours.draws else None
-        generator = {"generator": torch.Generator().manual_seed(index)} if ours.draws else {}
+        drawn, again = ([torch.Generator().manual_seed(10 * index + clip) for clip in (0, 1)] for _ in range(2))
+        generator = {"generator": again} if ours.draws else {}
         seen, before = theirs.scale_model_input(x, t), x
         assert_near(ours.network_input(index, before), seen)
         output = random_field(float(t) / 1000, seen)  # one for both: the field would magnify what rounding leaves
@@ -253,6 +257,14 @@ def test_open_soras_sampler(shape, ratio):
         solvers.make_solver({"_class_name": "RFLOW", "use_timestep_transform": True}, 6, shape=VideoShape(9, 32, 32))
 
 
+@pytest.mark.parametrize("config", [PIXART, LATTE, ALLEGRO, COSMOS1])
+def test_without_diffusers_paths_are_read_and_solvers_name_the_extra(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert solvers.path_of(config).name in ("ddpm", "edm")
+    with pytest.raises(StditError, match=r"folder: .*Scheduler is run by diffusers.*pip install 'stdit\[vaes\]'"):
+        solvers.make_solver(config, 5, where="folder")
+
+
 def solve(solver, field, x):
     """Integrates dx/dt = field(t, x) from noise x to the clip."""
     for index, t in enumerate(solver.levels):
@@ -351,28 +363,28 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
         ({**solvers.unipc_config(), "disable_corrector": [0, "a"]}, "disable_corrector"),
         ({**ALLEGRO, "trained_betas": [0.5] * 1000}, "too large"),
         ({**PIXART, "beta_end": 1e8}, "beta_end 1"),
-        ({**COSMOS1, "sigma_max": 1e300}, "at most 1e9"),
+        ({**COSMOS1, "sigma_max": 1e300}, "between 0 and 1e.09"),
         ({**solvers.euler_config(), "shift_terminal": 1.0}, "shift_terminal = 1.0"),
         ({**LTX, "_pipeline": "LTXConditionPipeline"}, "use_dynamic_shifting"),
         ({**solvers.euler_config(), "invert_sigmas": True}, "invert_sigmas"),
         ({**solvers.euler_config(), "stochastic_sampling": True}, "stochastic_sampling"),
-        ({**PIXART, "algorithm_type": "sde-dpmsolver++"}, "sde-dpmsolver"),
-        ({**PIXART, "solver_order": 3}, "solver_order = 3 is not supported; only 2 or 1"),
-        ({**PIXART, "use_lu_lambdas": True}, "use_lu_lambdas"),
-        ({"_class_name": "DDIMScheduler"}, "clip_sample = True"),
         ({**LATTE, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({**LATTE, "steps_offset": 900}, "beyond the last"),
         ({**ALLEGRO, "prediction_type": "sample"}, "prediction_type"),
         ({**ALLEGRO, "trained_betas": [0.1, 0.2]}, "1000 numbers"),
-        ({**COSMOS1, "sigma_schedule": "exponential"}, "sigma_schedule"),
+        ({**COSMOS1, "sigma_schedule": "linear"}, "sigma_schedule"),
         ({**COSMOS2, "sigma_data": 0.5}, "sigma_data"),
-        ({**COSMOS1, "rho": 0}, "rho = 0; it must be a positive number"),
+        ({**COSMOS1, "rho": 0}, "rho = 0; it must be between 0 and"),
         ({**solvers.euler_config(), "shift": "three"}, "shift = 'three'"),
         ({**solvers.unipc_config(), "flow_shift": math.inf}, "flow_shift = inf"),
         ({**PIXART, "beta_start": []}, "beta_start"),
         ({**ALLEGRO, "trained_betas": "0.1"}, "1000 numbers"),
         ({**ALLEGRO, "beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
-        ({**LATTE, "timestep_spacing": 7}, "timestep_spacing 7"),
+        ({**LATTE, "timestep_spacing": 7}, "timestep_spacing = 7"),
+        ({**PIXART, "timestep_spacing": "odd"}, "odd is not supported"),
+        ({**PIXART, "algorithm_type": "dpmsolver+"}, "algorithm_type"),
+        ({**PIXART, "steps_offset": "one"}, "steps_offset = 'one'"),
+        ({**PIXART, "variance_type": "learned"}, "variance_type"),
         ({"_class_name": "UniPCMultistepScheduler"}, "epsilon"),
         ({**solvers.unipc_config(), "lower_order_final": False}, "lower_order_final"),
         ({**solvers.unipc_config(), "solver_type": "bh1"}, "bh1"),

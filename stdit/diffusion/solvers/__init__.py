@@ -1,8 +1,7 @@
-"""Solvers: from noise to clip, as the scheduler of a model folder says (see base.py for how one is driven)."""
+"""Solvers: from noise to clip, as the scheduler of a model folder says (base.py shows how one is driven)."""
 
 from stdit.diffusion.solvers.base import Solver
-from stdit.diffusion.solvers.edm import EdmEuler
-from stdit.diffusion.solvers.flow import Euler, OpenSora, UniPC, dynamic_shift
+from stdit.diffusion.solvers.euler import Euler, dynamic_shift
 from stdit.diffusion.solvers.folders import (
     euler_config,
     named_config,
@@ -13,15 +12,10 @@ from stdit.diffusion.solvers.folders import (
     write_scheduler,
 )
 from stdit.diffusion.solvers.schedulers import check_scheduler, make_solver, path_of
-from stdit.diffusion.solvers.vp import Ddim, DpmSolver, EulerAncestral
+from stdit.diffusion.solvers.unipc import UniPC
 
 __all__ = [
-    "Ddim",
-    "DpmSolver",
-    "EdmEuler",
     "Euler",
-    "EulerAncestral",
-    "OpenSora",
     "Solver",
     "UniPC",
     "check_scheduler",

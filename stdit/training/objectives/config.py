@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stdit.diffusion.noise_levels import NoiseLevelConfig
 from stdit.diffusion.tasks import check_weights
-from stdit.diffusion.timesteps import TimestepConfig
 from stdit.errors import StditError
 from stdit.vae.training.losses import VaeLossConfig
 
@@ -20,7 +20,7 @@ class FlowConfig:
         call image_to_video, or first_last_to_video (Wan FLF2V).
     """
 
-    noise_levels: TimestepConfig = field(default_factory=TimestepConfig)
+    noise_levels: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
     caption_dropout: float = 0.1
     tasks: dict[str, float] | None = None
 

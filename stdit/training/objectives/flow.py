@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from stdit.data.load.loader import Example, to_video
 from stdit.data.plan.split import PlanItem
+from stdit.diffusion.noise_levels import noise_levels
 from stdit.diffusion.paths import Path, token_errors
 from stdit.diffusion.solvers import dynamic_shift, path_of, unipc_config
 from stdit.diffusion.tasks import Task, draw_task, frame_levels
-from stdit.diffusion.timesteps import noise_levels
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_inputs, pack_texts
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
@@ -167,7 +167,7 @@ class FlowObjective:
         patch = self.model_config.patch
         examples, items, captions = self.ordered(examples, items, key)
         latents = self._latents(examples)
-        levels = self.path.settle(self.levels(items, key), [example.shape for example in examples])
+        levels = self.path.trained_levels(self.levels(items, key), [example.shape for example in examples])
         noisy, clip_levels, targets, token_weights, tasks = [], [], [], [], []
         for example, x0, t in zip(examples, latents, levels):
             about = (key.epoch, example.clip_id, example.occurrence)

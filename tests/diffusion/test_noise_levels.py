@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from stdit.diffusion.timesteps import TimestepConfig, noise_levels, shift_by_tokens, shift_noise_level
-from stdit.diffusion.timesteps import stratified_uniform as uniform
+from stdit.diffusion.noise_levels import NoiseLevelConfig, noise_levels, shift_by_tokens, shift_noise_level
+from stdit.diffusion.noise_levels import stratified_uniform as uniform
 from stdit.errors import StditError
 
 
@@ -29,7 +29,7 @@ def test_a_position_does_not_keep_its_stratum():
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 def test_levels_are_logit_normal_then_shifted(shift):
-    config = TimestepConfig(mean=-0.3, std=1.4, shift=shift)
+    config = NoiseLevelConfig(mean=-0.3, std=1.4, shift=shift)
     t = torch.cat(
         [noise_levels(range(50), 50, [9] * 50, config, seed=0, epoch=0, step=step) for step in range(40)]
     ).numpy()
@@ -39,8 +39,8 @@ def test_levels_are_logit_normal_then_shifted(shift):
 
 
 def test_shift_by_tokens_is_relative_to_the_base_and_composes():
-    base = TimestepConfig(distribution="uniform", shift=2.0)
-    by_tokens = TimestepConfig(distribution="uniform", shift=2.0, shift_tokens=100)
+    base = NoiseLevelConfig(distribution="uniform", shift=2.0)
+    by_tokens = NoiseLevelConfig(distribution="uniform", shift=2.0, shift_tokens=100)
     key = dict(seed=0, epoch=0, step=0)
     plain = noise_levels(range(3), 3, [100, 100, 400], base, **key)
     moved = noise_levels(range(3), 3, [100, 100, 400], by_tokens, **key)
@@ -56,8 +56,8 @@ def test_shift_by_tokens_is_relative_to_the_base_and_composes():
 @pytest.mark.parametrize("span", [(0.875, 1.0), (0.0, 0.875), (0.3, 0.6)])
 def test_levels_of_a_range_are_those_of_all_that_lie_in_it(distribution, span):
     """Against rejection: the same distribution, drawn without a range, and what lies outside thrown away."""
-    everywhere = TimestepConfig(distribution, mean=0.4, std=1.2, shift=3.0, shift_tokens=16)
-    within = TimestepConfig(distribution, mean=0.4, std=1.2, shift=3.0, shift_tokens=16, range=span)
+    everywhere = NoiseLevelConfig(distribution, mean=0.4, std=1.2, shift=3.0, shift_tokens=16)
+    within = NoiseLevelConfig(distribution, mean=0.4, std=1.2, shift=3.0, shift_tokens=16, range=span)
     many = noise_levels(range(4000), 4000, [64] * 4000, everywhere, seed=0, epoch=0, step=0)
     kept = many[(many >= span[0]) & (many <= span[1])]
     found = noise_levels(range(500), 500, [64] * 500, within, seed=1, epoch=0, step=0)
@@ -78,4 +78,4 @@ def test_levels_of_a_range_are_those_of_all_that_lie_in_it(distribution, span):
 )
 def test_wrong_config_is_an_error(wrong):
     with pytest.raises(StditError, match="noise levels"):
-        TimestepConfig(**wrong)
+        NoiseLevelConfig(**wrong)

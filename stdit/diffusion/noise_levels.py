@@ -22,7 +22,7 @@ from stdit.keyed import keyed_generator, keyed_uniform
 
 
 @dataclass(frozen=True)
-class TimestepConfig:
+class NoiseLevelConfig:
     """The distribution of noise levels in training.
 
     distribution: "own" is the path's: logit-normal for flows and EDM (whose σ are log-normal then), uniform for DDPMs.
@@ -94,14 +94,14 @@ def stratified_uniform(positions: Sequence[int], count: int, *, seed: int, epoch
     return torch.tensor([(strata[p] + j) / count for p, j in zip(positions, jitter)], dtype=torch.float64)
 
 
-def levels_from_uniform(u: Tensor, config: TimestepConfig) -> Tensor:
+def levels_from_uniform(u: Tensor, config: NoiseLevelConfig) -> Tensor:
     """Quantiles of the unshifted distribution: u (…,) in (0, 1), fp64, to levels of the same shape."""
     if config.distribution == "uniform":
         return u
     return torch.sigmoid(config.mean + config.std * torch.special.ndtri(u))
 
 
-def uniform_from_levels(t: Tensor, config: TimestepConfig) -> Tensor:
+def uniform_from_levels(t: Tensor, config: NoiseLevelConfig) -> Tensor:
     """The inverse of `levels_from_uniform`: the share of the unshifted distribution below each level, in [0, 1]."""
     if config.distribution == "uniform":
         return t
@@ -112,7 +112,7 @@ def noise_levels(
     positions: Sequence[int],
     count: int,
     tokens: Sequence[int],
-    config: TimestepConfig,
+    config: NoiseLevelConfig,
     *,
     seed: int,
     epoch: int,
