@@ -26,7 +26,7 @@ from rich.table import Table
 from timing import CLOCKS, alternate, interval, matmul_rate, relative
 
 import stdit
-from stdit.models.transformer import transformer_flops
+from stdit.models.transformer import count_parameters, transformer_flops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "weights"))
 from references import FAMILIES, randomise  # the oracles of the tests: how each reference is called
@@ -139,7 +139,7 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
     tokens = args.clips * grid[0] * grid[1] * grid[2] // config.patch_volume
     rate = matmul_rate(config.dim, config.ffn_dim, tokens, device, torch.float32, args.clock)
     rate()
-    found: dict[str, Any] = {"tokens": tokens, "apart": apart, "parameters": config.n_parameters}
+    found: dict[str, Any] = {"tokens": tokens, "apart": apart, "parameters": count_parameters(config)}
     flops = _needed(ours, grid, case.text, args.clips)
     for kind, run, times in (("forward", without_gradients, 1), ("with backward", step, 3)):
         run("ours"), run("theirs")

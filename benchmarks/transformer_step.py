@@ -26,7 +26,7 @@ from rich.table import Table as Rows
 from timing import CLOCKS, alternate, interval, matmul_rate, relative, timed
 
 from stdit.models.packing import pack_clips, pack_texts, unpack_clips
-from stdit.models.transformer import STDiT, TransformerConfig, transformer_flops
+from stdit.models.transformer import STDiT, TransformerConfig, count_parameters, transformer_flops
 from stdit.weights.families import wan
 from stdit.weights.keymap import Table
 
@@ -274,7 +274,7 @@ def main() -> None:
     result = {
         "setting": {
             "model": f"{args.preset} ({config.layers} blocks of width {config.dim})",
-            "parameters": config.n_parameters,
+            "parameters": count_parameters(config),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
             "dtype": args.dtype,
             "threads": args.threads,

@@ -246,7 +246,7 @@ class TransformerConfig:
         return tuple(name for name, taken in takes.items() if taken)
 
     def inflated(self) -> TransformerConfig:
-        """The same with a block over time after every block of an image model, for `stdit.models.inflate`.
+        """The same with a block over time after every block of an image model, for `inflate`.
 
         Its attention knows the frame by rotary positions: Latte's sinusoids, which are added to the tokens, would
         change what the image model computes.

@@ -96,3 +96,28 @@ class LowRank(nn.Sequential):
     def forward(self, c: Tensor) -> Tensor:
         with without_autocast(c.device):
             return super().forward(c)
+
+
+class LoraLinear(Linear):
+    """A linear layer with a low-rank addition: x·Wᵀ + b + alpha/rank · x·Aᵀ·Bᵀ (LoRA, Hu et al. 2022).
+
+    It replaces the layer `base`, whose parameters keep their names.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_down = Linear(base.in_features, rank, bias=False)  # A
+        self.lora_up = Linear(rank, base.out_features, bias=False)  # B
+        self.alpha, self.scale = alpha, alpha / rank
+
+    def plain(self) -> Linear:
+        """The linear layer with the same weight and bias, without A and B."""
+        with torch.device("meta"):
+            layer = Linear(self.in_features, self.out_features, self.bias is not None)
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.lora_up(self.lora_down(x)) * self.scale

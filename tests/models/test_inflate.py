@@ -10,8 +10,7 @@ import torch
 
 import stdit
 from stdit.errors import StditError
-from stdit.models.inflate import inflate
-from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.models.transformer import STDiT, TransformerConfig, inflate
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))

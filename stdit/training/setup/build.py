@@ -23,8 +23,7 @@ from stdit.errors import StditError, about
 from stdit.heartbeat import HEARTBEAT
 from stdit.memory import require_memory
 from stdit.models.attention import choose_backend
-from stdit.models.inflate import inflate
-from stdit.models.transformer import STDiT, TransformerConfig, count_parameters
+from stdit.models.transformer import STDiT, TransformerConfig, count_parameters, inflate
 from stdit.prepare.encode import check_texts, text_identity, vae_identity
 from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import VideoShape

@@ -9,8 +9,7 @@ from pathlib import Path
 from stdit.diffusion.solvers import static_shift
 from stdit.errors import StditError, about, nearest_name
 from stdit.models.config import TransformerConfig
-from stdit.models.inflate import NEW
-from stdit.models.transformer import STDiT
+from stdit.models.transformer import TEMPORAL_BLOCKS, STDiT
 from stdit.sampling.pipeline import FolderSettings
 from stdit.training.config import ModelSettings, RunConfig
 from stdit.weights.experts import boundary_of, expert_places
@@ -93,7 +92,7 @@ def transformer_paths(settings: ModelSettings) -> list[Path]:
 
 def select_trainable(model: STDiT, settings: ModelSettings) -> None:
     """Lets train what `model.trainable` and `model.freeze` say."""
-    patterns = [NEW] if settings.freeze else settings.trainable
+    patterns = [TEMPORAL_BLOCKS] if settings.freeze else settings.trainable
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in parameters):

@@ -1,8 +1,9 @@
 """PixArt-α and PixArt-Σ (PixArt-alpha/PixArt-alpha, diffusion/model/nets/PixArt.py and PixArtMS.py): images.
 
 An image is a clip of one frame; frames of a longer clip are images of their own. The originals fuse q, k and v, keep a
-text for "no text" with the weights, and have no config.json. Inflated models (stdit/models/inflate.py) are stdit's own:
-no program has a class for them, so config.json names one that none opens; the keys are diffusers', and temporal_blocks.
+text for "no text" with the weights, and have no config.json. Inflated models (`inflate` in stdit/models/transformer.py)
+are stdit's own: no program has a class for them, so config.json names one that none opens; the keys are diffusers', and
+temporal_blocks.
 """
 
 from __future__ import annotations
