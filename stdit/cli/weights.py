@@ -230,7 +230,7 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = N
     from stdit.errors import StditError
     from stdit.weights import io
     from stdit.weights.experts import expert_places
-    from stdit.weights.families import KINDS, families
+    from stdit.weights.families import KINDS, titles
 
     experts = expert_places(path.expanduser())
     parts: list[tuple[str, str, Path]] = []
@@ -246,7 +246,7 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = N
     if not parts and problems:
         raise problems[0]
     if not parts:
-        known = " nor a ".join(family.FAMILY for kind in KINDS for family in families(kind))
+        known = " nor a ".join(title for kind in KINDS for title in titles(kind))
         raise StditError(f"{path}: holds neither a {known}.")
     for problem in problems:
         typer.echo(f"left out: {problem}", err=True)
@@ -268,7 +268,7 @@ def _description(part: str, source: Source) -> dict[str, Any]:
     return {
         "part": part,
         "kind": source.kind,
-        "family": source.family.FAMILY,
+        "family": source.family.title,
         "dialect": source.dialect,
         "preset": _preset(source),
         **_trained_for(source),
@@ -310,7 +310,7 @@ def _trained_for(source: Source) -> dict[str, str | None]:
     """What a transformer was trained to put out, and which release it is; that is None for sizes nobody released."""
     if source.kind != "transformer":
         return dict.fromkeys(("release", "objective", "expects_vae", "expects_text"))
-    from stdit.weights.releases import release_of
+    from stdit.weights.families import release_of
     from stdit.weights.schedulers import objective_of
 
     found = release_of(source.config)
@@ -324,7 +324,7 @@ def _parts(path: Path) -> dict[str, str]:
     from stdit.weights.io import other_vae
 
     documents = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-    found = {"vae": other[0]} if (path / "vae").is_dir() and (other := other_vae(path)) else {}
+    found = {"vae": other.name} if (path / "vae").is_dir() and (other := other_vae(path)) else {}
     for name in ("text_encoder", "tokenizer", "scheduler", "image_encoder", "image_processor", "transformer_2"):
         if not (path / name).is_dir():
             continue

@@ -17,11 +17,6 @@ def needs_unconditional(scale: float) -> bool:
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, beyond: bool = False) -> Tensor:
     """uncond + scale · (cond − uncond); scale 1 is the conditional prediction.
 
-    beyond: cond + scale · (cond − uncond), as Cosmos' pipelines count; see `guides_beyond`.
+    beyond: cond + scale · (cond − uncond), as Cosmos' pipelines count.
     """
     return (conditional if beyond else unconditional) + scale * (conditional - unconditional)
-
-
-def guides_beyond(pipeline: str) -> bool:
-    """Whether a pipeline of diffusers (model_index.json's `_class_name`) counts guidance beyond the conditional."""
-    return pipeline.startswith("Cosmos")

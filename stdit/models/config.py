@@ -229,12 +229,6 @@ class TransformerConfig:
         return {"mlp": self.dim, "gelu": self.text_width, "none": self.text_dim}[self.text_embedding]
 
     @property
-    def guided_by_null_text(self) -> bool:
-        """Whether "no text" is as many rows of `null_text` as the text has, not the text encoder's of ""; PixArt and
-        Latte keep such rows too, and are sampled without them."""
-        return self.family == "stdit3" and self.null_text > 0
-
-    @property
     def conditions(self) -> tuple[str, ...]:
         """What `predict` takes beside the text."""
         takes = {

@@ -21,6 +21,7 @@ from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment
 from stdit.errors import StditError
 from stdit.text.places import find_text_encoder
+from stdit.weights.families import treatment_of
 from stdit.weights.identity import folder_identity, tokenizer_identity
 
 CLIPS_PER_SHARD = 64
@@ -70,7 +71,7 @@ def text_identity(path: str | Path, padding: int | None = None) -> dict[str, Any
     path: the folder that `load_text_encoder` takes, which is treated as it does. padding: `text.padding`, the positions
     that texts are cut to; 0 or None: as many as the treatment has.
     """
-    encoder, tokenizer, treatment = find_text_encoder(path)
+    (encoder, tokenizer), treatment = find_text_encoder(path), treatment_of(path)
     return {
         "text_encoder": folder_identity(encoder),
         "tokenizer": tokenizer_identity(tokenizer),

@@ -7,7 +7,6 @@ is a model folder too: its `base.json` says where the rest is.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,60 +25,22 @@ from stdit.shapes import VideoShape
 from stdit.strict import build
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
-from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.families.diffusers_vae import OtherVAE
-from stdit.vae.families.open_sora import AnyVAE, OpenSoraVAE
+from stdit.vae.families.open_sora import AnyVAE
 from stdit.weights.experts import expert_adapter_places, expert_places
+from stdit.weights.families import class_of, family_of, pipelines, treatment_of
 from stdit.weights.families.configs import DIFFUSERS_VERSION
+from stdit.weights.families.record import PipelineKind
 from stdit.weights.files import read_json
 from stdit.weights.identity import folder_identity
 from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae, transformer_identity
 from stdit.weights.lora.adapters import merge
 from stdit.weights.lora.files import read_adapter
-from stdit.weights.schedulers import default_scheduler
 
 if TYPE_CHECKING:
     from stdit.text.images import ImageEncoder
 
 FORMAT = 1  # of stdit.json
-
-
-@dataclass(frozen=True)
-class PipelineKind:
-    """What one of diffusers' pipeline classes does around its transformer, or Open-Sora 1.2's code.
-
-    negative_follows: the negative prompt is brought to each prompt's length, with what the encoder says at positions of
-    padding. known_noise: at noise level t the network sees known tokens under so many t² of noise. fps, shape: of the
-    released weights; no shape: pictures of the size they were trained at. gathered: a user puts the folder together
-    from downloads that have no scheduler/.
-    """
-
-    fps: float
-    shape: str | None = None
-    negative_follows: bool = False
-    gathered: bool = False
-    known_noise: float = 0.0
-
-
-KINDS = {
-    "WanPipeline": PipelineKind(16, "832x480x81"),
-    "WanImageToVideoPipeline": PipelineKind(16, "832x480x81"),
-    "LTXPipeline": PipelineKind(25, "704x512x161"),
-    "LTXImageToVideoPipeline": PipelineKind(25, "704x512x161"),
-    "LTXConditionPipeline": PipelineKind(25, "704x512x161", known_noise=0.15),
-    "PixArtAlphaPipeline": PipelineKind(1),
-    "PixArtSigmaPipeline": PipelineKind(1),
-    "LattePipeline": PipelineKind(8, "512x512x16", negative_follows=True),
-    "AllegroPipeline": PipelineKind(15, "1280x720x88"),
-    "CosmosTextToWorldPipeline": PipelineKind(30, "1280x704x121"),
-    "Cosmos2TextToImagePipeline": PipelineKind(16, "1360x768x1"),
-    "Cosmos2VideoToWorldPipeline": PipelineKind(16, "1280x704x93"),
-    "Cosmos2_5_PredictBasePipeline": PipelineKind(16, "1280x704x93"),
-    "OpenSoraPipeline": PipelineKind(24, "848x480x102", gathered=True),
-}
-REFUSED = {
-    "CosmosVideoToWorldPipeline": "Cosmos-Predict1 from a video adds noise to what it is given, which is not built",
-}
 
 
 @dataclass(frozen=True)
@@ -224,20 +185,20 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
     if not (path.is_file() or base.pipeline):
         raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
     index = read_json(path) if path.is_file() else {"_class_name": base.pipeline}
-    name = index.get("_class_name")
-    if name in REFUSED:
-        raise StditError(f"{path}: a {name} is not supported: {REFUSED[name]}.")
-    if name not in KINDS:
-        raise StditError(
-            f"{path}: a {name} is not supported.{nearest_name(str(name), KINDS)} Supported: {', '.join(KINDS)}."
-        )
-    kind = KINDS[name]
+    name = str(index.get("_class_name"))
+    known = pipelines()
+    kind = known.get(name)
+    if kind is None:
+        runs = [name for name, kind in known.items() if not kind.refused]
+        raise StditError(f"{path}: a {name} is not supported.{nearest_name(name, runs)} Supported: {', '.join(runs)}.")
+    if kind.refused:
+        raise StditError(f"{path}: a {name} is not supported: {kind.refused}.")
     base.check(folder)
     transformer = load_transformer(base.transformer, dtype=dtype, device=device).eval()
     if base.pipeline:
         add_loras(transformer, [(folder, 1.0)])
     vae = load_vae(base.vae, device=device).eval()
-    text_encoder = load_text_encoder(base.text_encoder, dtype=dtype, device=device)
+    text_encoder = load_text_encoder(base.text_encoder, treatment_of(base.text_encoder), dtype=dtype, device=device)
     image_encoder = None
     if (path.parent / "image_encoder").is_dir():
         from stdit.text.images import load_image_encoder
@@ -245,7 +206,7 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
         image_encoder = load_image_encoder(path.parent, dtype, device)
     settings = FolderSettings.read(folder, _released(kind, transformer, vae))
     if kind.gathered and not (folder / "scheduler").is_dir():
-        scheduler = default_scheduler(transformer.config)
+        scheduler = family_of(transformer.config).scheduler(transformer.config)
     else:
         scheduler = read_scheduler(folder / "scheduler", name)
     return ModelParts(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
@@ -281,8 +242,8 @@ def add_loras(
 
 def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> FolderSettings:
     """The defaults of a folder that was not made here."""
-    if transformer.config.family == "wan" and vae.config.z_dim == 48:  # Wan 2.2 TI2V 5B
-        return FolderSettings(24, ("1280x704x121",))
+    if (other := kind.by_channels.get(vae.config.z_dim)) is not None:
+        return FolderSettings(other[0], (other[1],))
     if kind.shape is not None:
         return FolderSettings(kind.fps, (kind.shape,))
     side = transformer.config.position_base * transformer.config.patch[1] * vae.config.stride[1]
@@ -297,15 +258,10 @@ def save_parts(parts: ModelParts, folder: Path) -> None:
     parts.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
     write_scheduler(parts.scheduler, folder / "scheduler")
     parts.settings.write(folder)
-    family = importlib.import_module(f"stdit.weights.families.{parts.transformer.config.family}")
-    transformer = ["diffusers", family.config_to_diffusers(parts.transformer.config)["_class_name"]]
-    vae = ["diffusers", parts.vae.config.name if isinstance(parts.vae, OtherVAE) else "AutoencoderKLWan"]
-    if isinstance(parts.vae, OpenSoraVAE):  # of which diffusers has none
-        transformer[0], vae = "opensora", ["opensora", parts.vae.config.name]
-    if isinstance(parts.vae, CausalVAE) and parts.vae.config.groups:
-        vae = ["stdit", "CausalVAE"]  # no other program has a class for it
+    transformer = class_of(parts.transformer.config)
+    vae = ["diffusers", parts.vae.config.name] if isinstance(parts.vae, OtherVAE) else class_of(parts.vae.config)
     index = {name: value for name, value in parts.index.items() if name != "_name_or_path"}
-    if index["_class_name"].startswith("Wan"):
+    if (kind := pipelines().get(index["_class_name"])) is not None and kind.experts:
         index = {"expand_timesteps": False} | index
         index["boundary_ratio"] = parts.transformer.boundary if isinstance(parts.transformer, Experts) else None
         index["transformer_2"] = transformer if experts else [None, None]

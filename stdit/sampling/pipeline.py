@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stdit.diffusion.guidance import guide, guides_beyond, needs_unconditional
+from stdit.diffusion.guidance import guide, needs_unconditional
 from stdit.diffusion.noise_levels import shift_by_tokens
 from stdit.diffusion.solvers import Solver, make_solver, named_config, static_shift
 from stdit.diffusion.tasks import frame_levels
@@ -23,11 +23,13 @@ from stdit.models.experts import Experts
 from stdit.models.packing import TextPack, pack_inputs, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT
 from stdit.sampling.known_frames import Given, Known, KnownFrames
-from stdit.sampling.model_folder import KINDS, FolderSettings, ModelParts, add_loras, load_parts, save_parts
+from stdit.sampling.model_folder import FolderSettings, ModelParts, add_loras, load_parts, save_parts
 from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.text.images import ImageEncoder
 from stdit.vae.families.open_sora import AnyVAE
+from stdit.weights.families import guided_by_null_text, pipelines
+from stdit.weights.families.record import PipelineKind
 
 __all__ = ["FolderSettings", "Pipeline"]
 
@@ -77,6 +79,7 @@ class Pipeline:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.image_encoder, self.scheduler, self.settings = image_encoder, dict(scheduler), settings or FolderSettings()
         self.index = dict(index or {"_class_name": scheduler.get("_pipeline", "WanPipeline")})
+        self._kind = pipelines().get(self.index["_class_name"], PipelineKind(self.settings.fps))
         self.known_frames = KnownFrames(config, vae, image_encoder)
 
     @property
@@ -321,8 +324,7 @@ class Pipeline:
         self, given: Sequence[Given], seed: int, step: int, numbers: Sequence[int], level: float
     ) -> list[Tensor | None]:
         """Of every clip, as the network sees them in a step; what they are in the last one is decoded."""
-        kind = KINDS.get(self.index["_class_name"])
-        amount = kind.known_noise * level**2 if kind else 0.0
+        amount = self._kind.known_noise * level**2
         tokens = [one.tokens for one in given]
         if not amount:
             return tokens
@@ -340,8 +342,7 @@ class Pipeline:
 
     def _guided(self, conditional: Tensor, unconditional: Tensor, request: Request, level: float) -> Tensor:
         low = isinstance(self.transformer, Experts) and self.transformer.at(level) is self.transformer.low
-        beyond = guides_beyond(self.index["_class_name"])
-        return guide(conditional, unconditional, request.guidance[low], beyond)
+        return guide(conditional, unconditional, request.guidance[low], self._kind.guides_beyond)
 
     def conditions(self, given: Given, shape: VideoShape, fps: float) -> dict[str, Any]:
         """Of one clip, for `pack_inputs`."""
@@ -404,10 +405,9 @@ class Pipeline:
 
     def _negatives(self, negative_prompt: str, texts: Sequence[Tensor]) -> list[Tensor]:
         """The negative prompt beside each text."""
-        if not negative_prompt and self.transformer.config.guided_by_null_text:
+        if not negative_prompt and guided_by_null_text(self.transformer.config):
             return [self.transformer.get_buffer("null_text")[: len(text)] for text in texts]
-        kind = KINDS.get(self.index["_class_name"])
-        if kind is None or not kind.negative_follows:
+        if not self._kind.negative_follows:
             return self.encode_texts([negative_prompt]) * len(texts)
         (negative,) = self.encode_texts([negative_prompt], max(map(len, texts)))
         return [negative[: len(text)] for text in texts]

@@ -62,9 +62,9 @@ class TextLimit:
     chat: bool = False
 
     @classmethod
-    def of_folder(cls, folder: str | Path, max_length: int | None = None) -> TextLimit:
-        """Of a folder as `load_text_encoder` takes it. max_length: in place of the treatment's."""
-        encoder, tokenizer, treatment = find_text_encoder(folder)
+    def of_folder(cls, folder: str | Path, treatment: Treatment, max_length: int | None = None) -> TextLimit:
+        """Of a folder as `load_text_encoder` takes it. max_length: replaces the treatment's."""
+        encoder, tokenizer = find_text_encoder(folder)
         try:
             chat = json.loads((encoder / "config.json").read_text("utf-8")).get("model_type") == "qwen2_5_vl"
         except (OSError, ValueError, AttributeError):

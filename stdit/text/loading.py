@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from stdit.errors import StditError
 from stdit.text.encoders import TextEncoder
-from stdit.text.places import find_text_encoder
+from stdit.text.places import Treatment, find_text_encoder
 from stdit.text.pretrained import LOCAL, check_files, check_weights, load_weights, said
 from stdit.text.reason import ReasonEncoder
 
@@ -26,6 +26,7 @@ ENCODERS = {  # transformers' classes by the model_type in config.json
 
 def load_text_encoder(
     folder: str | Path,
+    treatment: Treatment,
     tokenizer: str | Path | None = None,
     *,
     max_length: int | None = None,
@@ -35,12 +36,14 @@ def load_text_encoder(
 ) -> TextEncoder:
     """A T5, mT5 or UMT5 encoder, or Cosmos-Reason1 (a Qwen2.5-VL), from a local folder.
 
-    folder: a model folder with text_encoder/ and tokenizer/, or a folder transformers reads. tokenizer: its folder;
-    by default the encoder's own, or the one beside it. Texts are treated as the pipeline of the model folder treats
-    them. max_length: in place of its. dtype None keeps the stored one. deferred: read no weights until they are needed
-    (see `TextEncoder`).
+    folder: a model folder with text_encoder/ and tokenizer/, or a folder that transformers reads.
+    treatment: how texts are brought to it; of a model folder see `stdit.weights.families.treatment_of`.
+    tokenizer: its folder; by default the encoder's own, or the one beside it.
+    max_length: replaces the treatment's.
+    dtype: None keeps the stored one.
+    deferred: read no weights until they are needed (see `TextEncoder`).
     """
-    folder, words, treatment = find_text_encoder(folder, tokenizer)
+    folder, words = find_text_encoder(folder, tokenizer)
     config, kind = _encoder_config(folder), TextEncoder
     model_class = getattr(transformers, ENCODERS[config.model_type])
     if config.model_type == "qwen2_5_vl":

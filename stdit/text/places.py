@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,27 +25,11 @@ class Treatment:
     sees_padding: bool = False
 
 
-TREATMENTS = {  # by the class in model_index.json, without "Pipeline"; all others as Wan
-    "LTX": Treatment(128, "none", sees_padding=True),
-    "LTXImageToVideo": Treatment(128, "none", sees_padding=True),
-    "LTXCondition": Treatment(256, "none"),
-    "PixArtAlpha": Treatment(120, "lower"),
-    "PixArtSigma": Treatment(300, "lower"),
-    "Latte": Treatment(120, "lower"),
-    "Allegro": Treatment(512, "lower"),
-    "CosmosTextToWorld": Treatment(512, "none"),
-    "Cosmos2TextToImage": Treatment(512, "none"),
-    "Cosmos2VideoToWorld": Treatment(512, "none"),
-    "OpenSora": Treatment(300, "strip"),
-}
-
-
 class TextPlaces(NamedTuple):
-    """The folders of an encoder and its tokenizer, and how texts are treated."""
+    """The folders of a text encoder and of its tokenizer."""
 
     encoder: Path
     tokenizer: Path
-    treatment: Treatment
 
 
 def find_text_encoder(folder: str | Path, tokenizer: str | Path | None = None) -> TextPlaces:
@@ -60,10 +43,9 @@ def find_text_encoder(folder: str | Path, tokenizer: str | Path | None = None) -
             f"{folder} is not a folder. Text encoders are read from local folders, nothing is downloaded: "
             "download it first (hf download NAME --local-dir FOLDER) and give that folder."
         )
-    treatment, encoder = Treatment(), folder
+    encoder = folder
     if (folder / "text_encoder").is_dir():
         encoder, tokenizer = folder / "text_encoder", tokenizer or folder / "tokenizer"
-        treatment = _treatment(folder / "model_index.json")
     elif not (folder / "config.json").is_file() and (
         (folder / "model_index.json").is_file() or any((folder / part).is_dir() for part in _PARTS)
     ):
@@ -80,13 +62,4 @@ def find_text_encoder(folder: str | Path, tokenizer: str | Path | None = None) -
             f"{encoder}: no tokenizer in it or beside it ({tokenizer} is not there). Download that folder too "
             f"(hf download NAME --include 'tokenizer/*' --local-dir {Path(tokenizer).parent})."
         )
-    return TextPlaces(encoder, Path(tokenizer), treatment)
-
-
-def _treatment(index: Path) -> Treatment:
-    """That of the pipeline which a model_index.json names."""
-    try:
-        name = json.loads(index.read_text("utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return Treatment()
-    return TREATMENTS.get(str(name).removesuffix("Pipeline"), Treatment())
+    return TextPlaces(encoder, Path(tokenizer))

@@ -60,6 +60,8 @@ class VaeConfig:
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
 
+    family = "wan_vae"
+
     def __post_init__(self) -> None:
         for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
             value = getattr(self, name)

@@ -16,13 +16,23 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.files import publish
 from stdit.weights.experts import EXPERT_NAMES, boundary_of, expert_folders, expert_places
-from stdit.weights.families import families, family_of, on_meta, shapes_of, table_of
+from stdit.weights.families import (
+    class_names,
+    diffusers_vaes,
+    families,
+    family_of,
+    on_meta,
+    recognised,
+    shapes_of,
+    table_of,
+    titles,
+)
+from stdit.weights.families.record import Family
 from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
 from stdit.weights.identity import files_identity, folder_identity
 from stdit.weights.keymap import Table
@@ -36,6 +46,7 @@ if TYPE_CHECKING:
 
     from stdit.models.experts import Experts
     from stdit.models.transformer import STDiT
+    from stdit.vae.families.diffusers_vae import VaeFolder
     from stdit.vae.families.open_sora import AnyVAE
 
 SHARD_BYTES = 5_000_000_000
@@ -56,7 +67,7 @@ class Source:
     """A model found on the disk: config read, files opened, names compared; no tensor read yet."""
 
     kind: str  # "transformer" or "vae"
-    family: ModuleType
+    family: Family
     files: TensorFiles
     config: Any
     config_path: Path | None
@@ -111,13 +122,13 @@ def load_vae(
 ) -> Any:
     """A causal VAE from a model folder, its vae/, an original Wan release, or a file; otherwise as load_transformer.
 
-    A CausalVAE, or Open-Sora's OpenSoraVAE; where config.json names another family's class
-    (`stdit.vae.families.diffusers_vae.CLASSES`), an OtherVAE, which diffusers runs behind the same methods.
+    A CausalVAE, or Open-Sora's OpenSoraVAE; where config.json names an autoencoder of diffusers
+    (`stdit.weights.families.diffusers_vaes`), an OtherVAE, which diffusers runs behind the same methods.
     """
     from stdit.vae.families.diffusers_vae import load_other
 
     if (other := other_vae(path)) is not None:
-        return load_other(*other, dtype, device)
+        return load_other(other, dtype, device)
     return load(find("vae", path, trust_pickle), dtype, device)
 
 
@@ -126,21 +137,22 @@ def vae_on_meta(path: str | os.PathLike[str]) -> Any:
     from stdit.vae.families.diffusers_vae import other_on_meta
 
     other = other_vae(path)
-    return on_meta(find("vae", path).config) if other is None else other_on_meta(*other)
+    return on_meta(find("vae", path).config) if other is None else other_on_meta(other)
 
 
-def other_vae(path: str | os.PathLike[str]) -> tuple[str, Path] | None:
-    """Class and folder of another family's VAE, its files checked; None where there is none."""
-    from stdit.vae.families.diffusers_vae import CLASSES
+def other_vae(path: str | os.PathLike[str]) -> VaeFolder | None:
+    """An autoencoder that diffusers runs, its files checked; None if none is there."""
+    from stdit.vae.families.diffusers_vae import VaeFolder
 
     folder = Path(path).expanduser()
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     path = folder / "config.json"
-    name = read_json(path).get("_class_name") if path.is_file() else None
-    if not isinstance(name, str) or name not in CLASSES:
+    name = str(read_json(path).get("_class_name")) if path.is_file() else ""
+    traits = diffusers_vaes().get(name)
+    if traits is None:
         return None
     open_folder(folder)  # raises for files that are damaged, before anything is read
-    return name, folder
+    return VaeFolder(folder, name, traits)
 
 
 def save_transformer(
@@ -208,8 +220,6 @@ def find(
     found, config_path = _config(kind, folder, files)
     if kind == "transformer":
         check_known(found.get("_class_name"), files.entries, config_path or files.path)
-    if heads is not None and not found:
-        found = {"_heads": heads}
     try:
         return _source(kind, files, found, config_path, strict, heads)
     except StditError:
@@ -232,19 +242,22 @@ def transformer_identity(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, 
 def _source(
     kind: str, files: TensorFiles, found: dict[str, Any], config_path: Path | None, strict: bool, heads: int | None
 ) -> Source:
-    family = family_of(kind, found, files.shapes)
+    family = recognised(kind, found, files.shapes)
     dialect = family.dialect_of(files.shapes)
-    others = [other.FAMILY for other in families(kind) if not dialect and other.dialect_of(files.shapes)]
+    others = [other.title for other in families(kind) if not dialect and other.dialect_of(files.shapes)]
     if found and others:
         raise StditError(
             f"{files.path}: these tensors are of a {others[0]}, {config_path or 'the config in its metadata'} "
-            f"is of a {family.FAMILY}. Put the config.json of the weights beside them."
+            f"is of a {family.title}. Put the config.json of the weights beside them."
         )
-    config = family.config_from(found, files.shapes, config_path or files.path) if found or dialect else None
+    config = None
+    if found or dialect:
+        options = {} if heads is None else {"heads": heads}
+        config = family.config_from(found, files.shapes, config_path or files.path, **options)
     if config is not None and heads is not None and config.heads != heads:
         raise StditError(f"{config_path or files.path}: says {config.heads} heads, not {heads}.")
     if config is None or not dialect:
-        known = ", nor a ".join(one.FAMILY for one in families(kind))
+        known = ", nor a ".join(titles(kind))
         raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
     table = family.keymap(config, dialect).table(shapes_of(on_meta(config)))
     if strict:
@@ -368,7 +381,7 @@ def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any]
         index = folder.parent / "model_index.json"
         if kind == "transformer" and index.is_file():  # what some families tell only there
             found["_pipeline"] = read_json(index).get("_class_name")
-        others = [name for family in families("transformer") for name in family.CLASSES] if kind == "vae" else []
+        others = class_names("transformer") if kind == "vae" else []
         if found.get("_class_name") not in others:
             return found, path
     for key in ("stdit_config", "config"):  # ours, and what LTX-Video's single files carry for every model in them
@@ -404,11 +417,11 @@ def _write(
 
     dialect = dialect_in(layout)
     check_layout(config, layout)
-    family, table = table_of(config, dialect)
+    table = table_of(config, dialect)
     described = describe(config, layout)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
-    if dialect == "original" and hasattr(family, "metadata"):
-        metadata |= family.metadata(config)
+    if dialect == "original":
+        metadata |= family_of(config).metadata(config)
     entries, read_foreign = table.written(read, dtypes)
     stem = _STEM
     stems: tuple[str, ...] = (_STEM,)

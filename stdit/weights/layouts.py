@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.weights.families import family_module, on_meta, shapes_of
+from stdit.weights.families import family_of, on_meta, shapes_of
+from stdit.weights.families.record import Family
 from stdit.weights.keymap import Shape
 
 LAYOUTS = ("diffusers", "original", "comfyui")
@@ -23,7 +24,7 @@ def dialect_in(layout: str) -> str:
 
 def describe(config: Any, layout: str) -> dict[str, Any]:
     """The config.json of a layout."""
-    family = family_module(config)
+    family = family_of(config)
     diffusers = dialect_in(layout) == "diffusers"
     described: dict[str, Any] = family.config_to_diffusers(config) if diffusers else family.config_to_original(config)
     return described
@@ -35,33 +36,33 @@ def check_layout(config: Any, layout: str) -> None:
     Two readers are asked: stdit, which reads back what it would write, and the program that the layout is for, by what
     its code has built in (`built_in` of each family).
     """
-    family, dialect = family_module(config), dialect_in(layout)
+    family, dialect = family_of(config), dialect_in(layout)
     native = shapes_of(on_meta(config))
     built_in = family.built_in(config, layout)
     if built_in is None:
-        raise StditError(f"layout {layout!r}: ComfyUI has no {family.FAMILY}. Write layout 'diffusers' or 'original'.")
+        raise StditError(f"layout {layout!r}: ComfyUI has no {family.title}. Write layout 'diffusers' or 'original'.")
     for name, allowed in built_in.items():
         if getattr(config, name) not in allowed:
-            _refuse(family.FAMILY, layout, name, getattr(config, name), " or ".join(map(str, allowed)))
+            _refuse(family.title, layout, name, getattr(config, name), " or ".join(map(str, allowed)))
     keymap = family.keymap(config, dialect)
     unplaced = keymap.unplaced(native)
     shapes = keymap.table({name: shape for name, shape in native.items() if name not in unplaced}).foreign_shapes
     _compare(family, config, layout, json.loads(json.dumps(describe(config, layout))), shapes)
     if unplaced:
-        raise StditError(f"layout {layout!r} of a {family.FAMILY} has no place for the tensor {unplaced[0]}.")
+        raise StditError(f"layout {layout!r} of a {family.title} has no place for the tensor {unplaced[0]}.")
     if layout == "comfyui":  # which reads no config.json, only what the file itself says
-        carried = family.metadata(config).get("config", "{}") if hasattr(family, "metadata") else "{}"
+        carried = family.metadata(config).get("config", "{}")
         _compare(family, config, layout, json.loads(carried).get("transformer", {}), shapes)
 
 
-def _compare(family: Any, config: Any, layout: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+def _compare(family: Family, config: Any, layout: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
     try:
         again = asdict(family.config_from(found, shapes, f"layout {layout!r}"))
     except StditError as error:
-        raise StditError(f"{error}\nSo layout {layout!r} cannot hold this {family.FAMILY}.") from None
+        raise StditError(f"{error}\nSo layout {layout!r} cannot hold this {family.title}.") from None
     for name, value in asdict(config).items():
-        if again[name] != value and name not in getattr(family, "NOT_WRITTEN", ()):
-            _refuse(family.FAMILY, layout, name, value, again[name])
+        if again[name] != value and name not in family.not_written:
+            _refuse(family.title, layout, name, value, again[name])
 
 
 def _refuse(family: str, layout: str, name: str, value: Any, other: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.weights.families import families
+from stdit.weights.families import class_names, titles
 
 _ADAPTER = re.compile(
     r"(.*[._])?(lora_(A|B|down|up|mid|magnitude_vector|embedding_A)|lora\.(down|up)|hada_w[12]_[ab]|lokr_w[12](_[ab])?"
@@ -53,16 +53,15 @@ def check_no_adapter(names: Iterable[str], place: object, kind: type[StditError]
 
 def check_known(class_name: Any, names: Iterable[str], place: object) -> None:
     """Raises StditError for a transformer of a class or with tensors of a family that stdit does not run."""
-    classes = [name for family in families("transformer") for name in family.CLASSES]
-    if class_name is not None and class_name not in classes:
+    if class_name is not None and class_name not in class_names("transformer"):
         what = next((what for start, what in _CLASSES.items() if str(class_name).startswith(start)), "")
         raise StditError(
             f"{place}: {class_name!r} is not a model that stdit loads{f' ({what})' if what else ''}. It loads "
-            f"{', '.join(family.FAMILY for family in families('transformer'))}."
+            f"{', '.join(titles('transformer'))}."
         )
     for pattern, what in _NAMES.items():
         if found := next((name for name in names if re.match(pattern, name)), None):
             raise StditError(
                 f"{place}: these are tensors of {what}, such as {found}. It is not a model that stdit loads; it loads "
-                f"{', '.join(family.FAMILY for family in families('transformer'))}."
+                f"{', '.join(titles('transformer'))}."
             )

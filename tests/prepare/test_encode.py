@@ -23,6 +23,7 @@ from stdit.prepare.encode import check_texts, encode_manifest, text_identity, va
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
 from stdit.text.small import build_word_tokenizer, small_umt5
+from stdit.weights.families import treatment_of
 
 CONFIG = DataConfig(shapes=["16x16x5", "32x16x5"], fps=8.0, max_crop=0.7, prefetch=2)
 
@@ -184,7 +185,7 @@ def test_pipelines_that_treat_texts_in_other_ways_share_a_folder_and_no_embeddin
         folder = tmp_path / name
         encoder.save(folder / "text_encoder", folder / "tokenizer")
         (folder / "model_index.json").write_text(json.dumps({"_class_name": f"{name}Pipeline"}))
-        loaded, identity = load_text_encoder(folder), text_identity(folder)
+        loaded, identity = load_text_encoder(folder, treatment_of(folder)), text_identity(folder)
         shapes = assign(rows, CONFIG)
         encode_manifest(rows, shapes, CONFIG, FakeVae(), loaded, tmp_path / "cache", vae_id="vae", text_id=identity)
         cache = Cache.open(tmp_path / "cache", text_settings(CONFIG, identity))

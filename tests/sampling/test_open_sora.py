@@ -34,7 +34,7 @@ from stdit.cli.sample.command import sample
 from stdit.sampling.model_folder import load_parts
 from stdit.sampling.pipeline import Pipeline
 from stdit.text.small import build_word_tokenizer
-from stdit.weights.schedulers import default_scheduler
+from stdit.weights.families import family_of
 
 pytest.importorskip("diffusers")
 PROMPT = "A red circle, moves left. aesthetic score: 6.5."
@@ -78,7 +78,7 @@ def test_latents_are_those_of_open_soras_own_loop(name, folder):
     frames, known = SAMPLED[name]
     one = given(name)
     transformer, vae = stdit.load_transformer(folder).eval(), stdit.load_vae(folder).eval()
-    pipe = Pipeline(transformer, vae, Told(one["text"]), default_scheduler(transformer.config))
+    pipe = Pipeline(transformer, vae, Told(one["text"]), family_of(transformer.config).scheduler(transformer.config))
     (found,) = pipe.sample_latents(
         ["a"], (WIDTH, HEIGHT), frames, STEPS, GUIDANCE, noise=one["noise"], fps=FPS,
         known={"image": one["image"].numpy()} if known else None,

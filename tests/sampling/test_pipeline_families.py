@@ -21,10 +21,10 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 from stdit.diffusion.solvers import euler_config, unipc_config
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
-from stdit.sampling.model_folder import REFUSED
 from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import VideoShape
 from stdit.text.small import build_word_tokenizer, small_umt5
+from stdit.weights.families import pipelines
 
 CAPTIONS = ["a red circle moves left", "a big blue square"]
 PROMPT, NEGATIVE, SEED = CAPTIONS[0], "blue", 3
@@ -380,7 +380,7 @@ def test_a_folder_samples_what_diffusers_samples_and_goes_back(name, tmp_path, m
     assert "not used" not in caplog.text and "newly initialized" not in caplog.text
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [name for name, kind in pipelines().items() if kind.refused])
 def test_what_is_not_built_is_refused_by_name(name, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(StditError, match=f"a {name} is not supported: "):

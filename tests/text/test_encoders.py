@@ -20,10 +20,17 @@ from transformers import (
 )
 
 from stdit.errors import StditError
+from stdit.text import loading
 from stdit.text.encoders import TextEncoder
 from stdit.text.images import load_image_encoder
-from stdit.text.loading import load_text_encoder
 from stdit.text.small import build_word_tokenizer, small_umt5
+from stdit.weights.families import treatment_of
+
+
+def load_text_encoder(folder, tokenizer=None, **options):
+    """With the treatment of the folder's pipeline, as every command loads it."""
+    return loading.load_text_encoder(folder, treatment_of(folder), tokenizer, **options)
+
 
 CAPTIONS = ["A red circle moves left, slowly.", "a blue square moves right", "A small green triangle moves up"]
 

@@ -400,6 +400,7 @@ def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
     from stdit.prepare.encode import encode_manifest, text_identity, vae_identity
     from stdit.text.encoders import TextEncoder
     from stdit.text.loading import load_text_encoder
+    from stdit.text.places import Treatment
     from stdit.text.small import build_word_tokenizer, small_umt5
     from stdit.weights.io import load_vae
 
@@ -414,7 +415,7 @@ def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
         assign(manifest, config.data),
         config.data,
         load_vae(tiny / "vae"),
-        load_text_encoder(tmp_path / "text", max_length=32),
+        load_text_encoder(tmp_path / "text", Treatment(), max_length=32),
         tmp_path / "cache",
         vae_id=vae_identity(tiny / "vae"),
         text_id=text_identity(tmp_path / "text", 32),

@@ -20,7 +20,7 @@ from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.config import PRESETS as VAES
 from stdit.vae.config import VaeConfig
 from stdit.vae.families.open_sora import OpenSoraConfig, OpenSoraVAE
-from stdit.weights.families import family_module, on_meta
+from stdit.weights.families import families, family_of, on_meta
 from stdit.weights.layouts import check_layout
 
 pytest.importorskip("diffusers")
@@ -56,16 +56,11 @@ def base_of(name: str) -> TransformerConfig:
     family = FAMILIES[name]
     found = {"_class_name": family.name, **{k: v for k, v in family.build(family.configs[0]).config.items()}}
     found = {k: v for k, v in found.items() if not k.startswith("_") or k == "_class_name"}
-    module = next(m for m in map(family_module, map(_Named, MODULES)) if family.name in m.CLASSES)
+    module = next(known for known in families("transformer") if family.name in known.classes)
     return module.config_from(found, {})
 
 
-@dataclasses.dataclass
-class _Named:
-    family: str
-
-
-MODULES = ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3")
+TRANSFORMERS = ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3")
 NAMES = ("Wan", "Wan I2V", "LTX-Video", "PixArt", "Latte", "Allegro", "Cosmos-Predict", "STDiT3")
 TRIED = 1  # other values of a setting: one, for time; any number holds
 FIELDS = [field.name for field in dataclasses.fields(TransformerConfig)]
@@ -76,7 +71,7 @@ def others(name: str, value: Any) -> Iterator[Any]:
     if name in CHOICES:
         yield from (choice for choice in CHOICES[name] if choice != value)
     elif name == "family":
-        yield from (module for module in MODULES if module != value)
+        yield from (module for module in TRANSFORMERS if module != value)
     elif isinstance(value, bool):
         yield not value
     elif isinstance(value, int):
@@ -272,7 +267,7 @@ def comfyui_base(name: str) -> TransformerConfig:
     if isinstance(changes, TransformerConfig):
         return changes
     module = {"LTX-Video": ltx, "PixArt": pixart, "Cosmos-Predict": cosmos}[name]
-    return module.config_from({"_class_name": module.CLASSES[0], **changes}, {})
+    return module.config_from({"_class_name": module.FAMILY.classes[0], **changes}, {})
 
 
 @pytest.mark.parametrize("name", COMFYUI)
@@ -289,7 +284,7 @@ def test_comfyui_opens_what_is_written_for_it_as_itself_or_it_is_refused_by_name
             if said := refusal(config, "comfyui"):
                 assert any(f"{f}=" in said or f in said for f in FIELDS), said
                 continue
-            family = family_module(config)
+            family = family_of(config)
             native = {key: tuple(tensor.shape) for key, tensor in on_meta(config).state_dict().items()}
             shapes = family.keymap(config, "original").table(native).foreign_shapes
             shapes |= {key: tuple(make().shape) for key, make in family.keymap(config, "original").computed.items()}

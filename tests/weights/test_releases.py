@@ -6,8 +6,7 @@ import pytest
 from references import FAMILIES
 
 from stdit.models.transformer import PRESETS
-from stdit.weights.families import family_of
-from stdit.weights.releases import release_of
+from stdit.weights.families import recognised, release_of
 
 OTHERS = {  # where settings alone do not tell more
     "Wan 2.1 and 2.2 T2V 14B": "Wan 2.1 T2V 14B, or an expert of Wan 2.2 T2V A14B",
@@ -21,7 +20,7 @@ RELEASED = [(family, name) for family, known in FAMILIES.items() for name in kno
 @pytest.mark.parametrize(("family", "name"), RELEASED)
 def test_a_released_config_is_told_by_its_name(family, name):
     found = {"_class_name": FAMILIES[family].name, **FAMILIES[family].released[name]}
-    release = release_of(family_of("transformer", found, {}).config_from(found, {}))
+    release = release_of(recognised("transformer", found, {}).config_from(found, {}))
     assert release is not None
     assert release.name == OTHERS[name] if name in OTHERS else name.startswith(release.name)
 

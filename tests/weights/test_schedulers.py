@@ -11,7 +11,7 @@ from stdit.diffusion.solvers import make_solver, path_of, unipc_config, write_sc
 from stdit.models.config import TransformerConfig
 from stdit.shapes import LatentShape, VideoShape
 from stdit.weights.families import allegro, cosmos, latte, ltx, pixart, stdit3
-from stdit.weights.schedulers import default_scheduler, scheduler_of
+from stdit.weights.schedulers import scheduler_of
 
 SIZES = {"dim": 24, "heads": 2, "layers": 1, "ffn_dim": 48}
 COSMOS = cosmos.SETTINGS | {"frequency_dim": 24, "text_embedding": "none"}
@@ -36,7 +36,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_familys_own_path_and_a_scheduler_that_its_pipeline_takes(name, tmp_path):
     changes, path, pipeline = FAMILIES[name]
-    config = default_scheduler(TransformerConfig(**SIZES, **changes))
+    config = scheduler_of("nowhere", TransformerConfig(**SIZES, **changes))
     assert path_of(config).name == path
     solver = make_solver(config, 4, shape=VideoShape(17, 64, 64), latent=LatentShape(5, 8, 8))
     assert len(solver.levels) == 4 and solver.levels == sorted(solver.levels, reverse=True)
@@ -53,4 +53,4 @@ def test_a_familys_own_path_and_a_scheduler_that_its_pipeline_takes(name, tmp_pa
 
 def test_weights_without_a_folder_have_their_familys(tmp_path):
     assert scheduler_of(tmp_path / "weights.safetensors", TransformerConfig(**SIZES)) == unipc_config()
-    assert default_scheduler(TransformerConfig(**SIZES, family="wan")) == unipc_config()
+    assert scheduler_of("nowhere", TransformerConfig(**SIZES, family="wan")) == unipc_config()

@@ -82,11 +82,16 @@ def encode(
     text_encoder = text_id = None
     if run.text.path:
         from stdit.text.loading import load_text_encoder
+        from stdit.weights.families import treatment_of
 
         HEARTBEAT.doing(f"loading {run.text.path}")
         with about("text.path"):
             text_encoder = load_text_encoder(
-                run.text.path, max_length=run.text.padding or None, dtype=PRECISION, device=device
+                run.text.path,
+                treatment_of(run.text.path),
+                max_length=run.text.padding or None,
+                dtype=PRECISION,
+                device=device,
             ).eval()
             text_id = text_identity(run.text.path, run.text.padding)
     found = long_captions(run, clips, assignment) if rank == 0 else None

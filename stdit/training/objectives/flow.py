@@ -25,6 +25,7 @@ from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.config import ObjectiveConfig
 from stdit.training.objectives.protocol import StepKey
 from stdit.vae.autoencoder import CausalVAE
+from stdit.weights.families import guided_by_null_text
 
 CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
 EMBEDDED_BYTES = 2**34  # of embeddings kept at most: 4096 whole ones of a T5-XXL in bf16, 167 of Cosmos-Reason1
@@ -271,7 +272,7 @@ class FlowObjective:
         for caption, example in zip(captions, examples):
             if example is not None and example.text is not None and caption == example.caption:
                 text = example.text
-            elif example is not None and caption != example.caption and self.model_config.guided_by_null_text:
+            elif example is not None and caption != example.caption and guided_by_null_text(self.model_config):
                 text = self.module.transformer.get_buffer("null_text")[: len(self._ids(example.caption))]
             elif caption == "" and self.empty_text is not None:
                 text = self.empty_text

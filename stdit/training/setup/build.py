@@ -50,6 +50,7 @@ from stdit.training.setup.lora import add_lora
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.experts import boundary_of
+from stdit.weights.families import treatment_of
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import find, load, load_vae
 from stdit.weights.schedulers import scheduler_of
@@ -296,7 +297,8 @@ def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
     """The frozen encoder of `text.path`, its weights not read yet, or a fresh one whose words are the manifest's."""
     if config.text.path:
         with about("text.path"):
-            return load_text_encoder(config.text.path, max_length=config.text.padding or None, deferred=True)
+            treatment = treatment_of(config.text.path)
+            return load_text_encoder(config.text.path, treatment, max_length=config.text.padding or None, deferred=True)
     if config.text.trained is None:
         init = f"; {config.model.init} has no text_encoder/" if config.model.init else ""
         raise StditError(

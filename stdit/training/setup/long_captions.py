@@ -8,6 +8,7 @@ from stdit.data.manifest import Manifest
 from stdit.data.plan.buckets import Assignment
 from stdit.text.lengths import LongTexts, TextLimit
 from stdit.training.config import RunConfig
+from stdit.weights.families import treatment_of
 
 LONGER = " text.padding says how many are used, the weights how many they know."
 
@@ -19,5 +20,8 @@ def long_captions(config: RunConfig, manifest: Manifest, assignment: Assignment)
         return None
     captions = pc.list_flatten(manifest.table.column("captions").take(assignment.rows()))
     texts = pc.unique(pc.struct_field(captions, "text")).to_pylist()
-    limit = TextLimit.of_folder(config.text.path, padding) if config.text.path else TextLimit.of_words(padding or 512)
+    if config.text.path:
+        limit = TextLimit.of_folder(config.text.path, treatment_of(config.text.path), padding)
+    else:
+        limit = TextLimit.of_words(padding or 512)
     return limit.among(texts)

@@ -15,6 +15,7 @@ from stdit.models.layers import LoraLinear
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.training.config import LoraConfig
 from stdit.weights.experts import expert_adapter_places
+from stdit.weights.families import family_of
 from stdit.weights.lora.adapters import Adapter, Pair, merge
 from stdit.weights.lora.files import FILES, write_adapter
 
@@ -67,7 +68,7 @@ def export_adapters(
     else:
         places = {"": expert_adapter_places(folder)[expert]}
     files = {FILES[config.layout]: config.layout}
-    if config.layout == "common" and model.family == "cosmos":
+    if config.layout == "common" and not family_of(model).diffusers_reads_common_lora:
         files = {"lora.safetensors": "common", FILES["diffusers"]: "diffusers"}
     for name, place in places.items():
         for file, layout in files.items():

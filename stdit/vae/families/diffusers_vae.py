@@ -20,27 +20,26 @@ from stdit.shapes import Stride, VideoShape, frames_of
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What diffusers' classes do not say of themselves.
+class VaeTraits:
+    """What an autoencoder class of diffusers does not say of itself.
 
-    image: encodes pictures, so a clip goes through it frame by frame. whole: frames go in whole groups, with no first
-    frame of its own. tiled: knows no other way than tiles of `kernel` at every `stride` (frames, rows, columns).
+    used_by: the families that use it, for messages.
+    image: encodes images, so a clip goes through it frame by frame.
+    whole: frames go in whole groups; the first frame has no group of its own.
+    tiled: works only in tiles of `kernel` at every `stride` (frames, rows, columns).
     """
 
-    family: str
+    used_by: str
     image: bool = False
     whole: bool = False
     tiled: bool = False
 
 
-CLASSES = {
-    "AutoencoderKL": Kind("Stable Diffusion's image VAE: PixArt, Latte", image=True),
-    "AutoencoderKLLTXVideo": Kind("LTX-Video"),
-    "AutoencoderKLAllegro": Kind("Allegro", whole=True, tiled=True),
-    "AutoencoderKLCosmos": Kind("Cosmos-Predict1"),
-    "AutoencoderKLCogVideoX": Kind("CogVideoX"),
-    "AutoencoderKLHunyuanVideo": Kind("HunyuanVideo"),
-    "AutoencoderKLMochi": Kind("Mochi"),
+IMAGE_VAE = VaeTraits("Stable Diffusion's image VAE: PixArt, Latte", image=True)
+OTHERS = {  # whose transformers stdit does not run; those of its families are in their records
+    "AutoencoderKLCogVideoX": VaeTraits("CogVideoX"),
+    "AutoencoderKLHunyuanVideo": VaeTraits("HunyuanVideo"),
+    "AutoencoderKLMochi": VaeTraits("Mochi"),
 }
 
 
@@ -76,15 +75,15 @@ class OtherVAE(WithoutBudget, nn.Module):
     diffusers' pipeline by default.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, traits: VaeTraits) -> None:
         super().__init__()
         name = type(module).__name__
-        self.module, self.kind = module, CLASSES[name]
+        self.module, self.traits = module, traits
         frames, side = _ratio(module, "temporal"), _ratio(module, "spatial")
-        stride = Stride((frames, side, side), first=frames if self.kind.whole else 1)
+        stride = Stride((frames, side, side), first=frames if self.traits.whole else 1)
         self.config = OtherConfig(name, int(module.config.latent_channels), stride)
         self.decode_level = 0.0
-        if self.kind.tiled:
+        if self.traits.tiled:
             module.enable_tiling()
 
     def encode(self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
@@ -96,10 +95,10 @@ class OtherVAE(WithoutBudget, nn.Module):
         shape = VideoShape(*video.shape[2:])
         shape.latent(self.config.stride)  # raises where it does not divide
         self._check_tiles(shape)
-        x = _frames(video) if self.kind.image else video
+        x = _frames(video) if self.traits.image else video
         posterior = self.module.encode(x).latent_dist
         raw = posterior.sample(generator) if sample else posterior.mode()
-        return self.normalise(_clips(raw, len(video)) if self.kind.image else raw)
+        return self.normalise(_clips(raw, len(video)) if self.traits.image else raw)
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes)."""
@@ -111,7 +110,7 @@ class OtherVAE(WithoutBudget, nn.Module):
         height, width = (n * s for n, s in zip(latents.shape[3:], stride[1:]))
         self._check_tiles(VideoShape(frames_of(latents.shape[2], stride), height, width))
         raw = self.denormalise(latents)
-        if self.kind.image:
+        if self.traits.image:
             parts = [self.module.decode(frame).sample for frame in _frames(raw).split(1)]
             video = _clips(torch.cat(parts), len(raw))
         elif self.module.config.get("timestep_conditioning"):
@@ -120,12 +119,12 @@ class OtherVAE(WithoutBudget, nn.Module):
                 video = self.module.decode(raw, raw.new_full((len(raw),), self.decode_level)).sample
         else:
             video = self.module.decode(raw).sample
-        video = video.transpose(1, 2) if self.kind.tiled else video  # Allegro's gives (B, T, 3, H, W)
+        video = video.transpose(1, 2) if self.traits.tiled else video  # Allegro's gives (B, T, 3, H, W)
         return video.clamp(-1, 1) if clamp else video
 
     def decode_stream(self, latents: Tensor, clamp: bool = True) -> Iterator[Tensor]:
         """`decode` of one clip (z, T', H', W'): its frames (3, t, H, W) when ready, one by one from an image VAE."""
-        for part in latents[None].split(1, dim=2) if self.kind.image else [latents[None]]:
+        for part in latents[None].split(1, dim=2) if self.traits.image else [latents[None]]:
             yield self.decode(part, clamp)[0]
 
     def normalise(self, raw: Tensor) -> Tensor:
@@ -160,7 +159,7 @@ class OtherVAE(WithoutBudget, nn.Module):
 
     def _check_tiles(self, shape: VideoShape) -> None:
         """Raises for a clip that tiles would not cover (diffusers leaves such borders black)."""
-        if not self.kind.tiled:
+        if not self.traits.tiled:
             return
         for name, size, kernel, stride in zip(
             ("frames", "height", "width"),
@@ -193,44 +192,51 @@ def _clips(frames: Tensor, count: int) -> Tensor:
     return frames.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def diffusers_class(name: str, place: object) -> Any:
-    """A class of diffusers in CLASSES. place: where it is asked for, in the error where diffusers is not installed."""
+@dataclass(frozen=True)
+class VaeFolder:
+    """The folder of an autoencoder that diffusers runs, and its class there."""
+
+    folder: Path
+    name: str
+    traits: VaeTraits
+
+
+def diffusers_class(name: str, traits: VaeTraits, place: object) -> Any:
+    """An autoencoder class of diffusers. place: what asks for it, for the error if diffusers is not installed."""
     try:
         import diffusers
     except ImportError:
         raise StditError(
-            f"{place}: a {name} ({CLASSES[name].family}) is run by diffusers, which is not installed: "
+            f"{place}: a {name} ({traits.used_by}) is run by diffusers, which is not installed: "
             "pip install 'stdit[vaes]'."
         ) from None
     return getattr(diffusers, name)
 
 
 @contextmanager
-def _reading(name: str, folder: Path) -> Iterator[Any]:
-    """diffusers' class, and what its reading of a strange folder brings up as a StditError."""
-    found = diffusers_class(name, folder)
+def _reading(source: VaeFolder) -> Iterator[Any]:
+    """diffusers' class; whatever its reading of a strange folder raises becomes a StditError."""
+    found = diffusers_class(source.name, source.traits, source.folder)
     try:
         yield found
     except Exception as error:
-        raise StditError(f"{folder}: diffusers cannot read a {name} there: {error}") from error
+        raise StditError(f"{source.folder}: diffusers cannot read a {source.name} there: {error}") from error
 
 
-def other_on_meta(name: str, folder: Path) -> OtherVAE:
-    """What load_other would load, without memory, of config.json alone."""
-    with _reading(name, folder) as found, torch.device("meta"):
-        module = found.from_config(found.load_config(str(folder), local_files_only=True))
-    return OtherVAE(module).to("meta")  # with constants that it had from elsewhere
+def other_on_meta(source: VaeFolder) -> OtherVAE:
+    """What load_other would load, without memory, from config.json alone."""
+    with _reading(source) as found, torch.device("meta"):
+        module = found.from_config(found.load_config(str(source.folder), local_files_only=True))
+    return OtherVAE(module, source.traits).to("meta")  # constants made elsewhere too
 
 
-def load_other(
-    name: str, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> OtherVAE:
-    """The autoencoder of a diffusers folder (config.json and safetensors), by its class; nothing is downloaded."""
-    with _reading(name, folder) as found:
+def load_other(source: VaeFolder, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> OtherVAE:
+    """The autoencoder of a diffusers folder (config.json and safetensors); nothing is downloaded."""
+    with _reading(source) as found:
         module, info = found.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype
+            str(source.folder), local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype
         )
     lost = {key: sorted(map(str, found)) for key, found in info.items() if found and key != "error_msgs"}
     if lost:
-        raise StditError(f"{folder}: the VAE's weights do not fit its config.json: {lost}.")
-    return OtherVAE(module).to(device)
+        raise StditError(f"{source.folder}: the VAE's weights do not fit its config.json: {lost}.")
+    return OtherVAE(module, source.traits).to(device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stdit.errors import StditError
 from stdit.shapes import Stride, VideoShape, frames_of
 from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.families.diffusers_vae import OtherVAE, WithoutBudget, diffusers_class
+from stdit.vae.families.diffusers_vae import IMAGE_VAE, OtherVAE, WithoutBudget, diffusers_class
 from stdit.vae.streaming import draw
 
 SPATIAL_SCALE = 0.18215  # of the latents of frames, whatever their own config says
@@ -168,7 +168,7 @@ class OpenSoraVAE(WithoutBudget, nn.Module):
         super().__init__()
         self.config = config
         levels = len(config.widths)
-        frames = diffusers_class("AutoencoderKL", "Open-Sora 1.2's VAE")(
+        frames = diffusers_class("AutoencoderKL", IMAGE_VAE, "Open-Sora 1.2's VAE")(
             block_out_channels=config.widths,
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
@@ -176,7 +176,7 @@ class OpenSoraVAE(WithoutBudget, nn.Module):
             latent_channels=config.z_dim,
             scaling_factor=SPATIAL_SCALE,
         )
-        self.spatial_vae, self.temporal_vae = OtherVAE(frames), TemporalVAE(config)
+        self.spatial_vae, self.temporal_vae = OtherVAE(frames, IMAGE_VAE), TemporalVAE(config)
         self.register_buffer("scale", torch.ones(1, config.z_dim, 1, 1, 1))
         self.register_buffer("shift", torch.zeros(1, config.z_dim, 1, 1, 1))
 

@@ -1,63 +1,117 @@
-"""One small file per family of open weights: how its config becomes ours, and how its keys do, in both directions.
+"""The families of open weights: one file each, with one record (`record.Family`), and look-ups over the records.
 
-FAMILY                               what messages call it
-CLASSES                              the classes that its config.json may name
-config_from(found, shapes, place)    our config of a config.json in any dialect; where `found` is {}, of
-                                     the tensors' shapes alone, or with {"_heads": n}; `place` is for errors
-fits(shapes)                         (optional) whether tensors without a config.json are this family's, where
-                                     another has the same names
-config_to_diffusers(config)          config.json as diffusers wants it
-config_to_original(config)           as the original release has it (where it has one)
-dialect_of(shapes)                   "original" or "diffusers", by the names alone, "" for another family's
-keymap(config, dialect)              a KeyMap, our names ↔ that dialect's
-built_in(config, layout)             our settings: the values that the layout's program has built in, so that a
-                                     config.json does not change them; None where ComfyUI has no such model
-NOT_WRITTEN                          (optional) settings that may differ when read back: they change no output
-metadata(config)                     (optional) what the program looks for in a file's own metadata
+To add a family, write its file and add its name to FAMILIES; docs/adding-a-family.md shows an example.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
-from types import ModuleType
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import Shape, Table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from stdit.models.config import TransformerConfig
+    from stdit.text.places import Treatment
+    from stdit.vae.families.diffusers_vae import VaeTraits
+
 KINDS = ("transformer", "vae")
 FAMILIES = {
-    "transformer": ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"),
-    "vae": ("wan_vae", "open_sora_vae"),
+    "transformer": ["wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"],
+    "vae": ["wan_vae", "open_sora_vae"],
 }
 
 
-def families(kind: str) -> list[ModuleType]:
-    """The modules of all families of a kind. Names shared by several belong to the first, unless a config says."""
-    return [importlib.import_module(f"stdit.weights.families.{name}") for name in FAMILIES[kind]]
+def families(kind: str) -> list[Family]:
+    """The records of all families of a kind. Names shared by several belong to the first, unless a config says."""
+    return [_record(name) for name in FAMILIES[kind]]
 
 
-def family_of(kind: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModuleType:
-    """The family of a config.json, or else of tensors by their names; where neither is known, the first."""
+def _record(name: str) -> Family:
+    record: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
+    return record
+
+
+def family_of(config: Any) -> Family:
+    """The family of a config."""
+    return _record(config.family)
+
+
+def recognised(kind: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Family:
+    """The family of a config.json, or else of tensors by their names; the first family if neither is known."""
     known = families(kind)
-    named = [family for family in known if found.get("_class_name") in family.CLASSES]
+    named = [family for family in known if found.get("_class_name") in family.classes]
     alike = [family for family in known if family.dialect_of(shapes)]
-    fitting = [family for family in alike if not hasattr(family, "fits") or family.fits(shapes)]
+    fitting = [family for family in alike if family.fits(shapes)]
     return (named or fitting or alike or known)[0]
 
 
-def family_module(config: Any) -> ModuleType:
-    """The family of a config."""
-    return importlib.import_module(f"stdit.weights.families.{getattr(config, 'family', 'wan_vae')}")
+def class_names(kind: str) -> list[str]:
+    """The classes that a config.json of a kind may name."""
+    return [name for family in families(kind) for name in family.classes]
 
 
-def table_of(config: Any, dialect: str) -> tuple[ModuleType, Table]:
-    """The family of a config, and how its model's tensors are those of a dialect."""
-    family = family_module(config)
-    return family, family.keymap(config, dialect).table(shapes_of(on_meta(config)))
+def titles(kind: str) -> list[str]:
+    """The families of a kind, as messages call them."""
+    return [family.title for family in families(kind)]
+
+
+def pipelines() -> dict[str, PipelineKind]:
+    """Every known pipeline class, as model_index.json names it."""
+    return {name: kind for family in families("transformer") for name, kind in family.pipelines.items()}
+
+
+def treatment_of(folder: str | Path) -> Treatment:
+    """How the pipeline of a model folder treats texts; as Wan's for any other folder."""
+    from stdit.text.places import Treatment
+
+    folder = Path(folder).expanduser()
+    if not (folder / "text_encoder").is_dir():
+        return Treatment()
+    try:
+        name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return Treatment()
+    kind = pipelines().get(str(name))
+    return kind.text if kind else Treatment()
+
+
+def diffusers_vaes() -> dict[str, VaeTraits]:
+    """The autoencoders that diffusers runs, by class: those of the families, and those of no family here."""
+    from stdit.vae.families.diffusers_vae import OTHERS
+
+    return {name: traits for family in families("transformer") for name, traits in family.autoencoders.items()} | OTHERS
+
+
+def class_of(config: Any) -> list[str]:
+    """Library and class of a config's model, as model_index.json names them."""
+    family = family_of(config)
+    name = family.config_to_diffusers(config)["_class_name"]
+    return ["stdit" if name in family.own_classes else family.library, name]
+
+
+def release_of(config: TransformerConfig) -> Release | None:
+    """The release with these settings; None for a size that nobody released, such as most that stdit trains."""
+    for release in family_of(config).releases:
+        if all(getattr(config, name) == value for name, value in release.settings.items()):
+            return release
+    return None
+
+
+def guided_by_null_text(config: TransformerConfig) -> bool:
+    """Whether "no text" is as many rows of the model's `null_text` as the text has, not the text encoder's of ""."""
+    return config.null_text > 0 and family_of(config).guided_by_null_text
+
+
+def table_of(config: Any, dialect: str) -> Table:
+    """How the tensors of a config's model are those of a dialect."""
+    return family_of(config).keymap(config, dialect).table(shapes_of(on_meta(config)))
 
 
 def on_meta(config: Any) -> nn.Module:

@@ -11,12 +11,14 @@ from typing import Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
+from stdit.text.places import Treatment
+from stdit.vae.families.diffusers_vae import VaeTraits
 from stdit.weights.families import configs
 from stdit.weights.families.configs import block_rules, checked_transformer, end_rules
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads
 
-FAMILY = "Allegro transformer"
-CLASSES = ("AllegroTransformer3DModel",)
+TITLE = "Allegro transformer"
 SETTINGS: dict[str, Any] = {**configs.PIXART_LIKE, "family": "allegro"}
 _OWN = ("text_padding", "rope_theta")
 _BLOCKS = r"transformer_blocks\.(\d+)\."
@@ -55,13 +57,12 @@ _DIFFUSERS = configs.Fields(
 
 
 def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, or of shapes alone (see `fits`), with the positions of the release."""
-    found, heads = configs.split_heads(found)
     if not found:
         names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
-        values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names, heads, {2304: 24})
+        values = configs.picture_from_shapes(shapes, place, TITLE, _BLOCKS, names, heads, {2304: 24})
         values["rope_scale"] = tuple(_DIFFUSERS.defaults[f"interpolation_scale_{axis}"] for axis in "thw")
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     values, theirs = _DIFFUSERS.read(found, _OWN, place)
@@ -113,3 +114,24 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         *block_rules(),
         *end_rules(),
     )
+
+
+FAMILY = Family(
+    name="allegro",
+    title=TITLE,
+    classes=(_DIFFUSERS.class_name,),
+    settings=SETTINGS,
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+    fits=fits,
+    scheduler=lambda config: {"_class_name": "EulerAncestralDiscreteScheduler", **configs.LINEAR_BETAS},
+    pipelines={"AllegroPipeline": PipelineKind(15, "1280x720x88", text=Treatment(512, "lower"))},
+    releases=(
+        Release("Allegro", {"dim": 2304, "layers": 32}, vae="Allegro's (4 channels, 4×8×8)", text="T5-XXL v1.1"),
+    ),
+    autoencoders={"AutoencoderKLAllegro": VaeTraits("Allegro", whole=True, tiled=True)},
+)

@@ -24,6 +24,7 @@ PLAIN_BLOCKS: dict[str, tuple[Any, ...]] = {
     "norm_eps": (1e-6,),
 }
 PICTURE_KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # beside an original, of frames
+LINEAR_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 PIXART_BLOCKS = {**PLAIN_BLOCKS, "dropout": (0.0,), "norm_type": ("ada_norm_single",)}
 
 
@@ -179,11 +180,6 @@ def picture_from_shapes(
         "patch": (1, patch, patch),
         "text_dim": needed(shapes, names[2], 2, place, what)[1],
     }
-
-
-def split_heads(found: Mapping[str, Any]) -> tuple[Mapping[str, Any], int | None]:
-    """What is known of a config.json, and the number of heads that was given for a file without one."""
-    return ({}, found["_heads"]) if "_heads" in found else (found, None)
 
 
 def checked_heads(

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from stdit.diffusion.solvers import euler_config, unipc_config
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
+from stdit.text.places import Treatment
+from stdit.vae.families.diffusers_vae import VaeTraits
 from stdit.weights.families import configs
 from stdit.weights.families.configs import block_rules, checked_transformer, needed
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads, output_order
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILY = "Cosmos-Predict transformer"
+TITLE = "Cosmos-Predict transformer"
 _ORIGINAL_CLASS = "CosmosPredict"
-CLASSES = ("CosmosTransformer3DModel", _ORIGINAL_CLASS)
 SETTINGS: dict[str, Any] = {
     "family": "cosmos",
     "cross_norm": "modulated",
@@ -81,10 +85,9 @@ _DIFFUSERS = configs.Fields(
 
 
 def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
-    found, _ = configs.split_heads(found)  # the shapes tell them
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
         values = _values_from_shapes(shapes, configs.described(found, _KEPT, place), place)
         return checked_transformer(SETTINGS | _network_time(values) | values, shapes, place, _BLOCKS)
@@ -281,20 +284,20 @@ def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], p
         if first
         else "blocks.0.adaln_modulation_mlp.1.weight",
     }
-    dim, features = needed(shapes, "x_embedder.proj.1.weight", 2, place, FAMILY)
+    dim, features = needed(shapes, "x_embedder.proj.1.weight", 2, place, TITLE)
     patch = tuple(known.get("patch", (1, 2, 2)))
     channels = features // math.prod(patch)
     values: dict[str, Any] = {
         "dim": dim,
         "frequency_dim": dim,
-        "heads": dim // needed(shapes, names["norm"], 1, place, FAMILY)[0],
+        "heads": dim // needed(shapes, names["norm"], 1, place, TITLE)[0],
         "layers": configs.count(shapes, _BLOCKS),
-        "ffn_dim": needed(shapes, names["mlp"], 2, place, FAMILY)[0],
-        "modulation_rank": needed(shapes, names["rank"], 2, place, FAMILY)[0],
+        "ffn_dim": needed(shapes, names["mlp"], 2, place, TITLE)[0],
+        "modulation_rank": needed(shapes, names["rank"], 2, place, TITLE)[0],
         "patch": patch,
         "in_channels": channels - 1,
-        "out_channels": needed(shapes, "final_layer.linear.weight", 2, place, FAMILY)[0] // math.prod(patch),
-        "text_dim": needed(shapes, names["context"], 2, place, FAMILY)[1],
+        "out_channels": needed(shapes, "final_layer.linear.weight", 2, place, TITLE)[0] // math.prod(patch),
+        "text_dim": needed(shapes, names["context"], 2, place, TITLE)[1],
         "text_embedding": "none",
     }
     if projection := shapes.get("crossattn_proj.0.weight"):
@@ -311,3 +314,56 @@ def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], p
     values["image_channels"] = int(values["in_channels"] == values["out_channels"] + 1)
     blank = channels - known.get("in_channels", channels - 1)
     return values | dict(known) | {"blank_channels": blank, "in_channels": channels - blank}
+
+
+def _scheduler(config: TransformerConfig) -> dict[str, Any]:
+    if config.network_time == "log_sigma":  # 1
+        sigmas = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "final_sigmas_type": "sigma_min"}
+        return {"_class_name": "EDMEulerScheduler", **sigmas, "_pipeline": "CosmosTextToWorldPipeline"}
+    if config.text_embedding == "gelu":  # 2.5
+        karras = {"use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}
+        return {**unipc_config(), **karras, "_pipeline": "Cosmos2_5_PredictBasePipeline"}
+    return {**euler_config(), "use_karras_sigmas": True, "_pipeline": "Cosmos2TextToImagePipeline"}
+
+
+_VAE, _WAN_VAE = "Cosmos' (16 channels, 8×8×8)", "Wan 2.1's (16 channels, 4×8×8)"
+_T5, _REASON = "T5-11B", "Cosmos-Reason1"
+_2 = PipelineKind(16, "1280x704x93", text=Treatment(512, "none"), guides_beyond=True)
+
+FAMILY = Family(
+    name="cosmos",
+    title=TITLE,
+    classes=(_DIFFUSERS.class_name, _ORIGINAL_CLASS),
+    settings=SETTINGS,
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+    scheduler=_scheduler,
+    pipelines={
+        "CosmosTextToWorldPipeline": replace(_2, fps=30, shape="1280x704x121"),
+        "CosmosVideoToWorldPipeline": PipelineKind(
+            30, refused="Cosmos-Predict1 from a video adds noise to what it is given, which is not built"
+        ),
+        "Cosmos2TextToImagePipeline": replace(_2, shape="1360x768x1"),
+        "Cosmos2VideoToWorldPipeline": _2,
+        "Cosmos2_5_PredictBasePipeline": replace(_2, text=Treatment()),
+    },
+    releases=(
+        Release("Cosmos-Predict1 7B", {"dim": 4096, "position": "learned"}, _VAE, _T5),
+        Release("Cosmos-Predict1 14B", {"dim": 5120, "position": "learned"}, _VAE, _T5),
+        Release("Cosmos-Predict2.5 2B", {"dim": 2048, "text_embedding": "gelu"}, _WAN_VAE, _REASON),
+        Release("Cosmos-Predict2.5 14B", {"dim": 5120, "text_embedding": "gelu"}, _WAN_VAE, _REASON),
+        Release("Cosmos-Predict2 2B", {"dim": 2048}, _WAN_VAE, _T5),
+        Release("Cosmos-Predict2 14B", {"dim": 5120}, _WAN_VAE, _T5),
+    ),
+    autoencoders={"AutoencoderKLCosmos": VaeTraits("Cosmos-Predict1")},
+    variants=(
+        {"text_embedding": "none"},
+        {"text_embedding": "none", "position": "learned", "position_max": (1, 1, 1)},
+        {"text_embedding": "gelu", "text_width": 4},
+    ),
+    diffusers_reads_common_lora=False,
+)

@@ -10,13 +10,15 @@ from typing import Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
+from stdit.text.places import Treatment
+from stdit.vae.families.diffusers_vae import IMAGE_VAE
 from stdit.weights.families import configs
 from stdit.weights.families.configs import block_rules, checked_transformer, end_rules
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
-FAMILY = "Latte transformer"
+TITLE = "Latte transformer"
 _ORIGINAL_CLASS = "LatteT2V"
-CLASSES = ("LatteTransformer3DModel", _ORIGINAL_CLASS)
 SETTINGS: dict[str, Any] = {
     **configs.PIXART_LIKE,
     "family": "latte",
@@ -24,7 +26,6 @@ SETTINGS: dict[str, Any] = {
     "rotary": "none",
     "position": "space_time",
 }
-NOT_WRITTEN = ("null_text",)  # diffusers has no place for it, and no output depends on it
 _OWN = ("text_padding",)
 _BLOCKS = r"(?:temporal_)?transformer_blocks\.(\d+)\."
 _DIFFUSERS = configs.Fields(
@@ -54,10 +55,9 @@ _DIFFUSERS = configs.Fields(
 
 
 def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
-    found, heads = configs.split_heads(found)
     if not found or (found.get("_class_name") == _ORIGINAL_CLASS and "_stdit" in found):
         kept = configs.described(found, configs.PICTURE_KEPT, place)
         values = _values_from_shapes(shapes, place, kept.get("heads", heads)) | kept
@@ -115,6 +115,34 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
     """Positions are for 64 latents a side, as in the release."""
     names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
-    values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names, heads, {1152: 16})
+    values = configs.picture_from_shapes(shapes, place, TITLE, _BLOCKS, names, heads, {1152: 16})
     null_text = shapes.get("caption_projection.y_embedding", (0,))[0]
     return {**values, "position_base": 64 // values["patch"][1], "null_text": null_text}
+
+
+FAMILY = Family(
+    name="latte",
+    title=TITLE,
+    classes=(_DIFFUSERS.class_name, _ORIGINAL_CLASS),
+    settings=SETTINGS,
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+    not_written=("null_text",),  # diffusers has no place for it, and no output depends on it
+    scheduler=lambda config: {"_class_name": "DDIMScheduler", **configs.LINEAR_BETAS, "clip_sample": False},
+    pipelines={
+        "LattePipeline": PipelineKind(8, "512x512x16", text=Treatment(120, "lower"), negative_follows=True),
+    },
+    releases=(
+        Release(
+            "Latte-1",
+            {"dim": 1152, "layers": 28},
+            vae="Stable Diffusion's, of images (4 channels, 8×8)",
+            text="T5-XXL v1.1",
+        ),
+    ),
+    autoencoders={"AutoencoderKL": IMAGE_VAE},
+)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from stdit.diffusion.solvers import euler_config
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
+from stdit.text.places import Treatment
+from stdit.vae.families.diffusers_vae import VaeTraits
 from stdit.weights.families import configs
 from stdit.weights.families.configs import Fields, block_rules, checked_transformer, end_rules, needed
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape, output_order
 
-FAMILY = "LTX-Video transformer"
-CLASSES = ("LTXVideoTransformer3DModel", "Transformer3DModel")
+TITLE = "LTX-Video transformer"
 SETTINGS: dict[str, Any] = {
     "family": "ltx",
     "norm": "rms",
@@ -94,12 +98,11 @@ _ORIGINAL = Fields(
 
 
 def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
     """Our config of a config.json in either dialect, or, where `found` is empty, of the tensors' shapes alone."""
     if sounds := [name for name in shapes if ".audio_" in name or name.startswith("audio_")]:
-        raise StditError(f"{place}: {sounds[0]} is of LTX-2, which has a second kind of tokens. {FAMILY}s load.")
-    found, heads = configs.split_heads(found)
+        raise StditError(f"{place}: {sounds[0]} is of LTX-2, which has a second kind of tokens. {TITLE}s load.")
     if not found:
         return checked_transformer(SETTINGS | _values_from_shapes(shapes, place, heads), shapes, place, _BLOCKS)
     original = found.get("_class_name") == _ORIGINAL.class_name or "positional_embedding_type" in found
@@ -180,13 +183,48 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int |
     """Widths are in the shapes; the releases have 32 heads and patches of one latent. All of 13B count frames as a
     causal VAE does; of 2B those from 0.9.5 on, whose files say so."""
     first = "patchify_proj" if dialect_of(shapes) == "original" else "proj_in"
-    dim, channels = needed(shapes, f"{first}.weight", 2, place, FAMILY)
+    dim, channels = needed(shapes, f"{first}.weight", 2, place, TITLE)
     return {
-        **configs.width(*configs.checked_heads(heads, dim, {2048: 32, 4096: 32}, place, FAMILY)),
+        **configs.width(*configs.checked_heads(heads, dim, {2048: 32, 4096: 32}, place, TITLE)),
         "rotary": "inner_causal" if dim == 4096 else "inner",
         "layers": configs.count(shapes, _BLOCKS),
         "in_channels": channels,
-        "out_channels": needed(shapes, "proj_out.weight", 2, place, FAMILY)[0],
+        "out_channels": needed(shapes, "proj_out.weight", 2, place, TITLE)[0],
         "patch": (1, 1, 1),
-        "text_dim": needed(shapes, "caption_projection.linear_1.weight", 2, place, FAMILY)[1],
+        "text_dim": needed(shapes, "caption_projection.linear_1.weight", 2, place, TITLE)[1],
     }
+
+
+def _scheduler(config: TransformerConfig) -> dict[str, Any]:
+    shifts = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
+    dynamic = {"use_dynamic_shifting": True, "shift_terminal": 0.1}
+    return {**euler_config(), **shifts, **dynamic, "_pipeline": "LTXPipeline"}
+
+
+_VAE = "LTX-Video's (128 channels, 8×32×32)"
+_PIPELINE = PipelineKind(25, "704x512x161", text=Treatment(128, "none", sees_padding=True))
+
+FAMILY = Family(
+    name="ltx",
+    title=TITLE,
+    classes=(_DIFFUSERS.class_name, _ORIGINAL.class_name),
+    settings=SETTINGS,
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+    metadata=metadata,
+    scheduler=_scheduler,
+    pipelines={
+        "LTXPipeline": _PIPELINE,
+        "LTXImageToVideoPipeline": _PIPELINE,
+        "LTXConditionPipeline": replace(_PIPELINE, text=Treatment(256, "none"), known_noise=0.15),
+    },
+    releases=(
+        Release("LTX-Video 2B", {"dim": 2048, "layers": 28}, _VAE, "T5-XXL v1.1"),
+        Release("LTX-Video 13B", {"dim": 4096, "layers": 48}, _VAE, "T5-XXL v1.1"),
+    ),
+    autoencoders={"AutoencoderKLLTXVideo": VaeTraits("LTX-Video")},
+)

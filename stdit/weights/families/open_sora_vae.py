@@ -12,9 +12,10 @@ from typing import Any
 from stdit.errors import StditError
 from stdit.vae.families.open_sora import OpenSoraConfig
 from stdit.weights.families.configs import count, describe, described, needed
+from stdit.weights.families.record import Family
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
-FAMILY = "Open-Sora 1.2 VAE"
+TITLE = "Open-Sora 1.2 VAE"
 CLASSES = ("VideoAutoencoderPipeline",)
 _KEPT = ("group", "groups")
 _FRAMES, _TIME = "spatial_vae.module.encoder.down_blocks", "temporal_vae.encoder"
@@ -22,13 +23,13 @@ _FRAMES, _TIME = "spatial_vae.module.encoder.down_blocks", "temporal_vae.encoder
 
 def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json") -> OpenSoraConfig:
     """Our config of the tensors' shapes."""
-    filters, z = needed(shapes, f"{_TIME}.conv_in.conv.weight", 5, place, FAMILY)[:2]
+    filters, z = needed(shapes, f"{_TIME}.conv_in.conv.weight", 5, place, TITLE)[:2]
     levels = [f"{_FRAMES}.{i}.resnets.0.conv1.weight" for i in range(count(shapes, rf"{_FRAMES}\.(\d+)\."))]
     times = range(count(shapes, rf"{_TIME}\.block_res_blocks\.(\d+)\."))
-    widths = [needed(shapes, f"{_TIME}.block_res_blocks.{i}.0.conv1.conv.weight", 5, place, FAMILY)[0] for i in times]
+    widths = [needed(shapes, f"{_TIME}.block_res_blocks.{i}.0.conv1.conv.weight", 5, place, TITLE)[0] for i in times]
     try:
         return OpenSoraConfig(
-            widths=tuple(needed(shapes, name, 4, place, FAMILY)[0] for name in levels),
+            widths=tuple(needed(shapes, name, 4, place, TITLE)[0] for name in levels),
             blocks=count(shapes, rf"{_FRAMES}\.0\.resnets\.(\d+)\."),
             filters=filters,
             multipliers=tuple(width // filters for width in widths),
@@ -62,3 +63,17 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
 def keymap(config: OpenSoraConfig, dialect: str) -> KeyMap:
     """The identity."""
     return KeyMap(Rule("{rest}", "{rest}"))
+
+
+FAMILY = Family(
+    name="open_sora_vae",
+    title=TITLE,
+    classes=CLASSES,
+    library="opensora",
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+)

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
+from stdit.text.places import Treatment
+from stdit.vae.families.diffusers_vae import IMAGE_VAE
 from stdit.weights.families import configs
 from stdit.weights.families.configs import block_rules, checked_transformer, end_rules
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILY = "PixArt transformer"
+TITLE = "PixArt transformer"
 _ORIGINAL_CLASS = "PixArtMS"
 _INFLATED_CLASS = "InflatedPixArtTransformer3DModel"
-CLASSES = ("PixArtTransformer2DModel", _ORIGINAL_CLASS, _INFLATED_CLASS)
 SETTINGS: dict[str, Any] = {
     **configs.PIXART_LIKE,
     "family": "pixart",
@@ -32,7 +34,6 @@ SETTINGS: dict[str, Any] = {
     "rotary": "none",
     "position": "space",
 }
-NOT_WRITTEN = ("null_text",)  # diffusers has no place for it, and no output depends on it
 _OWN = ("text_padding",)
 _BLOCKS = r"(?:transformer_)?blocks\.(\d+)\."
 _DIFFUSERS = configs.Fields(
@@ -66,10 +67,9 @@ _DIFFUSERS = configs.Fields(
 
 
 def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
     """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
-    found, heads = configs.split_heads(found)
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
         kept = configs.described(found, configs.PICTURE_KEPT, place)
         values = _values_from_shapes(shapes, place, kept.get("heads", heads)) | kept
@@ -220,7 +220,7 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int |
     names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
     if dialect_of(shapes) == "original":
         names = ("x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.y_proj.fc1.weight")
-    values = configs.picture_from_shapes(shapes, place, FAMILY, _BLOCKS, names, heads, {1152: 16})
+    values = configs.picture_from_shapes(shapes, place, TITLE, _BLOCKS, names, heads, {1152: 16})
     sized = any(name.startswith(("csize_embedder.", "adaln_single.emb.resolution_embedder.")) for name in shapes)
     tokens = shapes.get("pos_embed", (1, 4096 if sized else 1024, values["dim"]))
     compressed = {int(name.split(".")[1]): shapes[name][2] for name in shapes if name.endswith(".attn.sr.weight")}
@@ -234,3 +234,39 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int |
         "compression": max(compressed.values(), default=1),
         "null_text": shapes.get("y_embedder.y_embedding", (0,))[0],
     }
+
+
+_SD, _SDXL = "Stable Diffusion's, of images (4 channels, 8×8)", "SDXL's, of images (4 channels, 8×8)"
+_XL, _T5 = {"dim": 1152, "layers": 28}, "T5-XXL v1.1"
+
+FAMILY = Family(
+    name="pixart",
+    title=TITLE,
+    classes=(_DIFFUSERS.class_name, _ORIGINAL_CLASS, _INFLATED_CLASS),
+    settings=SETTINGS,
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+    fits=fits,
+    not_written=("null_text",),  # diffusers has no place for it, and no output depends on it
+    scheduler=lambda config: {
+        "_class_name": "DPMSolverMultistepScheduler",
+        **configs.LINEAR_BETAS,
+        "algorithm_type": "dpmsolver++",
+    },
+    pipelines={
+        "PixArtAlphaPipeline": PipelineKind(1, text=Treatment(120, "lower")),
+        "PixArtSigmaPipeline": PipelineKind(1, text=Treatment(300, "lower")),
+    },
+    releases=(
+        Release("PixArt-α XL 1024-MS", {**_XL, "level_condition": "size"}, _SD, _T5),
+        Release("PixArt-Σ XL 2K-MS", {**_XL, "position_base": 128}, _SDXL, _T5),
+        Release("PixArt-Σ XL 1024-MS", {**_XL, "position_base": 64}, _SDXL, _T5),
+        Release("PixArt XL of at most 512 pixels (α or Σ)", _XL, f"α: {_SD}; Σ: {_SDXL}", _T5),
+    ),
+    autoencoders={"AutoencoderKL": IMAGE_VAE},
+    variants=({}, {"level_condition": "size"}),
+)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
+from stdit.text.places import Treatment
 from stdit.weights.families.configs import PIXART_LIKE, Fields, checked_transformer, patch_rules
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILY = "STDiT3 (Open-Sora 1.2)"
-CLASSES = ("STDiT3",)
+TITLE = "STDiT3 (Open-Sora 1.2)"
 SETTINGS: dict[str, Any] = {
     **PIXART_LIKE,
     "family": "stdit3",
@@ -68,11 +69,11 @@ _NOTES = ("architectures", "auto_map", "model_type", "torch_dtype", "transformer
 
 
 def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
     """Our config of the release's config.json. Without one the number of heads is unknown."""
-    if not found or "_heads" in found:
-        raise StditError(f"{place}: {FAMILY} needs its config.json beside the file.")
+    if not found:
+        raise StditError(f"{place}: {TITLE} needs its config.json beside the file.")
     known = {name: value for name, value in found.items() if name not in _NOTES}
     values, theirs = _ORIGINAL.read(known, _OWN, place)
     values["qk_norm"] = "per_head_self" if theirs["qk_norm"] else "none"
@@ -85,7 +86,7 @@ def config_to_original(config: TransformerConfig) -> dict[str, Any]:
     """config.json as the release has it."""
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise StditError(
-            f"{FAMILY} has out_channels of once or twice its in_channels {config.in_channels}, not "
+            f"{TITLE} has out_channels of once or twice its in_channels {config.in_channels}, not "
             f"{config.out_channels}."
         )
     written = _ORIGINAL.write(
@@ -147,3 +148,34 @@ def _frequencies(config: TransformerConfig) -> Tensor:
     import torch
 
     return 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+
+
+FAMILY = Family(
+    name="stdit3",
+    title=TITLE,
+    classes=(_ORIGINAL.class_name,),
+    library="opensora",
+    settings=SETTINGS,
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+    scheduler=lambda config: {
+        "_class_name": "RFLOW",
+        "use_timestep_transform": True,
+        "_pipeline": "OpenSoraPipeline",
+    },
+    pipelines={"OpenSoraPipeline": PipelineKind(24, "848x480x102", text=Treatment(300, "strip"), gathered=True)},
+    releases=(
+        Release(
+            "STDiT3-XL/2",
+            {"dim": 1152, "layers": 28},
+            vae="Open-Sora 1.2's (4 channels, 4×8×8)",
+            text="T5-XXL v1.1",
+        ),
+    ),
+    variants=({"qk_norm": "per_head_self"},),
+    guided_by_null_text=True,
+)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stdit.diffusion.solvers import unipc_config
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.weights.families.configs import (
@@ -20,15 +21,14 @@ from stdit.weights.families.configs import (
     checked_heads,
     checked_keys,
     patch_rules,
-    split_heads,
 )
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
-FAMILY = "Wan transformer"
+TITLE = "Wan transformer"
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 ORIGINAL_CLASS = "WanModel"
 SKYREELS_CLASS = "SkyReelsV2Transformer3DModel"  # Wan's network, unless it is told the frame rate or is causal
-CLASSES = (DIFFUSERS_CLASS, ORIGINAL_CLASS, SKYREELS_CLASS)
 
 # Branches that other variants of Wan have, by the start of a tensor's name in any dialect.
 _BRANCHES = {
@@ -88,20 +88,18 @@ _OWN = (
     "qk_norm",
     "image_channels",
 )  # what others' config.json may have no place for
-NOT_WRITTEN = ("rope_max",)  # not in every layout; no output depends on it here
 _SWITCHES = {"qk_norm": "across_heads", "cross_norm": "affine"}  # true or false there: ours where true, else "none"
 _WORDS = re.compile(r"(dim|heads|layers|ffn_dim|in_channels|out_channels|text_dim|frequency_dim|rope_max)")
 
 
 def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json"
+    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
     """Our config of a config.json in any dialect, or, where `found` is empty, of the tensors' shapes alone.
 
     Raises StditError that names a variant that stdit does not run (image branches, VACE, Animate, …), an unknown
     class, a bad value, or a number of blocks that is not the file's.
     """
-    found, heads = split_heads(found)
     _refuse_variants(found, shapes, place)
     found = _without_skyreels(found, place)
     if not found:
@@ -252,8 +250,8 @@ def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...
 
 def _refuse_variants(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object) -> None:
     kind = found.get("_class_name")
-    if kind not in (None, *CLASSES):
-        raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {FAMILY}s ({DIFFUSERS_CLASS}).")
+    if kind not in (None, *FAMILY.classes):
+        raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {TITLE}s ({DIFFUSERS_CLASS}).")
     advice = "stdit loads the t2v, i2v, flf2v and ti2v transformers of Wan 2.1 and 2.2."
     if found.get("model_type", "t2v") not in _MODEL_TYPES:
         raise StditError(
@@ -338,13 +336,13 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int |
     absent = [name for name in wanted if len(shapes.get(name, ())) != (5 if name == names["patch"] else 2)]
     if absent:
         raise StditError(
-            f"{place}: not a {FAMILY}: no config.json, and no {absent[0]} of the right rank to tell the size by."
+            f"{place}: not a {TITLE}: no config.json, and no {absent[0]} of the right rank to tell the size by."
         )
     dim, in_channels, *patch = shapes[names["patch"]]
     released = {} if dim % 128 else {dim: dim // 128}
     return {
         "dim": dim,
-        "heads": checked_heads(heads, dim, released, place, FAMILY)[0],
+        "heads": checked_heads(heads, dim, released, place, TITLE)[0],
         "layers": _blocks(shapes),
         "ffn_dim": shapes[names["ffn"]][0],
         "in_channels": in_channels,
@@ -365,4 +363,34 @@ def _blocks(shapes: Mapping[str, Shape]) -> int:
 
 def _need(found: Mapping[str, Any], names: tuple[str, ...], place: object) -> None:
     if absent := [name for name in names if name not in found]:
-        raise StditError(f"{place}: not the config of a {FAMILY}: it has no {', '.join(absent)}.")
+        raise StditError(f"{place}: not the config of a {TITLE}: it has no {', '.join(absent)}.")
+
+
+_UMT5 = "UMT5-XXL"
+_VAE21, _VAE22 = "Wan 2.1's (16 channels, 4×8×8)", "Wan 2.2's (48 channels, 4×16×16)"
+_14B = {"dim": 5120, "layers": 40}
+_PIPELINE = PipelineKind(16, "832x480x81", by_channels={48: (24, "1280x704x121")}, experts=True)  # 48: Wan 2.2 TI2V 5B
+
+FAMILY = Family(
+    name="wan",
+    title=TITLE,
+    classes=(DIFFUSERS_CLASS, ORIGINAL_CLASS, SKYREELS_CLASS),
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+    not_written=("rope_max",),  # not in every layout; no output depends on it here
+    scheduler=lambda config: unipc_config(),
+    pipelines={"WanPipeline": _PIPELINE, "WanImageToVideoPipeline": _PIPELINE},
+    releases=(
+        Release("Wan 2.1 T2V 1.3B", {"dim": 1536, "layers": 30, "in_channels": 16}, _VAE21, _UMT5),
+        Release("Wan 2.1 T2V 14B, or an expert of Wan 2.2 T2V A14B", {**_14B, "in_channels": 16}, _VAE21, _UMT5),
+        Release("Wan 2.1 FLF2V 14B", {**_14B, "in_channels": 36, "image_text_positions": 514}, _VAE21, _UMT5),
+        Release("Wan 2.1 I2V 14B", {**_14B, "in_channels": 36, "image_text_dim": 1280}, _VAE21, _UMT5),
+        Release("an expert of Wan 2.2 I2V A14B", {**_14B, "in_channels": 36, "image_text_dim": 0}, _VAE21, _UMT5),
+        Release("Wan 2.2 TI2V 5B", {"dim": 3072, "in_channels": 48}, _VAE22, _UMT5),
+    ),
+    variants=({}, {"image_text_dim": 4, "image_text_positions": 1}),
+)

@@ -14,9 +14,10 @@ from typing import Any
 from stdit.errors import StditError
 from stdit.vae.config import PRESETS, WAN21_MEAN, WAN21_STD, VaeConfig
 from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys
+from stdit.weights.families.record import Family
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
-FAMILY = "Wan causal video VAE"
+TITLE = "Wan causal video VAE"
 DIFFUSERS_CLASS = "AutoencoderKLWan"
 ORIGINAL_CLASS = "WanVAE_"
 OWN_CLASS = "CausalVAE"  # what Wan's layout has no place for: no other program has a class for it
@@ -57,7 +58,7 @@ def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: ob
     """
     kind = found.get("_class_name")
     if kind not in (None, *CLASSES):
-        raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {FAMILY}s ({DIFFUSERS_CLASS}).")
+        raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {TITLE}s ({DIFFUSERS_CLASS}).")
     if not found:
         values = _values_from_shapes(shapes, place)
     elif kind == DIFFUSERS_CLASS or {"base_dim", "temperal_downsample"} <= set(found):
@@ -192,7 +193,7 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
         "z": f"{'post_quant_conv' if diffusers else 'conv2'}.weight",
     }
     if absent := [name for name in names.values() if len(shapes.get(name, ())) < 4]:
-        raise StditError(f"{place}: not a {FAMILY}: there is no config.json, and no {absent[0]} to tell the size by.")
+        raise StditError(f"{place}: not a {TITLE}: there is no config.json, and no {absent[0]} to tell the size by.")
     out = re.compile(  # the last tensor of each block and resampling: level (2.2) or block, block in the level (2.2)
         rf"{re.escape(down)}\.(\d+)\.(?:(?:downsamples|resnets)\.(\d+)\.|(downsampler)\.)?"
         r"(?:conv2|residual\.6|resample\.1)\.weight"
@@ -208,7 +209,7 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
         else:
             blocks += 1
     if not blocks or any(width % base for width in widths) or channels % 3:
-        raise StditError(f"{place}: not a {FAMILY}: its encoder's {len(found)} blocks do not make levels.")
+        raise StditError(f"{place}: not a {TITLE}: its encoder's {len(found)} blocks do not make levels.")
     widths.append(width)
     values = {
         "base_dim": base,
@@ -230,3 +231,17 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
 
 def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+FAMILY = Family(
+    name="wan_vae",
+    title=TITLE,
+    classes=CLASSES,
+    own_classes=(OWN_CLASS,),
+    config_from=config_from,
+    config_to_original=config_to_original,
+    config_to_diffusers=config_to_diffusers,
+    dialect_of=dialect_of,
+    keymap=keymap,
+    built_in=built_in,
+)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish, publish_text
-from stdit.weights.families import table_of
+from stdit.weights.families import family_of, table_of
 from stdit.weights.files import TensorFiles, open_file, read_json, write_tensors
 from stdit.weights.keymap import Shape, Table
 
@@ -232,7 +232,7 @@ def write_adapter(
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join((*LAYOUTS, *ALIASES))}.")
     path, plain = Path(path), layout in ("diffusers", "peft")
-    there = to_foreign(adapter, table_of(config, "diffusers" if plain else "original")[1])
+    there = to_foreign(adapter, table_of(config, "diffusers" if plain else "original"))
     modules = {name.removesuffix(".weight"): pair for name, pair in there.pairs.items()}
     tensors: dict[str, Tensor] = {}
     metadata = {"format": "pt"}
@@ -311,7 +311,7 @@ def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> 
     best: tuple[Table, dict[str, str]] | None = None
     for dialect in ("original", "diffusers"):
         try:
-            family, table = table_of(config, dialect)
+            table = table_of(config, dialect)
         except StditError:  # a model that diffusers has no class for
             continue
         names = found.resolve(table)
@@ -323,10 +323,10 @@ def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> 
     if unknown and not (partly and names):
         known = [name.removesuffix(".weight") for name in table.foreign_shapes]
         raise StditError(
-            f"{found.files.path}: adapts {len(unknown)} layers that this {family.FAMILY} of {config.layers} blocks "
-            f"does not have, such as {found.files.prefix}{unknown[0]}.{nearest_name(unknown[0], known)} It has "
-            f"{len(names)} of the file's {len(found.modules)}; it does not have {_kinds(unknown)}. For which family it "
-            f"is tells `stdit weights inspect {found.files.path}`{f'; {_PARTLY}' if names else ''}."
+            f"{found.files.path}: adapts {len(unknown)} layers that this {family_of(config).title} of "
+            f"{config.layers} blocks does not have, such as {found.files.prefix}{unknown[0]}."
+            f"{nearest_name(unknown[0], known)} It has {len(names)} of the file's {len(found.modules)}; it does not "
+            f"have {_kinds(unknown)}. For which family it is tells `stdit weights inspect {found.files.path}`{f'; {_PARTLY}' if names else ''}."
         )
     for module, name in names.items():
         _check_shapes(found, module, found.modules[module], name, table.foreign_shapes)

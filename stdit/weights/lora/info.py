@@ -6,11 +6,10 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stdit.weights.families import families, table_of
+from stdit.weights.families.record import Family
 from stdit.weights.lora.files import LoraFile, fitted, open_adapter
 
 if TYPE_CHECKING:
@@ -49,28 +48,17 @@ def fitting(found: LoraFile) -> list[tuple[str, str]]:
     fits = []
     for family in families("transformer"):
         for dialect in ("original", "diffusers"):
-            for config in _samples(getattr(family, "SETTINGS", {}), max(numbers, default=0) + 1):
-                table = table_of(config, dialect)[1]
-                if len(found.resolve(table)) == len(found.modules) and (family.FAMILY, dialect) not in fits:
-                    fits.append((family.FAMILY, dialect))
+            for config in _samples(family, max(numbers, default=0) + 1):
+                table = table_of(config, dialect)
+                if len(found.resolve(table)) == len(found.modules) and (family.title, dialect) not in fits:
+                    fits.append((family.title, dialect))
     return fits
 
 
-def _samples(settings: Mapping[str, Any], layers: int) -> Iterable[TransformerConfig]:
+def _samples(family: Family, layers: int) -> list[TransformerConfig]:
     """Small models of a family that have, together, every tensor that some model of it has."""
     from stdit.models.config import TransformerConfig
 
     sizes = {"dim": 12, "heads": 1, "ffn_dim": 4, "text_dim": 4, "frequency_dim": 12, "in_channels": 1}
-    small = TransformerConfig(**(sizes | {"layers": layers, "out_channels": 1, "position_base": 1} | dict(settings)))
-    if small.family == "wan":
-        return [small, replace(small, image_text_dim=4, image_text_positions=1)]
-    if small.family == "pixart":
-        return [small, replace(small, level_condition="size")]
-    if small.family == "cosmos":
-        plain = replace(small, text_embedding="none")
-        return [
-            plain,
-            replace(plain, position="learned", position_max=(1, 1, 1)),
-            replace(plain, text_embedding="gelu", text_width=4),
-        ]
-    return [replace(small, qk_norm="per_head_self") if small.family == "stdit3" else small]
+    sizes |= {"layers": layers, "out_channels": 1, "position_base": 1}
+    return [TransformerConfig(**{**sizes, **family.settings, **variant}) for variant in family.variants]

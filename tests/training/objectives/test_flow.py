@@ -26,7 +26,7 @@ from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepKey
 from stdit.training.outputs.export import make_pipeline
 from stdit.training.setup.build import RunComponents, build
-from stdit.weights.schedulers import default_scheduler
+from stdit.weights.families.ltx import FAMILY
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -321,7 +321,7 @@ def test_what_trained_samples_along_its_own_path(parts: RunComponents, scheduler
 def test_a_static_shift_follows_the_runs() -> None:
     """Where the scheduler holds one that is in use; others have none to follow."""
     assert with_static_shift(unipc_config(3.0), 2.0)["flow_shift"] == 2.0
-    ltx = default_scheduler(TransformerConfig(24, 2, 2, 48, family="ltx"))
+    ltx = FAMILY.scheduler(TransformerConfig(24, 2, 2, 48, family="ltx"))
     assert with_static_shift(ltx, 2.0) == {**ltx, "shift": 2.0, "use_dynamic_shifting": False}
     for config, shift in ((DDIM, 2.0), (EDM, 2.0), (ltx, None)):
         assert with_static_shift(config, shift) == config
