@@ -11,7 +11,7 @@ import typer
 from stdit.cli.common.outputs import out_path
 
 if TYPE_CHECKING:
-    from stdit.weights.io import Source
+    from stdit.weights.sources import Source
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inspect and convert weights.")
 _Model = Annotated[Path | None, typer.Option(help="For an adapter (LoRA): the model that it is for.")]
@@ -41,15 +41,15 @@ def inspect(
     """
     import json as format
 
-    from stdit.weights import io
     from stdit.weights.lora import files as lora_files
     from stdit.weights.lora import info as lora_info
+    from stdit.weights.sources import find
 
     if verify:
         return _verify(path, json)
 
     if lora_files.is_adapter(path):
-        config = None if model is None else io.find("transformer", model, trust_pickle).config
+        config = None if model is None else find("transformer", model, trust_pickle).config
         adapter = lora_info.describe(path, config)
         if json:
             print(format.dumps({"path": str(path), "models": [adapter]}, indent=2))
@@ -137,11 +137,12 @@ def convert(
     from stdit.weights.experts import EXPERT_NAMES, expert_folders
     from stdit.weights.layouts import check_layout, dialect_in
     from stdit.weights.lora import files as lora_files
+    from stdit.weights.sources import find
 
     if lora_files.is_adapter(source):
         if model is None:
             raise StditError(f"{source}: is an adapter; say by --model which model it is for: its sizes are needed.")
-        config = io.find("transformer", model, trust_pickle).config
+        config = find("transformer", model, trust_pickle).config
         layout = lora_files.ALIASES.get(layout, layout) or "common"
         adapter = lora_files.read_adapter(source, config)
         place = out if out.suffix == ".safetensors" else out / lora_files.FILES.get(layout, "lora.safetensors")
@@ -228,9 +229,9 @@ def _copy(entries: list[Path], out: Path) -> None:
 def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = None) -> dict[str, Source]:
     """What is at `path`: transformer (or two experts, high and low) and vae; or the error that says why nothing is."""
     from stdit.errors import StditError
-    from stdit.weights import io
     from stdit.weights.experts import expert_places
     from stdit.weights.families import KINDS, titles
+    from stdit.weights.sources import find, holds, other_vae
 
     experts = expert_places(path.expanduser())
     parts: list[tuple[str, str, Path]] = []
@@ -238,9 +239,9 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = N
     for part, place in {**(experts or {"transformer": path}), "vae": path}.items():
         kind = "vae" if part == "vae" else "transformer"
         try:
-            if part == "vae" and parts and io.other_vae(place):
+            if part == "vae" and parts and other_vae(place):
                 continue  # diffusers', of which nothing is renamed: `_parts` has it
-            parts += [(part, kind, place)] if io.holds(kind, place, trust_pickle) else []
+            parts += [(part, kind, place)] if holds(kind, place, trust_pickle) else []
         except StditError as error:
             problems.append(error)
     if not parts and problems:
@@ -251,7 +252,7 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = N
     for problem in problems:
         typer.echo(f"left out: {problem}", err=True)
     return {
-        part: io.find(kind, place, trust_pickle, strict, heads if kind == "transformer" else None)
+        part: find(kind, place, trust_pickle, strict, heads if kind == "transformer" else None)
         for part, kind, place in parts
     }
 
@@ -321,7 +322,7 @@ def _trained_for(source: Source) -> dict[str, str | None]:
 def _parts(path: Path) -> dict[str, str]:
     """What else a model folder holds, by its folders: the class that each one's config names."""
     from stdit.weights.files import read_json
-    from stdit.weights.io import other_vae
+    from stdit.weights.sources import other_vae
 
     documents = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     found = {"vae": other.name} if (path / "vae").is_dir() and (other := other_vae(path)) else {}

@@ -32,7 +32,8 @@ from stdit.shapes import first_frames, nearest_frames
 from stdit.text_files import json_lines
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.training.lpips import Lpips
-from stdit.weights.io import find, load_vae, save_vae, vae_on_meta
+from stdit.weights.io import load_vae, save_vae, vae_on_meta
+from stdit.weights.sources import find
 
 FORMAT = 1
 PIECE = 16  # frames that are read of a file, and measured, at a time

@@ -33,9 +33,10 @@ from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.families.record import PipelineKind
 from stdit.weights.files import read_json
 from stdit.weights.identity import folder_identity
-from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae, transformer_identity
+from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
 from stdit.weights.lora.adapters import merge
 from stdit.weights.lora.files import read_adapter
+from stdit.weights.sources import transformer_identity
 
 if TYPE_CHECKING:
     from stdit.text.images import ImageEncoder

@@ -6,39 +6,24 @@ its device and dtype, into a model that was built without memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.files import publish
 from stdit.weights.experts import EXPERT_NAMES, boundary_of, expert_folders, expert_places
-from stdit.weights.families import (
-    class_names,
-    diffusers_vaes,
-    families,
-    family_of,
-    on_meta,
-    recognised,
-    shapes_of,
-    table_of,
-    titles,
-)
-from stdit.weights.families.record import Family
-from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json, write_tensors
-from stdit.weights.identity import files_identity, folder_identity
-from stdit.weights.keymap import Table
+from stdit.weights.families import family_of, on_meta, table_of
+from stdit.weights.files import write_tensors
 from stdit.weights.layouts import check_layout, describe, dialect_in
-from stdit.weights.others import check_known, check_no_adapter
-from stdit.weights.quantised import FP8, fp8_count, scaled
+from stdit.weights.quantised import FP8, fp8_count
+from stdit.weights.sources import PREFIXES, Source, find, other_vae
 
 if TYPE_CHECKING:
     import torch
@@ -46,37 +31,11 @@ if TYPE_CHECKING:
 
     from stdit.models.experts import Experts
     from stdit.models.transformer import STDiT
-    from stdit.vae.families.diffusers_vae import VaeFolder
     from stdit.vae.families.open_sora import AnyVAE
 
 SHARD_BYTES = 5_000_000_000
-OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
-PREFIXES = (
-    "model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "transformer.", "dit.", "net.",
-    "model.",
-)  # fmt: skip
-_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # torch's, in names
 _STEM = "diffusion_pytorch_model"
 _VAE_STEMS = ("Wan2.1_VAE", "Wan2.2_VAE")  # original releases keep it beside the transformer
-_OTHERS = re.compile(r"t5|clip|text_encoder|tokenizer|lora|adapter", re.IGNORECASE)
-_VAE = re.compile(r"vae", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model found on the disk: config read, files opened, names compared; no tensor read yet."""
-
-    kind: str  # "transformer" or "vae"
-    family: Family
-    files: TensorFiles
-    config: Any
-    config_path: Path | None
-    dialect: str
-    table: Table
-
-    @property
-    def parameters(self) -> int:
-        return sum(math.prod(entry.shape) for entry in self.files.entries.values())
 
 
 def load_transformer(
@@ -140,21 +99,6 @@ def vae_on_meta(path: str | os.PathLike[str]) -> Any:
     return on_meta(find("vae", path).config) if other is None else other_on_meta(other)
 
 
-def other_vae(path: str | os.PathLike[str]) -> VaeFolder | None:
-    """An autoencoder that diffusers runs, its files checked; None if none is there."""
-    from stdit.vae.families.diffusers_vae import VaeFolder
-
-    folder = Path(path).expanduser()
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    path = folder / "config.json"
-    name = str(read_json(path).get("_class_name")) if path.is_file() else ""
-    traits = diffusers_vaes().get(name)
-    if traits is None:
-        return None
-    open_folder(folder)  # raises for files that are damaged, before anything is read
-    return VaeFolder(folder, name, traits)
-
-
 def save_transformer(
     model: STDiT | Experts, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
 ) -> None:
@@ -192,78 +136,6 @@ def save_vae(
         vae.module.save_pretrained(folder)
     else:
         _save("vae", vae, Path(folder), layout, shard_bytes)
-
-
-def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -> bool:
-    """Whether a transformer or VAE is at `path`, by folder and tensor names. Raises where files cannot be opened."""
-    place = Path(path).expanduser()
-    if (place / kind).is_dir() or (place / "model_index.json").is_file():
-        return (place / kind).is_dir()
-    try:
-        _, files = _opened(kind, place, trust_pickle)
-    except NoWeights:
-        return False
-    return any(family.dialect_of(files.shapes) for family in families(kind))
-
-
-def find(
-    kind: str,
-    path: str | os.PathLike[str],
-    trust_pickle: bool = False,
-    strict: bool = True,
-    heads: int | None = None,
-) -> Source:
-    """Opens a transformer or VAE without reading a tensor. strict: raise if its tensors are not those of its config.
-    heads: of a transformer without a config."""
-    folder, files = _opened(kind, Path(path).expanduser(), trust_pickle)
-    check_no_adapter(files.entries, files.path)
-    found, config_path = _config(kind, folder, files)
-    if kind == "transformer":
-        check_known(found.get("_class_name"), files.entries, config_path or files.path)
-    try:
-        return _source(kind, files, found, config_path, strict, heads)
-    except StditError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
-        # A value of another type than any family's code expects of its config, or a size that no tensor has.
-        raise StditError(
-            f"{config_path or files.path}: not a config of a {kind} that can be read ({error}). Is it damaged?"
-        ) from error
-
-
-def transformer_identity(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, str]:
-    """SHA-256 (hex) of the weights of one or more transformers, and of their configs."""
-    found = [find("transformer", path) for path in paths]
-    weights = [folder_identity(file) for one in found for file in one.files.files]
-    configs = [one.config_path for one in found if one.config_path is not None]
-    return hashlib.sha256("".join(weights).encode()).hexdigest(), files_identity(configs)
-
-
-def _source(
-    kind: str, files: TensorFiles, found: dict[str, Any], config_path: Path | None, strict: bool, heads: int | None
-) -> Source:
-    family = recognised(kind, found, files.shapes)
-    dialect = family.dialect_of(files.shapes)
-    others = [other.title for other in families(kind) if not dialect and other.dialect_of(files.shapes)]
-    if found and others:
-        raise StditError(
-            f"{files.path}: these tensors are of a {others[0]}, {config_path or 'the config in its metadata'} "
-            f"is of a {family.title}. Put the config.json of the weights beside them."
-        )
-    config = None
-    if found or dialect:
-        options = {} if heads is None else {"heads": heads}
-        config = family.config_from(found, files.shapes, config_path or files.path, **options)
-    if config is not None and heads is not None and config.heads != heads:
-        raise StditError(f"{config_path or files.path}: says {config.heads} heads, not {heads}.")
-    if config is None or not dialect:
-        known = ", nor a ".join(titles(kind))
-        raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
-    table = family.keymap(config, dialect).table(shapes_of(on_meta(config)))
-    if strict:
-        where = f"the config {config_path} is of other weights" if config_path else "these are other weights"
-        table.check(files.shapes, files.path, f"The file is damaged, or {where}: get both from the same place again.")
-    return Source(kind, family, files, config, config_path, dialect, table)
 
 
 def load(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
@@ -327,74 +199,6 @@ def convert(
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-
-
-def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
-    """The folder of a model of this kind and its files, names freed of other programs' prefixes."""
-    if not place.exists():
-        raise StditError(f"{place}: no such file or folder.")
-    if place.is_file():
-        folder, files = place.parent, open_file(place, trust_pickle)
-    else:
-        folder, files = _in_folder(kind, place, trust_pickle)
-    files = scaled(files.renamed(lambda name: _WRAPPERS.sub("", name)))
-    if kind == "transformer":
-        files = files.without_others(PREFIXES, OTHER_MODELS)
-    return folder, files.without_prefix(PREFIXES)
-
-
-def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
-    """The folder that holds a model of this kind, and its files."""
-    if (folder / kind).is_dir():
-        if (folder / f"{kind}_2").is_dir():
-            raise StditError(f"{folder}: holds two models, {kind}/ and {kind}_2/ (Wan 2.2 A14B). Name one of them.")
-        return folder / kind, open_folder(folder / kind, trust_pickle)
-    if (folder / "base.json").is_file():
-        raise StditError(
-            f"{folder}: is an adapter (LoRA); its base.json names the model below it. Where a whole one is wanted, "
-            "train with model.lora.merged=true, or name that model."
-        )
-    if (folder / "model_index.json").is_file():
-        raise StditError(f"{folder}: is a model folder without {kind}/.")
-    if kind == "transformer" and (folder / "high_noise_model").is_dir():
-        raise StditError(
-            f"{folder}: holds two models, high_noise_model/ and low_noise_model/ (Wan 2.2). Name one of them."
-        )
-    if kind == "transformer":
-        try:
-            return folder, open_folder(
-                folder, trust_pickle, lambda name: not (_VAE.search(name) or _OTHERS.search(name))
-            )
-        except NoWeights:
-            for file in sorted(folder.glob("*.safetensors")):
-                check_no_adapter(open_file(file).entries, file, NoWeights)
-            raise
-    named = any(_VAE.search(entry.name) and entry.is_file() for entry in folder.iterdir())
-    return folder, open_folder(folder, trust_pickle, lambda name: bool(_VAE.search(name)) or not named)
-
-
-def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any], Path | None]:
-    """The config.json beside the weights, or what the weights' own metadata carries, or nothing."""
-    path = folder / "config.json"
-    if path.is_file():
-        found = read_json(path)
-        index = folder.parent / "model_index.json"
-        if kind == "transformer" and index.is_file():  # what some families tell only there
-            found["_pipeline"] = read_json(index).get("_class_name")
-        others = class_names("transformer") if kind == "vae" else []
-        if found.get("_class_name") not in others:
-            return found, path
-    for key in ("stdit_config", "config"):  # ours, and what LTX-Video's single files carry for every model in them
-        if carried := files.metadata.get(key):
-            try:
-                document: Any = json.loads(carried)
-            except json.JSONDecodeError as error:
-                raise StditError(f"{files.path}: {key} in its metadata is not valid JSON ({error}).") from None
-            if key == "config" and isinstance(document, dict):
-                document = document.get(kind)
-            if isinstance(document, dict):
-                return document, None
-    return {}, None
 
 
 def _save(kind: str, model: nn.Module, folder: Path, layout: str, shard_bytes: int) -> None:
@@ -465,7 +269,3 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _some(entries: Mapping[str, Entry]) -> str:
-    return ", ".join(list(entries)[:3]) + (", …" if len(entries) > 3 else "") if entries else "(none)"

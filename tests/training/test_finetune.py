@@ -36,7 +36,7 @@ from stdit.training.outputs import export
 from stdit.training.outputs.export import write_model
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.footprint import footprint, outline
-from stdit.weights.io import find
+from stdit.weights.sources import find
 
 pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))

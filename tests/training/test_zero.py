@@ -26,8 +26,9 @@ from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.training.config import LoraConfig
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.setup.lora import adapter_of
-from stdit.weights.io import find, save_transformer
+from stdit.weights.io import save_transformer
 from stdit.weights.lora.files import read_adapter
+from stdit.weights.sources import find
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]

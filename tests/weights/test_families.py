@@ -18,6 +18,7 @@ from stdit.errors import StditError
 from stdit.models.transformer import STDiT
 from stdit.weights import io
 from stdit.weights.families import families, ltx
+from stdit.weights.sources import find
 
 pytest.importorskip("diffusers")
 
@@ -73,7 +74,7 @@ def test_outputs_and_gradients_are_the_references(name, number, tmp_path, record
     config = family.configs[number]
     theirs = randomise(family.build(config), number)
     given = family.given(config)
-    sources = {dialect: io.find("transformer", place) for dialect, place in dialects(family, theirs, tmp_path).items()}
+    sources = {dialect: find("transformer", place) for dialect, place in dialects(family, theirs, tmp_path).items()}
     models = {dialect: io.load(source) for dialect, source in sources.items()}
     worst = {dialect: (0.0, 0.0) for dialect in sources}
     for per in family.per:

@@ -22,7 +22,7 @@ from tensor_files import load_file
 import stdit
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT
-from stdit.weights import io
+from stdit.weights.sources import find
 
 ALL = (*pixart_golden.GOLDENS.values(), latte_golden.GOLDEN, stdit3_golden.GOLDEN)
 GOLDENS = {golden.name: golden for golden in ALL}
@@ -48,7 +48,7 @@ def release(place: Path, golden: Golden, number: int) -> Path:
 def test_outputs_and_gradients_are_the_originals(name, number, tmp_path, record_property):
     golden = GOLDENS[name]
     kept, place = kept_of(golden), release(tmp_path / "theirs", golden, number)
-    ours, table, worst, worst_gradient = stdit.load_transformer(place), io.find("transformer", place).table, 0.0, 0.0
+    ours, table, worst, worst_gradient = stdit.load_transformer(place), find("transformer", place).table, 0.0, 0.0
     for run in golden.runs(number):
         key = f"{number}.{run.key}"
         ours.zero_grad()

@@ -17,8 +17,8 @@ from stdit.cli.main import app, run_command
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.weights import io
 from stdit.weights.files import open_folder
+from stdit.weights.sources import find
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -223,7 +223,7 @@ def test_scaled_fp8_is_stored_times_scale(form, folder, tmp_path, capsys):
         path = tmp_path / "model.pth"
     found = stdit.load_transformer(path, trust_pickle=True)
     assert "are fp8, with scales; they are computed in bf16" in capsys.readouterr().err
-    table = io.find("transformer", path, trust_pickle=True).table
+    table = find("transformer", path, trust_pickle=True).table
     loaded = dict(table.to_foreign(found.state_dict().__getitem__))
     for name, scale in scales.items():
         wanted = (stored[f"model.diffusion_model.{name}"].float() * scale).bfloat16()

@@ -16,6 +16,7 @@ from stdit.errors import StditError
 from stdit.models.transformer import PRESETS, STDiT, TransformerConfig, count_parameters
 from stdit.weights import io
 from stdit.weights.families import wan
+from stdit.weights.sources import find
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -80,7 +81,7 @@ def test_a_strangers_transformer_agrees_in_outputs_and_gradients(folder):
     (wanted * probe).sum().backward()
     (found * probe).sum().backward()
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    table = io.find("transformer", folder).table
+    table = find("transformer", folder).table
     for name, gradient in dict(table.to_foreign(gradients.__getitem__)).items():
         assert relative(gradient, theirs.get_parameter(name).grad) <= 1e-5, name
 

@@ -52,8 +52,9 @@ from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.experts import boundary_of
 from stdit.weights.families import treatment_of
 from stdit.weights.image_vae import inflate_image_vae
-from stdit.weights.io import find, load, load_vae
+from stdit.weights.io import load, load_vae
 from stdit.weights.schedulers import scheduler_of
+from stdit.weights.sources import find
 
 
 @dataclass

@@ -38,7 +38,8 @@ from stdit.vae.training.lpips import Lpips
 from stdit.weights.families import on_meta
 from stdit.weights.files import read_header
 from stdit.weights.image_vae import image_vae_config
-from stdit.weights.io import find, vae_on_meta
+from stdit.weights.io import vae_on_meta
+from stdit.weights.sources import find
 
 NOWHERE = torch.device("meta")
 CLIPS = 4  # whose memory is followed, one after another in a pack

@@ -14,7 +14,7 @@ from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
 from stdit.training.setup.initial_weights import transformer_paths
 from stdit.weights.identity import file_identity, files_identity, folder_identity
-from stdit.weights.io import transformer_identity
+from stdit.weights.sources import transformer_identity
 
 
 @dataclass(frozen=True)

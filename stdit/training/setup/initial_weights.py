@@ -13,9 +13,9 @@ from stdit.models.transformer import TEMPORAL_BLOCKS, STDiT
 from stdit.sampling.pipeline import FolderSettings
 from stdit.training.config import ModelSettings, RunConfig
 from stdit.weights.experts import boundary_of, expert_places
-from stdit.weights.io import find
 from stdit.weights.layouts import check_layout
 from stdit.weights.schedulers import scheduler_of
+from stdit.weights.sources import find
 
 
 def check_vae(path: str) -> None:

@@ -326,7 +326,8 @@ def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> 
             f"{found.files.path}: adapts {len(unknown)} layers that this {family_of(config).title} of "
             f"{config.layers} blocks does not have, such as {found.files.prefix}{unknown[0]}."
             f"{nearest_name(unknown[0], known)} It has {len(names)} of the file's {len(found.modules)}; it does not "
-            f"have {_kinds(unknown)}. For which family it is tells `stdit weights inspect {found.files.path}`{f'; {_PARTLY}' if names else ''}."
+            f"have {_kinds(unknown)}. For which family it is tells `stdit weights inspect {found.files.path}`"
+            f"{f'; {_PARTLY}' if names else ''}."
         )
     for module, name in names.items():
         _check_shapes(found, module, found.modules[module], name, table.foreign_shapes)
