@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.decode.video import read_frames
-from stdit.data.load.loader import to_video
+from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 from stdit.vae import streaming
 from stdit.weights.io import load_vae

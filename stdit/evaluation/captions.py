@@ -242,7 +242,7 @@ def caption_losses(
                 noise = torch.randn(x0.shape, generator=generator).to(x0)
                 noisy[level, draw] = path.noisy(x0, noise, t)
                 target[level, draw] = path.target(x0, noise, t)
-        given = pipeline.known_frames.of(None, clip.shape)  # none: channels that say so, where weights have them
+        given = pipeline.known_frames.encode(None, clip.shape)  # none: channels that say so, where weights have them
         conditions = pipeline.conditions(given, clip.shape, pipeline.settings.fps)
         jobs = [(*key, column) for key in noisy for column in range(len(captions))]
         together = max(1, tokens_per_pack // LatentShape(*x0.shape[1:]).grid(patch).tokens)

@@ -198,14 +198,15 @@ def reconstruct(vae: Any, clips: Sequence[np.ndarray], batch: int = 8) -> list[n
     """Clips of one shape, uint8 (T, H, W, 3), through the VAE and back."""
     import torch
 
+    from stdit.pixels import to_pixels, to_video
+
     weight = next(vae.parameters())
     rebuilt = []
     with torch.no_grad():
         for start in range(0, len(clips), batch):
-            video = torch.from_numpy(np.stack(clips[start : start + batch])).to(weight) / 127.5 - 1
-            decoded = vae.decode(vae.encode(video.permute(0, 4, 1, 2, 3)))  # (B, 3, T, H, W)
-            frames = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            rebuilt += [*frames.permute(0, 2, 3, 4, 1).cpu().numpy()]
+            video = to_video(torch.from_numpy(np.stack(clips[start : start + batch])).to(weight.device))
+            decoded = vae.decode(vae.encode(video.to(weight)))  # (B, 3, T, H, W)
+            rebuilt += [*to_pixels(decoded).cpu().numpy()]
     return rebuilt
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stdit.data.decode.video import VideoError
 from stdit.data.decode.write import contact_sheet, sheet_frames
-from stdit.data.load.loader import local_file, to_video
+from stdit.data.load.loader import local_file
 from stdit.data.manifest import Clip, Manifest, read_manifest
 from stdit.data.remote.paths import is_remote, join
 from stdit.data.scan.scan import scan
@@ -27,6 +27,7 @@ from stdit.errors import StditError
 from stdit.evaluation.metrics import ALIKE, SMALLEST_SSIM, decibels, ssim
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
+from stdit.pixels import to_pixels, to_video
 from stdit.prepare.encode import vae_identity
 from stdit.shapes import first_frames, nearest_frames
 from stdit.text_files import json_lines
@@ -163,7 +164,7 @@ def reconstructed(
     if not isinstance(vae, CausalVAE):
         source = np.concatenate([*pieces])
         latents = vae.encode(to_video(torch.from_numpy(source)).to(weight)[None], posterior is not None, posterior)
-        yield source, _as_bytes(vae.decode(latents)[0]), vae.denormalise(latents)[0]
+        yield source, to_pixels(vae.decode(latents)[0]).cpu().numpy(), vae.denormalise(latents)[0]
         return
     waiting: list[np.ndarray] = []
     found: list[Tensor] = []
@@ -183,13 +184,8 @@ def reconstructed(
         count = video.shape[1]
         z = vae.denormalise(torch.cat(found, 1)[None])[0] if found else weight.new_empty(vae.config.z_dim, 0, 1, 1)
         found.clear()
-        yield np.stack(waiting[:count]), _as_bytes(video), z
+        yield np.stack(waiting[:count]), to_pixels(video).cpu().numpy(), z
         del waiting[:count]
-
-
-def _as_bytes(video: Tensor) -> np.ndarray:
-    """(3, T, H, W) in [−1, 1] -> uint8 (T, H, W, 3)."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def evaluate_vae(

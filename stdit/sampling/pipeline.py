@@ -22,7 +22,8 @@ from stdit.memory import require_memory
 from stdit.models.experts import Experts
 from stdit.models.packing import TextPack, pack_inputs, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT
-from stdit.sampling.known_frames import Given, Known, KnownFrames
+from stdit.pixels import to_pixels
+from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder, KnownPixels, known_level
 from stdit.sampling.model_folder import FolderSettings, ModelParts, add_loras, load_parts, save_parts
 from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder
@@ -32,8 +33,6 @@ from stdit.weights.families import guided_by_null_text, pipelines
 from stdit.weights.families.record import PipelineKind
 
 __all__ = ["FolderSettings", "Pipeline"]
-
-IMAGE_FPS = 120.0  # what Open-Sora 1.2 tells its weights of images; others that know fps see none in one frame
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Pipeline:
         self.image_encoder, self.scheduler, self.settings = image_encoder, dict(scheduler), settings or FolderSettings()
         self.index = dict(index or {"_class_name": scheduler.get("_pipeline", "WanPipeline")})
         self._kind = pipelines().get(self.index["_class_name"], PipelineKind(self.settings.fps))
-        self.known_frames = KnownFrames(config, vae, image_encoder)
+        self.known_frames = KnownFramesEncoder(config, vae, image_encoder)
 
     @property
     def text_padding(self) -> int:
@@ -121,7 +120,7 @@ class Pipeline:
         negative_prompt: str = "",
         seed: int = 0,
         noise: Tensor | None = None,
-        known: Known | Sequence[Known | None] | None = None,
+        known: KnownPixels | Sequence[KnownPixels | None] | None = None,
         solver: str | Mapping[str, Any] | None = None,
         *,
         guidance_2: float | None = None,
@@ -165,7 +164,7 @@ class Pipeline:
         negative_prompt: str = "",
         seed: int = 0,
         noise: Tensor | None = None,
-        known: Known | Sequence[Known | None] | None = None,
+        known: KnownPixels | Sequence[KnownPixels | None] | None = None,
         solver: str | Mapping[str, Any] | None = None,
         *,
         fps: float | None = None,
@@ -196,7 +195,7 @@ class Pipeline:
         negative_prompt: str = "",
         seed: int = 0,
         noise: Tensor | None = None,
-        known: Known | Sequence[Known | None] | None = None,
+        known: KnownPixels | Sequence[KnownPixels | None] | None = None,
         solver: str | Mapping[str, Any] | None = None,
         *,
         fps: float | None = None,
@@ -264,7 +263,7 @@ class Pipeline:
     def _denoise(
         self,
         noise: Tensor,
-        given: Sequence[Given],
+        given: Sequence[KnownFrames],
         text: TextPack,
         request: Request,
         numbers: Sequence[int],
@@ -321,7 +320,7 @@ class Pipeline:
         return StditError(f"{what} (noise level {level:.4g}, {dtype}). {cause}")
 
     def _known_tokens(
-        self, given: Sequence[Given], seed: int, step: int, numbers: Sequence[int], level: float
+        self, given: Sequence[KnownFrames], seed: int, step: int, numbers: Sequence[int], level: float
     ) -> list[Tensor | None]:
         """Of every clip, as the network sees them in a step; what they are in the last one is decoded."""
         amount = self._kind.known_noise * level**2
@@ -338,13 +337,15 @@ class Pipeline:
         """Of a clip's patch frames, where some are known."""
         if not mask.any():
             return level
-        return frame_levels(mask, level, self.transformer.config.patch[0]).clamp_min(self.known_frames.level)
+        return frame_levels(mask, level, self.transformer.config.patch[0]).clamp_min(
+            known_level(self.transformer.config)
+        )
 
     def _guided(self, conditional: Tensor, unconditional: Tensor, request: Request, level: float) -> Tensor:
         low = isinstance(self.transformer, Experts) and self.transformer.at(level) is self.transformer.low
         return guide(conditional, unconditional, request.guidance[low], self._kind.guides_beyond)
 
-    def conditions(self, given: Given, shape: VideoShape, fps: float) -> dict[str, Any]:
+    def conditions(self, given: KnownFrames, shape: VideoShape, fps: float) -> dict[str, Any]:
         """Of one clip, for `pack_inputs`."""
         size = (shape.width, shape.height)
         fps = IMAGE_FPS if shape.is_image else fps
@@ -361,8 +362,7 @@ class Pipeline:
         for video in self.vae.decode_stream(latents.to(next(self.vae.parameters()))):  # (3, t, H, W)
             if not torch.isfinite(video).all():
                 raise StditError("the VAE's frames are not finite: the latents are too large for it. Lower guidance?")
-            frames = (video * 0.5 + 0.5).clamp(0, 1).float().permute(1, 2, 3, 0)
-            yield (frames * 255).round().to(torch.uint8).cpu().numpy()
+            yield to_pixels(video).cpu().numpy()
 
     def shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> VideoShape:
         """The shape to sample, defaults filled in. Raises where strides and patch do not divide it."""
@@ -412,16 +412,15 @@ class Pipeline:
         (negative,) = self.encode_texts([negative_prompt], max(map(len, texts)))
         return [negative[: len(text)] for text in texts]
 
-    def _given(self, known: Known | Sequence[Known | None] | None, count: int, shape: VideoShape) -> list[Given]:
+    def _given(
+        self, known: KnownPixels | Sequence[KnownPixels | None] | None, count: int, shape: VideoShape
+    ) -> list[KnownFrames]:
         """The known frames of each of `count` clips."""
         if known is None or isinstance(known, Mapping):
-            return [self._on_device(self.known_frames.of(known, shape))] * count
+            return [self.known_frames.encode(known, shape).to(self.device)] * count
         if len(known) != count:
             raise StditError(f"{len(known)} known for {count} prompts: give one for all, or one each.")
-        return [self._on_device(self.known_frames.of(one, shape)) for one in known]
-
-    def _on_device(self, given: Given) -> Given:
-        return Given(*(None if one is None else one.to(self.device) for one in vars(given).values()))
+        return [self.known_frames.encode(one, shape).to(self.device) for one in known]
 
     def _solver(self, request: Request) -> Solver:
         """A scheduler's config that is given is taken as it is."""

@@ -15,10 +15,11 @@ from doubles import FakeText, FakeVae
 from stdit.data.config import DataConfig
 from stdit.data.decode.video import read_frames, write_video
 from stdit.data.load.cache import Cache, CacheMissing, latent_key, latent_settings, text_settings
-from stdit.data.load.loader import embedding, to_video
+from stdit.data.load.loader import embedding
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign
 from stdit.errors import StditError
+from stdit.pixels import to_video
 from stdit.prepare.encode import check_texts, encode_manifest, text_identity, vae_identity
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder

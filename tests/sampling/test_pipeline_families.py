@@ -348,7 +348,7 @@ def test_a_folder_samples_what_diffusers_samples_and_goes_back(name, tmp_path, m
         monkeypatch.setattr("diffusers.pipelines.ltx.pipeline_ltx_condition.randn_tensor", drawn_by_ltx)
         start = noise
         if type(theirs).__name__ == "LTXImageToVideoPipeline":  # wants the picture's latents where it wants noise
-            start = torch.cat([ours.known_frames.of(pictures, shape).tokens[None], noise[:, :, 1:]], dim=2)
+            start = torch.cat([ours.known_frames.encode(pictures, shape).tokens[None], noise[:, :, 1:]], dim=2)
         return run_theirs(theirs, case, start, pictures, output)
 
     (found,) = ours.sample_latents(

@@ -29,6 +29,7 @@ from stdit.data.remote.storage import OF_ONE_FILE, STORAGE, Storage, StorageErro
 from stdit.data.workers.pool import READER
 from stdit.errors import StditError
 from stdit.keyed import keyed_uniform
+from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 
 Wanted = TypeVar("Wanted")
@@ -75,11 +76,6 @@ class Example:
         """(3, T, H, W) fp32 in [−1, 1], what the VAE takes."""
         assert self.frames is not None, "latents came from the cache"
         return to_video(self.frames)
-
-
-def to_video(frames: Tensor) -> Tensor:
-    """uint8 frames (T, H, W, 3) as (3, T, H, W) fp32 in [−1, 1]."""
-    return frames.permute(3, 0, 1, 2).float().div_(127.5).sub_(1)
 
 
 class Loader:

@@ -12,8 +12,8 @@ from stdit.data.load.loader import Example
 from stdit.diffusion.tasks import Task
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
-from stdit.sampling.known_frames import frame_mask
-from stdit.sampling.pipeline import IMAGE_FPS
+from stdit.pixels import to_pixels
+from stdit.sampling.known_frames import IMAGE_FPS, mask_and_latents
 from stdit.vae.autoencoder import CausalVAE
 
 
@@ -66,17 +66,12 @@ class Conditions:
         """The conditions of each clip."""
         found: list[dict[str, Any]] = [self._numbers(example) for example in examples]
         if self.gives_latents:
-            clips = [self._given(example, task) for example, task in zip(examples, tasks)]
+            clips = [self._known(example, task) for example, task in zip(examples, tasks)]
             for one, (video, is_known) in zip(found, clips):
-                z = self.vae.encode(video[None])[0].float()
-                mask = frame_mask(is_known, self.vae.config.stride[0])[:, :, None, None]
-                one["image"] = torch.cat([mask.expand(-1, -1, *z.shape[2:]).to(z), z])
+                one["image"] = mask_and_latents(self.vae, video, is_known)
             if self.image_encoder is not None:
                 seen = (0, -1) if self.positions else (0,)
-                frames = [video[:, at] for video, _ in clips for at in seen]
-                tokens = self.image_encoder.encode(
-                    [frame.permute(1, 2, 0).add(1).mul(127.5).round().to(torch.uint8) for frame in frames]
-                )
+                tokens = self.image_encoder.encode([to_pixels(video[:, [at]])[0] for video, _ in clips for at in seen])
                 for number, one in enumerate(found):
                     one["image_text"] = torch.cat(tokens[number * len(seen) : (number + 1) * len(seen)])
         elif self.channels:
@@ -101,12 +96,10 @@ class Conditions:
     def _tensor(self, value: Any) -> Tensor:
         return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
 
-    def _given(self, example: Example, task: Task) -> tuple[Tensor, Tensor]:
-        """The clip (3, T, H, W) with its unknown frames grey, and which are known, (T,)."""
-        video = example.video.to(next(self.vae.parameters()))
-        is_known = torch.zeros(video.shape[1])
-        is_known[: 1 + (task.known_frames - 1) * self.vae.config.stride[0] if task.known_frames else 0] = 1
+    def _known(self, example: Example, task: Task) -> tuple[Tensor, Tensor]:
+        """The clip (3, T, H, W), and which of its frames are known, (T,)."""
+        is_known = torch.zeros(example.shape.frames, dtype=torch.bool)
+        is_known[: 1 + (task.known_frames - 1) * self.vae.config.stride[0] if task.known_frames else 0] = True
         if task.last:
-            is_known[-1] = 1
-        video[:, is_known == 0] = 0
-        return video, is_known
+            is_known[-1] = True
+        return example.video.to(next(self.vae.parameters())), is_known

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stdit.data.load.loader import Example, to_video
+from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
 from stdit.diffusion.noise_levels import noise_levels
 from stdit.diffusion.paths import Path, token_errors
@@ -19,6 +19,7 @@ from stdit.diffusion.tasks import Task, draw_task, frame_levels
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_inputs, pack_texts
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
+from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.training.objectives.conditions import Conditions

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from stdit.data.load.loader import Example, to_video
+from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
+from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.objectives.config import ObjectiveConfig

@@ -164,7 +164,7 @@ def check_evaluation(parts: RunComponents) -> None:
             objective.tokens(asked)
         with about("eval.prompts"):  # whether such weights can be sampled
             pipeline = Pipeline(objective.module.transformer, objective.vae, objective.text_encoder, {})
-            pipeline.known_frames.of(None, asked)
+            pipeline.known_frames.encode(None, asked)
 
 
 def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, config: RunConfig, epoch: int) -> Plan:

@@ -17,10 +17,11 @@ from doubles import FakeVae
 from stdit.data.config import DataConfig
 from stdit.data.decode.video import VideoError, read_frames, write_video
 from stdit.data.load.cache import Cache, latent_key, latent_settings
-from stdit.data.load.loader import Loader, local_file, to_video
+from stdit.data.load.loader import Loader, local_file
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.plan.buckets import assign
 from stdit.data.scan.scan import scan
+from stdit.pixels import to_video
 from stdit.prepare.encode import encode_manifest
 
 CONFIG = DataConfig(shapes=["32x32x5"], fps=8.0, workers=0, start="first", crop="centre")
