@@ -36,6 +36,10 @@ ROOMS = {
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"outputs"}, {"batches", "non_finite"}, {"trainer"}, {"run"},
     ],
     "weights": [{"families"}, {"lora"}],
+    "vae": [
+        {"config", "clips", "causal_cache"}, {"cpu"}, {"layers"}, {"streaming"}, {"autoencoder"},
+        {"families", "training"},
+    ],
     "cli": [{"common"}, {"data", "eval", "sample", "train", "weights"}, {"main"}],
 }  # fmt: skip
 LIGHT = (

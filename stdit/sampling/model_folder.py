@@ -25,7 +25,7 @@ from stdit.shapes import VideoShape
 from stdit.strict import build
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
-from stdit.vae.families.diffusers_vae import OtherVAE
+from stdit.vae.families.diffusers_vae import DiffusersVAE
 from stdit.vae.families.open_sora import AnyVAE
 from stdit.weights.experts import expert_adapter_places, expert_places
 from stdit.weights.families import class_of, family_of, pipelines, treatment_of
@@ -260,7 +260,7 @@ def save_parts(parts: ModelParts, folder: Path) -> None:
     write_scheduler(parts.scheduler, folder / "scheduler")
     parts.settings.write(folder)
     transformer = class_of(parts.transformer.config)
-    vae = ["diffusers", parts.vae.config.name] if isinstance(parts.vae, OtherVAE) else class_of(parts.vae.config)
+    vae = ["diffusers", parts.vae.config.name] if isinstance(parts.vae, DiffusersVAE) else class_of(parts.vae.config)
     index = {name: value for name, value in parts.index.items() if name != "_name_or_path"}
     if (kind := pipelines().get(index["_class_name"])) is not None and kind.experts:
         index = {"expand_timesteps": False} | index

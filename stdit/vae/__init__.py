@@ -1,1 +1,2 @@
-"""The causal video VAE in Wan's layout: config, layers, autoencoder, streaming. Imports shapes and errors only."""
+"""The causal video VAE in Wan's layout. `families/` has other autoencoders, `training/` the losses. Imports only
+shapes, errors and files."""

@@ -1,14 +1,13 @@
-"""The causal video VAE in the layouts of Wan 2.1's and Wan 2.2's, at any width.
+"""The causal video VAE in the layouts of Wan 2.1 and Wan 2.2, at any width.
 
-Names of parameters are those of the releases (Wan-Video/Wan2.1, wan/modules/vae.py; Wan-Video/Wan2.2,
-wan/modules/vae2_2.py), whose numbers these are; diffusers' AutoencoderKLWan is the oracle of the tests. A clip of
-1+k·stride frames becomes 1+k latent frames; latent frame 0 sees frame 0 alone, so an image is a clip of one frame, and
-a prefix of a clip has a prefix of its latents.
+Parameters are named as in the releases (Wan-Video/Wan2.1, wan/modules/vae.py; Wan-Video/Wan2.2, wan/modules/vae2_2.py)
+and the numbers agree; the tests compare with diffusers' AutoencoderKLWan. A clip of 1+k·stride frames becomes 1+k
+latent frames. Latent frame 0 sees frame 0 alone, so an image is a clip of one frame, and a prefix of a clip has a
+prefix of its latents.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -17,26 +16,24 @@ from torch import Tensor, nn
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 from stdit.vae import streaming
+from stdit.vae.causal_cache import CausalCache
+from stdit.vae.clips import check_latents, check_video, patchify, unpatchify
 from stdit.vae.config import PRESETS as PRESETS
 from stdit.vae.config import VaeConfig as VaeConfig
 from stdit.vae.config import preset as preset
 from stdit.vae.layers import (
-    FRAMES_AT_ONCE,
     AttentionBlock,
     CausalConv3d,
     DownLevel,
     Downsample,
-    Past,
     ResidualBlock,
     UpLevel,
     Upsample,
-    activated,
     norm,
-    patchify,
-    unpatchify,
+    norm_silu_with_past,
 )
 
-START_LOGVAR = -6.0  # an untrained encoder's posterior: narrow, else its noise drowns the latents for the first steps
+START_LOGVAR = -6.0  # of an untrained encoder: with a wider posterior, noise drowns the latents in the first steps
 
 
 class Encoder(nn.Module):
@@ -56,25 +53,26 @@ class Encoder(nn.Module):
             cell = (1, 1) if temporal is None else (1 + temporal, 2)
             self.downsamples.extend([DownLevel(layers, width, *cell)] if config.residual else layers)
             c = width
-        last = max((i for i, layer in enumerate(self.downsamples) if changes_frames(layer)), default=-1)
-        come_in_pairs([self.conv1] * (last >= 0) + [*self.downsamples[: last + 1]])
+        last = max((i for i, layer in enumerate(self.downsamples) if resamples_time(layer)), default=None)
+        if last is not None:
+            mark_even_frames([self.conv1, *self.downsamples[: last + 1]])
         self.middle = middle(c, config.groups)
         self.head = head(c, 2 * config.z_dim, config.groups)
 
-    def fine(self, x: Tensor, past: Past | None = None) -> Tensor:
-        """All that sees a neighbourhood only, down to (B, C, T', H', W')."""
-        slows = next((i for i, layer in enumerate(self.downsamples) if changes_frames(layer)), len(self.downsamples))
-        x = few_by_few([self.conv1, *self.downsamples[:slows]], x, past)
-        for layer in self.downsamples[slows:]:
-            x = layer(x, past)
+    def fine(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """The layers that see only a neighbourhood: -> (B, C, T', H', W')."""
+        wide = next((i for i, layer in enumerate(self.downsamples) if resamples_time(layer)), len(self.downsamples))
+        x = in_frame_chunks([self.conv1, *self.downsamples[:wide]], x, cache)
+        for layer in self.downsamples[wide:]:
+            x = layer(x, cache)
         return x
 
-    def coarse(self, x: Tensor, past: Past | None = None) -> Tensor:
-        """The rest, in which all positions of a frame see one another."""
+    def coarse(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """The layers in which every position of a frame sees every other: -> (B, 2·z, T', H', W')."""
         for layer in self.middle:
-            x = layer(x, past)
-        first, _, conv = self.head
-        return conv(activated(first, conv, x, past), ready=True)
+            x = layer(x, cache)
+        norm, _, conv = self.head
+        return conv(norm_silu_with_past(norm, conv, x, cache), has_past=True)
 
 
 class Decoder(nn.Module):
@@ -100,53 +98,58 @@ class Decoder(nn.Module):
                 layers = [UpLevel(layers)]
             self.upsamples.extend(layers)
         self.head = head(c, 3 * config.patch_size**2, config.groups)
-        first = next((i for i, layer in enumerate(self.upsamples) if changes_frames(layer)), None)
-        come_in_pairs([] if first is None else [*self.upsamples[first + 1 :], self.head])
+        first = next((i for i, layer in enumerate(self.upsamples) if resamples_time(layer)), None)
+        if first is not None:
+            mark_even_frames([*self.upsamples[first + 1 :], self.head])
 
-    def coarse(self, x: Tensor, past: Past | None = None) -> Tensor:
-        """The part in which all positions of a frame see one another, to (B, C, T', H', W')."""
-        x = self.conv1(x, past)
+    def coarse(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """The layers in which every position of a frame sees every other: -> (B, C, T', H', W')."""
+        x = self.conv1(x, cache)
         for layer in self.middle:
-            x = layer(x, past)
+            x = layer(x, cache)
         return x
 
-    def fine(self, x: Tensor, past: Past | None = None) -> Tensor:
-        """The rest, which sees a neighbourhood only."""
-        last = max((i for i, layer in enumerate(self.upsamples) if changes_frames(layer)), default=-1)
+    def fine(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """The layers that see only a neighbourhood: -> (B, 3·p·p, T, H, W)."""
+        last = max((i for i, layer in enumerate(self.upsamples) if resamples_time(layer)), default=-1)
         for layer in self.upsamples[: last + 1]:
-            x = layer(x, past)
-        return few_by_few([*self.upsamples[last + 1 :], self._finish], x, past)
+            x = layer(x, cache)
+        return in_frame_chunks([*self.upsamples[last + 1 :], self._head], x, cache)
 
-    def _finish(self, x: Tensor, past: Past | None) -> Tensor:
-        first, _, conv = self.head
-        return conv(activated(first, conv, x, past), ready=True)
-
-
-def changes_frames(layer: nn.Module) -> bool:
-    return any(isinstance(one, Downsample | Upsample) and one.time_conv is not None for one in layer.modules())
+    def _head(self, x: Tensor, cache: CausalCache | None) -> Tensor:
+        norm, _, conv = self.head
+        return conv(norm_silu_with_past(norm, conv, x, cache), has_past=True)
 
 
-def come_in_pairs(layers: Iterable[nn.Module]) -> None:
-    """Tells the convolutions of layers where a latent frame is two frames or more."""
+def resamples_time(layer: nn.Module) -> bool:
+    return any(isinstance(part, Downsample | Upsample) and part.time_conv is not None for part in layer.modules())
+
+
+def mark_even_frames(layers: Iterable[nn.Module]) -> None:
+    """Marks the convolutions that see 1+2k frames of a clip, so all chunks after its first frame are even."""
     for layer in layers:
-        for one in layer.modules():
-            if isinstance(one, CausalConv3d):
-                one.even = True
+        for part in layer.modules():
+            if isinstance(part, CausalConv3d):
+                part.even_frames = True
 
 
-def few_by_few(layers: Sequence[Callable[[Tensor, Past | None], Tensor]], x: Tensor, past: Past | None) -> Tensor:
-    """Layers that keep the number of frames, one after another: on a few at a time where a past is kept and no
-    gradient, since these are the widest frames, and what they take is what a chunk takes."""
-    whole = []
-    for part in [x] if past is None or torch.is_grad_enabled() else x.split(FRAMES_AT_ONCE, dim=2):
+def in_frame_chunks(
+    layers: Sequence[Callable[[Tensor, CausalCache | None], Tensor]], x: Tensor, cache: CausalCache | None
+) -> Tensor:
+    """Runs layers that keep the number of frames, FRAMES_AT_ONCE at a time while streaming without gradients.
+
+    These are the widest levels: they set the peak memory of a chunk.
+    """
+    done = []
+    for part in [x] if cache is None or torch.is_grad_enabled() else x.split(streaming.FRAMES_AT_ONCE, dim=2):
         for layer in layers:
-            part = layer(part, past)
-        whole.append(part)
-    return torch.cat(whole, dim=2) if len(whole) > 1 else whole[0]
+            part = layer(part, cache)
+        done.append(part)
+    return torch.cat(done, dim=2) if len(done) > 1 else done[0]
 
 
 def blocks(in_channels: int, out_channels: int, count: int, groups: int) -> list[nn.Module]:
-    """`count` residual blocks, the first of which changes the channels."""
+    """`count` residual blocks; the first changes the channels."""
     return [ResidualBlock(out_channels if i else in_channels, out_channels, groups) for i in range(count)]
 
 
@@ -165,12 +168,12 @@ def head(in_channels: int, out_channels: int, groups: int) -> nn.Sequential:
 
 
 class CausalVAE(nn.Module):
-    """Clips to latents and back. Raw latents are what the encoder gives, normalised ones what a DiT sees."""
+    """Encodes clips to latents and decodes them. Raw latents come from the encoder; a DiT sees normalised ones."""
 
     def __init__(self, config: VaeConfig):
         super().__init__()
         self.config = config
-        self.memory: int | None = None  # bytes that encoding and decoding work in where the call says nothing
+        self.memory: int | None = None  # bytes for encoding and decoding, unless the call says otherwise
         self.encoder = Encoder(config)
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
@@ -179,9 +182,9 @@ class CausalVAE(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Where training starts: signals keep their size, residual branches start small, time passes through.
+        """Initial weights for training: signals keep their size, residual branches start small, time passes through.
 
-        torch's own initialisation shrinks signals layer by layer; docs/log.md has the two side by side.
+        torch's own initialisation shrinks signals layer by layer; docs/log.md compares the two.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -208,11 +211,12 @@ class CausalVAE(nn.Module):
         generator: torch.Generator | None = None,
         memory: int | None = None,
     ) -> Tensor:
-        """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W'), of the weights' type and device.
+        """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W') in the weights' dtype, on their device.
 
-        sample: draw from the posterior, with fp32 noise from `generator` (on its own device); else its mode.
-        memory: bytes to work in, see `streaming.slices`; None: `self.memory`. With gradients and neither, all runs at
-        once.
+        sample: draw from the posterior instead of taking its mode.
+        generator: of the draw's fp32 noise, which is made on the generator's device.
+        memory: bytes to work in, see `streaming.slices`; None: `self.memory`. If that is None too and gradients are
+            enabled, the whole clip is encoded at once.
         """
         memory = self.memory if memory is None else memory
         self._check(video, more=False)
@@ -224,16 +228,12 @@ class CausalVAE(nn.Module):
         return self.normalise(streaming.draw(mean, logvar, generator) if sample else mean)
 
     def decode(self, latents: Tensor, clamp: bool = True, memory: int | None = None) -> Tensor:
-        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes), of the
-        weights' type and device.
+        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in the weights' dtype and on their device.
 
-        memory: as for `encode`.
+        clamp: to [−1, 1]. memory: as for `encode`.
         """
         memory = self.memory if memory is None else memory
-        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or not latents.numel():
-            raise StditError(
-                f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
-            )
+        check_latents(latents, self.config.z_dim)
         latents = latents.to(next(self.parameters()))
         if torch.is_grad_enabled() and memory is None:
             video = self.decode_raw(self.denormalise(latents))
@@ -243,49 +243,49 @@ class CausalVAE(nn.Module):
     def encode_stream(
         self, frames: Iterable[Tensor], memory: int | None = None, posterior: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """`encode` for frames as they come: see `streaming.encode_stream`."""
+        """Encodes frames as they arrive, see `streaming.encode_stream`."""
         return streaming.encode_stream(self, frames, self.memory if memory is None else memory, posterior)
 
     def decode_stream(
         self, latents: Tensor | Iterable[Tensor], memory: int | None = None, clamp: bool = True
     ) -> Iterator[Tensor]:
-        """`decode` with frames as they are ready: see `streaming.decode_stream`."""
+        """Decodes to frames as they are ready, see `streaming.decode_stream`."""
         return streaming.decode_stream(self, latents, self.memory if memory is None else memory, clamp)
 
-    def encode_moments(self, video: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
+    def encode_moments(self, video: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) in [−1, 1] -> mean and log-variance of the raw latents, (B, z, T', H', W') each.
 
-        past: Past() for the first chunk of a clip of several, then the same object for the chunks that follow; the
-        first has 1+k·stride frames, the others k·stride. The chunks' latents are those of the whole clip.
+        cache: for a clip in chunks; an empty CausalCache for the first chunk, of 1+k·stride frames, and the same object
+            for the others, of k·stride frames. The result is that of the whole clip.
         """
-        return self.encode_coarse(self.encode_fine(video, past), past)
+        return self.encode_coarse(self.encode_fine(video, cache), cache)
 
-    def decode_raw(self, latents: Tensor, past: Past | None = None) -> Tensor:
-        """Raw latents (B, z, T', H', W') -> (B, 3, T, H, W), not clamped. past: as in `encode_moments`."""
-        return self.decode_fine(self.decode_coarse(latents, past), past)
+    def decode_raw(self, latents: Tensor, cache: CausalCache | None = None) -> Tensor:
+        """Raw latents (B, z, T', H', W') -> (B, 3, T, H, W), not clamped. cache: as in `encode_moments`."""
+        return self.decode_fine(self.decode_coarse(latents, cache), cache)
 
-    # Both are two halves, so that frames can be tiled: what sees a neighbourhood only may be, the attention may not.
+    # Encoder and decoder are two halves each, so that frames can be tiled: the half with attention must not be.
 
-    def encode_fine(self, video: Tensor, past: Past | None = None) -> Tensor:
+    def encode_fine(self, video: Tensor, cache: CausalCache | None = None) -> Tensor:
         """The first half of `encode_moments`: (B, 3, T, H, W) -> (B, C, T', H', W')."""
-        self._check(video, more=bool(past))
-        return self.encoder.fine(patchify(video, self.config.patch_size), past)
+        self._check(video, more=bool(cache))
+        return self.encoder.fine(patchify(video, self.config.patch_size), cache)
 
-    def encode_coarse(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
-        """The second half."""
-        mean, logvar = self.conv1(self.encoder.coarse(x, past)).chunk(2, dim=1)
+    def encode_coarse(self, x: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, Tensor]:
+        """The second half: -> mean and log-variance."""
+        mean, logvar = self.conv1(self.encoder.coarse(x, cache)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def decode_coarse(self, latents: Tensor, past: Past | None = None) -> Tensor:
+    def decode_coarse(self, latents: Tensor, cache: CausalCache | None = None) -> Tensor:
         """The first half of `decode_raw`: raw latents (B, z, T', H', W') -> (B, C, T', H', W')."""
-        return self.decoder.coarse(self.conv2(latents.to(memory_format=torch.channels_last_3d)), past)
+        return self.decoder.coarse(self.conv2(latents.to(memory_format=torch.channels_last_3d)), cache)
 
-    def decode_fine(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def decode_fine(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
         """The second half: -> (B, 3, T, H, W)."""
-        return unpatchify(self.decoder.fine(x, past), self.config.patch_size)
+        return unpatchify(self.decoder.fine(x, cache), self.config.patch_size)
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """(raw − mean) / std a channel, (B, z, …)."""
+        """(raw − mean) / std per channel, (B, z, …)."""
         mean, std = self._statistics(raw)
         return ((raw - mean) / std).to(raw.dtype)
 
@@ -295,7 +295,7 @@ class CausalVAE(nn.Module):
         return (latents * std + mean).to(latents.dtype)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        # From the config at each call, not buffers: nothing to go stale when a model is built on the meta device.
+        # Read from the config at each call: buffers would stay empty in a model that was built on the meta device.
         z, shape = self.config.z_dim, (-1, *[1] * (like.ndim - 2))
         values = (self.config.latents_mean or (0.0,) * z, self.config.latents_std or (1.0,) * z)
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -303,33 +303,18 @@ class CausalVAE(nn.Module):
         return mean, std
 
     def _check(self, video: Tensor, more: bool) -> None:
-        """Raises StditError for a clip that this VAE cannot encode. `more`: a chunk after the first."""
-        if video.ndim != 5 or video.shape[1] != 3 or not len(video):
-            raise StditError(f"video of shape {tuple(video.shape)}: the VAE encodes (B, 3, T, H, W).")
-        if not video.is_floating_point():
-            raise StditError(
-                f"video of {video.dtype}: the VAE encodes floats in [-1, 1]. From uint8: video.float() / 127.5 - 1."
-            )
+        """Raises StditError for a clip that this VAE cannot encode. more: it is a chunk after the first."""
+        check_video(video)
         _, _, t, h, w = video.shape
-        VideoShape(t + 1 if more else t, h, w).latent(self.config.stride)  # raises where it does not divide
-        if video.device.type == "meta" or video.numel() == 0 or torch.compiler.is_compiling():  # no values to look at
-            return
-        low, high = torch.stack(video.detach().aminmax()).tolist()
-        if math.isnan(low) or math.isnan(high):
-            raise StditError("video has NaN in it.")
-        if low < -1.001 or high > 1.001:
-            raise StditError(
-                f"video is in [{low:g}, {high:g}]: the VAE encodes [-1, 1]. From [0, 255]: video / 127.5 - 1; after a "
-                f"resize that overshoots: video.clamp(-1, 1)."
-            )
+        VideoShape(t + 1 if more else t, h, w).latent(self.config.stride)  # raises unless the stride divides it
 
 
 @torch.no_grad()
 def measure_latents(vae: CausalVAE, batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the raw latents a channel over clips, for `latents_mean` and `latents_std`.
+    """Mean and standard deviation of the raw latents per channel, for `latents_mean` and `latents_std`.
 
-    batches: of (B, 3, T, H, W) in [−1, 1], shapes may differ; every latent counts once. The posterior's mode is
-    measured, which is what `encode` gives.
+    batches: clips (B, 3, T, H, W) in [−1, 1]; shapes may differ, and every latent counts once. Measures the mode of
+    the posterior, which is what `encode` returns.
     """
     n, total, squares = 0, torch.zeros(vae.config.z_dim, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for video in batches:
@@ -337,7 +322,7 @@ def measure_latents(vae: CausalVAE, batches: Iterable[Tensor]) -> tuple[tuple[fl
         raw = mean.double().cpu().transpose(0, 1).flatten(1)  # (z, B·T'·H'·W')
         n, total, squares = n + raw.shape[1], total + raw.sum(1), squares + raw.square().sum(1)
     if n < 2:
-        raise StditError("measuring latents needs at least two of them; there were no clips.")
+        raise StditError("there are no clips to measure latents of. Give at least one.")
     mean = total / n
     std = (squares / n - mean**2).clamp_min(0).sqrt()
     if not (std > 0).all():

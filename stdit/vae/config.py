@@ -1,4 +1,4 @@
-"""What a causal video VAE is made of, and the releases' own settings."""
+"""The sizes of a causal video VAE, and the settings of the releases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from stdit.errors import StditError, about, nearest_name
 
-# Of the released Wan 2.1 weights (its vae.py; also diffusers' defaults).
+# Of the released Wan 2.1 weights (vae.py; also the defaults of diffusers).
 WAN21_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -17,7 +17,7 @@ WAN21_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-# Of the released Wan 2.2 VAE (its vae2_2.py).
+# Of the released Wan 2.2 weights (vae2_2.py).
 WAN22_MEAN = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
     0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
@@ -34,18 +34,20 @@ WAN22_STD = (
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Shape of a CausalVAE.
+    """The sizes of a CausalVAE.
 
-    base_dim: channels at full resolution; decoder_base_dim: the decoder's, None for the same.
-    dim_mult: channels of each level over base_dim; between two levels height and width halve.
-    num_res_blocks: residual blocks a level of the encoder has (the decoder has one more).
-    temporal_downsample: whether frames halve too, for each of the len(dim_mult) − 1 downsamplings.
+    base_dim: channels of the encoder at full resolution.
+    dim_mult: channels of each level, in units of base_dim; height and width halve between two levels.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+    temporal_downsample: whether the frames halve too, for each of the len(dim_mult) − 1 downsamplings.
     z_dim: latent channels.
-    patch_size: pixels p×p are folded into channels before the encoder and unfolded after the decoder (Wan 2.2).
-    residual: Wan 2.2's averaging and repeating shortcuts around each level.
-    groups: 0 for Wan's RMS norm; else Stable Diffusion's layers: a norm of so many groups of channels over each frame,
-        and upsampling that keeps the channels.
-    latents_mean, latents_std: of the raw latents, a channel; 0 and 1 are kept as None. Latents are normalised by them.
+    patch_size: p×p pixels are folded into channels before the encoder and unfolded after the decoder (Wan 2.2).
+    residual: Wan 2.2's shortcuts around each level, which average and repeat.
+    groups: 0: Wan's RMS norm. Else Stable Diffusion's layers: a group norm of so many groups over each frame, and
+        upsampling that keeps the channels.
+    decoder_base_dim: channels of the decoder at full resolution; None: base_dim.
+    latents_mean: of the raw latents, per channel, for their normalisation; None: 0.
+    latents_std: the same for the standard deviation; None: 1.
     """
 
     base_dim: int = 96
@@ -74,16 +76,14 @@ class VaeConfig:
         for name, most in (("base_dim", 65_536), ("num_res_blocks", 256), ("z_dim", 65_536), ("patch_size", 64)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
-                raise StditError(f"VAE: {name} is {value!r}, it must be from 1 to {most:,}.")
+                raise StditError(f"VAE: {name} is {value!r}; it must be an integer from 1 to {most:,}.")
         for flag in (self.residual, *self.temporal_downsample):
             if type(flag) is not bool:
                 raise StditError(f"VAE: residual and temporal_downsample are true or false, not {flag!r}.")
         if self.decoder_base_dim is not None and not 1 <= self.decoder_base_dim <= 65_536:
-            raise StditError(f"VAE: decoder_base_dim is {self.decoder_base_dim}, it must be from 1 to 65,536.")
+            raise StditError(f"VAE: decoder_base_dim is {self.decoder_base_dim}; it must be from 1 to 65,536.")
         if not 1 <= len(self.dim_mult) <= 8 or not 1 <= min(self.dim_mult) <= max(self.dim_mult) <= 1024:
-            raise StditError(
-                f"VAE: dim_mult {self.dim_mult} must have at least one level and at most eight, each from 1 to 1024."
-            )
+            raise StditError(f"VAE: dim_mult {self.dim_mult} must have one to eight levels, each from 1 to 1024.")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise StditError(
                 f"VAE: temporal_downsample {self.temporal_downsample} has {len(self.temporal_downsample)} entries; "
@@ -100,7 +100,7 @@ class VaeConfig:
             if value is not None and len(value) != self.z_dim:
                 raise StditError(
                     f"VAE: {name} has {len(value)} entries, z_dim is {self.z_dim}. With another z_dim, set "
-                    "latents_mean and latents_std too: null, for training to measure them, or a number a channel."
+                    "latents_mean and latents_std too: null (training measures them), or one number per channel."
                 )
             if value is not None and not all(map(math.isfinite, value)):
                 raise StditError(f"VAE: {name} {value} must be finite.")
@@ -108,7 +108,7 @@ class VaeConfig:
             raise StditError(f"VAE: latents_std {self.latents_std} must be positive.")
 
     def _check_widths(self) -> None:
-        """Raises where a level's channels cannot be halved, or averaged and repeated, as the layout does."""
+        """Raises if the layout cannot halve the channels of a level, or average and repeat them."""
         decoder = self.decoder_base_dim or self.base_dim
         for width in (mult * base for base in (self.base_dim, decoder) for mult in self.dim_mult):
             if self.groups < 0 or (self.groups and width % self.groups):
@@ -129,18 +129,18 @@ class VaeConfig:
         for fine, coarse, cell in (*averaged, *repeated):
             if fine * cell % coarse:
                 raise StditError(
-                    f"VAE: dim_mult {mults}: {fine} times a cell of {cell} is no multiple of {coarse}, so the "
-                    "shortcut of a residual level cannot be averaged or repeated."
+                    f"VAE: dim_mult {mults}: {fine} times a cell of {cell} is not a multiple of {coarse}, so the "
+                    "shortcut of a residual level cannot average or repeat."
                 )
 
     @property
     def upsampling_halves(self) -> bool:
-        """Whether the decoder's upsampling halves the channels."""
+        """Whether the decoder's upsampling also halves the channels."""
         return not self.residual and not self.groups
 
     @property
     def stride(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels to one latent."""
+        """Frames, rows and columns of pixels per latent."""
         space = self.patch_size * 2 ** (len(self.dim_mult) - 1)
         return 2 ** sum(self.temporal_downsample), space, space
 
@@ -151,7 +151,7 @@ PRESETS: dict[str, VaeConfig] = {
         base_dim=160, decoder_base_dim=256, z_dim=48, patch_size=2, residual=True,
         latents_mean=WAN22_MEAN, latents_std=WAN22_STD,
     ),
-    # Stride 4×8×8 as Wan 2.1's, a 20th of its width: for demos and tests on a CPU.
+    # For demos and tests on a CPU: the stride of Wan 2.1, 4×8×8, at a sixth of its width.
     "toy": VaeConfig(
         base_dim=16, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), z_dim=8, patch_size=2
     ),
@@ -159,7 +159,7 @@ PRESETS: dict[str, VaeConfig] = {
 
 
 def preset(name: str, **changes: Any) -> VaeConfig:
-    """The named config of PRESETS, with settings changed: any of them, where the result is a VAE."""
+    """The named config of PRESETS with some settings changed. Raises StditError if the result is not a valid VAE."""
     if name not in PRESETS:
         raise StditError(f"there is no VAE preset {name!r}.{nearest_name(name, PRESETS)} Known: {', '.join(PRESETS)}.")
     with about(f"preset {name} with {', '.join(f'{key}={value}' for key, value in changes.items())}"):

@@ -82,21 +82,21 @@ def load_vae(
     """A causal VAE from a model folder, its vae/, an original Wan release, or a file; otherwise as load_transformer.
 
     A CausalVAE, or Open-Sora's OpenSoraVAE; where config.json names an autoencoder of diffusers
-    (`stdit.weights.families.diffusers_vaes`), an OtherVAE, which diffusers runs behind the same methods.
+    (`stdit.weights.families.diffusers_vaes`), an DiffusersVAE, which diffusers runs behind the same methods.
     """
-    from stdit.vae.families.diffusers_vae import load_other
+    from stdit.vae.families.diffusers_vae import load_diffusers_vae
 
     if (other := other_vae(path)) is not None:
-        return load_other(other, dtype, device)
+        return load_diffusers_vae(other, dtype, device)
     return load(find("vae", path, trust_pickle), dtype, device)
 
 
 def vae_on_meta(path: str | os.PathLike[str]) -> Any:
     """The VAE that load_vae would load, without memory. No weight is read."""
-    from stdit.vae.families.diffusers_vae import other_on_meta
+    from stdit.vae.families.diffusers_vae import diffusers_vae_on_meta
 
     other = other_vae(path)
-    return on_meta(find("vae", path).config) if other is None else other_on_meta(other)
+    return on_meta(find("vae", path).config) if other is None else diffusers_vae_on_meta(other)
 
 
 def save_transformer(
@@ -128,9 +128,9 @@ def save_vae(
     """As save_transformer. "diffusers" opens with AutoencoderKLWan.from_pretrained(folder); "original" is one file,
     Wan2.1_VAE.safetensors (Wan2.2_VAE where levels have shortcuts), which carries our config in its metadata. Of
     Open-Sora's both are the same, config.json and its own tensors."""
-    from stdit.vae.families.diffusers_vae import OtherVAE
+    from stdit.vae.families.diffusers_vae import DiffusersVAE
 
-    if isinstance(vae, OtherVAE):
+    if isinstance(vae, DiffusersVAE):
         if layout != "diffusers":
             raise StditError(f"layout {layout!r}: a {vae.config.name} is written as diffusers has it only.")
         vae.module.save_pretrained(folder)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 from stdit.vae.autoencoder import PRESETS, CausalVAE, VaeConfig, measure_latents, preset
-from stdit.vae.layers import Past
+from stdit.vae.causal_cache import CausalCache
 from stdit.weights.families import wan_vae
 
 TINY = VaeConfig(base_dim=4, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), z_dim=3)
@@ -137,13 +137,13 @@ def test_chunks_equal_the_whole_clip(config, chunks):
     vae = random_vae(config)
     video = clip(config, sum(chunks), dtype=torch.float64)
     mean, logvar = vae.encode_moments(video)
-    past = Past()
-    parts = [vae.encode_moments(part, past) for part in video.split(chunks, dim=2)]
+    cache = CausalCache()
+    parts = [vae.encode_moments(part, cache) for part in video.split(chunks, dim=2)]
     assert_close(torch.cat([m for m, _ in parts], 2), mean, rtol=0, atol=1e-12)
     assert_close(torch.cat([l for _, l in parts], 2), logvar, rtol=0, atol=1e-12)
-    past = Past()
+    cache = CausalCache()
     latents = [-(-n // 4) for n in chunks]
-    decoded = torch.cat([vae.decode_raw(part, past) for part in mean.split(latents, dim=2)], 2)
+    decoded = torch.cat([vae.decode_raw(part, cache) for part in mean.split(latents, dim=2)], 2)
     assert_close(decoded, vae.decode_raw(mean), rtol=0, atol=1e-12)
 
 
@@ -262,9 +262,9 @@ def test_decode_says_what_is_wrong_with_latents():
     [
         (dict(temporal_downsample=(True,)), "has 1 entries"),
         (dict(dim_mult=(1, 1, 1, 1), temporal_downsample=(True, True, True)), "at most 4"),
-        (dict(dim_mult=()), "at least one level"),
+        (dict(dim_mult=()), "one to eight levels"),
         (dict(base_dim=3, dim_mult=(1, 1, 2)), "even"),
-        (dict(residual=True, dim_mult=(1, 3, 4)), "no multiple of 3"),
+        (dict(residual=True, dim_mult=(1, 3, 4)), "not a multiple of 3"),
         (dict(latents_mean=(0.1,)), "z_dim is 3"),
         (dict(latents_std=(1, 0, 2)), "positive"),
         (dict(latents_mean=(float("nan"), 0, 0)), "finite"),

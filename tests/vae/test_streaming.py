@@ -14,10 +14,10 @@ import torch
 from torch.testing import assert_close
 
 from stdit.errors import StditError
-from stdit.vae import layers, streaming
+from stdit.vae import cpu, streaming
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
+from stdit.vae.causal_cache import CausalCache
 from stdit.vae.config import PRESETS
-from stdit.vae.layers import Past
 from stdit.vae.streaming import Slices, blend_weights, coarse_bytes, slices, spans, working_bytes
 
 STATISTICS = dict(latents_mean=(0.5, -1, 0), latents_std=(1, 2, 0.5))
@@ -54,14 +54,14 @@ def chunk_length(monkeypatch, latents: int) -> None:
 @torch.no_grad()
 def test_streamed_equals_whole(config, dtype, tolerance, pairs_from, monkeypatch):
     """The whole: the first frame, then all others in one chunk. Every chunk length from one latent frame up."""
-    monkeypatch.setattr(layers, "PAIRS_FROM", pairs_from)
+    monkeypatch.setattr(cpu, "WINOGRAD_CHANNELS", pairs_from)
     vae, video = random_vae(config, dtype), clip(config, 13, dtype=dtype)
-    past = Past()
-    parts = [vae.encode_moments(part[None], past)[0] for part in video.split([1, 12], dim=1)]
+    cache = CausalCache()
+    parts = [vae.encode_moments(part[None], cache)[0] for part in video.split([1, 12], dim=1)]
     latents = vae.normalise(torch.cat(parts, 2))[0]
-    past = Past()
+    cache = CausalCache()
     raw = vae.denormalise(latents[None])
-    decoded = torch.cat([vae.decode_raw(part, past) for part in raw.split([1, 3], dim=2)], 2)[0]
+    decoded = torch.cat([vae.decode_raw(part, cache) for part in raw.split([1, 3], dim=2)], 2)[0]
     for length in range(1, 4):
         chunk_length(monkeypatch, length)
         chunks = list(vae.encode_stream(iter(video.unbind(1))))
@@ -153,14 +153,14 @@ def test_memory_does_not_grow_with_the_clip(side, tmp_path):
 @torch.no_grad()
 def test_working_bytes_are_about_what_a_chunk_takes(side, config, latents, tmp_path):
     config = replace(config, base_dim=16, decoder_base_dim=16)  # narrower ones, oneDNN pads to 16
-    vae, past = random_vae(config), Past()
+    vae, cache = random_vae(config), CausalCache()
     run, size = vae.decode_raw, (4, 4)
     if side == "encoder":
         run, size = vae.encode_moments, (4 * config.stride[1], 4 * config.stride[2])
-    run(torch.zeros(1, 3, 1, *size), past)
-    kept = sum(tensor.nbytes for tensor in past.values())  # of one frame; the next chunk's are of two
+    run(torch.zeros(1, 3, 1, *size), cache)
+    kept = sum(tensor.nbytes for tensor in cache.values())  # of one frame; the next chunk's are of two
     chunk = torch.zeros(1, 3, latents if side == "decoder" else 4 * latents, *size)
-    ratio = (kept + peak(lambda: run(chunk, past), tmp_path)) / working_bytes(config, side, 1, latents, 4, 4, 4)
+    ratio = (kept + peak(lambda: run(chunk, cache), tmp_path)) / working_bytes(config, side, 1, latents, 4, 4, 4)
     assert 0.5 < ratio < 1.35
 
 
@@ -223,7 +223,7 @@ def test_decoding_says_what_is_wrong_with_the_latents():
         (torch.zeros(3, 1, 2, 5), "chunk 1: latents of 5x2, torch.float32, those before of 4x2, torch.float32"),
         (torch.zeros(3, 1, 3, 4), "chunk 1: latents of 4x3"),
         (first.double(), "chunk 1: latents of 4x2, torch.float64, those before of 4x2, torch.float32"),
-        (first.int(), "chunk 1: .* torch.int32: a stream of them is floats"),
+        (first.int(), "chunk 1: .* torch.int32: a stream of latents is floats"),
         (first[0], "chunk 1: latents of shape .2, 2, 4."),
     ):
         stream = vae.decode_stream(iter([first, other]))

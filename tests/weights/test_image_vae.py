@@ -108,7 +108,7 @@ def test_training_starts_there(folder):
     assert outline(from_dict(config | {"objective": {"kind": "vae"}}, "test")).vae.config == vae.config
     plain = from_dict({"vae": {"path": str(folder)}, "objective": {"kind": "vae"}}, "test")
     for made in (lambda: outline(plain), lambda: make_objective(plain, None, World(0, 1, torch.device("cpu")))):
-        with pytest.raises(StditError, match=r"a AutoencoderKL does not train here.*vae\.inflate=true"):
+        with pytest.raises(StditError, match=r"a AutoencoderKL cannot be trained here.*vae\.inflate=true"):
             made()
     with pytest.raises(StditError, match=r"objective\.kind=vae"):
         make_vae(from_dict(config, "test"))
@@ -149,7 +149,7 @@ def test_other_files(folder, tmp_path):
         ({"norm_num_groups": 3}, "groups=3"),
         ({"latent_channel": 4}, "Did you mean 'latent_channels'"),
         ({"block_out_channels": [1 << 15] * 3}, "Does .*config.json belong to these weights"),  # nor is memory taken
-        ({"block_out_channels": [1 << 18] * 3}, "base_dim is 262144, it must be from 1 to 65,536"),
+        ({"block_out_channels": [1 << 18] * 3}, "base_dim is 262144; it must be an integer from 1 to 65,536"),
     ],
 )
 def test_what_does_not_fit_is_said(folder, tmp_path, change, words):

@@ -18,12 +18,12 @@ from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.objectives.config import ObjectiveConfig
 from stdit.training.objectives.protocol import Critic, StepKey
 from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.layers import patchify
+from stdit.vae.clips import patchify
 from stdit.vae.training.discriminator import (
     Discriminator,
     DiscriminatorConfig,
     adaptive_weight,
-    fooling_loss,
+    generator_loss,
     hinge_loss,
 )
 from stdit.vae.training.losses import VaeLossConfig, kl_loss, outlier_penalty, pixel_loss, wavelet_loss
@@ -119,7 +119,7 @@ class VaeModule(nn.Module):
         batch.made.append(output.detach())
         with torch.enable_grad():
             leaf = output.detach().float().requires_grad_()
-            pixels, fooling = self._pixels(leaf, video), fooling_loss(critic.discriminator(leaf.to(output.dtype)))
+            pixels, fooling = self._pixels(leaf, video), generator_loss(critic.discriminator(leaf.to(output.dtype)))
             (down,) = torch.autograd.grad(pixels.sum(), leaf)
             (up,) = torch.autograd.grad(fooling.sum(), leaf)
         patch = self.vae.config.patch_size

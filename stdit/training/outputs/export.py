@@ -39,7 +39,7 @@ from stdit.training.setup.build import RunComponents
 from stdit.training.setup.frozen import check_unchanged
 from stdit.training.setup.lora import export_adapters, merge_lora
 from stdit.vae.autoencoder import CausalVAE, measure_latents
-from stdit.vae.training.trainable_parts import join_taps
+from stdit.vae.training.trainable_parts import join_split_kernels
 from stdit.weights.experts import expert_folders
 from stdit.weights.files import read_json
 from stdit.weights.io import save_transformer, save_vae
@@ -70,7 +70,7 @@ def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
     merge_lora(module)
-    join_taps(module)
+    join_split_kernels(module)
     return module
 
 

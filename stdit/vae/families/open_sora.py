@@ -1,7 +1,7 @@
-"""Open-Sora 1.2's autoencoder: Stable Diffusion's on every frame, then a causal one over 17 frames' latents at a time.
+"""Open-Sora 1.2's autoencoder: Stable Diffusion's on every frame, then a causal one over the latents of 17 frames.
 
-As hpcaitech/Open-Sora v1.2.0 has it (opensora/models/vae/vae.py and vae_temporal.py); its tensors' names are ours too.
-The one of frames is diffusers' (extra `vaes`).
+The tensors have the names of hpcaitech/Open-Sora v1.2.0 (opensora/models/vae/vae.py and vae_temporal.py). The
+autoencoder of frames is run by diffusers (extra `vaes`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ from torch import Tensor, nn
 from stdit.errors import StditError
 from stdit.shapes import Stride, VideoShape, frames_of
 from stdit.vae.autoencoder import CausalVAE
-from stdit.vae.families.diffusers_vae import IMAGE_VAE, OtherVAE, WithoutBudget, diffusers_class
+from stdit.vae.clips import check_latents, check_video
+from stdit.vae.families.diffusers_vae import IMAGE_VAE, DiffusersVAE, NoMemoryBudget, diffusers_class
 from stdit.vae.streaming import draw
 
-SPATIAL_SCALE = 0.18215  # of the latents of frames, whatever their own config says
+SPATIAL_SCALE = 0.18215  # of the latents of frames; the release ignores their own config
 FRAMES_AT_ONCE = 4  # in the autoencoder of frames
 
 
 @dataclass(frozen=True)
 class OpenSoraConfig:
-    """The release's sizes by default.
+    """The sizes of an OpenSoraVAE; the defaults are the release's.
 
-    widths, blocks: of the levels of the autoencoder of frames, and residual blocks in each. filters, multipliers,
-    temporal_blocks, groups: of the one over time. temporal_downsample: whether frames halve after each level but the
-    last. z_dim: channels of all latents. group: frames that go through it together.
+    widths: channels of each level of the autoencoder of frames.
+    blocks: residual blocks per level of the autoencoder of frames.
+    filters: channels of the first level of the autoencoder over time.
+    multipliers: channels of each of its levels, in units of `filters`.
+    temporal_blocks: residual blocks per level of it.
+    temporal_downsample: whether frames halve after each of its levels but the last.
+    groups: of its group norms.
+    z_dim: latent channels of both.
+    group: frames that are encoded together.
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -58,7 +65,7 @@ class OpenSoraConfig:
 
 
 class CausalConv(nn.Module):
-    """A convolution of (frames, rows, columns) that sees no later frame; zeros stand for what was before."""
+    """A 3-D convolution that sees no later frame, with zero frames before the first."""
 
     def __init__(self, channels: int, out: int, kernel: int = 3, stride: int = 1, bias: bool = True) -> None:
         super().__init__()
@@ -86,7 +93,7 @@ def _res_blocks(config: OpenSoraConfig, channels: int, out: int) -> nn.ModuleLis
     return nn.ModuleList(blocks)
 
 
-class Encoder(nn.Module):
+class TemporalEncoder(nn.Module):
     def __init__(self, config: OpenSoraConfig) -> None:
         super().__init__()
         self.conv_in = CausalConv(config.z_dim, config.filters, bias=False)
@@ -111,7 +118,7 @@ class Encoder(nn.Module):
         return self.conv2(F.silu(self.norm1(x)))
 
 
-class Decoder(nn.Module):
+class TemporalDecoder(nn.Module):
     def __init__(self, config: OpenSoraConfig) -> None:
         super().__init__()
         width = config.filters * config.multipliers[-1]
@@ -139,13 +146,13 @@ class Decoder(nn.Module):
 
 
 class TemporalVAE(nn.Module):
-    """Latents of frames (B, C, T, H, W) to latents of every `step` frames and back."""
+    """Encodes latents of frames (B, C, T, H, W) to latents per `step` frames, and decodes them."""
 
     def __init__(self, config: OpenSoraConfig) -> None:
         super().__init__()
         z, self.step = config.z_dim, config.stride[0]
-        self.encoder, self.quant_conv = Encoder(config), CausalConv(2 * z, 2 * z, kernel=1)
-        self.decoder, self.post_quant_conv = Decoder(config), CausalConv(z, z, kernel=1)
+        self.encoder, self.quant_conv = TemporalEncoder(config), CausalConv(2 * z, 2 * z, kernel=1)
+        self.decoder, self.post_quant_conv = TemporalDecoder(config), CausalConv(z, z, kernel=1)
 
     def encode(self, x: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.step, 0))
@@ -158,8 +165,8 @@ class TemporalVAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))[:, :, -frames:]
 
 
-class OpenSoraVAE(WithoutBudget, nn.Module):
-    """Clips to latents and back; see CausalVAE, whose methods these are."""
+class OpenSoraVAE(NoMemoryBudget, nn.Module):
+    """Open-Sora's autoencoder with the methods of CausalVAE."""
 
     scale: Tensor
     shift: Tensor
@@ -176,17 +183,14 @@ class OpenSoraVAE(WithoutBudget, nn.Module):
             latent_channels=config.z_dim,
             scaling_factor=SPATIAL_SCALE,
         )
-        self.spatial_vae, self.temporal_vae = OtherVAE(frames, IMAGE_VAE), TemporalVAE(config)
+        self.spatial_vae, self.temporal_vae = DiffusersVAE(frames, IMAGE_VAE), TemporalVAE(config)
         self.register_buffer("scale", torch.ones(1, config.z_dim, 1, 1, 1))
         self.register_buffer("shift", torch.zeros(1, config.z_dim, 1, 1, 1))
 
     def encode(self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W'). sample: draw, else the mode."""
-        if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-            raise StditError(
-                f"video of {video.dtype} {tuple(video.shape)}: the VAE encodes floats in [-1, 1] (B, 3, T, H, W)."
-            )
-        VideoShape(*video.shape[2:]).latent(self.config.stride)  # raises where it does not divide
+        """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W'). sample: draw; else the mode."""
+        check_video(video)
+        VideoShape(*video.shape[2:]).latent(self.config.stride)  # raises unless the stride divides it
         parts = []
         for group in video.split(self.config.group, dim=2):
             frames = [self.spatial_vae.encode(few, sample, generator) for few in group.split(FRAMES_AT_ONCE, dim=2)]
@@ -194,19 +198,16 @@ class OpenSoraVAE(WithoutBudget, nn.Module):
         return self.normalise(torch.cat(parts, dim=2))
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in [−1, 1] (clamp=False: as it comes)."""
+        """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W). clamp: to [−1, 1]."""
         return torch.cat(list(self._decoded(latents, clamp)), dim=2)
 
     def decode_stream(self, latents: Tensor, clamp: bool = True) -> Iterator[Tensor]:
-        """`decode` of one clip (z, T', H', W'): its frames (3, t, H, W), a group at a time."""
+        """Decodes one clip (z, T', H', W') to frames (3, t, H, W), a group at a time."""
         for video in self._decoded(latents[None], clamp):
             yield video[0]
 
     def _decoded(self, latents: Tensor, clamp: bool) -> Iterator[Tensor]:
-        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
-            raise StditError(
-                f"latents of shape {tuple(latents.shape)}: this VAE decodes (B, {self.config.z_dim}, T', H', W')."
-            )
+        check_latents(latents, self.config.z_dim)
         stride = self.config.stride
         whole = VideoShape(self.config.group, *stride[1:]).latent(stride).frames
         for part in self.denormalise(latents).split(whole, dim=2):
@@ -214,7 +215,7 @@ class OpenSoraVAE(WithoutBudget, nn.Module):
             yield self.spatial_vae.decode(frames, clamp)
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """(B, z, T', H', W') as encoded -> as the DiT sees them."""
+        """Raw latents (B, z, T', H', W') -> as the DiT sees them."""
         return ((raw - self.shift) / self.scale).to(raw.dtype)
 
     def denormalise(self, latents: Tensor) -> Tensor:
@@ -222,4 +223,4 @@ class OpenSoraVAE(WithoutBudget, nn.Module):
         return (latents * self.scale + self.shift).to(latents.dtype)
 
 
-AnyVAE = CausalVAE | OtherVAE | OpenSoraVAE
+AnyVAE = CausalVAE | DiffusersVAE | OpenSoraVAE

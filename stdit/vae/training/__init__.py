@@ -1,1 +1,1 @@
-"""What trains a VAE: losses, LPIPS, the discriminator, which parts are trained."""
+"""Training a VAE: losses, LPIPS, the discriminator, and the choice of the part that trains."""

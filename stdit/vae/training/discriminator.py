@@ -1,4 +1,4 @@
-"""The critic of a VAE's training: a 3-D patch discriminator, its losses, and how much its word counts."""
+"""The adversary of a VAE: a 3-D patch discriminator, its losses, and the adaptive weight of its gradient."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from stdit.errors import StditError
 
 @dataclass
 class DiscriminatorConfig:
-    """weight: of its term, 1: its gradient at the decoder's last layer is as long as that of the pixels' terms.
+    """Settings of the adversarial term.
 
-    start: the first optimizer step that it takes part in. lr: of its AdamW, on the run's schedule.
-    dim: channels of its first layer. layers: halvings of height and width; all but the first halve frames, too.
+    weight: 1: at the decoder's last layer its gradient is as long as that of the other terms.
+    start: the first optimizer step in which it takes part.
+    lr: of its AdamW, on the run's schedule.
+    dim: channels of the discriminator's first layer.
+    layers: each halves height and width; all but the first halve the frames, too.
     """
 
     weight: float = 0.5
@@ -36,10 +39,10 @@ class DiscriminatorConfig:
 
 
 class Discriminator(nn.Module):
-    """Clips (B, 3, T, H, W) to logits (B, T', H', W'), each of the patch and the frames about it; high is real.
+    """Maps clips (B, 3, T, H, W) to logits (B, T', H', W'), one per patch of space and time; high means real.
 
-    PatchGAN (Isola et al. 2017) with kernels of three frames, so that what flickers looks wrong; an image is a clip of
-    one frame between zeros. Norms are a clip's own: what it says of a clip does not depend on the others of a batch.
+    PatchGAN (Isola et al. 2017) with kernels of three frames, so it sees flicker. An image is a clip of one frame
+    between zeros. The norms are per clip: its logits do not depend on the rest of the batch.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -52,7 +55,7 @@ class Discriminator(nn.Module):
             if i:
                 self.layers.append(nn.GroupNorm(8, outer))
             self.layers.append(nn.LeakyReLU(0.2))
-        # No convolution: the gradient of one with a single channel out is NaN in bf16 on a CPU (torch 2.15, oneDNN).
+        # Not a convolution: with a single output channel its gradient is NaN in bf16 on a CPU (torch 2.15, oneDNN).
         self.head = nn.Linear(widths[-1], 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,10 +64,10 @@ class Discriminator(nn.Module):
 
 
 class _Conv(nn.Conv3d):
-    """With kernels of three frames, padded by one. A single frame meets only the middle tap, as a 2-D convolution.
+    """Kernels of three frames, padded by one. A single frame meets only the middle one, in a 2-D convolution.
 
-    That is a third of the work, and right: oneDNN's 3-D convolution of a single bf16 frame of three channels reads
-    memory that nobody wrote, on CPUs with AMX (torch 2.14).
+    This is a third of the work. It also avoids a bug: oneDNN's 3-D convolution of a single bf16 frame of three channels
+    reads uninitialised memory on CPUs with AMX (torch 2.14).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,25 +77,28 @@ class _Conv(nn.Conv3d):
         return F.conv2d(x.squeeze(2), weight, self.bias, self.stride[1:], self.padding[1:]).unsqueeze(2)
 
 
-def hinge_loss(real: Tensor, made: Tensor) -> Tensor:
-    """What the discriminator minimises (Lim & Ye 2017): logits (B, …) of clips and of reconstructions to (B,).
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss (Lim & Ye 2017), from the logits (B, …) of clips and of reconstructions. Returns (B,).
 
-    0 where all real logits are above 1 and all others below −1; 1 for who says 0 to all.
+    0 if all real logits are above 1 and all fake ones below −1; 1 if every logit is 0.
     """
-    return 0.5 * (F.relu(1 - real.float()).flatten(1).mean(1) + F.relu(1 + made.float()).flatten(1).mean(1))
+    return 0.5 * (F.relu(1 - real.float()).flatten(1).mean(1) + F.relu(1 + fake.float()).flatten(1).mean(1))
 
 
-def fooling_loss(made: Tensor) -> Tensor:
-    """What the VAE minimises: minus the mean logit of its reconstructions, (B, …) to (B,)."""
-    return -made.float().flatten(1).mean(1)
+def generator_loss(fake: Tensor) -> Tensor:
+    """The VAE's adversarial loss: minus the mean logit of its reconstructions, (B, …) -> (B,)."""
+    return -fake.float().flatten(1).mean(1)
 
 
 def adaptive_weight(conv: nn.Conv3d, x: Tensor, wanted: Tensor, other: Tensor) -> Tensor:
-    """How many times the second loss's gradient at a layer's weights goes into the first's: ‖∇₁‖ / (‖∇₂‖ + 1e-4), at
-    most 1e4 (Esser et al. 2021, eq. 7). For each clip alone, so that it does not depend on who shares its batch.
+    """The ratio of two losses' gradients at a layer's weights: ‖∇₁‖ / (‖∇₂‖ + 1e-4), at most 1e4 (Esser et al. 2021,
+    eq. 7). Computed per clip, so that it does not depend on the rest of the batch.
 
-    conv: stride 1. x: (B, C_in, T + past, H, W), what it saw, past frames in front; wanted, other: (B, C_out, T, H, W),
-    the gradients of the two losses of each clip with respect to what it put out. Returns (B,) in fp32.
+    conv: of stride 1.
+    x: its input, with the past frames in front, (B, C_in, T + past, H, W).
+    wanted, other: the gradients of the two losses with respect to its output, (B, C_out, T, H, W).
+
+    Returns (B,) in fp32.
     """
     first, second = _kernel_gradient_norms(conv, x, wanted), _kernel_gradient_norms(conv, x, other)
     return (first / (second + 1e-4)).clamp(max=1e4)
@@ -100,11 +106,11 @@ def adaptive_weight(conv: nn.Conv3d, x: Tensor, wanted: Tensor, other: Tensor) -
 
 @torch.no_grad()
 def _kernel_gradient_norms(conv: nn.Conv3d, x: Tensor, gradient: Tensor) -> Tensor:
-    taps = x.shape[2] - gradient.shape[2] + 1  # a first frame alone meets the last tap alone
+    taps = x.shape[2] - gradient.shape[2] + 1  # fewer for a single first frame
     size = (conv.out_channels, conv.in_channels, taps, *conv.kernel_size[1:])
     assert not isinstance(conv.padding, str)
     norms = [
-        conv3d_weight(one.float(), size, g.float().contiguous(), padding=conv.padding).norm()
-        for one, g in zip(x.split(1), gradient.split(1))
+        conv3d_weight(clip.float(), size, g.float().contiguous(), padding=conv.padding).norm()
+        for clip, g in zip(x.split(1), gradient.split(1))
     ]
     return torch.stack(norms)

@@ -1,4 +1,4 @@
-"""What a VAE trains on, term by term: every one is a clip's own, (B,), a mean over the clip, alike at any shape."""
+"""The terms of a VAE's loss. Each returns one number per clip, (B,): a mean, so comparable across shapes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from stdit.vae.training.discriminator import DiscriminatorConfig
 from stdit.vae.training.lpips import LpipsConfig
 from stdit.vae.training.trainable_parts import Part
 
-LEVELS = 3  # of wavelets
-CELL = 4  # coefficients
-FAINT = 0.003  # of contrast, less than half a grey level: the root's slope stays finite
-OUTLIER_RADIUS = 3.0  # standard deviations, Movie Gen's r
+LEVELS = 3  # of the wavelet transform
+CELL = 4  # coefficients, on each side of a cell whose contrast is compared
+FAINT = 0.003  # added to contrast (under half a grey level), so that the root's slope stays finite
+OUTLIER_RADIUS = 3.0  # in standard deviations: Movie Gen's r
 
 
 @dataclass
 class VaeLossConfig:
-    """Weights beside the L1's 1, 0 for none: kl; wavelet, for details; outlier, Movie Gen's with 1e5.
+    """The terms of the loss and their weights; the weight of the L1 is 1.
 
-    lpips, discriminator: terms with settings of their own. train: what of the VAE trains, see `select_trainable_part`.
-    crop: train on keyed squares of so many pixels instead of whole frames.
+    kl: weight of the KL divergence from a standard normal; 0: none.
+    wavelet: weight of `wavelet_loss`, for details; 0: none.
+    outlier: weight of `outlier_penalty`; 0: none; Movie Gen uses 1e5.
+    lpips: settings of the LPIPS term; null: none.
+    discriminator: settings of the adversarial term; null: none.
+    train: the part of the VAE that trains, see `select_trainable_part`.
+    crop: train on squares of so many pixels, drawn by key; null: on whole frames.
     """
 
     kl: float = 1e-6
@@ -46,11 +51,11 @@ def pixel_loss(output: Tensor, video: Tensor) -> Tensor:
 
 
 def wavelet_loss(output: Tensor, video: Tensor, levels: int = LEVELS) -> Tensor:
-    """How far the contrast of wavelet bands is off, place by place, summed over levels. Returns (B,).
+    """The error of local contrast in each wavelet band, summed over levels. Returns (B,).
 
-    Of each band of details, over time, rows and columns, the root mean square over 4×4 coefficients is compared, not
-    the coefficients: texture and motion are to be as strong as the clip's, wherever each line of them lies, which is
-    how texture is perceived (Portilla & Simoncelli 2000). The L1 of coefficients themselves blurs (docs/log.md).
+    Compares the root mean square over cells of 4×4 coefficients, in every band of details over time, rows and columns:
+    texture and motion should be as strong as in the clip, wherever each line of them lies, as texture is perceived
+    (Portilla & Simoncelli 2000). An L1 between the coefficients themselves blurs (docs/log.md).
     """
     low, wanted = output.float(), video.float()
     total = low.new_zeros(len(low))
@@ -72,8 +77,8 @@ def contrast(band: Tensor) -> Tensor:
 def haar(x: Tensor) -> list[Tensor]:
     """One level of the orthonormal Haar transform of (B, C, T, H, W) over time, rows and columns: eight bands.
 
-    The first is low in all three. Of an odd number of frames the first stays as it is, in the low half: so time is cut
-    as a causal VAE cuts it, and an image has no temporal details. Odd rows and columns go the same way.
+    The first band is low in all three axes. If the number of frames is odd, the first frame goes unchanged into the low
+    half: time is divided as in a causal VAE, and an image has no temporal details. Rows and columns alike.
     """
     bands = [x]
     for dim in (2, 3, 4):
@@ -99,14 +104,14 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def outlier_penalty(latents: Tensor, radius: float = OUTLIER_RADIUS) -> Tensor:
-    """Movie Gen's outlier penalty (Polyak et al. 2024, section 3.1.1), which keeps a VAE from hiding what it cannot
-    hold in a few bright spots: the mean over positions of max(‖X_ij − Mean(X)‖ − r·‖Std(X)‖, 0), frame by frame.
+    """Movie Gen's outlier penalty (Polyak et al. 2024, section 3.1.1): the mean over positions of
+    max(‖X_ij − Mean(X)‖ − r·‖Std(X)‖, 0) per frame. It keeps a VAE from storing information in a few extreme latents.
 
-    latents: (B, z, T', H', W'). Norms are over channels, Mean and Std over a frame's positions. Returns (B,).
+    latents: (B, z, T', H', W'). Norms are over channels, Mean and Std over the positions of a frame. Returns (B,).
     """
     x = latents.float()
     mean = x.mean((3, 4), keepdim=True)
     variance = (x - mean).square().mean((3, 4))  # (B, z, T')
-    reach = radius * (variance.sum(1) + 1e-12).sqrt()[..., None, None]  # ‖Std‖; a root of 0 has no gradient
+    reach = radius * (variance.sum(1) + 1e-12).sqrt()[..., None, None]  # 1e-12: the root has no gradient at 0
     distance = ((x - mean).square().sum(1) + 1e-12).sqrt()  # (B, T', H', W')
     return (distance - reach).clamp_min(0).flatten(1).mean(1)

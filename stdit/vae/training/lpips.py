@@ -1,4 +1,7 @@
-"""LPIPS, how different two pictures look (Zhang et al. 2018, richzhang/PerceptualSimilarity, version 0.1, VGG16)."""
+"""LPIPS, a perceptual distance (Zhang et al. 2018; richzhang/PerceptualSimilarity, version 0.1, VGG16).
+
+By hand: it compares clips, has gradients, downloads nothing and reads its files strictly. The `lpips` package does not.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,26 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.files import unpickled
+from stdit.vae.clips import to_frames
 
-WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16's convolutions
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of LPIPS' ScalingLayer, for colours in [−1, 1]
-SMALLEST = 2 ** (len(WIDTHS) - 1)  # pixels a side: four poolings halve it
+WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels of VGG16's convolutions
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' ScalingLayer, for colours in [−1, 1]
+SMALLEST = 2 ** (len(WIDTHS) - 1)  # pixels per side: four poolings halve it
 WANTED = (
     "It takes two files, or one with both: torchvision's VGG16 (vgg16-397923af.pth, tensors features.0.weight …) and "
-    "LPIPS' heads (vgg.pth of lpips/weights/v0.1 in richzhang/PerceptualSimilarity, tensors lin0.model.1.weight …); "
-    ".safetensors with the same names will do."
+    "LPIPS' heads (vgg.pth of lpips/weights/v0.1 in richzhang/PerceptualSimilarity, tensors lin0.model.1.weight …). "
+    ".safetensors files with the same names work, too."
 )
 
 
 @dataclass
 class LpipsConfig:
-    """path: the folder or file with its weights, see `Lpips`. weight: beside the L1's 1. trust_pickle: also open .pth
-    files, as torchvision and LPIPS publish them (tensors only)."""
+    """Settings of the LPIPS term.
+
+    path: the folder or file with LPIPS' weights, see `Lpips`.
+    weight: of the term; that of the L1 is 1.
+    trust_pickle: also open .pth files, as torchvision and LPIPS publish them (tensors only).
+    """
 
     path: str = ""
     weight: float = 1.0
@@ -35,16 +43,17 @@ class LpipsConfig:
 
     def __post_init__(self) -> None:
         if not self.path or not self.weight > 0:
-            raise StditError(f"path {self.path!r} must name LPIPS's weights, and weight {self.weight:g} be positive.")
+            raise StditError(f"path {self.path!r} must name LPIPS' weights; weight {self.weight:g} must be positive.")
 
 
 class Lpips(nn.Module):
-    """LPIPS of VGG16, frozen. path: a folder, a file or several files that hold torchvision's VGG16 and LPIPS' heads;
-    None: without memory, on the meta device.
+    """LPIPS by VGG16, frozen.
 
-    Read are .safetensors and, with trust_pickle, .pth (tensors alone); tensors by other names, such as VGG16's
-    classifier, are left.
-    Raises StditError that names what is missing, misshaped or there twice.
+    path: a folder, a file or several files that hold torchvision's VGG16 and LPIPS' heads; None: no weights, on the
+        meta device. Tensors by other names, such as VGG16's classifier, are ignored.
+    trust_pickle: also read .pth files (tensors only), besides .safetensors.
+
+    Raises StditError for a tensor that is missing, misshaped or there twice.
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class Lpips(nn.Module):
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        self.ends = []  # the number of layers up to the last activation of each size
+        self.ends = []  # for each size, the index behind its last activation in `features`
         c = 3
         with torch.device("meta"):
             for widths in WIDTHS:
@@ -71,17 +80,15 @@ class Lpips(nn.Module):
         """(B, 3, T, H, W) in [−1, 1] each -> (B,): LPIPS of each pair of frames, then the mean over frames."""
         if a.shape != b.shape or a.ndim != 5 or a.shape[1] != 3 or min(a.shape[3:]) < SMALLEST:
             raise StditError(
-                f"LPIPS compares clips of one shape (B, 3, T, H, W), of at least {SMALLEST}x{SMALLEST} pixels, not "
+                f"LPIPS compares clips of the same shape (B, 3, T, H, W) of at least {SMALLEST}x{SMALLEST} pixels, not "
                 f"{tuple(a.shape)} with {tuple(b.shape)}."
             )
-        frames = torch.cat([clip.transpose(1, 2).flatten(0, 1) for clip in (a, b)]).to(
-            self.heads[0]
-        )  # (2·B·T, 3, H, W)
+        frames = torch.cat([to_frames(a), to_frames(b)]).to(self.heads[0])  # (2·B·T, 3, H, W)
         x = (frames - frames.new_tensor(SHIFT).view(3, 1, 1)) / frames.new_tensor(SCALE).view(3, 1, 1)
         total = torch.zeros((), device=a.device)
         for start, end, head in zip((0, *self.ends), self.ends, self.heads):
             x = self.features[start:end](x)  # (2·B·T, C, H', W')
-            # vector_norm's gradient is 0 where all channels are 0; that of √Σx² is not a number
+            # if all channels are 0, the gradient of vector_norm is 0; that of √Σx² is NaN
             unit = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
             difference = torch.sub(*unit.chunk(2)).square()  # (B·T, C, H', W')
             total = total + F.conv2d(difference, head).float().mean((1, 2, 3))
@@ -122,9 +129,8 @@ def _tensors(file: Path, trust_pickle: bool) -> dict[str, Tensor]:
 
     if file.suffix != ".safetensors" and not trust_pickle:
         raise StditError(
-            f"LPIPS: {file}: is a pickle, which can run code when it is opened, and is refused. If you trust where it "
-            "is from, ask for it: --trust-pickle, objective.vae.lpips.trust_pickle=true, or trust_pickle=True. Only "
-            "tensors are read."
+            f"LPIPS: {file}: is a pickle, which can run code when it is opened. If you trust its source, allow it: "
+            "--trust-pickle, objective.vae.lpips.trust_pickle=true, or trust_pickle=True. Only tensors are read."
         )
     try:
         found = load_file(file) if file.suffix == ".safetensors" else unpickled(file)

@@ -1,4 +1,4 @@
-"""Which part of a VAE trains on, and which stays bit for bit as it was."""
+"""Selects the part of a VAE that trains. The rest stays as it was, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from stdit.vae.layers import CausalConv3d, Downsample, Upsample
 Part = Literal["all", "decoder", "temporal"]
 
 
-class Taps(nn.Module):
-    """A kernel (C_out, C_in, k_t, k_h, k_w) out of its taps on earlier frames, and the one on the present."""
+class SplitKernel(nn.Module):
+    """Parametrizes a kernel (C_out, C_in, k_t, k_h, k_w) as two: for the past frames, and for the present one."""
 
     def forward(self, past: Tensor, present: Tensor) -> Tensor:
         return torch.cat([past, present], dim=2)
@@ -26,17 +26,18 @@ class Taps(nn.Module):
 
 
 def select_trainable_part(vae: CausalVAE, part: Part) -> None:
-    """Lets `part` of the VAE train, from now on.
+    """Lets only `part` of the VAE train.
 
-    all. decoder: latents stay what they were, so a transformer trained on them goes on working (Blattmann et al. 2023,
-    Align your Latents, section 3.1.1: against flicker). temporal: what an image does not run through, in encoder and
-    decoder, so images are encoded and decoded as before: the taps of kernels on earlier frames, split off for this
-    (`join_taps` undoes it), and the convolutions over time.
+    all: every parameter.
+    decoder: latents do not change, so a transformer trained on them keeps working (against flicker: Blattmann et al.
+        2023, Align your Latents, section 3.1.1).
+    temporal: the parameters that an image does not meet, so images are encoded and decoded as before: kernels for past
+        frames, which are split off (`join_split_kernels` undoes it), and the convolutions over time.
     """
     if not isinstance(vae, CausalVAE):
         raise StditError(
-            f"vae.path: a {vae.config.name} does not train here; VAEs in Wan's layout do, and Stable Diffusion's image "
-            "VAE with vae.inflate=true."
+            f"vae.path: a {vae.config.name} cannot be trained here. VAEs in Wan's layout can, and Stable Diffusion's "
+            "image VAE with vae.inflate=true."
         )
     vae.requires_grad_(part == "all")
     if part == "decoder":
@@ -46,13 +47,13 @@ def select_trainable_part(vae: CausalVAE, part: Part) -> None:
         for module in vae.modules():
             if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
                 module.time_conv.requires_grad_(True)
-        for conv in [module for module in vae.modules() if isinstance(module, CausalConv3d) and module.memory]:
-            parametrize.register_parametrization(conv, "weight", Taps())
+        for conv in [module for module in vae.modules() if isinstance(module, CausalConv3d) and module.sees_past]:
+            parametrize.register_parametrization(conv, "weight", SplitKernel())
             conv.parametrizations.weight.original0.requires_grad_(True)  # type: ignore[union-attr]
 
 
-def join_taps(module: nn.Module) -> None:
-    """Makes kernels in a module that `select_trainable_part` split whole again."""
+def join_split_kernels(module: nn.Module) -> None:
+    """Joins the kernels in `module` that `select_trainable_part` split."""
     for layer in list(module.modules()):
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight")

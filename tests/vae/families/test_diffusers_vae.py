@@ -12,7 +12,7 @@ import torch
 import stdit
 from stdit.errors import StditError
 from stdit.shapes import Stride, VideoShape, frames_for
-from stdit.vae.families.diffusers_vae import OtherVAE, VaeTraits
+from stdit.vae.families.diffusers_vae import DiffusersVAE, VaeTraits
 from stdit.weights.io import vae_on_meta
 
 FOUR = (8, 8, 8, 8)
@@ -84,7 +84,7 @@ def test_latents_and_frames_are_those_of_the_familys_pipeline(name, tmp_path):
     theirs = saved(name, tmp_path / "vae")
     ours = stdit.load_vae(tmp_path).eval()
     _, _, stride, normalise = VAES[name]
-    assert isinstance(ours, OtherVAE) and tuple(ours.config.stride) == stride
+    assert isinstance(ours, DiffusersVAE) and tuple(ours.config.stride) == stride
     outline = vae_on_meta(tmp_path)
     assert outline.config == ours.config
     shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
         up_block_types=("AllegroUpBlock3D",) * 2, layers_per_block=1,
     )  # fmt: skip
     with pytest.raises(StditError, match=r"height must be 320\+200k, not 640; nearest are 520 and 720"):
-        OtherVAE(allegro, VaeTraits("Allegro", whole=True, tiled=True)).decode(torch.zeros(1, 4, 6, 320, 160))
+        DiffusersVAE(allegro, VaeTraits("Allegro", whole=True, tiled=True)).decode(torch.zeros(1, 4, 6, 320, 160))
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

@@ -8,12 +8,12 @@ from torch.testing import assert_close
 
 from stdit.errors import StditError
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.vae.layers import patchify
+from stdit.vae.clips import patchify
 from stdit.vae.training.discriminator import (
     Discriminator,
     DiscriminatorConfig,
     adaptive_weight,
-    fooling_loss,
+    generator_loss,
     hinge_loss,
 )
 
@@ -65,12 +65,12 @@ def test_it_sees_what_frames_do_one_after_another():
     assert (calm - nervous).abs() > 1e-3
 
 
-def test_hinge_and_fooling_losses_by_hand():
+def test_hinge_and_generator_losses_by_hand():
     real = torch.tensor([[2.0, 0.5], [0.0, 0.0]])
     made = torch.tensor([[-3.0, -0.5], [0.0, 0.0]])
     assert_close(hinge_loss(real, made), torch.tensor([(0.25 + 0.25) / 2, 1.0]))
     assert hinge_loss(torch.tensor([[1.5]]), torch.tensor([[-1.0]])) == 0
-    assert_close(fooling_loss(made), torch.tensor([1.75, 0.0]))
+    assert_close(generator_loss(made), torch.tensor([1.75, 0.0]))
 
 
 @pytest.mark.parametrize("frames", [1, 5])
@@ -85,7 +85,7 @@ def test_its_weight_is_the_ratio_of_gradients_at_the_last_layer(frames: int):
     output = vae.decode_raw(latents)
     leaf = output.detach().requires_grad_()
     (down,) = torch.autograd.grad((leaf - video).abs().flatten(1).mean(1).sum(), leaf)
-    (up,) = torch.autograd.grad(fooling_loss(judge(leaf)).sum(), leaf)
+    (up,) = torch.autograd.grad(generator_loss(judge(leaf)).sum(), leaf)
     found = adaptive_weight(last, seen[0], patchify(down, 2), patchify(up, 2))
 
     for clip in range(3):

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.vae.training.trainable_parts import Part, join_taps, select_trainable_part
+from stdit.vae.training.trainable_parts import Part, join_split_kernels, select_trainable_part
 
 CONFIG = VaeConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=3, patch_size=2)
 WAN22 = replace(CONFIG, decoder_base_dim=8, dim_mult=(1, 1), residual=True)
@@ -26,7 +26,7 @@ def changed(config: VaeConfig, part: Part) -> tuple[CausalVAE, CausalVAE]:
         for p in after.parameters():
             if p.requires_grad:
                 p += 0.1 * torch.randn(p.shape)
-    join_taps(after)
+    join_split_kernels(after)
     assert after.state_dict().keys() == before.state_dict().keys()
     return before, after
 
