@@ -1,6 +1,6 @@
-"""Every setting that shapes the network, the presets of stdit's own family (Wan's), and what a forward costs.
+"""The settings that shape the network, the presets of stdit's own family (Wan's), and the cost of a forward.
 
-Which family of open weights uses which choice: docs/open-weights.md.
+docs/open-weights.md says which family of open weights uses which choice.
 """
 
 from __future__ import annotations
@@ -12,82 +12,140 @@ from typing import Any
 
 from stdit.errors import StditError, nearest_name
 
-# Settings that choose among a few ways to build a part; the first is Wan's.
+# The settings that are a choice among a few. The first of each is Wan's: who reads Wan can ignore all others.
 CHOICES: dict[str, dict[str, str]] = {
     "attention": {
-        "full": "every token of a clip attends to every other",
-        "spatial": "to those of its own frame: a clip is a row of images",
-        "spatial_temporal": "spatial blocks, each followed by one over time, at one place of the frame, without text",
-        "spatial_temporal_text": "the same, with text in both",
+        "full": "each token attends to all tokens of its clip",
+        "spatial": "each token attends to its own frame: a clip is a row of images (PixArt)",
+        "spatial_temporal": "spatial blocks alternate with blocks over time, which do not attend to text (Latte)",
+        "spatial_temporal_text": "the same, but blocks over time attend to text too (STDiT3)",
     },
-    "norm": {"layer": "LayerNorm without affine before attention and MLP", "rms": "RMSNorm without affine there"},
+    "norm": {
+        "layer": "LayerNorm without affine before attention and MLP",
+        "rms": "RMSNorm without affine before attention and MLP (LTX-Video)",
+    },
     "cross_norm": {
         "affine": "LayerNorm with affine before cross-attention",
-        "none": "no norm there",
-        "modulated": "cross-attention is normed, modulated and gated as the other two branches are",
+        "none": "no norm before cross-attention",
+        "modulated": "cross-attention is normed, modulated and gated like self-attention and MLP (Cosmos)",
     },
     "qk_norm": {
         "across_heads": "RMSNorm of q and k over all heads at once",
-        "per_head": "over each head, with one weight for all heads",
-        "per_head_self": "the same in self-attention, nothing in cross-attention",
-        "none": "q and k as they are",
+        "per_head": "RMSNorm of each head of q and k, one weight for all heads",
+        "per_head_self": "the same in self-attention, no norm in cross-attention",
+        "none": "no norm of q and k",
     },
-    "activation": {"gelu_tanh": "GELU of the MLP by its tanh approximation", "gelu": "by the error function"},
+    "activation": {
+        "gelu_tanh": "GELU of the MLP by its tanh approximation",
+        "gelu": "GELU of the MLP by the error function",
+    },
     "modulation": {
-        "table": "an MLP of the noise level gives six rows, every block adds a table of its own",
-        "low_rank": "every branch of every block has its own low-rank projection of the noise level, plus three rows",
+        "table": "an MLP of the noise level gives six rows, to which each block adds a table of its own",
+        "low_rank": "an MLP gives three rows, to which each branch adds its low-rank projection of the level (Cosmos)",
     },
     "rotary": {
-        "axes": "a third of each head for frame, row and column; positions divided by rope_scale",
-        "axes_ntk": "the same, but rope_scale raises each axis' base as NTK-aware scaling does",
-        "inner": "over the whole width, all axes at every frequency; positions in seconds and pixels over rope_scale",
-        "inner_causal": "the same, with the first latent frame one frame long",
-        "time": "in blocks over time, the whole head turns with the frame",
+        "axes": "a third of each head turns with the frame, the row and the column; rope_scale divides positions",
+        "axes_ntk": "the same, but rope_scale raises the base of each axis (NTK-aware scaling; Cosmos)",
+        "inner": "all axes turn at each frequency, over the whole width; seconds, pixels over rope_scale (LTX-Video)",
+        "inner_causal": "the same, where the first latent frame is one frame long",
+        "time": "the whole head turns with the frame, in blocks over time only (STDiT3)",
         "none": "no rotary positions",
     },
     "position": {
-        "none": "no positions are added",
-        "space": "sinusoids of row and column are added to the tokens",
-        "space_time": "the same, and sinusoids of the frame before the first block over time",
-        "space_resolution": "as space, but in units of the picture's size in pixels over position_base",
-        "learned": "a learned frame, row and column, of unit mean square, are added before every block",
+        "none": "no positions are added to the tokens",
+        "space": "sinusoids of row and column are added before the first block (PixArt)",
+        "space_time": "the same, and sinusoids of the frame before the first block over time (Latte)",
+        "space_resolution": "as space, but in units of the picture's size in pixels over position_base (STDiT3)",
+        "learned": "a learned frame, row and column, of unit mean square, are added before each block (Cosmos)",
     },
     "text_embedding": {
-        "mlp": "two layers with GELU (tanh) to the model's width",
-        "gelu": "one layer with GELU to text_width",
+        "mlp": "two layers with GELU (tanh) embed the text in the model's width",
+        "gelu": "one layer with GELU embeds the text in text_width",
         "none": "cross-attention takes the text as it is",
     },
     "network_time": {
-        "level": "the network is told the noise level × time_scale",
-        "log_sigma": "it is told log(σ)/4 of σ = t/(1 − t), as EDM's denoisers are (Karras et al. 2022)",
+        "level": "the network is given the noise level × time_scale",
+        "log_sigma": "the network is given log(σ)/4 of σ = t/(1 − t), as EDM's denoisers are (Karras et al. 2022)",
     },
     "level_condition": {
-        "none": "the noise level alone modulates",
-        "size": "the embeddings of the picture's height, width and their ratio are added to the noise level's",
-        "fps": "the embedding of the frames per second is added",
+        "none": "modulation depends on the noise level only",
+        "size": "embeddings of the picture's height, width and their ratio are added to the noise level's (PixArt-α)",
+        "fps": "an embedding of the frames per second is added to the noise level's (STDiT3)",
     },
 }
 
 
-# No network is larger; sizes of tensors then fit into 64 bits, and no list of blocks fills the memory.
-LARGEST_INTEGER = 2**24
-MOST = {"layers": 1000, "in_channels": 65_536, "out_channels": 65_536, "rope_theta": 1e12}
+# No network is larger. With these limits tensor sizes fit into 64 bits, and no list of blocks fills the memory.
+LARGEST = {"layers": 1000, "in_channels": 65_536, "out_channels": 65_536, "rope_theta": 1e12}
+LARGEST_OTHER = 2**24
+POSITIVE = ("dim", "heads", "layers", "ffn_dim", "in_channels", "out_channels", "text_dim", "frequency_dim")
+NOT_NEGATIVE = ("blank_channels", "null_text", "image_text_dim", "image_text_positions", "text_width")
+TUPLES = ("patch", "rope_scale", "rope_stride", "position_max", "compressed")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise StditError(f"transformer {message}.")
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Everything that shapes the network, and two things that it ignores: `text_padding` (512 or 0) is for who packs
-    texts, `family` names the module of stdit/weights/families that knows how such weights are written elsewhere.
+    """The settings that shape the network. Defaults are Wan's; what a choice does not use keeps its default.
 
-    The defaults are Wan's. Strings are choices, explained in CHOICES; `layers` counts pairs where attention is
-    "spatial_temporal". What a choice does not use keeps its default.
+    dim: width of the tokens, D.
+    heads: number of attention heads, H.
+    layers: number of blocks; of pairs of blocks where attention alternates between space and time.
+    ffn_dim: inner width of the MLP.
+    in_channels: channels of a token's patch, image_channels included.
+    out_channels: channels of the output.
+    patch: latent frames, rows and columns per token.
+    text_dim: width of the text encoder's output.
+    frequency_dim: number of sinusoids that embed the noise level.
+    eps: ε of all norms.
+    qk_norm: norm of q and k, see CHOICES.
+    cross_norm: norm before cross-attention, see CHOICES.
+    text_padding: positions that texts are padded to, 0 for none. Read by the text packer, ignored by the network.
+    rope_theta: base of the rotary frequencies.
+    rope_max: length of Wan's rotary table, exported with the weights. No limit here.
+    family: module of stdit/weights/families that knows how such weights are stored elsewhere; ignored by the network.
+
+    Wan keeps the defaults of all that follows, but for image_channels and image_text_*, which its image-to-video
+    weights set:
+
+    attention: which tokens attend to each other, see CHOICES.
+    norm: norm before self-attention and MLP, see CHOICES.
+    qk_eps: ε of qk_norm, null for eps.
+    bias: whether linear layers outside the text embedding have a bias.
+    activation: activation of the MLP, see CHOICES.
+    modulation: how the noise level modulates the blocks, see CHOICES.
+    modulation_rank: rank of modulation "low_rank".
+    network_time: what the network is given of the noise level, see CHOICES.
+    time_scale: factor of network_time "level".
+    level_condition: condition that joins the noise level in modulation, see CHOICES.
+    text_embedding: layers that embed the text, see CHOICES.
+    text_width: width of the text after text_embedding "gelu".
+    compressed: indices of the blocks whose self-attention compresses its keys (PixArt-Σ 2K).
+    compression: side of the square of tokens that becomes one key there.
+    null_text: rows of a stored embedding of "no text", 0 for none.
+    rotary: rotary positions, see CHOICES.
+    rope_scale: scale of frames, rows and columns, see rotary in CHOICES.
+    rope_stride: frames, rows and columns of pixels per latent position, for rotary "inner".
+    rope_fps: frames per second at which rotary "axes" counts frames of clips whose fps is given; 0: fps is ignored.
+    position: positions added to the tokens, see CHOICES.
+    position_base: tokens per side of the grid that position "space" stretches all grids to.
+    position_stretch: divisor of the positions of position "space".
+    position_max: largest grid of position "learned": frames, rows and columns of tokens.
+    image_channels: those of in_channels that the condition `image` provides.
+    blank_channels: channels beyond in_channels that are always zero (Cosmos' padding mask).
+    image_text_dim: width of the image tokens that cross-attention sees besides the text, 0 for none.
+    image_text_positions: learned positions of the image tokens, 0 for none.
     """
 
     dim: int
     heads: int
     layers: int
     ffn_dim: int
-    in_channels: int = 16  # of a token's patch, image_channels included
+    in_channels: int = 16
     out_channels: int = 16
     patch: tuple[int, int, int] = (1, 2, 2)
     text_dim: int = 4096
@@ -97,118 +155,117 @@ class TransformerConfig:
     cross_norm: str = "affine"
     text_padding: int = 512
     rope_theta: float = 10000.0
-    rope_max: int = 1024  # Wan's table ends there; exported with the weights, no limit here
-
+    rope_max: int = 1024
     family: str = "wan"
+
     attention: str = "full"
     norm: str = "layer"
-    qk_eps: float | None = None  # of qk_norm, None: eps
-    bias: bool = True  # of every linear outside the text embedding
+    qk_eps: float | None = None
+    bias: bool = True
     activation: str = "gelu_tanh"
     modulation: str = "table"
-    modulation_rank: int = 256  # of "low_rank"
+    modulation_rank: int = 256
     network_time: str = "level"
-    time_scale: float = 1000.0  # of "level"
+    time_scale: float = 1000.0
     level_condition: str = "none"
     text_embedding: str = "mlp"
-    text_width: int = 0  # of what "gelu" gives to cross-attention
-    compressed: tuple[int, ...] = ()  # blocks whose self-attention has fewer keys: one of each square of a frame
-    compression: int = 1  # side of that square, in tokens
-    null_text: int = 0  # rows of a text for "no text" that some releases keep with the weights
+    text_width: int = 0
+    compressed: tuple[int, ...] = ()
+    compression: int = 1
+    null_text: int = 0
     rotary: str = "axes"
-    rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of frame, row, column
-    rope_stride: tuple[int, int, int] = (1, 1, 1)  # frames and pixels per latent position, of "inner"
-    rope_fps: float = 0.0  # positions in time are as at this fps where a clip's is given; 0: they know no fps
+    rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    rope_stride: tuple[int, int, int] = (1, 1, 1)
+    rope_fps: float = 0.0
     position: str = "none"
-    position_base: int = 0  # "space": rows and columns are stretched to a grid of this many tokens a side
-    position_stretch: float = 1.0  # and divided by this
-    position_max: tuple[int, int, int] = (0, 0, 0)  # "learned": frames, rows and columns of tokens at most
-    image_channels: int = 0  # of in_channels, those that the condition `image` gives
-    blank_channels: int = 0  # beside in_channels, always zero: a padding mask where nothing is padded
-    image_text_dim: int = 0  # width of the image embedding that cross-attention sees beside the text; 0: none
-    image_text_positions: int = 0  # learned positions of that embedding; 0: none
+    position_base: int = 0
+    position_stretch: float = 1.0
+    position_max: tuple[int, int, int] = (0, 0, 0)
+    image_channels: int = 0
+    blank_channels: int = 0
+    image_text_dim: int = 0
+    image_text_positions: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("patch", "rope_scale", "rope_stride", "position_max", "compressed"):
+        for name in TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("dim", "heads", "layers", "ffn_dim", "in_channels", "out_channels", "text_dim", "frequency_dim"):
+        for name in POSITIVE:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise StditError(f"transformer {name} is {value!r}; it must be a positive integer.")
-        for name in (field.name for field in fields(self)):
-            value, most = getattr(self, name), MOST.get(name, LARGEST_INTEGER)
+            _require(isinstance(value, int) and value > 0, f"{name} is {value!r}; it must be a positive integer")
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            _require(type(value) is int and value >= 0, f"{name} is {value!r}; it must be 0 or a positive integer")
+        for name, value in vars(self).items():
+            largest = LARGEST.get(name, LARGEST_OTHER)
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and not -most <= number <= most:
-                    raise StditError(f"transformer {name} is {value!r}; it must be at most {most:,}.")
+                small = not isinstance(number, int | float) or -largest <= number <= largest
+                _require(small, f"{name} is {value!r}; it must be at most {largest:,}")
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
-                raise StditError(
-                    f"transformer {name} is {value!r}.{nearest_name(str(value), known)} Known: {', '.join(known)}."
-                )
-        if len(self.patch) != 3 or any(not isinstance(p, int) or p < 1 for p in self.patch):
-            raise StditError(
-                f"transformer patch is {self.patch}; write three positive integers: frames, height, width."
-            )
-        for name in ("rope_scale", "rope_stride", "position_max"):
-            value, least = getattr(self, name), 0 if name == "position_max" else 1e-9
-            if len(value) != 3 or any(type(n) not in (int, float) or not least <= n < math.inf for n in value):
-                raise StditError(f"transformer {name} is {value}; write three numbers: frames, height, width.")
-        for name in ("blank_channels", "null_text", "image_text_dim", "image_text_positions", "text_width"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise StditError(f"transformer {name} is {getattr(self, name)!r}; it must be 0 or a positive integer.")
-        if self.dim % self.heads:
-            raise StditError(f"transformer dim {self.dim} is not divisible by heads {self.heads}.")
-        if self.head_dim % 2:
-            raise StditError(f"dim {self.dim} / heads {self.heads} = {self.head_dim}; rotary pairs need an even one.")
-        if self.frequency_dim % 2:
-            raise StditError(f"transformer frequency_dim {self.frequency_dim} must be even (cosines and sines).")
-        if self.text_padding < 0 or self.eps <= 0 or self.rope_theta <= 0:
-            raise StditError(
-                f"transformer text_padding {self.text_padding}, eps {self.eps} or rope_theta {self.rope_theta} "
-                "is out of range: text_padding is 0 or more, the others positive."
-            )
+                nearest = nearest_name(str(value), known)
+                raise StditError(f"transformer {name} is {value!r}.{nearest} Known: {', '.join(known)}.")
+        for name in ("patch", "rope_scale", "rope_stride", "position_max"):
+            value = getattr(self, name)
+            kinds, least = ((int,), 1) if name == "patch" else ((int, float), 0 if name == "position_max" else 1e-9)
+            numbers = all(type(n) in kinds and least <= n < math.inf for n in value)
+            integers = " positive integers" if name == "patch" else " numbers"
+            _require(len(value) == 3 and numbers, f"{name} is {value}; write three{integers}: frames, height, width")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        if not 0 <= self.image_channels < self.in_channels:
-            raise StditError(f"transformer image_channels {self.image_channels} of in_channels {self.in_channels}.")
-        if (self.text_embedding == "gelu") != (self.text_width > 0):
-            raise StditError(
-                f"transformer text_width {self.text_width} goes with text_embedding 'gelu', and only there."
-            )
-        if (self.modulation == "low_rank") != (self.cross_norm == "modulated"):
-            raise StditError("transformer cross_norm 'modulated' goes with modulation 'low_rank', and only there.")
-        if self.modulation == "low_rank" and (self.frequency_dim != self.dim or self.level_condition != "none"):
-            raise StditError(
-                f"transformer modulation 'low_rank' takes sinusoids of the width {self.dim} (frequency_dim is "
-                f"{self.frequency_dim}) and no level_condition."
-            )
-        if self.position.startswith("space") and (self.position_base < 1 or self.dim % 4):
-            raise StditError(f"transformer position {self.position!r} needs position_base, and a dim divisible by 4.")
-        if self.position == "learned" and min(self.position_max) < 1:
-            raise StditError(f"transformer position 'learned' needs position_max; it is {self.position_max}.")
-        if self.level_condition == "size" and self.dim % 3:
-            raise StditError(f"transformer level_condition 'size' needs a dim divisible by 3; it is {self.dim}.")
-        if self.rotary.startswith("inner") and self.rope_fps <= 0:
-            raise StditError(f"transformer rotary {self.rotary!r} needs rope_fps.")
-        if any(not 0 <= block < self.layers for block in self.compressed) or (self.compression > 1) != bool(
-            self.compressed
-        ):
-            raise StditError(
-                f"transformer compressed {self.compressed} with compression {self.compression}: name blocks of the "
-                f"{self.layers}, and a side of 2 tokens or more; or neither."
-            )
-        if self.compressed and self.attention != "spatial":
-            raise StditError("transformer compressed keys go with attention 'spatial'.")
-        through_time = self.attention.startswith("spatial_temporal")
-        if (self.attention != "full" and self.rotary not in ("none", "time")) or (
-            self.rotary == "time" and not through_time
-        ):
-            raise StditError(
-                f"transformer rotary {self.rotary!r} does not go with attention {self.attention!r}: within frames "
-                "there is rotary 'none', or 'time' in the blocks over time."
-            )
+        d, f, attention = self.dim, self.frequency_dim, self.attention
+        _require(d % self.heads == 0, f"dim {d} is not divisible by heads {self.heads}")
+        _require(self.head_dim % 2 == 0, f"dim {d} / heads {self.heads} is not even; rotary pairs need that")
+        _require(f % 2 == 0, f"frequency_dim {f} is not even; it counts cosines and sines")
+        _require(
+            self.text_padding >= 0 and self.eps > 0 and self.rope_theta > 0,
+            f"text_padding {self.text_padding} must be 0 or more, eps {self.eps} and rope_theta {self.rope_theta} "
+            "must be positive",
+        )
+        _require(
+            0 <= self.image_channels < self.in_channels,
+            f"image_channels {self.image_channels} of in_channels {self.in_channels} must leave some for the latents",
+        )
+        _require(
+            (self.text_embedding == "gelu") == (self.text_width > 0),
+            f"text_width {self.text_width} goes with text_embedding 'gelu', and only with it",
+        )
+        low_rank = self.modulation == "low_rank"
+        _require(
+            low_rank == (self.cross_norm == "modulated"),
+            "cross_norm 'modulated' goes with modulation 'low_rank', and only with it",
+        )
+        _require(
+            not low_rank or (f == d and self.level_condition == "none"),
+            f"modulation 'low_rank' takes sinusoids of the width {d} (frequency_dim is {f}) and no level_condition",
+        )
+        _require(
+            not self.position.startswith("space") or (self.position_base > 0 and d % 4 == 0),
+            f"position {self.position!r} needs position_base, and a dim divisible by 4",
+        )
+        _require(
+            self.position != "learned" or min(self.position_max) > 0,
+            f"position 'learned' needs position_max; it is {self.position_max}",
+        )
+        _require(
+            self.level_condition != "size" or d % 3 == 0,
+            f"level_condition 'size' needs a dim divisible by 3; it is {d}",
+        )
+        _require(not self.rotary.startswith("inner") or self.rope_fps > 0, f"rotary {self.rotary!r} needs rope_fps")
+        _require(
+            all(0 <= block < self.layers for block in self.compressed)
+            and (self.compression > 1) == bool(self.compressed),
+            f"compressed {self.compressed} with compression {self.compression}: name some of the {self.layers} blocks "
+            "and a side of 2 tokens or more, or neither",
+        )
+        _require(not self.compressed or attention == "spatial", "compressed keys go with attention 'spatial'")
+        by_frame = ["none", "time"] if attention.startswith("spatial_temporal") else ["none"]
+        _require(
+            self.rotary in by_frame if attention != "full" else self.rotary != "time",
+            f"rotary {self.rotary!r} does not go with attention {attention!r}: within frames there is rotary 'none', "
+            "or 'time' in the blocks over time",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -225,12 +282,12 @@ class TransformerConfig:
 
     @property
     def context_dim(self) -> int:
-        """Width of the text as cross-attention takes it."""
+        """Width of the text that cross-attention sees."""
         return {"mlp": self.dim, "gelu": self.text_width, "none": self.text_dim}[self.text_embedding]
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What `predict` takes beside the text."""
+        """The conditions that `predict` takes besides the text."""
         takes = {
             "fps": self.rope_fps > 0 or self.level_condition == "fps",
             "size": self.level_condition == "size" or self.position == "space_resolution",
@@ -240,9 +297,9 @@ class TransformerConfig:
         return tuple(name for name, taken in takes.items() if taken)
 
     def inflated(self) -> TransformerConfig:
-        """The same with a block over time after every block of an image model, for `inflate`.
+        """The config of a video model made of this image model (`inflate`), with a block over time after each block.
 
-        Its attention knows the frame by rotary positions: Latte's sinusoids, which are added to the tokens, would
+        Blocks over time know the frame by rotary positions. Sinusoids added to the tokens, as Latte has them, would
         change what the image model computes.
         """
         if self.attention != "spatial" or self.compressed:
@@ -252,7 +309,7 @@ class TransformerConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
-        """A preset by name with fields changed."""
+        """A preset with some settings changed."""
         if name not in PRESETS:
             raise StditError(
                 f"no transformer preset {name!r}.{nearest_name(name, PRESETS)} Known: {', '.join(PRESETS)}."
@@ -264,8 +321,8 @@ class TransformerConfig:
         return replace(PRESETS[name], **changes)
 
 
-# Heads are 128 wide: programs that read Wan's weights take the number of heads from the width (ComfyUI: dim // 128).
-# The toy is narrower than two such heads, so it opens in diffusers and stdit, which read its config, and not in those.
+# Heads are 128 wide, since other programs that read Wan's weights derive their number from the width (ComfyUI:
+# dim // 128). The toy is too narrow for that: it opens only in stdit and diffusers, which read the config.
 PRESETS = {
     "toy": TransformerConfig(dim=144, heads=6, layers=6, ffn_dim=576, text_dim=128),
     "small": TransformerConfig(dim=384, heads=3, layers=12, ffn_dim=1536),
@@ -278,9 +335,9 @@ PRESETS = {
 
 
 def transformer_flops(config: TransformerConfig, token_counts: Sequence[int], text_counts: Sequence[int]) -> int:
-    """Forward FLOPs (2 per multiply-add) of the matrix products of clips of n tokens with texts of m tokens.
+    """FLOPs (2 per multiply-add) of the matrix products in a forward of clips of n tokens with texts of m tokens.
 
-    Times 3 for a training step, times 4 with checkpointed blocks. text_counts are packed (padding is one token).
+    A training step takes 3 times as many, 4 times with checkpointed blocks. In text_counts padding is one token.
     """
     d = config.dim
     linear, quadratic = cost_coefficients(config)
@@ -293,9 +350,9 @@ def transformer_flops(config: TransformerConfig, token_counts: Sequence[int], te
 
 
 def cost_coefficients(config: TransformerConfig) -> tuple[int, int]:
-    """(per token, per token²) forward FLOPs of a clip without its text; exact integers, for the planner.
+    """Forward FLOPs of a clip without its text, per token and per token²; exact integers, for the planner.
 
-    Attention within frames or over time is counted as if it were full: more than it costs.
+    Spatial and temporal attention are counted as full attention, which costs more.
     """
     d = config.dim
     ends = 2 * d * (config.in_channels + config.blank_channels + config.out_channels) * config.patch_volume

@@ -1,13 +1,13 @@
-"""The memory-bound operations of a block, each one pass forward, recomputed in backward, sums without atomics.
+"""The memory-bound operations of a block: each is one pass forward, and is recomputed in backward.
 
-Modulation is a (K, …, D) table of a pack's K distinct noise levels; a token's row is found by its level. Tokens of
-equal level lie in runs (a clip, a frame), and a run is one call with a (D,) row, so no (N, D) gather of the table
-exists; where runs are short (a level per token), rows are gathered in chunks.
+Modulation is a table (K, …, D) with a row per distinct noise level. Tokens of equal level lie in runs (a clip,
+a frame), and each run takes its row (D,) in one call, so the table is never expanded to (N, D). Where runs are short (a
+level per token), rows are gathered in chunks. Sums need no atomics, so they are deterministic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from stdit.models.packing import LevelIndex
 from stdit.models.positions import wide_dtype
 
-MEAN_RUN = 12288  # elements; below this mean size of runs, rows are gathered: a call a run costs more
-CHUNK = 4096  # tokens gathered at once
+MEAN_RUN = 12288  # if runs average fewer elements than this, rows are gathered: a kernel launch per run would cost more
+CHUNK = 4096  # tokens whose rows are gathered at once
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, index: LevelIndex, eps: float, rms: bool = False) -> Tensor:
@@ -37,16 +37,18 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: LevelIndex) -> Ten
 
 
 def rms_norm_rotary(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over all heads at once, or over each, then the rotary turn of every pair (2i, 2i+1), in fp32.
+    """RMSNorm over all heads at once or over each head, then the rotary turn of each pair (2i, 2i+1), in fp32.
 
-    x: (N, D). weight: (D,), or (D_head,) for each head. cos, sin: (N, 1 or H, D_head/2), or None for no turn.
+    x: (N, D).
+    weight: (D,), or (D_head,) to norm each head.
+    cos, sin: (N, 1 or H, D_head/2), or None for no turn.
     Returns (N, D) in x's dtype.
     """
     return _RmsNormRotary.apply(x, weight, cos, sin, eps)
 
 
-# LayerNorm and modulation. Compiled code sees one opaque operator, so the host's runs never make it recompile; eager
-# code calls the same functions through a plain autograd function, which costs a tenth of a millisecond less.
+# Norm and modulation. Compiled code sees one opaque operator, so a new mix of runs never recompiles it. Eager code
+# calls the same functions through a plain autograd function, which is a tenth of a millisecond faster.
 
 
 def _modulated_norm_forward(
@@ -63,21 +65,16 @@ def _modulated_norm_forward(
     wide, d = widen(x), x.shape[1:]
     gain = scale + 1
     if len(run_levels) == 1 and not rms:
-        level = int(run_levels)
-        out, mean, rstd = torch.native_layer_norm(wide, d, gain[level], shift[level], eps)
+        one = int(run_levels)
+        out, mean, rstd = torch.native_layer_norm(wide, d, gain[one], shift[one], eps)
         return out.to(x.dtype), mean, rstd
     if rms:
         rstd = rms_reciprocal(wide, eps)
         out, mean = wide * rstd, torch.zeros_like(rstd)
     else:
         out, mean, rstd = torch.native_layer_norm(wide, d, None, None, eps)
-    if _long_runs(x, run_levels):
-        for a, b, level in _runs(run_bounds, run_levels):
-            torch.addcmul(shift[level], out[a:b], gain[level], out=out[a:b])
-    else:
-        for a in range(0, len(x), CHUNK):
-            rows, levels = slice(a, a + CHUNK), level_of[a : a + CHUNK]
-            torch.addcmul(shift[levels], out[rows], gain[levels], out=out[rows])
+    for rows, level in _pieces(x, level_of, run_bounds, run_levels):
+        torch.addcmul(shift[level], out[rows], gain[level], out=out[rows])
     return out.to(x.dtype), mean, rstd
 
 
@@ -103,42 +100,27 @@ def _modulated_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide, wide_grad, d = widen(x), widen(grad), x.shape[1:]
     gain = scale + 1
-    dshift, dscale = torch.zeros_like(gain), torch.zeros_like(gain)
-    dx = torch.empty_like(x)
-    if rms:
-        long = _long_runs(x, run_levels)
-        pieces: list[Any] = [*_runs(run_bounds, run_levels)] if long else [*_chunks(len(x))]
-        for a, b, level in pieces:
-            g, unit, levels = wide_grad[a:b], wide[a:b] * rstd[a:b], level_of[a:b]
-            through = g * (gain[levels] if level is None else gain[level])
-            dx[a:b] = (through - unit * (through * unit).mean(1, keepdim=True)) * rstd[a:b]
-            if level is None:
-                dshift += level_sum(g, levels, len(gain))
-                dscale += level_sum(g * unit, levels, len(gain))
-            else:
-                dshift[level] += g.sum(0)
-                dscale[level] += (g * unit).sum(0)
-        return dx, dshift, dscale
-    if _long_runs(x, run_levels):
-        for a, b, level in _runs(run_bounds, run_levels):
-            part, dgain, dbias = torch.ops.aten.native_layer_norm_backward(
-                wide_grad[a:b], wide[a:b], d, mean[a:b], rstd[a:b], gain[level], gain[level], [True, True, True]
-            )
-            if b - a == len(x):
+    dx, dshift, dscale = torch.empty_like(x), torch.zeros_like(gain), torch.zeros_like(gain)
+    layer_norm_backward = torch.ops.aten.native_layer_norm_backward
+    for rows, level in _pieces(x, level_of, run_bounds, run_levels):
+        g, y, m, r = wide_grad[rows], wide[rows], mean[rows], rstd[rows]
+        if rms:
+            unit, through = y * r, g * gain[level]
+            dx[rows] = (through - unit * (through * unit).mean(1, keepdim=True)) * r
+            _add_by_level(dscale, g * unit, level)
+            _add_by_level(dshift, g, level)
+        elif isinstance(level, int):
+            part, dgain, dbias = layer_norm_backward(g, y, d, m, r, gain[level], gain[level], [True, True, True])
+            if len(part) == len(x):
                 dx = part.to(x.dtype)
             else:
-                dx[a:b] = part
+                dx[rows] = part
             dscale[level] += dgain
             dshift[level] += dbias
-        return dx, dshift, dscale
-    for a in range(0, len(x), CHUNK):
-        rows, levels = slice(a, a + CHUNK), level_of[a : a + CHUNK]
-        g = wide_grad[rows]
-        dx[rows], _, _ = torch.ops.aten.native_layer_norm_backward(
-            g * gain[levels], wide[rows], d, mean[rows], rstd[rows], None, None, [True, False, False]
-        )
-        dshift += level_sum(g, levels, len(gain))
-        dscale += level_sum((wide[rows] - mean[rows]).mul_(rstd[rows]).mul_(g), levels, len(gain))
+        else:
+            dx[rows], _, _ = layer_norm_backward(g * gain[level], y, d, m, r, None, None, [True, False, False])
+            _add_by_level(dscale, (y - m).mul_(r).mul_(g), level)
+            _add_by_level(dshift, g, level)
     return dx, dshift, dscale
 
 
@@ -182,16 +164,11 @@ def _gated_residual_forward(
     x: Tensor, y: Tensor, gate: Tensor, level_of: Tensor, run_bounds: Tensor, run_levels: Tensor
 ) -> Tensor:
     out = torch.empty_like(x)
-    if _long_runs(x, run_levels):
-        for a, b, level in _runs(run_bounds, run_levels):
-            if x.dtype == y.dtype == gate.dtype:
-                torch.addcmul(x[a:b], y[a:b], gate[level], out=out[a:b])
-            else:
-                out[a:b] = torch.addcmul(widen(x[a:b]), widen(y[a:b]), gate[level])
-        return out
-    for a in range(0, len(x), CHUNK):
-        rows = slice(a, a + CHUNK)
-        out[rows] = torch.addcmul(widen(x[rows]), widen(y[rows]), gate[level_of[rows]])
+    for rows, level in _pieces(x, level_of, run_bounds, run_levels):
+        if x.dtype == y.dtype == gate.dtype:
+            torch.addcmul(x[rows], y[rows], gate[level], out=out[rows])
+        else:
+            out[rows] = torch.addcmul(widen(x[rows]), widen(y[rows]), gate[level])
     return out
 
 
@@ -207,20 +184,13 @@ def _gated_residual_backward(
     grad: Tensor, y: Tensor, gate: Tensor, level_of: Tensor, run_bounds: Tensor, run_levels: Tensor
 ) -> tuple[Tensor, Tensor]:
     dy, dgate = torch.empty_like(y), torch.zeros_like(gate)
-    if _long_runs(y, run_levels):
-        for a, b, level in _runs(run_bounds, run_levels):
-            g = widen(grad[a:b])
-            if g.dtype == y.dtype:
-                torch.mul(g, gate[level], out=dy[a:b])
-            else:
-                dy[a:b] = g * gate[level]
-            dgate[level] += (g * y[a:b]).sum(0)
-        return dy, dgate
-    for a in range(0, len(y), CHUNK):
-        rows = slice(a, a + CHUNK)
-        g, levels = widen(grad[rows]), level_of[rows]
-        dy[rows] = g * gate[levels]
-        dgate += level_sum(g * y[rows], levels, len(gate))
+    for rows, level in _pieces(y, level_of, run_bounds, run_levels):
+        g = widen(grad[rows])
+        if g.dtype == y.dtype:
+            torch.mul(g, gate[level], out=dy[rows])
+        else:
+            dy[rows] = g * gate[level]
+        _add_by_level(dgate, g * y[rows], level)
     return dy, dgate
 
 
@@ -257,9 +227,9 @@ class _GatedResidual(torch.autograd.Function):
 
 
 class _RmsNormRotary(torch.autograd.Function):
-    """y = R(x·w/rms(x)), R the rotary turn. Keeps x only; backward turns back by −angle and recomputes.
+    """y = R(x·w/rms(x)), where R is the rotary turn. Saves only x; backward turns by −angle and recomputes the rest.
 
-    x (N, D) is (N, G, D/G) where the weight is (D/G,): G = 1 norms all heads at once.
+    With a weight (D/G,), x (N, D) is seen as (N, G, D/G); G = 1 norms all heads at once.
     """
 
     @staticmethod
@@ -274,7 +244,7 @@ class _RmsNormRotary(torch.autograd.Function):
         x, weight, cos, sin, rstd = ctx.saved_tensors
         wide = widen(x).unflatten(1, (-1, len(weight)))
         back = None if sin is None else -sin
-        u = _turn(widen(grad).clone().view_as(wide), cos, back, rstd)  # gradient of x·w, without the norm's own
+        u = _turn(widen(grad).clone().view_as(wide), cos, back, rstd)  # gradient of x·w if rms(x) were constant
         product = (u * wide).flatten(0, 1)  # (N·G, D/G)
         dweight = product.sum(0).to(weight.dtype)
         mean = torch.mv(product, weight.to(wide.dtype)).view_as(rstd) / len(weight)
@@ -283,7 +253,7 @@ class _RmsNormRotary(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, factor: Tensor) -> Tensor:
-    """x (N, G, D/G) times factor (N, G, 1), every pair turned by (cos, sin) (N, 1 or H, D_head/2); x is overwritten.
+    """Multiplies x (N, G, D/G) in place by factor (N, G, 1), and turns each pair by (cos, sin) (N, 1 or H, D_head/2).
 
     G is 1 or the number of heads.
     """
@@ -298,21 +268,21 @@ def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, factor: Tensor) -> 
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).view_as(x)
 
 
-# Shared pieces.
+# Shared by the operations above.
 
 
 def widen(x: Tensor) -> Tensor:
-    """fp32 of anything narrower; x itself if fp32 or fp64."""
+    """Casts to fp32 what is narrower; returns fp32 and fp64 as they are."""
     return x.to(wide_dtype(x))
 
 
 def rms_reciprocal(x: Tensor, eps: float) -> Tensor:
-    """1/√(mean square + eps) along the last dimension, kept."""
+    """1/√(mean square + eps) over the last dimension, which is kept with size 1."""
     return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
 
 
 def level_sum(values: Tensor, level_of: Tensor, levels: int) -> Tensor:
-    """Sums values (N, D) by level, (K, D), in a fixed order: no atomics."""
+    """Sums values (N, D) by level to (K, D), in a fixed order: no atomics."""
     if values.device.type == "cpu":
         return values.new_zeros(levels, values.shape[1]).index_add_(0, level_of, values)
     if levels <= 256:
@@ -323,14 +293,21 @@ def level_sum(values: Tensor, level_of: Tensor, levels: int) -> Tensor:
     return torch.segment_reduce(values[order], "sum", offsets=offsets, initial=0)
 
 
-def _long_runs(x: Tensor, run_levels: Tensor) -> bool:
-    return len(run_levels) * MEAN_RUN <= x.numel() or len(run_levels) == 1
+def _add_by_level(total: Tensor, values: Tensor, level: int | Tensor) -> None:
+    """Adds values (n, D) of one level, or of a level per token (n,), to the rows of total (K, D)."""
+    if isinstance(level, int):
+        total[level] += values.sum(0)
+    else:
+        total += level_sum(values, level, len(total))
 
 
-def _chunks(length: int) -> list[tuple[int, int, None]]:
-    return [(a, min(a + CHUNK, length), None) for a in range(0, length, CHUNK)]
-
-
-def _runs(run_bounds: Tensor, run_levels: Tensor) -> list[tuple[int, int, int]]:
-    bounds = run_bounds.tolist()
-    return list(zip(bounds, bounds[1:], run_levels.tolist()))
+def _pieces(
+    x: Tensor, level_of: Tensor, run_bounds: Tensor, run_levels: Tensor
+) -> Iterator[tuple[slice, int | Tensor]]:
+    """Cuts the tokens of x into runs, each with its level, or into chunks, each with a level per token."""
+    if len(run_levels) == 1 or len(run_levels) * MEAN_RUN <= x.numel():
+        bounds = run_bounds.tolist()
+        yield from zip(map(slice, bounds, bounds[1:]), run_levels.tolist())
+    else:
+        for rows in (slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)):
+            yield rows, level_of[rows]
