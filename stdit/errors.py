@@ -1,4 +1,4 @@
-"""The one error a user's mistake ends in."""
+"""The base class of user-facing errors, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 
 
 class StditError(ValueError):
-    """Something a user can mend: the message names the value, the place it came from and the way out.
+    """An error that the user can fix. The message names the value, where it came from, and the remedy.
 
-    The commands print its message without a traceback and exit with status 1.
+    Commands print the message without a traceback and exit with status 1.
     """
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' for the known name closest to `name`, or an empty string."""
+    """Returns ' Did you mean X?' for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 @contextmanager
-def about(what: str) -> Iterator[None]:
-    """Puts the setting, or whatever a StditError raised within is about, in front of its message."""
+def error_context(what: str) -> Iterator[None]:
+    """Prepends `what`, such as the name of a setting or file, to the message of a StditError raised within."""
     try:
         yield
     except StditError as error:
@@ -30,9 +30,9 @@ def about(what: str) -> Iterator[None]:
 
 
 class Interrupted(Exception):
-    """A signal stopped a run after it had saved its state. The message says how to go on.
+    """Raised when a signal has stopped a run and its state is saved. The message says how to continue.
 
-    `status` is the exit status: 75 after SIGTERM (requeue me), 130 after Ctrl-C.
+    status: the exit status, 75 after SIGTERM (requeue me), 130 after Ctrl-C.
     """
 
     def __init__(self, message: str, status: int = 75) -> None:

@@ -11,7 +11,7 @@ import typing
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, Union
 
-from stdit.errors import StditError, about, nearest_name
+from stdit.errors import StditError, error_context, nearest_name
 
 # All other numbers of a run's config are 0 or more.
 MAY_BE_NEGATIVE = ("run.seed", "eval.seed", "objective.flow.noise_levels.mean", "vae.latents_mean")
@@ -53,7 +53,7 @@ def _build(kind: type, raw: Any, key: str, where: str) -> Any:
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
     if missing:
         raise StditError(f"{where}: {key or 'the config'} lacks {' and '.join(missing)}.")
-    with about(f"{where}: {key}" if key else where):
+    with error_context(f"{where}: {key}" if key else where):
         return kind(**values)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from stdit.data.measure.scores import SCORES
-from stdit.errors import StditError, about, nearest_name
+from stdit.errors import StditError, error_context, nearest_name
 from stdit.shapes import LARGEST, VideoShape, frames_for
 
 Bounds = tuple[float | None, float | None]
@@ -52,7 +52,7 @@ class ShapeRule:
     def shapes(self, fps: float) -> tuple[VideoShape, ...]:
         """Without repetition: where two aspect ratios round to one size there is one shape."""
         sizes, lengths = [], []
-        with about("areas"):
+        with error_context("areas"):
             areas = [VideoShape.parse(area) for area in self.areas]
         for area in areas:
             if not area.is_image:
@@ -61,7 +61,7 @@ class ShapeRule:
                 sides = math.sqrt(area.width * area.height * aspect), math.sqrt(area.width * area.height / aspect)
                 sizes.append([max(1, round(side / self.multiple)) * self.multiple for side in sides])
         for seconds in self.durations:
-            with about("durations"):
+            with error_context("durations"):
                 frames = frames_for(seconds, fps, self.frame_stride) if seconds else 1
             if seconds < 0 or (seconds and frames == 1):
                 raise StditError(
@@ -167,7 +167,7 @@ class DataConfig:
         if self.rule is not None:
             if self.shapes:
                 raise StditError("data.shapes and data.rule are both set: a list, or a rule that gives it.")
-            with about("data.rule"):
+            with error_context("data.rule"):
                 return self.rule.shapes(self.fps)
         shapes = tuple(VideoShape.parse(text) for text in self.shapes)
         if not shapes:
@@ -207,7 +207,7 @@ class DataConfig:
                     f"data.stages: stage {number} of {len(self.stages)} has epochs {stage.epochs}; the last one has "
                     f"none and goes on to the end, the others say how many they last."
                 )
-            with about(f"data.stages: stage {number}"):
+            with error_context(f"data.stages: stage {number}"):
                 if not any(map(stage.allows, shapes)):
                     raise StditError(f"no shape of data.shapes is within area {stage.area} and frames {stage.frames}.")
         for name, kind in get_type_hints(DataConfig).items():

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from stdit.data.captions import CAPTION_NAMES, Caption, caption_cell, captions_of, columns_in
 from stdit.data.remote.paths import beside, is_remote, join
 from stdit.data.remote.storage import STORAGE
-from stdit.errors import StditError, about, nearest_name
+from stdit.errors import StditError, error_context, nearest_name
 from stdit.text_files import Row, csv_rows, fault_in, json_rows, shortened
 
 __all__ = ["SCHEMA", "Caption", "Clip", "Manifest", "Skipped", "clip_id", "read_manifest", "write_manifest"]
@@ -225,7 +225,7 @@ def _with_captions(table: pa.Table, source: str) -> pa.Table:
         return table
     found = []
     for number, row in enumerate(table.select([*names, *columns_in(table.column_names, ("weight",))]).to_pylist()):
-        with about(f"{source}: row {number}"):
+        with error_context(f"{source}: row {number}"):
             found.append([asdict(caption) for caption in captions_of(row)])
     column = pa.array(found, SCHEMA.field("captions").type)
     if not there:
@@ -250,7 +250,7 @@ def _check_captions(captions: pa.ChunkedArray, source: str) -> None:
 def read_manifest(path: str | Path) -> Manifest:
     """A manifest file: .parquet, .jsonl or .csv, or the URL of one."""
     if is_remote(str(path)):
-        with about(str(path)), STORAGE.local(str(path)) as local:
+        with error_context(str(path)), STORAGE.local(str(path)) as local:
             return Manifest(read_manifest(local).table, str(path).rpartition("/")[0], str(path))
     path = Path(path)
     if not path.is_file():

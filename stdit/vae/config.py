@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stdit.errors import StditError, about, nearest_name
+from stdit.errors import StditError, error_context, nearest_name
 
 # Of the released Wan 2.1 weights (vae.py; also the defaults of diffusers).
 WAN21_MEAN = (
@@ -162,5 +162,5 @@ def preset(name: str, **changes: Any) -> VaeConfig:
     """The named config of PRESETS with some settings changed. Raises StditError if the result is not a valid VAE."""
     if name not in PRESETS:
         raise StditError(f"there is no VAE preset {name!r}.{nearest_name(name, PRESETS)} Known: {', '.join(PRESETS)}.")
-    with about(f"preset {name} with {', '.join(f'{key}={value}' for key, value in changes.items())}"):
+    with error_context(f"preset {name} with {', '.join(f'{key}={value}' for key, value in changes.items())}"):
         return replace(PRESETS[name], **changes)

@@ -58,7 +58,7 @@ def caption(
     from stdit.cli.common.device import pick_device
     from stdit.data.manifest import parquet_path, read_manifest
     from stdit.data.remote.storage import STORAGE
-    from stdit.errors import about
+    from stdit.errors import error_context
     from stdit.heartbeat import HEARTBEAT
     from stdit.prepare.caption import caption_identity, caption_manifest
     from stdit.text.captioner import load_captioner
@@ -66,7 +66,7 @@ def caption(
     parquet_path(out)
     clips = read_manifest(manifest)
     HEARTBEAT.doing(f"loading {model}")
-    with about("--model"):
+    with error_context("--model"):
         captioner = load_captioner(model, prompt, max_new_tokens, dtype, pick_device(device))
         maker = caption_identity(model, captioner, frames)
     with counting_bar("captioning") as (on_start, on_clips):

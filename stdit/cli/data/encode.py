@@ -51,7 +51,7 @@ def encode(
     from stdit.data.manifest import read_manifest
     from stdit.data.plan.buckets import assign
     from stdit.data.remote.storage import STORAGE
-    from stdit.errors import StditError, about
+    from stdit.errors import StditError, error_context
     from stdit.heartbeat import HEARTBEAT
     from stdit.prepare.encode import PRECISION, encode_manifest, text_identity, vae_identity
     from stdit.training.config import load_config
@@ -73,11 +73,11 @@ def encode(
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     HEARTBEAT.doing(f"loading {run.vae.path}")
-    with about("vae.path"):
+    with error_context("vae.path"):
         vae = load_vae(run.vae.path, dtype=PRECISION, device=device).eval()
     vae.memory = memory
     for shape in assignment.shapes:
-        with about(f"data.shapes: {shape}"):
+        with error_context(f"data.shapes: {shape}"):
             shape.latent(vae.config.stride)
     text_encoder = text_id = None
     if run.text.path:
@@ -85,7 +85,7 @@ def encode(
         from stdit.weights.families import treatment_of
 
         HEARTBEAT.doing(f"loading {run.text.path}")
-        with about("text.path"):
+        with error_context("text.path"):
             text_encoder = load_text_encoder(
                 run.text.path,
                 treatment_of(run.text.path),

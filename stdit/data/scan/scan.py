@@ -30,7 +30,7 @@ from stdit.data.scan.listing import File, Folder
 from stdit.data.scan.probing import Opened, Probed, Span, Wanted, probe_files
 from stdit.data.scan.scan_log import Memory, absolute, remembered
 from stdit.data.scan.tars import COMPRESSED, tar_members
-from stdit.errors import StditError, about
+from stdit.errors import StditError, error_context
 from stdit.files import is_utf8
 
 FLASHES = 5  # stretches between cuts that a message tells the place of
@@ -264,7 +264,7 @@ def _table(path: str, source: Folder, file_column: str | None, caption_column: s
     columns = (file_column, caption_column)
     if not is_remote(path):
         return read_captions(Path(path), source.root, source.names, *columns)
-    with about(path), STORAGE.local(path) as local:
+    with error_context(path), STORAGE.local(path) as local:
         return read_captions(Path(local), source.root, source.names, *columns)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stdit.errors import StditError, about
+from stdit.errors import StditError, error_context
 from stdit.shipped import DEEPSPEED, find_shipped
 from stdit.training.engine.optimizer import ELEMENTWISE, OptimizerConfig, group_state, make_optimizer
 from stdit.training.engine.parallel import World
@@ -305,7 +305,7 @@ def zero_stage(path: str | None) -> int:
 
 
 def _read_json(given: str, precision: str) -> tuple[dict[str, Any], int]:
-    with about("parallel.deepspeed"):
+    with error_context("parallel.deepspeed"):
         path = find_shipped(given, DEEPSPEED, ".json")
         settings = read_json(path)
     for key, owner in OURS.items():

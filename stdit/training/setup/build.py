@@ -19,7 +19,7 @@ from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.plan.buckets import Assignment, assign
 from stdit.data.plan.planner import Plan
 from stdit.data.plan.sources import source_weights
-from stdit.errors import StditError, about
+from stdit.errors import StditError, error_context
 from stdit.heartbeat import HEARTBEAT
 from stdit.memory import require_memory
 from stdit.models.attention import choose_backend
@@ -160,9 +160,9 @@ def check_evaluation(parts: RunComponents) -> None:
         shape = parts.sampled_shapes[0]
         size = VideoShape.parse(settings.size) if settings.size else shape
         asked = VideoShape(shape.frames if settings.frames is None else settings.frames, size.height, size.width)
-        with about(f"eval.size={settings.size}, eval.frames={settings.frames}"):
+        with error_context(f"eval.size={settings.size}, eval.frames={settings.frames}"):
             objective.tokens(asked)
-        with about("eval.prompts"):  # whether such weights can be sampled
+        with error_context("eval.prompts"):  # whether such weights can be sampled
             pipeline = Pipeline(objective.module.transformer, objective.vae, objective.text_encoder, {})
             pipeline.known_frames.encode(None, asked)
 
@@ -171,10 +171,10 @@ def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, 
     """The plan of an epoch, of the curriculum's stage that it is in."""
     tokens = []
     for shape in assignment.shapes:
-        with about(f"data.shapes: {shape}"):
+        with error_context(f"data.shapes: {shape}"):
             tokens.append(objective.tokens(shape))
     stage = config.data.stage_of(epoch)
-    with about(f"data.stages: stage {stage + 1}") if config.data.stages else nullcontext():
+    with error_context(f"data.stages: stage {stage + 1}") if config.data.stages else nullcontext():
         return Plan(
             assignment.stages[stage].bucket,
             tokens,
@@ -203,7 +203,7 @@ def make_objective(
         if (settings := config.objective.vae.lpips) is not None:
             from stdit.vae.training.lpips import Lpips
 
-            with about("objective.vae.lpips"):
+            with error_context("objective.vae.lpips"):
                 lpips = Lpips(settings.path, settings.trust_pickle).to(world.device)
         return VaeObjective(config.objective, partial(make_vae, config), lpips, device=world.device, dtype=dtype)
     if not config.vae.path:
@@ -221,7 +221,7 @@ def make_objective(
     remake = partial(make_transformer, config, vae.config.z_dim, text_encoder.dim)
     transformer = remake()
     transformer.attention_backend = config.model.attention_backend
-    with about("model.attention_backend"):
+    with error_context("model.attention_backend"):
         choose_backend(config.model.attention_backend, world.device.type, dtype, transformer.config.head_dim)
     conditions = make_conditions(config, transformer.config, vae, world.device)
     tasks = [
@@ -274,7 +274,7 @@ def make_vae(config: RunConfig) -> CausalVAE:
             raise StditError(
                 f"objective.vae.train={config.objective.vae.train} keeps the rest of a VAE: set vae.path to it."
             )
-        with about("vae"):
+        with error_context("vae"):
             wanted = vae_preset(config.vae.preset or "toy", **config.vae.overrides)
             with torch.device("meta"):
                 numbers = sum(parameter.numel() for parameter in CausalVAE(wanted).parameters())
@@ -283,7 +283,7 @@ def make_vae(config: RunConfig) -> CausalVAE:
     if config.vae.inflate and config.objective.kind != "vae":
         raise StditError("vae.inflate starts a VAE's own training (objective.kind=vae); a DiT takes a trained one.")
     check_vae(config.vae.path)
-    with about("vae.path"):
+    with error_context("vae.path"):
         if config.vae.inflate:
             vae = inflate_image_vae(config.vae.path, config.vae.overrides.get("temporal_downsample"))
         else:
@@ -297,7 +297,7 @@ def make_vae(config: RunConfig) -> CausalVAE:
 def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
     """The frozen encoder of `text.path`, its weights not read yet, or a fresh one whose words are the manifest's."""
     if config.text.path:
-        with about("text.path"):
+        with error_context("text.path"):
             treatment = treatment_of(config.text.path)
             return load_text_encoder(config.text.path, treatment, max_length=config.text.padding or None, deferred=True)
     if config.text.trained is None:
@@ -323,14 +323,14 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
                     f"model.{name} is {settings.overrides[name]}, but the VAE and the text encoder make it {value}. "
                     f"Leave it out."
                 )
-        with about("model"):
+        with error_context("model"):
             wanted = TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow))
             count = count_parameters(wanted)
             require_memory(4 * count, "cpu", f"a transformer of {count:,} parameters",
                            "Choose a smaller model.")  # fmt: skip
             model = STDiT(wanted)
     else:
-        with about("model.init"):
+        with error_context("model.init"):
             path = transformer_path(settings)
             frozen = settings.lora is not None  # then no master is kept of them
             dtype = PRECISIONS[config.run.precision] if frozen else torch.float32
@@ -354,7 +354,7 @@ def make_conditions(config: RunConfig, model: TransformerConfig, vae: CausalVAE,
     if "image_text" in model.conditions and config.model.init and (Path(config.model.init) / "image_encoder").is_dir():
         from stdit.text.images import load_image_encoder
 
-        with about("model.init"):
+        with error_context("model.init"):
             encoder = load_image_encoder(config.model.init).to(device)
             if encoder.dim != model.image_text_dim:
                 raise StditError(f"image_encoder/ gives tokens of {encoder.dim}, not of {model.image_text_dim}.")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
-from stdit.errors import StditError, about
+from stdit.errors import StditError, error_context
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.training.config import RunConfig, VaeSettings
@@ -106,12 +106,12 @@ def outline(config: RunConfig) -> Objective:
 
 
 def _vae(settings: VaeSettings) -> Any:
-    with about("vae.path"):
+    with error_context("vae.path"):
         if settings.inflate:
             return on_meta(image_vae_config(settings.path or "", settings.overrides.get("temporal_downsample")))
         if settings.path:
             return vae_on_meta(settings.path)
-    with about("vae"):
+    with error_context("vae"):
         return on_meta(preset(settings.preset or "toy", **settings.overrides))
 
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from stdit.diffusion.solvers import static_shift
-from stdit.errors import StditError, about, nearest_name
+from stdit.errors import StditError, error_context, nearest_name
 from stdit.models.config import TransformerConfig
 from stdit.models.transformer import TEMPORAL_BLOCKS, STDiT
 from stdit.sampling.pipeline import FolderSettings
@@ -39,7 +39,7 @@ def follow_init(config: RunConfig) -> RunConfig:
     tokens, span, task = levels.shift_tokens, (0.0, 1.0), "text_to_video"
     if settings.init is not None and config.objective.kind == "flow":
         folder = Path(settings.init).expanduser()
-        with about("model.init"):
+        with error_context("model.init"):
             described = FolderSettings.read(folder)
             found: TransformerConfig = find("transformer", transformer_path(settings)).config
         task = "image_to_video" if found.image_channels > 1 else task
@@ -107,5 +107,5 @@ def select_trainable(model: STDiT, settings: ModelSettings) -> None:
 def check_export(settings: ModelSettings, model: TransformerConfig) -> None:
     """Raises StditError that names a setting which the exported model folder cannot hold."""
     if settings.lora is None or settings.lora.merged:
-        with about("model, as run/model will hold it"):
+        with error_context("model, as run/model will hold it"):
             check_layout(model, "diffusers")
