@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 from stdit.errors import StditError
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _KEPT = "and run the same command again: what was finished before is kept."
 _TROUBLES = {  # of a disk or a limit: (what the system's and the libraries' texts have of it, what a user reads)
     errno.ENOSPC: ("No space left on", f"no space left on the disk. Free some, or write elsewhere, {_KEPT}"),
@@ -302,19 +301,6 @@ def sha256_of(file: BinaryIO) -> str:
     while block := file.read(1 << 20):
         total.update(block)
     return total.hexdigest()
-
-
-def check_downloaded(path: str | Path) -> None:
-    """Raises StditError where a Git LFS pointer, or nothing, is in a file's place."""
-    with open(path, "rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
-        raise StditError(
-            f"{path}: is a Git LFS pointer, which names the file and is not the file. Run `git lfs pull` in its "
-            f"repository, or download it again."
-        )
-    if not start:
-        raise StditError(f"{path}: is empty. Download it again.")
 
 
 def unpickled(path: str | Path) -> Any:

@@ -15,7 +15,8 @@ PACKAGE = Path(stdit.__file__).parent
 
 # A file may import from its own line and from the lines above. The parts on line 1 know nothing of one another.
 LINES = [
-    {"shapes", "keyed", "errors", "files", "text_files", "memory", "strict", "heartbeat", "locks", "pixels", "shipped"},
+    {"shapes", "keyed", "errors", "downloads", "files", "text_files", "memory", "strict", "heartbeat", "locks"}
+    | {"pixels", "shipped"},
     {"models", "vae", "text", "diffusion", "data"},
     {"weights"},
     {"prepare"},

@@ -41,16 +41,16 @@ def inspect(
     """
     import json as format
 
-    from stdit.weights.lora import files as lora_files
-    from stdit.weights.lora import info as lora_info
+    from stdit.weights.lora.info import describe
+    from stdit.weights.lora.read import is_adapter
     from stdit.weights.sources import find
 
     if verify:
         return _verify(path, json)
 
-    if lora_files.is_adapter(path):
+    if is_adapter(path):
         config = None if model is None else find("transformer", model, trust_pickle).config
-        adapter = lora_info.describe(path, config)
+        adapter = describe(path, config)
         if json:
             print(format.dumps({"path": str(path), "models": [adapter]}, indent=2))
         else:
@@ -134,22 +134,23 @@ def convert(
     from stdit.locks import locked
     from stdit.vae.config import VaeConfig
     from stdit.weights import io
-    from stdit.weights.experts import EXPERT_NAMES, expert_folders
+    from stdit.weights.expert_folders import EXPERT_NAMES, expert_folders
     from stdit.weights.layouts import check_layout, dialect_in
-    from stdit.weights.lora import files as lora_files
+    from stdit.weights.lora.read import FILES, is_adapter, read_adapter
+    from stdit.weights.lora.write import ALIASES, write_adapter
     from stdit.weights.sources import find
 
-    if lora_files.is_adapter(source):
+    if is_adapter(source):
         if model is None:
             raise StditError(f"{source}: is an adapter; say by --model which model it is for: its sizes are needed.")
         config = find("transformer", model, trust_pickle).config
-        layout = lora_files.ALIASES.get(layout, layout) or "common"
-        adapter = lora_files.read_adapter(source, config)
-        place = out if out.suffix == ".safetensors" else out / lora_files.FILES.get(layout, "lora.safetensors")
+        layout = ALIASES.get(layout, layout) or "common"
+        adapter = read_adapter(source, config)
+        place = out if out.suffix == ".safetensors" else out / FILES.get(layout, "lora.safetensors")
         if place.exists() and place.samefile(source):
             raise StditError(f"{place}: is the adapter itself, which would be replaced. Write to another file.")
         with no_empty_folders(place.parent):
-            lora_files.write_adapter(adapter, place, config, layout)
+            write_adapter(adapter, place, config, layout)
         return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
     layout = layout or "diffusers"
     dialect_in(layout)  # raises for one that does not exist
@@ -229,7 +230,7 @@ def _copy(entries: list[Path], out: Path) -> None:
 def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = None) -> dict[str, Source]:
     """What is at `path`: transformer (or two experts, high and low) and vae; or the error that says why nothing is."""
     from stdit.errors import StditError
-    from stdit.weights.experts import expert_places
+    from stdit.weights.expert_folders import expert_places
     from stdit.weights.families import KINDS, titles
     from stdit.weights.sources import find, holds, other_vae
 
@@ -321,8 +322,8 @@ def _trained_for(source: Source) -> dict[str, str | None]:
 
 def _parts(path: Path) -> dict[str, str]:
     """What else a model folder holds, by its folders: the class that each one's config names."""
-    from stdit.weights.files import read_json
     from stdit.weights.sources import other_vae
+    from stdit.weights.tensor_files import read_json
 
     documents = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     found = {"vae": other.name} if (path / "vae").is_dir() and (other := other_vae(path)) else {}

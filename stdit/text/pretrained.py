@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
+from stdit.downloads import check_downloaded, unfinished
 from stdit.errors import StditError
-from stdit.files import check_downloaded
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of every `from_pretrained`
 _CHECKED = (".safetensors", ".json", ".model", ".txt", ".jinja")
@@ -47,7 +47,7 @@ def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
 
 
 def check_files(folder: Path) -> None:
-    """Raises StditError where one of a folder's files is a Git LFS pointer, or empty."""
+    """Raises StditError where one of a folder's files was not downloaded whole."""
     for path in sorted(folder.iterdir()):
         if path.suffix in _CHECKED and not path.name.startswith(".") and path.is_file():
             check_downloaded(path)
@@ -64,12 +64,12 @@ def check_weights(folder: Path, what: str) -> None:
         missing = [str(name) for name in shards if not (folder / str(name)).is_file()]
         if missing:
             raise StditError(
-                f"{folder}: {what} lacks {len(missing)} of its {len(shards)} files, such as {missing[0]}. "
-                f"{_unfinished(folder)}Download the folder again."
+                f"{folder}: {what} lacks {len(missing)} of its {len(shards)} files, such as {missing[0]}."
+                f"{unfinished(folder)} Download the folder again."
             )
     if not found:
         pickles = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
-        why = f"no .safetensors file is there. {_unfinished(folder)}Download the folder again."
+        why = f"no .safetensors file is there.{unfinished(folder)} Download the folder again."
         if pickles:
             why = f"there is only {pickles[0]}, a pickle, which may run anything. Convert it with save_pretrained."
         raise StditError(f"{folder}: {what}'s weights cannot be read: {why}")
@@ -79,18 +79,8 @@ def check_weights(folder: Path, what: str) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise StditError(
-                f"{path}: is cut short or damaged ({said(error)}). {_unfinished(folder)}Download it again."
+                f"{path}: is cut short or damaged ({said(error)}).{unfinished(folder)} Download it again."
             ) from error
-
-
-def _unfinished(folder: Path) -> str:
-    """Names a download that was broken off, if there is one."""
-    kept = folder.parent / ".cache" / "huggingface" / "download" / folder.name  # hf download --local-dir
-    for place in (folder, kept, folder / ".cache" / "huggingface" / "download"):
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
-            if path.suffix in (".incomplete", ".part", ".aria2", ".crdownload", ".tmp"):
-                return f"A download has not finished: {path}. "
-    return ""
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class RunSettings:
 @dataclass
 class LoraConfig:
     """alpha / rank scales what an adapter adds. targets: patterns (* and ?) of the linear layers, by our names; unset:
-    all of attention and MLP. layout: of the exported file (stdit/weights/lora/files.py). merged: export the whole
+    all of attention and MLP. layout: of the exported file (stdit/weights/lora/write.py). merged: export the whole
     model folder too, with the adapter in its weights.
     Of Cosmos, whose common layout diffusers does not read, there is a second file in diffusers' own.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stdit.errors import StditError
 from stdit.files import sha256_of
-from stdit.weights.files import PICKLES
+from stdit.weights.tensor_files import PICKLES
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LISTS = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", "checksums.sha256")

@@ -22,8 +22,8 @@ from stdit.vae.layers import Downsample, Upsample
 from stdit.weights.families import on_meta, shapes_of
 from stdit.weights.families.configs import checked_keys
 from stdit.weights.families.wan_vae import residual_block
-from stdit.weights.files import open_folder, read_json
 from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
+from stdit.weights.tensor_files import open_folder, read_json
 
 CLASS = "AutoencoderKL"
 _DEFAULTS: dict[str, Any] = {  # of diffusers, where a config.json says nothing

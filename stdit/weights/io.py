@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.files import publish
-from stdit.weights.experts import EXPERT_NAMES, boundary_of, expert_folders, expert_places
+from stdit.weights.expert_folders import EXPERT_NAMES, boundary_of, expert_folders, expert_places
 from stdit.weights.families import family_of, on_meta, table_of
-from stdit.weights.files import write_tensors
 from stdit.weights.layouts import check_layout, describe, dialect_in
 from stdit.weights.quantised import FP8, fp8_count
 from stdit.weights.sources import PREFIXES, Source, find, other_vae
+from stdit.weights.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ def save_vae(
 def load(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
     """Reads a source's tensors into its model. Peak memory is the model and one tensor.
 
-    What is on the CPU in its stored dtype and order stays a private view of the file; see stdit/weights/files.py.
+    On the CPU, a tensor of unchanged dtype and order stays a private view of the file; see tensor_files.py.
     """
     import torch
 

@@ -1,24 +1,25 @@
 """Declarative key maps: how one dialect's tensors become our own, and back, bit for bit.
 
-A `KeyMap` is a list of rules between *native* names (ours) and *foreign* ones (another program's). It is only read from
-the native side: our names and shapes give the foreign ones, so both directions, and every check, come from one `Table`:
+A `KeyMap` is a list of rules between *native* names (ours) and *foreign* ones (another program's). Rules are matched
+against native names only; the native names and shapes give the foreign ones. So one `Table` serves both directions and
+every check:
 
     keymap = KeyMap(
         Rule("blocks.{i}.self_attn.{p:q|k|v}.{leaf}", "blocks.{i}.attn1.to_{p}.{leaf}"),       # a rename
         Rule("patch_embedding.weight", "patch_embedding.weight", Unflatten(1, (16, 1, 2, 2))),    # Linear to Conv3d
         Rule(("a.q.{leaf}", "a.k.{leaf}"), "a.qk.{leaf}"),                                        # fused over there
         Rule("a.kv.{leaf}", ("a.k.{leaf}", "a.v.{leaf}")),                                        # split over there
-        ignored=("accum_{rest}",),                                   # over there, may be present, holds no weights
-        computed={"rope.freqs": frequencies},                        # the same, and written back: a function gives it
+        ignored=("accum_{rest}",),                                   # may be in a file, holds no weights
+        computed={"rope.freqs": frequencies},                        # the same, but written: a function makes it
     )
     table = keymap.table({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     table.check(shapes_in_the_file, place="model.safetensors")          # before a single tensor is read
     native = dict(table.to_native(read_foreign))                        # read_foreign: name -> tensor
     foreign = dict(table.to_foreign(native.__getitem__))
 
-In a template `{i}` (one letter) stands for a number, `{leaf}` (any longer name) for one part of a name without a dot,
+In a template, `{i}` (one letter) stands for a number, `{leaf}` (any longer name) for a part of a name without a dot,
 `{p:q|k|v}` for one of these words, and `{rest}` for anything, dots included. The first rule that matches a native name
-is the one that counts. Rules that depend on sizes are built by a function of the config.
+counts. Rules that depend on sizes are built by a function of the config.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 
-class Step(Protocol):
-    """One reversible move of a tensor's elements, told from the native side."""
+class Transform(Protocol):
+    """A reversible rearrangement of a tensor's elements along `dim`, defined from the native side."""
+
+    @property
+    def dim(self) -> int: ...
 
     def shape(self, native: Shape) -> Shape: ...
 
@@ -51,7 +55,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Unflatten:
-    """One native dimension is several foreign ones: a Linear over (c, pt, ph, pw) is a Conv3d's flattened weight."""
+    """Splits a native dimension into several: a Linear over (c, pt, ph, pw) becomes a Conv3d."""
 
     dim: int
     sizes: Shape
@@ -68,7 +72,7 @@ class Unflatten:
 
 @dataclass(frozen=True)
 class Flatten:
-    """Several native dimensions, from `dim` on and of these sizes, are one foreign one."""
+    """Joins the native dimensions of these sizes, from `dim` on, into one."""
 
     dim: int
     sizes: Shape
@@ -86,24 +90,8 @@ class Flatten:
 
 
 @dataclass(frozen=True)
-class Permute:
-    """Foreign dimension k is native dimension `dims[k]`."""
-
-    dims: Shape
-
-    def shape(self, native: Shape) -> Shape:
-        return tuple(native[dim] for dim in self.dims)
-
-    def to_foreign(self, tensor: Tensor) -> Tensor:
-        return tensor.permute(self.dims)
-
-    def to_native(self, tensor: Tensor) -> Tensor:
-        return tensor.permute([self.dims.index(dim) for dim in range(len(self.dims))])
-
-
-@dataclass(frozen=True)
 class Take:
-    """Foreign entry k along `dim` is native entry `index[k]`; the index is a permutation of all entries."""
+    """Permutes entries along `dim`: foreign entry k is native entry `index[k]`."""
 
     index: Shape
     dim: int = 0
@@ -120,7 +108,7 @@ class Take:
 
 
 def output_order(patch: Shape, channels: int, order: str) -> Take:
-    """Rows of a head in our order (t, h, w, c) of a patch's frames, rows, columns and channels, there in `order`."""
+    """Permutes the output rows of a patch from our order, frame, row, column, channel (thwc), to `order`."""
     sizes = dict(zip("thwc", (*patch, channels)))
     strides = {axis: math.prod(list(sizes.values())[place + 1 :]) for place, axis in enumerate(sizes)}
     rows = [0]
@@ -136,9 +124,9 @@ def _int64():
 
 
 def half_split_heads(heads: int, head_dim: int, parts: int = 1) -> Take:
-    """Interleaved rotary rows here, half-split rotary rows (first halves, then second halves of the pairs) there.
+    """Permutes rotary rows from interleaved pairs to halves (the first of every pair, then the second).
 
-    parts: how many equal parts of a head are split in halves on their own.
+    parts: each head consists of so many equal parts, each with halves of its own.
     """
     size = head_dim // parts
     order = [*range(0, size, 2), *range(1, size, 2)]
@@ -149,7 +137,7 @@ _FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 
 
 def _pattern(template: str) -> str:
-    """A template as a regular expression over whole names; a field named twice must be the same both times."""
+    """The regular expression of a template. A field that occurs twice must match the same text."""
     pattern, end, seen = "", 0, set()
     for found in _FIELD.finditer(template):
         name, words = found[1], found[2]
@@ -166,20 +154,27 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
 
 
 class Rule:
-    """Native tensors ↔ foreign tensors: concatenated along `dim` on the side that has several, then moved by `steps`.
+    """Native tensors ↔ foreign tensors. One side must be a single tensor.
 
-    Several foreign tensors are equal parts of the joined one. One side must be a single tensor.
+    Several native tensors are concatenated along `dim`, then `transforms` apply, then the result is split along `dim`
+    into equal parts, as many as there are foreign tensors.
     """
 
-    def __init__(self, native: str | tuple[str, ...], foreign: str | tuple[str, ...], *steps: Step, dim: int = 0):
+    def __init__(
+        self,
+        native: str | tuple[str, ...],
+        foreign: str | tuple[str, ...],
+        *transforms: Transform,
+        dim: int = 0,
+    ):
         self.native = (native,) if isinstance(native, str) else native
         self.foreign = (foreign,) if isinstance(foreign, str) else foreign
-        self.steps, self.dim = steps, dim
+        self.transforms, self.dim = transforms, dim
         assert min(len(self.native), len(self.foreign)) == 1, (native, foreign)
         self._patterns = [re.compile(_pattern(template)) for template in self.native]
 
     def match(self, name: str) -> dict[str, str] | None:
-        """The template's fields where `name` is one of the native names, else None."""
+        """The template's fields if `name` is one of the native names, else None."""
         for pattern in self._patterns:
             if found := pattern.fullmatch(name):
                 return found.groupdict()
@@ -194,9 +189,10 @@ class Rule:
         shape = shapes[native[0]]
         if len(native) > 1:
             shape = (*shape[: self.dim], sum(sizes), *shape[self.dim + 1 :])
-        for step in self.steps:
-            assert len(shape) > 0 and math.prod(step.shape(shape)) == math.prod(shape), f"{native}: {step} of {shape}"
-            shape = step.shape(shape)
+        for transform in self.transforms:
+            moved = transform.shape(shape)
+            assert len(shape) > 0 and math.prod(moved) == math.prod(shape), f"{native}: {transform} of {shape}"
+            shape = moved
         if len(foreign) > 1:
             assert shape[self.dim] % len(foreign) == 0, f"{native}: {shape} in {len(foreign)} parts"
             shape = (*shape[: self.dim], shape[self.dim] // len(foreign), *shape[self.dim + 1 :])
@@ -205,7 +201,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Move:
-    """A rule applied to particular names: these native tensors are those foreign ones."""
+    """A rule applied to a model: these native tensors are those foreign tensors."""
 
     rule: Rule
     native: tuple[str, ...]
@@ -215,21 +211,25 @@ class Move:
 
     def to_native(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         tensor = _join(tensors, self.rule.dim)
-        for step in reversed(self.rule.steps):
-            tensor = step.to_native(tensor)
+        for transform in reversed(self.rule.transforms):
+            tensor = transform.to_native(tensor)
         return [tensor] if len(self.native) == 1 else list(tensor.split(self.native_sizes, self.rule.dim))
 
     def to_foreign(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         tensor = _join(tensors, self.rule.dim)
-        for step in self.rule.steps:
-            tensor = step.to_foreign(tensor)
+        for transform in self.rule.transforms:
+            tensor = transform.to_foreign(tensor)
         return [tensor] if len(self.foreign) == 1 else list(tensor.chunk(len(self.foreign), self.rule.dim))
 
 
 class KeyMap:
-    """Rules, first match wins; the foreign names that may be there and hold no weights (`ignored` templates); those of
-    them that a config tells to the last bit, so that they are written too (`computed`); the native names that have no
-    place there and are left out of what is written (`absent`)."""
+    """How a dialect's names become ours.
+
+    rules: the first that matches counts.
+    ignored: templates of foreign names that a file may have and that hold no weights.
+    computed: ignored foreign tensors that can be recomputed bit-exactly from the config, so they are written as well.
+    absent: native names that the dialect cannot hold; they are not written.
+    """
 
     def __init__(
         self,
@@ -241,12 +241,11 @@ class KeyMap:
         self.rules, self.ignored, self.computed, self.absent = rules, ignored, computed or {}, absent
 
     def unplaced(self, native: Iterable[str]) -> list[str]:
-        """Our names that no rule is for."""
+        """Native names that no rule matches."""
         return [n for n in native if n not in self.absent and all(rule.match(n) is None for rule in self.rules)]
 
     def table(self, native: Mapping[str, Shape]) -> Table:
-        """Applies the rules to a model's tensors. Every native tensor that is not `absent` takes part
-        once; so does every foreign one."""
+        """Applies the rules to a model's tensors. Each tensor takes part exactly once, on both sides."""
         moves: dict[tuple[str, ...], Move] = {}
         for name in native:
             if name in self.absent:
@@ -269,7 +268,7 @@ class KeyMap:
 
 @dataclass(frozen=True)
 class Differences:
-    """What a file holds against what a table wants, in foreign names."""
+    """How a file's tensors differ from those that a table expects, by foreign name."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -297,7 +296,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Table:
-    """A key map applied to one model: which native tensors are which foreign ones, with all shapes."""
+    """A key map applied to a model: which native tensors are which foreign ones, with all shapes."""
 
     moves: tuple[Move, ...]
     ignored: tuple[re.Pattern[str], ...] = ()
@@ -308,7 +307,7 @@ class Table:
         return {name: move.foreign_shape for move in self.moves for name in move.foreign}
 
     def differences(self, found: Mapping[str, Shape]) -> Differences:
-        """Compares names and shapes only, so it costs nothing and can be asked of any file."""
+        """Compares names and shapes; no tensor is read."""
         wanted = self.foreign_shapes
         surplus = [name for name in found if name not in wanted]
         return Differences(
@@ -318,19 +317,19 @@ class Table:
         )
 
     def check(self, found: Mapping[str, Shape], place: object, hint: str = "") -> None:
-        """Raises StditError that names every kind of difference, and the file or folder `place`."""
+        """Raises StditError that lists the differences. place: the file or folder that it names."""
         if differences := self.differences(found):
             raise StditError(
                 f"{place}: the tensors are not those of this model.\n{differences}" + (f"\n{hint}" if hint else "")
             )
 
     def to_native(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(native name, tensor) of everything; `read` gives a foreign tensor by name, each one once."""
+        """All (native name, tensor). `read` returns a foreign tensor by name and is called once for each."""
         for move in self.moves:
             yield from zip(move.native, move.to_native([read(name) for name in move.foreign]))
 
     def native_reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-        """A function that gives any one native tensor by name, reading (again) what it is made of."""
+        """A function that returns any native tensor by name. It reads its foreign tensors at every call."""
         moves = {name: move for move in self.moves for name in move.native}
 
         def read_native(name: str) -> Tensor:
@@ -342,10 +341,10 @@ class Table:
     def written(
         self, read: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]
     ) -> tuple[dict[str, tuple[torch.dtype, Shape]], Callable[[str], Tensor]]:
-        """What a file of this dialect holds, computed tensors too: dtypes and shapes by foreign name, and a function
-        that gives any one by name, reading (again) what it is made of.
+        """What a file of this dialect holds: dtype and shape by foreign name, and a function that returns any tensor.
 
-        read and dtypes are of the native tensors; what is computed has the dtype of the first of them.
+        read, dtypes: of the native tensors. The function reads them at every call. Computed tensors are included and
+        have the first tensor's dtype.
         """
         moves = {name: move for move in self.moves for name in move.foreign}
         entries = {name: (dtypes[move.native[0]], move.foreign_shape) for name, move in moves.items()}
@@ -362,7 +361,7 @@ class Table:
         return entries, read_foreign
 
     def to_foreign(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(foreign name, tensor) of everything; `read` gives a native tensor by name, each one once."""
+        """All (foreign name, tensor). `read` returns a native tensor by name and is called once for each."""
         for move in self.moves:
             yield from zip(move.foreign, move.to_foreign([read(name) for name in move.native]))
 

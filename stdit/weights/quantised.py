@@ -14,7 +14,7 @@ import json
 import re
 
 from stdit.errors import StditError
-from stdit.weights.files import TensorFiles
+from stdit.weights.tensor_files import TensorFiles
 
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 _SCALE = re.compile(r"(.+\.)(scale_weight|weight_scale)")

@@ -11,7 +11,7 @@ from typing import Any
 from stdit.diffusion.solvers import path_of, read_scheduler
 from stdit.models.config import TransformerConfig
 from stdit.weights.families import family_of
-from stdit.weights.files import read_json
+from stdit.weights.tensor_files import read_json
 
 
 def scheduler_of(path: str | Path, config: TransformerConfig) -> dict[str, Any]:

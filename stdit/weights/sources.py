@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from stdit.errors import StditError
 from stdit.weights.families import class_names, diffusers_vaes, families, on_meta, recognised, shapes_of, titles
 from stdit.weights.families.record import Family
-from stdit.weights.files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json
 from stdit.weights.identity import files_identity, folder_identity
 from stdit.weights.keymap import Table
-from stdit.weights.others import check_known, check_no_adapter
 from stdit.weights.quantised import scaled
+from stdit.weights.refused import check_known, check_no_adapter
+from stdit.weights.tensor_files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json
 
 if TYPE_CHECKING:
     from stdit.vae.families.diffusers_vae import VaeFolder

@@ -53,7 +53,7 @@ def make_template(folder: Path) -> None:
     from stdit.text.small import build_word_tokenizer, small_umt5
     from stdit.vae.autoencoder import CausalVAE, VaeConfig
     from stdit.weights.lora.adapters import Adapter, Pair
-    from stdit.weights.lora.files import write_adapter
+    from stdit.weights.lora.write import write_adapter
 
     folder.mkdir()
     os.chdir(folder)

@@ -27,7 +27,7 @@ from stdit.training.config import LoraConfig
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.setup.lora import adapter_of
 from stdit.weights.io import save_transformer
-from stdit.weights.lora.files import read_adapter
+from stdit.weights.lora.read import read_adapter
 from stdit.weights.sources import find
 
 pytest.importorskip("deepspeed")

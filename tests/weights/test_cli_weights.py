@@ -21,7 +21,7 @@ from stdit.models.transformer import PRESETS, STDiT, TransformerConfig, count_pa
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.weights.families import wan
 from stdit.weights.lora.adapters import Adapter, Pair
-from stdit.weights.lora.files import write_adapter
+from stdit.weights.lora.write import write_adapter
 
 TRANSFORMER = TransformerConfig(dim=12, heads=2, layers=2, ffn_dim=8, text_dim=4)
 VAE = VaeConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=2)

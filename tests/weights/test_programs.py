@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import stdit
 from stdit.weights.lora.adapters import merge
-from stdit.weights.lora.files import write_adapter
+from stdit.weights.lora.write import write_adapter
 
 sys.path.insert(0, str(Path(__file__).parent / "goldens"))
 import programs_golden as golden

@@ -17,8 +17,8 @@ from stdit.cli.main import app, run_command
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.weights.files import open_folder
 from stdit.weights.sources import find
+from stdit.weights.tensor_files import open_folder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -68,11 +68,11 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab29
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (POINTER.encode(), "is a Git-LFS pointer"),
-        (b"<!DOCTYPE html><html><head><title>401</title>", "is a web page, not weights"),
+        (POINTER.encode(), "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html><head><title>401</title>", "is a web page, not the file"),
         (b"GGUF\x03\x00\x00\x00" + b"\0" * 64, "is a GGUF file"),
         (b"PK\x03\x04" + b"\0" * 64, "is a pickle of torch.save"),
-        (b"", "0 bytes is too short"),
+        (b"", "is empty"),
     ],
 )
 def test_what_is_not_weights_under_their_name_is_said(kind, content, words, folder, tmp_path):
@@ -87,12 +87,12 @@ def test_what_is_not_weights_under_their_name_is_said(kind, content, words, fold
 
 def test_a_pointer_in_place_of_an_index_a_config_or_a_pickle_is_said(folder, tmp_path):
     (folder / "config.json").write_text(POINTER)
-    assert "config.json: is a Git-LFS pointer" in said(folder)
+    assert "config.json: is a Git LFS pointer" in said(folder)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / f"{STEM}.index.json").write_text(POINTER)
-    assert "index.json: is a Git-LFS pointer" in said(tmp_path / "a")
+    assert "index.json: is a Git LFS pointer" in said(tmp_path / "a")
     (tmp_path / "b.pth").write_text(POINTER)
-    assert "b.pth: is a Git-LFS pointer" in said(tmp_path / "b.pth")
+    assert "b.pth: is a Git LFS pointer" in said(tmp_path / "b.pth")
 
 
 def test_half_a_download_is_said(folder, tmp_path):

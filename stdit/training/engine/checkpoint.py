@@ -40,7 +40,7 @@ from stdit.training.engine.ema import Ema
 from stdit.training.engine.engine import Engine
 from stdit.training.engine.optimizer import group_state
 from stdit.training.engine.parallel import World
-from stdit.weights.files import read_header, read_json
+from stdit.weights.tensor_files import read_header, read_json
 
 FORMAT = 1
 

@@ -30,7 +30,7 @@ from stdit.errors import StditError, error_context
 from stdit.shipped import DEEPSPEED, find_shipped
 from stdit.training.engine.optimizer import ELEMENTWISE, OptimizerConfig, group_state, make_optimizer
 from stdit.training.engine.parallel import World
-from stdit.weights.files import read_json
+from stdit.weights.tensor_files import read_json
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -49,7 +49,7 @@ from stdit.training.setup.long_captions import LONGER, long_captions
 from stdit.training.setup.lora import add_lora
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.autoencoder import preset as vae_preset
-from stdit.weights.experts import boundary_of
+from stdit.weights.expert_folders import boundary_of
 from stdit.weights.families import treatment_of
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import load, load_vae

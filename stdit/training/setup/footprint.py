@@ -36,10 +36,10 @@ from stdit.training.setup.lora import add_lora
 from stdit.vae.autoencoder import preset
 from stdit.vae.training.lpips import Lpips
 from stdit.weights.families import on_meta
-from stdit.weights.files import read_header
 from stdit.weights.image_vae import image_vae_config
 from stdit.weights.io import vae_on_meta
 from stdit.weights.sources import find
+from stdit.weights.tensor_files import read_header
 
 NOWHERE = torch.device("meta")
 CLIPS = 4  # whose memory is followed, one after another in a pack

@@ -12,7 +12,7 @@ from stdit.models.config import TransformerConfig
 from stdit.models.transformer import TEMPORAL_BLOCKS, STDiT
 from stdit.sampling.pipeline import FolderSettings
 from stdit.training.config import ModelSettings, RunConfig
-from stdit.weights.experts import boundary_of, expert_places
+from stdit.weights.expert_folders import boundary_of, expert_places
 from stdit.weights.layouts import check_layout
 from stdit.weights.schedulers import scheduler_of
 from stdit.weights.sources import find

@@ -14,10 +14,11 @@ from stdit.keyed import keyed_generator
 from stdit.models.layers import LoraLinear
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.training.config import LoraConfig
-from stdit.weights.experts import expert_adapter_places
+from stdit.weights.expert_folders import expert_adapter_places
 from stdit.weights.families import family_of
 from stdit.weights.lora.adapters import Adapter, Pair, merge
-from stdit.weights.lora.files import FILES, write_adapter
+from stdit.weights.lora.read import FILES
+from stdit.weights.lora.write import write_adapter
 
 _START = "transformer."  # of its parameters' names in the module that trains
 

@@ -78,7 +78,7 @@ def _moved(adapter: Adapter, table: Table, back: bool) -> Adapter:
         (given, given_sizes), (wanted, wanted_sizes) = reversed(sides) if back else sides
         if any(name in adapter.pairs for name in given):
             pair = _join([adapter.pairs.get(name) for name in given], given_sizes)
-            parts = _split(_stepped(pair, move, back), wanted_sizes)
+            parts = _split(_transformed(pair, move, back), wanted_sizes)
             pairs |= {name: part for name, part in zip(wanted, parts) if part is not None}
         if any(name in adapter.differences for name in given):
             whole = _zero_filled([adapter.differences.get(name) for name in given], given_sizes, move.rule.dim)
@@ -86,16 +86,15 @@ def _moved(adapter: Adapter, table: Table, back: bool) -> Adapter:
     return Adapter(pairs, differences)
 
 
-def _stepped(pair: Pair, move: Move, back: bool) -> Pair:
-    """Through the rule's steps: those of a weight's rows act on B, those of its columns on A."""
+def _transformed(pair: Pair, move: Move, back: bool) -> Pair:
+    """Applies the rule's transforms: those of a weight's rows to B, those of its columns to A."""
     down, up = pair.down, pair.up
-    for step in reversed(move.rule.steps) if back else move.rule.steps:
-        turn = step.to_native if back else step.to_foreign
-        dim = getattr(step, "dim", 0)
-        if dim == 0 and isinstance(step, Take):
-            up = turn(up)
-        elif dim > 0:
-            down = turn(down)
+    for transform in reversed(move.rule.transforms) if back else move.rule.transforms:
+        apply = transform.to_native if back else transform.to_foreign
+        if transform.dim > 0:
+            down = apply(down)
+        elif isinstance(transform, Take):
+            up = apply(up)
         else:
             raise StditError(f"{move.native[0]} is no weight of a linear layer or a convolution: no LoRA fits it.")
     return Pair(down, up, pair.alpha)

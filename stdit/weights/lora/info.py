@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stdit.weights.families import families, table_of
 from stdit.weights.families.record import Family
-from stdit.weights.lora.files import LoraFile, fitted, open_adapter
+from stdit.weights.lora.read import LoraFile, fitted, open_adapter
 
 if TYPE_CHECKING:
     from stdit.models.config import TransformerConfig

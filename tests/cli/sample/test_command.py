@@ -30,7 +30,7 @@ from stdit.text.encoders import TextEncoder
 from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.weights.lora.adapters import Adapter, Pair
-from stdit.weights.lora.files import write_adapter
+from stdit.weights.lora.write import write_adapter
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = ["a red circle moves left", "A blue square!"]

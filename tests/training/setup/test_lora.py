@@ -37,7 +37,7 @@ from stdit.training.run import run
 from stdit.training.setup.lora import adapter_of, add_lora, export_adapters
 from stdit.weights.families import table_of
 from stdit.weights.lora.adapters import Adapter, Pair, merge, to_foreign
-from stdit.weights.lora.files import read_adapter
+from stdit.weights.lora.read import read_adapter
 
 ALONE = World(0, 1, torch.device("cpu"))
 CASES = [("Wan", 1), ("LTX-Video", 1), ("PixArt", 1), ("Latte", 0), ("Allegro", 0), ("Cosmos-Predict", 1)]

@@ -35,7 +35,7 @@ import stdit
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights.families import ltx, pixart
 from stdit.weights.lora.adapters import Adapter, Pair, merge
-from stdit.weights.lora.files import write_adapter
+from stdit.weights.lora.write import write_adapter
 
 ARRAYS, FACTS = Path(__file__).with_suffix(".npz"), Path(__file__).with_suffix(".json")
 # Heads of 128 and a text of 4096: programs that read Wan's files take both as given. LTX-Video has 32 heads,

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from stdit.errors import StditError
-from stdit.weights.files import open_file, open_folder
 from stdit.weights.identity import folder_identity
+from stdit.weights.tensor_files import open_file, open_folder
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2]

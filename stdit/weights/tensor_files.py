@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stdit.downloads import check_downloaded, unfinished
 from stdit.errors import StditError
 from stdit.files import unpickled
 from stdit.weights.keymap import Shape
@@ -47,19 +48,6 @@ DTYPES = {  # safetensors' name: (torch's, bits)
     "I8": ("int8", 8),
     "U8": ("uint8", 8),
     "BOOL": ("bool", 8),
-}
-
-
-# What downloads leave beside a file that is not finished: of hf, curl and wget, browsers, aria2.
-_UNFINISHED = (".incomplete", ".part", ".crdownload", ".download", ".aria2")
-_STARTS = {  # of files that are not what their name says
-    b"version https://git-lfs": "is a Git-LFS pointer of {size} bytes, not the file itself. Fetch it: `git lfs pull` "
-    "in that repository, or download it again",
-    b"<!doctype": "is a web page, not weights. The download was answered by an error or a login: download it again",
-    b"<html": "is a web page, not weights. The download was answered by an error or a login: download it again",
-    b"gguf": "is a GGUF file, quantised for other programs. stdit reads safetensors: take the release's own weights",
-    b"pk\x03\x04": "is a pickle of torch.save, whatever its name says. Rename it to .pth if you trust where it is "
-    "from, or take safetensors",
 }
 
 
@@ -194,27 +182,10 @@ def _finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def check_start(path: Path) -> None:
-    """Raises StditError where a file is a Git-LFS pointer or something else under a name of weights or their config."""
-    with open(path, "rb") as file:
-        start = file.read(256).lstrip().lower()
-    for known, what in _STARTS.items():
-        if start.startswith(known):
-            raise StditError(f"{path}: {what.format(size=path.stat().st_size)}.")
-
-
-def _unfinished(folder: Path) -> str:
-    """A sentence for errors that names a download in a folder which is not finished; "" where there is none."""
-    places = [folder, folder / ".cache" / "huggingface" / "download"]
-    files = [entry for place in places if place.is_dir() for entry in sorted(place.iterdir()) if entry.is_file()]
-    left = [entry for entry in files if entry.suffix in _UNFINISHED and not entry.name.startswith(".")]
-    return f" {left[0]} is a download that has not finished: let it finish." if left else ""
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises StditError naming the file."""
     try:
-        check_start(path)
+        check_downloaded(path)
         if path.stat().st_size > MAX_JSON:
             raise StditError(f"{path}: {path.stat().st_size} bytes is more than a JSON file of weights can need.")
         found = json.loads(path.read_text("utf-8"))
@@ -229,7 +200,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file and its metadata, checked against the file's size. Reads no tensor."""
-    check_start(path)
+    check_downloaded(path)
     size = path.stat().st_size
     if (control := path.with_name(f"{path.name}.aria2")).exists():  # which gives a file its full size at once
         raise StditError(f"{path}: its download has not finished, {control.name} says: let it finish.")
@@ -238,7 +209,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if len(start) < 8:
             raise StditError(
                 f"{path}: {size} bytes is too short for a safetensors file. Is the download complete?"
-                f"{_unfinished(path.parent)}"
+                f"{unfinished(path.parent)}"
             )
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER:
@@ -249,7 +220,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if length > size - 8:
             raise StditError(
                 f"{path}: the file ends inside its header ({size} of {length + 8} bytes). Download it again."
-                f"{_unfinished(path.parent)}"
+                f"{unfinished(path.parent)}"
             )
         text = file.read(length)
     try:
@@ -285,7 +256,7 @@ def _entry(path: Path, name: str, found: Any, base: int, size: int) -> Entry:
     if base + stop > size:
         raise StditError(
             f"{path}: the file ends at byte {size}, inside or before the tensor {name} (bytes {base + start} to "
-            f"{base + stop}). It is cut short: copy or download it again.{_unfinished(path.parent)}"
+            f"{base + stop}). It is cut short: copy or download it again.{unfinished(path.parent)}"
         )
     return Entry(path, name_of, tuple(shape), base + start, base + stop)
 
@@ -345,7 +316,7 @@ def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:
     if path.suffix.lower() in PICKLES:
         return _open_pickle(path, trust_pickle)
     if path.suffix.lower() not in (".safetensors", ".sft"):
-        check_start(path)
+        check_downloaded(path)
         raise StditError(f"{path}: not a file of weights. stdit reads .safetensors files, and folders that hold them.")
     entries, metadata = read_header(path)
     return TensorFiles(path, entries, metadata)
@@ -373,7 +344,7 @@ def open_index(path: Path) -> TensorFiles:
                 count = sum(other == shard for other in weight_map.values())
                 raise StditError(
                     f"{file}: this shard is missing; {path.name} puts {count} tensors in it, such as {name}. "
-                    f"Download it.{_unfinished(path.parent)}"
+                    f"Download it.{unfinished(path.parent)}"
                 )
             shards[shard], more = read_header(file)
             metadata |= more
@@ -406,7 +377,7 @@ def open_folder(
                 f"{folder}: holds {len(choice)} files of weights{why}: {', '.join(choice[:4])}"
                 f"{', …' if len(choice) > 4 else ''}. Name the one to load.{_experts_hint(choice)}"
             )
-    raise NoWeights(f"{folder}: holds no .safetensors file.{_unfinished(folder)}")
+    raise NoWeights(f"{folder}: holds no .safetensors file.{unfinished(folder)}")
 
 
 def _experts_hint(names: list[str]) -> str:
@@ -417,7 +388,7 @@ def _experts_hint(names: list[str]) -> str:
 
 def _open_pickle(path: Path, trust: bool) -> TensorFiles:
     if path.stat().st_size < 1024:
-        check_start(path)
+        check_downloaded(path)
     if not trust:
         raise StditError(
             f"{path}: is a pickle, which can run code when it is opened, and is refused. Convert it to safetensors, or "

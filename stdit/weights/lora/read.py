@@ -1,15 +1,8 @@
-"""LoRA files as other programs write them: diffusers and peft, ComfyUI, kohya's sd-scripts and musubi-tuner.
+"""Reads LoRA files as other programs write them; `write.py` shows the layouts.
 
-    common     diffusion_model.blocks.0.self_attn.q.lora_A.weight            alpha / rank is in B: no reader can miss it
-    original   diffusion_model.blocks.0.self_attn.q.lora_down.weight, …alpha
-    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight, …alpha              what musubi-tuner takes as it is
-    diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight       alpha in the metadata (lora_adapter_metadata)
-    peft       base_model.model.blocks.0.attn1.to_q.lora_A.weight          alpha in adapter_config.json beside it
-
-Those are the layouts that are written. The common one, diffusion-pipe's, is what most programs read (a table is in
-docs/open-weights.md). Any mixture of prefix, ending and dialect is read, as long as every name is one of the model's:
-names joined by underscores are compared with those of the model's own tensors, never taken apart.
-Without an alpha an adapter is added as it is (alpha is the rank), as diffusers and ComfyUI do.
+Any mixture of prefix, ending and dialect is read, as long as every name is one of the model's: names joined by
+underscores are compared with the model's own names, never taken apart. Without an alpha an adapter is added as it is
+(alpha = rank), as diffusers and ComfyUI do.
 """
 
 from __future__ import annotations
@@ -19,18 +12,16 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError, nearest_name
-from stdit.files import publish, publish_text
 from stdit.weights.families import family_of, table_of
-from stdit.weights.files import TensorFiles, open_file, read_json, write_tensors
 from stdit.weights.keymap import Shape, Table
+from stdit.weights.tensor_files import TensorFiles, open_file, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +29,6 @@ if TYPE_CHECKING:
     from stdit.models.config import TransformerConfig
     from stdit.weights.lora.adapters import Adapter, Pair
 
-LAYOUTS = ("common", "original", "kohya", "diffusers", "peft")
-ALIASES = {"comfyui": "common", "diffusion-pipe": "common"}
 FILES = {
     "common": "pytorch_lora_weights.safetensors",  # which diffusers looks for in a folder
     "diffusers": "pytorch_lora_weights.safetensors",
@@ -219,57 +208,6 @@ def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly
     return to_native(Adapter(pairs, differences), table)
 
 
-def write_adapter(
-    adapter: Adapter, path: str | os.PathLike[str], config: TransformerConfig, layout: str = "common"
-) -> None:
-    """Writes an adapter under our names for a model of this config to a safetensors file, in one of LAYOUTS.
-
-    peft looks for the file under the name adapter_model.safetensors, and for adapter_config.json beside it.
-    """
-    from stdit.weights.lora.adapters import to_foreign
-
-    layout = ALIASES.get(layout, layout)
-    if layout not in LAYOUTS:
-        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join((*LAYOUTS, *ALIASES))}.")
-    path, plain = Path(path), layout in ("diffusers", "peft")
-    there = to_foreign(adapter, table_of(config, "diffusers" if plain else "original"))
-    modules = {name.removesuffix(".weight"): pair for name, pair in there.pairs.items()}
-    tensors: dict[str, Tensor] = {}
-    metadata = {"format": "pt"}
-    if plain:
-        if there.differences:
-            raise StditError(
-                f"{path}: the adapter changes {next(iter(there.differences))} as a whole, which diffusers' LoRA files "
-                "have no place for: write layout 'common'."
-            )
-        prefix, settings = "base_model.model", _peft_settings(modules)
-        if layout == "peft":
-            text = json.dumps({"peft_type": "LORA", **settings}, indent=2, sort_keys=True)
-            publish_text(path.parent / "adapter_config.json", text + "\n")
-        else:
-            prefix, settings = "transformer", {f"transformer.{key}": value for key, value in settings.items()}
-            metadata["lora_adapter_metadata"] = json.dumps(settings, indent=2, sort_keys=True)
-        for module, pair in modules.items():
-            tensors[f"{prefix}.{module}.lora_A.weight"] = pair.down
-            tensors[f"{prefix}.{module}.lora_B.weight"] = _as_kernel(pair)
-    else:
-        for module, pair in modules.items():
-            start = _start(module, layout)
-            if layout == "common":
-                tensors[f"{start}.lora_A.weight"] = pair.down
-                tensors[f"{start}.lora_B.weight"] = _as_kernel(_unscaled(pair))
-                continue
-            tensors[f"{start}.lora_down.weight"] = pair.down
-            tensors[f"{start}.lora_up.weight"] = _as_kernel(pair)
-            tensors[f"{start}.alpha"] = pair.up.new_tensor(pair.alpha)
-        for name, difference in there.differences.items():
-            ending = "diff_b" if name.endswith(".bias") else "diff"
-            tensors[f"{_start(re.sub(r'[.](weight|bias)$', '', name), layout)}.{ending}"] = difference
-    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with publish(path) as part:
-        write_tensors(part, entries, tensors.__getitem__, metadata)
-
-
 def _place(path: str | os.PathLike[str]) -> Path:
     """The file itself, or in a folder the one that has a name of FILES."""
     place = Path(path).expanduser()
@@ -373,35 +311,3 @@ def _tensor(found: LoraFile, name: str) -> Tensor:
 
 def _bias(weight: str) -> str:
     return weight.removesuffix(".weight") + ".bias"
-
-
-def _start(module: str, layout: str) -> str:
-    return f"lora_unet_{module.replace('.', '_')}" if layout == "kohya" else f"diffusion_model.{module}"
-
-
-def _unscaled(pair: Pair) -> Pair:
-    """The same with alpha / rank in B: exact for a power of two, else rounded in fp32 whatever B is in."""
-    up = pair.up if math.frexp(pair.scale)[0] == 0.5 or pair.up.dtype.itemsize > 2 else pair.up.float()
-    return replace(pair, up=up * pair.scale, alpha=float(pair.rank))
-
-
-def _as_kernel(pair: Pair) -> Tensor:
-    """B as a convolution with a kernel of one where A is a kernel."""
-    return pair.up.reshape(*pair.up.shape, *(1,) * (pair.down.ndim - 2))
-
-
-def _peft_settings(modules: Mapping[str, Pair]) -> dict[str, Any]:
-    """The LoraConfig that says these ranks and alphas; exceptions to the commonest by name."""
-    ranks = {module: pair.rank for module, pair in modules.items()}
-    alphas = {
-        module: int(pair.alpha) if float(pair.alpha).is_integer() else pair.alpha for module, pair in modules.items()
-    }
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(module)}": found for module, found in ranks.items() if found != rank},
-        "alpha_pattern": {f"^{re.escape(module)}": found for module, found in alphas.items() if found != alpha},
-        "target_modules": sorted(modules),
-    }

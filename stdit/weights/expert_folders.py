@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.weights.files import read_json
+from stdit.weights.tensor_files import read_json
 
 EXPERT_NAMES = ("high", "low")
 EXPERT_FOLDERS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}
