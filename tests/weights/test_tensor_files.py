@@ -57,7 +57,7 @@ def test_tensors_of_every_dtype_are_read_as_the_library_wrote_them(tmp_path, dty
 def test_a_file_cut_anywhere_says_so(file, left):
     data = file.read_bytes()
     file.write_bytes(data[:left])
-    with pytest.raises(StditError, match=r"model\.safetensors.*(too short|ends inside|ends at byte)"):
+    with pytest.raises(StditError, match=r"model\.safetensors.*(is empty|too short|ends inside|ends at byte)"):
         open_file(file)
 
 
@@ -188,7 +188,7 @@ def test_pickles_are_refused_and_when_trusted_hold_tensors_only(tmp_path):
         contents.append(path.read_bytes())
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(StditError, match="cannot be read as a dictionary of tensors alone") as error:
+        with pytest.raises(StditError, match=r"as a dictionary of tensors alone|is empty") as error:
             open_file(path, trust_pickle=True)
         assert "weights_only" not in str(error.value)  # nor what else torch advises
 
