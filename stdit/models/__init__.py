@@ -1,1 +1,1 @@
-"""The transformer: packed tokens in, velocities out. Imports shapes only."""
+"""The transformer: packed tokens in, velocities out. Imports no other room, only stdit.shapes and stdit.errors."""

@@ -1,12 +1,12 @@
 """Attention over packed segments: one operator, several kernels, no recompilation for a new mix of shapes.
 
-Every segment's queries attend to the keys of the same segment only. The lengths reach the operator as tensors, so
-code compiled around it has no guard on them. Which kernel runs is the operator's own business:
+The queries of a segment attend only to the keys of the same segment. The operator takes the lengths as tensors, so code
+compiled around it has no guard on them. It chooses a kernel:
 
   dense   equal segments in one dense call, a view without copies when they lie side by side; any device and dtype
   varlen  torch's variable-length flash kernels; GPU, fp16 and bf16
   flash   flash-attn's variable-length kernels (the extra `flash`); GPU, fp16 and bf16
-  naive   softmax(q·k) written out; for tests
+  naive   softmax(q·k)·v as matrix products; for tests
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from stdit.models.varlen import (
     varlen_forward,
 )
 
-BACKENDS = ("varlen", "flash", "dense", "naive")  # in the order that "auto" tries
-SCORES_AT_ONCE = 1 << 27  # elements, where attention is written out
+BACKENDS = ("varlen", "flash", "dense", "naive")  # "auto" takes the first that can run
+SCORES_AT_ONCE = 1 << 27  # elements; bounds the memory of attention as matrix products
 Slices = tuple[tuple[int, int], ...]  # (start, stop) of rows
 
 
@@ -48,16 +48,22 @@ def segment_attention(
     multiplicity: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention of every segment's queries to its own keys, scaled by 1/√d.
+    """Softmax attention of each segment's queries to its own keys, scaled by 1/√d.
 
-    q: (N, H, d). k, v: (M, H, d). multiplicity: (M,) fp32 on the CPU, how many equal keys each key stands for: exact,
-    a bias of log n, or a merge of log-sum-exps where a kernel takes no bias. Returns (N, H, d). Deterministic where
-    the kernel is; differentiable once. Raises where the backend cannot do what is asked, naming those that can.
+    Deterministic if the kernel is; differentiable once. Raises StditError if the backend cannot run these tensors.
+
+    q: (N, H, d).
+    k, v: (M, H, d).
+    q_segments, k_segments: the same number of segments of queries and of keys.
+    multiplicity: (M,) fp32 on the CPU; entry j counts the identical keys that key j represents. Applied exactly: as a
+        bias of log n, or by merging log-sum-exps if the kernel takes no bias.
+    backend: a name of BACKENDS, or "auto".
+    Returns (N, H, d).
     """
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise StditError(f"q, k and v differ: {[(t.dtype, str(t.device)) for t in (q, k, v)]}.")
-    shapes_alone = torch.compiler.is_compiling() or q.device.type == "meta"
-    run = _attention if shapes_alone else _Attention.apply
+    only_shapes = torch.compiler.is_compiling() or q.device.type == "meta"
+    run = _attention if only_shapes else _Attention.apply
     ends = (q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host)
     out, _ = run(q, k, v, multiplicity, *ends, backend)
     return out
@@ -65,7 +71,7 @@ def segment_attention(
 
 @lru_cache(maxsize=256)
 def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend to use: the first that can for "auto", else the one named, or an error saying why it cannot."""
+    """Returns the backend to use: for "auto" the first that can run. Raises StditError if the one named cannot."""
     if backend == "auto":
         return next(name for name in BACKENDS if not refusal(name, device, dtype, head_dim))
     if backend not in BACKENDS:
@@ -75,13 +81,13 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int)
         able = [name for name in BACKENDS if not refusal(name, device, dtype, head_dim)]
         raise StditError(
             f"attention backend {backend!r} {why}; asked for {dtype}, head_dim {head_dim} on {device}. "
-            f"Able to: {', '.join(able)}."
+            f"Use one of: {', '.join(able)}."
         )
     return backend
 
 
 def refusal(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Why a backend cannot serve such tensors, or an empty string."""
+    """Why a backend cannot run such tensors, or ''."""
     if backend in ("dense", "naive"):
         return ""
     if device != "cuda":
@@ -95,8 +101,8 @@ def refusal(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str
     return "takes head_dim up to 256, a multiple of 8" if head_dim % 8 or head_dim > 256 else ""
 
 
-# The operator: opaque to compiled code; eager code calls the same functions as a plain autograd function, for speed.
-# An operator's schema is read off its signature, so it takes a `Call` field by field.
+# The operator is opaque to compiled code. Eager code calls the same functions as a plain autograd function, for speed.
+# torch derives an operator's schema from its signature, so it takes the fields of `Call` one by one.
 
 
 def _attention_forward(
@@ -110,7 +116,7 @@ def _attention_forward(
     k_host: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output (N, H, d) and the log-sum-exp of every query's scores (N, H), fp32 or fp64."""
+    """Returns the output (N, H, d) and the log-sum-exp of each query's scores (N, H), fp32 or fp64."""
     call = Call(q, k, v, multiplicity, q_offsets, k_offsets, q_host, k_host)
     backend = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
     _check_segments(call)
@@ -188,16 +194,16 @@ def _check_segments(call: Call) -> None:
     if len(q_host) != len(k_host) or int(q_host[-1]) != len(q) or int(k_host[-1]) != len(k):
         raise StditError(
             f"{len(q)} queries in {len(q_host) - 1} segments of {int(q_host[-1])} in all, {len(k)} keys in "
-            f"{len(k_host) - 1} segments of {int(k_host[-1])}: these do not fit."
+            f"{len(k_host) - 1} segments of {int(k_host[-1])}: the numbers do not match."
         )
     if multiplicity is not None and (multiplicity.shape != (len(k),) or bool((multiplicity < 1).any())):
         raise StditError(
-            f"multiplicity of shape {tuple(multiplicity.shape)}, least {multiplicity.min():g}, for {len(k)} keys: "
-            "there must be one a key, 1 or more."
+            f"multiplicity of shape {tuple(multiplicity.shape)}, minimum {multiplicity.min():g}, for {len(k)} keys: "
+            "give each key a number of 1 or more."
         )
 
 
-# Grouped dense calls.
+# Dense attention: one call for each group of segments with equal lengths.
 
 
 def _dense_forward(call: Call, naive: bool) -> tuple[Tensor, Tensor]:
@@ -232,7 +238,7 @@ def _dense_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, naive: b
 
 
 def _bias(call: Call) -> Tensor | None:
-    """(M,) log n, what a key that stands for n adds to its scores."""
+    """(M,) log n, the bias on the scores of a key that represents n."""
     return None if call.multiplicity is None else call.multiplicity.to(call.q.device, wide_dtype(call.q)).log()
 
 
@@ -249,7 +255,7 @@ def _dense_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, naive: boo
 
 
 def _written_out_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Grads:
-    """Gradients of softmax(q·k)·v by their formula, some queries at a time so that the scores fit in memory."""
+    """Gradients of softmax(q·k)·v, computed for some queries at a time so that the scores fit in memory."""
     wide, scale = wide_dtype(q), q.shape[-1] ** -0.5
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     rows = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
@@ -271,7 +277,7 @@ def _written_out_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _groups(q_host: tuple[int, ...], k_host: tuple[int, ...]) -> list[tuple[Slices, Slices, int]]:
-    """Segments with equal (Lq, Lk) together: their slices of the queries and of the keys, neighbours joined."""
+    """Groups segments of equal (Lq, Lk). Returns slices of queries and of keys, neighbours joined, and the number."""
     groups: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
     for a, b, c, d in zip(q_host, q_host[1:], k_host, k_host[1:]):
         groups.setdefault((b - a, d - c), []).append((a, b, c, d))
@@ -290,14 +296,14 @@ def _groups(q_host: tuple[int, ...], k_host: tuple[int, ...]) -> list[tuple[Slic
 
 
 def _gather(x: Tensor, slices: Slices, size: int) -> Tensor:
-    """Rows of x (N, …) as (size, …, L): heads before length, a view when the slices are one."""
+    """Rows of x (N, …) as (size, …, L), heads before length; a view if there is one slice."""
     rows = x[slices[0][0] : slices[0][1]] if len(slices) == 1 else torch.cat([x[a:b] for a, b in slices])
     rows = rows.unflatten(0, (size, -1))
     return rows.transpose(1, 2) if x.ndim > 1 else rows
 
 
 def _scatter(parts: Sequence[Tensor], slices: Sequence[Slices]) -> Tensor:
-    """The inverse of _gather for all groups: (S, H, L, …) each -> rows (N, H, …), a view when there is one group."""
+    """The inverse of _gather for all groups: (S, H, L, …) each to rows (N, H, …); a view if there is one group."""
     rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
     if len(rows) == 1:
         return rows[0]

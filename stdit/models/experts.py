@@ -1,4 +1,4 @@
-"""Two transformers as one: an expert for high noise levels and one for low ones (Wan 2.2 A14B)."""
+"""Two transformers that act as one: an expert for high noise levels and one for low ones (Wan 2.2 A14B)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stdit.models.config import TransformerConfig
 from stdit.models.packing import TextPack, TokenPack
 from stdit.models.transformer import STDiT
 
-ONE_FOR_ALL = {"fps": 0, "size": 1}  # dimensions of a condition that is one for all clips
+SHARED_NDIM = {"fps": 0, "size": 1}  # dimensions of a condition that all clips share; with one more, one per clip
 
 
 class Experts(nn.Module):
-    """`high` predicts at noise levels from `boundary` on, `low` below it; to the caller they are one model.
+    """Predicts with `high` at noise levels of `boundary` or more, with `low` below.
 
-    A clip's level is the largest of its tokens': known ones are at 0 whatever the step.
+    The level of a clip is the highest of its tokens', since known tokens are always at 0.
     """
 
     def __init__(self, high: STDiT, low: STDiT, boundary: float) -> None:
@@ -31,7 +31,7 @@ class Experts(nn.Module):
 
     @property
     def config(self) -> TransformerConfig:
-        """Of each."""
+        """The config of either expert: they have the same."""
         return self.high.config
 
     @property
@@ -43,34 +43,34 @@ class Experts(nn.Module):
         return self.high if level >= self.boundary else self.low
 
     def forward(self, pack: TokenPack, text: TextPack) -> Tensor:
-        """As STDiT.forward, for clips that are all on one side of the boundary."""
+        """Like STDiT.forward, for clips on one side of the boundary."""
         of_token = pack.levels[pack.level_of].split(pack.segments.lengths)
         levels = [float(clip.max()) for clip in of_token]
         chosen = {self.at(level) for level in levels}
         if len(chosen) > 1:
             raise StditError(
                 f"a pack has clips at noise levels {min(levels):g} to {max(levels):g}, on both sides of the experts' "
-                f"boundary {self.boundary:g}: pack the clips of each expert apart."
+                f"boundary {self.boundary:g}: pack the clips of each expert separately."
             )
         return chosen.pop()(pack, text)
 
     def predict(
         self, latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, **conditions: Any
     ) -> Tensor:
-        """As STDiT.predict; each clip by the expert for its noise level."""
+        """Like STDiT.predict, with the expert for the noise level of each clip."""
         high = t.reshape(len(t), -1).amax(1) >= self.boundary  # (B,)
         if high.all() or not high.any():
             return (self.high if high.all() else self.low).predict(latents, t, text, text_mask, **conditions)
         parts = []
         for expert, mine in ((self.high, high), (self.low, ~high)):
 
-            def of_mine(value: Any, one: int = 0, mine: Tensor = mine) -> Any:
-                """one: the dimensions of a value that is the same for all clips."""
-                if value is None or (value := torch.as_tensor(value)).ndim <= one or len(value) != len(mine):
-                    return value  # predict names what has too few or too many clips
+            def of_mine(value: Any, shared_ndim: int = 0, mine: Tensor = mine) -> Any:
+                """The rows of this expert's clips."""
+                if value is None or (value := torch.as_tensor(value)).ndim <= shared_ndim or len(value) != len(mine):
+                    return value  # predict reports a wrong number of clips
                 return value[mine.to(value.device)]
 
-            given = {name: of_mine(value, ONE_FOR_ALL.get(name, 0)) for name, value in conditions.items()}
+            given = {name: of_mine(value, SHARED_NDIM.get(name, 0)) for name, value in conditions.items()}
             parts.append(expert.predict(*map(of_mine, (latents, t, text, text_mask)), **given))
         out = parts[0].new_empty(len(latents), *parts[0].shape[1:])
         for part, mine in zip(parts, (high, ~high)):

@@ -1,4 +1,4 @@
-"""The layers that blocks are made of: linears and norms that keep weights in the dtype they were stored in."""
+"""Layers of the blocks. They keep weights in their stored dtype and compute in that of their input, norms in fp32."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from stdit.shapes import TokenGrid
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off, which meta tensors do not have."""
+    """Switches autocast off; a no-op for meta tensors, which have none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Linear(nn.Linear):
-    """Computes in its input's dtype whatever its own, so that weights keep the dtype they were stored in."""
+    """A linear layer that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm with affine, in fp32 (fp64 for fp64), returned in the input's dtype."""
+    """LayerNorm with affine, computed in fp32 (fp64 for fp64) and returned in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)
@@ -38,8 +38,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm in fp32 (fp64 for fp64) of the whole width, or of each head where `dim` is a head's width, with the
-    rotary turn that follows it."""
+    """RMSNorm and the rotary turn after it, in fp32 (fp64 for fp64).
+
+    dim: the width to norm over: all heads at once, or the width of a head to norm each.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -51,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """The rotary turn alone, in the place of RMSNorm where there is no qk_norm."""
+    """The rotary turn without a norm; replaces RMSNorm if qk_norm is "none"."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -64,9 +66,9 @@ class Rotary(nn.Module):
 
 
 class Compression(nn.Module):
-    """Keys or values of every square of factor × factor tokens of a frame brought to one (PixArt-Σ).
+    """Merges the keys or values of each square of factor × factor tokens of a frame into one (PixArt-Σ).
 
-    What is left over at the right and lower edge is dropped.
+    Left-over tokens at the right and lower edges are dropped.
     """
 
     def __init__(self, dim: int, factor: int) -> None:
@@ -77,7 +79,7 @@ class Compression(nn.Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor, grids: Sequence[TokenGrid]) -> Tensor:
-        """x: (N, D), the tokens of these grids. Returns (M, D)."""
+        """x: (N, D), the tokens of the grids. Returns (M, D)."""
         weight, bias = self.sr.weight.to(x.dtype), cast(Tensor, self.sr.bias).to(x.dtype)
         parts = []
         for part, grid in zip(x.split([grid.tokens for grid in grids]), grids):
@@ -88,7 +90,7 @@ class Compression(nn.Module):
 
 
 class LowRank(nn.Sequential):
-    """SiLU, then a projection through a narrow layer, without biases (Cosmos' AdaLN-LoRA); never under autocast."""
+    """SiLU, then two linear layers of low rank without biases (Cosmos' AdaLN-LoRA). Ignores autocast."""
 
     def __init__(self, dim: int, rank: int, out: int) -> None:
         super().__init__(nn.SiLU(), Linear(dim, rank, bias=False), Linear(rank, out, bias=False))

@@ -1,4 +1,4 @@
-"""Clips and texts as packs: their tokens one after another, no padding, no batch dimension."""
+"""Packs of clips and of texts: tokens one after another, without padding and without a batch dimension."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ Patch = tuple[int, int, int]
 class Segments:
     """Where each of S segments begins and ends among packed tokens.
 
-    offsets: (S+1,) int32 on the tokens' device, for kernels. lengths: the same on the host, for grouping.
-    host: (S+1,) int64 on the CPU, what the attention operator reads (a tensor, so compiled code has no guard on it).
+    offsets: (S+1,) int32 on the tokens' device, for kernels.
+    lengths: tokens of each segment, for code on the host.
+    host: (S+1,) int64 offsets on the CPU, for the attention operator: a tensor, so compiled code has no guard on it.
     """
 
     offsets: Tensor
@@ -50,14 +51,15 @@ class Segments:
 
 @dataclass
 class LevelIndex:
-    """Which of K noise levels each of N tokens has.
+    """Which of K noise levels each of N tokens has. Run r of equal level is tokens run_bounds[r] to run_bounds[r+1].
 
-    level_of: (N,) int64 on the tokens' device. The runs of equal level are on the host: run r covers tokens
-    run_bounds[r] to run_bounds[r+1] and has level run_levels[r]; (R+1,) and (R,) int64 on the CPU.
+    level_of: (N,) int64 on the tokens' device.
+    run_bounds: (R+1,) int64 on the CPU. Computed from level_of if not given, which waits for a GPU.
+    run_levels: (R,) int64 on the CPU, the level of each run.
     """
 
     level_of: Tensor
-    run_bounds: Tensor = field(default=None, repr=False)  # type: ignore[assignment]  # None: found, one wait on a GPU
+    run_bounds: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
     run_levels: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -74,9 +76,11 @@ class LevelIndex:
 
 @dataclass
 class ClipConditions:
-    """What some families take of each of S clips beside its text; None where it is not given.
+    """Conditions of S clips besides their texts, which some families take. None if not given.
 
-    fps: (S,) frames per second. size: (S, 2) width and height in pixels. image_text: tokens of an image encoder.
+    fps: (S,) frames per second.
+    size: (S, 2) width and height in pixels.
+    image_text: tokens of an image encoder.
     """
 
     fps: Tensor | None = None
@@ -84,18 +88,22 @@ class ClipConditions:
     image_text: TextPack | None = None
 
     def to(self, device: torch.device | str) -> ClipConditions:
-        found = {name: value for name, value in vars(self).items() if value is not None}
-        return ClipConditions(**{name: value.to(device) for name, value in found.items()})
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return ClipConditions(**{name: value.to(device) for name, value in given.items()})
 
 
 @dataclass
 class TokenPack:
     """The clips of one micro-step on one rank.
 
-    tokens: (N, C·pt·ph·pw). levels: (K,) distinct noise levels t in [0, 1], fp32 or fp64. level_of: (N,) int64, the
-    level of each token. positions: (N, 3) frame, row and column for the rotary embedding. segments: one a clip.
-    grids: one a clip; tokens of a segment beyond its grid are condition only and are not unpacked.
-    conditions: of every clip, for the families that take them.
+    tokens: (N, C·pt·ph·pw).
+    levels: (K,) distinct noise levels t in [0, 1], fp32 or fp64.
+    level_of: (N,) int64, the index of each token's level.
+    positions: (N, 3) frame, row and column of each token.
+    segments: one per clip.
+    grids: one per clip. Tokens of a segment beyond its grid are condition only: they are not unpacked.
+    level_index: computed from level_of if not given.
+    conditions: conditions of the clips, for families that take them.
     """
 
     tokens: Tensor
@@ -104,7 +112,7 @@ class TokenPack:
     positions: Tensor
     segments: Segments
     grids: tuple[TokenGrid, ...]
-    level_index: LevelIndex = field(default=None, repr=False)  # type: ignore[assignment]  # made from level_of
+    level_index: LevelIndex = field(default=None, repr=False)  # type: ignore[assignment]
     conditions: ClipConditions = field(default_factory=ClipConditions)
 
     def __post_init__(self) -> None:
@@ -119,7 +127,7 @@ class TokenPack:
             self.level_index = LevelIndex(self.level_of)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TokenPack:
-        """Moves to a device; dtype is the tokens' only (levels and positions keep theirs)."""
+        """Moves the pack to a device and casts its tokens to dtype; levels and positions keep theirs."""
         device = self.tokens.device if device is None else device
         level_index = self.level_index.to(device)
         return TokenPack(
@@ -134,7 +142,7 @@ class TokenPack:
         )
 
     def per_token(self, values: Tensor) -> Tensor:
-        """values (S, …), one a clip, for every token: (N, …)."""
+        """Repeats values (S, …) of the clips for each of their tokens: (N, …)."""
         lengths = torch.tensor(self.segments.lengths, device=values.device)
         return values.repeat_interleave(lengths, dim=0, output_size=self.segments.total)
 
@@ -143,8 +151,9 @@ class TokenPack:
 class TextPack:
     """The text tokens of one micro-step.
 
-    tokens: (M, D_text). multiplicity: (M,) fp32, how many equal padding positions each token stands for, or None
-    when all are 1; it stays on the CPU, where the attention operator reads it. segments: one a clip.
+    tokens: (M, D_text).
+    multiplicity: (M,) fp32 on the CPU, how many equal padding positions each token stands for; None if all are 1.
+    segments: one per clip.
     """
 
     tokens: Tensor
@@ -161,7 +170,7 @@ class TextPack:
 
 
 def patchify(latents: Tensor, patch: Patch) -> Tensor:
-    """Cuts latents (C, T, H, W) into tokens (n, C·pt·ph·pw), features in a flattened Conv3d weight's order."""
+    """Cuts latents (C, T, H, W) into tokens (n, C·pt·ph·pw). Features are ordered as in a flattened Conv3d weight."""
     (pt, ph, pw), (c, t, h, w) = patch, latents.shape
     grid = LatentShape(t, h, w).grid(patch)
     x = latents.reshape(c, grid.frames, pt, grid.height, ph, grid.width, pw)
@@ -169,24 +178,24 @@ def patchify(latents: Tensor, patch: Patch) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: TokenGrid, patch: Patch) -> Tensor:
-    """Puts output tokens (n, pt·ph·pw·C), features in Wan's output order, back to (C, T, H, W)."""
+    """Joins output tokens (n, pt·ph·pw·C), whose features are in Wan's order, to a clip (C, T, H, W)."""
     pt, ph, pw = patch
     x = tokens.reshape(grid.frames, grid.height, grid.width, pt, ph, pw, -1).permute(6, 0, 3, 1, 4, 2, 5)
     return x.reshape(x.shape[0], grid.frames * pt, grid.height * ph, grid.width * pw)
 
 
 def output_tokens(clip: Tensor, patch: Patch) -> Tensor:
-    """A clip (C, T, H, W) as the network puts it out: tokens (n, pt·ph·pw·C), the inverse of `unpatchify`."""
+    """Cuts a clip (C, T, H, W) into tokens (n, pt·ph·pw·C) like the network's output: the inverse of `unpatchify`."""
     (pt, ph, pw), (c, t, h, w) = patch, clip.shape
     x = clip.reshape(c, t // pt, pt, h // ph, ph, w // pw, pw)
     return x.permute(1, 3, 5, 2, 4, 6, 0).reshape(t // pt * (h // ph) * (w // pw), pt * ph * pw * c)
 
 
 def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) -> TokenPack:
-    """Packs latents (C, T, H, W) of any shapes.
+    """Packs latents (C, T, H, W) of any shapes. Equal noise levels share a row of `levels`.
 
-    levels: for each clip its noise level t: () for the clip, (T/pt,) per patch frame, or (n,) per token; fp32 or fp64
-    in [0, 1]. They may be on the CPU while the clips are on a GPU, which avoids a wait. Equal levels are found.
+    levels: noise level t of each clip: () for the clip, (T/pt,) per patch frame, or (n,) per token; fp32 or fp64 in
+        [0, 1]. On the CPU they spare a wait for a GPU.
     """
     if not clips or len(clips) != len(levels):
         raise StditError(f"{len(clips)} clips with {len(levels)} noise levels cannot be packed.")
@@ -228,14 +237,17 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
 def pack_inputs(
     clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch, conditions: Sequence[Mapping[str, Any]]
 ) -> TokenPack:
-    """`pack_clips` with what some families take of each clip beside its text, the same names for all clips.
+    """`pack_clips` with the conditions that some families take of each clip, the same ones for all clips.
 
-    conditions: of each clip fps, a number; size, (width, height) in pixels; image, (C_image, T, H, W), channels that go
-    beside the clip's; image_text, (I, D_image), tokens of an image encoder.
+    conditions: a mapping per clip, of any of these:
+        fps: a number.
+        size: (width, height) in pixels.
+        image: (C_image, T, H, W), channels concatenated to the clip's.
+        image_text: (I, D_image), tokens of an image encoder.
     """
-    names = {frozenset(one) for one in conditions}
+    names = {frozenset(given) for given in conditions}
     assert len(conditions) == len(clips) and len(names) == 1, f"{len(clips)} clips with conditions {names}"
-    taken = {name: [one[name] for one in conditions] for name in conditions[0]}
+    taken = {name: [given[name] for given in conditions] for name in conditions[0]}
     images = taken.pop("image", None)
     if images is not None:
         clips = [torch.cat([clip, image.to(clip)]) for clip, image in zip(clips, images)]
@@ -248,11 +260,11 @@ def pack_inputs(
 
 
 def level_clip_pairs(pack: TokenPack) -> tuple[Tensor, Tensor, LevelIndex]:
-    """The distinct pairs of noise level and clip: the level and the clip of each of K' pairs, and tokens' pairs.
+    """The distinct pairs of noise level and clip: level (K',) and clip (K',) of each pair, and the pair of each token.
 
-    Modulation that knows more of a clip than its noise level has a row for each of them.
+    Modulation that depends on a clip's conditions too has a row per pair.
     """
-    index, ends = pack.level_index, pack.segments.host  # both on the host: a GPU is not waited for
+    index, ends = pack.level_index, pack.segments.host  # both on the host, so nothing waits for a GPU
     bounds = torch.unique(torch.cat([index.run_bounds, ends]))  # runs of one level within one clip
     level = index.run_levels[torch.searchsorted(index.run_bounds, bounds[:-1], right=True) - 1]
     clip = torch.searchsorted(ends, bounds[:-1], right=True) - 1
@@ -263,14 +275,14 @@ def level_clip_pairs(pack: TokenPack) -> tuple[Tensor, Tensor, LevelIndex]:
 
 
 def spatial_segments(pack: TokenPack, factor: int = 1) -> Segments:
-    """Every frame of every clip as a segment of its own; of its squares of factor × factor tokens."""
+    """Makes a segment of each frame of each clip, or of its squares of factor × factor tokens."""
     _without_extra_tokens(pack)
     lengths = [(grid.height // factor) * (grid.width // factor) for grid in pack.grids for _ in range(grid.frames)]
     return Segments.of(lengths, pack.tokens.device)
 
 
 def temporal_segments(pack: TokenPack) -> tuple[Tensor, Tensor, Segments]:
-    """Every place of a frame through time as a segment: where its tokens are (N,), the way back (N,), segments."""
+    """Makes a segment of each place of a frame through time. Returns the tokens' order (N,), its inverse, segments."""
     _without_extra_tokens(pack)
     order, lengths, start = [], [], 0
     for grid in pack.grids:
@@ -285,13 +297,13 @@ def temporal_segments(pack: TokenPack) -> tuple[Tensor, Tensor, Segments]:
 def _without_extra_tokens(pack: TokenPack) -> None:
     if tuple(grid.tokens for grid in pack.grids) != pack.segments.lengths:
         raise StditError(
-            "clips with extra tokens beside their grid (keyframes, last frames) do not go through attention within "
-            "frames: these weights know no tasks."
+            "clips with extra tokens beside their grid (keyframes, last frames) cannot pass attention within frames: "
+            "these weights take no tasks but text-to-video."
         )
 
 
 def unpack_clips(tokens: Tensor, pack: TokenPack, patch: Patch) -> list[Tensor]:
-    """Output tokens (N, pt·ph·pw·C_out) of a pack as its clips (C_out, T, H, W)."""
+    """Cuts output tokens (N, pt·ph·pw·C_out) of a pack into its clips (C_out, T, H, W)."""
     parts = tokens.split(pack.segments.lengths)
     return [unpatchify(part[: grid.tokens], grid, patch) for part, grid in zip(parts, pack.grids)]
 
@@ -299,8 +311,8 @@ def unpack_clips(tokens: Tensor, pack: TokenPack, patch: Patch) -> list[Tensor]:
 def pack_texts(texts: Sequence[Tensor], padding: int) -> TextPack:
     """Packs text embeddings (L, D_text).
 
-    padding: 0 attends to the texts as they are; n stands for texts zero-padded to n positions, unmasked, as Wan does.
-    All padding positions of a clip are equal, so they are kept as one zero token with multiplicity n − L: exact.
+    padding: 0 packs the texts as they are, n as if they were zero-padded to n positions without a mask, as in Wan. The
+        n − L padding positions of a text are equal, so one zero token stands for them with multiplicity n − L: exact.
     """
     if not texts:
         raise StditError("no texts to pack.")

@@ -1,4 +1,4 @@
-"""Where and when a token is: three-axis rotary positions and the sinusoids of the noise level."""
+"""Positions of tokens, rotary tables, and sinusoids of the noise level."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.nn import functional as F
 
 from stdit.shapes import TokenGrid
 
-LEAST_SIGMA = 0.001  # that a network of log(σ) is told
+LEAST_SIGMA = 0.001  # smallest σ given to networks conditioned on log σ
 
 
 def grid_positions(grid: TokenGrid) -> Tensor:
-    """Frame, row and column of every token of a grid in packing order: (n, 3) int64."""
+    """Frame, row and column of each token of a grid, in packing order: (n, 3) int64."""
     axes = (torch.arange(grid.frames), torch.arange(grid.height), torch.arange(grid.width))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
 def rotary_axes(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's dimensions turn with frame, row and column, as in Wan: 44, 42, 42 of 128."""
+    """How many dimensions of a head turn with frame, row and column: 44, 42 and 42 of 128, as in Wan."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
@@ -32,10 +32,11 @@ def rotary_table(
     theta: float | Sequence[float] = 10000.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's rotary angles (Su et al. 2021, eq. 15, once per axis as in Wan).
+    """cos and sin of each token's rotary angles (Su et al. 2021, eq. 15, once per axis as in Wan).
 
-    positions: (N, 3), integer or not. theta: the base, of all axes or of each. Returns (N, 1, head_dim/2) each,
-    computed in fp64, given in dtype.
+    positions: (N, 3), integer or not.
+    theta: the base of the frequencies, one for all axes or one per axis.
+    Returns (N, 1, head_dim/2) each, computed in fp64 and cast to dtype.
     """
     wide = widest(positions.device)
     bases = [theta] * 3 if isinstance(theta, int | float) else theta
@@ -48,29 +49,31 @@ def rotary_table(
 
 
 def ntk_bases(head_dim: int, theta: float, scale: Sequence[float]) -> list[float]:
-    """theta · scale^(d / (d − 2)) for every axis of d dimensions, as NTK-aware scaling has it (Cosmos)."""
+    """NTK-aware scaling of the base: theta · scale^(d / (d − 2)) for each axis of d dimensions (Cosmos)."""
     return [theta * s ** (d / (d - 2)) if d > 2 else theta for d, s in zip(rotary_axes(head_dim), scale)]
 
 
-def inner_rotary_table(places: Tensor, dim: int, heads: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of angles that run over the whole width, so that every head has frequencies of its own (LTX-Video).
+def inner_rotary_table(shares: Tensor, dim: int, heads: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of angles that run over the whole width, so each head has its own frequencies (LTX-Video).
 
-    places: (N, 3) time, row and column as shares of a largest one, fp32. At each of dim//6 frequencies, from π/2 to
-    θ·π/2, the three axes turn one pair each by frequency · (2·place − 1); dim % 6 dimensions in front do not turn.
-    Returns (N, heads, dim/heads/2) each. Angles are in fp32, as in the release: at the highest frequencies they are
-    off by 1e-3, and the weights were trained with that.
+    At each of dim//6 frequencies, from π/2 to θ·π/2, each axis turns one pair by frequency · (2·share − 1). The first
+    dim % 6 dimensions do not turn. Angles are computed in fp32 like those the weights were trained with, which are off
+    by 1e-3 at the highest frequencies.
+
+    shares: (N, 3) fp32, time, row and column divided by the largest.
+    Returns (N, heads, dim/heads/2) each.
     """
     count = dim // 6
-    frequencies = theta ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=places.device)
+    frequencies = theta ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=shares.device)
     frequencies = frequencies * math.pi / 2.0
-    angle = frequencies * (places.unsqueeze(-1) * 2 - 1)  # (N, 3, dim//6)
+    angle = frequencies * (shares.unsqueeze(-1) * 2 - 1)  # (N, 3, dim//6)
     angle = F.pad(angle.transpose(1, 2).flatten(1), ((dim % 6) // 2, 0))  # (N, dim/2)
     angle = angle.unflatten(1, (heads, -1))
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns every pair (2i, 2i+1) of each head by its angle, in cos's dtype.
+    """Turns each pair (2i, 2i+1) of each head by its angle, in the dtype of cos.
 
     x: (N, H, D_head). cos, sin: (N, 1 or H, D_head/2). Returns x's shape and dtype.
     """
@@ -79,17 +82,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def network_time(levels: Tensor, kind: str = "level", scale: float = 1000.0) -> Tensor:
-    """What the network is told of noise levels t in [0, 1], (K,), in fp64 as in Wan (437 would become 438 in bf16).
+    """Converts noise levels t (K,) in [0, 1] to the time that the network is given, in fp64 (bf16 rounds 437 to 438).
 
-    kind: TransformerConfig.network_time. Of "log_sigma" the least σ is 0.001, that of known frames in Cosmos' own code:
-    the log of 0 would be −∞.
+    kind: TransformerConfig.network_time. For "log_sigma" σ is at least 0.001, the σ of known frames in Cosmos' own
+        code, since the log of 0 is −∞.
+    scale: TransformerConfig.time_scale.
     """
     t = levels.to(widest(levels.device))
     return (t / (1 - t)).clamp(min=LEAST_SIGMA).log() / 4 if kind == "log_sigma" else t * scale
 
 
 def sinusoids(values: Tensor, size: int, sine_first: bool = False) -> Tensor:
-    """[cos, sin] (or [sin, cos]) of values at size/2 frequencies from 1 to 1/10000: (n,) to (n, size), fp64."""
+    """Embeds values (n,) as [cos, sin] (or [sin, cos]) at size/2 frequencies from 1 to 1/10000: (n, size), fp64."""
     wide = widest(values.device)
     exponents = torch.arange(size // 2, dtype=wide, device=values.device) / (size // 2)
     angle = values.to(wide)[:, None] * torch.exp(-math.log(10000.0) * exponents)
@@ -98,10 +102,10 @@ def sinusoids(values: Tensor, size: int, sine_first: bool = False) -> Tensor:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that norms, modulation, rotary turns and sums are computed in: fp64 for fp64, else fp32."""
+    """The dtype in which norms, modulation, rotary turns and sums of x are computed: fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """fp64 wherever the device has it."""
+    """fp64 where the device supports it, else fp32 (Apple GPUs)."""
     return torch.float32 if device.type == "mps" else torch.float64

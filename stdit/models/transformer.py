@@ -66,10 +66,11 @@ class STDiT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Wan's initialisation, Xavier for linears and a head of zeros, but for text and time embeddings.
+        """Draws Wan's initial weights: Xavier for linear layers, zeros for the head.
 
-        Wan draws those with a deviation of 0.02. At Wan's widths that is Xavier's too (4096 to 1536: 0.019), but at a
-        width of 144 it scales the texts down 40 times, and what they say of motion is not learned (docs/log.md).
+        Wan draws the text and time embeddings with a standard deviation of 0.02. At Wan's widths that is Xavier's too
+        (4096 to 1536: 0.019). At a width of 144 it would shrink texts 40 times, and motion is not learned from them
+        (docs/log.md).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -134,15 +135,17 @@ class STDiT(nn.Module):
     ) -> Tensor:
         """The raw network output for a batch of clips of one shape.
 
-        latents: (B, C, T, H, W). t: noise levels in [0, 1], fp32 or fp64: (B,), (B, T/pt) per patch frame or (B, n)
-        per token. They are those of the family's path: a flow's t, a DDPM's index / 1000, EDM's σ/(σ + 1) < 1
-        (Cosmos-Predict1); what the network is told of them, config.network_time says. text: (B, L, D_text), attended as
-        given: nothing pads. text_mask: (B, L) bool, False drops a position. Returns (B, C_out, T, H, W) in the latents'
-        dtype.
-
-        conditions, those of `config.conditions` only: fps, a number or (B,); size, (width, height) in pixels or
-        (B, 2); image, (B, image_channels, T, H, W) beside the latents; image_text, (B, I, image_text_dim), the
-        tokens of an image encoder.
+        latents: (B, C, T, H, W).
+        t: noise levels in [0, 1] of the family's path, fp32 or fp64: (B,), (B, T/pt) per patch frame or (B, n) per
+            token. A flow's t, a DDPM's index/1000, or EDM's σ/(σ + 1) < 1 (Cosmos-Predict1).
+        text: (B, L, D_text), attended to as given, without padding.
+        text_mask: (B, L) bool, False drops a position.
+        conditions: only those in `config.conditions`:
+            fps: a number, or (B,).
+            size: (width, height) in pixels, or (B, 2).
+            image: (B, image_channels, T, H, W), concatenated to the latents.
+            image_text: (B, I, image_text_dim), tokens of an image encoder.
+        Returns (B, C_out, T, H, W) in the dtype of the latents.
         """
         given = self._conditions(conditions, latents)
         self._check(latents, t, text, text_mask)
@@ -155,7 +158,7 @@ class STDiT(nn.Module):
         return torch.stack(unpack_clips(out, pack, self.config.patch)).to(latents.dtype)
 
     def _conditions(self, conditions: dict[str, Any], latents: Tensor) -> dict[str, Any]:
-        """What was given, checked, one row a clip."""
+        """Checks the conditions given, and expands them to a row per clip."""
         takes, found = self.config.conditions, {}
         shapes = {
             "fps": (),
@@ -172,7 +175,7 @@ class STDiT(nn.Module):
                 raise StditError(f"condition {name!r}: these weights take {' and '.join(('text', *takes))} only.")
             wanted = shapes[name]
             value = torch.as_tensor(value, device=latents.device)
-            if value.ndim == len(wanted) and name in ("fps", "size"):  # one for all clips
+            if value.ndim == len(wanted) and name in ("fps", "size"):  # the same for all clips
                 value = value.expand(len(latents), *value.shape)
             if (
                 value.ndim != 1 + len(wanted)
@@ -192,15 +195,13 @@ class STDiT(nn.Module):
         if t.ndim not in (1, 2) or len(t) != len(latents):
             raise StditError(f"t is {tuple(t.shape)}; wanted ({len(latents)},), with frames or tokens as second size.")
         if config.network_time == "log_sigma" and (t >= 1).any():
-            raise StditError(
-                "t of 1 is σ = t/(1 − t) = ∞, of which these weights (EDM) cannot be told: give a lower one."
-            )
+            raise StditError("t of 1 is σ = t/(1 − t) = ∞, which these weights (EDM) cannot be given: use a smaller t.")
         if text_mask is not None and text_mask.shape != text.shape[:2]:
             raise StditError(f"text_mask is {tuple(text_mask.shape)}; wanted {tuple(text.shape[:2])}.")
 
 
 def count_parameters(config: TransformerConfig) -> int:
-    """The number of parameters of a transformer, counted on the meta device."""
+    """Counts the parameters of a transformer on the meta device."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in STDiT(config).parameters())
 
@@ -214,9 +215,9 @@ def check_text_per_clip(pack: TokenPack, text: TextPack) -> None:
 def inflate(model: STDiT) -> STDiT:
     """Makes a video model of an image model (Make-A-Video, Singer et al. 2022; Video LDM, Blattmann et al. 2023).
 
-    Until it is trained, it computes of every frame exactly what the image model does: each block over time starts as a
-    copy of the block before it, without cross-attention, its attention's and MLP's outputs set to zero. The image
-    model's tensors are taken, not copied.
+    Until it is trained, it computes for each frame exactly what the image model does: a block over time starts as a
+    copy of the block before it, without cross-attention, and the outputs of its attention and MLP are zero. The video
+    model takes the image model's tensors without copying them.
     """
     with torch.device("meta"):
         video = STDiT(model.config.inflated())

@@ -1,4 +1,4 @@
-"""Variable-length attention kernels on a GPU, and multiplicity for kernels that take no bias."""
+"""Variable-length attention kernels for GPUs, and key multiplicity for kernels without a bias."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import Tensor
 
 from stdit.models.positions import wide_dtype
 
-Grads = tuple[Tensor, Tensor, Tensor]  # of q, k and v
+Grads = tuple[Tensor, Tensor, Tensor]  # gradients of q, k and v
 
 
 class Call(NamedTuple):
-    """What one attention over segments is asked, in the order that the operator takes it.
+    """The arguments of one attention over segments, in the operator's order.
 
-    q: (N, H, d). k, v: (M, H, d). multiplicity: (M,) fp32 on the CPU, or None. q_offsets, k_offsets: (S+1,) int32 on
-    the device of q; q_host, k_host: the same on the CPU, int64.
+    q: (N, H, d).
+    k, v: (M, H, d).
+    multiplicity: (M,) fp32 on the CPU, how many identical keys each key represents, or None.
+    q_offsets, k_offsets: (S+1,) int32 on the device of q.
+    q_host, k_host: the same on the CPU, int64.
     """
 
     q: Tensor
@@ -36,11 +39,11 @@ class Call(NamedTuple):
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        """Where segments begin, and how long the longest is, of queries and of keys: what kernels are told."""
+        """Offsets of queries and of keys, and the longest segment of each, as the kernels take them."""
         return self.q_offsets, self.k_offsets, int(self.q_host.diff().max()), int(self.k_host.diff().max())
 
 
-# The kernels. Their log-sum-exp is (H, N), here it is (N, H); backward takes the merged one.
+# The kernels return log-sum-exps (H, N); here they are (N, H). Backward takes the merged ones.
 
 
 def varlen_forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -76,11 +79,11 @@ def flash_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> Grads:
     return grads
 
 
-# Multiplicity for kernels without a bias: the kernel has counted every key once, the n − 1 others are merged in.
+# Multiplicity for kernels without a bias: the kernel counts each key once, then its n − 1 copies are merged in.
 
 
 def merge_extra_keys(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts key j multiplicity[j] times in an output (N, H, d) and log-sum-exp (N, H) that counted it once."""
+    """Corrects an output (N, H, d) and log-sum-exp (N, H) that counted key j once to count it multiplicity[j] times."""
     for rows, j, extra in _extra_keys(call):
         score = _scores(call, rows, j) + math.log(extra)
         merged = torch.logaddexp(lse[rows], score)
@@ -91,10 +94,10 @@ def merge_extra_keys(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
 
 
 def add_extra_key_grads(call: Call, grads: Grads, grad: Tensor, out: Tensor, lse: Tensor) -> Grads:
-    """Adds what the n − 1 extra copies of a key contribute to a kernel's gradients for the merged output.
+    """Adds the contribution of the n − 1 extra copies of each key to a kernel's gradients.
 
-    With the merged log-sum-exp, p = exp(score − lse) and dscore = p·(dout·v − dout·out), the rule of any flash
-    backward (Dao et al. 2022, algorithm 4), holds copy by copy.
+    With the merged log-sum-exp, the rule of flash backward holds for each copy: p = exp(score − lse) and
+    dscore = p·(dout·v − dout·out) (Dao et al. 2022, algorithm 4).
     """
     dq, dk, dv = grads
     for rows, j, extra in _extra_keys(call):
@@ -109,7 +112,7 @@ def add_extra_key_grads(call: Call, grads: Grads, grad: Tensor, out: Tensor, lse
 
 
 def _extra_keys(call: Call) -> Iterator[tuple[slice, int, float]]:
-    """The queries (a slice), the key and n − 1, for every key that stands for n > 1."""
+    """Yields (slice of queries, key, n − 1) for each key that represents n > 1."""
     if call.multiplicity is None:
         return
     counts = call.multiplicity.tolist()
@@ -121,6 +124,6 @@ def _extra_keys(call: Call) -> Iterator[tuple[slice, int, float]]:
 
 
 def _scores(call: Call, rows: slice, j: int) -> Tensor:
-    """Scaled scores (L, H) of some queries with one key."""
+    """Scaled scores (L, H) of some queries with key j."""
     q = call.q[rows]
     return (q.to(wide_dtype(q)) * call.k[j]).sum(-1) * call.scale

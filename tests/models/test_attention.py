@@ -156,11 +156,11 @@ def test_a_backend_that_cannot_says_which_can(backend, device, dtype, head_dim, 
 
 def test_misfitting_segments_are_refused():
     q, k, v, q_segments, k_segments = tensors([4, 2], [3, 3])
-    with pytest.raises(StditError, match="do not fit"):
+    with pytest.raises(StditError, match="do not match"):
         segment_attention(q, k, v, Segments.of([6]), k_segments)
-    with pytest.raises(StditError, match="do not fit"):
+    with pytest.raises(StditError, match="do not match"):
         segment_attention(q, k, v, q_segments, Segments.of([3, 2]))
-    with pytest.raises(StditError, match="one a key"):
+    with pytest.raises(StditError, match="each key"):
         segment_attention(q, k, v, q_segments, k_segments, torch.ones(5))
     with pytest.raises(StditError, match="1 or more"):
         segment_attention(q, k, v, q_segments, k_segments, torch.zeros(6))
