@@ -209,7 +209,7 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
     if kind.gathered and not (folder / "scheduler").is_dir():
         scheduler = family_of(transformer.config).scheduler(transformer.config)
     else:
-        scheduler = read_scheduler(folder / "scheduler", name)
+        scheduler = read_scheduler(folder / "scheduler", name, kind.caller)
     return ModelParts(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
 
 

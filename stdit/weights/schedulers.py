@@ -10,7 +10,7 @@ from typing import Any
 
 from stdit.diffusion.solvers import path_of, read_scheduler
 from stdit.models.config import TransformerConfig
-from stdit.weights.families import family_of
+from stdit.weights.families import family_of, pipelines
 from stdit.weights.tensor_files import read_json
 
 
@@ -20,8 +20,11 @@ def scheduler_of(path: str | Path, config: TransformerConfig) -> dict[str, Any]:
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         return family_of(config).scheduler(config)
     index = folder / "model_index.json"
-    pipeline = read_json(index).get("_class_name", "") if index.is_file() else ""
-    return read_scheduler(folder / "scheduler", pipeline)
+    if not index.is_file():
+        return read_scheduler(folder / "scheduler")
+    pipeline = str(read_json(index).get("_class_name", ""))
+    kind = pipelines().get(pipeline)
+    return read_scheduler(folder / "scheduler", pipeline, kind.caller if kind else "plain")
 
 
 def objective_of(config: TransformerConfig) -> str:

@@ -183,9 +183,9 @@ SCHEDULERS = {
     "Allegro": {"_class_name": "EulerAncestralDiscreteScheduler"},
     "v": {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction"},
     "Cosmos 1": {"_class_name": "EDMEulerScheduler", "final_sigmas_type": "sigma_min"},
-    "Cosmos 2": {**solvers.euler_config(), "use_karras_sigmas": True, "_pipeline": "Cosmos2TextToImagePipeline"},
+    "Cosmos 2": {**solvers.euler_config(), "use_karras_sigmas": True, "_caller": "cosmos2"},
     "Cosmos 2.5": {**solvers.unipc_config(), "use_karras_sigmas": True, "sigma_max": 200.0, "sigma_min": 0.01},
-    "LTX": {**solvers.euler_config(), "_pipeline": "LTXPipeline"},
+    "LTX": {**solvers.euler_config(), "_caller": "ltx"},
     "STDiT3": {"_class_name": "RFLOW", "use_timestep_transform": True},
     "Wan": solvers.unipc_config(3.0),
 }

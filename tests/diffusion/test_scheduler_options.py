@@ -96,12 +96,12 @@ def test_an_option_is_obeyed_or_refused_by_name(name, option, value):
 
 @pytest.mark.parametrize("limits", [{}, {"sigma_min": 0.01, "sigma_max": 0.98}, {"sigma_min": 0.05}])
 @pytest.mark.parametrize("terminal", [None, 0.2])
-@pytest.mark.parametrize("pipeline", ["", "WanPipeline"])
-def test_karras_levels_of_a_flow(limits, terminal, pipeline):
+@pytest.mark.parametrize("caller", ["", "plain"])
+def test_karras_levels_of_a_flow(limits, terminal, caller):
     """In t itself; only Cosmos' pipelines lay them in σ = t/(1 − t)."""
     config = {**solvers.euler_config(3.0), "use_karras_sigmas": True, "shift_terminal": terminal, **limits}
     for steps in (2, 5, 30):
-        assert_agrees({**config, "_pipeline": pipeline}, steps)
+        assert_agrees({**config, "_caller": caller}, steps)
 
 
 @pytest.mark.parametrize(

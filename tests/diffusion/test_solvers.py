@@ -59,13 +59,13 @@ DDPMS = [
     {**ALLEGRO, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
 ]
 COSMOS1 = {"_class_name": "EDMEulerScheduler", "final_sigmas_type": "sigma_min"}
-COSMOS2 = {**solvers.euler_config(), "use_karras_sigmas": True, "_pipeline": "Cosmos2TextToImagePipeline"}
+COSMOS2 = {**solvers.euler_config(), "use_karras_sigmas": True, "_caller": "cosmos2"}
 COSMOS25 = {
     **solvers.unipc_config(), "use_karras_sigmas": True, "sigma_max": 200.0, "sigma_min": 0.01,
-    "_pipeline": "Cosmos2_5_PredictBasePipeline",
+    "_caller": "cosmos2.5",
 }  # fmt: skip
 LTX = {**solvers.euler_config(), "use_dynamic_shifting": True, "shift_terminal": 0.1, "base_image_seq_len": 1024}
-LTX |= {"base_shift": 0.95, "max_shift": 2.05, "_pipeline": "LTXPipeline"}
+LTX |= {"base_shift": 0.95, "max_shift": 2.05, "_caller": "ltx"}
 SIZE = {"shape": VideoShape(17, 256, 512), "latent": LatentShape(5, 32, 64)}
 
 
@@ -106,7 +106,7 @@ def test_ltx_condition_takes_linear_quadratic_steps(steps, shift, terminal):
     """As LTXConditionPipeline: levels of its own, steps that end at the scheduler's next lower sigma."""
     if terminal and steps == 1:
         return
-    config = {**solvers.euler_config(shift), "shift_terminal": terminal, "_pipeline": "LTXConditionPipeline"}
+    config = {**solvers.euler_config(shift), "shift_terminal": terminal, "_caller": "ltx condition"}
     theirs, ours = theirs_of(config), solvers.make_solver(config, steps)
     asked = linear_quadratic_schedule(steps) * 1000
     theirs.set_timesteps(steps, timesteps=asked.tolist())
@@ -196,14 +196,14 @@ def test_a_flow_in_cosmos_2s_coordinates_agrees_with_diffusers(steps):
 
 
 @pytest.mark.parametrize("steps", [2, 8, 36])
-@pytest.mark.parametrize("pipeline", ["Cosmos2_5_PredictBasePipeline", ""])
-def test_unipc_over_karras_levels_agrees_with_diffusers(pipeline, steps):
+@pytest.mark.parametrize("caller", ["cosmos2.5", ""])
+def test_unipc_over_karras_levels_agrees_with_diffusers(caller, steps):
     """Cosmos 2.5's pipeline tells the network the levels themselves, others their integers."""
     theirs = theirs_of(COSMOS25)
     theirs.set_timesteps(steps)
-    ours = solvers.make_solver(COSMOS25 | {"_pipeline": pipeline}, steps)
+    ours = solvers.make_solver(COSMOS25 | {"_caller": caller}, steps)
     assert ours.sigmas == theirs.sigmas.tolist()
-    told = theirs.sigmas[:-1].tolist() if pipeline else (theirs.timesteps / 1000).tolist()
+    told = theirs.sigmas[:-1].tolist() if caller else (theirs.timesteps / 1000).tolist()
     assert ours.levels == pytest.approx(told, rel=1e-6)
     x = y = noise()
     for index, t in enumerate(theirs.timesteps):
@@ -317,7 +317,7 @@ def test_a_folder_goes_both_ways(config, tmp_path):
     for key, value in config.items():
         assert key.startswith("_") or theirs.config[key] == value
     theirs.save_pretrained(tmp_path)  # with every option of theirs spelled out
-    read = solvers.read_scheduler(tmp_path, config.get("_pipeline", ""))
+    read = solvers.read_scheduler(tmp_path, caller=config.get("_caller", ""))
     assert solvers.make_solver(read, 5, **SIZE).levels == solvers.make_solver(config, 5, **SIZE).levels
 
 
@@ -354,7 +354,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
         ({**solvers.euler_config(), "use_dynamic_shifting": True}, "latent shape"),
         ({**solvers.unipc_config(), "use_karras_sigmas": True}, "needs sigma_min and sigma_max"),
         (
-            {**solvers.euler_config(), "use_karras_sigmas": True, "sigma_max": 80.0, "_pipeline": "WanPipeline"},
+            {**solvers.euler_config(), "use_karras_sigmas": True, "sigma_max": 80.0, "_caller": "plain"},
             "up to 1",
         ),
         ({**solvers.euler_config(), "num_train_timesteps": 500}, "num_train_timesteps = 500"),
@@ -365,7 +365,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
         ({**PIXART, "beta_end": 1e8}, "beta_end 1"),
         ({**COSMOS1, "sigma_max": 1e300}, "between 0 and 1e.09"),
         ({**solvers.euler_config(), "shift_terminal": 1.0}, "shift_terminal = 1.0"),
-        ({**LTX, "_pipeline": "LTXConditionPipeline"}, "use_dynamic_shifting"),
+        ({**LTX, "_caller": "ltx condition"}, "use_dynamic_shifting"),
         ({**solvers.euler_config(), "invert_sigmas": True}, "invert_sigmas"),
         ({**solvers.euler_config(), "stochastic_sampling": True}, "stochastic_sampling"),
         ({**LATTE, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),

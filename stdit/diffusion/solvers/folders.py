@@ -70,8 +70,12 @@ def static_shift(config: Config) -> float:
     return float(config.get(scheduler.shift, 1.0)) if scheduler and scheduler.shift else 1.0
 
 
-def read_scheduler(folder: str | Path, pipeline: str = "") -> dict[str, Any]:
-    """The config in a model folder's scheduler/, checked. pipeline: the class that model_index.json names."""
+def read_scheduler(folder: str | Path, pipeline: str = "", caller: str = "") -> dict[str, Any]:
+    """The config in a model folder's scheduler/, checked.
+
+    pipeline: the class that model_index.json names.
+    caller: how that pipeline calls its scheduler, a key of `schedulers.CALLERS`.
+    """
     path = Path(folder) / "scheduler_config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -81,12 +85,12 @@ def read_scheduler(folder: str | Path, pipeline: str = "") -> dict[str, Any]:
         raise StditError(f"{path} is not JSON: {error}.") from None
     if not isinstance(config, dict):
         raise StditError(f"{path} holds {type(config).__name__} where a JSON object is wanted.")
-    config |= {"_pipeline": pipeline} if pipeline else {}
+    config |= ({"_pipeline": pipeline} if pipeline else {}) | ({"_caller": caller} if caller else {})
     check_scheduler(config, str(path))
     return config
 
 
 def write_scheduler(config: Config, folder: str | Path) -> None:
     """Writes scheduler_config.json as diffusers reads it."""
-    kept = {key: value for key, value in config.items() if key != "_pipeline"}
+    kept = {key: value for key, value in config.items() if key not in ("_pipeline", "_caller")}
     publish_text(Path(folder) / "scheduler_config.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")

@@ -1,8 +1,8 @@
 """From a scheduler's config, as diffusers writes it, to the path of the weights and to their solver.
 
 Every option of a scheduler is obeyed or refused by name; keys that diffusers ignores are ignored. Some pipelines of
-diffusers call their scheduler in a way of their own (LTX-Video's and Cosmos'); `_pipeline` in a config,
-model_index.json's `_class_name`, says which is meant. Paths are read without diffusers.
+diffusers call their scheduler in a way of their own: `_caller` in a config, a key of CALLERS, says which is meant.
+Paths are read without diffusers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ from stdit.errors import StditError, nearest_name
 from stdit.shapes import LatentShape, VideoShape
 
 Config = Mapping[str, Any]
+CALLERS = {
+    "": "not known; sigma_max tells whether a flow is solved in Cosmos-Predict2's coordinates",
+    "plain": "as the scheduler's own set_timesteps does it",
+    "ltx": "LTX-Video: evenly spaced levels",
+    "ltx condition": "LTX-Video's LTXConditionPipeline: linear, then quadratic levels",
+    "cosmos2": "Cosmos-Predict2: σ = t/(1 − t)",
+    "cosmos2.5": "Cosmos-Predict2.5: the same, and the network is told the levels themselves",
+}
 
 
 @dataclass(frozen=True)
@@ -71,24 +79,26 @@ class Scheduler:
     shift: str = ""
 
 
-def _pipeline(config: Config) -> str:
-    return str(config.get("_pipeline", ""))
+def _caller(config: Config) -> str:
+    caller = str(config.get("_caller", ""))
+    assert caller in CALLERS, caller
+    return caller
 
 
 def _in_cosmos_coordinates(config: Config) -> bool:
-    """Whether a flow is solved in σ = t/(1 − t): Cosmos-Predict2's pipelines do it. Without a pipeline's name,
-    sigma_max tells, since a flow's own levels end at 1."""
-    pipeline = _pipeline(config)
-    return pipeline.startswith("Cosmos2") or (not pipeline and config.get("sigma_max", 0.0) > 1)
+    """Whether a flow is solved in σ = t/(1 − t). If the caller is not known, sigma_max tells: a flow's own levels end
+    at 1."""
+    caller = _caller(config)
+    return caller in ("cosmos2", "cosmos2.5") or (not caller and config.get("sigma_max", 0.0) > 1)
 
 
 def _euler(config: Config, schedule: Schedule) -> Solver:
-    steps, pipeline = schedule.steps, _pipeline(config)
+    steps, caller = schedule.steps, _caller(config)
     if config.get("use_karras_sigmas") and _in_cosmos_coordinates(config):
         config = {"sigma_min": 0.002, "sigma_max": 80.0, "final_sigmas_type": "sigma_min", **config}  # its pipelines'
         sigmas = karras_sigmas(steps, config["sigma_min"], config["sigma_max"])
         return CosmosEuler(sigmas, config["final_sigmas_type"] == "zero", config["sigma_max"])
-    if pipeline == "LTXConditionPipeline":
+    if caller == "ltx condition":
         return _ltx_condition(config, schedule)
     shift = float(config.get("shift", 1.0)) if schedule.shift is None else schedule.shift
     if config.get("use_dynamic_shifting") and schedule.shift is None:
@@ -96,7 +106,7 @@ def _euler(config: Config, schedule: Schedule) -> Solver:
             raise StditError("a scheduler with use_dynamic_shifting needs the clip's latent shape.")
         latent = schedule.latent
         shift = dynamic_shift(latent.frames * latent.height * latent.width, config)
-    even = config.get("use_dynamic_shifting") or pipeline.startswith("LTX")
+    even = config.get("use_dynamic_shifting") or caller == "ltx"
     return Euler(euler_sigmas(even_levels(steps) if even else table_levels(steps, shift), shift, config))
 
 
@@ -115,7 +125,7 @@ def _ltx_condition(config: Config, schedule: Schedule) -> Solver:
 def _unipc(config: Config, schedule: Schedule) -> Solver:
     if config.get("use_karras_sigmas"):
         levels, sigmas = unipc_karras_levels(schedule.steps, config["sigma_min"], config["sigma_max"])
-        if not _pipeline(config).startswith("Cosmos2_5"):
+        if _caller(config) != "cosmos2.5":
             levels = [int(level * 1000) / 1000 for level in levels]
     else:
         shift = float(config.get("flow_shift", 1.0)) if schedule.shift is None else schedule.shift

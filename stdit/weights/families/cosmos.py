@@ -319,16 +319,22 @@ def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], p
 def _scheduler(config: TransformerConfig) -> dict[str, Any]:
     if config.network_time == "log_sigma":  # 1
         sigmas = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "final_sigmas_type": "sigma_min"}
-        return {"_class_name": "EDMEulerScheduler", **sigmas, "_pipeline": "CosmosTextToWorldPipeline"}
+        return {
+            "_class_name": "EDMEulerScheduler",
+            **sigmas,
+            "_pipeline": "CosmosTextToWorldPipeline",
+            "_caller": "plain",
+        }
     if config.text_embedding == "gelu":  # 2.5
         karras = {"use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}
-        return {**unipc_config(), **karras, "_pipeline": "Cosmos2_5_PredictBasePipeline"}
-    return {**euler_config(), "use_karras_sigmas": True, "_pipeline": "Cosmos2TextToImagePipeline"}
+        return {**unipc_config(), **karras, "_pipeline": "Cosmos2_5_PredictBasePipeline", "_caller": "cosmos2.5"}
+    karras = {"use_karras_sigmas": True}
+    return {**euler_config(), **karras, "_pipeline": "Cosmos2TextToImagePipeline", "_caller": "cosmos2"}
 
 
 _VAE, _WAN_VAE = "Cosmos' (16 channels, 8×8×8)", "Wan 2.1's (16 channels, 4×8×8)"
 _T5, _REASON = "T5-11B", "Cosmos-Reason1"
-_2 = PipelineKind(16, "1280x704x93", text=Treatment(512, "none"), guides_beyond=True)
+_2 = PipelineKind(16, "1280x704x93", text=Treatment(512, "none"), caller="cosmos2", guides_beyond=True)
 
 FAMILY = Family(
     name="cosmos",
@@ -343,13 +349,13 @@ FAMILY = Family(
     built_in=built_in,
     scheduler=_scheduler,
     pipelines={
-        "CosmosTextToWorldPipeline": replace(_2, fps=30, shape="1280x704x121"),
+        "CosmosTextToWorldPipeline": replace(_2, fps=30, shape="1280x704x121", caller="plain"),
         "CosmosVideoToWorldPipeline": PipelineKind(
             30, refused="Cosmos-Predict1 from a video adds noise to what it is given, which is not built"
         ),
         "Cosmos2TextToImagePipeline": replace(_2, shape="1360x768x1"),
         "Cosmos2VideoToWorldPipeline": _2,
-        "Cosmos2_5_PredictBasePipeline": replace(_2, text=Treatment()),
+        "Cosmos2_5_PredictBasePipeline": replace(_2, text=Treatment(), caller="cosmos2.5"),
     },
     releases=(
         Release("Cosmos-Predict1 7B", {"dim": 4096, "position": "learned"}, _VAE, _T5),

@@ -198,11 +198,11 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int |
 def _scheduler(config: TransformerConfig) -> dict[str, Any]:
     shifts = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
     dynamic = {"use_dynamic_shifting": True, "shift_terminal": 0.1}
-    return {**euler_config(), **shifts, **dynamic, "_pipeline": "LTXPipeline"}
+    return {**euler_config(), **shifts, **dynamic, "_pipeline": "LTXPipeline", "_caller": "ltx"}
 
 
 _VAE = "LTX-Video's (128 channels, 8×32×32)"
-_PIPELINE = PipelineKind(25, "704x512x161", text=Treatment(128, "none", sees_padding=True))
+_PIPELINE = PipelineKind(25, "704x512x161", text=Treatment(128, "none", sees_padding=True), caller="ltx")
 
 FAMILY = Family(
     name="ltx",
@@ -220,7 +220,9 @@ FAMILY = Family(
     pipelines={
         "LTXPipeline": _PIPELINE,
         "LTXImageToVideoPipeline": _PIPELINE,
-        "LTXConditionPipeline": replace(_PIPELINE, text=Treatment(256, "none"), known_noise=0.15),
+        "LTXConditionPipeline": replace(
+            _PIPELINE, text=Treatment(256, "none"), caller="ltx condition", known_noise=0.15
+        ),
     },
     releases=(
         Release("LTX-Video 2B", {"dim": 2048, "layers": 28}, _VAE, "T5-XXL v1.1"),
