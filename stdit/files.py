@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside their name, brought to the disk, renamed into place."""
+"""Atomic files and folders: written under a temporary name, flushed to the disk, then renamed into place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from stdit.errors import StditError
 
 _KEPT = "and run the same command again: what was finished before is kept."
-_TROUBLES = {  # of a disk or a limit: (what the system's and the libraries' texts have of it, what a user reads)
+_TROUBLES = {  # errors of disks and limits: (words in the messages of systems and libraries, our message)
     errno.ENOSPC: ("No space left on", f"no space left on the disk. Free some, or write elsewhere, {_KEPT}"),
     errno.EDQUOT: ("quota exceeded", f"the disk quota is used up. Free some, or write elsewhere, {_KEPT}"),
     errno.EFBIG: ("File too large", f"larger than disk or `ulimit -f` allow. Write elsewhere, or raise it, {_KEPT}"),
@@ -29,13 +29,13 @@ _TROUBLES = {  # of a disk or a limit: (what the system's and the libraries' tex
 
 
 class DiskError(StditError):
-    """A disk that is full or read-only, a quota or a limit of the system: names one path and what to do."""
+    """A full or read-only disk, a quota, or a limit of the system. The message names the path and the remedy."""
 
 
 def disk_trouble(error: BaseException) -> str:
-    """What a user can do about a full disk, a quota, or a limit on files; '' for any other error.
+    """Describes a full disk, a quota or a limit on files, with its remedy; '' for any other error.
 
-    Libraries wrap such errors in their own (safetensors: "os error 28"), so the text counts too.
+    Libraries wrap such errors in their own (safetensors: "os error 28"), so the text is searched too.
     """
     number = getattr(error, "errno", None)
     if number in _TROUBLES:
@@ -43,27 +43,28 @@ def disk_trouble(error: BaseException) -> str:
     if isinstance(error, OSError) and isinstance(number, int):
         return ""
     text = str(error).lower()
-    found = (said for code, (words, said) in _TROUBLES.items() if words.lower() in text or f"os error {code})" in text)
-    return next(found, "")
+    for code, (words, message) in _TROUBLES.items():
+        if words.lower() in text or f"os error {code})" in text:
+            return message
+    return ""
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Raises DiskError, which names the path, for what systems and libraries raise without it."""
+    """Turns errors of a disk or limit that is met while writing `path` into a DiskError that names it."""
     try:
         yield
     except StditError:
         raise
     except Exception as error:
-        if said := disk_trouble(error):
-            raise DiskError(f"{path}: {said}") from error
+        if message := disk_trouble(error):
+            raise DiskError(f"{path}: {message}") from error
         raise
 
 
 @contextmanager
-def _made(path: Path) -> Iterator[None]:
-    """Says of what is made at `path` that nothing can be, on file systems such as /proc; `stdit.cli.main` tells what a
-    user can mend of all other errors."""
+def _creating(path: Path) -> Iterator[None]:
+    """Turns FileNotFoundError while creating `path` into a StditError (file systems such as /proc)."""
     try:
         with writing(path):
             yield
@@ -72,17 +73,16 @@ def _made(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: str | Path) -> Path:
-    """The folder, made with those above it where it is not there."""
+    """Makes a folder and its parents if missing, and returns its path."""
     path = Path(path)
-    with _made(path):
+    with _creating(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 @contextmanager
 def no_empty_folders(*places: Path) -> Iterator[None]:
-    """Where the work fails, removes what it left empty of the folders that were not there before: `places`, and those
-    above them."""
+    """If the work fails, removes the folders that it made and left empty, among `places` and their parents."""
     made = {place for end in places for place in (end, *end.parents) if not os.path.lexists(place)}
     try:
         yield
@@ -94,7 +94,7 @@ def no_empty_folders(*places: Path) -> Iterator[None]:
 
 
 def local_path(what: str, given: str | Path) -> Path:
-    """A path on this machine to write to, with ~ as the home folder. Raises StditError for a URL or no path at all.
+    """A path on this machine to write to, with ~ expanded. Raises StditError for a URL and for what is no path.
 
     what: the setting or option that the path comes from, for the error.
     """
@@ -109,19 +109,19 @@ def local_path(what: str, given: str | Path) -> Path:
 
 
 def is_utf8(path: str) -> bool:
-    """Whether a path's bytes are UTF-8, so that a manifest or a JSON file can hold it."""
+    """Whether a path is valid UTF-8, so that a manifest or a JSON file can hold it."""
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in path)
 
 
 def local_folder(what: str, given: str | Path) -> Path:
-    """`local_path` of a folder to write to. Raises StditError where a file is in its place or it cannot be made."""
+    """`local_path` of a folder to write to. Raises StditError if a file has its name or it cannot be made."""
     path = local_path(what, given)
     _check_place(path)
     return path
 
 
 def local_file(what: str, given: str | Path) -> Path:
-    """`local_path` of a file to write. Raises StditError where a folder is in its place or its own cannot be made."""
+    """`local_path` of a file to write. Raises StditError if a folder has its name or its folder cannot be made."""
     path = local_path(what, given)
     if path.is_dir():
         raise StditError(f"{path}: is a folder. Name the file in it: {path / 'NAME'}, or choose another path.")
@@ -141,17 +141,17 @@ def _check_place(folder: Path) -> None:
 
 @contextmanager
 def publish(path: str | Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write a file to; at the end it takes the place of `path` in one step.
+    """Yields a temporary path beside `path` to write a file to, which then replaces `path` atomically.
 
-    A reader sees the old file or the new one, after a power cut too. Where writing fails, nothing is left behind. The
-    folder is made. Where no file can be made the error is the system's own, or a StditError, and not a library's.
+    Readers see the old file or the new one, even after a power cut. If writing fails, nothing is left behind. The
+    folder is made if missing. If no file can be made there, raises OSError or StditError before the work.
     """
     path = Path(path)
-    with suppress(FileNotFoundError, NotADirectoryError):  # a name that is too long raises here, before the work
-        if stat.S_ISDIR(os.stat(path).st_mode):  # where a system may say "busy" in the end
+    with suppress(FileNotFoundError, NotADirectoryError):  # a name that is too long raises here
+        if stat.S_ISDIR(os.stat(path).st_mode):  # replacing it would fail, on some systems with "busy"
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = make_folder(path.parent) / part_name(path.name)
-    with _made(path):
+    with _creating(path):
         part.touch()
         part.unlink()
     try:
@@ -164,21 +164,21 @@ def publish(path: str | Path) -> Iterator[Path]:
 
 
 def part_name(name: str) -> str:
-    """A hidden name for a file that is being written, which fits where `name` does (255 bytes)."""
+    """A hidden name for an unfinished file, short enough if `name` is (255 bytes)."""
     return f".{os.fsdecode(os.fsencode(name)[:200])}.{secrets.token_hex(4)}.part"
 
 
 def publish_text(path: str | Path, text: str) -> None:
-    """`publish` of a text, as UTF-8 with its line ends as they are."""
+    """Publishes a text as UTF-8, with its line ends unchanged."""
     with publish(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
 
 
 def publish_folder(part: Path, path: Path) -> None:
-    """The folder `part` and all in it take the place of `path`, beside it; of an older one there nothing is left.
+    """Replaces the folder `path` by `part`, a folder beside it, and removes the old one.
 
-    The two change places in one step where the system can (Linux), so a reader always finds one of them. Elsewhere a
-    process that is killed between two renames leaves the old one aside: `heal_folder` puts it back.
+    On Linux the two are exchanged atomically, so a reader always finds one of them. Elsewhere a process that is killed
+    between two renames leaves the old one aside; `heal_folder` puts it back.
     """
     heal_folder(path)
     for file in (*part.rglob("*"), part):
@@ -191,12 +191,12 @@ def publish_folder(part: Path, path: Path) -> None:
         path.rename(old)
         part.rename(path)
     sync(path.parent)
-    with suppress(OSError):  # the new one is in place: what stays of the old is removed the next time
+    with suppress(OSError):  # the new one is in place; the next call removes what is left of the old one
         remove_folder(old)
 
 
 def heal_folder(path: Path) -> None:
-    """Ends what a killed `publish_folder` left undone: the old folder gets its name back, or goes."""
+    """Completes a `publish_folder` that was killed: the old folder gets its name back, or is removed."""
     aside = _aside(path)
     if os.path.lexists(aside):
         if os.path.lexists(path):
@@ -210,7 +210,7 @@ def _aside(path: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Lets two names change places in one step (Linux's renameat2). False where the system or the disk cannot."""
+    """Exchanges two names atomically (Linux's renameat2). Returns False if the system or the disk cannot."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2
@@ -220,7 +220,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with all in it, read-only folders too; of a link, the link. Nothing there is no error."""
+    """Removes a folder and its contents, read-only folders too, or a link. It need not exist."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     if not path.is_dir():
@@ -231,14 +231,13 @@ def remove_folder(path: Path) -> None:
         for name in folders:
             place = os.path.join(here, name)
             if not os.path.islink(place):
-                with suppress(OSError):  # another user's: removing it says so
+                with suppress(OSError):  # another user's folder; rmtree reports it
                     os.chmod(place, 0o700)
     shutil.rmtree(path)
 
 
 def check_copyable(place: Path) -> None:
-    """Raises StditError where copying a file or folder would fail for a reason that can be seen before: a dangling
-    link, a link to a folder that it is in, what is no file or cannot be read."""
+    """Raises StditError if a file or folder has dangling links, links to parents, special files or unreadable ones."""
     if not place.exists():
         why = "which is not there: was a download stopped? Fetch it again, or remove the link."
         raise StditError(f"{place}: is a link to {os.readlink(place)}, {why}")
@@ -246,7 +245,7 @@ def check_copyable(place: Path) -> None:
         raise StditError(f"{place}: {os.strerror(errno.EACCES)}. Change its permissions.")
     if place.is_dir():
         if place.is_symlink() and within(place.parent, place):
-            raise StditError(f"{place}: is a link to {os.readlink(place)}, which it is in. Remove the link.")
+            raise StditError(f"{place}: is a link to its own parent {os.readlink(place)}. Remove the link.")
         for entry in sorted(place.iterdir()):
             check_copyable(entry)
     elif not place.is_file():
@@ -254,8 +253,7 @@ def check_copyable(place: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies a folder, links followed: files and folders of one's own, which one can write, whatever the source's
-    permissions are."""
+    """Copies a folder and follows its links. The copy is writable, whatever the permissions of the source."""
     make_folder(target)
     for entry in sorted(source.iterdir()):
         if entry.is_dir():
@@ -266,7 +264,7 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def within(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path is a folder, or lies in it, however the two are written: links and letter case do not matter."""
+    """Whether a path is the folder or lies within it, regardless of links and letter case."""
     try:
         there = os.stat(folder)
     except OSError:
@@ -280,8 +278,8 @@ def within(path: str | Path, folder: str | Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on the disk."""
-    windows = os.name == "nt"  # where only what is open for writing can be brought to the disk, and no folder
+    """Flushes a file's content, or a folder's list of names, to the disk."""
+    windows = os.name == "nt"  # flushes only files that are open for writing, and no folders
     if windows and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
@@ -304,15 +302,17 @@ def sha256_of(file: BinaryIO) -> str:
 
 
 def unpickled(path: str | Path) -> Any:
-    """What torch.save wrote to a file, if it is tensors in plain containers alone. None where it is more, or damaged:
-    torch's own words are not repeated, which advise to run what the file says."""
+    """Reads a file of torch.save that holds only tensors in plain containers; None if it holds more or is damaged.
+
+    torch's own message is dropped, since it advises to run the code in the file.
+    """
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except (PermissionError, MemoryError):
         raise
-    except Exception:  # of any kind, where the damage is
+    except Exception:  # damage raises errors of any kind
         return None
 
 
@@ -321,29 +321,29 @@ Journal = tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], None]]
 
 @contextmanager
 def journal(path: str | Path) -> Iterator[Journal]:
-    """The JSON objects in a file of lines, and a function that adds more, those of one call at once.
+    """Yields the JSON objects in a file of lines, and a function that appends more, in one write per call.
 
-    What is added survives the process at any moment. A line that was cut off as a process was ended is left out.
+    Objects survive the process from the moment they are added. A line that was cut off by a kill is skipped.
     """
     path = Path(path)
     make_folder(path.parent)
     found = []
-    # not splitlines(), which also splits at characters that JSON keeps as they are
+    # not splitlines(): it also splits at characters that JSON does not escape
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         with suppress(json.JSONDecodeError):
             found.append(json.loads(line))
-    with _made(path):
+    with _creating(path):
         path.touch()
-    with open(path, "ab", buffering=0) as file:  # a call of `add` is a write: several threads may
+    with open(path, "ab", buffering=0) as file:  # unbuffered, so several threads may add
 
         def write(content: bytes) -> None:
             with writing(path):
-                while content:  # a disk that is nearly full takes a part, and then says so
+                while content:  # a nearly full disk takes a part first, and fails at the next write
                     content = content[file.write(content) :]
 
         write(b"\n")  # after a line that was cut off
 
         def add(lines: list[dict[str, Any]]) -> None:
-            write("".join(json.dumps(line) + "\n" for line in lines).encode())  # ASCII: any name of a file
+            write("".join(json.dumps(line) + "\n" for line in lines).encode())  # ASCII, for file names of any bytes
 
         yield [line for line in found if isinstance(line, dict)], add

@@ -1,4 +1,4 @@
-"""Tells on stderr what a command is doing: a line at its start, and another whenever 10 s have passed in silence."""
+"""Prints on stderr what a command is doing: a line at its start, and another after every 10 s of silence."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ SILENCE = 10.0  # seconds
 
 
 class Heartbeat:
-    """Silent until it is started: who uses stdit as a library hears nothing. Only rank 0 speaks."""
+    """Prints nothing until it is started, so nothing when stdit is used as a library. Only rank 0 prints."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stop: threading.Event | None = None  # of the thread that speaks
+        self._stop: threading.Event | None = None  # ends the thread that prints
         self._thread: threading.Thread | None = None
         self._name = self._doing = ""
         self._begun = self._spoke = 0.0
         self._muted = 0
 
     def start(self, name: str) -> None:
-        """Prints the first line at once: before slow imports, before any work."""
+        """Prints the first line at once, before slow imports and any work."""
         if self._thread is not None or os.environ.get("RANK", "0") != "0":
             return
         self._name, self._doing, self._muted = name, "loading libraries", 0
@@ -41,18 +41,18 @@ class Heartbeat:
             thread.join()
 
     def doing(self, what: str) -> None:
-        """What the next line will say, if the work takes that long."""
+        """Sets what the next line says."""
         with self._lock:
             self._doing = what
 
     def spoke(self) -> None:
-        """Something else was printed: the silence begins anew."""
+        """Restarts the 10 s, after something else was printed."""
         with self._lock:
             self._spoke = time.monotonic()
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """While a bar on a terminal shows what is being done."""
+        """Prints nothing within this context, while a progress bar is shown."""
         self._muted += 1
         try:
             yield
@@ -65,7 +65,7 @@ class Heartbeat:
             self.beat()
 
     def beat(self) -> None:
-        """Speaks if nothing was printed for long."""
+        """Prints a line if nothing was printed for 10 s."""
         with self._lock:
             doing, due = self._doing, time.monotonic() - self._spoke >= SILENCE
         if due and not self._muted:
@@ -73,7 +73,7 @@ class Heartbeat:
 
     def _say(self, line: str) -> None:
         self.spoke()
-        with suppress(OSError, ValueError):  # nobody reads it, or stderr is closed
+        with suppress(OSError, ValueError):  # the reader is gone, or stderr is closed
             print(line, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Randomness that is keyed, not drawn in sequence: the same key gives the same numbers on any rank, at any time.
+"""Keyed randomness: the same key gives the same numbers on any rank, at any time, in any order.
 
-A run's noise, noise levels, tasks, captions, crops and starts each come from SHA-256 of (seed, purpose, …), so a
-resumed run, or one on another number of ranks, draws what an uninterrupted one would have drawn.
+Noise, noise levels, tasks, captions, crops and start times of a run are each seeded by SHA-256 of (seed, purpose, …).
+So a run that is resumed, or has another number of ranks, draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def keyed_seed(seed: int, purpose: str, *key: int | str) -> int:
-    """A 63-bit seed from SHA-256 of (seed, purpose, key…). Types are part of the key: 1 and "1" differ."""
+    """A 63-bit seed from SHA-256 of (seed, purpose, key…). The key includes types: 1 and "1" differ."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, purpose, *key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -27,5 +27,5 @@ def keyed_generator(seed: int, purpose: str, *key: int | str) -> torch.Generator
 
 
 def keyed_uniform(seed: int, purpose: str, *key: int | str) -> float:
-    """One number in [0, 1) with 53 random bits, without a generator."""
+    """A number in [0, 1) with 53 random bits, without a generator."""
     return (keyed_seed(seed, purpose, *key) >> 10) / 2**53

@@ -1,4 +1,8 @@
-"""A lock on a folder, so that two commands do not write to it at once. It ends with its process, however that ends."""
+"""A lock on a folder, so that two commands do not write to it at once. It ends with its process, however that ends.
+
+The `filelock` package does not fit: it refuses a lock file that belongs to another user, fails on network disks mounted
+without locks (ENOLCK), and does not say who holds a lock.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +22,26 @@ from stdit.files import make_folder
 from stdit.heartbeat import HEARTBEAT
 
 NAME = ".stdit.lock"
-WAIT = 10.0  # seconds: a process that was killed a moment ago may take some to be gone
+WAIT = 10.0  # seconds: a process that was just killed takes a while to end
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 
 
 @contextmanager
 def locked(folder: str | Path, what: str, remedy: str, keep: bool = False) -> Iterator[None]:
-    """Makes the folder and locks it for this process. Raises StditError where another process holds the lock.
+    """Makes the folder and locks it for this process. Raises StditError if another process holds the lock.
 
-    The lock is the system's own (flock) on a file in the folder. Network disks share it among machines if they are
-    mounted with locks; where a disk or a system (Windows) has none, this says so and goes on without. The file tells
-    who holds the lock: what, host, process, and since when. keep: leave the file there at the end.
+    The lock is an flock on a file in the folder, which says who holds it: what, host, process, and since when. Network
+    disks that are mounted with locks share it between machines. Where a disk or system (Windows) has no locks, this
+    prints a warning and continues without one.
+
+    what: the command that takes the lock, for other processes' messages.
+    remedy: what to do if the folder is in use, for the error.
+    keep: leave the file there at the end.
     """
     path = make_folder(folder) / NAME
     descriptor = _lock(path)
     if descriptor is None:
-        print(f"{folder}: this disk has no file locks. Take care that only one command writes there.", file=sys.stderr)
+        print(f"{folder}: this disk has no file locks. Make sure that only one command writes there.", file=sys.stderr)
         yield
         return
     if descriptor < 0:
@@ -41,7 +49,7 @@ def locked(folder: str | Path, what: str, remedy: str, keep: bool = False) -> It
     try:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"what": what, "host": socket.gethostname(), "pid": os.getpid(), "since": now}
-        with contextlib.suppress(OSError):  # a full disk, or the file of another user: the lock itself holds
+        with contextlib.suppress(OSError):  # disk full, or another user's file: the lock holds nevertheless
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(holder).encode())
         yield
@@ -53,7 +61,7 @@ def locked(folder: str | Path, what: str, remedy: str, keep: bool = False) -> It
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock until it is closed; -1: another has it; None: there are no locks here."""
+    """A descriptor that holds the lock until it is closed; -1 if another process has it, None if there are no locks."""
     try:
         import fcntl
     except ImportError:
@@ -62,17 +70,17 @@ def _lock(path: Path) -> int | None:
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:  # another user's, in a folder that is shared
+        except PermissionError:  # another user's file in a shared folder
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             if path.parent.is_dir():
                 raise
-            make_folder(path.parent)  # the one before failed, and removed its empty folder
+            make_folder(path.parent)  # the last holder failed and removed its empty folder
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # not removed by the one before
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # not removed by the last holder
                     return descriptor
         except OSError as error:
             if error.errno in _NO_LOCKS:
@@ -85,7 +93,7 @@ def _lock(path: Path) -> int | None:
         if time.monotonic() > end:
             return -1
         if not told:
-            print(f"{path.parent}: is in use by {_holder(path)}; waits {WAIT:g} s for its end.", file=sys.stderr)
+            print(f"{path.parent}: is in use by {_holder(path)}; waiting {WAIT:g} s for its end.", file=sys.stderr)
             HEARTBEAT.doing(f"waiting for {path.parent}")
             HEARTBEAT.spoke()
             told = True
@@ -93,7 +101,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _holder(path: Path) -> str:
-    """Who wrote the file last."""
+    """Describes the process that wrote the file last."""
     try:
         found = json.loads(path.read_bytes())
         said = f"{found['what']} (process {found['pid']} on {found['host']}, since {found['since']})"

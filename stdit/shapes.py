@@ -1,4 +1,4 @@
-"""All arithmetic of strides, patches and causal frames: pixels → latents → tokens."""
+"""Arithmetic of strides, patches and causal frames: pixels → latents → tokens."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from stdit.errors import StditError
 
-LARGEST = 10**6  # a side or a number of frames is smaller: products of the three fit into 64 bits
+LARGEST = 10**6  # limit of sides and of frames, so that products of the three fit into 64 bits
 
 
 class Stride(tuple[int, ...]):
-    """(frames, rows, columns) of pixels to one latent, of which the first latent frame has `first` frames.
+    """Frames, rows and columns of pixels per latent position. A plain tuple is the stride of a causal VAE.
 
-    group: frames after which the VAE begins anew (Open-Sora's: 17, five latent frames each), 0 for none. A plain tuple
-    says the same of a causal VAE, where `first` is 1; Allegro's takes whole groups of 4.
+    first: frames in the first latent frame: 1 for causal VAEs, 4 for Allegro's.
+    group: frames after which the VAE starts over (Open-Sora's: 17, which are five latent frames), 0 for never.
     """
 
     first: int
@@ -27,12 +27,12 @@ class Stride(tuple[int, ...]):
 
 
 def first_frames(stride: tuple[int, ...]) -> int:
-    """Frames of pixels in the first latent frame."""
+    """Frames in the first latent frame."""
     return stride.first if isinstance(stride, Stride) else 1
 
 
 def _in_time(stride: int | tuple[int, ...]) -> tuple[int, int, int]:
-    """Frames to a latent one, to the first one, and to a group."""
+    """Frames per latent frame, per first latent frame, and per group."""
     if isinstance(stride, int):
         return stride, 1, 0
     return stride[0], first_frames(stride), stride.group if isinstance(stride, Stride) else 0
@@ -40,7 +40,7 @@ def _in_time(stride: int | tuple[int, ...]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, order=True)
 class TokenGrid:
-    """Tokens of one clip: frames × height × width of patches."""
+    """The tokens of a clip: frames × height × width of patches."""
 
     frames: int
     height: int
@@ -53,7 +53,7 @@ class TokenGrid:
 
 @dataclass(frozen=True, order=True)
 class LatentShape:
-    """Latents of one clip (without channels): T' × H' × W'."""
+    """The latents of a clip, without channels: T' × H' × W'."""
 
     frames: int
     height: int
@@ -61,11 +61,11 @@ class LatentShape:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """(T', H', W'), as a tensor's shape has them."""
+        """(T', H', W'), in the order of a tensor's shape."""
         return self.frames, self.height, self.width
 
     def grid(self, patch: tuple[int, int, int]) -> TokenGrid:
-        """The token grid under a patch (pt, ph, pw), all of which must divide."""
+        """The token grid for a patch (pt, ph, pw), which must divide the latents."""
         sizes = self.sizes
         if any(size % p for size, p in zip(sizes, patch)):
             raise StditError(
@@ -77,7 +77,7 @@ class LatentShape:
 
 @dataclass(frozen=True, order=True)
 class VideoShape:
-    """A shape bucket: frames, height and width in pixels. An image has one frame. Written WIDTHxHEIGHTxFRAMES."""
+    """A shape bucket: frames, height and width in pixels, written WIDTHxHEIGHTxFRAMES. An image has one frame."""
 
     frames: int
     height: int
@@ -88,7 +88,7 @@ class VideoShape:
 
     @classmethod
     def parse(cls, text: str) -> VideoShape:
-        """Reads "WIDTHxHEIGHTxFRAMES" ("832x480x81") or "WIDTHxHEIGHT" (an image)."""
+        """Parses "WIDTHxHEIGHTxFRAMES" ("832x480x81") or "WIDTHxHEIGHT" (an image)."""
         match = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})(?:\s*[x×]\s*(\d{1,6}))?\s*", text)
         width, height, frames = (int(part or 1) for part in match.groups()) if match else (0, 0, 0)
         if min(width, height, frames) < 1:
@@ -103,7 +103,7 @@ class VideoShape:
         return self.frames == 1
 
     def latent(self, stride: tuple[int, ...]) -> LatentShape:
-        """Latents under a VAE of stride (t, h, w): 1 + (frames − 1)/t frames if causal. Raises if not divisible."""
+        """The latents for a VAE of stride (t, h, w): 1 + (frames − 1)/t frames if causal. Raises if not divisible."""
         (t, h, w), (_, first, group) = stride, _in_time(stride)
         low, high = nearest_frames(self.frames, stride)
         if not low == self.frames == high:
@@ -119,7 +119,7 @@ class VideoShape:
         return LatentShape(frames, self.height // h, self.width // w)
 
     def grid(self, stride: tuple[int, ...], patch: tuple[int, int, int]) -> TokenGrid:
-        """Token grid under a VAE stride and a patch; sizes must be multiples of stride × patch."""
+        """The token grid for a VAE's stride and a patch; sizes must be multiples of stride × patch."""
         check_size(self.width, self.height, (stride[2] * patch[2], stride[1] * patch[1]))
         latent = self.latent(stride)
         if latent.frames % patch[0]:
@@ -133,8 +133,10 @@ class VideoShape:
 
 
 def nearest_frames(frames: int, stride: int | tuple[int, ...]) -> tuple[int, int]:
-    """The largest legal number of frames ≤ frames and the smallest ≥ frames. stride: of a VAE, or a causal one's in
-    time."""
+    """The largest legal number of frames ≤ frames and the smallest ≥ frames.
+
+    stride: of a VAE, or only the temporal stride of a causal one.
+    """
     t, first, group = _in_time(stride)
     rest = frames % group if group and frames > 0 else frames
     if frames > 0 and not rest:
@@ -144,14 +146,14 @@ def nearest_frames(frames: int, stride: int | tuple[int, ...]) -> tuple[int, int
 
 
 def frames_of(latents: int, stride: int | tuple[int, ...]) -> int:
-    """The frames of so many latent ones, the inverse of `VideoShape.latent`."""
+    """The number of frames for a number of latent frames: the inverse of `VideoShape.latent`."""
     t, first, group = _in_time(stride)
     groups, rest = divmod(latents, 1 + (group - first) // t) if group else (0, latents)
     return groups * group + (first + (rest - 1) * t if rest else 0)
 
 
 def frames_for(seconds: float, fps: float, stride: int | tuple[int, ...]) -> int:
-    """The legal number of frames nearest to a duration (the shorter one on a tie)."""
+    """The legal number of frames nearest to a duration, the smaller on a tie."""
     if not abs(seconds * fps) < LARGEST:
         raise StditError(f"{seconds:g} s at {fps:g} fps are more frames than {LARGEST:,}: give a shorter duration.")
     low, _ = nearest_frames(int(seconds * fps), stride)
@@ -160,7 +162,7 @@ def frames_for(seconds: float, fps: float, stride: int | tuple[int, ...]) -> int
 
 
 def check_size(width: int, height: int, multiple: tuple[int, int]) -> None:
-    """Raises unless width and height are positive multiples of `multiple` (width's, height's), naming the nearest."""
+    """Raises unless width and height are positive multiples of `multiple` (width, height), naming the nearest sizes."""
     if width > 0 and height > 0 and width % multiple[0] == 0 and height % multiple[1] == 0:
         return
 
@@ -175,7 +177,7 @@ def check_size(width: int, height: int, multiple: tuple[int, int]) -> None:
 
 
 def size_for(aspect: float, short_side: int, multiple: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of legal multiples with the short side near `short_side` and width/height near `aspect`."""
+    """Width and height, multiples of `multiple`, with a short side near `short_side` and a ratio near `aspect`."""
     if aspect <= 0 or short_side <= 0:
         raise StditError(f"aspect {aspect} and short side {short_side} must be positive.")
     width, height = (short_side * aspect, short_side) if aspect >= 1 else (short_side, short_side / aspect)

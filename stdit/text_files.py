@@ -1,8 +1,8 @@
-"""Reads text that people hand over: captions, prompts, manifests, configs. One rule for all of it.
+"""Reads text that people write: captions, prompts, manifests, configs. The same rules hold for all.
 
-UTF-8, with a byte order mark or without; UTF-16 and UTF-32 with one. A line ends at \\n or \\r\\n only, so that U+2028,
-U+0085, form feeds and the like stay inside a text. Bytes that are not UTF-8 come as lone surrogates (Python's
-`surrogateescape`), which `fault_in` names: a bad text costs itself, not its file.
+Files are UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. Lines end only at \\n or \\r\\n, so
+U+2028, U+0085, form feeds and the like stay within a text. Bytes that are not UTF-8 become lone surrogates (Python's
+`surrogateescape`), which `fault_in` reports: a bad text is rejected, not its file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from stdit.errors import StditError
 
-MARKS = {  # the longer first: UTF-16's mark begins UTF-32's
+MARKS = {  # byte order marks; UTF-32 first, since its mark starts with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8-sig",
@@ -29,11 +29,11 @@ MARKS = {  # the longer first: UTF-16's mark begins UTF-32's
 DELIMITERS = ",;\t|"
 _MERGE = "tag:yaml.org,2002:merge"
 _ODD = re.compile("[\0\ud800-\udfff]")
-_NUL = "\udc00"  # in the place of a NUL, which the csv module of Python 3.10 refuses
+_NUL = "\udc00"  # stands for NUL, which the csv module of Python 3.10 refuses
 
 
 class Row(NamedTuple):
-    """A line of a table. fault: what is wrong with the row; `values` then holds what could be told, perhaps nothing."""
+    """A row of a table. fault: what is wrong with it; `values` then holds what could be read, if anything."""
 
     line: int
     values: dict[str, Any]
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 def fault_in(text: str) -> str:
-    """What no text may hold, said as a predicate, or ''."""
+    """What is wrong with a text and its remedy, as a predicate ('has a NUL character…'), or ''."""
     found = _ODD.search(text)
     if found is None:
         return ""
@@ -54,7 +54,7 @@ def fault_in(text: str) -> str:
 
 
 def unicode_form(name: str) -> str:
-    """A name as one Unicode form (NFC): macOS writes é as two characters where others write one."""
+    """A name in Unicode form NFC, since macOS writes é as two characters where others write one."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -63,12 +63,12 @@ def _encoding(first: bytes, where: str) -> str:
         if first.startswith(mark):
             return encoding
     if len(first) >= 4 and first.count(0) * 3 >= len(first):
-        raise StditError(f"{where} is UTF-16 or UTF-32 without a byte order mark, or no text. Save it as UTF-8.")
+        raise StditError(f"{where} is UTF-16 or UTF-32 without a byte order mark, or not text. Save it as UTF-8.")
     return "utf-8"
 
 
 def decode_text(content: bytes, where: str) -> str:
-    """The text of a file. Raises StditError where bytes are not in the encoding that their mark tells."""
+    """Decodes the content of a file. Raises StditError if it contradicts its byte order mark."""
     encoding = _encoding(content[:1024], where)
     try:
         return content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
@@ -77,7 +77,7 @@ def decode_text(content: bytes, where: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """A whole file, such as a config, in which nothing may be odd. Raises StditError, or OSError."""
+    """Reads a whole file, such as a config. Raises StditError for a fault in any line, or OSError."""
     text = decode_text(Path(path).read_bytes(), str(path))
     for number, line in enumerate(split_lines(text), 1):
         if fault := fault_in(line):
@@ -86,7 +86,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a file in which nothing may be odd. Raises StditError, or OSError."""
+    """Reads the lines of a file. Raises StditError for a fault in any of them, or OSError."""
     lines = split_lines(read_text(path))
     if len(lines) == 1 and "\r" in lines[0]:
         raise StditError(f"{path}: its lines end in CR alone. Save it with the line ends of Unix or Windows.")
@@ -94,7 +94,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text without their ends and without byte order marks of files that were joined."""
+    """The lines of a text, without line ends and without byte order marks (of concatenated files)."""
     return [line.removesuffix("\r").lstrip("\ufeff") for line in text.split("\n")]
 
 
@@ -111,7 +111,7 @@ def _raw_lines(path: Path, newline: str) -> Iterator[tuple[int, str]]:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """What a text says as YAML, in which no key comes twice. where: "FILE is", which an error goes on from."""
+    """Parses YAML and refuses duplicate keys. where: "FILE is", the start of an error message."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -125,12 +125,12 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
-        # also for a date such as 2020-13-45, a number of 5,000 digits, a thousand brackets, !!binary
+        # the others: dates such as 2020-13-45, numbers of 5,000 digits, a thousand brackets, !!binary
         raise StditError(f"{where} not YAML: {error}") from error
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """The objects of a JSONL file, one a line; empty lines are left out."""
+    """Reads the objects of a JSONL file, one per line. Empty lines are skipped."""
     for number, line in _raw_lines(path, "\n"):
         if line.strip():
             try:
@@ -139,13 +139,13 @@ def json_rows(path: Path) -> Iterator[Row]:
                 yield Row(number, {}, f"is not JSON: {error}")
                 continue
             if not isinstance(row, dict):
-                yield Row(number, {}, f"is {shortened(row)}, not an object {{…}}; a JSONL file has one a line")
+                yield Row(number, {}, f"is {shortened(row)}, not an object {{…}}; a JSONL file has one per line")
             else:
                 yield Row(number, row)
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line of a JSONL file that is not empty. Raises StditError at a bad one."""
+    """Yields (line number, object) of each line of a JSONL file that is not empty. Raises StditError at a bad one."""
     for row in json_rows(path):
         if row.fault:
             raise StditError(f"{path}, line {row.line} {row.fault}")
@@ -157,11 +157,11 @@ def csv_rows(
     enough: Callable[[Sequence[str]], bool],
     is_row: Callable[[dict[str, str]], bool],
 ) -> tuple[list[str], Iterator[Row]]:
-    """The column names of a CSV file and its rows; the lines of quoted fields may be many, fields of any length.
+    """Reads the column names and the rows of a CSV file. Quoted fields may have any number of lines and any length.
 
-    enough: whether these columns are what is needed; the delimiter (comma, semicolon, tab or |) is the first that gives
-    them. is_row: whether a line looks like a row of its own. Where a quoted field holds such a line, or the file ends
-    in it, the field's quotation mark was never closed: StditError names its line.
+    enough: whether these columns suffice. The delimiter is the first of comma, semicolon, tab and | for which they do.
+    is_row: whether a line looks like a row of its own. If a quoted field contains such a line or the end of the file,
+        its quotation mark was never closed, and StditError names its line.
     """
     lines = _raw_lines(path, "")
     delimiter, first, header = _header(path, lines, enough)
@@ -171,7 +171,7 @@ def csv_rows(
 def _header(
     path: Path, lines: Iterator[tuple[int, str]], enough: Callable[[Sequence[str]], bool]
 ) -> tuple[str, int, list[str]]:
-    """(delimiter, line, names) of the first line that is not empty, after Excel's `sep=;` if that is there."""
+    """(delimiter, line number, names) from the first line that is not empty, after Excel's optional `sep=;`."""
     given = ""
     for number, line in lines:
         text = line.rstrip("\r\n")
@@ -182,9 +182,9 @@ def _header(
             continue
         if fault := fault_in(text):
             raise StditError(f"{path}, line {number} {fault}.")
-        choices = [(one, next(csv.reader([text], delimiter=one, skipinitialspace=True))) for one in given or DELIMITERS]
-        delimiter, names = next((choice for choice in choices if enough(choice[1])), choices[0])
-        return delimiter, number, [name.strip() for name in names]
+        found = {mark: next(csv.reader([text], delimiter=mark, skipinitialspace=True)) for mark in given or DELIMITERS}
+        delimiter = next((mark for mark, names in found.items() if enough(names)), next(iter(found)))
+        return delimiter, number, [name.strip() for name in found[delimiter]]
     return ",", 0, []
 
 
@@ -198,7 +198,7 @@ def _csv_rows(
 ) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     options: dict[str, Any] = {"delimiter": delimiter, "skipinitialspace": True}
-    held: list[str] = []  # the lines of the present row
+    held: list[str] = []  # the lines of the current row
 
     def feed() -> Iterator[str]:
         nonlocal line
@@ -220,7 +220,7 @@ def _csv_rows(
             if len(held) != 1 or "unexpected end" in str(error):
                 raise _open_quote(path, start) from error
             cells = next(csv.reader(_again(held), **options))
-            fault = 'has a quotation mark inside a field: quote the whole field, and write a mark within it twice, ""'
+            fault = 'has a quotation mark inside a field: quote the whole field, and double the mark, ""'
         if any("\0" in text for text in held):
             cells = [cell.replace(_NUL, "\0") for cell in cells]
         for text in held[1:]:
@@ -243,8 +243,8 @@ def _again(lines: list[str]) -> list[str]:
 
 def _open_quote(path: Path, line: int) -> StditError:
     return StditError(
-        f"{path}, line {line}: a quotation mark opens a field there and does not close it. Close it; a mark that is "
-        'part of the text is written twice, "", in a field with quotation marks around it.'
+        f"{path}, line {line}: a quotation mark opens a field there and does not close it. Close it. If the mark is "
+        'part of the text, quote the whole field and double the mark, "".'
     )
 
 

@@ -183,7 +183,7 @@ def test_what_cannot_be_copied_is_named_before(tmp_path):
     (tmp_path / "in" / "deep" / "weights").unlink()
     check_copyable(tmp_path / "in")
     (tmp_path / "in" / "deep" / "up").symlink_to(tmp_path / "in")
-    with pytest.raises(StditError, match=r"deep/up: is a link to .*, which it is in"):
+    with pytest.raises(StditError, match=r"deep/up: is a link to its own parent"):
         check_copyable(tmp_path / "in")
     (tmp_path / "in" / "deep" / "up").unlink()
     os.mkfifo(tmp_path / "in" / "pipe")

@@ -49,7 +49,7 @@ def test_another_process_is_refused_and_told_who_has_it(tmp_path, holder, monkey
         said = str(caught.value)
         assert f"a test (process {holder.popen.pid} on {socket.gethostname()}, since 20" in said
         assert said.startswith(f"{place}: is in use") and said.endswith("Choose another run=PATH.")
-    assert "waits 0.2 s for its end" in capsys.readouterr().err
+    assert "waiting 0.2 s for its end" in capsys.readouterr().err
     assert doing == [f"waiting for {place}" for place in (tmp_path, linked)]
 
 
