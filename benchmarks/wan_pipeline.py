@@ -15,7 +15,7 @@ import diffusers
 import numpy as np
 import torch
 
-from stdit import Pipeline
+from stdit import Pipeline, SampleRequest
 from stdit.diffusion.solvers import euler_config, unipc_config
 from stdit.shapes import VideoShape
 
@@ -54,7 +54,7 @@ def main() -> int:
                     guidance=guidance, noise=noise, solver=config,
                 )  # fmt: skip
                 frames = ours(arguments.prompt, **settings)
-                latents = next(iter(ours.sample_latents([arguments.prompt], **settings)))
+                latents = next(ours.sample_latents(SampleRequest([arguments.prompt], **settings)))
                 apart = float((latents - expected[0]).norm() / expected[0].norm())
                 frame = int(np.abs(frames.astype(int) - np.stack([np.asarray(i) for i in images]).astype(int)).max())
                 far |= apart > 1e-4 or frame > 2

@@ -13,6 +13,7 @@ _PUBLIC = {
     "load_vae": "stdit.weights.io",
     "save_vae": "stdit.weights.io",
     "Pipeline": "stdit.sampling.pipeline",
+    "SampleRequest": "stdit.sampling.request",
     "StditError": "stdit.errors",
 }
 __all__ = sorted(_PUBLIC)

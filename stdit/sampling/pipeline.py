@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stdit.diffusion.guidance import guide, needs_unconditional
 from stdit.diffusion.noise_levels import shift_by_tokens
 from stdit.diffusion.solvers import Solver, make_solver, named_config, static_shift
-from stdit.diffusion.tasks import frame_levels
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.memory import require_memory
 from stdit.models.experts import Experts
-from stdit.models.packing import TextPack, pack_inputs, pack_texts, unpack_clips
+from stdit.models.packing import pack_texts
 from stdit.models.transformer import STDiT
 from stdit.pixels import to_pixels
-from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder, KnownPixels, known_level
+from stdit.sampling.denoising import ClipBatch, denoise
+from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder
 from stdit.sampling.model_folder import FolderSettings, ModelParts, add_loras, load_parts, save_parts
+from stdit.sampling.request import SampleRequest
 from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.text.images import ImageEncoder
@@ -32,20 +33,7 @@ from stdit.vae.families.open_sora import AnyVAE
 from stdit.weights.families import guided_by_null_text, pipelines
 from stdit.weights.families.record import PipelineKind
 
-__all__ = ["FolderSettings", "Pipeline"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is the same for all clips of a call. guidance: of the high expert (or the only one), and of the low one."""
-
-    shape: VideoShape
-    fps: float
-    steps: int
-    guidance: tuple[float, float]
-    seed: int
-    solver: str | Mapping[str, Any] | None
-    shift: float | None
+__all__ = ["FolderSettings", "Pipeline", "SampleRequest"]
 
 
 class Pipeline:
@@ -112,260 +100,65 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | Sequence[str],
-        size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        fps: float | None = None,
-        steps: int = 30,
-        guidance: float = 5.0,
-        negative_prompt: str = "",
-        seed: int = 0,
-        noise: Tensor | None = None,
-        known: KnownPixels | Sequence[KnownPixels | None] | None = None,
-        solver: str | Mapping[str, Any] | None = None,
         *,
-        guidance_2: float | None = None,
-        shift: float | None = None,
-        tokens_per_pack: int = 65_536,
         progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> np.ndarray | list[np.ndarray]:
-        """Frames for a prompt, uint8 (T, H, W, 3), or a list of such for a list of prompts.
+        """Frames for a prompt, uint8 (T, H, W, 3), or a list of them for a list of prompts.
 
-        size: (width, height) and frames; by default those of the first shape the model was trained at. fps: the rate
-        the frames are meant for; of models that do not know it only their own (or None) is accepted. guidance:
-        classifier-free, on above 1, counted as the family's pipeline counts it; guidance_2: of the low-noise expert,
-        where there are two. noise: (1 or prompts, C, T', H', W') in place of the seed's first. known: frames given as
-        condition, {"image": the first frame} or {"video": the first 1+k·stride frames}, and for some weights with them
-        {"last": the last frame}; one for all prompts or one each. solver: None for the folder's own, a short name such
-        as "euler" or "unipc", or a diffusers scheduler's config. shift: in place of the folder's (`FolderSettings`).
-        tokens_per_pack: the most video tokens in one forward (never less than a clip). progress: called with (steps
-        done, steps in all).
+        options: the fields of `SampleRequest`, such as size=(832, 480), frames=81, steps=30, guidance=5.0, seed=0.
+            A model that does not know fps takes only its own, or None.
+        progress: called with (steps done, steps in all).
         """
-        if fps is not None and fps != self.settings.fps and not self.knows_fps:
+        request = SampleRequest.of([prompt] if isinstance(prompt, str) else list(prompt), options)
+        if request.fps not in (None, self.settings.fps) and not self.knows_fps:
             raise StditError(
-                f"fps {fps:g}: this model makes clips of {self.settings.fps:g} frames a second, and knows no others. "
-                "Leave fps out, and play the frames at the rate you like."
+                f"fps {request.fps:g}: this model makes clips of {self.settings.fps:g} frames per second, and knows no "
+                "others. Leave fps out, and play the frames at the rate you like."
             )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        latents = self.sample_latents(
-            prompts, size, frames, steps, guidance, negative_prompt, seed, noise, known, solver,
-            fps=fps, guidance_2=guidance_2, shift=shift, tokens_per_pack=tokens_per_pack, progress=progress,
-        )  # fmt: skip
-        clips = [self.decode(one) for one in latents]
+        clips = [self.decode(latents) for latents in self.sample_latents(request, progress)]
         return clips[0] if isinstance(prompt, str) else clips
 
-    @torch.no_grad()
     def sample_latents(
-        self,
-        prompts: Sequence[str],
-        size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        steps: int = 30,
-        guidance: float = 5.0,
-        negative_prompt: str = "",
-        seed: int = 0,
-        noise: Tensor | None = None,
-        known: KnownPixels | Sequence[KnownPixels | None] | None = None,
-        solver: str | Mapping[str, Any] | None = None,
-        *,
-        fps: float | None = None,
-        guidance_2: float | None = None,
-        shift: float | None = None,
-        indices: Sequence[int] | None = None,
-        tokens_per_pack: int = 65_536,
-        progress: Callable[[int, int], None] | None = None,
+        self, request: SampleRequest, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[Tensor]:
-        """As the call, but gives each clip's normalised latents (C, T', H', W') fp32 as soon as its pack is done."""
-        clips = self.sample_clips(
-            prompts, size, frames, steps, guidance, negative_prompt, seed, noise, known, solver, fps=fps,
-            guidance_2=guidance_2, shift=shift, indices=indices, tokens_per_pack=tokens_per_pack, progress=progress,
-        )  # fmt: skip
-        for clip in clips:
+        """Gives each clip's normalised latents (C, T', H', W') fp32 as soon as its pack is done."""
+        for clip in self.sample_clips(request, progress):
             if isinstance(clip, StditError):
                 raise clip
             yield clip
 
     @torch.no_grad()
     def sample_clips(
-        self,
-        prompts: Sequence[str],
-        size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        steps: int = 30,
-        guidance: float = 5.0,
-        negative_prompt: str = "",
-        seed: int = 0,
-        noise: Tensor | None = None,
-        known: KnownPixels | Sequence[KnownPixels | None] | None = None,
-        solver: str | Mapping[str, Any] | None = None,
-        *,
-        fps: float | None = None,
-        guidance_2: float | None = None,
-        shift: float | None = None,
-        indices: Sequence[int] | None = None,
-        tokens_per_pack: int = 65_536,
-        progress: Callable[[int, int], None] | None = None,
+        self, request: SampleRequest, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[Tensor | StditError]:
-        """As `sample_latents`, but a clip whose latents are not finite is an error in its place, and the others go on.
-
-        indices: of each clip, its place in the batch whose noise it has; unset: 0, 1, … Clip n of a batch is made again
-        alone with its prompt and `indices=[n]`, equal up to the rounding of another pack.
-        """
-        if not prompts:
-            raise StditError("there is no prompt.")
-        for name, value in (("guidance", guidance), ("guidance_2", guidance_2), ("shift", shift), ("fps", fps)):
-            if value is not None and not math.isfinite(value):
-                raise StditError(f"{name} is {value}; it must be a finite number.")
-        numbers = range(len(prompts)) if indices is None else indices
-        if len(numbers) != len(prompts):
-            raise StditError(f"{len(numbers)} indices for {len(prompts)} prompts: give one each.")
-        if guidance_2 is not None and not isinstance(self.transformer, Experts):
-            raise StditError(f"guidance_2 {guidance_2:g}: is for the second of two experts; this model has one.")
-        scales = (guidance, guidance if guidance_2 is None else guidance_2)
-        guided = needs_unconditional(guidance)
-        if needs_unconditional(scales[1]) and not guided:
+        """As `sample_latents`, but gives an error in place of a clip whose latents are not finite, and goes on."""
+        if request.guidance_2 is not None and not isinstance(self.transformer, Experts):
             raise StditError(
-                f"guidance {guidance:g} with guidance_2 {scales[1]:g}: guidance of 1 or less makes no unconditional "
-                "prediction, for either expert (as in diffusers). Raise guidance above 1, or set guidance_2 to 1."
+                f"guidance_2 {request.guidance_2:g}: is for the second of two experts; this model has one."
             )
-        shape = self.shape(size, frames)
-        grid = shape.grid(self.vae.config.stride, self.transformer.config.patch)
+        shape = self.shape(request.size, request.frames)
         latent = shape.latent(self.vae.config.stride)
-        self._check_memory(shape, latent, grid.tokens * (1 + guided), len(prompts))
-        request = Request(shape, fps or self.settings.fps, steps, scales, seed, solver, shift)
-        self._solver(request)  # wrong steps, shifts and solvers are errors before the texts are encoded
-        noises = self._noise(numbers, latent, seed, noise)
-        given = self._given(known, len(prompts), shape)
-        texts = self.encode_texts(prompts)
-        negatives = self._negatives(negative_prompt, texts) if guided else []
+        tokens = shape.grid(self.vae.config.stride, self.transformer.config.patch).tokens * (1 + request.guided)
+        self._check_memory(shape, latent, tokens, len(request.prompts))
+        self._solver(request, shape)  # wrong steps, shifts and solvers are errors before the texts are encoded
+        noise = self._noise(request, latent)
+        known = self._known(request, shape)
+        conditions = [self.conditions(one, shape, request.fps or self.settings.fps) for one in known]
+        texts = self.encode_texts(request.prompts)
+        negatives = self._negatives(request.negative_prompt, texts) if request.guided else []
 
-        together = max(1, tokens_per_pack // (grid.tokens * (2 if negatives else 1)))
-        parts = [range(start, min(start + together, len(prompts))) for start in range(0, len(prompts), together)]
-        for number, part in enumerate(parts):
-            clips = slice(part.start, part.stop)
+        per_pack = max(1, request.tokens_per_pack // tokens)
+        starts = range(0, len(texts), per_pack)
+        for number, start in enumerate(starts):
+            clips = slice(start, start + per_pack)
             text = pack_texts([*texts[clips], *negatives[clips]], self.text_padding)
-            steps_done = number * steps
-
-            def report(index: int, done: int = steps_done) -> None:
-                if progress is not None:
-                    progress(done + index, len(parts) * steps)
-
-            yield from self._denoise(noises[clips], given[clips], text, request, numbers[clips], report)
-
-    def _check_memory(self, shape: VideoShape, latent: LatentShape, tokens: int, clips: int) -> None:
-        """Raises where a clip certainly has no room: its noise; x, q, k, v and MLP of one block; a decoded frame."""
-        config = self.transformer.config
-        noise = 2 * 4 * clips * self.vae.config.z_dim * math.prod(latent.sizes)
-        block = 2 * tokens * (4 * config.dim + config.ffn_dim)  # bytes in bf16, the least
-        frame = 2 * 3 * 4 * shape.height * shape.width
-        what = f"{shape} (width x height x frames)" + (f" for {clips} clips" if clips > 1 else "")
-        require_memory(noise + max(block, frame), self.device, what, "Choose a smaller size or fewer frames.")
-
-    def _denoise(
-        self,
-        noise: Tensor,
-        given: Sequence[KnownFrames],
-        text: TextPack,
-        request: Request,
-        numbers: Sequence[int],
-        report: Callable[[int], None],
-    ) -> list[Tensor | StditError]:
-        """noise: (clips, C, T', H', W') fp32. text: of the clips, and where guidance asks for it as many negative ones
-        after them: two segments of one pack for each clip. numbers: which clips of the call these are."""
-        patch, z = self.transformer.config.patch, self.vae.config.z_dim
-        copies = len(text.segments.lengths) // len(noise)
-        masks = [torch.arange(noise.shape[2]) < (0 if one.tokens is None else one.tokens.shape[1]) for one in given]
-        conditions = [self.conditions(one, request.shape, request.fps) for one in given] * copies
-        solver = self._solver(request)
-
-        def impose(x: Tensor, tokens: Sequence[Tensor | None]) -> list[Tensor]:
-            return [
-                clip if known is None else torch.cat([known, clip[:, known.shape[1] :]], dim=1)
-                for clip, known in zip(x, tokens)
-            ]
-
-        tokens = [one.tokens for one in given]
-        x = solver.start(noise)
-        failed: dict[int, StditError] = {}
-        report(0)
-        for index, t in enumerate(solver.levels):
-            level = torch.tensor(t, dtype=torch.float64)
-            levels = [self._levels(mask, level) for mask in masks]
-            tokens = self._known_tokens(given, request.seed, index, numbers, t)
-            pack = pack_inputs(
-                impose(solver.network_input(index, x), tokens) * copies, levels * copies, patch, conditions
-            )
-            output = torch.stack(unpack_clips(self.transformer(pack, text), pack, patch))[:, :z].float()
-            if copies == 2:
-                output = self._guided(output[: len(x)], output[len(x) :], request, t)
-            keys = numbers if solver.draws else ()
-            x = solver.step(
-                index, output, x, [keyed_generator(request.seed, "sample step", key, index) for key in keys]
-            )
-            for clip, finite in enumerate(torch.isfinite(x).flatten(1).all(1).tolist()):
-                if not finite and clip not in failed:
-                    failed[clip] = self._not_finite(f"latents are not finite at step {index + 1}", t)
-            if len(failed) == len(x):
-                break
-            report(index + 1)
-        finished = impose(solver.finish(x), tokens)
-        return [failed.get(clip, one) for clip, one in enumerate(finished)]
-
-    def _not_finite(self, what: str, level: float) -> StditError:
-        """The error for latents that became infinite or NaN, with the likely cause."""
-        dtype = str(self.transformer.dtype).removeprefix("torch.")
-        if self.transformer.dtype == torch.float16:
-            cause = "float16 overflows in many models: try --dtype bfloat16 (in Python dtype=torch.bfloat16)."
-        else:
-            cause = "Is guidance, shift or a LoRA's weight too large, or has the training diverged?"
-        return StditError(f"{what} (noise level {level:.4g}, {dtype}). {cause}")
-
-    def _known_tokens(
-        self, given: Sequence[KnownFrames], seed: int, step: int, numbers: Sequence[int], level: float
-    ) -> list[Tensor | None]:
-        """Of every clip, as the network sees them in a step; what they are in the last one is decoded."""
-        amount = self._kind.known_noise * level**2
-        tokens = [one.tokens for one in given]
-        if not amount:
-            return tokens
-        generators = [keyed_generator(seed, "known noise", number, step) for number in numbers]
-        return [
-            None if known is None else known + amount * torch.randn(known.shape, generator=generator).to(known)
-            for known, generator in zip(tokens, generators)
-        ]
-
-    def _levels(self, mask: Tensor, level: Tensor) -> Tensor:
-        """Of a clip's patch frames, where some are known."""
-        if not mask.any():
-            return level
-        return frame_levels(mask, level, self.transformer.config.patch[0]).clamp_min(
-            known_level(self.transformer.config)
-        )
-
-    def _guided(self, conditional: Tensor, unconditional: Tensor, request: Request, level: float) -> Tensor:
-        low = isinstance(self.transformer, Experts) and self.transformer.at(level) is self.transformer.low
-        return guide(conditional, unconditional, request.guidance[low], self._kind.guides_beyond)
-
-    def conditions(self, given: KnownFrames, shape: VideoShape, fps: float) -> dict[str, Any]:
-        """Of one clip, for `pack_inputs`."""
-        size = (shape.width, shape.height)
-        fps = IMAGE_FPS if shape.is_image else fps
-        found = {"fps": fps, "size": size, "image": given.image, "image_text": given.image_text}
-        return {name: found[name] for name in self.transformer.config.conditions}
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Normalised latents (C, T', H', W') of a clip to frames, uint8 (T, H, W, 3), rounded as diffusers does."""
-        return np.concatenate(list(self.decode_stream(latents)))
-
-    @torch.no_grad()
-    def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """As `decode`, but gives the frames (t, H, W, 3) of each chunk as soon as it is decoded."""
-        for video in self.vae.decode_stream(latents.to(next(self.vae.parameters()))):  # (3, t, H, W)
-            if not torch.isfinite(video).all():
-                raise StditError("the VAE's frames are not finite: the latents are too large for it. Lower guidance?")
-            yield to_pixels(video).cpu().numpy()
+            batch = ClipBatch(noise[clips], known[clips], conditions[clips], text, request.clip_indices[clips])
+            report = partial(_report, progress, number * request.steps, len(starts) * request.steps)
+            yield from denoise(self.transformer, self._solver(request, shape), self._kind, request, batch, report)
 
     def shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> VideoShape:
-        """The shape to sample, defaults filled in. Raises where strides and patch do not divide it."""
+        """The shape to sample, defaults filled in. Raises StditError if strides and patch do not divide it."""
         default = self.settings.shape
         width, height = size or (default.width, default.height)
         shape = VideoShape(default.frames if frames is None else frames, height, width)
@@ -376,18 +169,58 @@ class Pipeline:
         shape.grid(self.vae.config.stride, self.transformer.config.patch)
         return shape
 
-    def _noise(self, numbers: Sequence[int], latent: LatentShape, seed: int, noise: Tensor | None) -> Tensor:
-        count = len(numbers)
-        wanted = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
+    def _check_memory(self, shape: VideoShape, latent: LatentShape, tokens: int, clips: int) -> None:
+        """Raises StditError if even the least does not fit: the noise; x, q, k, v and MLP of one block; a frame."""
+        config = self.transformer.config
+        noise = 2 * 4 * clips * self.vae.config.z_dim * math.prod(latent.sizes)
+        block = 2 * tokens * (4 * config.dim + config.ffn_dim)  # bytes in bf16, the least
+        frame = 2 * 3 * 4 * shape.height * shape.width
+        what = f"{shape} (width x height x frames)" + (f" for {clips} clips" if clips > 1 else "")
+        require_memory(noise + max(block, frame), self.device, what, "Choose a smaller size or fewer frames.")
+
+    def _solver(self, request: SampleRequest, shape: VideoShape) -> Solver:
+        """A new solver. The folder's shift by token count does not touch a config that the request brings."""
+        solver, shift = request.solver, request.shift
+        if isinstance(solver, Mapping):
+            config: Mapping[str, Any] = solver
+        else:
+            config = named_config(solver, self.scheduler) if solver else self.scheduler
+            if shift is None and self.settings.shift_tokens is not None:
+                tokens = shape.grid(self.vae.config.stride, self.transformer.config.patch).tokens
+                shift = static_shift(self.scheduler) * shift_by_tokens(tokens, self.settings.shift_tokens)
+        return make_solver(config, request.steps, shift, shape=shape, latent=shape.latent(self.vae.config.stride))
+
+    def _noise(self, request: SampleRequest, latent: LatentShape) -> Tensor:
+        """The first noise (clips, C, T', H', W'), fp32."""
+        noise, indices = request.noise, request.clip_indices
+        shape = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
         if noise is None:
-            drawn = [torch.randn(wanted, generator=keyed_generator(seed, "sample", number)) for number in numbers]
-            return torch.stack(drawn).to(self.device)
-        if tuple(noise.shape) not in {(1, *wanted), (count, *wanted)}:
-            raise StditError(f"noise has shape {tuple(noise.shape)}; this size and length need {(count, *wanted)}.")
-        return noise.to(self.device, torch.float32).expand(count, -1, -1, -1, -1)
+            generators = (keyed_generator(request.seed, "sample", index) for index in indices)
+            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+        if tuple(noise.shape) not in {(1, *shape), (len(indices), *shape)}:
+            raise StditError(
+                f"noise has shape {tuple(noise.shape)}; this size and length need {(len(indices), *shape)}."
+            )
+        return noise.to(self.device, torch.float32).expand(len(indices), -1, -1, -1, -1)
+
+    def _known(self, request: SampleRequest, shape: VideoShape) -> list[KnownFrames]:
+        """The known frames of each clip; those that several clips share are encoded once."""
+        distinct = {id(known): known for known in request.known_of_clips}
+        encoded = {key: self.known_frames.encode(known, shape).to(self.device) for key, known in distinct.items()}
+        return [encoded[id(known)] for known in request.known_of_clips]
+
+    def conditions(self, known: KnownFrames, shape: VideoShape, fps: float) -> dict[str, Any]:
+        """A clip's conditions, as `pack_inputs` takes them."""
+        found = {
+            "fps": IMAGE_FPS if shape.is_image else fps,
+            "size": (shape.width, shape.height),
+            "image": known.image,
+            "image_text": known.image_text,
+        }
+        return {name: found[name] for name in self.transformer.config.conditions}
 
     def encode_texts(self, texts: Sequence[str], at_least: int = 0) -> list[Tensor]:
-        """(L, D) each; equal texts are encoded once. at_least: see `TextEncoder.forward`."""
+        """Embeddings (L, D); equal texts are encoded once. at_least: see `TextEncoder.forward`."""
         distinct = list(dict.fromkeys(texts))
         before = self.text_encoder.max_length
         if self.text_padding:
@@ -404,7 +237,7 @@ class Pipeline:
         return [encoded[text].to(self.device) for text in texts]
 
     def _negatives(self, negative_prompt: str, texts: Sequence[Tensor]) -> list[Tensor]:
-        """The negative prompt beside each text."""
+        """The embeddings of the negative prompt, one for each text."""
         if not negative_prompt and guided_by_null_text(self.transformer.config):
             return [self.transformer.get_buffer("null_text")[: len(text)] for text in texts]
         if not self._kind.negative_follows:
@@ -412,27 +245,17 @@ class Pipeline:
         (negative,) = self.encode_texts([negative_prompt], max(map(len, texts)))
         return [negative[: len(text)] for text in texts]
 
-    def _given(
-        self, known: KnownPixels | Sequence[KnownPixels | None] | None, count: int, shape: VideoShape
-    ) -> list[KnownFrames]:
-        """The known frames of each of `count` clips."""
-        if known is None or isinstance(known, Mapping):
-            return [self.known_frames.encode(known, shape).to(self.device)] * count
-        if len(known) != count:
-            raise StditError(f"{len(known)} known for {count} prompts: give one for all, or one each.")
-        return [self.known_frames.encode(one, shape).to(self.device) for one in known]
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Normalised latents (C, T', H', W') of a clip to frames, uint8 (T, H, W, 3), rounded as diffusers does."""
+        return np.concatenate(list(self.decode_stream(latents)))
 
-    def _solver(self, request: Request) -> Solver:
-        """A scheduler's config that is given is taken as it is."""
-        solver, shift, shape = request.solver, request.shift, request.shape
-        if isinstance(solver, Mapping):
-            config: Mapping[str, Any] = solver
-        else:
-            config = named_config(solver, self.scheduler) if solver else self.scheduler
-            if shift is None and self.settings.shift_tokens is not None:
-                tokens = shape.grid(self.vae.config.stride, self.transformer.config.patch).tokens
-                shift = static_shift(self.scheduler) * shift_by_tokens(tokens, self.settings.shift_tokens)
-        return make_solver(config, request.steps, shift, shape=shape, latent=shape.latent(self.vae.config.stride))
+    @torch.no_grad()
+    def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """As `decode`, but gives the frames (t, H, W, 3) of each chunk as soon as it is decoded."""
+        for video in self.vae.decode_stream(latents.to(next(self.vae.parameters()))):  # (3, t, H, W)
+            if not torch.isfinite(video).all():
+                raise StditError("the VAE's frames are not finite: the latents are too large for it. Lower guidance?")
+            yield to_pixels(video).cpu().numpy()
 
     def add_loras(
         self,
@@ -461,3 +284,8 @@ class Pipeline:
             replace(self.settings, text_padding=self.text_padding), self.image_encoder, self.index,
         )  # fmt: skip
         save_parts(parts, Path(folder))
+
+
+def _report(progress: Callable[[int, int], None] | None, before: int, total: int, steps: int) -> None:
+    if progress is not None:
+        progress(before + steps, total)

@@ -32,7 +32,7 @@ import stdit
 from stdit.cli.main import app, run_command
 from stdit.cli.sample.command import sample
 from stdit.sampling.model_folder import load_parts
-from stdit.sampling.pipeline import Pipeline
+from stdit.sampling.pipeline import Pipeline, SampleRequest
 from stdit.text.small import build_word_tokenizer
 from stdit.weights.families import family_of
 
@@ -79,10 +79,11 @@ def test_latents_are_those_of_open_soras_own_loop(name, folder):
     one = given(name)
     transformer, vae = stdit.load_transformer(folder).eval(), stdit.load_vae(folder).eval()
     pipe = Pipeline(transformer, vae, Told(one["text"]), family_of(transformer.config).scheduler(transformer.config))
-    (found,) = pipe.sample_latents(
-        ["a"], (WIDTH, HEIGHT), frames, STEPS, GUIDANCE, noise=one["noise"], fps=FPS,
+    request = SampleRequest(
+        ["a"], size=(WIDTH, HEIGHT), frames=frames, steps=STEPS, guidance=GUIDANCE, noise=one["noise"], fps=FPS,
         known={"image": one["image"].numpy()} if known else None,
     )  # fmt: skip
+    (found,) = pipe.sample_latents(request)
     wanted = kept()[f"sampled.{name}"][0]
     assert found.shape == wanted.shape and relative(found, wanted) <= 5e-5
     print(name, relative(found, wanted))
@@ -101,7 +102,9 @@ def test_the_folder_is_sampled_by_one_command_and_goes_back(folder, tmp_path, ca
     pipe.save(tmp_path / "ours")
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
     assert index["transformer"] == ["opensora", "STDiT3"] and index["vae"] == ["opensora", "VideoAutoencoderPipeline"]
-    first, again = (one([PROMPT], (48, 32), 1, steps=2)[0] for one in (pipe, Pipeline.load(tmp_path / "ours")))
+    first, again = (
+        one([PROMPT], size=(48, 32), frames=1, steps=2)[0] for one in (pipe, Pipeline.load(tmp_path / "ours"))
+    )
     assert np.array_equal(first, again) and first.std() > 1
     for part in ("transformer", "vae"):
         theirs = load_file(folder / part / "model.safetensors")
@@ -112,9 +115,10 @@ def test_the_folder_is_sampled_by_one_command_and_goes_back(folder, tmp_path, ca
 
 def test_a_negative_prompt_takes_the_place_of_the_null_text(folder):
     pipe = Pipeline.load(folder)
-    noise = torch.randn(1, 4, 1, 4, 6)
+    noise, settings = torch.randn(1, 4, 1, 4, 6), dict(size=(48, 32), frames=1, steps=2, guidance=3.0)
     (plain,), (same,), (other,) = (
-        list(pipe.sample_latents([PROMPT], (48, 32), 1, 2, 3.0, negative, noise=noise)) for negative in ("", "", "red")
+        list(pipe.sample_latents(SampleRequest([PROMPT], negative_prompt=negative, noise=noise, **settings)))
+        for negative in ("", "", "red")
     )
     assert torch.equal(plain, same) and not torch.allclose(plain, other)
 

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from stdit.diffusion import solvers
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.sampling.pipeline import FolderSettings, Pipeline
+from stdit.sampling.pipeline import FolderSettings, Pipeline, SampleRequest
 from stdit.text.encoders import TextEncoder
 from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
@@ -92,7 +92,7 @@ def assert_same(ours: Pipeline, theirs: WanPipeline, prompts, size, frames, guid
     settings = dict(
         size=size, frames=frames, steps=4, guidance=guidance, negative_prompt=negative, noise=noise, solver=solver
     )
-    found = torch.stack(list(ours.sample_latents(prompts, **settings)))
+    found = torch.stack(list(ours.sample_latents(SampleRequest(prompts, **settings))))
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 1e-4 * expected.norm()
     for mine, image in zip(ours(prompts, **settings), images):
@@ -173,10 +173,10 @@ def test_one_clip_does_not_depend_on_the_others(ours):
     """Several prompts in one pack, or one after another under a small token bound: the same clips."""
     settings = dict(size=(48, 32), frames=5, steps=3, guidance=3.0, solver="unipc", seed=4)
     calls: list[tuple[int, int]] = []
-    together = list(ours.sample_latents(CAPTIONS, **settings))
+    together = list(ours.sample_latents(SampleRequest(CAPTIONS, **settings)))
     apart = list(
         ours.sample_latents(
-            CAPTIONS, tokens_per_pack=1, progress=lambda done, total: calls.append((done, total)), **settings
+            SampleRequest(CAPTIONS, tokens_per_pack=1, **settings), lambda done, total: calls.append((done, total))
         )
     )
     for a, b in zip(together, apart):
@@ -199,18 +199,18 @@ def test_known_frames_are_conditions_at_level_0(ours, monkeypatch):
 
     monkeypatch.setattr(type(ours.transformer), "forward", spy)
     settings = dict(size=(48, 32), frames=13, steps=3, guidance=1.0)
-    (extended,) = ours.sample_latents(CAPTIONS[:1], known={"video": video}, **settings)
+    (extended,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], known={"video": video}, **settings))
     torch.testing.assert_close(extended[:, :2], expected, rtol=1e-5, atol=1e-5)
     for pack in seen:
         levels = pack.levels[pack.level_of].reshape(4, -1)  # (latent frames, tokens a frame)
         assert not levels[:2].any() and (levels[2:] > 0).all()
         assert len(pack.levels) == 2
     monkeypatch.undo()
-    (image,) = ours.sample_latents(CAPTIONS[:1], known={"image": video[0]}, **settings)
-    (free,) = ours.sample_latents(CAPTIONS[:1], **settings)
+    (image,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], known={"image": video[0]}, **settings))
+    (free,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], **settings))
     torch.testing.assert_close(image[:, :1], expected[:, :1], rtol=1e-5, atol=1e-5)  # causal: the prefix of a prefix
     assert (image[:, 1:] - free[:, 1:]).abs().mean() > 1e-4  # and the rest saw it
-    mixed, _ = ours.sample_latents([CAPTIONS[0]] * 2, known=[{"image": video[0]}, None], **settings)
+    mixed, _ = ours.sample_latents(SampleRequest([CAPTIONS[0]] * 2, known=[{"image": video[0]}, None], **settings))
     torch.testing.assert_close(mixed, image, rtol=1e-4, atol=1e-5)
 
 
@@ -232,7 +232,8 @@ def test_defaults_come_from_the_folder(ours, theirs, tmp_path):
     [
         ({"size": (50, 32)}, "48x32 or 64x32"),
         ({"frames": 7}, "nearest are 5 and 9"),
-        ({"fps": 30}, "8 frames a second"),
+        ({"fps": 30}, "8 frames per second"),
+        ({"negative": "a"}, "negative is not an option of sampling.*'negative_prompt'"),
         ({"noise": torch.zeros(1, 4, 2, 4, 6)}, "noise has shape"),
         ({"known": {"picture": None}}, "known must be"),
         ({"known": {"image": np.zeros((32, 32, 3), np.uint8)}}, "32x32, the clip 48x32"),

@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 from stdit.diffusion.solvers import euler_config, unipc_config
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
-from stdit.sampling.pipeline import Pipeline
+from stdit.sampling.pipeline import Pipeline, SampleRequest
 from stdit.shapes import VideoShape
 from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.weights.families import pipelines
@@ -351,10 +351,11 @@ def test_a_folder_samples_what_diffusers_samples_and_goes_back(name, tmp_path, m
             start = torch.cat([ours.known_frames.encode(pictures, shape).tokens[None], noise[:, :, 1:]], dim=2)
         return run_theirs(theirs, case, start, pictures, output)
 
-    (found,) = ours.sample_latents(
-        [PROMPT], (shape.width, shape.height), shape.frames, 3, case.guidance, NEGATIVE, SEED, noise,
-        pictures or None, **case.more,
+    request = SampleRequest(
+        [PROMPT], size=(shape.width, shape.height), frames=shape.frames, steps=3, guidance=case.guidance,
+        negative_prompt=NEGATIVE, seed=SEED, noise=noise, known=pictures or None, **case.more,
     )  # fmt: skip
+    (found,) = ours.sample_latents(request)
     expected = expect("latent")
     assert found.shape == expected.shape
     error = float((found - expected)[:, case.noisy :].norm() / expected[:, case.noisy :].norm())

@@ -138,7 +138,7 @@ def sample(
     from stdit.data.decode.video import read_frames
     from stdit.diffusion.solvers import named_config
     from stdit.heartbeat import HEARTBEAT
-    from stdit.sampling.pipeline import Pipeline
+    from stdit.sampling.pipeline import Pipeline, SampleRequest
     from stdit.shapes import frames_for
     from stdit.text.lengths import TextLimit
     from stdit.vae.autoencoder import CausalVAE
@@ -193,11 +193,12 @@ def sample(
     missing = [clip for clip in clips if clip.index not in written]
     failures: list[str] = []
     with _progress(len(missing), hidden=as_json) as (step_done, clip_done):
-        made = pipeline.sample_clips(
-            [clip.prompt for clip in missing], (shape.width, shape.height), shape.frames, steps, guidance, negative,
-            seed, known=known, solver=solver, fps=fps, guidance_2=guidance_2, shift=shift,
-            indices=[clip.index for clip in missing], progress=step_done,
-        ) if missing else ()  # fmt: skip
+        request = SampleRequest(
+            [clip.prompt for clip in missing], indices=[clip.index for clip in missing], negative_prompt=negative,
+            size=(shape.width, shape.height), frames=shape.frames, fps=fps, steps=steps, guidance=guidance,
+            guidance_2=guidance_2, seed=seed, known=known, solver=solver, shift=shift,
+        ) if missing else None  # fmt: skip
+        made = pipeline.sample_clips(request, step_done) if request else ()
         for clip, latents in zip(missing, made):
             try:
                 if isinstance(latents, StditError):

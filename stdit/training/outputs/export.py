@@ -206,7 +206,7 @@ def sample(pipeline: Pipeline, parts: RunComponents, step: int) -> list[str]:
         shape = VideoShape.parse(settings.size)
         size = (shape.width, shape.height)
     clips = pipeline(
-        settings.prompts, size, settings.frames,
+        settings.prompts, size=size, frames=settings.frames,
         steps=settings.steps, guidance=settings.guidance, seed=settings.seed,
     )  # fmt: skip
     folder = run / "samples" / f"step-{step:08d}"

@@ -177,7 +177,7 @@ def test_mistakes_are_one_message(folder, tmp_path, capsys, args, status, messag
 
 
 def test_too_small_a_memory_is_said_before_sampling(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Pipeline, "sample_latents", lambda *args, **kwargs: pytest.fail("sampled"))
+    monkeypatch.setattr(Pipeline, "sample_clips", lambda *args, **kwargs: pytest.fail("sampled"))
     assert run(folder, tmp_path, "--prompt", "a", "--memory", "1kB") == 1
     assert "memory 1000: " in capsys.readouterr().err
 
@@ -338,7 +338,8 @@ def test_frames_that_are_not_finite_are_an_error_and_no_black_clip(folder, tmp_p
 
 def test_float16_is_named_as_the_usual_cause(folder):
     pipeline = Pipeline.load(folder, dtype=torch.float16)
-    assert "try --dtype bfloat16" in str(pipeline._not_finite("latents are not finite at step 3", 0.5))
+    with pytest.raises(StditError, match=r"not finite at step 1 .*float16\). .*try --dtype bfloat16"):
+        pipeline("a", frames=1, steps=2, noise=torch.full((1, 4, 1, 8, 8), torch.inf), size=(32, 32))
 
 
 def test_guidance_2_is_not_silently_ignored(folder, tmp_path):

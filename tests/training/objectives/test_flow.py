@@ -18,7 +18,7 @@ from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.models.packing import pack_texts, patchify, unpack_clips
 from stdit.models.transformer import STDiT, TransformerConfig
-from stdit.sampling.pipeline import FolderSettings
+from stdit.sampling.pipeline import FolderSettings, SampleRequest
 from stdit.training.config import load_config
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.conditions import Conditions
@@ -310,9 +310,9 @@ def test_what_trained_samples_along_its_own_path(parts: RunComponents, scheduler
     assert pipeline.scheduler == scheduler
     known = {"image": np.full((32, 32, 3), 128, np.uint8)}
     settings = dict(size=(32, 32), frames=5, steps=3, guidance=3.0)
-    free, again = (next(iter(pipeline.sample_latents(["a circle"], seed=1, **settings))) for _ in range(2))
+    free, again = (next(pipeline.sample_latents(SampleRequest(["a circle"], seed=1, **settings))) for _ in range(2))
     assert free.shape == (4, 3, 8, 8) and free.isfinite().all() and torch.equal(free, again)
-    held = next(iter(pipeline.sample_latents(["a circle"], seed=1, known=known, **settings)))
+    held = next(pipeline.sample_latents(SampleRequest(["a circle"], seed=1, known=known, **settings)))
     image = objective.vae.encode(torch.full((1, 3, 1, 32, 32), 128 / 127.5 - 1))[0]
     torch.testing.assert_close(held[:, :1], image, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(held[:, 1:], free[:, 1:])
