@@ -36,6 +36,7 @@ ROOMS = {
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"outputs"}, {"batches", "non_finite"}, {"trainer"}, {"run"},
     ],
+    "evaluation": [{"metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [{"families"}, {"lora"}],
     "vae": [
         {"config", "clips", "causal_cache"}, {"cpu"}, {"layers"}, {"streaming"}, {"autoencoder"},

@@ -1,4 +1,4 @@
-"""How well a VAE reconstructs clips, and what its latents are like: any length, in the memory of a few frames."""
+"""Measures a VAE on clips of any length, in the memory of a few frames: `evaluate_vae`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from stdit.data.remote.paths import is_remote, join
 from stdit.data.scan.scan import scan
 from stdit.data.workers.pool import READER
 from stdit.errors import StditError
-from stdit.evaluation.metrics import ALIKE, SMALLEST_SSIM, decibels, ssim
+from stdit.evaluation.measures import DEFINITIONS, MEASURES, RATIOS, ClipMeasures, latent_statistics, pooled_statistics
+from stdit.evaluation.metrics import SMALLEST_SSIM
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.pixels import to_pixels, to_video
@@ -37,128 +38,22 @@ from stdit.weights.io import load_vae, save_vae, vae_on_meta
 from stdit.weights.sources import find
 
 FORMAT = 1
-PIECE = 16  # frames that are read of a file, and measured, at a time
+FRAMES_PER_READ = 16  # that are read and measured at a time
 PICTURE_FRAMES = 5  # of a clip that its picture shows
-OUTLIER = 3.0  # standard deviations
-STILL, STILL_SHARE = 1, 0.01  # grey levels that a still pixel changes at most; of all pixels, for it to be measured
-
-DEFINITIONS = {  # x the source, y the reconstruction
-    "psnr": "dB, per clip: 10·log10(255² / MSE) over all frames, pixels and colours of uint8 RGB, no border left out; "
-    f"a clip that is exact counts {ALIKE:g}",
-    "psnr_frames": "dB: the same per frame, then the mean over a clip's frames",
-    "ssim": "per frame (Wang et al. 2004): each colour of uint8 RGB, range 255, Gaussian window 11×11 of σ 1.5, 5 "
-    "pixels at each border left out; the mean over colours and frames",
-    "lpips": "per frame: VGG16, version 0.1, RGB in [−1, 1]; the mean over frames; lower is nearer",
-    "flicker": "how much the error changes from frame to frame, in grey levels of 255: the mean of "
-    "|(y_t − y_(t−1)) − (x_t − x_(t−1))| over frames, pixels and colours. 0 only if all motion is the source's: a "
-    "picture that stands still has the source's motion as its flicker",
-    "flicker_still": "the same over the pixels that stand still in the source (no colour changes by more than "
-    f"{STILL} grey level from the frame before): all change is flicker there, and none motion. None for an image, and "
-    f"where less than {STILL_SHARE:.0%} of the pixels stand still",
-    "motion": "the sum of squares of y_t − y_(t−1) over that of x_t − x_(t−1): 1 as much as the source, less is "
-    "stiller, more is restless; none for an image or a clip that stands still",
-    "sharpness": "gradient energy: the sum of squares of the differences between neighbouring pixels of a row and of a "
-    "column, over the source's: 1 as sharp, less is blurred, more is noise or ringing",
-    "latents": "a channel's mean and standard deviation over all raw latents; outliers: the share further than "
-    f"{OUTLIER:g} standard deviations from the mean, both of the clip and channel (0.0027 if normal), and the furthest",
-}
-MEASURES = tuple(DEFINITIONS)[:-1]
-RATIOS = ("motion", "sharpness")  # over the source's, which may have next to none: a mean would be that clip's
-
-Progress = Callable[[str, int, int], None]  # what is being done, done, in all
-
-
-@dataclass
-class ClipMeasures:
-    """The measures of DEFINITIONS of one clip, of which frames come a few at a time."""
-
-    lpips: Lpips | None = None
-    squares: list[float] = field(default_factory=list)  # mean squared error of each frame
-    similar: list[float] = field(default_factory=list)  # SSIM of each frame
-    perceived: list[float] = field(default_factory=list)  # LPIPS of each frame
-    flicker: list[float] = field(default_factory=list)  # of each frame after the first
-    still: list[np.ndarray] = field(default_factory=list)  # of each frame after the first: sum over still pixels, share
-    moved: np.ndarray = field(default_factory=lambda: np.zeros(2))  # source, reconstruction
-    gradients: np.ndarray = field(default_factory=lambda: np.zeros(2))
-    last: np.ndarray | None = None  # the frame before, (2, H, W, 3)
-
-    def add(self, source: np.ndarray, rebuilt: np.ndarray) -> None:
-        """The next frames of both, uint8 (T, H, W, 3)."""
-        for frame, made in zip(source, rebuilt):
-            both = np.stack([frame, made]).astype(np.int32)  # (2, H, W, 3)
-            self.squares.append(float(np.square(both[1] - both[0]).mean()))
-            self.similar.append(ssim(made, frame))
-            for axis in (1, 2):
-                self.gradients += np.square(np.diff(both, axis=axis)).sum((1, 2, 3))
-            if self.last is not None:
-                change = both - self.last
-                error, still = np.abs(change[1] - change[0]).mean(2), np.abs(change[0]).max(2) <= STILL  # (H, W)
-                self.flicker.append(float(error.mean()))
-                self.still.append(np.array([error[still].sum() / still.size, still.mean()]))
-                self.moved += np.square(change).sum((1, 2, 3))
-            self.last = both
-            if self.lpips is not None:
-                device = self.lpips.heads[0].device
-                pair = [to_video(torch.from_numpy(one[None])).to(device)[None] for one in (frame, made)]
-                with torch.no_grad():
-                    self.perceived.append(float(self.lpips(*pair)))
-
-    def result(self) -> dict[str, float | None]:
-        return {
-            "psnr": min(decibels(float(np.mean(self.squares))), ALIKE),
-            "psnr_frames": float(np.mean([min(decibels(mse), ALIKE) for mse in self.squares])),
-            "ssim": float(np.mean(self.similar)),
-            "lpips": float(np.mean(self.perceived)) if self.perceived else None,
-            "flicker": float(np.mean(self.flicker)) if self.flicker else None,
-            "flicker_still": self._flicker_still(),
-            "motion": float(self.moved[1] / self.moved[0]) if self.moved[0] else None,
-            "sharpness": float(self.gradients[1] / self.gradients[0]) if self.gradients[0] else None,
-        }
-
-    def _flicker_still(self) -> float | None:
-        flicker, share = np.mean(self.still, 0) if self.still else (0.0, 0.0)
-        return float(flicker / share) if share >= STILL_SHARE else None
-
-
-def latent_statistics(latents: Tensor) -> dict[str, Any]:
-    """Of one clip's raw latents (z, T', H', W'): how many a channel has, and a channel's lists; see DEFINITIONS."""
-    values = latents.double().flatten(1)  # (z, N)
-    mean, std = values.mean(1), values.std(1, correction=0)
-    far = ((values - mean[:, None]).abs() / std.clamp_min(1e-12)[:, None]).cpu()
-    return {
-        "count": values.shape[1],
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-        "outliers": (far > OUTLIER).double().mean(1).tolist(),
-        "furthest": far.amax(1).tolist(),
-    }
-
-
-def pooled_statistics(clips: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """`latent_statistics` of all clips' latents together, from those of each: every latent counts once."""
-    counts = np.array([clip["count"] for clip in clips], float)
-    weights = (counts / counts.sum())[:, None]
-    mean, std, outliers, furthest = (
-        np.array([clip[name] for clip in clips]) for name in ("mean", "std", "outliers", "furthest")
-    )
-    whole = (weights * mean).sum(0)
-    variance = (weights * (std**2 + (mean - whole) ** 2)).sum(0)
-    return {
-        "mean": whole.tolist(),
-        "std": np.sqrt(variance).tolist(),
-        "outliers": (weights * outliers).sum(0).tolist(),
-        "furthest": furthest.max(0).tolist(),
-    }
+Progress = Callable[[str, int, int], None]  # (task, done, total)
 
 
 @torch.no_grad()
-def reconstructed(
+def reconstruct_in_parts(
     vae: Any, pieces: Iterator[np.ndarray], posterior: torch.Generator | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
-    """A clip in pieces, uint8 (t, H, W, 3), through the VAE and back: (source, reconstruction, raw latents) of parts.
+    """Yields parts of a clip as (source, reconstruction, raw latents): uint8 (t, H, W, 3) twice, and (z, n, H', W').
 
-    The latents (z, n, H', W') of a part are those that became known with it. A CausalVAE streams; another family's
-    takes the clip whole. posterior: draws the latents; None: their mode.
+    The latents of a part are those that were encoded since the part before. A CausalVAE streams; other VAEs take the
+    whole clip as one part.
+
+    pieces: the clip, in uint8 (t, H, W, 3).
+    posterior: draws the latents; None: their mode.
     """
     weight = next(vae.parameters())
     if not isinstance(vae, CausalVAE):
@@ -204,17 +99,24 @@ def evaluate_vae(
     progress: Progress = lambda what, done, total: None,
     trust_pickle: bool = False,
 ) -> dict[str, Any]:
-    """Measures a VAE in fp32 on the clips of a manifest or a folder, or of a URL; see DEFINITIONS.
+    """Measures a VAE in fp32 on clips; see `measures.DEFINITIONS`.
 
-    size: (width, height) that clips are scaled to cover and cut to at the centre; None: each its own, cut to multiples
-    of the VAE's stride. frames: at most so many of each clip from its start. fps: that they are read at; None: each its
-    own. limit: only the first so many clips. lpips: files or folders of LPIPS' weights (trust_pickle: .pth ones too).
-    pictures: of the first so many
-    clips. memory: bytes for a CausalVAE to work in; another family's keeps to none, and is an error. sample: latents
-    are drawn from the posterior, keyed by the clip, instead of its mode: not exact, as a transformer's are not.
+    Writes out/evaluation-vae.json; out/evaluation-vae/ with pictures of source, reconstruction and difference; and
+    out/evaluation-vae.jsonl with every clip that is done, from which a stopped call resumes.
 
-    Writes out/evaluation-vae.json, out/evaluation-vae/ with a picture of a clip's source, reconstruction and their
-    difference, and out/evaluation-vae.jsonl with each clip when it is done: a call that was stopped goes on from there.
+    model: the VAE's folder, or a model folder with vae/.
+    clips: a manifest, a folder, or the URL of either.
+    size: (width, height) to which clips are scaled and centre-cropped; None: their own, cropped to multiples of the
+        VAE's stride.
+    frames: at most so many of each clip, from its start.
+    fps: at which clips are read; None: their own.
+    limit: at most so many clips, the first.
+    lpips: files or folders with LPIPS' weights; none: LPIPS is not measured.
+    pictures: for the first so many clips.
+    memory: bytes for a CausalVAE to work in; an error for other VAEs.
+    sample: draw latents from the posterior, keyed by the clip, instead of taking the mode.
+    trust_pickle: also read LPIPS' .pth files (tensors only).
+
     Returns the content of evaluation-vae.json.
     """
     began = time.perf_counter()
@@ -275,7 +177,7 @@ def evaluate_vae(
 
 
 def _manifest(place: str) -> tuple[Manifest, list[str]]:
-    """The clips of a manifest or of a folder, and why files of a folder are none."""
+    """The clips of a manifest or a folder, and the reasons why files of a folder were skipped."""
     is_folder = not place.endswith((".parquet", ".jsonl", ".csv")) if is_remote(place) else os.path.isdir(place)
     if not is_folder:
         return read_manifest(place), []
@@ -284,11 +186,11 @@ def _manifest(place: str) -> tuple[Manifest, list[str]]:
 
 
 def _known(record: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The clips that an earlier call with the same settings measured, by id."""
+    """The lines of an earlier call with the same settings, by clip id."""
     if not record.is_file():
         return {}
     lines: list[dict[str, Any]] = []
-    with suppress(StditError):  # the last line may be cut off
+    with suppress(StditError):  # a crash may have cut the last line
         lines.extend(line for _, line in json_lines(record))
     same = bool(lines) and lines[0] == {"format": FORMAT, "settings": settings}
     return {line["id"]: line for line in lines[1:]} if same else {}
@@ -296,7 +198,7 @@ def _known(record: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is measured of a clip."""
+    """The part of a clip that is measured."""
 
     width: int
     height: int
@@ -305,13 +207,13 @@ class Cut:
 
 
 def _cut(clip: Clip, stride: tuple[int, ...], size: tuple[int, int] | None, frames: int, fps: float | None) -> Cut:
-    """Raises VideoError for a clip that is too small or too short."""
+    """The part to measure. Raises VideoError for a clip that is too small or too short."""
     width, height = size or (clip.width // stride[2] * stride[2], clip.height // stride[1] * stride[1])
     if min(width, height) < SMALLEST_SSIM or width > clip.width or height > clip.height:
         wanted = f"{width}x{height}" if size else f"{SMALLEST_SSIM} pixels a side and the VAE's stride"
         raise VideoError(clip.path, "too_small", f"is {clip.width}x{clip.height}, smaller than {wanted}.")
     rate, first = fps or clip.fps, first_frames(stride)
-    # the most that `buckets.slack` has room for
+    # as many as `buckets.slack` allows
     there = 1 if clip.image else 1 + math.floor((clip.end - clip.start - 0.5 / clip.fps + 1e-6) * rate)
     if (count := min(there, frames)) < first:
         raise VideoError(clip.path, "too_short", f"gives {count} frames; this VAE takes at least {first}.")
@@ -325,7 +227,7 @@ def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path 
     picks = set(sheet_frames(cut.frames, PICTURE_FRAMES))
     done = 0
     posterior = keyed_generator(0, "posterior", clip.id) if sample else None
-    for source, rebuilt, found in reconstructed(vae, _pieces(clip, cut), posterior):
+    for source, rebuilt, found in reconstruct_in_parts(vae, _pieces(clip, cut), posterior):
         if not found.isfinite().all():
             raise StditError(f"{clip.path}: the VAE gives latents that are not finite. Has its training diverged?")
         measures.add(source, rebuilt)
@@ -354,8 +256,8 @@ def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path 
 
 def _pieces(clip: Clip, cut: Cut) -> Iterator[np.ndarray]:
     with local_file(clip) as path:
-        for first in range(0, cut.frames, PIECE):
-            count = min(PIECE, cut.frames - first)
+        for first in range(0, cut.frames, FRAMES_PER_READ):
+            count = min(FRAMES_PER_READ, cut.frames - first)
             yield READER(path, count, (cut.width, cut.height), cut.fps, clip.start + first / cut.fps)
 
 
@@ -367,28 +269,28 @@ def _over_clips(name: str, values: Sequence[float | None]) -> float | None:
 
 
 def normalised_folder(model: str | Path) -> Path:
-    """The folder whose config.json says how a VAE's latents are normalised; no weight is read.
+    """The folder whose config.json holds the VAE's latents_mean and latents_std; reads no weights.
 
-    Raises StditError for another family's VAE, whose is not ours to change, and for one without a config.json.
+    Raises StditError for another family's VAE, which diffusers normalises, and for one without a config.json.
     """
     path = Path(model).expanduser()
     folder = path / "vae" if (path / "vae").is_dir() else path
     vae = vae_on_meta(folder)
     if not isinstance(vae, CausalVAE):
-        raise StditError(f"{folder}: a {vae.config.name} has its normalisation from diffusers; it is not changed.")
+        raise StditError(f"{folder}: diffusers defines the normalisation of a {vae.config.name}; it cannot be changed.")
     if find("vae", folder).config_path is None:
         raise StditError(
-            f"{folder}: its normalisation has no place in an original release. `stdit weights convert` makes a "
-            "diffusers folder of it."
+            f"{folder}: an original release has no place for its normalisation. Make a diffusers folder of it with "
+            "`stdit weights convert`."
         )
     return folder
 
 
 def write_normalisation(model: str | Path, latents: dict[str, list[float]]) -> Path:
-    """Puts `pooled_statistics` into the config of a model folder's VAE as latents_mean and latents_std.
+    """Writes the mean and std of `pooled_statistics` into the VAE's config, as latents_mean and latents_std.
 
-    Everything that was made of its latents is then out of date: caches say so, a transformer has to be trained again.
-    Returns the folder that was written. Raises as `normalised_folder`, and for a channel that never changes.
+    This changes its latents: caches become outdated (and say so), and a transformer has to be trained again. Returns
+    the folder. Raises StditError like `normalised_folder`, and for a channel that never changes.
     """
     folder = normalised_folder(model)
     if dead := [channel for channel, std in enumerate(latents["std"]) if not std > 0]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stdit.evaluation.vae import ClipMeasures, _over_clips, latent_statistics, pooled_statistics, reconstructed
+from stdit.evaluation.measures import ClipMeasures, latent_statistics, pooled_statistics
+from stdit.evaluation.vae import _over_clips, reconstruct_in_parts
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 
 TINY = VaeConfig(
@@ -126,7 +127,7 @@ def test_streamed_is_the_clip_at_once():
     torch.manual_seed(0)
     vae = CausalVAE(TINY)
     source = noise(41)
-    parts = list(reconstructed(vae, iter(np.array_split(source, 3))))
+    parts = list(reconstruct_in_parts(vae, iter(np.array_split(source, 3))))
     assert len(parts) > 2 and all(len(a) == len(b) for a, b, _ in parts)
     assert np.array_equal(np.concatenate([a for a, _, _ in parts]), source)
     video = torch.from_numpy(source).permute(3, 0, 1, 2)[None] / 127.5 - 1
@@ -137,7 +138,7 @@ def test_streamed_is_the_clip_at_once():
     assert np.abs(np.concatenate([b for _, b, _ in parts]) - wanted).max() < 0.51
 
     drawn = [
-        torch.cat([z for _, _, z in reconstructed(vae, iter([source]), torch.Generator().manual_seed(seed))], 1)
+        torch.cat([z for _, _, z in reconstruct_in_parts(vae, iter([source]), torch.Generator().manual_seed(seed))], 1)
         for seed in (1, 1, 2)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

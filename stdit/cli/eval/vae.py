@@ -103,7 +103,7 @@ def tables(result: dict[str, Any]) -> list[Any]:
     """The measures over all clips and the latents' channels as rich tables, with what they mean."""
     from rich.table import Table
 
-    from stdit.evaluation.vae import RATIOS
+    from stdit.evaluation.measures import RATIOS
 
     look: dict[str, Any] = {"padding": (0, 1, 0, 0), "box": None, "title_justify": "left"}
     measures = Table(title=f"{len(result['clips'])} clips", **look)

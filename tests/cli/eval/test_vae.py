@@ -123,5 +123,5 @@ def test_what_is_wrong_is_said(clips, model, tmp_path, capsys):
     assert "stdit weights convert" in fails(clips, "--model", tmp_path / "original", *late)
     diffusers = pytest.importorskip("diffusers", reason="other families' VAEs: pip install 'stdit[vaes]'")
     diffusers.AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "other" / "vae")
-    assert "AutoencoderKL has its normalisation from diffusers" in fails(clips, "--model", tmp_path / "other", *late)
+    assert "diffusers defines the normalisation" in fails(clips, "--model", tmp_path / "other", *late)
     assert not (tmp_path / "late").exists()
