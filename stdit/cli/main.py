@@ -18,6 +18,7 @@ from stdit.cli.common.lazy import as_command, lazy_group
 from stdit.errors import Interrupted, StditError
 from stdit.files import disk_trouble
 from stdit.heartbeat import HEARTBEAT
+from stdit.threads import shorten_spin
 
 COMMANDS = {
     "data": ("stdit.cli.data.group", "Scan, plan and encode clips; render the embedded toy clips."),
@@ -65,6 +66,7 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
     prog = prog or os.path.basename(sys.argv[0])
     # On a CPU, clips of many shapes need more compiled convolutions than oneDNN keeps (1024), and would compile anew.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    shorten_spin()
     given = [str(word) for word in (sys.argv[1:] if args is None else args)]
     if (blank := _blank(given)) is not None:
         return _say(f"error: {blank} is empty. Name a file, a folder or a value.\nTry: {prog} --help", 2)

@@ -23,6 +23,7 @@ import stdit
 from stdit.data.remote.storage import STORAGE
 from stdit.errors import Interrupted, StditError
 from stdit.heartbeat import HEARTBEAT
+from stdit.threads import spin_settings
 from stdit.training import non_finite
 from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import MAY_DIFFER, RunConfig, differences, to_dict
@@ -289,8 +290,9 @@ class Trainer:
         )  # fmt: skip
         self.say(
             f"{self.folder}: {parts.parameters:,} parameters, {parts.plan.num_items:,} clips, "
-            f"{parts.plan.num_steps:,} steps an epoch, {self.world.size} rank(s), this machine's matrix products "
-            f"{self.peak / 1e9:,.0f} GFLOP/s a rank" + (f"; goes on after step {self.step}" if self.step else "")
+            f"{parts.plan.num_steps:,} steps an epoch, {self.world.size} rank(s) on {_device_name(self.world.device)}, "
+            f"matrix products {self.peak / 1e9:,.0f} GFLOP/s per rank"
+            + (f"; goes on after step {self.step}" if self.step else "")
         )
         return log
 
@@ -455,4 +457,5 @@ def _set_deterministic(wanted: bool) -> None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    settings = spin_settings()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" + (f" ({settings})" if settings else "")
