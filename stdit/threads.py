@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-SHORT_SPIN = {"GOMP_SPINCOUNT": "2000"}  # of libgomp, as in torch's wheels for Linux; other OpenMP runtimes ignore it
+SHORT_SPIN = {"GOMP_SPINCOUNT": "4000"}  # of libgomp, as in torch's wheels for Linux; other OpenMP runtimes ignore it
 VARIABLES = ("OMP_WAIT_POLICY", *SHORT_SPIN)
 
 
@@ -20,5 +20,5 @@ def shorten_spin() -> None:
 
 
 def spin_settings() -> str:
-    """The variables in force, for a log line, such as "GOMP_SPINCOUNT=2000"; '' for OpenMP's default."""
+    """The variables in force, for a log line, such as "GOMP_SPINCOUNT=4000"; '' for OpenMP's default."""
     return ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)

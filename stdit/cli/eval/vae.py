@@ -117,7 +117,7 @@ def tables(result: dict[str, Any]) -> list[Any]:
             worst = max(found, key=lambda one: abs(one - 1))
         else:
             worst = max(found) if name in ("lpips", "flicker", "flicker_still") else min(found)
-        how = "; of all clips the median" if name in RATIOS else ""
+        how = "; over all clips the median" if name in RATIOS else ""
         measures.add_row(name, f"{value:.4g}", f"{worst:.4g}", result["definitions"][name] + how)
     latents = Table(title="Raw latents", **look)
     for name in ("channel", "mean", "std", "outliers", "furthest"):
