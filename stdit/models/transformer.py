@@ -19,7 +19,15 @@ from stdit.models import variants
 from stdit.models.blocks import Attention, Block, BlockInputs, Head
 from stdit.models.config import PRESETS, TransformerConfig, cost_coefficients, transformer_flops
 from stdit.models.layers import Linear, RMSNorm, without_autocast
-from stdit.models.packing import LevelIndex, TextPack, TokenPack, pack_inputs, pack_texts, unpack_clips
+from stdit.models.packing import (
+    LevelIndex,
+    TextPack,
+    TokenPack,
+    level_clip_pairs,
+    pack_inputs,
+    pack_texts,
+    unpack_clips,
+)
 from stdit.models.positions import network_time, sinusoids
 
 __all__ = ["CONDITIONS", "PRESETS", "STDiT", "TransformerConfig", "cost_coefficients", "transformer_flops"]
@@ -117,11 +125,15 @@ class STDiT(nn.Module):
 
         Returns their embeddings (K, D), the rows that modulate all blocks (K, 6, D), and the row of each token.
         """
-        t, clip_of_row, row_of_token = self.clip_embedding.rows(pack)  # (K,), (K,), (N,)
+        t, row_of_token, wave_count = pack.levels, pack.level_index, self.config.frequency_dim
+        if self.clip_embedding is not None:  # modulation depends on the clip too: a row per pair of level and clip
+            level_of_row, clip_of_row, row_of_token = level_clip_pairs(pack)
+            t = t[level_of_row]
         with without_autocast(pack.tokens.device):
-            times = network_time(t, self.config.network_time, self.config.time_scale)
-            waves = sinusoids(times, self.config.frequency_dim).to(wide)  # (K, F)
-            c = self.clip_embedding.add_to(self.time_embedding(waves), clip_of_row, pack)  # (K, D)
+            waves = sinusoids(network_time(t, self.config.network_time, self.config.time_scale), wave_count).to(wide)
+            c = self.time_embedding(waves)  # (K, D)
+            if self.clip_embedding is not None:
+                c = c + self.clip_embedding.of_clips(pack, wide)[clip_of_row]
             modulation = self.time_projection(waves if self.projects_sinusoids else c)
         return c, modulation.unflatten(1, (-1, self.config.dim)), row_of_token
 

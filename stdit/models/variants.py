@@ -19,7 +19,7 @@ from stdit.models.blocks import Block, BlockInputs, Head
 from stdit.models.config import TransformerConfig
 from stdit.models.fused import gated_residual, modulated_norm
 from stdit.models.layers import LayerNorm, Linear, LowRank
-from stdit.models.packing import LevelIndex, TextPack, TokenPack, level_clip_pairs, spatial_segments, temporal_segments
+from stdit.models.packing import TextPack, TokenPack, spatial_segments, temporal_segments
 from stdit.models.positions import inner_rotary_table, ntk_bases, rotary_table, sinusoids, widest
 
 # Rotary positions: (pack, config, dtype) to cos and sin, (N, 1 or H, D_head/2) each, or None for no turn.
@@ -28,25 +28,16 @@ Turns = tuple[Tensor | None, Tensor | None]
 
 
 def axes_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) -> Turns:
-    """A third of each head for frame, row and column. Wan has no rope_scale and no rope_fps."""
-    positions = pack.positions
-    if config.rope_scale != (1.0, 1.0, 1.0):
-        positions = positions / positions.new_tensor(config.rope_scale, dtype=widest(positions.device))
-    return rotary_table(_at_fps(positions, pack, config), config.head_dim, config.rope_theta, dtype)
-
-
-def ntk_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) -> Turns:
-    """The same, where rope_scale raises the base of each axis (Cosmos)."""
-    bases = ntk_bases(config.head_dim, config.rope_theta, config.rope_scale)
-    return rotary_table(_at_fps(pack.positions, pack, config), config.head_dim, bases, dtype)
-
-
-def _at_fps(positions: Tensor, pack: TokenPack, config: TransformerConfig) -> Tensor:
-    """Positions (N, 3) with frames counted at config.rope_fps, where the clips' fps is given."""
-    if pack.conditions.fps is None or not config.rope_fps:
-        return positions
-    faster = pack.per_token(config.rope_fps / pack.conditions.fps.to(widest(positions.device)))
-    return torch.stack([positions[:, 0] * faster, *positions[:, 1:].unbind(1)], dim=1)
+    """A third of each head turns with frame, row and column. Wan has no rope_scale and no rope_fps."""
+    positions, bases, wide = pack.positions, [config.rope_theta] * 3, widest(pack.positions.device)
+    if config.rotary == "axes_ntk":
+        bases = ntk_bases(config.head_dim, config.rope_theta, config.rope_scale)
+    elif config.rope_scale != (1.0, 1.0, 1.0):
+        positions = positions / positions.new_tensor(config.rope_scale, dtype=wide)
+    if pack.conditions.fps is not None and config.rope_fps:
+        faster = pack.per_token(config.rope_fps / pack.conditions.fps.to(wide))
+        positions = torch.stack([positions[:, 0] * faster, *positions[:, 1:].unbind(1)], dim=1)
+    return rotary_table(positions, config.head_dim, bases, dtype)
 
 
 def inner_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) -> Turns:
@@ -77,7 +68,7 @@ def no_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) ->
 
 ROTARY: dict[str, Callable[[TokenPack, TransformerConfig, torch.dtype], Turns]] = {
     "axes": axes_rotary,
-    "axes_ntk": ntk_rotary,
+    "axes_ntk": axes_rotary,
     "inner": inner_rotary,
     "inner_causal": inner_rotary,
     "time": time_rotary,
@@ -100,49 +91,30 @@ class AddedPositions(nn.Module):
         return x
 
     def before_each_block(self, x: Tensor, pack: TokenPack) -> Tensor | None:
-        """(N, D) in x's dtype, added before each block, or None."""
-        return None
-
-    def before_first_temporal_block(self, x: Tensor, pack: TokenPack) -> Tensor | None:
-        """(N, D) in x's dtype, added before the first block over time, or None."""
+        """Positions (N, D) in x's dtype to add before each block, or None."""
         return None
 
 
 class SpacePositions(AddedPositions):
-    """Adds sinusoids of column and row, which cover position_base / position_stretch units per side (PixArt).
+    """Adds sinusoids of column and row. Each side of a grid covers position_base / position_stretch units (PixArt).
 
-    The same as diffusers' `get_2d_sincos_pos_embed`.
+    As diffusers' `get_2d_sincos_pos_embed` does. For "space_resolution", a side covers the grid's mean side, divided
+    by the picture's mean side over position_base (Open-Sora 1.2).
     """
 
     def forward(self, x: Tensor, pack: TokenPack) -> Tensor:
-        sizes = torch.tensor([(grid.height, grid.width) for grid in pack.grids], device=pack.positions.device).float()
-        base, stretch = self.units(sizes, pack)
-        unit = pack.per_token(sizes / base)  # fp32, as where the weights were trained
+        config, device = self.config, pack.positions.device
+        sizes = torch.tensor([(grid.height, grid.width) for grid in pack.grids], device=device).float()
+        base = sizes.new_full((len(sizes), 1), config.position_base)
+        stretch: Tensor | float = config.position_stretch
+        if config.position == "space_resolution":
+            picture = required(pack.conditions.size, "size", "width and height in pixels").to(sizes)
+            stretch = pack.per_token(picture.prod(1, keepdim=True).sqrt() / config.position_base)
+            base = sizes.prod(1, keepdim=True).sqrt().round()
+        unit = pack.per_token(sizes / base)  # in fp32, in which the weights were trained
         row, column = (pack.positions[:, 1:].float() / unit / stretch).unbind(1)
-        waves = [sinusoids(place, self.config.dim // 2, sine_first=True) for place in (column, row)]
+        waves = [sinusoids(axis, config.dim // 2, sine_first=True) for axis in (column, row)]
         return x + torch.cat(waves, dim=1).to(x.dtype)
-
-    def units(self, sizes: Tensor, pack: TokenPack) -> tuple[Tensor, Tensor | float]:
-        """Units per side (S, 1) for grids of these heights and widths (S, 2), and what positions are divided by."""
-        return sizes.new_full((len(sizes), 1), self.config.position_base), self.config.position_stretch
-
-
-class SpaceTimePositions(SpacePositions):
-    """Also adds sinusoids of the frame before the first block over time, except in clips of one frame (Latte)."""
-
-    def before_first_temporal_block(self, x: Tensor, pack: TokenPack) -> Tensor | None:
-        many = torch.tensor([grid.frames > 1 for grid in pack.grids], device=pack.positions.device)
-        waves = sinusoids(pack.positions[:, 0], self.config.dim, sine_first=True)  # (N, D) fp64
-        return (waves * pack.per_token(many)[:, None]).to(x.dtype)
-
-
-class ResolutionPositions(SpacePositions):
-    """A side covers the grid's own mean side, divided by the picture's over position_base (Open-Sora 1.2)."""
-
-    def units(self, sizes: Tensor, pack: TokenPack) -> tuple[Tensor, Tensor | float]:
-        picture = required(pack.conditions.size, "size", "width and height in pixels").to(sizes)
-        stretch = picture.prod(1, keepdim=True).sqrt() / self.config.position_base
-        return sizes.prod(1, keepdim=True).sqrt().round(), pack.per_token(stretch)
 
 
 class LearnedPositions(AddedPositions):
@@ -170,8 +142,8 @@ class LearnedPositions(AddedPositions):
 POSITIONS: dict[str, type[AddedPositions]] = {
     "none": AddedPositions,
     "space": SpacePositions,
-    "space_time": SpaceTimePositions,
-    "space_resolution": ResolutionPositions,
+    "space_time": SpacePositions,
+    "space_resolution": SpacePositions,
     "learned": LearnedPositions,
 }
 
@@ -186,34 +158,7 @@ def required(condition: Tensor | None, name: str, meaning: str) -> Tensor:
     return condition
 
 
-class LevelCondition(nn.Module):
-    """Adds nothing: Wan's modulation depends on the noise level only. The base class of those that add a condition."""
-
-    def rows(self, pack: TokenPack) -> tuple[Tensor, Tensor | None, LevelIndex]:
-        """Noise level of each row of the modulation (K,), clip of each row (None: any), and the row of each token."""
-        return pack.levels, None, pack.level_index
-
-    def add_to(self, c: Tensor, clip_of_row: Tensor | None, pack: TokenPack) -> Tensor:
-        """The noise levels' embeddings c (K, D) with the condition added."""
-        return c
-
-
-class ClipCondition(LevelCondition):
-    """A condition that differs between clips: there is a row per pair of noise level and clip."""
-
-    def of_clips(self, pack: TokenPack, dtype: torch.dtype) -> Tensor:
-        """(S, D) in dtype."""
-        raise NotImplementedError
-
-    def rows(self, pack: TokenPack) -> tuple[Tensor, Tensor | None, LevelIndex]:
-        level_of_row, clip_of_row, index = level_clip_pairs(pack)
-        return pack.levels[level_of_row], clip_of_row, index
-
-    def add_to(self, c: Tensor, clip_of_row: Tensor | None, pack: TokenPack) -> Tensor:
-        return c + self.of_clips(pack, c.dtype)[clip_of_row]
-
-
-class FpsEmbedding(ClipCondition, nn.Sequential):
+class FpsEmbedding(nn.Sequential):
     """The frames per second (Open-Sora 1.2)."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -221,11 +166,12 @@ class FpsEmbedding(ClipCondition, nn.Sequential):
         self.frequency_dim = config.frequency_dim
 
     def of_clips(self, pack: TokenPack, dtype: torch.dtype) -> Tensor:
+        """(S, D) in dtype."""
         fps = required(pack.conditions.fps, "fps", "frames per second")
         return self(sinusoids(fps, self.frequency_dim).to(dtype))
 
 
-class SizeEmbedding(ClipCondition):
+class SizeEmbedding(nn.Module):
     """The picture's height and width and their ratio (PixArt-α)."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -237,14 +183,15 @@ class SizeEmbedding(ClipCondition):
         )
 
     def of_clips(self, pack: TokenPack, dtype: torch.dtype) -> Tensor:
+        """(S, D) in dtype."""
         size = required(pack.conditions.size, "size", "width and height in pixels")
         width, height = size.to(dtype).unbind(1)
         values = [(self.side, height), (self.side, width), (self.ratio, height / width)]
         return torch.cat([embed(sinusoids(v, self.frequency_dim).to(dtype)) for embed, v in values], dim=1)
 
 
-LEVEL_CONDITIONS: dict[str, Callable[[TransformerConfig], LevelCondition]] = {
-    "none": lambda config: LevelCondition(),
+LEVEL_CONDITIONS: dict[str, Callable[[TransformerConfig], FpsEmbedding | SizeEmbedding | None]] = {
+    "none": lambda config: None,
     "size": SizeEmbedding,
     "fps": FpsEmbedding,
 }
@@ -304,7 +251,6 @@ class Model(Protocol):
     """What a layout reads of STDiT."""
 
     config: TransformerConfig
-    position: AddedPositions
     blocks: nn.ModuleList
     temporal_blocks: nn.ModuleList
 
@@ -332,10 +278,14 @@ def alternating_attention(model: Model, x: Tensor, pack: TokenPack, inputs: Bloc
     temporal = replace(inputs, segments=segments, order=order, inverse_order=inverse_order)
     if inputs.cos is not None and inputs.sin is not None:
         temporal = replace(temporal, cos=inputs.cos[order], sin=inputs.sin[order])
-    added = model.position.before_first_temporal_block(x, pack)
+    first = temporal
+    if model.config.position == "space_time":  # sinusoids of the frame, except in clips of one frame (Latte)
+        many = torch.tensor([grid.frames > 1 for grid in pack.grids], device=pack.positions.device)
+        waves = sinusoids(pack.positions[:, 0], model.config.dim, sine_first=True) * pack.per_token(many)[:, None]
+        first = replace(temporal, added=waves.to(x.dtype))  # (N, D)
     for number, (block, temporal_block) in enumerate(zip(model.blocks, model.temporal_blocks)):
         yield block, spatial
-        yield temporal_block, temporal if number or added is None else replace(temporal, added=added)
+        yield temporal_block, temporal if number else first
 
 
 LAYOUTS: dict[str, Callable[[Model, Tensor, TokenPack, BlockInputs], Steps]] = {
