@@ -34,7 +34,8 @@ ROOMS = {
         {"load"},
     ],
     "training": [
-        {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"outputs"}, {"batches", "non_finite"}, {"trainer"}, {"run"},
+        {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},
+        {"failed_clips", "non_finite", "resume", "stop_signal"}, {"trainer", "describe"}, {"run"},
     ],
     "evaluation": [{"metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [{"families"}, {"lora"}],

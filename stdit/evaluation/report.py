@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import StditError
+from stdit.evaluation.run_metrics import read_metrics
 from stdit.files import publish_text
 
 STEPS_SHOWN = 6  # of the validation samples, spread from the first to the last
@@ -36,7 +37,7 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise StditError(f"{run} is not a run folder.")
-    lines = _metrics(run)
+    lines = read_metrics(run)
     environment = Environment(loader=PackageLoader("stdit.evaluation", "."), autoescape=True, trim_blocks=True)
     environment.filters.update(percent=_percent, probability=_probability)
     page = environment.get_template("report.html.j2").render(
@@ -54,18 +55,6 @@ def write_report(run: str | Path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in _text(run / "metrics.jsonl").splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:  # cut off by a crash
-            continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            lines.append(found)
-    return lines
 
 
 def _text(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
@@ -11,25 +12,36 @@ from stdit.data.load.loader import Example, Loader
 from stdit.data.plan.planner import Plan
 from stdit.data.plan.split import PlanItem, split
 
-CLOSING = 30.0  # seconds
+CLOSING = 30.0  # seconds to wait for a read that hangs
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """The clips of one forward and backward pass on one rank; there may be none."""
+
+    items: list[PlanItem]
+    examples: list[Example]
 
 
 @dataclass(frozen=True)
 class StepClips:
-    """A global step, as one rank sees it: its items and examples, micro-step by micro-step (a list may be empty)."""
+    """One rank's share of a global step."""
 
     epoch: int
     index: int  # in the epoch
-    clips: int  # on all ranks
-    items: list[list[PlanItem]]
-    examples: list[list[Example]]
+    num_clips: int  # on all ranks
+    micro_steps: list[MicroStep]
+
+    @property
+    def examples(self) -> list[Example]:
+        return [example for micro in self.micro_steps for example in micro.examples]
 
 
 class StepLoader:
-    """Steps from `first_step` (counted over epochs) on, without end.
+    """Endless iterator over the steps from `first_step` (counted over epochs) on.
 
-    plan_of: the plan of an epoch. A thread reads ahead unless the loader has no workers; `close` ends it, or a process
-    that has finished could end in an abort: Python stops threads where they are, and in torch's code C++ takes offence.
+    plan_of: the plan of an epoch. A thread reads ahead unless the loader has no workers. `close` must be called: torch
+    may abort a process that ends while the thread runs.
     """
 
     def __init__(self, plan_of: Callable[[int], Plan], loader: Loader, rank: int, ranks: int, first_step: int) -> None:
@@ -37,10 +49,10 @@ class StepLoader:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         steps = self._read(first_step)
-        self.steps: Iterator[StepClips] = self._ahead(steps) if loader.workers else steps
+        self.steps: Iterator[StepClips] = self._read_ahead(steps) if loader.workers else steps
 
     def close(self) -> None:
-        """Ends reading ahead. Waits for the clips that are being read, at most CLOSING for one that hangs."""
+        """Stops reading ahead. Waits for the clips that are being read, at most CLOSING seconds."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(CLOSING)
@@ -50,26 +62,30 @@ class StepLoader:
         while index >= (steps := self.plan_of(epoch).num_steps):
             epoch, index = epoch + 1, index - steps
         while True:
-            plan = self.plan_of(epoch)
-            bound = plan.token_bound()
-            dealt: list[tuple[int, int, list[list[PlanItem]]]] = []  # of steps whose clips are being read
-            first = index
-
-            def packs(plan: Plan = plan, bound: int = bound, first: int = first, dealt: list = dealt) -> Iterator:
-                for i in range(first, plan.num_steps):
-                    step = plan.items(i)
-                    mine = [groups[self.rank] for groups in split(step, self.ranks, bound)]
-                    dealt.append((i, len(step), mine))
-                    yield from mine
-
-            batches = self.loader.iterate(packs(), epoch)
-            for batch in batches:
-                index, clips, items = dealt.pop(0)
-                yield StepClips(epoch, index, clips, items, [batch, *(next(batches) for _ in items[1:])])
+            yield from self._read_epoch(epoch, index)
             epoch, index = epoch + 1, 0
 
-    def _ahead(self, steps: Generator[StepClips, None, None]) -> Iterator[StepClips]:
-        """Reads the next steps on a thread: the first clips of an epoch come while the last of the one before train."""
+    def _read_epoch(self, epoch: int, first: int) -> Generator[StepClips, None, None]:
+        plan = self.plan_of(epoch)
+        bound = plan.token_bound()
+        pending: deque[tuple[int, int, list[list[PlanItem]]]] = deque()  # steps whose clips are being read
+
+        def packs() -> Iterator[list[PlanItem]]:
+            for index in range(first, plan.num_steps):
+                step = plan.items(index)
+                mine = [groups[self.rank] for groups in split(step, self.ranks, bound)]
+                pending.append((index, len(step), mine))
+                yield from mine
+
+        batches = self.loader.iterate(packs(), epoch)
+        for first_batch in batches:
+            index, num_clips, packs_of_step = pending.popleft()
+            examples = [first_batch, *(next(batches) for _ in packs_of_step[1:])]
+            yield StepClips(epoch, index, num_clips, [MicroStep(*pair) for pair in zip(packs_of_step, examples)])
+
+    def _read_ahead(self, steps: Generator[StepClips, None, None]) -> Iterator[StepClips]:
+        """Reads the next steps on a thread, so that an epoch's first clips come while the last of the one before
+        train."""
         ready: queue.Queue[StepClips | BaseException] = queue.Queue(maxsize=2)
 
         def put(value: StepClips | BaseException) -> None:
@@ -85,7 +101,7 @@ class StepLoader:
                     if self._stop.is_set():
                         return
                     put(step)
-            except BaseException as error:  # the reader of the queue raises it
+            except BaseException as error:  # raised to the reader of the queue
                 put(error)
             finally:
                 steps.close()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stdit.data.manifest import Manifest
+from stdit.errors import StditError
 from stdit.training.batches import StepClips
+from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.engine import Engine
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import Batch, Objective, StepKey
@@ -18,17 +22,20 @@ SHOWN = 8  # clips that a message names; metrics.jsonl has all
 
 
 def find_clips(
-    step: StepClips, key: StepKey, objective: Objective, engine: Engine, manifest: Manifest, world: World
+    clips: StepClips, key: StepKey, objective: Objective, engine: Engine, manifest: Manifest, world: World
 ) -> list[dict[str, Any]]:
-    """Runs every clip of the step alone and returns those that are not finite, of all ranks: id, path, rank,
-    noise_level and what is not finite. All ranks call it together; each runs as many batches as the busiest one."""
-    clips = [pair for examples, items in zip(step.examples, step.items) for pair in zip(examples, items)]
+    """Runs every clip of the step alone and returns the faulty ones of all ranks, with id, path, rank, noise_level
+    and fault.
+
+    All ranks call it together; each runs as many batches as the busiest one.
+    """
+    mine = [pair for micro in clips.micro_steps for pair in zip(micro.examples, micro.items)]
     found = []
-    for number in range(max(world.gather(len(clips)))):
-        mine = clips[number : number + 1]
-        batch = objective.prepare([example for example, _ in mine], [item for _, item in mine], key)
+    for number in range(max(world.gather(len(mine)))):
+        pairs = mine[number : number + 1]  # none, if other ranks have more
+        batch = objective.prepare([example for example, _ in pairs], [item for _, item in pairs], key)
         fault = _fault(batch, engine)
-        for example, _ in mine if fault else []:
+        for example, _ in pairs if fault else []:
             if example.latents is not None and not _finite(example.latents):
                 fault = "its latents in the cache are not finite; encode it again"
             found.append({
@@ -41,20 +48,38 @@ def find_clips(
     return [clip for rank in world.gather(found) for clip in rank]
 
 
-def describe(clips: list[dict[str, Any]], of: int) -> str:
-    """A sentence that names the clips; of: how many the step has."""
-    if not clips:
-        return f"Each of its {of} clips alone is finite: their sum is too large."
+def describe(faulty: Sequence[dict[str, Any]], num_clips: int) -> str:
+    """A sentence that names the faulty clips among the `num_clips` of a step."""
+    if not faulty:
+        return f"Each of its {num_clips} clips alone is finite: their sum is too large."
     lines = []
-    for clip in clips[:SHOWN]:
+    for clip in faulty[:SHOWN]:
         level = "" if clip["noise_level"] is None else f", noise level {clip['noise_level']:.4f}"
         lines.append(f"\n  {clip['path']} (clip {clip['id'][:16]}, rank {clip['rank']}{level}): {clip['fault']}")
-    more = f"\n  and {len(clips) - SHOWN} more" if len(clips) > SHOWN else ""
-    return f"{len(clips)} of its {of} clips are not finite:" + "".join(lines) + more
+    more = f"\n  and {len(faulty) - SHOWN} more" if len(faulty) > SHOWN else ""
+    return f"{len(faulty)} of its {num_clips} clips are not finite:" + "".join(lines) + more
+
+
+def is_due_to_clips(faulty: Sequence[dict[str, Any]], num_clips: int) -> bool:
+    """Whether the clips are to blame and not the training: only some are faulty, or their data are."""
+    return 0 < len(faulty) < num_clips or any(clip["fault"] != LOSS for clip in faulty)
+
+
+def diverged(folder: Path, step: int, message: str, due_to_clips: bool = False) -> StditError:
+    """The error of a training that cannot go on, with the way out."""
+    latest = Checkpoint.latest(folder)
+    saved = f"{latest.path} is from before" if latest else "nothing was saved"
+    remedy = "a lower optimizer.lr, optimizer.clip set, a longer schedule.warmup, or run.precision=fp32."
+    if due_to_clips:
+        remedy = "a manifest without these clips, or go on with a higher optimizer.max_skipped_steps."
+    return StditError(
+        f"step {step}: {message}. {saved}; going on from it would end here again, and a run keeps its settings. "
+        f"Start another with run=PATH and {remedy}"
+    )
 
 
 def _fault(batch: Batch, engine: Engine) -> str:
-    """What of a batch is not finite, or ''. Every rank runs the same forwards."""
+    """What is not finite in a batch, or ''. Every rank runs the same forwards."""
     bad = [name for name, tensor in batch.inputs.items() if not _finite(tensor)]
     leaf = next(iter(batch.inputs.values()), None)
     with torch.set_grad_enabled(engine.differentiable):

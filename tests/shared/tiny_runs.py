@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from stdit.evaluation import report
+from stdit.evaluation.run_metrics import read_metrics
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
-from stdit.training.outputs.metrics import SCHEMA, read_metrics
+from stdit.training.outputs.metrics import SCHEMA
 
 ALONE = World(0, 1, torch.device("cpu"))
 

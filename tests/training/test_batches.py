@@ -44,9 +44,13 @@ def steps(manifest, count, ranks=1, first=0, workers=0, shapes=("16x16x5", "32x1
     ]
     for _ in range(count):
         parts = [next(feed.steps) for feed in feeds]
-        assert len({(p.epoch, p.index, p.clips, len(p.items)) for p in parts}) == 1  # micro-steps too: no rank waits
-        examples = [[e for p in parts for e in p.examples[micro]] for micro in range(len(parts[0].items))]
-        found.append((parts[0].epoch, parts[0].index, parts[0].clips, examples))
+        assert (
+            len({(p.epoch, p.index, p.num_clips, len(p.micro_steps)) for p in parts}) == 1
+        )  # micro-steps too: no rank waits
+        examples = [
+            [e for p in parts for e in p.micro_steps[micro].examples] for micro in range(len(parts[0].micro_steps))
+        ]
+        found.append((parts[0].epoch, parts[0].index, parts[0].num_clips, examples))
     for feed in feeds:
         feed.close()
     return found
@@ -90,7 +94,7 @@ def test_epochs_of_other_lengths_are_counted(tmp_path):
         found = [next(feed.steps) for _ in range(10 - first)]
         assert [(step.epoch, step.index) for step in found] == wanted[first:]
         if first == 0:
-            rows = Counter(item.row for step in found for micro in step.items for item in micro)
+            rows = Counter(item.row for step in found for micro in step.micro_steps for item in micro.items)
             assert rows == {row: 2 for row in range(5)}
 
 

@@ -32,7 +32,7 @@ from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.engine import Engine, make_engine
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import StepKey
-from stdit.training.outputs import export
+from stdit.training.outputs import evaluate
 from stdit.training.outputs.export import write_model
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.footprint import footprint, outline
@@ -443,10 +443,10 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
         old, new = (stdit.load_transformer(place / name).state_dict() for place in (experts, tmp_path / "model"))
         assert old.keys() == new.keys() and not torch.equal(old["head.head.weight"], new["head.head.weight"]), name
 
-    pipeline, used = export.make_pipeline(parts, weights, ALONE), set()
+    pipeline, used = evaluate.make_pipeline(parts, weights, ALONE), set()
     for name in ("high", "low"):
         getattr(pipeline.transformer, name).register_forward_hook(lambda *_, name=name: used.add(name))
-    (file,) = export.sample(pipeline, parts, 4)
+    (file,) = evaluate.sample(pipeline, parts, 4)
     assert used == {"high", "low"} and (tmp_path / file).is_file()
     arguments = {"steps": 4, "guidance": 2, "seed": 3}
     frames = Pipeline.load(tmp_path / "model")("a small red circle", **arguments)

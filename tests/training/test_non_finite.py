@@ -22,14 +22,15 @@ from stdit.cli.main import app, run_command
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import read_manifest
 from stdit.errors import StditError
+from stdit.evaluation.run_metrics import read_metrics
 from stdit.shipped import DEEPSPEED
 from stdit.training import trainer as trainer_module
 from stdit.training.config import load_config
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.engine import TorchEngine
 from stdit.training.engine.optimizer import OptimizerConfig
+from stdit.training.objectives.protocol import Update
 from stdit.training.objectives.vae import VaeObjective
-from stdit.training.outputs.metrics import read_metrics
 from stdit.training.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -83,12 +84,12 @@ def test_one_clip_costs_its_step_and_nothing_else(
 
     update = trainer_module.Trainer.update
 
-    def leave_out(self: trainer_module.Trainer) -> tuple[float, float]:
+    def leave_out(self: trainer_module.Trainer) -> Update:
         if self.step + 1 != line["step"]:
             return update(self)
         self.engine.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return math.nan, 0.0
+        return Update(math.nan, 0.0)
 
     monkeypatch.setattr(trainer_module.Trainer, "update", leave_out)
     monkeypatch.setattr(trainer_module.Trainer, "_skip", lambda *_: None)

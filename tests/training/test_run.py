@@ -15,12 +15,13 @@ import torch
 
 from stdit import locks
 from stdit.errors import StditError
+from stdit.evaluation.run_metrics import read_metrics
 from stdit.training.config import load_config
 from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import remove_strays
 from stdit.training.engine.parallel import World
 from stdit.training.outputs import export
-from stdit.training.outputs.metrics import MetricsLog, read_metrics
+from stdit.training.outputs.metrics import MetricsLog
 from stdit.training.run import run
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -21,16 +21,18 @@ from tiny_runs import ALONE, check_lines, losses, make_quick, same_weights
 
 from stdit.data.load.loader import Loader
 from stdit.errors import Interrupted, StditError
+from stdit.evaluation.run_metrics import read_metrics
 from stdit.training import trainer as trainer_module
 from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import load_config
+from stdit.training.describe import dry_run
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.flow import FlowObjective
+from stdit.training.objectives.protocol import StepResult, Update
 from stdit.training.outputs import export
-from stdit.training.outputs.metrics import MetricsLog, read_metrics
-from stdit.training.outputs.progress import Progress
-from stdit.training.run import dry_run, run
+from stdit.training.outputs.step_log import StepLog
+from stdit.training.run import run
 from stdit.training.setup.build import build, open_caches
 
 ROOT = Path(__file__).parents[2]
@@ -186,11 +188,11 @@ def test_only_one_micro_steps_tensors_are_there_at_a_time(tiny: Path, monkeypatc
         return batch
 
     monkeypatch.setattr(FlowObjective, "prepare", watched)
-    feed = StepLoader(trainer.parts.plan_of, trainer.parts.loader, 0, 1, 0)
+    feed = StepLoader(trainer.components.plan_of, trainer.components.loader, 0, 1, 0)
     step = next(feed.steps)
     loss = float(trainer.accumulate(step).loss)
     feed.close()
-    assert len(counts) == len(step.items) > 2 and not any(counts)
+    assert len(counts) == len(step.micro_steps) > 2 and not any(counts)
     assert loss > 0
 
 
@@ -204,15 +206,16 @@ def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None
         def gather(self, value: Any) -> list[Any]:
             return [value, {"a": {}, "b": {}}]
 
-    trainer = trainer_module.Trainer(load_config(tiny / "flow.yaml"), TwoRanks(0, 2, torch.device("cpu")))
-    trainer.failures, trainer.unshared, trainer.peak = {"a": {}}, 1, 1.0
-    trainer.window = [torch.tensor(2.0), torch.tensor(3.0)]
-    clock = trainer_module._Clock()
-    clock.count(10, 20)
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
-    trainer._log(log, Progress(0, 1, False), clock, StepClips(0, 0, 4, [], []), 1.0, 0.1)
+    world = TwoRanks(0, 2, torch.device("cpu"))
+    trainer = trainer_module.Trainer(load_config(tiny / "flow.yaml", [f"run={tmp_path}"]), world)
+    trainer.failures.by_id, trainer.failures.unshared = {"a": {}}, 1
+    trainer.losses = [torch.tensor(2.0), torch.tensor(3.0)]
+    trainer.log = StepLog(trainer.config, world, 0, peak=1.0)
+    trainer.log.end_step(StepResult(torch.tensor(3.0), None, tokens=10, flops=20, stop=0))
+    trainer._write_metrics(StepClips(0, 0, 4, []), Update(1.0, 0.1), None)
+    trainer.log.close()
     (line,) = read_metrics(tmp_path, "train")
-    assert (line["failed"], line["loss"], line["tokens"]) == (2, 3.0, 15) and trainer.unshared == 0
+    assert (line["failed"], line["loss"], line["tokens"]) == (2, 3.0, 15) and trainer.failures.unshared == 0
     assert line["storage_retries"] == 3
 
 
@@ -337,7 +340,7 @@ def test_the_vae_trains_and_exports_measured_latents(tiny: Path, tmp_path: Path)
 def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dry_run(load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"]), ALONE)
     told = capsys.readouterr().out
-    assert "14 clips, 2 steps an epoch" in told and "48x32x5: " in told and "GiB" in told
+    assert "14 clips, 2 steps per epoch" in told and "48x32x5: " in told and "GiB" in told
     assert "no clip goes to 48x32x1\n" in told and "left out" not in told
     dry_run(load_config(tiny / "flow.yaml", ["data.shapes=[32x32x5,48x32x5,32x32x9]"]), ALONE)
     told = capsys.readouterr().out

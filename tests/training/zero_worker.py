@@ -23,6 +23,7 @@ from stdit.training.batches import StepLoader
 from stdit.training.config import RunConfig, load_config
 from stdit.training.engine.parallel import World, join_world, leave_world
 from stdit.training.outputs import export
+from stdit.training.outputs.weights import averaged_weights
 from stdit.training.setup import build
 from stdit.training.trainer import Trainer
 
@@ -70,29 +71,29 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     trainer.prepare()
     steps = trainer.config.schedule.steps
     first = trainer.step
-    feed = StepLoader(trainer.parts.plan_of, trainer.parts.loader, world.rank, world.size, first)
+    feed = StepLoader(trainer.components.plan_of, trainer.components.loader, world.rank, world.size, first)
     losses, ids, micro_steps = [], [], []
     for number in range(first, steps):
         step = next(feed.steps)
         loss = trainer.accumulate(step).loss
         losses.append(float(world.sum_(loss)))
-        seen = world.gather([example.clip_id for examples in step.examples for example in examples])
+        seen = world.gather([example.clip_id for example in step.examples])
         ids.append(sorted(one for rank in seen for one in rank))
-        micro_steps.append([len(items) for items in step.items])
+        micro_steps.append([len(micro.items) for micro in step.micro_steps])
         if number == first:
             gradients = trainer.engine.gradients()
             gradients |= trainer.critic.gradients() if trainer.critic is not None else {}
             if world.is_main:
                 out.mkdir(parents=True, exist_ok=True)
                 save_file({name: one.contiguous() for name, one in gradients.items()}, out / "gradients.safetensors")
-        trainer.window.append(loss)
+        trainer.losses.append(loss)
         trainer.update()
     trainer.save()
     feed.close()
     if trainer.config.model.lora is not None:
-        weights = export.averaged_weights(trainer.engine, trainer.ema, world)
+        weights = averaged_weights(trainer.engine, trainer.ema, world)
         if weights is not None:
-            export.publish_model(out, steps, partial(export.write_model, trainer.parts, weights, world))
+            export.publish_model(out, steps, partial(export.write_model, trainer.components, weights, world))
     packs = world.gather(micro_steps)
     if world.is_main:
         (out / "seen.json").write_text(json.dumps({"losses": losses, "ids": ids, "packs": packs}))

@@ -118,7 +118,7 @@ def plan(
 def measured_rate(given: str, pixels: bool) -> float:
     """Work a second and rank, of forward and backward: a number, or what a run folder's metrics.jsonl says."""
     from stdit.errors import StditError
-    from stdit.training.outputs.metrics import read_metrics
+    from stdit.evaluation.run_metrics import read_metrics
 
     try:
         rate = float(given)

@@ -234,6 +234,16 @@ class FlowObjective:
                 encoder = TextEncoder(inner, self.text_encoder.tokenizer, self.text_encoder.max_length)
             return FlowModule(self.remake(), encoder, self.text_padding, self.path).eval()
 
+    def transformers(self, module: nn.Module) -> list[STDiT]:
+        """The transformers in a module of `fresh`."""
+        assert isinstance(module, FlowModule)
+        return [module.transformer]
+
+    def networks(self, module: nn.Module) -> tuple[STDiT, TextEncoder]:
+        """What samples with a module of `fresh`: the transformer, and the text encoder, trained or frozen."""
+        assert isinstance(module, FlowModule)
+        return module.transformer, module.text_encoder or self.text_encoder
+
     def _nothing(self) -> FlowBatch:
         """One token of weight 0: a rank without clips runs every module that the others run."""
         patch = self.model_config.patch

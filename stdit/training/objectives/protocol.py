@@ -7,9 +7,10 @@ ranks and micro-steps, these sums add up to the step's exact loss. Everything ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -109,3 +110,24 @@ class Objective(Protocol):
     def fresh(self) -> nn.Module:
         """A module like `module` on the CPU, without ZeRO, to be filled with trained weights. Frozen ones are there."""
         ...
+
+
+class StepResult(NamedTuple):
+    """What a step's forward and backward passes gave. Losses, tokens and flops are this rank's share: they add up."""
+
+    loss: Tensor
+    critic_loss: Tensor | None
+    tokens: int
+    flops: int
+    stop: int  # the signal with which a rank was asked to save and stop, or 0
+
+
+class Update(NamedTuple):
+    """An optimizer step; it changed nothing if the norm is not finite."""
+
+    norm: float  # of the gradient, before clipping
+    lr: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.norm)

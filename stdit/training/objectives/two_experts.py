@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
+from stdit.models.experts import Experts
+from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
+from stdit.text.encoders import TextEncoder
 from stdit.training.objectives.flow import FlowBatch, FlowModule, FlowObjective
 from stdit.training.objectives.protocol import StepKey
 
@@ -80,3 +83,14 @@ class ExpertsObjective:
 
     def fresh(self) -> ExpertsModule:
         return ExpertsModule(self.high.fresh(), self.low.fresh())
+
+    def transformers(self, module: nn.Module) -> list[STDiT]:
+        assert isinstance(module, ExpertsModule)
+        return [module.high.transformer, module.low.transformer]
+
+    def networks(self, module: nn.Module) -> tuple[Experts, TextEncoder]:
+        high, low = self.transformers(module)
+        return Experts(high, low, self.boundary), self.text_encoder
+
+
+TransformerObjective = FlowObjective | ExpertsObjective

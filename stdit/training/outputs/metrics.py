@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl (see metrics_schema.json), TensorBoard, the machine's peak rate."""
+"""Writes metrics.jsonl (see metrics_schema.json) and TensorBoard; measures the machine's peak rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = Path(__file__).with_name("metrics_schema.json")
 class MetricsLog:
     """Appends lines to metrics.jsonl of a run folder, and their numbers to TensorBoard.
 
-    step: where the run goes on; lines of later steps, which a killed process wrote, are dropped.
+    step: where the run goes on. Lines of later steps, which a killed process wrote, are dropped.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
@@ -26,7 +26,7 @@ class MetricsLog:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             publish_text(path, "".join(line + "\n" for line in kept))
-        self._path, self._file = path, path.open("ab", buffering=0)  # unbuffered: closing it cannot fail once more
+        self._path, self._file = path, path.open("ab", buffering=0)  # unbuffered, so that close cannot fail
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -34,11 +34,11 @@ class MetricsLog:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line; numbers that are not finite become null."""
+        """Appends a line. Numbers that are not finite become null."""
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **{k: _plain(v) for k, v in values.items()}}
         with writing(self._path):
             content = json.dumps(line).encode() + b"\n"
-            while content:  # a disk that is nearly full takes a part, and then says so
+            while content:  # a nearly full disk takes a part before it raises
                 content = content[self._file.write(content) :]
         if self._writer is not None:
             with writing(self._path.parent / "tensorboard"):
@@ -53,22 +53,8 @@ class MetricsLog:
                 self._writer.close()
 
 
-def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl, of one kind if given. A line cut off by a crash is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and (kind is None or found.get("kind") == kind):
-            lines.append(found)
-    return lines
-
-
 def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of this process's matrix products, the best of what fits into `seconds`: what MFU is measured against."""
+    """FLOP/s of this process's matrix products, the best within `seconds`. MFU is relative to it."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)

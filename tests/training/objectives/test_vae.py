@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stdit.data.plan.split import split
 from stdit.errors import StditError
+from stdit.evaluation.run_metrics import read_metrics
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.config import load_config
@@ -22,7 +23,6 @@ from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import StepKey
 from stdit.training.objectives.vae import VaeBatch, VaeObjective
-from stdit.training.outputs.metrics import read_metrics
 from stdit.training.run import run
 from stdit.training.setup.build import RunComponents, build
 from stdit.vae.training.losses import kl_loss, outlier_penalty, pixel_loss, wavelet_loss
