@@ -28,6 +28,12 @@ _TROUBLES = {  # errors of disks and limits: (words in the messages of systems a
 }  # fmt: skip
 
 
+def part_folder(path: str | os.PathLike[str], part: str) -> Path:
+    """The subfolder `part` ("vae", "text_encoder") of a model folder, or the path itself if it has none."""
+    folder = Path(path).expanduser()
+    return folder / part if (folder / part).is_dir() else folder
+
+
 class DiskError(StditError):
     """A full or read-only disk, a quota, or a limit of the system. The message names the path and the remedy."""
 

@@ -26,7 +26,7 @@ from stdit.data.workers.pool import READER
 from stdit.errors import StditError
 from stdit.evaluation.measures import DEFINITIONS, MEASURES, RATIOS, ClipMeasures, latent_statistics, pooled_statistics
 from stdit.evaluation.metrics import SMALLEST_SSIM
-from stdit.files import make_folder, publish_text
+from stdit.files import make_folder, part_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.pixels import to_pixels, to_video
 from stdit.prepare.encode import vae_identity
@@ -273,8 +273,7 @@ def normalised_folder(model: str | Path) -> Path:
 
     Raises StditError for another family's VAE, which diffusers normalises, and for one without a config.json.
     """
-    path = Path(model).expanduser()
-    folder = path / "vae" if (path / "vae").is_dir() else path
+    folder = part_folder(model, "vae")
     vae = vae_on_meta(folder)
     if not isinstance(vae, CausalVAE):
         raise StditError(f"{folder}: diffusers defines the normalisation of a {vae.config.name}; it cannot be changed.")

@@ -20,6 +20,7 @@ from stdit.data.load.loader import Example, Loader, local_file
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment
 from stdit.errors import StditError
+from stdit.files import part_folder
 from stdit.text.places import find_text_encoder
 from stdit.weights.families import treatment_of
 from stdit.weights.identity import folder_identity, tokenizer_identity
@@ -60,8 +61,7 @@ class Encoded:
 
 def vae_identity(path: str | Path) -> str:
     """SHA-256 of a VAE's weights and config: of its folder, of a model folder's vae/, or of one file."""
-    path = Path(path)
-    return folder_identity(path / "vae" if (path / "vae").is_dir() else path)
+    return folder_identity(part_folder(path, "vae"))
 
 
 def text_identity(path: str | Path, padding: int | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from stdit.errors import StditError
+from stdit.files import part_folder
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.layers import Downsample, Upsample
 from stdit.weights.families import on_meta, shapes_of
@@ -53,7 +54,7 @@ def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequenc
     temporal_downsample: whether frames halve, for each downsampling; None: at the last two, as in Wan's.
     Raises StditError for another class, for settings that have no counterpart, and for tensors that do not fit.
     """
-    folder = _folder(path)
+    folder = part_folder(path, "vae")
     place = folder / "config.json"
     found = read_json(place)
     config = _config(found, temporal_downsample, place)
@@ -87,13 +88,8 @@ def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequenc
 
 def image_vae_config(path: str | os.PathLike[str], temporal_downsample: Sequence[bool] | None = None) -> VaeConfig:
     """The config of what `inflate_image_vae` makes, of config.json alone."""
-    place = _folder(path) / "config.json"
+    place = part_folder(path, "vae") / "config.json"
     return _config(read_json(place), temporal_downsample, place)
-
-
-def _folder(path: str | os.PathLike[str]) -> Path:
-    folder = Path(path).expanduser()
-    return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
 def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None, place: Path) -> VaeConfig:

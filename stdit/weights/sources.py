@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
+from stdit.files import part_folder
 from stdit.weights.families import class_names, diffusers_vaes, families, on_meta, recognised, shapes_of, titles
 from stdit.weights.families.record import Family
 from stdit.weights.identity import files_identity, folder_identity
@@ -92,8 +93,7 @@ def other_vae(path: str | os.PathLike[str]) -> VaeFolder | None:
     """An autoencoder that diffusers runs, its files checked; None if none is there."""
     from stdit.vae.families.diffusers_vae import VaeFolder
 
-    folder = Path(path).expanduser()
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    folder = part_folder(path, "vae")
     path = folder / "config.json"
     name = str(read_json(path).get("_class_name")) if path.is_file() else ""
     traits = diffusers_vaes().get(name)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,11 +17,11 @@ from stdit.cli.common.memory import MEMORY
 from stdit.cli.common.outputs import out_folder
 from stdit.cli.common.ranges import FPS, GUIDANCE, SEED, STEPS, within
 from stdit.cli.common.stopped import when_stopped
+from stdit.cli.sample.arguments import parse_lora, parse_ratio, parse_seconds, parse_size, read_prompts
 from stdit.cli.sample.files import ClipFiles, check_text, content_hash, frames_hash
 from stdit.errors import StditError
 from stdit.files import make_folder
 from stdit.shapes import LARGEST
-from stdit.text_files import read_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,30 +35,28 @@ def sample(
     model: Annotated[Path, typer.Option(help="Model folder: a run's, or one in diffusers' layout.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", parser=out_folder, help="Folder to write to.")],
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
     aspect: Annotated[str | None, typer.Option(help="WIDTH:HEIGHT, such as 16:9, with --resolution.")] = None,
     resolution: Annotated[int | None, typer.Option(callback=within(1, LARGEST), help="Short side in pixels.")] = None,
-    duration: Annotated[str | None, typer.Option(help="Seconds, such as 3s; goes to the nearest legal frames.")] = None,
+    duration: Annotated[str | None, typer.Option(help="Seconds, such as 3s, rounded to legal frames.")] = None,
     frames: Annotated[int | None, typer.Option(callback=within(1, LARGEST), help="Frames; 1 makes an image.")] = None,
-    fps: Annotated[
-        float | None, typer.Option(callback=FPS, help="Frames a second; the model's own by default.")
-    ] = None,
+    fps: Annotated[float | None, typer.Option(callback=FPS, help="Frames per second; by default the model's.")] = None,
     steps: Annotated[int, typer.Option(callback=STEPS, help="Steps of the solver.")] = 30,
     guidance: Annotated[
         float, typer.Option(callback=GUIDANCE, help="Classifier-free guidance; 1 or less is none.")
     ] = 5.0,
     guidance_2: Annotated[
-        float | None, typer.Option(callback=GUIDANCE, help="Of the low-noise expert, where there are two.")
+        float | None, typer.Option(callback=GUIDANCE, help="The same for the low-noise expert, if there are two.")
     ] = None,
     seed: Annotated[int, typer.Option(callback=SEED, help="Decides the noise, together with the clip's index.")] = 0,
     index: Annotated[
         int | None,
         typer.Option(
             callback=within(0, 999_999),
-            help="Of --prompts make this one alone, numbered from 0. With --prompt: use the noise that this number of "
-            "a file has.",
+            help="With --prompts: make only this clip, numbered from 0. With --prompt: use the noise that the clip of "
+            "this number has.",
         ),
     ] = None,
     solver: Annotated[
@@ -69,55 +65,55 @@ def sample(
     ] = None,
     shift: Annotated[
         float | None,
-        typer.Option(callback=within(0.001, 1000), help="Of the noise levels, in place of the model folder's."),
+        typer.Option(callback=within(0.001, 1000), help="Shift of the noise levels, in place of the model folder's."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Image file: the first frame.")] = None,
     last: Annotated[Path | None, typer.Option(help="Image file: the last frame, for weights that take one.")] = None,
-    video: Annotated[Path | None, typer.Option(help="Video file to extend: its end becomes the beginning.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Video file to extend: the clip begins with its end.")] = None,
     video_frames: Annotated[
         int | None, typer.Option(callback=within(1, LARGEST), help="How many of its last frames to take.")
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA file and its weight, 1 if unsaid; several."),
+        typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA file and its weight, by default 1; repeatable."),
     ] = None,
     lora_2: Annotated[
         list[str] | None,
-        typer.Option("--lora-2", metavar="FILE[:WEIGHT]", help="For the low-noise expert, where there are two."),
+        typer.Option("--lora-2", metavar="FILE[:WEIGHT]", help="The same for the low-noise expert, if there are two."),
     ] = None,
     lora_partly: Annotated[
-        bool, typer.Option("--lora-partly", help="Use LoRAs without what is for layers that the model does not have.")
+        bool, typer.Option("--lora-partly", help="Ignore what a LoRA has for layers that the model lacks.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; by default a GPU if there is one.")] = None,
     memory: Annotated[int | None, MEMORY] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Samples clips from text, and from known frames.
 
-    Sizes are width×height; what does not divide is an error that names the nearest, and a duration goes to the nearest
-    legal number of frames. For each prompt NAME.mp4 (H.264), NAME.png (a contact sheet) and NAME.json (all settings,
+    Sizes are width×height; an illegal one is an error that names the nearest, and a duration is rounded to the nearest
+    legal number of frames. Each prompt gives NAME.mp4 (H.264), NAME.png (a contact sheet) and NAME.json (all settings,
     and the command that makes this clip alone). NAME has the prompt's number and words, the seed and a hash of all
-    settings: other settings never overwrite a clip, and one that is there already is not made again.
+    settings: other settings never overwrite a clip, and an existing clip is not made again.
 
     Example: stdit sample --model runs/toy/model --prompt "a red circle moves left" --duration 2s --out clips
     """
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give either --prompt TEXT or --prompts FILE.")
     if image is not None and video is not None:
-        raise typer.BadParameter("--image and --video are two ways to say how the clip begins: give one.")
+        raise typer.BadParameter("--image and --video both say how the clip begins: give one.")
     if video_frames is not None and video is None:
         raise typer.BadParameter("--video-frames says how much of --video to take: give --video.")
     if size is not None and (aspect is not None or resolution is not None):
-        raise typer.BadParameter("--size says it all: leave out --aspect and --resolution.")
+        raise typer.BadParameter("--size already says the size: leave out --aspect and --resolution.")
     if frames is not None and duration is not None:
         raise typer.BadParameter("--frames and --duration say the same thing: give one.")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
-    wanted = _size(size) if size is not None else None
-    ratio = _ratio(aspect) if aspect is not None else None
-    seconds = _seconds(duration) if duration is not None else None
-    texts = [prompt] if prompt is not None else _read_prompts(prompts)
+    exact_size = parse_size(size) if size is not None else None
+    ratio = parse_ratio(aspect) if aspect is not None else None
+    seconds = parse_seconds(duration) if duration is not None else None
+    texts = read_prompts(prompts) if prompts is not None else [prompt or ""]
     for text in texts:
         check_text(text, "--prompt" if prompts is None else str(prompts))
     check_text(negative, "--negative")
@@ -126,7 +122,7 @@ def sample(
         if index >= len(texts):
             raise typer.BadParameter(f"--index {index}: {prompts} has {len(texts)} prompts, numbered from 0.")
         texts = [texts[index]]
-    loras, loras_2 = ([_lora(one) for one in given or []] for given in (lora, lora_2))
+    loras, loras_2 = ([parse_lora(text) for text in given or []] for given in (lora, lora_2))
     if last is not None and image is None and video is None:
         raise typer.BadParameter("--last goes with --image or --video: how the clip begins.")
     source = image or video
@@ -135,7 +131,8 @@ def sample(
             raise StditError(f"{file} is not a file.")
     import torch
 
-    from stdit.data.decode.video import read_frames
+    from stdit.cli.common.bars import named_bars
+    from stdit.data.decode.video import probe, read_frames
     from stdit.diffusion.solvers import named_config
     from stdit.heartbeat import HEARTBEAT
     from stdit.sampling.pipeline import Pipeline, SampleRequest
@@ -156,13 +153,14 @@ def sample(
     for warning in left_out:
         typer.echo(warning.message, err=True)
     fps = float(pipeline.settings.fps if fps is None else fps)
-    if ratio is None and wanted is None and source is not None:
-        ratio = _source_ratio(source)
+    if ratio is None and exact_size is None and source is not None:
+        probed = probe(str(source))
+        ratio = probed.width / probed.height
     if seconds is not None:
         frames = frames_for(seconds, fps, pipeline.vae.config.stride)
-    shape = pipeline.shape(wanted or _nearest_size(pipeline, ratio, resolution), frames)
-    if memory is not None:  # what cannot be kept to is an error before minutes of sampling
-        assert isinstance(pipeline.vae, CausalVAE)  # others have refused it
+    shape = pipeline.shape(exact_size or _nearest_size(pipeline, ratio, resolution), frames)
+    if memory is not None:  # too little is an error before minutes of sampling
+        assert isinstance(pipeline.vae, CausalVAE)  # setting `memory` raised for any other VAE
         stream_slices(pipeline.vae, shape.latent(pipeline.vae.config.stride).sizes, memory)
     known = _known(pipeline, shape, fps, image, video, video_frames)
     if known is not None and last is not None:
@@ -192,21 +190,21 @@ def sample(
     written = {clip.index: found for clip in clips if (found := clip.there())}
     missing = [clip for clip in clips if clip.index not in written]
     failures: list[str] = []
-    with _progress(len(missing), hidden=as_json) as (step_done, clip_done):
+    with named_bars(hidden=as_json) as progress:
         request = SampleRequest(
             [clip.prompt for clip in missing], indices=[clip.index for clip in missing], negative_prompt=negative,
             size=(shape.width, shape.height), frames=shape.frames, fps=fps, steps=steps, guidance=guidance,
             guidance_2=guidance_2, seed=seed, known=known, solver=solver, shift=shift,
         ) if missing else None  # fmt: skip
-        made = pipeline.sample_clips(request, step_done) if request else ()
-        for clip, latents in zip(missing, made):
+        made = pipeline.sample_clips(request, partial(progress, "steps")) if request else ()
+        for number, (clip, latents) in enumerate(zip(missing, made), 1):
             try:
                 if isinstance(latents, StditError):
                     raise latents
                 written[clip.index] = clip.write(chain.from_iterable(pipeline.decode_stream(latents)), fps)
-            except StditError as error:  # of this clip: the others go on
+            except StditError as error:  # this clip's: the others go on
                 failures.append(f"clip {clip.index} ({clip.prompt[:60]}): {error}")
-            clip_done()
+            progress("clips", number, len(missing))
     done = [written[number] for number in indices if number in written]
     if as_json:
         answer = {"clips": [clip.__dict__ for clip in done], "settings": settings, "failures": failures}
@@ -219,31 +217,15 @@ def sample(
 
 
 def _places(model: Path) -> list[Path]:
-    """The files and folders that a model folder is made of: of an adapter's, those below it too."""
+    """The folders that a model consists of: an adapter's model folder, and those that it builds on."""
     from stdit.sampling.model_folder import Base
 
     base = Base.read(model)
     return [model, *(Path(place) for place in (base.transformer, base.vae, base.text_encoder))]
 
 
-def _read_prompts(file: Path | None) -> list[str]:
-    assert file is not None
-    if file.exists() and not file.is_file():  # a pipe, say, that nobody writes to
-        raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt a line.")
-    try:
-        lines = read_lines(file)
-    except (FileNotFoundError, IsADirectoryError):
-        raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt a line.") from None
-    if not lines:
-        raise StditError(f"{file} is empty: it should hold one prompt a line.")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise StditError(f"{file}, line {number} is empty. Every line is a prompt: write one there or delete it.")
-    return [line.strip() for line in lines]
-
-
 def _nearest_size(pipeline: Pipeline, ratio: float | None, resolution: int | None) -> tuple[int, int] | None:
-    """The legal size nearest to an aspect ratio and a short side, each the model's own where not given."""
+    """The legal size nearest to an aspect ratio and a short side. The model's own fills in the one that is None."""
     from stdit.shapes import size_for
 
     if ratio is None and resolution is None:
@@ -251,57 +233,6 @@ def _nearest_size(pipeline: Pipeline, ratio: float | None, resolution: int | Non
     default = pipeline.settings.shape
     short = min(default.width, default.height) if resolution is None else resolution
     return size_for(ratio or default.width / default.height, short, pipeline.multiple)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text)
-    if not match:
-        raise typer.BadParameter(f"--size {text!r}: write WIDTHxHEIGHT; --frames or --duration say how long.")
-    if max(len(match[1]), len(match[2])) > 6:
-        raise typer.BadParameter(f"--size {text!r}: each side has at most six digits.")
-    return int(match[1]), int(match[2])
-
-
-def _ratio(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/x]\s*(\d+(?:\.\d+)?)", text.strip())
-    if not match or not float(match[1]) or not float(match[2]):
-        raise typer.BadParameter(f"--aspect {text!r}: write WIDTH:HEIGHT, such as 16:9.")
-    ratio = float(match[1]) / float(match[2])
-    if not 0.001 <= ratio <= 1000:
-        raise typer.BadParameter(f"--aspect {text!r}: must be from 1:1000 to 1000:1.")
-    return ratio
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*s?", text.strip())
-    if not match or not float(match[1]):
-        raise typer.BadParameter(f"--duration {text!r}: write seconds, such as 3s or 2.5.")
-    if not float(match[1]) <= LARGEST:
-        raise typer.BadParameter(f"--duration {text!r}: at most {LARGEST:,} s.")
-    return float(match[1])
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    """A file and its weight. A file of that very name is a file, so that C:\\a.safetensors and a:2 can be."""
-    file, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        file, weight = text, "1"
-    try:
-        strength = float(weight)
-    except ValueError:
-        file, strength = text, 1.0
-    if not -1000 <= strength <= 1000:
-        raise typer.BadParameter(f"--lora {text!r}: the weight must be from -1000 to 1000.")
-    if not Path(file).exists():
-        raise StditError(f"--lora {text}: {file} is not a file.")
-    return Path(file), strength
-
-
-def _source_ratio(source: Path) -> float:
-    from stdit.data.decode.video import probe
-
-    found = probe(str(source))
-    return found.width / found.height
 
 
 def _known(
@@ -328,7 +259,7 @@ def _known(
 
 
 def _chosen(shape: VideoShape, fps: float, trained: float, clips: int, known: int) -> str:
-    """One line for a person: what is about to be sampled."""
+    """One line that says what is about to be sampled."""
     many = f"{clips} clips, " if clips > 1 else ""
     if shape.frames == 1:
         return f"{many}{shape.width}x{shape.height}, an image"
@@ -338,13 +269,3 @@ def _chosen(shape: VideoShape, fps: float, trained: float, clips: int, known: in
     if fps != trained:
         line += f" (trained at {trained:g} fps: motion plays {fps / trained:.2g} times as fast)"
     return line
-
-
-@contextmanager
-def _progress(clips: int, hidden: bool) -> Iterator[tuple[Callable[[int, int], None], Callable[[], None]]]:
-    """Steps of the solver, and clips written."""
-    from stdit.cli.common.bars import named_bars
-
-    numbers = iter(range(1, clips + 1))
-    with named_bars(hidden) as progress:
-        yield lambda done, total: progress("steps", done, total), lambda: progress("clips", next(numbers), clips)

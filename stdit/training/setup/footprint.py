@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
 from stdit.errors import StditError, error_context
+from stdit.files import part_folder
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.training.config import RunConfig, VaeSettings
@@ -248,8 +248,7 @@ def _text_bytes(config: RunConfig, size: int) -> int:
     """Of a frozen text encoder in the run's precision, from its files' headers."""
     if config.text.path is None:
         return 0
-    folder = Path(config.text.path).expanduser()
-    folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+    folder = part_folder(config.text.path, "text_encoder")
     if not folder.is_dir():
         raise StditError(f"text.path: {folder}: no such folder.")
     headers = (read_header(path)[0] for path in folder.glob("*.safetensors"))

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stdit.cli.main import run_command
-from stdit.cli.sample.command import _read_prompts, sample
+from stdit.cli.sample.arguments import read_prompts
+from stdit.cli.sample.command import sample
 from stdit.cli.sample.files import slug
 from stdit.data.decode.video import probe, read_frames, write_video
 from stdit.diffusion.solvers import unipc_config
@@ -86,11 +87,11 @@ def test_prompts_from_a_file_are_the_clips_of_the_pipeline(folder, tmp_path, cap
 def test_a_line_of_prompts_ends_at_a_line_feed_and_odd_ones_are_named(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa red\u2028circle\r\na\x0cblue square\n".encode())
-    assert _read_prompts(file) == ["a red\u2028circle", "a\x0cblue square"]
+    assert read_prompts(file) == ["a red\u2028circle", "a\x0cblue square"]
     for content, says in [(b"ok\ncaf\xe9\n", "line 2 is not UTF-8"), (b"a\0b\n", "NUL"), (b"a\rb\r", "CR alone")]:
         file.write_bytes(content)
         with pytest.raises(StditError, match=rf"prompts\.txt.*{says}"):
-            _read_prompts(file)
+            read_prompts(file)
 
 
 def test_a_prompt_that_is_cut_is_told_once_with_what_is_dropped(folder, tmp_path, capsys):

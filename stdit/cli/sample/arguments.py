@@ -1,0 +1,74 @@
+"""Reads the arguments of `stdit sample` that are text: sizes, ratios, durations, prompts and LoRAs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import typer
+
+from stdit.errors import StditError
+from stdit.shapes import LARGEST
+from stdit.text_files import read_lines
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height)."""
+    match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text)
+    if not match:
+        raise typer.BadParameter(f"--size {text!r}: write WIDTHxHEIGHT; --frames or --duration say how long.")
+    if max(len(match[1]), len(match[2])) > 6:
+        raise typer.BadParameter(f"--size {text!r}: each side has at most six digits.")
+    return int(match[1]), int(match[2])
+
+
+def parse_ratio(text: str) -> float:
+    """Width / height."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/x]\s*(\d+(?:\.\d+)?)", text.strip())
+    if not match or not float(match[1]) or not float(match[2]):
+        raise typer.BadParameter(f"--aspect {text!r}: write WIDTH:HEIGHT, such as 16:9.")
+    ratio = float(match[1]) / float(match[2])
+    if not 0.001 <= ratio <= 1000:
+        raise typer.BadParameter(f"--aspect {text!r}: must be from 1:1000 to 1000:1.")
+    return ratio
+
+
+def parse_seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*s?", text.strip())
+    if not match or not float(match[1]):
+        raise typer.BadParameter(f"--duration {text!r}: write seconds, such as 3s or 2.5.")
+    if not float(match[1]) <= LARGEST:
+        raise typer.BadParameter(f"--duration {text!r}: at most {LARGEST:,} s.")
+    return float(match[1])
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """A file and its weight. A text that names an existing file is that file, such as C:\\a.safetensors or a:2."""
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        file, weight = text, "1"
+    try:
+        strength = float(weight)
+    except ValueError:
+        file, strength = text, 1.0
+    if not -1000 <= strength <= 1000:
+        raise typer.BadParameter(f"--lora {text!r}: the weight must be from -1000 to 1000.")
+    if not Path(file).exists():
+        raise StditError(f"--lora {text}: {file} is not a file.")
+    return Path(file), strength
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one per line."""
+    try:
+        if file.exists() and not file.is_file():  # such as a pipe, which would block
+            raise FileNotFoundError
+        lines = read_lines(file)
+    except (FileNotFoundError, IsADirectoryError):
+        raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt per line.") from None
+    if not lines:
+        raise StditError(f"{file} is empty: it should hold one prompt per line.")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise StditError(f"{file}, line {number} is empty. Every line is a prompt: write one there or delete it.")
+    return [line.strip() for line in lines]
