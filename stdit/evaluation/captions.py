@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import contact_sheet
+from stdit.data.decode.write import contact_sheet
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.plan.buckets import assign

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stdit.data.decode.video import contact_sheet, read_frames, write_video
+from stdit.data.decode.video import read_frames
+from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.toy import Jitter, ToySpec, held_out_prompts, render
 from stdit.errors import StditError
 from stdit.evaluation.metrics import mean_psnr, psnr

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stdit.data.decode.video import VideoError
+from stdit.data.decode.checks import VideoError
 from stdit.data.decode.write import contact_sheet, sheet_frames
 from stdit.data.load.loader import local_file
 from stdit.data.manifest import Clip, Manifest, read_manifest

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
-from stdit.data.decode.pixels import Limits, VideoError
+from stdit.data.decode.checks import Limits, VideoError
 from stdit.data.load.loader import local_file, read_ahead
 from stdit.data.manifest import SCHEMA, Clip, Manifest, Skipped, write_manifest
 from stdit.data.remote.paths import beside

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.pixels import CHANGED, check_content
+from stdit.data.decode.checks import CHANGED, check_content
 from stdit.data.load.cache import Cache, cuts, latent_key, latent_settings, text_key, text_settings
 from stdit.data.load.loader import Example, Loader, local_file
 from stdit.data.manifest import Clip, Manifest

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stdit.data.captions import Caption, Names, captions_of, read_captions, sidecar_captions
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 from stdit.data.scan.listing import Folder
 from stdit.data.scan.scan import scan
 from stdit.errors import StditError

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 from stdit.data.manifest import Caption, Clip, Manifest, write_manifest
 from stdit.diffusion.solvers import unipc_config
 from stdit.errors import StditError

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from stdit.data.decode.video import contact_sheet, write_video
+from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.toy import ToySpec, held_out_prompts, render
 from stdit.errors import StditError
 from stdit.evaluation.harness import summarise

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stdit.data.decode.video import read_frames, write_video
+from stdit.data.decode.video import read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id, read_manifest
 from stdit.errors import StditError
 from stdit.prepare import caption as caption_module

@@ -13,7 +13,8 @@ import torch
 from doubles import FakeText, FakeVae
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import read_frames, write_video
+from stdit.data.decode.video import read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, CacheMissing, latent_key, latent_settings, text_settings
 from stdit.data.load.loader import embedding
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id

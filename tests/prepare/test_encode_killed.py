@@ -19,7 +19,7 @@ import stdit
 from stdit import files as files_module
 from stdit.cli.main import app, run_command
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, latent_settings
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign

@@ -45,7 +45,7 @@ def make_template(folder: Path) -> None:
     from PIL import Image
 
     from stdit.cli.main import app, run_command
-    from stdit.data.decode.video import write_video
+    from stdit.data.decode.write import write_video
     from stdit.diffusion.solvers import unipc_config
     from stdit.models.transformer import STDiT, TransformerConfig
     from stdit.sampling.pipeline import FolderSettings, Pipeline

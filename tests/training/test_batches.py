@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stdit.data.config import DataConfig, PlanConfig
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign

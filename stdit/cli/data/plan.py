@@ -18,7 +18,7 @@ from stdit.cli.common.outputs import out_file
 if TYPE_CHECKING:
     from stdit.data.manifest import Manifest
     from stdit.data.plan.buckets import Assignment
-    from stdit.data.plan.left_out import LeftOut
+    from stdit.data.plan.exclusions import Exclusion
     from stdit.data.plan.picture import Measures
     from stdit.data.plan.planner import Plan
     from stdit.text.lengths import LongTexts
@@ -54,7 +54,7 @@ def plan(
 
     from stdit.data.manifest import read_manifest
     from stdit.data.plan.buckets import assign
-    from stdit.data.plan.left_out import explain
+    from stdit.data.plan.exclusions import explain_exclusions
     from stdit.data.plan.picture import draw_plan, measure_plan
     from stdit.errors import StditError
     from stdit.heartbeat import HEARTBEAT
@@ -71,7 +71,7 @@ def plan(
     stage = assignment.stages[settings.data.stage_of(epoch)]
     console = Console(stderr=as_json)
     objective = outline(settings)
-    left_out = explain(clips, stage, settings.data, objective.tokens)
+    left_out = explain_exclusions(clips, stage, settings.data, objective.tokens)
     if not as_json or not stage.counts.any():
         _print_drops(console, left_out, len(clips))
     HEARTBEAT.doing("planning the steps")
@@ -269,7 +269,7 @@ def _progress(steps: Sequence[int]) -> Iterable[int]:
     return tracked(steps, "dealing steps")
 
 
-def _print_drops(console: Any, left_out: Sequence[LeftOut], clips: int) -> None:
+def _print_drops(console: Any, left_out: Sequence[Exclusion], clips: int) -> None:
     from rich.table import Table
 
     from stdit.data.plan.buckets import REASONS

@@ -1,2 +1,2 @@
-"""Frames of one video or picture file, by PyAV and Pillow. Runs in the decoder's process: no torch, no pyarrow.
-Imports remote/paths."""
+"""Reads and writes frames of video and picture files with PyAV and Pillow. Runs in the decoder's process, without torch
+and pyarrow. Imports remote/paths."""

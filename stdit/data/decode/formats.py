@@ -1,7 +1,4 @@
-"""What a file holds, by its first bytes: names on disk are often wrong. By its suffix where bytes do not tell.
-
-Cheap to import: the processes that decode files do.
-"""
+"""Detects file formats by their first bytes, since suffixes are often wrong; by suffix where the bytes do not tell."""
 
 from __future__ import annotations
 
@@ -10,46 +7,36 @@ import re
 import struct
 from typing import BinaryIO
 
-HEAD = 400  # bytes that tell what a file is
+HEAD = 400  # bytes needed to detect a format
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".avifs"}
-    | {".heic", ".heif", ".hif", ".heics", ".heifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl"}
-    | {".pbm", ".pgm", ".ppm", ".pnm", ".tga", ".qoi"}
-    # pictures that are not read: a scan names them
-    | {".pfm", ".exr", ".hdr", ".psd", ".psb", ".ico", ".cur", ".svg", ".dds", ".xcf"}
-    | {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw"}
+
+def _suffixes(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_RAW_SUFFIXES = _suffixes(".dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw")
+_UNREAD_SUFFIXES = _suffixes(".pfm .exr .hdr .psd .psb .ico .cur .svg .dds .xcf")  # listed so that a scan names them
+IMAGE_SUFFIXES = (
+    _suffixes(
+        ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .avif .avifs .heic .heif .hif .heics .heifs .jp2 "
+        ".j2k .j2c .jpc .jpf .jpx .jxl .pbm .pgm .ppm .pnm .tga .qoi"
+    )
+    | _UNREAD_SUFFIXES
+    | _RAW_SUFFIXES
 )
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".3gp", ".3g2", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v"}
-    | {".mp4v", ".ts", ".m2ts", ".m2t", ".mts", ".vob", ".ogv", ".ogm", ".flv", ".f4v", ".wmv", ".asf", ".gif"}
-    | {
-        ".mxf",
-        ".mj2",
-        ".divx",
-        ".y4m",
-        ".ivf",
-        ".h264",
-        ".264",
-        ".h265",
-        ".265",
-        ".hevc",
-        ".nut",
-        ".rm",
-        ".rmvb",
-        ".dv",
-    }
+VIDEO_SUFFIXES = _suffixes(
+    ".mp4 .m4v .mov .qt .mkv .webm .avi .3gp .3g2 .mpg .mpeg .mpe .m1v .m2v .mp4v .ts .m2ts .m2t .mts .vob .ogv .ogm "
+    ".flv .f4v .wmv .asf .gif .mxf .mj2 .divx .y4m .ivf .h264 .264 .h265 .265 .hevc .nut .rm .rmvb .dv"
 )
 MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-# Files of these are never opened to see whether they are media: captions, tables, archives, weights, sound.
-OTHER_SUFFIXES = frozenset(
-    {".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md", ".yaml", ".yml", ".toml", ".xml", ".html", ".htm"}
-    | {".srt", ".vtt", ".ass", ".py", ".sh", ".ipynb", ".log", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".npy", ".npz"}
-    | {".pt", ".pth", ".bin", ".safetensors", ".pkl", ".h5", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"}
-    | {".rar", ".tar", ".wav", ".mp3", ".m4a", ".aac", ".flac", ".opus", ".sqlite", ".db", ".lock", ".part"}
+# Never opened to check for media: captions, tables, archives, weights, sound.
+OTHER_SUFFIXES = _suffixes(
+    ".txt .json .jsonl .csv .tsv .parquet .md .yaml .yml .toml .xml .html .htm .srt .vtt .ass .py .sh .ipynb .log .pdf "
+    ".doc .docx .xls .xlsx .npy .npz .pt .pth .bin .safetensors .pkl .h5 .zip .gz .tgz .bz2 .xz .zst .7z .rar .tar "
+    ".wav .mp3 .m4a .aac .flac .opus .sqlite .db .lock .part"
 )
 
-# What Pillow reads: still pictures, and pictures that move. All else is FFmpeg's, or is named as not read.
+# Read by Pillow: still and animated pictures. FFmpeg reads the rest, except for NOT_READ.
 STILL = {
     "png": "PNG",
     "jpeg": "JPEG",
@@ -77,9 +64,7 @@ NOT_READ = {
     "dds": "a DirectDraw texture",
     "xcf": "a GIMP file",
 }
-_NOT_READ_SUFFIXES = {
-    **dict.fromkeys((".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2"), "raw"),
-    **dict.fromkeys((".orf", ".rw2", ".raf", ".pef", ".srw"), "raw"),
+_NOT_READ_SUFFIXES = dict.fromkeys(_RAW_SUFFIXES, "raw") | {
     ".svg": "svg",
     ".dds": "dds",
     ".xcf": "xcf",
@@ -121,12 +106,11 @@ _BEGINNINGS = (
 )
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _SOUND = {b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B "}
-_BOXES = {b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # that a QuickTime file may begin with
+_BOXES = {b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # possible first boxes of a QuickTime file
 
 
 def content_of(head: bytes) -> str | None:
-    """What a file of which these are the first bytes (`HEAD` of them) holds: a name of the tables above, "video", or
-    None for no picture that is known."""
+    """The format of a file with these first `HEAD` bytes: a key of the tables above, "video", or None if unknown."""
     for beginning, name in _BEGINNINGS:
         if head.startswith(beginning):
             return "raw" if name == "tiff" and head[8:10] == b"CR" else name
@@ -167,16 +151,16 @@ def _of_brands(head: bytes) -> str | None:
 
 
 def content_of_file(file: BinaryIO, name: str) -> str | None:
-    """As `content_of`; also tells PNGs that move, which are FFmpeg's ("video"), and formats that bytes do not tell."""
+    """As `content_of`, but also tells animated PNGs ("video": FFmpeg reads them) and formats known by suffix only."""
     suffix = suffix_of(name)
     content = _NOT_READ_SUFFIXES.get(suffix) or content_of(file.read(HEAD))
-    if content == "png" and png_chunk(file, b"acTL"):  # Pillow 13 lays half transparent pixels over others wrongly
+    if content == "png" and png_chunk(file, b"acTL"):  # animated; Pillow 13 blends its half-transparent pixels wrongly
         return "video"
     return "tga" if content is None and suffix == ".tga" else content
 
 
 def png_chunk(png: BinaryIO, wanted: bytes) -> bytes | None:
-    """The first bytes of a PNG's chunk, of those before its picture."""
+    """The first bytes of a chunk that precedes a PNG's pixel data; None if there is none."""
     at = 8
     for _ in range(1000):
         png.seek(at)

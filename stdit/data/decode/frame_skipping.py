@@ -1,4 +1,4 @@
-"""Which frames of a video a read can do without, known before they are decoded."""
+"""Decides, before decoding, which frames of a video can be skipped."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ from dataclasses import dataclass
 
 import av
 
-AHEAD = 64  # packets that wait for those after them; H.264 reorders at most 16 frames
+MAX_WAITING = 64  # packets held back until later ones are known; H.264 reorders at most 16 frames
 
 
 @dataclass(frozen=True)
-class Times:
-    """start, start + 1/fps, …: `count` times in seconds."""
+class SampleTimes:
+    """The times start, start + 1/fps, …: `count` of them, in seconds."""
 
     start: float
     fps: float
     count: int
 
     def any_in(self, low: float, high: float) -> bool:
-        """Whether one lies between, within a microsecond."""
+        """Whether a sample time lies in [low, high], within a microsecond."""
         first = max(0, math.ceil((low - 1e-6 - self.start) * self.fps)) if low > -math.inf else 0
         return first < self.count and self.start + first / self.fps <= high + 1e-6
 
 
 def needed_packets(
-    packets: Iterable[av.Packet], asked: Times | None, tick: float, origin: float
+    packets: Iterable[av.Packet], wanted: SampleTimes | None, tick: float, origin: float
 ) -> Iterator[tuple[av.Packet, bool]]:
-    """The packets in order, and whether the frame of each may be the nearest to one of the times `asked` for.
+    """Yields (packet, needed) in order. A packet is needed if its frame may be the nearest to a sample time.
 
-    tick, origin: presentation times are `pts · tick − origin` seconds. None asked: all are needed. A frame's neighbours
-    in time are known as soon as a packet is decoded later than they are shown: until then packets wait.
+    wanted: None if all packets are needed.
+    tick, origin: presentation times are `pts · tick − origin` seconds.
+
+    A packet is held back until its frame's neighbours in time are known: once a packet's decoding time is later than
+    the next frame's presentation time, no frame in between can follow.
     """
     waiting: deque[av.Packet] = deque()
-    shown: list[int] = []  # of those that wait and some before
+    shown: list[int] = []  # sorted presentation times of waiting packets and of some before them
     for packet in packets:
-        if asked is None or packet.pts is None or packet.dts is None or packet.is_discard:
-            yield from ((one, True) for one in waiting)
+        if wanted is None or packet.pts is None or packet.dts is None or packet.is_discard:
+            yield from ((held, True) for held in waiting)
             waiting.clear()
             yield packet, True
             continue
@@ -52,11 +55,11 @@ def needed_packets(
             if later < len(shown) and shown[later] <= packet.dts:
                 before = bisect_left(shown, pts) - 1
                 low = (shown[before] + pts) / 2 * tick - origin if before >= 0 else -math.inf
-                yield waiting.popleft(), asked.any_in(low, (pts + shown[later]) / 2 * tick - origin)
-            elif len(waiting) > AHEAD:
+                yield waiting.popleft(), wanted.any_in(low, (pts + shown[later]) / 2 * tick - origin)
+            elif len(waiting) > MAX_WAITING:
                 yield waiting.popleft(), True
             else:
                 break
-        if len(shown) > 8 * AHEAD:
-            del shown[: -4 * AHEAD]
-    yield from ((one, True) for one in waiting)
+        if len(shown) > 8 * MAX_WAITING:
+            del shown[: -4 * MAX_WAITING]
+    yield from ((held, True) for held in waiting)

@@ -1,4 +1,4 @@
-"""HDR video (PQ and HLG of ITU-R BT.2100) as 8-bit sRGB: what a player shows on a screen that is not HDR."""
+"""Tone-maps HDR video (PQ and HLG, ITU-R BT.2100) to 8-bit sRGB, as a player does for an SDR screen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import numpy as np
 
-PQ, HLG = 16, 18  # transfer characteristics, as ITU-T H.273 numbers them
-WHITE = 203.0  # cd/m² of SDR's white in an HDR picture (ITU-R BT.2408)
-PEAK = 1000.0  # cd/m² that become sRGB's white; what is brighter is clipped
+PQ, HLG = 16, 18  # transfer characteristics (ITU-T H.273)
+WHITE = 203.0  # cd/m² of SDR white in an HDR picture (ITU-R BT.2408)
+PEAK = 1000.0  # cd/m² mapped to sRGB's white; brighter light is clipped
 _BT2020_TO_BT709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )  # ITU-R BT.2407
@@ -16,10 +16,10 @@ _CODES = 1 << 16
 
 
 def to_srgb(rgb: np.ndarray, transfer: int) -> np.ndarray:
-    """R'G'B' (…, 3) uint16 with BT.2020's primaries and `transfer` PQ or HLG, to uint8 sRGB.
+    """R'G'B' (…, 3) uint16 with BT.2020 primaries and transfer PQ or HLG, to uint8 sRGB.
 
-    203 cd/m² is white. Tones above 93 cd/m² are rolled off on the largest of R, G and B, which keeps hues (the curve of
-    ITU-R BT.2390); colours outside of sRGB are clipped. HLG is shown as on a screen of 1,000 cd/m² (gamma 1.2).
+    White is 203 cd/m². Tones above 93 cd/m² are rolled off by the curve of ITU-R BT.2390, applied to the largest of R,
+    G and B to keep hues. Colours outside sRGB are clipped. HLG is rendered for a 1,000 cd/m² screen (gamma 1.2).
     """
     light = _linear(transfer)[rgb]  # (…, 3), 1 is PEAK
     if transfer == HLG:
@@ -27,13 +27,13 @@ def to_srgb(rgb: np.ndarray, transfer: int) -> np.ndarray:
     light = np.maximum(light @ _BT2020_TO_BT709.T, 0)
     largest = light.max(-1, keepdims=True)
     inputs, scales = _roll_off()
-    light *= np.interp(largest, inputs, scales).astype(np.float32)  # 1 is WHITE now
+    light *= np.interp(largest, inputs, scales).astype(np.float32)  # now 1 is WHITE
     return _srgb()[(np.minimum(light, 1) * (_CODES - 1) + 0.5).astype(np.uint16)]
 
 
 @lru_cache(maxsize=2)
 def _linear(transfer: int) -> np.ndarray:
-    """(65536,) light by code, 1 for PEAK: PQ's as displayed, HLG's of the scene."""
+    """(65536,) light by code value, 1 = PEAK: display light for PQ, scene light for HLG."""
     code = np.arange(_CODES) / (_CODES - 1)
     if transfer == PQ:
         return (pq_to_light(code) / PEAK).astype(np.float32)
@@ -44,7 +44,7 @@ def _linear(transfer: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _roll_off() -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, factors): what light (1 for PEAK) is multiplied with (1 for WHITE after it), BT.2390-11, 5.4.1."""
+    """(inputs, factors): factors that turn light in units of PEAK into light in units of WHITE (BT.2390-11, 5.4.1)."""
     inputs = np.linspace(0, 1, 4097)
     most = light_to_pq(WHITE) / light_to_pq(PEAK)
     knee = 1.5 * most - 0.5
@@ -53,7 +53,7 @@ def _roll_off() -> tuple[np.ndarray, np.ndarray]:
     curve = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) + (3 * t**2 - 2 * t**3) * most
     out = pq_to_light(np.where(e < knee, e, curve) * light_to_pq(PEAK)) / WHITE
     factors = np.append(PEAK / WHITE, out[1:] / inputs[1:])
-    # light beyond PEAK comes out as white: the factor falls on as 1/light
+    # light beyond PEAK becomes white: the factor decreases as 1/light
     beyond = np.geomspace(1.01, 10_000 / PEAK * 2, 200)
     return np.append(inputs, beyond), np.append(factors, 1 / beyond)
 
@@ -71,12 +71,12 @@ _M1, _M2, _C1, _C2, _C3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392
 
 
 def pq_to_light(code: np.ndarray) -> np.ndarray:
-    """cd/m² by PQ code in [0, 1]."""
+    """PQ code in [0, 1] to cd/m²."""
     power = np.asarray(code) ** (1 / _M2)
     return 10_000 * (np.maximum(power - _C1, 0) / (_C2 - _C3 * power)) ** (1 / _M1)
 
 
 def light_to_pq(light: np.ndarray | float) -> np.ndarray:
-    """PQ code in [0, 1] by cd/m²."""
+    """cd/m² to PQ code in [0, 1]."""
     power = (np.asarray(light) / 10_000) ** _M1
     return ((_C1 + _C2 * power) / (1 + _C3 * power)) ** _M2

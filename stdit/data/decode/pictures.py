@@ -1,4 +1,4 @@
-"""Picture files, still and moving, by Pillow: as a browser shows them, on white, in 8-bit sRGB; or a reason why not."""
+"""Reads still and animated pictures with Pillow as a browser shows them: upright, on white, in 8-bit sRGB."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import av
 import numpy as np
 
 from stdit.data.decode import hdr
+from stdit.data.decode.checks import Limits, VideoError, error_text
 from stdit.data.decode.formats import IMAGE_SUFFIXES, MOVING, NOT_READ, STILL, content_of_file, png_chunk, suffix_of
-from stdit.data.decode.pixels import Limits, VideoError, plain
 from stdit.data.decode.source import Source
 from stdit.data.remote.paths import open_bytes
 from stdit.errors import StditError
@@ -23,23 +23,23 @@ from stdit.errors import StditError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Modules that teach Pillow a format; `stdit[pictures]` brings them.
+# Pillow plugins, from `stdit[pictures]`
 _PLUGINS = {"heif": ("HEIC or HEIF", "pillow_heif"), "jxl": ("JPEG XL", "pillow_jxl")}
 _ORIENTATION, _SUBFILE, _BITS, _PHOTOMETRIC, _DNG = 0x0112, 254, 258, 262, 50706  # tags of TIFF and EXIF
-_REDUCED, _MASK = 1, 4  # bits of _SUBFILE: a page that is a smaller copy, or a mask, of another
-_PAGES = 100  # of a TIFF that are looked at
-_SHORTEST, _USUAL = 10, 100  # ms: browsers show frames of at most the first for the second
+_REDUCED, _MASK = 1, 4  # bits of _SUBFILE: the page is a smaller copy, or a mask, of another
+_PAGES = 100  # of a TIFF that are checked
+_TOO_SHORT, _DEFAULT_DURATION = 10, 100  # ms: browsers show a frame of at most the first for the second
 
 
 def content_of_path(path: str) -> str | None:
-    """See `formats.content_of_file`. Raises VideoError for what is known, and not read."""
+    """As `formats.content_of_file`. Raises VideoError for formats that are not read."""
     try:
         with open_bytes(path) as file:
             content = content_of_file(file, path)
     except OSError as error:
-        raise VideoError(path, "unreadable", f"cannot be read ({plain(error)}).") from error
+        raise VideoError(path, "unreadable", f"cannot be read ({error_text(error)}).") from error
     if content in NOT_READ:
-        message = f"is {NOT_READ[content]}, which is not read: save it as PNG, JPEG, TIFF or WebP."
+        message = f"is {NOT_READ[content]}, which is not supported: save it as PNG, JPEG, TIFF or WebP."
         raise VideoError(path, "unsupported", message)
     if content is None and suffix_of(path) in IMAGE_SUFFIXES:
         raise VideoError(path, "not_media", "is not an image that can be opened.")
@@ -48,14 +48,14 @@ def content_of_path(path: str) -> str | None:
 
 @contextmanager
 def open_picture(path: str, content: str, limits: Limits) -> Iterator[Image]:
-    """The opened file; Pillow's errors, here and as it is used, are VideoErrors."""
+    """Opens a picture. Any error of Pillow, also while the context is open, becomes a VideoError."""
     import PIL.Image
     from PIL import UnidentifiedImageError
 
     name = {**STILL, **MOVING}[content]
-    _prepare(path, content)
+    _prepare_plugin(path, content)
     try:
-        # no other formats: some of Pillow's start programs
+        # only the detected format: some of Pillow's formats start programs
         with open_bytes(path) as file, PIL.Image.open(file, formats=[name]) as image:
             if image.width * image.height > limits.pixels:
                 raise VideoError(
@@ -65,20 +65,20 @@ def open_picture(path: str, content: str, limits: Limits) -> Iterator[Image]:
     except StditError:
         raise
     except UnidentifiedImageError as error:
-        message = f"is damaged {name}, or of a kind that Pillow {PIL.__version__} does not read."
+        message = f"is damaged {name}, or a kind of it that Pillow {PIL.__version__} does not read."
         raise VideoError(path, "not_media", message) from error
     except MemoryError:
         raise
-    except Exception as error:  # of a dozen libraries
-        raise VideoError(path, "damaged", f"cannot be decoded ({plain(error)}).") from error
+    except Exception as error:  # a dozen libraries, each with its own
+        raise VideoError(path, "damaged", f"cannot be decoded ({error_text(error)}).") from error
 
 
-def _prepare(path: str, content: str) -> None:
+def _prepare_plugin(path: str, content: str) -> None:
     if "avif" in content:
         try:
             from PIL import AvifImagePlugin
 
-            AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one a core would take more address space than a reader may
+            AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one per core exceeds a worker's address space
         except ImportError:
             pass
     if content in _PLUGINS:
@@ -93,20 +93,20 @@ def _prepare(path: str, content: str) -> None:
 
 
 def decode_image(path: str, content: str, limits: Limits) -> np.ndarray:
-    """A still picture as (H, W, 3) uint8. content: a key of `STILL`."""
+    """A still picture as (H, W, 3) uint8. content: a key of STILL."""
     with open_picture(path, content, limits) as image:
         if content == "tiff":
-            _find_page(path, image)
-        rgb = as_shown(path, image)
+            _seek_only_page(path, image)
+        rgb = displayed_rgb(path, image)
         if (transfer := _transfer(path, content)) in (hdr.PQ, hdr.HLG):
             rgb = hdr.to_srgb(rgb.astype(np.uint16) * 257, transfer)
         return rgb
 
 
-def as_shown(path: str, image: Image) -> np.ndarray:
-    """(H, W, 3) uint8 of an opened picture, or of the frame it is at: upright, on white, in sRGB.
+def displayed_rgb(path: str, image: Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an opened picture's current frame: upright, on white, in sRGB.
 
-    Integers of 16 bits are divided by their range. Those of 32 bits and floats are refused: no file says what white is.
+    16-bit integers are scaled by their range. 32-bit integers and floats are refused: their white level is unknown.
     """
     from PIL import Image as Images
 
@@ -114,10 +114,10 @@ def as_shown(path: str, image: Image) -> np.ndarray:
     orientation = _orientation(image)
     icc = image.info.get("icc_profile")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
-        image = _of_16_bits(image)
+        image = _from_16_bits(image)
     elif image.mode in ("I", "F"):
         kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
-        message = f"is a picture of {kind}, which do not say how bright white is: save it with 8 or 16 bits."
+        message = f"is a picture of {kind}, whose white level is unknown: save it with 8 or 16 bits."
         raise VideoError(path, "unsupported", message)
     if orientation in _TURNS:
         image = image.transpose(_TURNS[orientation])
@@ -141,29 +141,29 @@ _TURNS: dict[int, Any] = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # what is wrong with the notes beside a picture does not cost the picture
+    except Exception:  # damaged EXIF must not cost the picture
         return 1
 
 
-def _of_16_bits(image: Image) -> Image:
-    """Grey by the bits that the file says it uses. White may be 0, in TIFF."""
+def _from_16_bits(image: Image) -> Image:
+    """8-bit grey, scaled by the bit depth that the file declares. In TIFF, 0 may be white."""
     from PIL import Image as Images
 
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS, (16,))[0] if image.format == "TIFF" else 16
     most = (1 << bits) - 1 if 8 < bits <= 16 else 0xFFFF
     values = np.minimum(np.asarray(image).astype(np.int64), most)
-    hidden = image.info.get("transparency") if image.format == "PNG" else None
+    transparent = image.info.get("transparency") if image.format == "PNG" else None
     grey = ((values * 255 + most // 2) // most).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0:
         grey = 255 - grey
-    if isinstance(hidden, int):
-        grey[values == hidden] = 255  # before white
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255  # on white
     return Images.fromarray(grey)
 
 
 def _in_srgb(image: Image, icc: bytes | None) -> Image:
-    """RGB by the picture's own colour profile, if it has one that can be used."""
+    """Converts to sRGB by the picture's own colour profile, if it has a usable one."""
     from PIL import ImageCms
 
     if image.mode not in ("L", "LA", "CMYK", "LAB"):
@@ -192,23 +192,24 @@ def _is_srgb(profile: Any) -> bool:
     return str(profile.profile_description or "").startswith(("sRGB IEC61966", "sRGB built-in"))
 
 
-def _find_page(path: str, image: Image) -> None:
-    """Goes to a TIFF's one page that is no smaller copy and no mask of another. Raises VideoError if there are more."""
+def _seek_only_page(path: str, image: Image) -> None:
+    """Seeks to a TIFF's only page, not counting smaller copies and masks. Raises VideoError if there are several."""
     if _DNG in image.tag_v2:  # type: ignore[attr-defined]
-        raise VideoError(path, "unsupported", f"is {NOT_READ['raw']}, which is not read: save it as PNG, JPEG or TIFF.")
+        message = f"is {NOT_READ['raw']}, which is not supported: save it as PNG, JPEG or TIFF."
+        raise VideoError(path, "unsupported", message)
     pages = []
     for page in range(min(_PAGES, getattr(image, "n_frames", 1))):
         image.seek(page)
         if not image.tag_v2.get(_SUBFILE, 0) & (_REDUCED | _MASK):  # type: ignore[attr-defined]
             pages.append(page)
     if len(pages) != 1:
-        found = f"has {len(pages)} pages" if pages else "has previews only"
-        raise VideoError(path, "unsupported", f"{found}: save each picture in a file of its own.")
+        found = f"has {len(pages)} pages" if pages else "has only previews"
+        raise VideoError(path, "unsupported", f"{found}: save each picture as a separate file.")
     image.seek(pages[0])
 
 
 def _transfer(path: str, content: str) -> int | None:
-    """The transfer characteristics (ITU-T H.273) that an AVIF, HEIF or PNG names."""
+    """The transfer characteristics (ITU-T H.273) declared by an AVIF, HEIF or PNG."""
     with open_bytes(path) as file:
         if content in ("avif", "heif"):
             head = file.read(1 << 16)
@@ -219,7 +220,7 @@ def _transfer(path: str, content: str) -> int | None:
 
 
 class PictureSource(Source):
-    """A picture that moves (animated WebP, AVIF), composed by Pillow. Frames have the times that browsers give them."""
+    """An animated picture (WebP, AVIF), composed by Pillow, with the frame times that browsers use."""
 
     def __init__(self, path: str, content: str, image: Image, limits: Limits) -> None:
         super().__init__(path, limits, content.split()[-1], None)
@@ -233,18 +234,18 @@ class PictureSource(Source):
                 raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
             try:
                 self.image.seek(number)
-                rgb = as_shown(self.path, self.image)
+                rgb = displayed_rgb(self.path, self.image)
             except StditError:
                 raise
             except (OSError, RuntimeError, SyntaxError, ValueError, EOFError) as error:
-                message = f"cannot be decoded after {number} frames ({plain(error)})."
+                message = f"cannot be decoded after {number} frames ({error_text(error)})."
                 raise VideoError(self.path, "damaged" if number else "undecodable", message) from error
             duration = round(self.image.info.get("duration", 0))
-            duration = duration if duration > _SHORTEST else _USUAL
+            duration = duration if duration > _TOO_SHORT else _DEFAULT_DURATION
             frame = av.VideoFrame.from_ndarray(rgb, "rgb24")
             frame.pts, frame.time_base, frame.duration = time, Fraction(1, 1000), duration
             yield time / 1000, frame
             time += duration
 
     def probe(self, verify_pixels: int):  # type: ignore[no-untyped-def]
-        return super().probe(sys.maxsize)  # how long frames are shown is known as they are decoded
+        return super().probe(sys.maxsize)  # durations are known only after decoding

@@ -1,4 +1,4 @@
-"""An opened file as frames at times, whichever library decodes it. Reading, probing, scenes and scores use it."""
+"""An opened file as a sequence of timed frames, whichever library decodes it. Reading, probing and measures use it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from stdit.data.decode.frame_skipping import Times, needed_packets
-from stdit.data.decode.pixels import Limits, VideoError, displayed_size, plain, progressive, to_rgb
+from stdit.data.decode.checks import Limits, VideoError, error_text
+from stdit.data.decode.frame_skipping import SampleTimes, needed_packets
+from stdit.data.decode.pixels import deinterlaced, displayed_size, to_rgb
 
-# Decoders that also give the transparency that a WebM file keeps beside the picture; FFmpeg's own do not.
+# Decoders that also decode a WebM file's alpha channel; FFmpeg's own do not.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a player shows: size after rotation and with square pixels, frames and seconds that can be decoded.
+    """A file as a player shows it.
 
-    `start` is the time of the first frame after the stream's own start (almost always 0); `end` is when the last frame
-    ends. `damage` says where decoding stopped, if it did; `verified` whether all frames were decoded.
+    width, height: after rotation, with square pixels.
+    frames: that can be decoded.
+    start: time of the first frame after the stream's own start (almost always 0).
+    end: when the last frame ends.
+    verified: whether all frames were decoded.
+    damage: where decoding stopped, if it did.
     """
 
     width: int
@@ -44,24 +49,24 @@ class Probe:
 
 
 class Source:
-    """Frames of one opened file. Times are seconds after its own start."""
+    """Frames of one opened file. Times are seconds after the stream's own start."""
 
-    timed = True  # whether frames have times of their own
-    probing = False  # whether all is looked at, to count frames
+    timed = True  # whether frames have timestamps
+    probing = False  # whether packet times are recorded, to count frames
 
     def __init__(self, path: str, limits: Limits, codec: str, rate: Fraction | None) -> None:
         self.path, self.limits, self.codec, self.declared_rate = path, limits, codec, rate
-        self.deadline = time.thread_time() + limits.seconds  # not wall-clock: other work may take the core
+        self.deadline = time.thread_time() + limits.seconds  # CPU time: other work may occupy the core
         self.period = float(1 / rate) if rate else 1 / 25  # nominal, until timestamps say otherwise
         self.pixel_aspect = 1.0
         self.reformatter = VideoReformatter()
 
     def frames(self) -> Generator[tuple[float, av.VideoFrame], None, None]:
-        """(time, frame) in order; raises VideoError('damaged') where decoding fails."""
+        """Yields (time, frame) in order; raises VideoError "damaged" where decoding fails."""
         raise NotImplementedError
 
     def seek(self, start: float) -> bool:
-        """Makes `frames` begin at the last keyframe before `start` that the container knows of; False if it cannot."""
+        """Makes `frames` begin at the last keyframe before `start`; returns False if the container cannot seek."""
         return False
 
     def check_time(self) -> None:
@@ -71,14 +76,14 @@ class Source:
     def check_size(self, width: int, height: int) -> None:
         if width * height > self.limits.pixels:
             raise VideoError(
-                self.path, "too_large", f"is {width}x{height} pixels a frame; the limit is {self.limits.pixels} pixels."
+                self.path, "too_large", f"has frames of {width}x{height}; the limit is {self.limits.pixels} pixels."
             )
 
-    def ask(self, times: Times) -> None:
-        """Says which times are read, so that frames which are not needed may be skipped."""
+    def skip_except(self, times: SampleTimes) -> None:
+        """Allows skipping frames that are not the nearest to one of these times."""
 
-    def rest(self, last: float) -> tuple[list[float], str | None]:
-        """Times of the frames after `last`, not decoded, and what stopped their counting, if anything."""
+    def remaining_times(self, last: float) -> tuple[list[float], str | None]:
+        """Times of the frames after `last`, without decoding them, and the damage that stopped reading, if any."""
         return [], None
 
     def read(
@@ -91,11 +96,11 @@ class Source:
         allocate: Callable[[tuple[int, ...]], np.ndarray],
         seek: bool,
     ) -> np.ndarray | None:
-        """As `read_frames`; None if the stream could not be sought to before `start`."""
+        """As `video.read_frames`; None if seeking did not land before `start`."""
         if seek and not self.seek(start):
             return None
         if fps is not None and self.timed:
-            self.ask(Times(start, fps, count))
+            self.skip_except(SampleTimes(start, fps, count))
         out, taken = np.empty(0), 0
         previous: tuple[float, av.VideoFrame] | None = None
         converted: np.ndarray | None = None
@@ -129,17 +134,17 @@ class Source:
                     return out
                 previous, converted = (now, frame), None
         except VideoError as error:
-            # what was decoded before the damage is good, and the last such frame stands for half its own period
+            # frames before the damage are good, and the last one still counts for half its period
             if error.reason not in ("damaged", "undecodable"):
                 raise
             damage: VideoError | None = error
         else:
             damage = None
-        if previous is None and seek:  # landed where nothing more can be decoded
+        if previous is None and seek:  # nothing can be decoded from there on
             return None
         if previous is None:
-            raise damage or VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
-        # The last frame is shown for its own duration; half of it, or of a requested period, is within tolerance.
+            raise damage or VideoError(self.path, "no_frames", "has a video stream without a single frame.")
+        # the last frame may also stand for times up to half its duration, or half a requested period, later
         tolerance = max(self.period, _seconds(previous[1].duration, previous[1].time_base), 1 / (fps or 1e9)) / 2
         while fps is not None and taken < count and wanted() <= previous[0] + tolerance + 1e-3:
             take_previous()
@@ -151,7 +156,7 @@ class Source:
         raise VideoError(
             self.path,
             "too_short",
-            f"its last frame is at {previous[0]:.3f} s; {count} frames{rate} from {start:.3f} s need more.",
+            f"its last frame is at {previous[0]:.3f} s, too early for {count} frames{rate} from {start:.3f} s.",
         )
 
     def probe(self, verify_pixels: int) -> Probe:
@@ -177,9 +182,9 @@ class Source:
         finally:
             frames.close()
         if not times or shown is None:
-            raise VideoError(self.path, "no_frames", "has a video stream, but not one frame in it.")
+            raise VideoError(self.path, "no_frames", "has a video stream without a single frame.")
         if not verified:
-            more, damage = self.rest(times[-1])
+            more, damage = self.remaining_times(times[-1])
             times += more
         return self._describe(times, shown, last_duration, verified, damage)
 
@@ -189,7 +194,7 @@ class Source:
         first, last, count = times[0], times[-1], len(times)
         measured = (count - 1) / (last - first) if count > 1 and last > first else 1 / self.period
         declared = float(self.declared_rate or 0)
-        # the container's rational rate is exact where it agrees with the timestamps
+        # if the container's rate agrees with the timestamps, it is the exact one
         fps = declared if declared and abs(declared / measured - 1) < 0.01 else measured
         if damage is not None or not 0 < last_duration < 4 / fps:
             last_duration = 1 / fps
@@ -197,7 +202,7 @@ class Source:
 
 
 class VideoSource(Source):
-    """One video stream of a container, by FFmpeg."""
+    """The first video stream of a container, decoded by FFmpeg."""
 
     def __init__(self, path: str, container: av.container.InputContainer, limits: Limits) -> None:
         streams = [s for s in container.streams.video if not _is_cover_art(s)]
@@ -206,39 +211,39 @@ class VideoSource(Source):
         self.container, self.stream = container, streams[0]
         codec = self.stream.codec_context
         if codec is None:
-            raise VideoError(path, "undecodable", "has a video stream of a codec that this FFmpeg does not decode.")
+            raise VideoError(path, "undecodable", "uses a codec that this FFmpeg does not decode.")
         rate = self.stream.average_rate
         super().__init__(path, limits, codec.name, rate)
         if not rate and (guessed := self.stream.guessed_rate or self.stream.base_rate):
             self.period = float(1 / guessed)
         self.check_size(codec.width, codec.height)
-        self.tick = float(self.stream.time_base or 0)  # a Fraction a packet would cost as much as the packet
+        self.tick = float(self.stream.time_base or 0)  # a Fraction per packet would cost as much as the packet
         self.origin = (self.stream.start_time or 0) * self.tick
         ratio = float(self.stream.sample_aspect_ratio or 1)
         self.pixel_aspect = ratio if 0.1 <= ratio <= 10 else 1.0
-        self.packet_times = list[float]()  # while it is probed
-        self.asked: Times | None = None  # what is read, of a stream in which unneeded frames may be skipped
-        # AVI stores no presentation times; what FFmpeg makes up for reordered frames goes back and forth
+        self.packet_times = list[float]()  # filled while probing
+        self.wanted: SampleTimes | None = None  # None: decode all frames
+        # AVI stores no presentation times, and those that FFmpeg invents for reordered frames are not monotonic
         self.timed = container.format.name != "avi"
         tags = {name.lower(): value for name, value in self.stream.metadata.items()}
-        self.decoder: av.VideoCodecContext | None = None  # another one than the stream's own
+        self.decoder: av.VideoCodecContext | None = None  # replaces the stream's own
         if tags.get("alpha_mode") == "1" and _WITH_ALPHA.get(codec.name) in av.codecs_available:
             self.decoder = cast(av.VideoCodecContext, av.CodecContext.create(_WITH_ALPHA[codec.name], "r"))
             self.decoder.extradata = codec.extradata
         for context in (codec, self.decoder):
             if context is not None:
-                context.thread_count = 1  # workers run side by side; one thread each keeps memory and results the same
+                context.thread_count = 1  # workers run in parallel; one thread each keeps memory and results constant
 
-    def ask(self, times: Times) -> None:
-        self.asked = times if self.codec == "h264" else None
+    def skip_except(self, times: SampleTimes) -> None:
+        self.wanted = times if self.codec == "h264" else None
 
-    def rest(self, last: float) -> tuple[list[float], str | None]:
+    def remaining_times(self, last: float) -> tuple[list[float], str | None]:
         damage = None
         try:
             for _ in self.packets():
                 pass
         except av.FFmpegError as error:
-            damage = f"cannot be read after {len(self.packet_times)} packets ({plain(error)})."
+            damage = f"cannot be read after {len(self.packet_times)} packets ({error_text(error)})."
         return sorted(t for t in self.packet_times if t > last + 1e-6), damage
 
     def packets(self) -> Iterator[av.Packet]:
@@ -257,10 +262,10 @@ class VideoSource(Source):
 
     def frames(self) -> Generator[tuple[float, av.VideoFrame], None, None]:
         last = None
-        for frame in progressive(self._decoded()):
+        for frame in deinterlaced(self._decoded()):
             now = frame.time - self.origin if self.timed and frame.time is not None else None
             if last is not None and (now is None or now <= last):
-                now = last + self.period  # no timestamp, or one that goes back
+                now = last + self.period  # the timestamp is missing or goes backwards
             last = 0.0 if now is None else now
             yield last, frame
 
@@ -277,28 +282,28 @@ class VideoSource(Source):
         return True
 
     def _decoded(self) -> Generator[av.VideoFrame, None, None]:
-        decoded, progressive, skipping = 0, False, False
+        decoded, is_progressive, skipping = 0, False, False
         codec = self.stream.codec_context
         try:
-            for packet, needed in needed_packets(self.packets(), self.asked, self.tick, self.origin):
-                if skipping != (progressive and not needed):
+            for packet, needed in needed_packets(self.packets(), self.wanted, self.tick, self.origin):
+                if skipping != (is_progressive and not needed):
                     skipping = not skipping
                     codec.skip_frame = "NONREF" if skipping else "DEFAULT"
                 for frame in packet.decode() if self.decoder is None else self.decoder.decode(packet):
                     self.check_size(frame.width, frame.height)
                     decoded += 1
-                    progressive = not frame.interlaced_frame  # else its neighbours in time are needed, too
+                    is_progressive = not frame.interlaced_frame  # deinterlacing needs the neighbours in time
                     if decoded > self.limits.frames:
                         raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
                     yield frame
         except av.FFmpegError as error:
             if isinstance(error, MemoryError):
                 raise
-            # av's errors are OSErrors too; what is not about the data is about the disk or the network
+            # av's errors are OSErrors too; those that do not concern the data concern the disk or the network
             if isinstance(error, av.InvalidDataError | av.EOFError | av.PatchWelcomeError | av.ExternalError):
-                message = f"cannot be decoded after {decoded} frames ({plain(error)})."
+                message = f"cannot be decoded after {decoded} frames ({error_text(error)})."
                 raise VideoError(self.path, "damaged" if decoded else "undecodable", message) from error
-            raise VideoError(self.path, "unreadable", f"reading failed ({plain(error)}).") from error
+            raise VideoError(self.path, "unreadable", f"reading failed ({error_text(error)}).") from error
 
 
 def _seconds(value: int | None, time_base: Fraction | None) -> float:

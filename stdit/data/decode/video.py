@@ -1,7 +1,4 @@
-"""Reading and writing of video and image files: frames by time, as a player shows them, or a named reason why not.
-
-Importing this module is cheap (no torch): the processes that probe files import nothing else.
-"""
+"""Reads video and image files: frames by time, as a player shows them, or a VideoError with the reason why not."""
 
 from __future__ import annotations
 
@@ -13,54 +10,40 @@ from typing import Any
 import av
 import numpy as np
 
-from stdit.data.decode.formats import IMAGE_SUFFIXES, MOVING, STILL, VIDEO_SUFFIXES
-from stdit.data.decode.pictures import PictureSource, content_of_path, decode_image, open_picture
-from stdit.data.decode.pixels import (
+from stdit.data.decode.checks import (
     CHANGED,
     LIMITS,
     Limits,
     VideoError,
+    as_video_errors,
     check_content,
     check_file,
-    cover,
-    plain,
-    strange_file,
+    error_text,
 )
+from stdit.data.decode.formats import MOVING, STILL
+from stdit.data.decode.pictures import PictureSource, content_of_path, decode_image, open_picture
+from stdit.data.decode.pixels import cover
 from stdit.data.decode.source import Probe, Source, VideoSource
-from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.remote.paths import file_of, open_bytes, split_member
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "LIMITS",
-    "VIDEO_SUFFIXES",
-    "Limits",
-    "Probe",
-    "VideoError",
-    "contact_sheet",
-    "probe",
-    "read_frames",
-    "write_video",
-]
-
-# Containers of pictures only: playlists and scripts (HLS, concat, …) could make a file open other files.
+# Pure containers only: playlists and scripts (HLS, concat, …) could open other files.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,ogg,asf,gif,apng,mxf,h264,hevc,ivf,"
     "yuv4mpegpipe,nut"
 )
 
-# Before PyAV 19 metadata that is not UTF-8 made opening fail, unless asked to replace it.
+# Before PyAV 19, metadata that is not UTF-8 makes opening fail unless it is replaced.
 OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
-VERIFY_PIXELS = 3_000_000_000  # what `probe` decodes of a file at most: ~10,000 frames of 640×480, ~360 of 4K
+VERIFY_PIXELS = 3_000_000_000  # `probe` decodes at most this much: ~10,000 frames of 640×480, ~360 of 4K
 
 
 def probe(path: str, verify_pixels: int = VERIFY_PIXELS, limits: Limits = LIMITS) -> Probe:
-    """Size, frame rate, frames and duration of a file, by demuxing it whole and decoding up to `verify_pixels` of it.
+    """Size, frame rate, frame count and duration: demuxes the whole file and decodes up to `verify_pixels` of it.
 
-    Raises VideoError if not one frame can be decoded. A file damaged further in is described up to the damage.
+    Raises VideoError if no frame can be decoded. A file damaged further in is described up to the damage.
     """
-    with strange_file(path):
+    with as_video_errors(path):
         check_file(path, limits)
         content = content_of_path(path)
         if content in STILL:
@@ -87,17 +70,18 @@ def read_frames(
 ) -> np.ndarray:
     """`count` frames at start, start + 1/fps, …: uint8 RGB (T, H, W, 3), each the source frame nearest in time.
 
-    size: (width, height); frames are scaled with antialiasing to cover it, then cropped at `crop`, the share of the
-    surplus that is cut off on the left and on top (0.5 is the centre). None keeps the displayed size. fps None takes
-    the source's frames one after another. Rotation, mirroring and pixel aspect ratio are applied. Where the size
-    changes in mid-stream, each frame is scaled and cropped for itself; with size None, to the first one's size.
-    sha256: the file's, checked. allocate: makes the uint8 array of a shape that is filled and returned.
+    size: (width, height). Frames are scaled with antialiasing to cover it, then cropped. None: the displayed size.
+    fps: None reads every source frame from `start` on.
+    crop: the share of the surplus that is cropped on the left and on top; 0.5 is the centre.
+    sha256: checked if given.
+    allocate: returns the uint8 array of a shape, to be filled and returned.
 
-    Raises VideoError, whatever a strange file brings up in the decoder: one clip must not end a training.
+    Rotation, mirroring and pixel aspect ratio are applied. If the size changes in mid-stream, each frame is scaled and
+    cropped on its own; with size None, to the first frame's size. Raises VideoError for any problem with the file.
     """
     if count < 1:
-        raise ValueError(f"count is {count}, must be at least 1.")
-    with strange_file(path):
+        raise ValueError(f"count is {count}; it must be at least 1.")
+    with as_video_errors(path):
         check_file(path, limits)
         if sha256 is None:
             return _read_frames(path, count, size, fps, start, crop, limits, allocate)
@@ -106,7 +90,7 @@ def read_frames(
         frames = _read_frames(path, count, size, fps, start, crop, limits, allocate)
         after = os.stat(file_of(path))
         if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
-            raise VideoError(path, "changed", f"{CHANGED}: it was written to while it was read. Scan again.")
+            raise VideoError(path, "changed", f"{CHANGED}: it was modified while it was being read. Scan again.")
         return frames
 
 
@@ -123,23 +107,23 @@ def _read_frames(
     content = content_of_path(path)
     if content in STILL:
         if count > 1:
-            raise VideoError(path, "too_short", f"is an image; {count} frames were asked for.")
+            raise VideoError(path, "too_short", f"is an image, but {count} frames are needed.")
         frame = decode_image(path, content, limits)
         frame = frame if size is None else cover(frame, size, crop)
         out = allocate((1, *frame.shape))
         out[0] = frame
         return out
-    for seek in (True, False) if fps is not None and start > 1.0 else (False,):  # False: where seeking lands too late
+    for seek in (True, False) if fps is not None and start > 1.0 else (False,):  # seeking may land too late
         with _opened(path, content, limits) as source:
             frames = source.read(count, size, fps, start, crop, allocate, seek)
             if frames is not None:
                 return frames
-    raise AssertionError("from the beginning there are frames or an error")
+    raise AssertionError("reading from the beginning returns frames or raises")
 
 
 @contextmanager
 def open_source(path: str, limits: Limits) -> Iterator[Source]:
-    """A file's pictures one after another, a still picture as one."""
+    """Opens a file to iterate over its frames; a still picture has one."""
     with _opened(path, content_of_path(path), limits) as source:
         yield source
 
@@ -159,6 +143,6 @@ def _opened(path: str, content: str | None, limits: Limits) -> Iterator[Source]:
     except (av.FFmpegError, ValueError) as error:
         if part is not None:
             part.close()
-        raise VideoError(path, "not_media", f"is not a video file that can be opened ({plain(error)}).") from error
+        raise VideoError(path, "not_media", f"is not a video file that can be opened ({error_text(error)}).") from error
     with part or nullcontext(), container:
         yield VideoSource(path, container, limits)

@@ -1,4 +1,4 @@
-"""Writing clips: H.264 files that play in a browser, and contact sheets."""
+"""Writes clips as H.264 files that play in a browser, and as contact sheets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from stdit.files import publish
 def write_video(
     path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: float, crf: int = 18, threads: int = 1
 ) -> None:
-    """Frames uint8 (H, W, 3), one after another, as an H.264 file that plays in a browser (yuv420p, BT.709, index in
-    front). An iterator's frames are written as they come; where it raises, there is no file. fps: see `exact_rate`."""
+    """Writes an H.264 file that plays in a browser (yuv420p, BT.709, index in front).
+
+    frames: uint8 (H, W, 3) each. An iterator is encoded as it yields; if it raises, no file is left.
+    fps: from 0.001 to 1000, see `exact_rate`.
+    crf: quality, lower is better.
+    """
     rate = exact_rate(fps)
     frames = iter(frames)
     first = next(frames, None)
     if first is None or first.ndim != 3 or first.shape[-1] != 3 or first.dtype != np.uint8:
         found = "there are none" if first is None else f"not {first.dtype} {first.shape}"
-        raise ValueError(f"frames must be uint8 (H, W, 3), one after another; {found}.")
+        raise ValueError(f"frames must be uint8 (H, W, 3) each; {found}.")
     height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise StditError(
@@ -37,7 +41,7 @@ def write_video(
         with av.open(f"file:{part}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=rate)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # mbtree is off since with it x264 gives other bytes for the same frames, about once in twenty times
+            # with mbtree, x264 is not deterministic: about one time in twenty it writes different bytes
             stream.options = {"crf": str(crf), "preset": "medium", "threads": str(threads), "x264-params": "mbtree=0"}
             codec = stream.codec_context
             codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
@@ -51,15 +55,15 @@ def write_video(
 
 
 def exact_rate(fps: float) -> Fraction:
-    """Frames a second as a file holds them, right to twelve digits: 1/3, 24000/1001, 16. From 0.001 to 1000."""
+    """A frame rate as a fraction, exact to twelve digits: 1/3, 24000/1001, 16."""
     if not 0.001 <= fps <= 1000:
-        raise StditError(f"{fps} frames a second cannot be written; from 0.001 to 1000 can.")
+        raise StditError(f"a video cannot have {fps} frames per second; it can have from 0.001 to 1000.")
     rate = Fraction(fps).limit_denominator(1001)
     return rate if math.isclose(rate, fps, rel_tol=1e-12) else Fraction(fps).limit_denominator(10**6)
 
 
 def sheet_frames(count: int, columns: int = 8) -> list[int]:
-    """The frames that a contact sheet shows of a clip of `count`."""
+    """The frame numbers that a contact sheet shows of a clip of `count` frames."""
     return np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int)).tolist()
 
 
@@ -70,7 +74,7 @@ def contact_sheet(
     columns: int = 8,
     side: int = 128,
 ) -> None:
-    """A PNG with one row a clip (T, H, W, 3): up to `columns` frames, first and last among them, `side` pixels high."""
+    """Writes a PNG with a row per clip (T, H, W, 3): up to `columns` frames from first to last, `side` pixels high."""
     from PIL import Image, ImageDraw
 
     rows, text = [], 14 if labels else 0

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.pixels import CHANGED, check_content
-from stdit.data.decode.video import Limits, VideoError, read_frames
+from stdit.data.decode.checks import CHANGED, Limits, VideoError, check_content
+from stdit.data.decode.video import read_frames
 from stdit.data.load.cache import Cache, latent_key, text_key
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment, slack
 from stdit.data.remote.paths import file_of, is_remote, split_member
-from stdit.data.remote.storage import OF_ONE_FILE, STORAGE, Storage, StorageError
+from stdit.data.remote.retries import FILE_REASONS, StorageError
+from stdit.data.remote.storage import STORAGE, Storage
 from stdit.data.workers.pool import READER
 from stdit.errors import StditError
 from stdit.keyed import keyed_uniform
@@ -180,7 +181,7 @@ class Loader:
                         raise
                     raise OSError(error.message) from error  # of the disk, and so perhaps of all clips
 
-            return self.storage.until_reached(clip.path, read)
+            return self.storage.retried_on_os_error(clip.path, read)
 
     def _latents(self, item: Item, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
         assert self.cache is not None
@@ -263,7 +264,7 @@ def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
     except VideoError as error:  # which may name a local copy
         raise VideoError(clip.path, error.reason, error.message) from error
     except StorageError as error:
-        if error.reason in OF_ONE_FILE:
+        if error.reason in FILE_REASONS:
             raise VideoError(clip.path, error.reason, error.message) from error
         raise  # of the storage, and so perhaps of all clips: the run stops
 

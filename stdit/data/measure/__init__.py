@@ -1,2 +1,2 @@
-"""What is measured of decoded frames: scene cuts, scores, fingerprints. Runs in the decoder's process: no torch, no
-pyarrow. Imports decode."""
+"""Measures decoded frames: scene cuts, scores, fingerprints. Runs in the decoder's process, without torch and pyarrow.
+Imports decode."""

@@ -1,14 +1,15 @@
-"""Fingerprints of clips, by which copies are known that were encoded anew, resized, brightened or cropped a little.
+"""Fingerprints of clips. They recognise copies that were re-encoded, resized, brightened or cropped a little.
 
-Of the frames that `scores` looks at, those nearest to 8 times evenly over the clip, each as the mean grey levels of 8×8
-cells, make two vectors: their mean over time less its own mean, the scene; and what each frame differs by from the mean
-over time, the motion. The scene is brought to length 1, so that neither brightness nor contrast counts; the motion to
-length 2, so that clips of one scene are told apart by what moves. What is faint stays shorter; what a scene lacks of
-its length becomes one coordinate more, so that all flat pictures are alike.
+8 frames spread evenly over the clip, each as the mean grey levels of 8×8 cells, give two vectors:
 
-A fingerprint is on which sides of 1024 fixed hyperplanes through the origin the two, joined to one vector, lie. The
-share of bits that differ is the angle between two clips over 180° (Charikar 2002, "Similarity estimation techniques
-from rounding algorithms").
+- the scene: the mean over time, minus its own mean, normalised to length 1. Brightness and contrast cancel out.
+- the motion: each frame minus the mean over time, normalised to length 2, so that motion tells clips of one scene
+  apart.
+
+Faint vectors stay shorter; what the scene lacks in length becomes one more coordinate, so that all flat pictures are
+alike. The fingerprint holds the side of 1024 fixed hyperplanes on which the concatenated vector lies: the share of
+differing bits is the angle between two clips over 180° (Charikar 2002, "Similarity estimation techniques from rounding
+algorithms").
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from collections.abc import Sequence
 import numpy as np
 
 FRAMES, CELLS, BITS = 8, 8, 1024
-FAINT = 4.0  # grey levels (root mean square) below which a scene or motion counts for little
-NEAR = 96  # bits that copies may differ in: 17°
-LISTS, NEIGHBOURS = 32, 2
+FAINT = 4.0  # grey levels (root mean square) below which a scene or motion has little weight
+NEAR = 96  # bits in which copies may differ: 17°
+LISTS, NEIGHBOURS = 32, 2  # sorted lists of `find_repeats`, and following entries compared with each
 
 
 def fingerprint(grey: Sequence[np.ndarray]) -> str:
-    """Of 8 frames (H, W) in grey levels, float32: 1024 bits as hexadecimal digits."""
+    """The fingerprint of 8 frames (H, W) float32 in grey levels: 1024 bits as hexadecimal digits."""
     from PIL import Image
 
-    cells = [Image.fromarray(one).resize((CELLS, CELLS), Image.Resampling.BOX) for one in grey]
-    frames = np.stack([np.asarray(one, np.float64) for one in cells])  # (8, 8, 8)
+    cells = [Image.fromarray(frame).resize((CELLS, CELLS), Image.Resampling.BOX) for frame in grey]
+    frames = np.stack([np.asarray(image, np.float64) for image in cells])  # (8, 8, 8)
     scene = frames.mean(0)
-    flat = _faded(scene - scene.mean())
-    joined = np.concatenate([flat, [np.sqrt(1 - flat @ flat)], 2 * _faded(frames - scene)])
+    flat = _normalised(scene - scene.mean())
+    joined = np.concatenate([flat, [np.sqrt(1 - flat @ flat)], 2 * _normalised(frames - scene)])
     return np.packbits(_PLANES @ joined > 0).tobytes().hex()
 
 
-def _faded(values: np.ndarray) -> np.ndarray:
-    """Flat and of length 1, or less where the values are faint."""
+def _normalised(values: np.ndarray) -> np.ndarray:
+    """Flattened and scaled to length 1, or shorter if the values are faint."""
     return values.ravel() / np.sqrt((values**2).sum() + FAINT**2 * values.size)
 
 
 def _bytes(name: str, count: int) -> np.ndarray:
-    """The same ones always, whatever a random generator's version."""
+    """Pseudo-random bytes that do not depend on a random generator's version."""
     return np.frombuffer(hashlib.shake_256(name.encode()).digest(count), np.uint8)
 
 
@@ -50,12 +51,11 @@ _SIZE = CELLS**2 + 1 + FRAMES * CELLS**2
 _PLANES = np.bitwise_count(_bytes("planes", BITS * _SIZE)).reshape(BITS, _SIZE) - 4.0  # nearly normal
 
 
-def repeats(fingerprints: Sequence[str]) -> list[int | None]:
-    """For each clip the first one that it is a copy of, and that is itself no copy; None where there is none.
+def find_repeats(fingerprints: Sequence[str]) -> list[int | None]:
+    """For each clip, the index of the first clip that it copies and that is itself no copy; None if there is none.
 
-    All pairs would be n² comparisons. Instead, as Charikar has it, the clips are sorted by other 64 of their bits in
-    each of 32 lists: copies, which differ in few bits, are neighbours in most of them, and only neighbours are
-    compared.
+    Comparing all pairs would cost n². Instead (Charikar) the clips are sorted by 64 chosen bits, in 32 lists with
+    different bits. Copies differ in few bits, so they are neighbours in most lists, and only neighbours are compared.
     """
     n = len(fingerprints)
     if n < 2:
@@ -67,9 +67,9 @@ def repeats(fingerprints: Sequence[str]) -> list[int | None]:
         bits = digests[:, chosen // 8] >> (chosen % 8).astype(np.uint8) & 1  # (n, 64)
         order = np.argsort(np.ascontiguousarray(np.packbits(bits, axis=1)).view(">u8")[:, 0], kind="stable")
         for step in range(1, NEIGHBOURS + 1):
-            one, other = order[:-step], order[step:]
-            near = np.bitwise_count(words[one] ^ words[other]).sum(1) <= NEAR
-            earlier, later = np.minimum(one, other)[near], np.maximum(one, other)[near]
+            left, right = order[:-step], order[step:]
+            near = np.bitwise_count(words[left] ^ words[right]).sum(1) <= NEAR
+            earlier, later = np.minimum(left, right)[near], np.maximum(left, right)[near]
             pairs.append(later * n + earlier)
     values = [int(text, 16) for text in fingerprints]
     first_of: list[int | None] = [None] * n

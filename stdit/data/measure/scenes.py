@@ -1,8 +1,8 @@
-"""Where a video's scenes change, by PySceneDetect's AdaptiveDetector: hard cuts, not fades.
+"""Finds scene changes of a video with PySceneDetect's AdaptiveDetector: hard cuts, not fades.
 
-Its settings are its own, but that cuts may be as near to one another as it can tell (its `min_scene_len` is 15 frames,
-which leaves cuts inside of clips). It is given our frames (shorter side 144 pixels), so that times, rotation and damage
-are what they are everywhere else.
+Its settings are the defaults, except that cuts may be as close together as it can detect them: its default
+`min_scene_len` of 15 frames leaves cuts inside clips. It is given our frames (shorter side 144 pixels), so that times,
+rotation and damage are handled as everywhere else.
 """
 
 from __future__ import annotations
@@ -12,22 +12,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from stdit.data.decode.pixels import (
-    LIMITS,
-    Limits,
-    VideoError,
-    check_file,
-    displayed_size,
-    strange_file,
-    to_rgb,
-    within,
-)
+from stdit.data.decode.checks import LIMITS, Limits, VideoError, as_video_errors, check_file
+from stdit.data.decode.pixels import displayed_size, to_rgb, within
 from stdit.data.decode.video import open_source
 from stdit.errors import StditError
 
 SHORT_SIDE = 144
-LEAST = 5  # frames of a scene that becomes a clip: what is shorter is a flash, or a blend of two scenes
-SAME_RATE = 0.01
+MIN_FRAMES = 5  # of a scene that becomes a clip: a shorter one is a flash, or a blend of two scenes
+SAME_RATE = 0.01  # relative difference up to which a scene has the video's frame rate
 
 
 def available() -> bool:
@@ -40,27 +32,27 @@ def check_available() -> None:
 
 
 def find_scenes(path: str, end: float, fps: float, limits: Limits = LIMITS) -> list[tuple[float, float, int, float]]:
-    """(start, end, frames, fps) of every scene, in seconds; none if it never changes.
+    """(start, end, frames, fps) of every scene, in seconds; empty if there is no cut.
 
-    end, fps: the video's, as `probe` has them. A scene has the video's fps, or its own where the rate varies. It ends
-    before the next one starts by as much as a clip may be read beyond its end, so that no clip has a frame of another
-    scene. Raises VideoError.
+    end, fps: the video's, from `probe`. A scene has the video's fps, or its own if the rate varies. It ends a little
+    before the next one starts (by as much as a clip may be read beyond its end), so that no clip contains a frame of
+    another scene. Raises VideoError.
     """
     import cv2
     from scenedetect import AdaptiveDetector, FrameTimecode
 
     cv2.setNumThreads(1)
     detector = AdaptiveDetector(min_scene_len=1)
-    # as many frames before and after the video as it compares a frame with: else it finds no cut near either end
-    more = detector.window_width
+    # The detector finds no cut within its window of either end: pad the video by that many frames.
+    padding = detector.window_width
     times, cuts, size, bgr, count = list[float](), set[int](), None, None, 0
 
-    def show(picture: np.ndarray) -> None:
+    def detect(picture: np.ndarray) -> None:
         nonlocal count
-        cuts.update(found.frame_num - more for found in detector.process_frame(FrameTimecode(count, fps), picture))
+        cuts.update(found.frame_num - padding for found in detector.process_frame(FrameTimecode(count, fps), picture))
         count += 1
 
-    with strange_file(path):
+    with as_video_errors(path):
         check_file(path, limits)
         try:
             with open_source(path, limits) as source:
@@ -68,15 +60,15 @@ def find_scenes(path: str, end: float, fps: float, limits: Limits = LIMITS) -> l
                     size = size or within(displayed_size(frame, source.pixel_aspect), SHORT_SIDE)
                     rgb = to_rgb(frame, source.pixel_aspect, size, (0.5, 0.5), source.reformatter)
                     bgr = np.ascontiguousarray(rgb[..., ::-1])
-                    for _ in range(1 if times else 1 + more):
-                        show(bgr)
+                    for _ in range(1 if times else 1 + padding):
+                        detect(bgr)
                     times.append(now)
         except VideoError as error:
             if error.reason != "damaged":
                 raise
         if bgr is not None:
-            for _ in range(more):
-                show(bgr)
+            for _ in range(padding):
+                detect(bgr)
     cuts &= set(range(1, len(times)))
     if not cuts:
         return []
@@ -84,7 +76,7 @@ def find_scenes(path: str, end: float, fps: float, limits: Limits = LIMITS) -> l
 
 
 def _scene(times: list[float], first: int, after: int, end: float, fps: float) -> tuple[float, float, int, float]:
-    """The scene of frames `first` to `after` − 1."""
+    """The scene from frame `first` to `after` − 1."""
     last, own = times[after - 1], fps
     if after - first > 1 and last > times[first]:
         own = (after - first - 1) / (last - times[first])

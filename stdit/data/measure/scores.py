@@ -1,22 +1,20 @@
-"""Scores of a clip to choose by, from a few of its frames.
+"""Scores of a clip for filtering, computed from a few of its frames.
 
-At up to 8 places evenly over a clip, 4 frames in a row are looked at, as displayed, scaled down (never up) until the
-shorter side has 360 pixels, in grey levels from 0 to 255 (luma of BT.709).
+At up to 8 places spread evenly over the clip, 4 consecutive frames are sampled as displayed, scaled down (never up) to
+a shorter side of 360 pixels, in grey levels from 0 to 255 (luma of BT.709).
 
-- black_bars: the share of the picture outside the smallest box of all rows and columns that are lit: of whose pixels,
-  in all these frames together, more than 1 % are above level 24. A wholly black clip has 1. The other scores are those
-  of the picture inside the box.
-- brightness: the mean grey level.
-- sharpness: the variance of the Laplacian (a pixel's four neighbours less four times itself; Pech-Pacheco et al. 2000),
-  its mean over one frame of each place. What is blurred or was enlarged has little; noise counts as sharp.
-- motion: how many grey levels a pixel changes a second: the mean absolute difference between neighbouring frames, of
-  means over blocks of 4×4 pixels (which leaves little of noise), over the time between them.
-- still_frames: the share of neighbouring frames whose mean absolute difference, as above, is at most 0.255 levels
-  (−60 dB, as FFmpeg's freezedetect has it): frozen or repeated ones.
+- black_bars: share of the picture outside the smallest box of all lit rows and columns. A row or column is lit if more
+  than 1 % of its pixels over all sampled frames are above level 24. 1 for an all-black clip. The other scores are
+  computed inside the box.
+- brightness: mean grey level.
+- sharpness: variance of the Laplacian (four neighbours minus four times the pixel; Pech-Pacheco et al. 2000), averaged
+  over one frame per place. Low for blurred or enlarged pictures; noise counts as sharp.
+- motion: change of a pixel in grey levels per second: mean absolute difference of consecutive frames, averaged over
+  blocks of 4×4 pixels (which suppresses noise), divided by the time between them.
+- still_frames: share of consecutive frames whose mean absolute difference, as above, is at most 0.255 levels (−60 dB,
+  as in FFmpeg's freezedetect): frozen or repeated frames.
 
 An image, or a clip of one frame, has neither motion nor still_frames (None).
-
-This runs in the process that decodes, and imports neither torch nor pyarrow.
 """
 
 from __future__ import annotations
@@ -27,79 +25,70 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stdit.data.decode.checks import LIMITS, Limits, VideoError, as_video_errors, check_file
 from stdit.data.decode.formats import STILL as STILL_PICTURES
 from stdit.data.decode.pictures import content_of_path, decode_image
-from stdit.data.decode.pixels import (
-    LIMITS,
-    Limits,
-    VideoError,
-    check_file,
-    cover,
-    displayed_size,
-    strange_file,
-    to_rgb,
-    within,
-)
+from stdit.data.decode.pixels import cover, displayed_size, to_rgb, within
 from stdit.data.decode.source import Source
 from stdit.data.decode.video import open_source
 from stdit.data.measure.fingerprints import FRAMES, fingerprint
 
-FORMAT = 1  # raise it when a definition changes: scans then score again
+FORMAT = 1  # raise it when a definition changes: scans then score all clips again
 SCORES = ("motion", "sharpness", "brightness", "black_bars", "still_frames")
-OF_VIDEOS = ("motion", "still_frames")  # alone
+VIDEO_SCORES = ("motion", "still_frames")  # None for images
 
-PLACES, IN_A_ROW = 8, 4
+PLACES, CONSECUTIVE = 8, 4
 SHORT_SIDE = 360
 BLACK = 24
 LIT = 0.01
 BLOCK = 4
 STILL = 0.255
-FAR = 4.0  # seconds ahead, from which on seeking costs less than decoding on
+SEEK_FROM = 4.0  # seconds ahead, beyond which seeking is cheaper than decoding
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 
 
-class Looked(NamedTuple):
-    """Frames in a row: times (n,) in seconds, grey (n, H, W) float32."""
+class FrameRun(NamedTuple):
+    """Consecutive frames. times: (n,) in seconds. grey: (n, H, W) float32."""
 
     times: list[float]
     grey: np.ndarray
 
 
 def score(path: str, start: float, end: float, frames: int, limits: Limits = LIMITS) -> dict[str, float | str | None]:
-    """The scores by name of what is shown from `start` to `end`, and its fingerprint (see `fingerprints`).
+    """The scores of a clip by name, and its fingerprint (see `fingerprints`).
 
-    Raises VideoError if not one frame can be decoded there.
+    Raises VideoError if no frame from `start` to `end` can be decoded.
     """
-    with strange_file(path):
+    with as_video_errors(path):
         check_file(path, limits)
-        looked = look(path, start, end, frames, limits)
-        if frames > 1 and all(len(run.times) == 1 for run in looked):
-            raise VideoError(path, "damaged", "has no two frames in a row that can be decoded.")
-        top, bottom, left, right = lit_box(np.concatenate([run.grey for run in looked]))
-        bars = 1 - (bottom - top) * (right - left) / looked[0].grey[0].size
+        runs = sample_runs(path, start, end, frames, limits)
+        if frames > 1 and all(len(run.times) == 1 for run in runs):
+            raise VideoError(path, "damaged", "has no two consecutive frames that can be decoded.")
+        top, bottom, left, right = lit_box(np.concatenate([run.grey for run in runs]))
+        bars = 1 - (bottom - top) * (right - left) / runs[0].grey[0].size
         if bottom > top:
-            looked = [Looked(run.times, run.grey[:, top:bottom, left:right]) for run in looked]
-        seen, pictures = [now for run in looked for now in run.times], [grey for run in looked for grey in run.grey]
+            runs = [FrameRun(run.times, run.grey[:, top:bottom, left:right]) for run in runs]
+        times, pictures = [now for run in runs for now in run.times], [grey for run in runs for grey in run.grey]
         wanted = start + (end - start) * (np.arange(FRAMES) + 0.5) / FRAMES
-        picked = [pictures[index] for index in np.abs(np.subtract.outer(wanted, seen)).argmin(1)]
-        return {**scores_of(looked), "black_bars": bars, "fingerprint": fingerprint(picked)}
+        nearest = [pictures[index] for index in np.abs(np.subtract.outer(wanted, times)).argmin(1)]
+        return {**scores_of(runs), "black_bars": bars, "fingerprint": fingerprint(nearest)}
 
 
-def scores_of(looked: Sequence[Looked]) -> dict[str, float | None]:
-    """All scores but black_bars, of frames that are looked at; all have one size."""
-    steps = [np.abs(np.diff(_blocks(run.grey), axis=0)).mean((1, 2)) for run in looked]
+def scores_of(runs: Sequence[FrameRun]) -> dict[str, float | None]:
+    """All scores but black_bars. All frames have the same size."""
+    steps = [np.abs(np.diff(_block_means(run.grey), axis=0)).mean((1, 2)) for run in runs]
     differences = np.concatenate(steps)
-    seconds = sum(run.times[-1] - run.times[0] for run in looked)
+    seconds = sum(run.times[-1] - run.times[0] for run in runs)
     return {
         "motion": float(differences.sum() / seconds) if len(differences) else None,
-        "sharpness": float(np.mean([laplacian(run.grey[len(run.grey) // 2]).var() for run in looked])),
-        "brightness": float(np.mean([run.grey.mean() for run in looked])),
+        "sharpness": float(np.mean([laplacian(run.grey[len(run.grey) // 2]).var() for run in runs])),
+        "brightness": float(np.mean([run.grey.mean() for run in runs])),
         "still_frames": float((differences <= STILL).mean()) if len(differences) else None,
     }
 
 
 def lit_box(grey: np.ndarray) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of the smallest box that holds all lit rows and columns of frames (n, H, W)."""
+    """(top, bottom, left, right) of the smallest box around all lit rows and columns of frames (n, H, W)."""
     lit = grey > BLACK
     rows, columns = np.flatnonzero(lit.mean((0, 2)) > LIT), np.flatnonzero(lit.mean((0, 1)) > LIT)
     if not len(rows) or not len(columns):
@@ -108,39 +97,39 @@ def lit_box(grey: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def laplacian(grey: np.ndarray) -> np.ndarray:
-    """(H, W) to (H − 2, W − 2), or one zero where there is no inside."""
+    """(H, W) to (H − 2, W − 2); a single zero for pictures too small to have an interior."""
     if min(grey.shape) < 3:
         return np.zeros(1)
     return grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
 
 
-def _blocks(grey: np.ndarray) -> np.ndarray:
-    """Means over blocks, (n, H, W) to (n, H/4, W/4); what is left over at the right and at the bottom is left out."""
+def _block_means(grey: np.ndarray) -> np.ndarray:
+    """Means over blocks, (n, H, W) to (n, H/4, W/4); incomplete blocks at the right and the bottom are dropped."""
     size = min(BLOCK, *grey.shape[1:])
     height, width = (side // size * size for side in grey.shape[1:])
     return grey[:, :height, :width].reshape(len(grey), height // size, size, width // size, size).mean((2, 4))
 
 
-def look(path: str, start: float, end: float, frames: int, limits: Limits) -> list[Looked]:
-    """The frames that are looked at of what is shown from `start` to `end` (seconds; both 0 for an image)."""
+def sample_runs(path: str, start: float, end: float, frames: int, limits: Limits) -> list[FrameRun]:
+    """Samples a clip's frames from `start` to `end` (seconds; both 0 for an image)."""
     if (content := content_of_path(path)) in STILL_PICTURES:
         rgb = decode_image(path, content, limits)
-        return [Looked([0.0], _grey(cover(rgb, within((rgb.shape[1], rgb.shape[0]), SHORT_SIDE), (0.5, 0.5)))[None])]
-    places, period = min(PLACES, max(1, frames // IN_A_ROW)), (end - start) / frames
+        return [FrameRun([0.0], _grey(cover(rgb, within((rgb.shape[1], rgb.shape[0]), SHORT_SIDE), (0.5, 0.5)))[None])]
+    places, period = min(PLACES, max(1, frames // CONSECUTIVE)), (end - start) / frames
     middles = [start + (end - start) * (place + 0.5) / places for place in range(places)]
-    # half a frame earlier than the first of each place, so that times which are not exact do not matter
-    firsts = [max(start - 1e-6, middle - (IN_A_ROW + 1) / 2 * period) for middle in middles]
-    for seek in (True, False):  # False: where seeking lands behind all of it
+    # half a frame before the first of each place, so that inexact times do not matter
+    firsts = [max(start - 1e-6, middle - (CONSECUTIVE + 1) / 2 * period) for middle in middles]
+    for seek in (True, False):  # seeking may land behind the clip
         with open_source(path, limits) as source:
-            if looked := list(_runs(source, firsts, end, seek)):
-                return looked
-    raise VideoError(path, "no_frames", f"has not one frame from {start:.3f} s to {end:.3f} s.")
+            if runs := list(_read_runs(source, firsts, end, seek)):
+                return runs
+    raise VideoError(path, "no_frames", f"has no frame from {start:.3f} s to {end:.3f} s.")
 
 
-def _runs(source: Source, firsts: Sequence[float], end: float, seek: bool) -> Iterator[Looked]:
-    frames, now, size, looked = source.frames(), -math.inf, None, False
+def _read_runs(source: Source, firsts: Sequence[float], end: float, seek: bool) -> Iterator[FrameRun]:
+    frames, now, size, found = source.frames(), -math.inf, None, False
     for first in firsts:
-        if seek and first - max(now, 0.0) > FAR and source.seek(first):
+        if seek and first - max(now, 0.0) > SEEK_FROM and source.seek(first):
             frames = source.frames()
         times, grey = [], []
         try:
@@ -152,14 +141,14 @@ def _runs(source: Source, firsts: Sequence[float], end: float, seek: bool) -> It
                     rgb = to_rgb(frame, source.pixel_aspect, size, (0.5, 0.5), source.reformatter)
                     times.append(now)
                     grey.append(_grey(rgb))
-                if len(times) == IN_A_ROW:
+                if len(times) == CONSECUTIVE:
                     break
         except VideoError as error:
-            if error.reason not in ("damaged", "undecodable") or not (looked or times or seek):
+            if error.reason not in ("damaged", "undecodable") or not (found or times or seek):
                 raise
         if times:
-            looked = True
-            yield Looked(times, np.stack(grey))
+            found = True
+            yield FrameRun(times, np.stack(grey))
 
 
 def _grey(rgb: np.ndarray) -> np.ndarray:

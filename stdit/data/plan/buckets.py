@@ -13,7 +13,7 @@ import numpy as np
 from stdit.data.config import DataConfig, Stage
 from stdit.data.manifest import Manifest
 from stdit.data.measure.scores import SCORES
-from stdit.data.plan.filters import left_out, repeated
+from stdit.data.plan.filters import outside_bounds, redundant_copies
 from stdit.shapes import VideoShape
 
 # A clip's reason is a filter's, or else the first of the conditions, in this order, that no shape meets together with
@@ -98,11 +98,11 @@ def assign(manifest: Manifest, config: DataConfig) -> Assignment:
     columns = {name: manifest.column(name) for name in ("frames", "fps", "width", "height", "start", "end")}
     found = assign_columns(**columns, shapes=config.video_shapes(), config=config)
     reason = np.full(len(manifest), -1, np.int8)
-    for name, rows in left_out(manifest, config.filter).items():
+    for name, rows in outside_bounds(manifest, config.filter).items():
         reason[rows & (reason < 0)] = list(REASONS).index(name)
     if not config.repeats:
         shaped = np.logical_or.reduce([stage.bucket >= 0 for stage in found.stages])
-        reason[repeated(manifest, shaped & (reason < 0))] = list(REASONS).index("repeat")
+        reason[redundant_copies(manifest, shaped & (reason < 0))] = list(REASONS).index("repeat")
     stages = [_without(stage, reason) for stage in found.stages]
     return replace(stages[-1], earlier=tuple(stages[:-1]))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stdit.data.plan.planner import Plan
-from stdit.data.plan.split import Packs, split
+from stdit.data.plan.split import MicroStep, split
 from stdit.files import publish
 from stdit.shapes import VideoShape
 
@@ -93,7 +93,7 @@ def draw_plan(
     share = 0.8 * share + 0.2 / len(present)
     colours = {b: colormaps["turbo"](0.04 + 0.9 * at) for b, at in zip(present, np.cumsum(share) - share / 2)}
 
-    splits: list[list[Packs]] = []
+    splits: list[list[MicroStep]] = []
     for index in range(plan.num_steps):
         splits.append(split(plan.items(index), groups, token_bound))
         if sum(map(len, splits)) >= MICRO_STEPS_SHOWN:
@@ -147,7 +147,9 @@ def _draw_shapes(
     axes.set_title(f"Shape buckets, to scale{more}", loc="left", fontsize=12)
 
 
-def _draw_packs(axes: Axes, splits: list[list[Packs]], groups: int, colours: dict[int, Any], work_unit: str) -> None:
+def _draw_packs(
+    axes: Axes, splits: list[list[MicroStep]], groups: int, colours: dict[int, Any], work_unit: str
+) -> None:
     """A row a group, work from left to right: a micro-step ends for all when its largest pack does."""
     from matplotlib.patches import Rectangle
 
@@ -184,7 +186,7 @@ def _draw_packs(axes: Axes, splits: list[list[Packs]], groups: int, colours: dic
     axes.spines[["top", "right"]].set_visible(False)
     some = f" (the first {rows} of {groups} groups)" if rows < groups else ""
     axes.set_title(
-        f"Packs{some}: a thick line ends a step, a thin one a micro-step; hatched is idle", loc="left", fontsize=12
+        f"MicroStep{some}: a thick line ends a step, a thin one a micro-step; hatched is idle", loc="left", fontsize=12
     )
 
 

@@ -64,7 +64,7 @@ class StepItems:
         return list(map(partial(tuple.__new__, PlanItem), fields))
 
 
-class Packs(Sequence[list[PlanItem]]):
+class MicroStep(Sequence[list[PlanItem]]):
     """One micro-step: what each group computes, made when it is asked for.
 
     items: of the step. which: (n,) those of this micro-step, the largest first. group: (n,) who has each.
@@ -103,7 +103,7 @@ class Packs(Sequence[list[PlanItem]]):
 Split = Sequence[Sequence[Sequence[PlanItem]]]  # the micro-steps of a step, what each group computes in each
 
 
-def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -> list[Packs]:
+def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -> list[MicroStep]:
     """Deals a step to groups of ranks: a list over micro-steps of what each group has.
 
     In every micro-step all groups have nearly the same work, and none more than `token_bound` tokens. All groups have
@@ -130,7 +130,7 @@ def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -
     counts = [int(b - a) for a, b in zip([0, *ends], ends)]
     # steps of more work than 64 bits have are dealt in coarser units
     shift = max(0, sum(n * items.work[b] for n, b in zip(counts, buckets)).bit_length() - 61)
-    kinds = [Kind(items.tokens[b], max(1, items.work[b] >> shift), n) for b, n in zip(buckets, counts)]
+    kinds = [ClipKind(items.tokens[b], max(1, items.work[b] >> shift), n) for b, n in zip(buckets, counts)]
     dealt = _best_deals(kinds, groups, token_bound)
 
     begins = [0, *ends[:-1]]
@@ -139,7 +139,7 @@ def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -
         which = [order[begin : begin + len(places)] for begin, places in zip(begins, deal.places)]
         begins = [begin + len(places) for begin, places in zip(begins, deal.places)]
         group = np.concatenate([np.asarray(places, np.int64) for places in deal.places])
-        packs.append(Packs(items, np.concatenate(which), group, groups))
+        packs.append(MicroStep(items, np.concatenate(which), group, groups))
     return packs
 
 
@@ -147,13 +147,13 @@ def balance(*splits: Split) -> float:
     """Mean work of the groups over Σ over micro-steps of the largest group's, 1 at best, over one or several steps."""
     total = slowest = 0.0
     for packs in (packs for split in splits for packs in split):
-        work = packs.sums()[1] if isinstance(packs, Packs) else [sum(item.work for item in pack) for pack in packs]
+        work = packs.sums()[1] if isinstance(packs, MicroStep) else [sum(item.work for item in pack) for pack in packs]
         total += sum(work) / len(work)
         slowest += max(work)
     return total / slowest
 
 
-class Kind(NamedTuple):
+class ClipKind(NamedTuple):
     """So many clips alike."""
 
     tokens: int
@@ -167,11 +167,11 @@ class Deal(NamedTuple):
     places: list[Sequence[int] | np.ndarray]
     work: Sequence[int]
 
-    def left(self, kinds: Iterable[Kind]) -> list[Kind]:
+    def left(self, kinds: Iterable[ClipKind]) -> list[ClipKind]:
         return [kind._replace(clips=kind.clips - len(places)) for kind, places in zip(kinds, self.places)]
 
 
-def _best_deals(kinds: list[Kind], groups: int, token_bound: int) -> list[Deal]:
+def _best_deals(kinds: list[ClipKind], groups: int, token_bound: int) -> list[Deal]:
     """The micro-steps of a step."""
     rest, ideal = kinds, _work(kinds) / groups
     best: list[Deal] = []
@@ -196,11 +196,11 @@ def _best_deals(kinds: list[Kind], groups: int, token_bound: int) -> list[Deal]:
     return best
 
 
-def _work(kinds: Iterable[Kind]) -> int:
+def _work(kinds: Iterable[ClipKind]) -> int:
     return sum(kind.work * kind.clips for kind in kinds)
 
 
-def _even_micro_step(kinds: list[Kind], groups: int, token_bound: int) -> Deal:
+def _even_micro_step(kinds: list[ClipKind], groups: int, token_bound: int) -> Deal:
     """The highest of several micro-steps that are even, or the most even one."""
     total, largest = _work(kinds), next(kind.work for kind in kinds if kind.clips)
     best: tuple[float, Deal] | None = None
@@ -219,7 +219,7 @@ def _even_micro_step(kinds: list[Kind], groups: int, token_bound: int) -> Deal:
     return best[1]
 
 
-def _deal(kinds: Sequence[Kind], groups: int, token_bound: int, height: int | None = None) -> Deal | None:
+def _deal(kinds: Sequence[ClipKind], groups: int, token_bound: int, height: int | None = None) -> Deal | None:
     """Longest-processing-time first: each clip to the group with the least work that has room for its tokens.
 
     kinds: largest first. height: no group gets more work. Without a height None if a clip has no room.
@@ -228,7 +228,7 @@ def _deal(kinds: Sequence[Kind], groups: int, token_bound: int, height: int | No
     return (_deal_kinds if clips > MANY * len(kinds) else _deal_clips)(kinds, groups, token_bound, height)
 
 
-def _deal_clips(kinds: Sequence[Kind], groups: int, token_bound: int, height: int | None) -> Deal | None:
+def _deal_clips(kinds: Sequence[ClipKind], groups: int, token_bound: int, height: int | None) -> Deal | None:
     """`_deal`, a clip at a time."""
     ready = [(0, g) for g in range(groups)]  # heap of (work, group)
     full: list[tuple[int, int, int]] = []  # heap of (−room, work, group): no room for the kinds that came so far
@@ -255,7 +255,7 @@ def _deal_clips(kinds: Sequence[Kind], groups: int, token_bound: int, height: in
     return Deal(found, [work for work, _ in ready] + [work for _, work, _ in full])
 
 
-def _deal_kinds(kinds: Sequence[Kind], groups: int, token_bound: int, height: int | None) -> Deal | None:
+def _deal_kinds(kinds: Sequence[ClipKind], groups: int, token_bound: int, height: int | None) -> Deal | None:
     """`_deal`, all clips of a kind at once; every group ends with as many of each kind."""
     work = np.zeros(groups, np.int64)
     room = np.full(groups, token_bound, np.int64)

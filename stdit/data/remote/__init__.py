@@ -1,2 +1,1 @@
-"""Files wherever they lie (local, any fsspec URL, members of tar shards), as local ones. Imports no other room of
-data."""
+"""Files from anywhere (local, any fsspec URL, inside tar shards) as local files. Imports no other room of data."""

@@ -1,7 +1,7 @@
-"""A folder of files fetched from elsewhere, bounded in bytes and shared by the processes of a machine.
+"""A bounded folder of files fetched from remote storage, shared by all processes of a machine.
 
-STDIT_LOCAL is the folder (default: stdit/remote in the user's cache folder), STDIT_LOCAL_GB its bound (default 32).
-What was used longest ago goes first; what is being read stays, on top of the bound if need be.
+Set by STDIT_LOCAL (the folder; default: stdit/remote in the user's cache folder) and STDIT_LOCAL_GB (its size; default
+32). The least recently used files are dropped first. Files being read are kept, even beyond the limit.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import BinaryIO
 from stdit.errors import StditError
 from stdit.files import writing
 
-PROCESSES = 16  # that share the folder, at a guess
-STALE = 3600.0  # seconds after which a part that nobody finished is taken for a dead process's
+PROCESSES = 16  # assumed to share the folder
+STALE = 3600.0  # seconds after which an unfinished file counts as left by a dead process
 
 
-class Copies:
+class LocalCache:
     def __init__(self, folder: str | Path | None = None, limit: int | None = None) -> None:
         self._folder, self._limit = folder, limit
         self._lock = threading.Lock()
@@ -37,7 +37,7 @@ class Copies:
 
     @property
     def limit(self) -> int:
-        """Bytes that the files may take."""
+        """The folder's size limit in bytes."""
         if self._limit is None:
             text = os.environ.get("STDIT_LOCAL_GB", "32")
             try:
@@ -49,55 +49,58 @@ class Copies:
             self._limit = limit
         return self._limit
 
-    def hold(self, name: str) -> BinaryIO | None:
-        """The file opened, marked as used now, and kept until it is closed; None if it is not there."""
+    def pin(self, name: str) -> BinaryIO | None:
+        """Opens a file, marks it as just used, and keeps it in the folder until closed; None if it is not there."""
         path = self.folder / name
         try:
             file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
         except FileNotFoundError:
             return None
-        with suppress(ImportError, OSError):  # Windows keeps open files by itself
+        with suppress(ImportError, OSError):  # Windows never removes an open file
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_SH)
+            fcntl.flock(file, fcntl.LOCK_SH)  # filelock has no shared locks
         with suppress(OSError):
             os.utime(path)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # not dropped before the lock
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # not dropped before we held the lock
                 return file
         file.close()
         return None
 
     @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """One thread of one process at a time is in this context for a name (on Windows any): two that each put a copy
-        in place would leave the first holding one that is not there. Who enters looks whether anything is left to do.
-        """
+    def mutex(self, name: str) -> Iterator[None]:
+        """A mutex per name across threads and processes. Callers must re-check after acquiring it."""
+        from filelock import FileLock
+
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / f".{name}.lock"
-        with _locked(lock):
+        with FileLock(lock):
             try:
                 yield
             finally:
-                lock.unlink(missing_ok=True)
+                with suppress(OSError):  # Windows cannot remove a locked file
+                    lock.unlink()  # whoever waits for it locks a new one
 
     @contextmanager
     def add(self, name: str, size: int) -> Iterator[BinaryIO]:
-        """A file to write a new copy to; it takes its place when the context ends without an error. size: its bytes,
-        0 where they are not known before."""
+        """A file to write to; it appears under its name when the context ends without an error. size: 0 if unknown."""
         self._make_room(size)
         part = self.folder / f".{name}.{secrets.token_hex(4)}.part"
         try:
             with writing(f"{self.folder} (STDIT_LOCAL)"), open(part, "wb") as file:
                 yield file
-                more = file.tell() - size  # of a server that does not tell sizes
-            if more > 0:
-                self._make_room(more)
+                excess = file.tell() - size
+            if excess > 0:
+                self._make_room(excess)
             os.replace(part, self.folder / name)
         finally:
             part.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Looks at the folder only now and then: a process may add a share of what was free when it last looked."""
+        """Drops old files if `size` more bytes exceed the limit.
+
+        Listing the folder for each file would be slow: after a listing, this process may add a share of the free space.
+        """
         with self._lock:
             self._allowance -= size
             if self._allowance >= 0:
@@ -105,7 +108,7 @@ class Copies:
             files, used = [], 0
             with os.scandir(self.folder) as entries:
                 for entry in entries:
-                    with suppress(OSError):  # gone meanwhile
+                    with suppress(OSError):  # removed meanwhile
                         status = entry.stat()
                         used += status.st_size
                         finished = not entry.name.startswith(".")
@@ -120,30 +123,14 @@ class Copies:
             self._allowance = (self.limit - used - size) / PROCESSES
 
 
-def _locked(lock: Path) -> BinaryIO:
-    """The file opened, and locked while it is open."""
-    for tries_left in reversed(range(100)):  # not for ever, where a file system gives one file two identities
-        file = open(lock, "wb")  # noqa: SIM115 (the caller closes it)
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):  # not removed by the one before
-                break
-        if tries_left:
-            file.close()
-    return file
-
-
 def _drop(path: str) -> bool:
-    """Removes a file unless someone holds it."""
+    """Removes a file unless it is pinned or locked. Returns whether it is gone."""
     try:
         with open(path, "rb") as file, suppress(ImportError):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # a new one may have taken its place since it was opened, which someone may hold
+            # a new file, perhaps pinned, may have replaced it since it was opened
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 os.unlink(path)
             return True

@@ -1,7 +1,6 @@
-"""What a path may be: a local file, a URL of any fsspec scheme, or a file inside a tar shard of either.
+"""Paths: local files, URLs of any fsspec scheme, and members of tar shards.
 
-A file inside a tar is `SHARD.tar#OFFSET+SIZE/NAME`: where its bytes lie, and its name, whose suffix tells what it is.
-Cheap to import: the processes that decode files do.
+A tar member is `SHARD.tar#OFFSET+SIZE/NAME`: the position of its bytes, and its name, whose suffix gives its type.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import re
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-_TAR = r"(?P<tar>https?://[^?#]+\.tar\?[^#]*|.+\.tar)"  # only a web address has a query: elsewhere "?" is of the name
+_TAR = r"(?P<tar>https?://[^?#]+\.tar\?[^#]*|.+\.tar)"  # "?" begins a query in web addresses only
 _MEMBER = re.compile(_TAR + r"#(?P<offset>\d+)\+(?P<size>\d+)/(?P<name>.+)", re.DOTALL | re.IGNORECASE)
 
 
 class Member(NamedTuple):
-    """A file inside a tar: `size` bytes from `offset` of the shard."""
+    """A file inside a tar shard: `size` bytes from `offset`."""
 
     tar: str
     offset: int
@@ -29,7 +28,7 @@ class Member(NamedTuple):
 
 
 def split_member(path: str) -> Member | None:
-    """What a path says of a tar's member; None for a file of its own."""
+    """Parses the path of a tar member; None for any other path."""
     found = _MEMBER.fullmatch(path)
     return found and Member(found["tar"], int(found["offset"]), int(found["size"]), found["name"])
 
@@ -39,36 +38,38 @@ def is_remote(path: str) -> bool:
 
 
 def file_of(path: str) -> str:
-    """The file that holds a path's bytes: the path itself, or the tar it is in."""
+    """The file that holds a path's bytes: the path itself, or its tar shard."""
     member = split_member(path)
     return member.tar if member else path
 
 
 def join(folder: str, name: str) -> str:
-    """`name` in a folder that may be a URL."""
+    """The path of `name` in a folder, which may be a URL."""
     return f"{folder.rstrip('/')}/{name}" if "://" in folder else os.path.join(folder, name)
 
 
 def name_of(path: str) -> str:
-    """A path or URL without the query of a web address: its suffix says what the file is."""
+    """A path or URL without the query of a web address, so that its suffix gives the file type."""
     return path.partition("?")[0] if path.startswith(("http://", "https://")) else path
 
 
 def beside(path: str | Path, suffix: str) -> str:
-    """A file's path or URL with another suffix."""
+    """The path or URL with its suffix replaced."""
     path = str(path)
     return os.path.splitext(path)[0] + suffix
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """A local file, or a part of one, opened for reading."""
+    """Opens a local file, or a member of a local tar, for reading."""
     member = split_member(path)
     return open(path, "rb") if member is None else io.BufferedReader(_Section(member))
 
 
 class _Section(io.RawIOBase):
+    """A tar member as a read-only file."""
+
     def __init__(self, member: Member) -> None:
-        self._file = open(member.tar, "rb", buffering=0)  # noqa: SIM115 (closed with this)
+        self._file = open(member.tar, "rb", buffering=0)  # noqa: SIM115 (closed in `close`)
         self._first, self._size, self._at = member.offset, member.size, 0
 
     def readable(self) -> bool:
@@ -80,7 +81,7 @@ class _Section(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         if at < 0:
-            raise OSError(f"seek to {at}, before the beginning.")
+            raise OSError(f"seek to {at}, before the start.")
         self._at = at
         return at
 

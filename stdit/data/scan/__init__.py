@@ -1,1 +1,1 @@
-"""A folder, a URL or tar shards to a manifest. Imports manifest, captions, remote, decode, measure and workers."""
+"""Turns a folder, a URL or tar shards into a manifest. Imports manifest, captions, remote, decode, measure, workers."""

@@ -1,11 +1,11 @@
-"""What a scan looks at: media files under a folder or a URL, and the captions beside them. Tars: see `tars`."""
+"""Lists a folder or URL for a scan: its media files, and the captions beside them. For tar shards see `tars`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -13,21 +13,25 @@ from stdit.data.captions import Caption, Fault, Names, sidecar_captions
 from stdit.data.decode.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
 from stdit.data.manifest import Skipped
 from stdit.data.remote.paths import is_remote, join, name_of
-from stdit.data.remote.storage import STORAGE, StorageError, side_by_side
+from stdit.data.remote.retries import StorageError
+from stdit.data.remote.storage import STORAGE, in_parallel
 from stdit.errors import StditError
 from stdit.files import is_utf8
 from stdit.text_files import unicode_form
 
 CAPTION_SUFFIXES = (".txt", ".json")
-CAPTION_BYTES = 16 << 20  # of a file beside a clip; longer ones are none
+CAPTION_BYTES = 16 << 20  # the largest caption file that is read
 
 
 @dataclass(frozen=True)
 class File:
-    """name: relative to the scanned folder, as people see it; of a tar's member, the tar's and then its own.
+    """A file to scan.
 
-    state: another one when the file changes; None for a local file that is not there. captions: a tar member's own, or
-    in caption_fault why it has none. refused: the reason and the message why a tar member cannot be looked at.
+    name: relative to the scanned folder; for a tar member, the tar's name and then its own.
+    state: changes when the file does; None for a local file that does not exist.
+    captions: a tar member's own.
+    caption_fault: why a tar member has no captions.
+    refused: reason and message why a tar member cannot be read.
     """
 
     name: str
@@ -39,13 +43,13 @@ class File:
 
 
 class Folder:
-    """The names of all files under a folder or a URL, hidden ones left out; read once. Links to folders count."""
+    """All files under a folder or a URL, listed once. Hidden ones are left out, links to folders are followed."""
 
     def __init__(self, root: str) -> None:
         self.root = root.removeprefix("file://").rstrip("/") or "/"
         self._states: dict[str, list[Any] | None] = {}
-        self.unreadable: list[Skipped] = []  # folders in it
-        self._written: dict[str, str] = {}  # names of web addresses, as they are written there
+        self.unreadable: list[Skipped] = []  # sub-folders
+        self._quoted: dict[str, str] = {}  # names in web addresses before unquoting
         if is_remote(self.root):
             self._states = STORAGE.find(self.root)
             if self.root.startswith(("http://", "https://")):
@@ -53,22 +57,22 @@ class Folder:
             return
         if not is_utf8(os.path.abspath(self.root)):
             raise StditError(
-                f"{os.path.abspath(self.root)!r}: its name is not UTF-8, so no manifest can hold it. Rename it."
+                f"{os.path.abspath(self.root)!r} is not UTF-8, so a manifest cannot hold it. Rename the folder."
             )
         if not os.path.isdir(self.root):
             raise StditError(f"{root} is not a folder.")
         self._walk()
 
     def _walk(self) -> None:
-        """Finds the names; links to folders are followed after all that is not linked, and no folder is met twice."""
-        starts, met = [self.root], set[tuple[int, int]]()
+        """Lists a local folder. Links to folders are followed last, and no folder is visited twice."""
+        starts, visited = [self.root], set[tuple[int, int]]()
         for start in starts:
             for here, folders, names in os.walk(start, onerror=self._keep_unreadable):
                 status = os.stat(here)
-                if (status.st_dev, status.st_ino) in met:
+                if (status.st_dev, status.st_ino) in visited:
                     folders.clear()
                     continue
-                met.add((status.st_dev, status.st_ino))
+                visited.add((status.st_dev, status.st_ino))
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 starts += [path for path in (os.path.join(here, name) for name in folders) if os.path.islink(path)]
                 for name in names:
@@ -76,18 +80,18 @@ class Folder:
                         self._states[self._name(os.path.join(here, name))] = None
 
     def _unquote(self) -> None:
-        """Names as people and captions have them: without %20, without a query."""
-        for written in list(self._states):
-            name = unquote(name_of(f"{self.root}/{written}")[len(self.root) + 1 :])
+        """Replaces names in web addresses by those that captions use: without %20, without a query."""
+        for quoted in list(self._states):
+            name = unquote(name_of(f"{self.root}/{quoted}")[len(self.root) + 1 :])
             if name not in self._states:
-                self._states[name], self._written[name] = self._states.pop(written), written
+                self._states[name], self._quoted[name] = self._states.pop(quoted), quoted
 
     def _name(self, path: str) -> str:
         return os.path.relpath(path, self.root).replace(os.sep, "/")
 
     def _keep_unreadable(self, error: OSError) -> None:
         name = self._name(str(error.filename))
-        message = f"is a folder that cannot be read ({error.strerror}): nothing in it was looked at."
+        message = f"is a folder that cannot be read ({error.strerror}): nothing in it was scanned."
         self.unreadable.append(Skipped(name, "unreadable", message))
 
     def __contains__(self, name: str) -> bool:
@@ -97,11 +101,11 @@ class Folder:
         return iter(self._states)
 
     def path(self, name: str) -> str:
-        return join(self.root, self._written.get(name, name))
+        return join(self.root, self._quoted.get(name, name))
 
     def files(self, names: list[str]) -> list[File]:
-        """Asks side by side: a web server is asked for each."""
-        return side_by_side(self.file, names)
+        """The files of these names. In parallel, since a web server needs a request for each."""
+        return in_parallel(self.file, names)
 
     def file(self, name: str) -> File:
         path = self.path(name)
@@ -116,10 +120,10 @@ class Folder:
             return File(name, path, None)
 
     def media(self) -> set[str]:
-        """The names of media: by suffix, and by the first bytes where a suffix says nothing or there is none."""
+        """The names of media files: by suffix, or by the first bytes if the suffix is unknown."""
         found = {name for name in self if suffix_of(name) in MEDIA}
         unknown = [name for name in self if name not in found and suffix_of(name) not in OTHER_SUFFIXES]
-        return found | {name for name, one in zip(unknown, side_by_side(self._holds_media, unknown)) if one}
+        return found | {name for name, is_media in zip(unknown, in_parallel(self._holds_media, unknown)) if is_media}
 
     def _holds_media(self, name: str) -> bool:
         try:
@@ -141,7 +145,7 @@ class Folder:
 
     @cached_property
     def _caption_files(self) -> dict[tuple[str, str], list[str]]:
-        """Names of .txt and .json files by suffix and the name before it, in one Unicode form."""
+        """Names of .txt and .json files, by suffix and by the name without it in NFC."""
         found: dict[tuple[str, str], list[str]] = {}
         for name in sorted(self._states):
             stem, suffix = os.path.splitext(name)
@@ -151,58 +155,58 @@ class Folder:
 
     @cached_property
     def _stems(self) -> set[str]:
-        """Names of media files, without their suffixes and with."""
+        """Names of media files, with and without their suffixes."""
         media = [name for name in self._states if suffix_of(name) in MEDIA]
         return {*media, *(os.path.splitext(name)[0] for name in media)}
 
     def captions_beside(self, name: str) -> list[list[str]]:
-        """The caption files of a clip, the first that says anything counts: clip.txt, clip.mp4.txt, clip.json,
-        clip.mp4.json, their suffixes in any case. More than one in a place cannot be told apart."""
+        """A clip's caption files by precedence: clip.txt, clip.mp4.txt, clip.json, clip.mp4.json.
+
+        Suffixes may be in any case. An entry with several files is ambiguous.
+        """
         found = []
         for suffix in CAPTION_SUFFIXES:
             for stem in (os.path.splitext(name)[0], name):
                 there = self._caption_files.get((suffix, unicode_form(stem)), [])
                 own = [file for file in there if os.path.splitext(file)[0] == stem]
-                # one in another Unicode form is this clip's unless there is a clip of that very name
-                if places := own or [file for file in there if os.path.splitext(file)[0] not in self._stems]:
-                    found.append(places)
+                # a name in another Unicode form also belongs to this clip, unless a clip has exactly that name
+                if files := own or [file for file in there if os.path.splitext(file)[0] not in self._stems]:
+                    found.append(files)
         return found
 
     def sidecars(
         self, names: list[str], column: str | None = None
     ) -> tuple[dict[str, list[Caption]], dict[str, Fault]]:
-        """The captions in files beside the clips (see `captions_beside`), and why clips have none."""
+        """The captions in files beside the clips (see `captions_beside`), and why the others have none."""
         names = [name for name in names if self.captions_beside(name)]
 
-        def look(name: str) -> tuple[list[Caption], Fault | None]:
-            return first_captions([(self._reading(files), files[0]) for files in self.captions_beside(name)], column)
+        def read(name: str) -> tuple[list[Caption], Fault | None]:
+            readers = [(partial(self._read_caption, files), files[0]) for files in self.captions_beside(name)]
+            return first_captions(readers, column)
 
-        found = dict(zip(names, side_by_side(look, names)))
+        found = dict(zip(names, in_parallel(read, names)))
         captions = {name: captions for name, (captions, _) in found.items() if captions}
         return captions, {name: fault for name, (_, fault) in found.items() if fault}
 
-    def _reading(self, files: list[str]) -> Callable[[], bytes]:
-        def read() -> bytes:
-            if len(files) > 1:
-                raise StditError(f"{' and '.join(map(ascii, files))} cannot be told apart. Remove one.")
-            file = self.file(files[0])
-            if file.state and file.state[0] is not None and int(file.state[0]) > CAPTION_BYTES:
-                raise StditError(f"{files[0]} has {file.state[0]} bytes, a caption at most {CAPTION_BYTES}.")
-            try:
-                return STORAGE.read(file.path)
-            except (OSError, StorageError) as error:
-                if isinstance(error, StorageError) and error.reason == "unreachable":
-                    raise
-                why = error.message if isinstance(error, StorageError) else str(error.strerror)
-                raise StditError(f"{files[0]} cannot be read ({why.rstrip('.')}).") from error
-
-        return read
+    def _read_caption(self, files: list[str]) -> bytes:
+        if len(files) > 1:
+            raise StditError(f"{' and '.join(map(ascii, files))} cannot be told apart. Remove one.")
+        file = self.file(files[0])
+        if file.state and file.state[0] is not None and int(file.state[0]) > CAPTION_BYTES:
+            raise StditError(f"{files[0]} has {file.state[0]} bytes; a caption file has at most {CAPTION_BYTES}.")
+        try:
+            return STORAGE.read(file.path)
+        except (OSError, StorageError) as error:
+            if isinstance(error, StorageError) and error.reason == "unreachable":
+                raise
+            why = error.message if isinstance(error, StorageError) else str(error.strerror)
+            raise StditError(f"{files[0]} cannot be read ({why.rstrip('.')}).") from error
 
 
 def first_captions(
     files: list[tuple[Callable[[], bytes], str]], column: str | None
 ) -> tuple[list[Caption], Fault | None]:
-    """The captions of the first file (how to read it, name) that says anything, or why there are none."""
+    """The captions of the first file that has any, or why there are none. files: (function that reads it, name)."""
     faults: list[Fault] = []
     for read, name in files:
         try:

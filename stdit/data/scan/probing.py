@@ -1,4 +1,4 @@
-"""Looking at files in processes of their own, so that a file that crashes or hangs the decoder costs only itself."""
+"""Probes files in worker processes, so that a file that crashes or hangs the decoder costs only itself."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from stdit.data.decode.pixels import Limits, VideoError
-from stdit.data.measure.scenes import LEAST
-from stdit.data.remote.storage import STORAGE, StorageError
+from stdit.data.decode.checks import Limits, VideoError
+from stdit.data.measure.scenes import MIN_FRAMES
+from stdit.data.remote.retries import StorageError
+from stdit.data.remote.storage import STORAGE
 from stdit.data.workers.child import GRACE
 from stdit.data.workers.pool import Worker
 
-Opened = Callable[[str], AbstractContextManager[str]]
-LONG = 2_000_000  # frames of a video whose scenes are looked for
+OpenLocal = Callable[[str], AbstractContextManager[str]]
+SCENE_FRAMES = 2_000_000  # the longest video, in frames, that is searched for scenes
 
 
 class Span(NamedTuple):
-    """What a clip shows of its file, from `start` to `end` in seconds."""
+    """The part of a file, in seconds, that becomes a clip."""
 
     start: float
     end: float
@@ -33,11 +34,13 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What became of one file: `probe` (see `video.Probe`) or a reason and a message, and its sha256 if readable.
+class ProbeResult:
+    """What probing found in one file.
 
-    scenes: see `scenes.find_scenes`; None: not looked for. scores: by `Span.key`, what `scores.score` says, or the
-    reason and message why it could not.
+    probe: the fields of a `Probe`, or None with a reason and a message.
+    sha256: None if the file could not be read.
+    scenes: of `scenes.find_scenes`; None: not searched for.
+    scores: by `Span.key`, the result of `scores.score`, or a reason and a message.
     """
 
     path: str
@@ -50,52 +53,56 @@ class Probed:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is to be found of each file: see `scan.scan`."""
+class ScanOptions:
+    """What to find out about each file: see `scan.scan`."""
 
     verify_pixels: int
     scenes: bool = False
     scores: bool = False
 
-    def spans(self, found: Probed) -> list[Span]:
-        """The clips of a file that can be one."""
-        probe = found.probe
+    def spans(self, result: ProbeResult) -> list[Span]:
+        """The time spans of a file that become clips."""
+        probe = result.probe
         assert probe is not None
-        if self.scenes and found.scenes:
-            return [scene for scene in map(Span._make, found.scenes) if scene.frames >= LEAST]
+        if self.scenes and result.scenes:
+            return [scene for scene in map(Span._make, result.scenes) if scene.frames >= MIN_FRAMES]
         return [Span(round(probe["start"], 6), round(probe["end"], 6), probe["frames"], probe["fps"])]
 
-    def flashes(self, found: Probed) -> list[Span]:
-        """What lies between two cuts and is too short for a clip."""
-        return [scene for scene in map(Span._make, (self.scenes and found.scenes) or []) if scene.frames < LEAST]
+    def flashes(self, result: ProbeResult) -> list[Span]:
+        """The scenes too short for a clip."""
+        return [scene for scene in map(Span._make, (self.scenes and result.scenes) or []) if scene.frames < MIN_FRAMES]
 
-    def lacks_scenes(self, found: Probed) -> bool:
-        return self.scenes and found.probe is not None and found.probe["frames"] > 1 and found.scenes is None
+    def needs_scenes(self, result: ProbeResult) -> bool:
+        return self.scenes and result.probe is not None and result.probe["frames"] > 1 and result.scenes is None
 
-    def lacks_scores(self, found: Probed) -> list[Span]:
-        if not self.scores or found.probe is None:
+    def spans_to_score(self, result: ProbeResult) -> list[Span]:
+        if not self.scores or result.probe is None:
             return []
-        return [span for span in self.spans(found) if span.key not in found.scores]
+        return [span for span in self.spans(result) if span.key not in result.scores]
 
-    def all_of(self, found: Probed) -> bool:
-        return not self.lacks_scenes(found) and not self.lacks_scores(found)
+    def is_complete(self, result: ProbeResult | None) -> bool:
+        return result is not None and not self.needs_scenes(result) and not self.spans_to_score(result)
 
 
 def probe_files(
     paths: Sequence[str],
     workers: int,
-    wanted: Wanted,
+    options: ScanOptions,
     timeout: float,
-    on_done: Callable[[Probed], None] = lambda _: None,
-    opened: Opened = STORAGE.local,
-    known: Mapping[str, Probed] | None = None,
-) -> list[Probed]:
-    """Every path probed, in the order given. A file that takes longer than `timeout` seconds has reason "timeout".
+    on_done: Callable[[ProbeResult], None] = lambda _: None,
+    open_local: OpenLocal = STORAGE.local,
+    known: Mapping[str, ProbeResult] | None = None,
+) -> list[ProbeResult]:
+    """Probes files in parallel. Returns their results in the order of the paths.
 
-    opened: gives a local path of the same bytes. known: what is there of some of the paths, of which the rest is found.
+    timeout: seconds per file; one that takes longer has reason "timeout".
+    on_done: called with each result, from several threads.
+    open_local: gives a local path to a file's bytes.
+    known: partial results by path, which are completed.
+
     Raises StorageError where storage stays unreachable.
     """
-    results: list[Probed | None] = [None] * len(paths)
+    results: list[ProbeResult | None] = [None] * len(paths)
     jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(paths)):
         jobs.put(index)
@@ -111,7 +118,7 @@ def probe_files(
                 except queue.Empty:
                     return
                 path = paths[index]
-                results[index] = result = _probe(worker, path, wanted, timeout, opened, (known or {}).get(path))
+                results[index] = result = _probe(worker, path, options, timeout, open_local, (known or {}).get(path))
                 on_done(result)
         except BaseException as error:
             failures.append(error)
@@ -132,41 +139,40 @@ def probe_files(
     return [result for result in results if result is not None]
 
 
-def _probe(worker: Worker, path: str, wanted: Wanted, timeout: float, opened: Opened, known: Probed | None) -> Probed:
+def _probe(
+    worker: Worker, path: str, options: ScanOptions, timeout: float, open_local: OpenLocal, known: ProbeResult | None
+) -> ProbeResult:
     limits = asdict(Limits(seconds=timeout))
     try:
-        with opened(path) as local:
+        with open_local(path) as local:
             if known is None:
-                answer, _ = worker.call("probe", local, timeout, verify_pixels=wanted.verify_pixels, limits=limits)
-                known = Probed(path, **answer)
-            return _look(worker, local, wanted, timeout, known)
+                answer, _ = worker.call("probe", local, timeout, verify_pixels=options.verify_pixels, limits=limits)
+                known = ProbeResult(path, **answer)
+            return _complete(worker, local, options, timeout, known)
     except VideoError as error:
-        return Probed(path, None, None, error.reason, error.message)
+        return ProbeResult(path, None, None, error.reason, error.message)
     except StorageError as error:
         if error.reason == "unreachable":
             raise
-        return Probed(path, None, None, error.video_reason, error.message)
+        return ProbeResult(path, None, None, error.video_reason, error.message)
 
 
-def _look(worker: Worker, local: str, wanted: Wanted, timeout: float, found: Probed) -> Probed:
-    """What is still wanted besides the probe. A clip that cannot be scored has the reason in place of its scores."""
-    probe = found.probe
-    if probe is not None and wanted.lacks_scenes(found):
+def _complete(worker: Worker, local: str, options: ScanOptions, timeout: float, result: ProbeResult) -> ProbeResult:
+    """Adds missing scenes and scores. A span that cannot be scored gets a reason and a message instead."""
+    probe = result.probe
+    if probe is not None and options.needs_scenes(result):
         seconds = timeout + probe["end"] - probe["start"]  # all frames are decoded
-        limits = asdict(Limits(frames=LONG, seconds=seconds))
+        limits = asdict(Limits(frames=SCENE_FRAMES, seconds=seconds))
         answer, _ = worker.call("scenes", local, seconds + GRACE, end=probe["end"], fps=probe["fps"], limits=limits)
         if "reason" in answer:
-            raise VideoError(found.path, answer["reason"], answer["message"])
-        found = replace(found, scenes=answer["scenes"])
-    scores = {}
-    for span in wanted.lacks_scores(found):
+            raise VideoError(result.path, answer["reason"], answer["message"])
+        result = replace(result, scenes=answer["scenes"])
+    scores = dict(result.scores)
+    limits = asdict(Limits(seconds=timeout))
+    for span in options.spans_to_score(result):
+        where = {"start": span.start, "end": span.end, "frames": span.frames}
         try:
-            scores[span.key] = _score(worker, local, timeout, span)
+            scores[span.key], _ = worker.call("score", local, timeout, limits=limits, **where)
         except VideoError as error:
             scores[span.key] = {"reason": error.reason, "message": error.message}
-    return replace(found, scores={**found.scores, **scores})
-
-
-def _score(worker: Worker, local: str, timeout: float, span: Span) -> dict[str, Any]:
-    where: dict[str, Any] = {"start": span.start, "end": span.end, "frames": span.frames}
-    return worker.call("score", local, timeout, **where, limits=asdict(Limits(seconds=timeout)))[0]
+    return replace(result, scores=scores)

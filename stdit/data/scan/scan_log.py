@@ -1,4 +1,4 @@
-"""What scans found of files, beside the manifest, so that they go on where they stopped and probe only what is new."""
+"""The scan log: probe results beside the manifest, so that a scan resumes and re-probes only new or changed files."""
 
 from __future__ import annotations
 
@@ -15,75 +15,72 @@ from stdit.data.remote.paths import is_remote
 from stdit.data.remote.storage import STORAGE
 from stdit.data.scan import tars
 from stdit.data.scan.listing import File
-from stdit.data.scan.probing import Probed, Wanted
+from stdit.data.scan.probing import ProbeResult, ScanOptions
 
-FORMAT = 2  # raise it when a probe, scenes or a tar's members come out otherwise: scans then look at all files again
-PASSING = (
-    "timeout",
-    "crashed",
-    "missing",
-    "unreadable",
-    "unreachable",
-    "unsupported",
-)  # reasons that may be none the next time
+FORMAT = 2  # raise it when probes, scenes or tar members come out differently: scans then probe all files again
+TRANSIENT = ("timeout", "crashed", "missing", "unreadable", "unreachable", "unsupported")  # may not recur, so not kept
 
 
-class Memory:
-    """What was found of files, by path, with the state (size, time) that a file had then."""
+class ScanLog:
+    """Results by path, each with the file's state (size, time) at the time of its probe.
+
+    lines: of an earlier scan's log.
+    add: appends lines to the log.
+    caption_column: the key of captions in the .json files of tars.
+    """
 
     def __init__(
         self,
-        wanted: Wanted,
+        options: ScanOptions,
         lines: list[dict[str, Any]],
         add: Callable[[list[dict[str, Any]]], None],
-        column: str | None = None,
+        caption_column: str | None = None,
     ) -> None:
-        self.wanted, self.add = wanted, add
-        self.caption_column = column
-        self.reading = [tars.FORMAT, column]  # how captions in tars are read
+        self.options, self.add, self.caption_column = options, add, caption_column
+        self.tar_reading = [tars.FORMAT, caption_column]  # tar members logged with another value are read again
         self.known = {line["path"]: line for line in lines}
         self.used: dict[str, dict[str, Any]] = {}
 
-    def get(self, file: File) -> Probed | None:
-        """What is known of a file, which may lack some of what is wanted."""
+    def lookup(self, file: File) -> ProbeResult | None:
+        """The logged result of an unchanged file; it may lack scenes or scores."""
         line = self._line(file)
-        if line is None or line["verify_pixels"] != self.wanted.verify_pixels:
+        if line is None or line["verify_pixels"] != self.options.verify_pixels:
             return None
-        looked = line.get("scores", {}) if line.get("scores_format") == SCORES_FORMAT else {}
-        reason, message = line["reason"], line["message"]
-        return Probed(file.path, line["probe"], line["sha256"], reason, message, line.get("scenes"), looked)
+        scores = line.get("scores", {}) if line.get("scores_format") == SCORES_FORMAT else {}
+        fields = {name: line[name] for name in ("probe", "sha256", "reason", "message")}
+        return ProbeResult(file.path, **fields, scenes=line.get("scenes"), scores=scores)
 
-    def keep(self, file: File, result: Probed) -> None:
-        if result.reason in PASSING:
+    def record(self, file: File, result: ProbeResult) -> None:
+        if result.reason in TRANSIENT:
             return
-        scores = {key: score for key, score in result.scores.items() if score.get("reason") not in PASSING}
-        more = {"scores": scores, "scores_format": SCORES_FORMAT, "verify_pixels": self.wanted.verify_pixels}
-        self._keep(file, asdict(result) | more)
+        scores = {key: score for key, score in result.scores.items() if score.get("reason") not in TRANSIENT}
+        more = {"scores": scores, "scores_format": SCORES_FORMAT, "verify_pixels": self.options.verify_pixels}
+        self._record(file, asdict(result) | more)
 
     def members(self, tar: File) -> tuple[list[File], str | None] | None:
-        """What `tar_members` said."""
+        """What `tar_members` returned for an unchanged tar."""
         line = self._line(tar)
-        if line is None or "members" not in line or line.get("reading") != self.reading:
+        if line is None or "members" not in line or line.get("reading") != self.tar_reading:
             return None
         members = []
         for name, place, captions, fault, refused in line["members"]:
-            path, texts = tar.path + place, tuple(Caption(*one) for one in captions)
+            texts = tuple(Caption(*caption) for caption in captions)
             why = (fault and tuple(fault), refused and tuple(refused))
-            members.append(File(f"{tar.name}/{name}", path, tar.state, texts, *why))
+            members.append(File(f"{tar.name}/{name}", tar.path + place, tar.state, texts, *why))
         return members, line["damage"]
 
-    def keep_members(self, tar: File, members: list[File], damage: str | None) -> None:
+    def record_members(self, tar: File, members: list[File], damage: str | None) -> None:
         rows = [
             (
                 file.name.removeprefix(f"{tar.name}/"),
                 file.path.removeprefix(tar.path),
-                [astuple(c) for c in file.captions],
+                [astuple(caption) for caption in file.captions],
                 file.caption_fault,
                 file.refused,
             )
             for file in members
         ]
-        self._keep(tar, {"members": rows, "damage": damage, "reading": self.reading})
+        self._record(tar, {"members": rows, "damage": damage, "reading": self.tar_reading})
 
     def _line(self, file: File) -> dict[str, Any] | None:
         line = self.known.get(absolute(file.path))
@@ -92,24 +89,22 @@ class Memory:
         self.used[line["path"]] = line
         return line
 
-    def _keep(self, file: File, values: dict[str, Any]) -> None:
+    def _record(self, file: File, values: dict[str, Any]) -> None:
         path = absolute(file.path)
         self.used[path] = line = {**values, "format": FORMAT, "path": path, "file": file.state}
         self.add([line])
 
 
 @contextmanager
-def remembered(path: str | None, wanted: Wanted, column: str | None = None) -> Iterator[Memory]:
-    """What earlier scans wrote to this file; what is new is added as it comes, what is of no use any more goes.
-
-    column: the key of captions in .json files of tars."""
+def open_scan_log(path: str | None, options: ScanOptions, caption_column: str | None = None) -> Iterator[ScanLog]:
+    """The log at a path (None: not stored). New results are appended at once; at the end, unused lines are removed."""
     if path is None:
-        yield Memory(wanted, [], lambda _: None, column)
+        yield ScanLog(options, [], lambda _: None, caption_column)
         return
     with STORAGE.journal(path) as (lines, add):
-        memory = Memory(wanted, lines, add, column)
-        yield memory
-    STORAGE.write(path, "".join(json.dumps(line) + "\n" for line in memory.used.values()).encode())
+        scan_log = ScanLog(options, lines, add, caption_column)
+        yield scan_log
+    STORAGE.write(path, "".join(json.dumps(line) + "\n" for line in scan_log.used.values()).encode())
 
 
 def absolute(path: str) -> str:

@@ -1,4 +1,4 @@
-"""What a scan looks at in tar shards of WebDataset's layout: media files, and the captions that belong to them."""
+"""Lists tar shards in WebDataset's layout for a scan: their media files with the captions that belong to them."""
 
 from __future__ import annotations
 
@@ -16,52 +16,63 @@ from stdit.data.scan.listing import CAPTION_BYTES, CAPTION_SUFFIXES, File, first
 from stdit.errors import StditError
 from stdit.text_files import unicode_form
 
-FORMAT = 2  # of what `tar_members` says
+FORMAT = 2  # raise it when `tar_members` returns something else: scans then read all tars again
 COMPRESSED = (
     ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".tar.lzma", ".tar.z",
 )  # fmt: skip
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
-LINKS = 40  # that follow one another
+MAX_LINKS = 40  # followed in a row
 _SPARSE = ("sparse", "is stored sparse in the tar, not in one piece. Pack it without --sparse (-S).")
 
 
 @dataclass
 class _Entry:
-    """A media or caption file: where its bytes lie, or why they cannot be had."""
+    """A media or caption file: the position of its bytes, or why they cannot be read.
+
+    rest: its name after the first dot.
+    link: the target of a symbolic link.
+    refused: reason and message.
+    linked: its bytes are another member's.
+    unsure: its name does not tell whether it is media.
+    """
 
     name: str
-    rest: str  # of its name, after the first dot
+    rest: str
     offset: int = 0
     size: int = 0
-    link: str | None = None  # the name that a symbolic link stands for
+    link: str | None = None
     refused: tuple[str, str] | None = None
-    linked: bool = False  # its bytes are another member's
-    unsure: bool = False  # whether it is media: its name does not say
+    linked: bool = False
+    unsure: bool = False
 
 
 @dataclass
 class _Group:
-    """Neighbours with one key; of the same rest of the name, one."""
+    """Neighbouring entries with the same key and different rests.
+
+    elsewhere: captions of this key exist, but may belong to another clip.
+    """
 
     key: str
     media: list[_Entry] = field(default_factory=list)
     texts: list[_Entry] = field(default_factory=list)
     rests: set[str] = field(default_factory=set)
-    elsewhere: bool = False  # captions of this key are there, and may be another clip's
+    elsewhere: bool = False
 
 
 def tar_members(tar: File, local: str, column: str | None = None) -> tuple[list[File], str | None]:
-    """The videos and images of a tar, whose bytes are in the file `local`, and what is wrong further in, if anything.
+    """The videos and images of a tar, and a description of damage further in, if any.
 
-    Files whose names are the same up to the first dot (the key) belong together: `clip.txt` (a caption a line) or else
-    `clip.json` captions `clip.mp4`. Where a key comes twice, only neighbours do, as in WebDataset's own reading. Links
-    to files in the tar are those files; a member that cannot be read where it lies is `refused`. column: the key of
-    captions in .json files. Raises tarfile.TarError, OSError: it is no tar.
+    local: the tar as a local file.
+    column: the key of captions in .json files.
+
+    Files whose names agree up to the first dot (the key) belong together: `clip.txt` (one caption per line) or else
+    `clip.json` captions `clip.mp4`. Where a key occurs twice, only neighbours belong together, as when WebDataset reads
+    them. Links to files in the tar are resolved; a member that cannot be read in place is `refused`. Raises
+    tarfile.TarError or OSError if it is not a tar.
     """
     groups: list[_Group] = []
-    files: dict[
-        str, tuple[int, int] | None
-    ] = {}  # where the plain files lie, by name, the last of a name; None: sparse
+    files: dict[str, tuple[int, int] | None] = {}  # (offset, size) of regular files, the last of a name; None: sparse
     links: dict[str, str] = {}
     damage = None
     with _opened(local) as shard:
@@ -71,22 +82,22 @@ def tar_members(tar: File, local: str, column: str | None = None) -> tuple[list[
                     links[_inside(info.name)] = info.linkname
                 entry = _entry(info, files)
                 if entry is not None:
-                    _keep(groups, entry)
+                    _add_to_group(groups, entry)
         except (tarfile.TarError, OSError, ValueError) as error:
-            damage = f"cannot be read to its end ({error})."
+            damage = f"cannot be read to the end ({error})."
         assert shard.fileobj is not None
         shard.fileobj.seek(shard.offset)
-        if damage is None and any(shard.fileobj.read(tarfile.BLOCKSIZE)):  # an end is empty
-            damage = f"is no tar from byte {shard.offset} on."
+        if damage is None and any(shard.fileobj.read(tarfile.BLOCKSIZE)):  # a tar ends in zeros
+            damage = f"is not a tar from byte {shard.offset} on."
     for group in groups:
         for entry in (*group.media, *group.texts):
-            _follow(entry, links, files)
+            _follow_links(entry, links, files)
     linked = {entry.offset for group in groups for entry in group.media if entry.linked}
     found = []
     with open(local, "rb") as file:
         for group in groups:
             group.media = [e for e in group.media if not e.unsure or (e.offset not in linked and _is_media(file, e))]
-        _joined(groups)
+        _join_groups(groups)
         for group in filter(lambda group: group.media, groups):
             texts, fault = _captions(group, file, column)
             for entry in group.media:
@@ -107,13 +118,14 @@ def _opened(local: str) -> tarfile.TarFile:
         with open(local, "rb") as file:
             first = file.read(6)
         if packed := next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None):
-            raise tarfile.ReadError(f"it is {packed}: only in a plain .tar can a file be read where it lies") from error
+            message = f"it is {packed}, and files can be read in place from a plain .tar only"
+            raise tarfile.ReadError(message) from error
         raise
 
 
 def _entry(info: tarfile.TarInfo, files: dict[str, tuple[int, int] | None]) -> _Entry | None:
-    """What a member is, if it is media or may hold captions; notes where plain files lie."""
-    name = _inside(info.name)  # without a way out of the tar
+    """A member as an entry, if it may be media or captions. Adds regular files to `files`."""
+    name = _inside(info.name)
     sparse = info.issparse()
     plain = info.isreg() and not sparse
     if plain or sparse:
@@ -128,7 +140,7 @@ def _entry(info: tarfile.TarInfo, files: dict[str, tuple[int, int] | None]) -> _
         entry.refused = _SPARSE
     elif info.islnk():
         target = _inside(info.linkname)
-        _point(entry, files, target, f"is a hard link to {target}, which does not come before it in the tar.")
+        _resolve(entry, files, target, f"is a hard link to {target}, which does not come before it in the tar.")
     elif info.issym():
         entry.link = info.linkname
     elif not plain:
@@ -138,11 +150,12 @@ def _entry(info: tarfile.TarInfo, files: dict[str, tuple[int, int] | None]) -> _
 
 
 def _inside(name: str) -> str:
+    """A name without a way out of the tar."""
     return posixpath.normpath("/" + name.lstrip("/"))[1:]
 
 
-def _point(entry: _Entry, files: dict[str, tuple[int, int] | None], target: str, missing: str) -> None:
-    """Makes a link the file that it stands for."""
+def _resolve(entry: _Entry, files: dict[str, tuple[int, int] | None], target: str, missing: str) -> None:
+    """Gives a link the bytes of its target."""
     if target not in files:
         entry.refused = ("link", missing)
     elif (place := files[target]) is None:
@@ -152,7 +165,7 @@ def _point(entry: _Entry, files: dict[str, tuple[int, int] | None], target: str,
         entry.linked = True
 
 
-def _keep(groups: list[_Group], entry: _Entry) -> None:
+def _add_to_group(groups: list[_Group], entry: _Entry) -> None:
     folder, base = posixpath.split(entry.name)
     key = unicode_form(posixpath.join(folder, base.partition(".")[0]))
     if not groups or groups[-1].key != key or entry.rest in groups[-1].rests:
@@ -162,23 +175,25 @@ def _keep(groups: list[_Group], entry: _Entry) -> None:
     (group.texts if suffix_of(base) in CAPTION_SUFFIXES else group.media).append(entry)
 
 
-def _follow(entry: _Entry, links: dict[str, str], files: dict[str, tuple[int, int] | None]) -> None:
-    """Makes a symbolic link the file that it stands for, through links in the tar."""
+def _follow_links(entry: _Entry, links: dict[str, str], files: dict[str, tuple[int, int] | None]) -> None:
+    """Resolves a symbolic link, also through other links in the tar."""
     if entry.link is None:
         return
     missing = f"is a symbolic link to {entry.link}, which is not a file in the tar."
     name, target = entry.name, entry.link
-    for _ in range(LINKS):
+    for _ in range(MAX_LINKS):
         name = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
         if name.startswith(("/", "../")) or name not in links:
             break
         target = links[name]
-    _point(entry, files, name, missing)
+    _resolve(entry, files, name, missing)
 
 
-def _joined(groups: list[_Group]) -> None:
-    """Brings the parts of a key together that do not lie side by side (a tar of all videos and then all texts), where
-    nothing comes twice and no clip has a caption beside it: else a part may be another shard's."""
+def _join_groups(groups: list[_Group]) -> None:
+    """Joins captions and media of a key that are not neighbours (a tar of all videos, then all texts).
+
+    Only where no name occurs twice and no clip has a neighbouring caption: otherwise a part may be from another shard.
+    """
     by_key: dict[str, list[_Group]] = {}
     for group in groups:
         by_key.setdefault(group.key, []).append(group)
@@ -197,7 +212,7 @@ def _joined(groups: list[_Group]) -> None:
 
 def _captions(group: _Group, file: BinaryIO, column: str | None) -> tuple[list[Caption], Fault | None]:
     if group.elsewhere:
-        message = f"the tar has several {group.key}, and no caption is right beside this one."
+        message = f"the tar has several {group.key}, and no caption is next to this one."
         return [], ("no_caption", message)
     size = os.fstat(file.fileno()).st_size
 
@@ -205,9 +220,9 @@ def _captions(group: _Group, file: BinaryIO, column: str | None) -> tuple[list[C
         if text.refused:
             raise StditError(f"{text.name} {text.refused[1]}")
         if text.size > CAPTION_BYTES:
-            raise StditError(f"{text.name} has {text.size} bytes, a caption at most {CAPTION_BYTES}.")
+            raise StditError(f"{text.name} has {text.size} bytes; a caption file has at most {CAPTION_BYTES}.")
         if text.offset + text.size > size:
-            raise StditError(f"{text.name} ends beyond the tar.")
+            raise StditError(f"{text.name} extends beyond the end of the tar.")
         file.seek(text.offset)
         return file.read(text.size)
 

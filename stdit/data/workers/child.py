@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stdit.data.decode.pixels import Limits, VideoError, check_file, file_sha256, strange_file
+from stdit.data.decode.checks import Limits, VideoError, as_video_errors, check_file, file_sha256
 
 GRACE = 5.0  # seconds past its own limit of time after which a process counts as hung
 PATIENCE = 20  # times its limit that a read may take on a busy machine, as long as it gets on
@@ -49,12 +49,12 @@ def _probe(memory: _Memory, path: str, verify_pixels: int, limits: dict[str, Any
 
 
 def probe_and_hash(path: str, verify_pixels: int, limits: Limits) -> dict[str, Any]:
-    """The fields of a `Probed` besides its path; what cannot be read is a reason, never an exception."""
+    """The fields of a `ProbeResult` besides its path; what cannot be read is a reason, never an exception."""
     from stdit.data.decode.video import probe
 
     sha256 = found = reason = message = None
     try:
-        with strange_file(path):
+        with as_video_errors(path):
             check_file(path, limits)
             sha256 = file_sha256(path)
             found = asdict(probe(path, verify_pixels, limits))

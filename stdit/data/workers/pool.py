@@ -25,7 +25,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from stdit.data.decode.pixels import LIMITS, Limits, VideoError
+from stdit.data.decode.checks import LIMITS, Limits, VideoError
 from stdit.data.remote.paths import file_of
 from stdit.data.workers.child import GRACE, PATIENCE, SIGNALS
 from stdit.errors import StditError

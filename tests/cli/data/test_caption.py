@@ -9,7 +9,7 @@ import pytest
 import tiny_captioners
 
 from stdit.cli.main import app, run_command
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 from stdit.data.manifest import read_manifest
 from stdit.data.scan.scan import scan
 

@@ -11,7 +11,7 @@ import torch
 
 import stdit
 from stdit.cli.main import app, run_command
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from stdit.cli.data.plan import advice, measured_rate
 from stdit.cli.main import app, run_command
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id, read_manifest, write_manifest
 from stdit.data.plan.buckets import assign
-from stdit.data.remote.local_cache import Copies
+from stdit.data.remote.local_cache import LocalCache
 from stdit.data.remote.storage import STORAGE
 from stdit.errors import StditError
 from stdit.models.transformer import TransformerConfig, cost_coefficients
@@ -211,7 +211,7 @@ def test_another_familys_vae_has_its_plan_and_memory(name, tmp_path, capsys):
 def test_a_manifest_may_be_at_a_url(files, tmp_path, monkeypatch, capsys):
     import fsspec
 
-    monkeypatch.setattr(STORAGE, "copies", Copies(tmp_path / "copies", 1 << 30))
+    monkeypatch.setattr(STORAGE, "local_cache", LocalCache(tmp_path / "copies", 1 << 30))
     fsspec.filesystem("memory").pipe("/m/clips.parquet", (files / "clips.parquet").read_bytes())
     command = ["data", "plan", "memory://m/clips.parquet", "--config", str(files / "config.yaml"), "--json"]
     assert run_command(app, command, prog="stdit") == 0

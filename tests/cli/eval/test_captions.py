@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from stdit.cli.main import app, run_command
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 from stdit.data.manifest import Caption, Clip, Manifest, write_manifest
 from stdit.diffusion.solvers import unipc_config
 from stdit.models.transformer import STDiT, TransformerConfig

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from stdit.cli.main import app, run_command
-from stdit.data.decode.video import write_video
-from stdit.data.remote.local_cache import Copies
+from stdit.data.decode.write import write_video
+from stdit.data.remote.local_cache import LocalCache
 from stdit.data.remote.storage import STORAGE
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.weights.io import load_vae, save_vae
@@ -89,7 +89,7 @@ def test_the_normalisation_is_written(clips, model, tmp_path, capsys):
 
 def test_clips_at_a_url(clips, model, tmp_path, monkeypatch, capsys):
     """Of a folder and of a manifest there; one has a long name."""
-    monkeypatch.setattr(STORAGE, "copies", Copies(tmp_path / "copies", 1 << 30))
+    monkeypatch.setattr(STORAGE, "local_cache", LocalCache(tmp_path / "copies", 1 << 30))
     there, long = fsspec.filesystem("memory"), "é" * 118
     there.pipe(f"/eval/{long}.mp4", (clips / "a.mp4").read_bytes())
     shutil.copy(clips / "a.mp4", tmp_path / f"{long}.mp4")

@@ -21,7 +21,8 @@ from stdit.cli.main import run_command
 from stdit.cli.sample.arguments import read_prompts
 from stdit.cli.sample.command import sample
 from stdit.cli.sample.files import slug
-from stdit.data.decode.video import probe, read_frames, write_video
+from stdit.data.decode.video import probe, read_frames
+from stdit.data.decode.write import write_video
 from stdit.diffusion.solvers import unipc_config
 from stdit.errors import StditError
 from stdit.models.experts import Experts

@@ -14,7 +14,7 @@ from pictures import save_moving, see_through
 from PIL import Image
 
 from stdit.data.decode.formats import content_of
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 from stdit.data.scan.scan import scan
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stdit.data.decode import source
-from stdit.data.decode.frame_skipping import Times, needed_packets
+from stdit.data.decode.frame_skipping import SampleTimes, needed_packets
 from stdit.data.decode.video import read_frames
 
 
@@ -59,17 +59,17 @@ def test_frames_that_are_nearest_to_no_time_are_not_needed():
 
     order = [0, 4, 2, 1, 3, 8, 6, 5, 7]  # as they are decoded: a pyramid of B-frames
     packets = [Packet(pts, dts) for dts, pts in enumerate(order, -2)]
-    found = {p.pts: needed for p, needed in needed_packets(packets, Times(0.19, 3.0, 3), 0.1, 0.0)}
+    found = {p.pts: needed for p, needed in needed_packets(packets, SampleTimes(0.19, 3.0, 3), 0.1, 0.0)}
     assert list(found) == order
     # 0.19, 0.523, 0.857 s are nearest to 0.2, 0.5 and past the last but 0.8; what comes after 6 is not known in time
     assert {pts for pts, needed in found.items() if needed} == {2, 5, 6, 7, 8}
     assert all(needed for _, needed in needed_packets(packets, None, 0.1, 0.0))
     packets[3].pts = None
-    assert sum(needed for _, needed in needed_packets(packets, Times(0.19, 3.0, 3), 0.1, 0.0)) > 5
+    assert sum(needed for _, needed in needed_packets(packets, SampleTimes(0.19, 3.0, 3), 0.1, 0.0)) > 5
 
 
 def test_times_between():
-    times = Times(1.0, 4.0, 3)  # 1, 1.25, 1.5
+    times = SampleTimes(1.0, 4.0, 3)  # 1, 1.25, 1.5
     for low, high in itertools.product(np.arange(0.07, 2, 0.1), repeat=2):
         if low < high:
             assert times.any_in(low, high) == any(low <= t <= high for t in (1, 1.25, 1.5)), (low, high)

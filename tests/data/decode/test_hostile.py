@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from stdit.data.decode.pixels import file_sha256
-from stdit.data.decode.video import Limits, VideoError, read_frames
+from stdit.data.decode.checks import Limits, VideoError, file_sha256
+from stdit.data.decode.video import read_frames
 from stdit.data.workers.pool import Reader
 
 # H.264, VP9, MPEG-4, H.263, and H.264 in AVI

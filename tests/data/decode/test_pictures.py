@@ -10,8 +10,9 @@ import pytest
 from pictures import on_white, save_moving, see_through, write_with_alpha
 from PIL import Image, ImageCms
 
+from stdit.data.decode.checks import Limits, VideoError
 from stdit.data.decode.hdr import light_to_pq
-from stdit.data.decode.video import Limits, VideoError, probe, read_frames
+from stdit.data.decode.video import probe, read_frames
 
 RED_BLUE = np.zeros((48, 64, 3), np.uint8)
 RED_BLUE[:, :32], RED_BLUE[:, 32:] = (255, 0, 0), (0, 0, 255)
@@ -292,7 +293,7 @@ def test_what_is_known_and_not_read_is_named(tmp_path):
     (tmp_path / "a.exr").write_bytes(b"\x76\x2f\x31\x01" + bytes(40))
     (tmp_path / "a.png").write_text("no picture")
     for name, says in [
-        ("pages.tiff", "2 pages"), ("raw.tiff", "raw file"), ("preview.tiff", "previews only"),
+        ("pages.tiff", "2 pages"), ("raw.tiff", "raw file"), ("preview.tiff", "only previews"),
         ("photo.nef", "raw file"), ("icon.ico", "an icon"), ("a.exr", "OpenEXR"),
     ]:  # fmt: skip
         reason, message = refused(tmp_path / name)

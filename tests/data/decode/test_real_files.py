@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdit.data.decode.video import VideoError, probe, read_frames
-from stdit.data.scan.probing import Wanted, probe_files
+from stdit.data.decode.checks import VideoError
+from stdit.data.decode.video import probe, read_frames
+from stdit.data.scan.probing import ScanOptions, probe_files
 from stdit.data.workers.pool import Reader, Worker
 
 GOLDEN = json.loads(Path(__file__).with_name("goldens").joinpath("videos.json").read_text())
@@ -48,7 +49,7 @@ def test_every_file_is_what_pyav_says_or_named(videos):
 def test_processes_say_and_read_the_same(videos, workers):
     """Nothing crashes, nothing takes 30 seconds, and any number of workers reads the same bytes."""
     paths = [str(videos / name) for name in GOLDEN]
-    for name, result in zip(GOLDEN, probe_files(paths, workers, Wanted(PIXELS), timeout=30.0)):
+    for name, result in zip(GOLDEN, probe_files(paths, workers, ScanOptions(PIXELS), timeout=30.0)):
         check(name, result.probe or result.reason)
     arguments = (5, (48, 32), 8.0)
     with ThreadPoolExecutor(workers) as pool:

@@ -16,14 +16,9 @@ import pytest
 from PIL import Image
 
 from stdit.data.decode import source, video
-from stdit.data.decode.video import (
-    Limits,
-    VideoError,
-    contact_sheet,
-    probe,
-    read_frames,
-    write_video,
-)
+from stdit.data.decode.checks import Limits, VideoError
+from stdit.data.decode.video import probe, read_frames
+from stdit.data.decode.write import contact_sheet, write_video
 from stdit.errors import StditError
 
 # From the files' matrices by hand: what PyAV's `rotation` says, with the flip that it does not know.
@@ -338,7 +333,7 @@ def test_images(tmp_path):
         with pytest.raises(VideoError) as error:
             probe(str(tmp_path / name))
         assert error.value.reason == reason
-    with pytest.raises(VideoError, match="an image; 5 frames"):
+    with pytest.raises(VideoError, match="an image, but 5 frames"):
         read_frames(str(tmp_path / "turned.png"), 5)
 
 

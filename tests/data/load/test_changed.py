@@ -15,7 +15,9 @@ import torch
 from doubles import FakeVae
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import VideoError, read_frames, write_video
+from stdit.data.decode.checks import VideoError
+from stdit.data.decode.video import read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, latent_key, latent_settings
 from stdit.data.load.loader import Loader, local_file
 from stdit.data.manifest import Manifest, read_manifest

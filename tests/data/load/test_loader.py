@@ -12,12 +12,15 @@ import torch
 
 from stdit.data.config import DataConfig, Stage
 from stdit.data.decode import source
-from stdit.data.decode.video import VideoError, read_frames, write_video
+from stdit.data.decode.checks import VideoError
+from stdit.data.decode.video import read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, latent_key, latent_settings, text_key, text_settings
 from stdit.data.load.loader import Loader, check_files, choose_caption
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign
-from stdit.data.remote.storage import Storage, StorageError
+from stdit.data.remote.retries import StorageError
+from stdit.data.remote.storage import Storage
 from stdit.errors import StditError
 from stdit.pixels import to_video
 from stdit.prepare.encode import encode_manifest

@@ -9,9 +9,10 @@ import scipy.ndimage
 from PIL import Image
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import read_frames, write_video
+from stdit.data.decode.video import read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.manifest import Manifest
-from stdit.data.measure.fingerprints import BITS, NEAR, fingerprint, repeats
+from stdit.data.measure.fingerprints import BITS, NEAR, find_repeats, fingerprint
 from stdit.data.plan.buckets import REASONS, assign
 from stdit.data.scan.scan import scan
 
@@ -72,9 +73,9 @@ def test_planted_copies_are_found_and_nothing_else():
         if near:
             wanted[row] = near[0]
     assert wanted == planted
-    found = {row: first for row, first in enumerate(repeats(texts)) if first is not None}
+    found = {row: first for row, first in enumerate(find_repeats(texts)) if first is not None}
     assert found.items() <= wanted.items() and len(found) >= len(wanted) - 2
-    assert repeats([]) == [] and repeats(texts[:1]) == [None]
+    assert find_repeats([]) == [] and find_repeats(texts[:1]) == [None]
 
 
 def test_a_chain_of_small_changes_does_not_make_its_ends_copies():
@@ -84,7 +85,7 @@ def test_a_chain_of_small_changes_does_not_make_its_ends_copies():
     for link in range(6):
         chain.append(bits.copy())
         bits[order[60 * link : 60 * link + 60]] ^= 1
-    assert repeats(hexadecimal(chain)) == [None, 0, None, 2, None, 4]
+    assert find_repeats(hexadecimal(chain)) == [None, 0, None, 2, None, 4]
 
 
 def test_copies_of_real_clips_are_named_and_other_clips_of_the_same_person_are_not(videos, tmp_path):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import read_frames, write_video
+from stdit.data.decode.video import read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import clip_id, read_manifest
 from stdit.data.measure import scenes as module

@@ -16,11 +16,10 @@ import skimage.color
 from PIL import Image
 
 from stdit.data.config import DataConfig, Stage
-from stdit.data.decode.pixels import LIMITS
-from stdit.data.decode.video import VideoError
+from stdit.data.decode.checks import LIMITS, VideoError
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.measure import scores as module
-from stdit.data.measure.scores import SCORES, Looked, laplacian, lit_box, look, score, scores_of
+from stdit.data.measure.scores import SCORES, FrameRun, laplacian, lit_box, sample_runs, score, scores_of
 from stdit.data.plan.buckets import assign
 from stdit.data.scan.scan import scan
 from stdit.data.workers.pool import Worker
@@ -50,7 +49,7 @@ def textures(count, height=48, width=64, seed=0):
 def test_grey_is_skimage_s_and_the_laplacian_scipy_s(tmp_path):
     frames = textures(5)
     path = write_exactly(tmp_path / "a.mov", frames, 8.0)
-    (run,) = look(path, 0.0, 5 / 8, 5, LIMITS)
+    (run,) = sample_runs(path, 0.0, 5 / 8, 5, LIMITS)
     wanted = 255 * skimage.color.rgb2gray(frames)  # whose weights are rounded otherwise, in the fourth place
     assert np.abs(run.grey - wanted[:4]).max() < 0.1
     inner = scipy.ndimage.laplace(run.grey[2].astype(np.float64))[1:-1, 1:-1]
@@ -67,7 +66,7 @@ def test_a_moving_wave_has_the_motion_and_sharpness_that_follow(fps):
     times = [n / fps for n in range(4)]
     x, t = np.arange(width), np.array(times)[:, None, None]
     grey = np.broadcast_to(128 + a * np.sin(k * x - w * t), (4, height, width)).astype(np.float32)
-    found = scores_of([Looked(times, grey)])
+    found = scores_of([FrameRun(times, grey)])
     assert found["brightness"] == pytest.approx(128, rel=1e-5)
     assert found["sharpness"] == pytest.approx(a**2 / 2 * (2 - 2 * math.cos(k)) ** 2, rel=0.05)  # without its borders
     # the mean of |sin(z + d) − sin(z)| over z is 4/π·|sin(d/2)|, a block's mean of a wave sin(2k)/(4·sin(k/2)) of it
@@ -118,20 +117,20 @@ def test_places_are_even_and_seeking_looks_at_the_same_frames(tmp_path, monkeypa
         container.mux(stream.encode())
     wanted = [number for place in range(8) for number in range(26 * place + 11, 26 * place + 15)]
     for far in (0.5, math.inf):
-        monkeypatch.setattr(module, "FAR", far)
-        looked = look(path, 0.0, 20.8, 208, LIMITS)
+        monkeypatch.setattr(module, "SEEK_FROM", far)
+        looked = sample_runs(path, 0.0, 20.8, 208, LIMITS)
         assert [round(10 * now) for run in looked for now in run.times] == wanted
         assert np.abs([grey.mean() for run in looked for grey in run.grey] - np.array(wanted)).max() < 3
-    part = look(path, 10.0, 12.0, 20, LIMITS)
+    part = sample_runs(path, 10.0, 12.0, 20, LIMITS)
     numbers = [round(10 * now) for run in part for now in run.times]
     assert numbers == sorted(set(numbers)) and numbers[0] >= 100 and numbers[-1] < 120 and len(part) == 5
-    with pytest.raises(VideoError, match="not one frame from"):
-        look(path, 30.0, 31.0, 10, LIMITS)
+    with pytest.raises(VideoError, match="has no frame from"):
+        sample_runs(path, 30.0, 31.0, 10, LIMITS)
 
 
 def test_a_large_picture_is_scaled_down_and_an_image_does_not_move(tmp_path):
     Image.fromarray(np.kron(textures(1, 9, 16)[0], np.ones((80, 80, 1), np.uint8))).save(tmp_path / "a.png")
-    (run,) = look(str(tmp_path / "a.png"), 0.0, 0.0, 1, LIMITS)
+    (run,) = sample_runs(str(tmp_path / "a.png"), 0.0, 0.0, 1, LIMITS)
     assert run.grey.shape == (1, 360, 640)
     found = score(str(tmp_path / "a.png"), 0.0, 0.0, 1)
     assert found["motion"] is None and found["still_frames"] is None

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stdit.data.config import DataConfig, ShapeRule, Stage
-from stdit.data.decode.video import probe, read_frames, write_video
+from stdit.data.decode.video import probe, read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.manifest import Caption, Clip, Manifest
 from stdit.data.plan.buckets import REASONS, assign, assign_columns, slack
 from stdit.errors import StditError

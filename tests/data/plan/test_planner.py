@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stdit.data.config import PlanConfig
 from stdit.data.plan.planner import Plan, _shuffle
-from stdit.data.plan.split import Kind, PlanItem, _deal_clips, _deal_kinds, balance, fill, split
+from stdit.data.plan.split import ClipKind, PlanItem, _deal_clips, _deal_kinds, balance, fill, split
 from stdit.errors import StditError
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "planner.py"))
@@ -256,7 +256,7 @@ kinds = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 12)), min_size=1, 
 @given(kinds, st.integers(1, 9), st.integers(60, 300), st.one_of(st.none(), st.integers(100, 9000)))
 @settings(max_examples=200, deadline=None)
 def test_kinds_are_dealt_as_their_clips_would_be(kinds, groups, bound, height):
-    kinds = [Kind(n, 5 * n + n * n, count) for n, count in sorted(kinds, reverse=True)]
+    kinds = [ClipKind(n, 5 * n + n * n, count) for n, count in sorted(kinds, reverse=True)]
     one_by_one, together = (deal(kinds, groups, bound, height) for deal in (_deal_clips, _deal_kinds))
     if one_by_one is None or together is None:
         assert one_by_one is together is None

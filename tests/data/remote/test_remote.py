@@ -26,16 +26,17 @@ from doubles import FakeVae
 
 from stdit.cli.main import app, run_command
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import write_video
+from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, latent_key, latent_settings
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import read_manifest
 from stdit.data.plan.buckets import assign
 from stdit.data.plan.split import PlanItem
 from stdit.data.remote import storage as storage_module
-from stdit.data.remote.local_cache import Copies
+from stdit.data.remote.local_cache import LocalCache
 from stdit.data.remote.paths import Member, join, split_member
-from stdit.data.remote.storage import STORAGE, StorageError
+from stdit.data.remote.retries import StorageError
+from stdit.data.remote.storage import STORAGE
 from stdit.data.scan.scan import scan
 from stdit.errors import StditError
 from stdit.prepare.encode import encode_manifest
@@ -152,7 +153,12 @@ def videos(tmp_path_factory):
 @pytest.fixture
 def store(server, tmp_path, monkeypatch):
     """What reads the store, with fresh copies and quick to try again."""
-    settings = {"copies": Copies(tmp_path / "copies", 1 << 30), "retries": 0, "pause": 0.01, "timeout": TIMEOUT}
+    settings = {
+        "local_cache": LocalCache(tmp_path / "copies", 1 << 30),
+        "retries": 0,
+        "pause": 0.01,
+        "timeout": TIMEOUT,
+    }
     for name, value in settings.items():
         monkeypatch.setattr(STORAGE, name, value)
     monkeypatch.setattr(storage_module, "BLOCK", 2000)
@@ -196,7 +202,7 @@ def test_a_scan_loses_nothing(uploaded, store, tmp_path, caplog, capsys):
     found = read_manifest(tmp_path / "m.parquet")
     assert by_content(found) == by_content(here.manifest) and len(found) == 6
     assert not Proxy.faults and store.retries == counted() == 6
-    assert len([record for record in caplog.records if record.name == "stdit.data.remote.storage"]) == 6
+    assert len([record for record in caplog.records if record.name == "stdit.data.remote.retries"]) == 6
     assert all(clip.path.startswith("s3://bucket/videos/") for clip in found)
     server_asked = len(Proxy.seen)
     again = scan("s3://bucket/videos", out=tmp_path / "m.parquet", workers=1)
@@ -269,7 +275,7 @@ def test_what_stays_wrong_names_the_file_and_the_way_out(uploaded, store, tmp_pa
     for copy in (tmp_path / "copies").iterdir():
         copy.unlink()
     Proxy.faults.append(403)
-    with pytest.raises(StorageError, match=r"s3://bucket/videos/.*access is denied.*credentials"):
+    with pytest.raises(StorageError, match=r"s3://bucket/videos/.*access denied.*credentials"):
         examples(manifest)
     Proxy.faults[:] = ["refuses"] * 100
     with pytest.raises(StorageError, match=r"8 tries failed.*reachable"):

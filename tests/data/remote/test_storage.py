@@ -16,7 +16,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from stdit import files as files_module
 from stdit.data.remote import storage as storage_module
 from stdit.data.remote.paths import Member, open_bytes, split_member
-from stdit.data.remote.storage import Storage, StorageError
+from stdit.data.remote.retries import StorageError
+from stdit.data.remote.storage import Storage
 from stdit.errors import StditError
 
 
@@ -115,7 +116,7 @@ def test_what_passes_is_tried_again_counted_and_logged(tmp_path, files, caplog, 
     with caplog.at_level(logging.WARNING):
         assert content_of(store, "flaky://a.bin") == content
     assert store.retries == 4 == len(caplog.records) and len(Flaky.asked) == 3 + 4
-    assert "flaky://a.bin: try 1 of 8 failed (OSError: 503)" in caplog.text and "50 bytes came" in caplog.text
+    assert "flaky://a.bin: try 1 of 8 failed (OSError: 503)" in caplog.text and "got 50 of 100 bytes" in caplog.text
     Flaky.faults += [OSError("down")] * 8
     with pytest.raises(StorageError, match=r"flaky://b.bin: 8 tries failed, .*down.*reachable") as error:
         files("b.bin", b"x")
@@ -191,7 +192,7 @@ def test_a_file_that_changes_while_it_is_read_is_never_a_mixture(tmp_path, files
 
         monkeypatch.setattr(Flaky, "cat_file", change)
         store = storage(tmp_path)
-        with pytest.raises(StorageError, match=r"a\.bin: was written to while") as error:
+        with pytest.raises(StorageError, match=r"a\.bin: was modified while") as error:
             content_of(store, "flaky://a.bin")
         assert error.value.reason == "changed"
         monkeypatch.setattr(Flaky, "cat_file", plain)
@@ -212,7 +213,7 @@ def test_copies_stay_bounded_and_what_is_read_stays(tmp_path, files):
     content_of(store, "flaky://39.bin")  # used last, still there
     assert len(Flaky.asked) == asked
     files("large.bin", bytes(10_001))
-    with pytest.raises(StorageError, match=r"10001 bytes, STDIT_LOCAL_GB") as error:
+    with pytest.raises(StorageError, match=r"10001 bytes; STDIT_LOCAL_GB") as error:
         content_of(store, "flaky://large.bin")
     assert error.value.reason == "too_large"
 
@@ -313,10 +314,10 @@ def test_the_environment_says_where_and_how_much(tmp_path, monkeypatch):
     monkeypatch.setenv("STDIT_LOCAL", str(tmp_path))
     monkeypatch.setenv("STDIT_LOCAL_GB", "1.5")
     store = Storage()
-    assert store.copies.folder == tmp_path and store.copies.limit == 1_500_000_000
+    assert store.local_cache.folder == tmp_path and store.local_cache.limit == 1_500_000_000
     for wrong in ("much", "nan", "-1", "0"):
         monkeypatch.setenv("STDIT_LOCAL_GB", wrong)
         store = Storage()
         for _ in range(2):
             with pytest.raises(StditError, match=f"STDIT_LOCAL_GB is '{wrong}'.*positive"):
-                assert store.copies.limit
+                assert store.local_cache.limit

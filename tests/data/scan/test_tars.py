@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.video import VideoError, probe, read_frames, write_video
+from stdit.data.decode.checks import VideoError
+from stdit.data.decode.video import probe, read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import Caption, read_manifest
 from stdit.data.plan.buckets import assign
@@ -202,7 +204,7 @@ def test_keys_that_come_twice_keep_their_own_captions(tmp_path, order):
 def test_a_key_that_comes_twice_gives_no_clip_another_ones_caption(tmp_path):
     found = dict(members_of(tmp_path / "a.tar", [*KEYS, ("0.png", b"3"), ("2.mp4", b"4"), ("2.json", b"[]")]))
     assert found["0.mp4"] == ["one"] and found["1.mp4"] == ["two"]
-    assert found["0.png"] == ("no_caption", "the tar has several 0, and no caption is right beside this one.")
+    assert found["0.png"] == ("no_caption", "the tar has several 0, and no caption is next to this one.")
     assert found["2.mp4"] == ("no_caption", "2.json has nothing in caption.")
     apart = [("0.mp4", b"1"), ("1.mp4", b"2"), ("0.json", b'"j"'), ("1.txt", b"two"), ("0.txt", b""), ("1.json", b"{}")]
     assert members_of(tmp_path / "a.tar", apart) == [("0.mp4", ["j"]), ("1.mp4", ["two"])]

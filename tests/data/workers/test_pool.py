@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.pixels import file_sha256
-from stdit.data.decode.video import Limits, VideoError, probe, read_frames, write_video
+from stdit.data.decode.checks import Limits, VideoError, file_sha256
+from stdit.data.decode.video import probe, read_frames
+from stdit.data.decode.write import write_video
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign
 from stdit.data.plan.split import PlanItem
-from stdit.data.scan.probing import Wanted, probe_files
+from stdit.data.scan.probing import ScanOptions, probe_files
 from stdit.data.scan.scan import scan
 from stdit.data.workers import pool
 from stdit.data.workers.pool import Reader, Worker
@@ -259,7 +260,7 @@ def test_a_process_that_computes_is_told_from_one_that_waits():
 
 def test_probing_names_what_crashes_or_hangs(folder):
     paths = [str(folder / f"{name}.mp4") for name in ("good", "crash", "print", "hang", "once")]
-    results = probe_files(paths, 2, Wanted(10**6), timeout=3.0)
+    results = probe_files(paths, 2, ScanOptions(10**6), timeout=3.0)
     assert [r.path for r in results] == paths
     assert [r.reason for r in results] == [None, "crashed", None, "timeout", None]
     found = probe(paths[0])

@@ -10,7 +10,7 @@ import pytest
 from stdit.data.config import DataConfig
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import REASONS, assign
-from stdit.data.plan.left_out import explain
+from stdit.data.plan.exclusions import explain_exclusions
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
@@ -33,7 +33,7 @@ def tokens(shape):
 
 def explained(kinds, **config):
     clips, config = manifest(kinds), DataConfig(**config)
-    (one,) = explain(clips, assign(clips, config), config, tokens)
+    (one,) = explain_exclusions(clips, assign(clips, config), config, tokens)
     assert one.reason in REASONS and one.clips == len(kinds)
     return clips, config, one
 
@@ -100,7 +100,7 @@ def test_every_reason_is_counted_once():
     ]
     clips, config = manifest(kinds), DataConfig(shapes=["64x64x17", "96x64x17"])
     assignment = assign(clips, config)
-    found = explain(clips, assignment, config, tokens)
+    found = explain_exclusions(clips, assignment, config, tokens)
     assert {one.reason: one.clips for one in found} == assignment.reasons and len(found) == 5
     assert sum(one.clips for one in found) == int((assignment.bucket < 0).sum())
     assert all(0 < one.takes <= one.clips for one in found if one.remedy)

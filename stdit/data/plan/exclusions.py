@@ -18,7 +18,7 @@ COLUMNS = ("frames", "fps", "width", "height", "start", "end")
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Exclusion:
     """The clips of one reason (see `buckets.REASONS`).
 
     found: how long or large they are. remedy: what would take some, `takes` of them; None where no setting does.
@@ -37,9 +37,9 @@ class LeftOut:
         return "; ".join(filter(None, (self.found, remedy)))
 
 
-def explain(
+def explain_exclusions(
     manifest: Manifest, assignment: Assignment, config: DataConfig, tokens: Callable[[VideoShape], int]
-) -> list[LeftOut]:
+) -> list[Exclusion]:
     """Every reason that left out clips in a stage, in the order of `REASONS`.
 
     tokens: of a shape; raises StditError for one that the model does not take.
@@ -59,9 +59,9 @@ def _explain(
     shapes: tuple[VideoShape, ...],
     config: DataConfig,
     tokens: Callable[[VideoShape], int],
-) -> LeftOut:
+) -> Exclusion:
     width, height = clips["width"], clips["height"]
-    plain = LeftOut(reason, len(width))
+    plain = Exclusion(reason, len(width))
     multiple = config.rule.multiple if config.rule else 16
     if reason == "fps":
         rate = float(np.quantile(clips["fps"], 1 - MOST, method="lower"))

@@ -1,0 +1,149 @@
+"""Limits of reading a file, errors with a reason, and checks that a file is readable and unchanged."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import av
+
+from stdit.data.remote.paths import file_of, open_bytes, split_member
+from stdit.errors import StditError
+from stdit.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one read.
+
+    bytes: of a local file.
+    pixels: of one frame.
+    frames, packets: decoded.
+    seconds: CPU time of the reading thread, checked between packets.
+    """
+
+    bytes: int = 1 << 40
+    pixels: int = 8192 * 8192
+    frames: int = 100_000
+    packets: int = 2_000_000
+    seconds: float = 60.0
+
+
+LIMITS = Limits()
+CHANGED = "is not the file that was scanned"  # messages of reason "changed" begin like this
+
+
+class VideoError(StditError):
+    """A file, or the requested part of it, that cannot be read.
+
+    reason: for programs: missing, unreadable, unreachable (the disk or network failed, not the file), empty, changed,
+        not_media, unsupported, no_video, undecodable, no_frames, too_large, too_long, too_short, damaged, timeout, or
+        crashed (from a worker process).
+    """
+
+    def __init__(self, path: str, reason: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path, self.reason, self.message = path, reason, message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.reason, self.message)
+
+
+def error_text(error: BaseException) -> str:
+    """The message without error number and file name."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+# errors of a disk or network rather than of the file
+_STORAGE_NAMES = (
+    "EIO ESTALE ETIMEDOUT ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH "
+    "ENETRESET EREMOTEIO ENOLINK"
+)
+_STORAGE_ERRORS = {getattr(errno, name) for name in _STORAGE_NAMES.split() if hasattr(errno, name)}
+
+
+@contextmanager
+def as_video_errors(path: str) -> Iterator[None]:
+    """Turns any exception of a decoder into a VideoError: one bad clip must not end a run."""
+    try:
+        yield
+    except Exception as error:
+        if (failed := _storage_error(path, error)) is not None:
+            raise VideoError(path, "unreachable", f"the storage failed ({error_text(failed)}).") from failed
+        if isinstance(error, StditError):
+            raise
+        if isinstance(error, MemoryError):
+            raise VideoError(path, "too_large", "needs more memory than is available.") from error
+        raise VideoError(path, "undecodable", f"cannot be decoded ({type(error).__name__}: {error}).") from error
+
+
+def _storage_error(path: str, error: BaseException | None) -> OSError | None:
+    """The disk or network error that caused an exception, if any."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            return error if not isinstance(error, av.FFmpegError) else _read_error(path)
+        error = error.__cause__
+    return None
+
+
+def _read_error(path: str) -> OSError | None:
+    """The error of reading the whole file, if any: FFmpeg also reports "Input/output error" for damaged files."""
+    try:
+        with open_bytes(path) as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        return error
+    return None
+
+
+def check_file(path: str, limits: Limits = LIMITS) -> None:
+    """Raises VideoError unless the file is a readable, non-empty regular file within the size limit."""
+    member, file = split_member(path), file_of(path)
+    try:
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block
+            raise VideoError(path, "unreadable", "is not a regular file.")
+        size = status.st_size
+        with open(file, "rb"):
+            pass
+    except FileNotFoundError as error:
+        raise VideoError(path, "missing", "no such file.") from error
+    except (OSError, ValueError) as error:
+        raise VideoError(path, "unreadable", f"cannot be opened ({error_text(error)}).") from error
+    if member is not None:
+        if member.offset + member.size > size:
+            raise VideoError(path, "damaged", f"extends beyond the end of its tar ({size} bytes). Scan again.")
+        size = member.size
+    if size == 0:
+        raise VideoError(path, "empty", "is an empty file.")
+    if size > limits.bytes:
+        raise VideoError(path, "too_large", f"has {size} bytes; the limit is {limits.bytes} bytes.")
+
+
+def check_content(path: str, sha256: str) -> None:
+    """Raises VideoError "changed" unless the file has this sha256 (hex).
+
+    A file is hashed once, and again if its size or time changes.
+    """
+    status = os.stat(file_of(path))
+    found = _cached_sha256(path, status.st_size, status.st_mtime_ns)
+    if found != sha256:
+        message = f"{CHANGED} (sha256 {found}, the manifest has {sha256}). Scan again: stdit data scan."
+        raise VideoError(path, "changed", message)
+
+
+@lru_cache(maxsize=1 << 16)
+def _cached_sha256(path: str, size: int, time: int) -> str:
+    return file_sha256(path)
+
+
+def file_sha256(path: str) -> str:
+    with open_bytes(path) as file:
+        return sha256_of(file)
