@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -204,7 +204,7 @@ class Folder:
 
 
 def first_captions(
-    files: list[tuple[Callable[[], bytes], str]], column: str | None
+    files: Sequence[tuple[Callable[[], bytes], str]], column: str | None
 ) -> tuple[list[Caption], Fault | None]:
     """The captions of the first file that has any, or why there are none. files: (function that reads it, name)."""
     faults: list[Fault] = []

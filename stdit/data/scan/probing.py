@@ -170,7 +170,7 @@ def _complete(worker: Worker, local: str, options: ScanOptions, timeout: float, 
     scores = dict(result.scores)
     limits = asdict(Limits(seconds=timeout))
     for span in options.spans_to_score(result):
-        where = {"start": span.start, "end": span.end, "frames": span.frames}
+        where: dict[str, Any] = {"start": span.start, "end": span.end, "frames": span.frames}
         try:
             scores[span.key], _ = worker.call("score", local, timeout, limits=limits, **where)
         except VideoError as error:
