@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stdit.data.plan.buckets import REASONS
-from stdit.data.plan.left_out import explain
+from stdit.data.plan.exclusions import explain_exclusions
 from stdit.data.plan.split import balance, split
 from stdit.training.config import RunConfig
 from stdit.training.engine.parallel import World
@@ -48,7 +48,9 @@ def unused_shapes_and_clips(components: RunComponents) -> list[str]:
     assignment, lines = components.assignment, []
     if empty := [str(shape) for shape, count in zip(assignment.shapes, assignment.counts) if not count]:
         lines.append(f"no clip goes to {', '.join(empty)}")
-    for group in explain(components.manifest, assignment, components.config.data, components.objective.tokens):
+    for group in explain_exclusions(
+        components.manifest, assignment, components.config.data, components.objective.tokens
+    ):
         details = f" ({group.details})" if group.details else ""
         lines.append(f"{group.clips:,} clips left out: {REASONS[group.reason]}{details}")
     return lines
