@@ -37,7 +37,7 @@ ROOMS = {
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},
         {"failed_clips", "non_finite", "resume", "stop_signal"}, {"trainer", "describe"}, {"run"},
     ],
-    "evaluation": [{"metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
+    "evaluation": [{"metrics", "run_metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [{"families"}, {"lora"}],
     "vae": [
         {"config", "clips", "causal_cache"}, {"cpu"}, {"layers"}, {"streaming"}, {"autoencoder"},

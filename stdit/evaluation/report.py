@@ -1,13 +1,11 @@
-"""report.html: a run as one file that opens anywhere, with curves, the plan, samples that play and toy numbers."""
+"""report.html: a run in one file that opens anywhere, with curves, the plan, playing samples and toy scores."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,26 @@ from stdit.files import publish_text
 STEPS_SHOWN = 6  # of the validation samples, spread from the first to the last
 PROMPTS_SHOWN = 8
 CLIPS_SHOWN = 12  # evaluated clips of a shape
-MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}
+MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".svg": "image/svg+xml"}
 SOURCES = (
     ("samples", "samples"),
     ("vae", "through the VAE alone"),
     ("rendered", "ground truth"),
     ("shuffled", "ground truth, captions shuffled"),
 )
-INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-INK, ACCENT = "#010203", "#040506"  # matplotlib's colours, replaced by the page's own (dark or light)
+OBJECTIVES = {"flow": "diffusion transformer", "vae": "VAE"}
+CURVES = {  # of the training lines, in the order of the page: name, noisy (also show a moving average)
+    "loss": ("loss", True),
+    "grad_norm": ("gradient norm", True),
+    "lr": ("learning rate", False),
+    "tokens_per_second": ("tokens per second", True),
+    "mfu": ("model FLOPs utilisation", True),
+}
+INK, ACCENT = "#808894", "#4585e8"  # legible on a light page and on a dark one
 
 
 def write_report(run: str | Path) -> Path:
-    """Writes run/report.html from what the run folder holds; whatever is missing is left out. Returns its path."""
+    """Writes run/report.html from the contents of the run folder, without what is missing. Returns its path."""
     from jinja2 import Environment, PackageLoader
 
     run = Path(run)
@@ -54,67 +59,40 @@ def write_report(run: str | Path) -> Path:
     return run / "report.html"
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+def _of_kind(lines: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line.get("kind", "train") == kind]
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path) or "null")
-    except ValueError:
-        return None
-
-
-def _embed(path: Path) -> str | None:
-    """The file as a data: address, or None if it is not there."""
-    if not path.is_file() or path.suffix not in MEDIA:
-        return None
-    return f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _inside(run: Path, name: Any) -> Path:
-    """A path that a JSON of the run names, kept inside the run folder."""
-    path = (run / str(name)).resolve()
-    return path if path.is_relative_to(run.resolve()) else run / "missing"
+def _measured(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the numbers in the evaluation lines."""
+    numbers = (key for line in lines for key, value in line.items() if isinstance(value, int | float))
+    return [key for key in dict.fromkeys(numbers) if key not in ("step", "time")]
 
 
 # ------------------------------------------------------------------------------------------------------------- facts
 
 
 def _facts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(what, value) for the head of the page."""
-    start: dict[str, Any] = next((line for line in reversed(lines) if line.get("kind") == "start"), {})
-    train = [line for line in lines if line.get("kind", "train") == "train"]
+    """(name, value) pairs for the head of the page."""
+    start: dict[str, Any] = next(reversed(_of_kind(lines, "start")), {})
+    train, evals = _of_kind(lines, "train"), _of_kind(lines, "eval")
     facts: list[tuple[str, str]] = []
-    if start.get("objective"):
-        facts.append(
-            ("trained", {"flow": "diffusion transformer", "vae": "VAE"}.get(start["objective"], start["objective"]))
-        )
+    if objective := start.get("objective"):
+        facts.append(("trained", OBJECTIVES.get(objective, objective)))
     if start.get("parameters"):
         facts.append(("parameters", _short(start["parameters"])))
     if train:
-        wanted = f" of {start['steps']:,}" if start.get("steps", train[-1]["step"]) != train[-1]["step"] else ""
-        facts.append(("steps", f"{train[-1]['step']:,}{wanted}"))
-        if (loss := train[-1].get("loss")) is not None:
-            facts.append(("last loss", f"{loss:.4g}"))
-    measured = {
-        key: value
-        for line in lines
-        if line.get("kind") == "eval"
-        for key, value in line.items()
-        if key not in ("step", "time") and isinstance(value, int | float)
-    }
-    facts += [
-        ("PSNR" if key == "psnr" else key, f"{value:.1f} dB" if key == "psnr" else f"{value:.4g}")
-        for key, value in measured.items()
-    ]
+        last = train[-1]
+        wanted = f" of {start['steps']:,}" if start.get("steps", last["step"]) != last["step"] else ""
+        facts.append(("steps", f"{last['step']:,}{wanted}"))
+        if last.get("loss") is not None:
+            facts.append(("last loss", f"{last['loss']:.4g}"))
+    for key in _measured(evals):
+        value = next(line[key] for line in reversed(evals) if isinstance(line.get(key), int | float))
+        facts.append(("PSNR", f"{value:.1f} dB") if key == "psnr" else (key, f"{value:.4g}"))
+    steps = [line["step"] for line in train]
     seconds = sum(
-        (line["step"] - before.get("step", 0)) * (line.get("step_seconds") or 0)
-        for before, line in zip([{}, *train], train)
-        if line["step"] > before.get("step", 0)
+        max(0, step - before) * (line.get("step_seconds") or 0) for before, step, line in zip([0, *steps], steps, train)
     )
     if seconds:
         facts.append(("training time", _duration(seconds)))
@@ -156,60 +134,33 @@ def _probability(p: float) -> str:
 # ------------------------------------------------------------------------------------------------------------ curves
 
 
-def _curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """One picture a quantity: {"name", "svg"}."""
-    train = [line for line in lines if line.get("kind", "train") == "train"]
-    measured = [line for line in lines if line.get("kind") == "eval"]
-    wanted = [("loss", "loss"), ("grad_norm", "gradient norm"), ("lr", "learning rate")]
-    wanted += [("tokens_per_second", "tokens a second"), ("mfu", "model FLOPs utilisation")]
-    curves = [_curve(name, *_series(train, key)) for key, name in wanted]
-    keys = dict.fromkeys(key for line in measured for key, value in line.items() if isinstance(value, int | float))
-    curves[1:1] = [
-        _curve("PSNR in dB" if key == "psnr" else key, *_series(measured, key), dots=True)
-        for key in keys
-        if key not in ("step", "time")
-    ]
-    return [curve for curve in curves if curve]
+def _curves(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(name, picture as a data URI) per quantity, in the order of the page."""
+    train, evals = _of_kind(lines, "train"), _of_kind(lines, "eval")
+    wanted = [(train, key, *look, False) for key, look in CURVES.items()]
+    wanted[1:1] = [(evals, key, "PSNR in dB" if key == "psnr" else key, False, True) for key in _measured(evals)]
+    curves = []
+    for source, key, name, noisy, dots in wanted:
+        points = {line["step"]: float(line[key]) for line in source if isinstance(line.get(key), int | float)}
+        if len(points) >= (1 if dots else 2):
+            curves.append((name, _data_uri(_curve(name, dict(sorted(points.items())), noisy, dots), ".svg")))
+    return curves
 
 
-def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = {line["step"]: line[key] for line in lines if isinstance(line.get(key), int | float)}
-    return sorted(points), [float(points[step]) for step in sorted(points)]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """A moving average over a fiftieth of the run to both sides."""
-    reach = max(1, len(values) // 50)
-    return [
-        sum(values[max(0, i - reach) : i + reach + 1]) / len(values[max(0, i - reach) : i + reach + 1])
-        for i in range(len(values))
-    ]
-
-
-def _curve(name: str, steps: list[int], values: list[float], dots: bool = False) -> dict[str, str] | None:
-    if not values or (len(values) < 2 and not dots):
-        return None
-    import matplotlib
-
-    matplotlib.use("agg", force=False)
+def _curve(name: str, points: dict[int, float], noisy: bool = False, dots: bool = False) -> bytes:
+    """An SVG of values over steps, on a transparent ground."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    settings: dict[Any, Any] = dict.fromkeys(INKED, INK)
-    settings |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 10}
-    with matplotlib.rc_context(settings):
+    steps, values = list(points), list(points.values())
+    look: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    look |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    with rc_context(look):
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        noisy = not dots and name in ("loss", "gradient norm", "tokens a second", "model FLOPs utilisation")
-        axes.plot(
-            steps,
-            values,
-            color=ACCENT,
-            linewidth=1,
-            alpha=0.3 if noisy else 1,
-            marker="o" if dots else "",
-            markersize=4,
-        )
+        marker = "o" if dots else ""
+        axes.plot(steps, values, color=ACCENT, linewidth=1, alpha=0.3 if noisy else 1, marker=marker, markersize=4)
         if noisy:
             axes.plot(steps, _smooth(values), color=ACCENT, linewidth=1.8)
         if name in ("loss", "gradient norm") and min(values) > 0 and max(values) > 8 * min(values):
@@ -218,53 +169,81 @@ def _curve(name: str, steps: list[int], values: list[float], dots: bool = False)
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step")
-        axes.grid(True, color=INK, alpha=0.12, linewidth=0.7)
+        axes.grid(True, color=INK, alpha=0.2, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-        file = io.StringIO()
+        file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(ACCENT, "var(--accent)")
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
-    return {"name": name, "svg": svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(name)} over steps"', 1)}
+    return file.getvalue()
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """A moving average over a fiftieth of the run to both sides."""
+    reach = max(1, len(values) // 50)
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 # ----------------------------------------------------------------------------------------------------------- samples
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Up to `count` items, evenly spread, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
 def _samples(run: Path) -> dict[str, Any] | None:
-    """{"steps": [step], "rows": [{"prompt", "clips": [address or None, one a step]}]}, or None if there are none."""
+    """{"steps": [step], "rows": [{"prompt", "clips": [data URI or None, per step]}]}, or None if there are none."""
     found: list[tuple[int, dict[str, str]]] = []
-    for path in sorted(run.glob("samples/step-*/samples.json")):
-        about = _json(path)
-        if isinstance(about, dict) and isinstance(about.get("step"), int):
-            clips = {str(one.get("prompt", "")): str(one.get("file", "")) for one in about.get("samples", [])}
-            found.append((about["step"], clips))
-    found = _spread(sorted(found, key=lambda pair: pair[0]), STEPS_SHOWN)
+    for path in run.glob("samples/step-*/samples.json"):
+        record = _json(path)
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            clips = {str(clip.get("prompt", "")): str(clip.get("file", "")) for clip in record.get("samples", [])}
+            found.append((record["step"], clips))
+    found.sort(key=lambda pair: pair[0])
+    if len(found) > STEPS_SHOWN:
+        found = [found[round(i * (len(found) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)]
     prompts = list(dict.fromkeys(prompt for _, clips in found for prompt in clips))[:PROMPTS_SHOWN]
     rows = [
-        {"prompt": prompt, "clips": [_embed(_inside(run, clips.get(prompt, ""))) for _, clips in found]}
+        {"prompt": prompt, "clips": [_embed(_inside(run, clips.get(prompt))) for _, clips in found]}
         for prompt in prompts
     ]
     return {"steps": [step for step, _ in found], "rows": rows} if rows else None
 
 
 def _evaluation(run: Path) -> dict[str, Any] | None:
-    """evaluation.json of `stdit eval toy`, its clips and sheets embedded."""
+    """evaluation.json of `stdit eval toy`, with its clips and sheets embedded."""
     result = _json(run / "evaluation.json")
     if not isinstance(result, dict) or result.get("format") != 1 or not result.get("sets"):
         return None
-    for one in result["sets"]:
-        one["sheet"] = _embed(_inside(run, one.get("sheet", "")))
-        one["shown"] = [
-            {**clip, "video": _embed(_inside(run, clip.get("file", "")))} for clip in one["clips"][:CLIPS_SHOWN]
-        ]
+    for shape in result["sets"]:
+        shape["sheet"] = _embed(_inside(run, shape.get("sheet")))
+        shown = shape["clips"][:CLIPS_SHOWN]
+        shape["shown"] = [{**clip, "video": _embed(_inside(run, clip.get("file")))} for clip in shown]
     return result
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _json(path: Path) -> Any:
+    """The content of a JSON file; None if it is missing or damaged."""
+    try:
+        return json.loads(_text(path))
+    except ValueError:
+        return None
+
+
+def _inside(run: Path, name: object) -> Path:
+    """A path that a file of the run names. One that leads out of the run folder becomes a path to nothing."""
+    path = (run / str(name or "")).resolve()
+    return path if path.is_relative_to(run.resolve()) else run / "missing"
+
+
+def _embed(path: Path) -> str | None:
+    """The file as a data URI; None if there is none."""
+    if not path.is_file() or path.suffix not in MEDIA:
+        return None
+    return _data_uri(path.read_bytes(), path.suffix)
+
+
+def _data_uri(content: bytes, suffix: str) -> str:
+    return f"data:{MEDIA[suffix]};base64,{base64.b64encode(content).decode()}"

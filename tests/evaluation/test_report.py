@@ -14,7 +14,7 @@ from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.toy import ToySpec, held_out_prompts, render
 from stdit.errors import StditError
 from stdit.evaluation.harness import summarise
-from stdit.evaluation.report import write_report
+from stdit.evaluation.report import _curve, _curves, write_report
 from stdit.evaluation.toy import as_json, read_clip, score_readings
 
 
@@ -106,7 +106,10 @@ def test_the_report_says_what_the_run_folder_holds(run):
     assert "learning rate" in page.text and "model FLOPs" not in page.text  # what was not measured has no curve
     steps = re.findall(r"step (\d+)", page.text)
     assert [steps[0], steps[5]] == ["5", "40"]  # the first and the last of eight, six shown
-    assert page.tags.count("video") == 6 + 2 * 3 and page.tags.count("img") == 2
+    assert (
+        page.tags.count("video") == 6 + 2 * 3
+        and sum(source.startswith("data:image/png") for source in page.sources) == 2
+    )
     scores = json.loads((run / "evaluation.json").read_text())["summary"]["trained"]["samples"]
     assert f"{100 * scores['shape']['share']:.0f} %" in page.text and "✗" in page.text and "✓ right" in page.text
 
@@ -140,8 +143,11 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
 
 
 def test_a_curve_has_the_data(run):
-    from stdit.evaluation.report import _curve
-
-    svg = _curve("loss", list(range(100)), list(np.linspace(2, 1, 100)))["svg"]
-    assert "var(--accent)" in svg and "currentColor" in svg and "#010203" not in svg
-    assert _curve("loss", [1], [1.0]) is None and _curve("loss", [], []) is None
+    values = np.linspace(2, 1, 100)
+    svg = _curve("loss", dict(enumerate(values)), noisy=True).decode()
+    line = max(re.findall(r'<path d="M ([^"]*)"', svg), key=len)  # 100 corners, x and y
+    points = np.array([pair.split()[-2:] for pair in line.split("L")], float)
+    assert len(points) > 1 and abs(np.corrcoef(points[:, 0], points[:, 1])[0, 1]) > 0.999
+    few = [{"step": 1, "loss": 1.0}, {"kind": "eval", "step": 1, "psnr": 30.0}]
+    assert [name for name, _ in _curves(few)] == ["PSNR in dB"]  # a line takes two points, a dot one
+    assert _curves([]) == []
