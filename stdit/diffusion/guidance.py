@@ -1,7 +1,7 @@
 """Classifier-free guidance (Ho & Salimans 2022).
 
-Guiding the network's output is guiding x_0, ε or v just as well: at a given sample each is a·output + b, and the
-weights of the two outputs add up to one.
+Guiding the network's output guides x_0, ε and v alike: at a given sample each is a·output + b, and the weights of the
+two outputs add up to one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def needs_unconditional(scale: float) -> bool:
-    """Whether a guidance scale asks for the unconditional prediction: above 1 only, as in diffusers' pipelines."""
+    """Whether a guidance scale needs the unconditional prediction: only above 1, as in diffusers' pipelines."""
     return scale > 1.0
 
 

@@ -1,8 +1,8 @@
-"""Which noise levels training draws, and how they move with the number of tokens.
+"""Draws the noise levels of training, and shifts them by the number of tokens.
 
-A level is logit-normal or uniform, then moved towards 1 by a shift. Levels are drawn in fp64 and stratified over the
-clips of a global step: position p of a step of n clips gets one of n equal strata, under a permutation keyed by
-(seed, epoch, step), so the levels of a step cover [0, 1] evenly whatever the plan's order, and do not depend on ranks.
+A level is logit-normal or uniform, then moved towards 1 by a shift. Levels are fp64 and stratified over the clips of a
+global step: each position of a step of n clips gets one of n equal strata, by a permutation keyed by (seed, epoch,
+step). So the levels of a step cover [0, 1] evenly in any order of the plan, and do not depend on ranks.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ Levels = TypeVar("Levels", Tensor, np.ndarray)
 def shift_noise_level(t: Levels, shift: float | Levels) -> Levels:
     """Moves noise levels towards 1 for clips with many tokens (Esser et al. 2024, eq. 23).
 
-    t: (…,) in [0, 1]. shift: > 0, 1 leaves t as it is. Returns the same shape.
+    t: (…,) in [0, 1].
+    shift: above 0; 1 leaves t unchanged.
     """
     return shift * t / (1 + (shift - 1) * t)
 
@@ -73,8 +74,8 @@ def shift_noise_level(t: Levels, shift: float | Levels) -> Levels:
 def shift_by_tokens(tokens: int, base: int) -> float:
     """The shift √(tokens / base), which keeps the uncertainty about a constant clip equal at both token counts.
 
-    Esser et al. 2024, section 5.3.2 (eq. 23 with m = tokens, n = base), read for spacetime tokens. Flux interpolates
-    log(shift) linearly between two counts instead; the square root needs one number, and is right at every count.
+    This is section 5.3.2 of Esser et al. 2024 (eq. 23 with m = tokens, n = base), applied to spacetime tokens. Flux
+    interpolates log(shift) linearly between two counts instead; the square root needs one constant.
     """
     return math.sqrt(tokens / base)
 
@@ -85,9 +86,9 @@ def _strata(count: int, seed: int, epoch: int, step: int) -> tuple[int, ...]:
 
 
 def stratified_uniform(positions: Sequence[int], count: int, *, seed: int, epoch: int, step: int) -> Tensor:
-    """One number in (0, 1) for each position of a step of `count` clips, exactly one in each of `count` equal strata.
+    """A number in (0, 1) for each position: over all `count` positions of a step, one in each of `count` equal strata.
 
-    Keyed by (seed, epoch, step, position): any rank draws the same for a position. Returns (len(positions),) fp64.
+    Keyed by (seed, epoch, step, position), so every rank draws the same. Returns (len(positions),) fp64.
     """
     strata = _strata(count, seed, epoch, step)
     jitter = [keyed_uniform(seed, "noise level", epoch, step, position) + 2.0**-54 for position in positions]  # never 0
@@ -95,14 +96,14 @@ def stratified_uniform(positions: Sequence[int], count: int, *, seed: int, epoch
 
 
 def levels_from_uniform(u: Tensor, config: NoiseLevelConfig) -> Tensor:
-    """Quantiles of the unshifted distribution: u (…,) in (0, 1), fp64, to levels of the same shape."""
+    """The quantiles u (…,), fp64 in (0, 1), of the unshifted distribution."""
     if config.distribution == "uniform":
         return u
     return torch.sigmoid(config.mean + config.std * torch.special.ndtri(u))
 
 
 def uniform_from_levels(t: Tensor, config: NoiseLevelConfig) -> Tensor:
-    """The inverse of `levels_from_uniform`: the share of the unshifted distribution below each level, in [0, 1]."""
+    """The inverse of `levels_from_uniform`: the probability below each level, in [0, 1]."""
     if config.distribution == "uniform":
         return t
     return torch.special.ndtr((torch.logit(t) - config.mean) / config.std)
@@ -119,11 +120,12 @@ def noise_levels(
     step: int,
     shifts: Sequence[float] | None = None,
 ) -> Tensor:
-    """The noise level of each of some clips of a step.
+    """The noise levels of clips of a step, (len(positions),) fp64 in (0, 1) and in config.range.
 
-    positions: where the clips stand in the global step. count: clips in the global step. tokens: tokens of each clip.
-    shifts: of each clip, in place of what config makes of its tokens.
-    Returns (len(positions),) fp64 in (0, 1), and in config.range.
+    positions: of the clips in the global step.
+    count: number of clips in the global step.
+    tokens: of each clip.
+    shifts: of each clip, in place of those that config and tokens give.
     """
     u = stratified_uniform(positions, count, seed=seed, epoch=epoch, step=step)
     static = 1.0 if config.shift is None else config.shift
@@ -131,7 +133,7 @@ def noise_levels(
         shifts = [static * (shift_by_tokens(n, config.shift_tokens) if config.shift_tokens else 1.0) for n in tokens]
     moves = torch.tensor(shifts, dtype=torch.float64)
     low, high = config.range or (0.0, 1.0)
-    if (low, high) != (0.0, 1.0):  # the quantiles between those of the ends
+    if (low, high) != (0.0, 1.0):  # draw between the quantiles of the ends
         ends = [shift_noise_level(torch.full_like(moves, t), 1 / moves).clamp(0, 1) for t in (low, high)]
         first, last = (uniform_from_levels(t, config) for t in ends)
         u = first + u * (last - first)

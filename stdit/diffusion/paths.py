@@ -1,14 +1,14 @@
-"""The families' paths from clip to noise: what the network sees, what it is told, and what it is trained to put out.
+"""The paths from clip to noise: the network's input, its noise level, and the output it is trained for.
 
-A path is of x_0, normalised latents, and ε ~ N(0, 1), at a noise level t in [0, 1] (0 the clip, 1 noise):
+A path leads from x_0, normalised latents, to ε ~ N(0, 1), along noise levels t in [0, 1] (0 the clip, 1 noise):
 
-name  what the network sees   level         what it puts out                 families
+name  input                   t             output                           families
 flow  (1−t)·x_0 + t·ε         t             ε − x_0 (STDiT3: x_0 − ε)        Wan, LTX, Cosmos 2 and 2.5, STDiT3
 ddpm  √ᾱ·x_0 + √(1−ᾱ)·ε       index / 1000  ε, or √ᾱ·ε − √(1−ᾱ)·x_0          PixArt, Latte, Allegro
 edm   c_in·(σ_d·x_0 + σ·ε)    σ / (σ + 1)   (σ·x_0 − σ_d·ε) / √(σ² + σ_d²)   Cosmos 1
 
-Which path weights are for is said by the scheduler of their model folder (`stdit.diffusion.solvers.path_of`). Every t
-here is a tensor that broadcasts against the latents. Known tokens are clean whatever the path: x_0 as it is, t = 0.
+The scheduler of a model folder says which path its weights are for (`stdit.diffusion.solvers.path_of`). Every t here is
+a tensor that broadcasts against the latents. On every path, known tokens are clean: x_0 itself, at t = 0.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
 Distribution = Literal["logit_normal", "uniform"]
-INDICES = 1000  # noise levels of a DDPM, and the unit of most networks' time
+INDICES = 1000  # noise levels of a DDPM; most networks' time is in thousandths too
 
 
 @dataclass(frozen=True)
 class FlowPath:
     """Rectified flow (Liu et al. 2022; Lipman et al. 2022).
 
-    reverse: the network puts out x_0 − ε, as Open-Sora's does. by_shape: levels move with a clip's size and length.
+    reverse: the network's output is x_0 − ε, as in Open-Sora.
+    by_shape: levels move with a clip's size and length.
     """
 
     reverse: bool = False
@@ -50,7 +51,7 @@ class FlowPath:
         return x0 - noise if self.reverse else noise - x0
 
     def trained_levels(self, t: Tensor, shapes: Sequence[VideoShape]) -> Tensor:
-        """Levels that were drawn for clips of these shapes, (n,) fp64 in (0, 1), as the family trains at them."""
+        """Maps drawn levels, (n,) fp64 in (0, 1), to the levels at which the family trains clips of these shapes."""
         if not self.by_shape:
             return t
         return shift_noise_level(t, torch.tensor([open_sora_shift(shape) for shape in shapes], dtype=t.dtype))
@@ -59,7 +60,7 @@ class FlowPath:
 def open_sora_shift(shape: VideoShape) -> float:
     """√(area / 512²) · √(latent frames), as Open-Sora 1.2 has it (opensora/schedulers/rf/rectified_flow.py).
 
-    Five latent frames are counted for every 17 frames, whatever is left over.
+    It counts five latent frames for every 17 frames, and ignores the rest.
     """
     frames = 1 if shape.is_image else shape.frames // 17 * 5
     if not frames:
@@ -71,7 +72,8 @@ def open_sora_shift(shape: VideoShape) -> float:
 class DdpmPath:
     """The discrete diffusion of Ho et al. (2020), variance-preserving, over 1000 indices.
 
-    betas: (1000,) fp32, of every index. prediction: "epsilon", or "v_prediction" (Salimans & Ho 2022).
+    betas: (1000,) fp32, one for each index.
+    prediction: "epsilon", or "v_prediction" (Salimans & Ho 2022).
     """
 
     betas: Tensor
@@ -82,31 +84,24 @@ class DdpmPath:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> DdpmPath:
-        """Of a diffusers scheduler's config."""
-        kind, count = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", INDICES))
+        """From a diffusers scheduler's config, checked by `check_scheduler`."""
         start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
-        if count != INDICES:
-            raise StditError(f"a DDPM of num_train_timesteps {count} is not supported, only one of {INDICES}.")
-        if not (0 < start < 1 and 0 < end < 1):
-            raise StditError(f"beta_start {start} and beta_end {end} of a scheduler must be between 0 and 1.")
         if (trained := config.get("trained_betas")) is not None:
             right = isinstance(trained, list | tuple) and all(type(beta) in (int, float) for beta in trained)
             betas = torch.tensor(trained if right else [], dtype=torch.float32)
-        elif kind == "linear":
-            betas = torch.linspace(start, end, count, dtype=torch.float32)
-        elif kind == "scaled_linear":
-            betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
-        else:
-            raise StditError(f"beta_schedule {kind!r} is not supported: linear or scaled_linear.")
-        if len(betas) != count or not ((betas > 0) & (betas < 1)).all():
-            raise StditError(f"a scheduler's betas must be {count} numbers between 0 and 1.")
+        elif config.get("beta_schedule", "linear") == "linear":
+            betas = torch.linspace(start, end, INDICES, dtype=torch.float32)
+        else:  # "scaled_linear"
+            betas = torch.linspace(start**0.5, end**0.5, INDICES, dtype=torch.float32) ** 2
+        if len(betas) != INDICES or not ((betas > 0) & (betas < 1)).all():
+            raise StditError(f"a scheduler's betas must be {INDICES} numbers between 0 and 1.")
         if not torch.cumprod(1 - betas, 0)[-1] > 1e-30:
             raise StditError("a scheduler's betas leave nothing of the clip in the last level: they are too large.")
         return cls(betas, str(config.get("prediction_type", "epsilon")))
 
     @cached_property
     def alphas(self) -> Tensor:
-        """(1000,) fp64: ᾱ of every index, as fp32 has it in diffusers."""
+        """(1000,) fp64: ᾱ of each index, rounded to fp32 as in diffusers."""
         return torch.cumprod(1 - self.betas, 0).double()
 
     def index(self, t: Tensor) -> Tensor:
@@ -129,15 +124,17 @@ class DdpmPath:
         return alpha * noise - sigma * x0
 
     def variance_bound(self, values: Tensor, error: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """The variational bound of a step back in bits, for a learned variance (Nichol & Dhariwal 2021, eq. 4 and 15).
+        """The variational bound of a step back, in bits, for a learned variance (Nichol & Dhariwal 2021, eq. 4, 15).
 
-        values: v, what the network puts out beside its prediction: log σ² = f·log β + (1−f)·log β̃ with f = (v + 1)/2.
-        error: of the prediction, which the bound does not teach: detached here. x0: clean latents. t broadcasts
-        against them. KL(q(x_{i−1}|x_i, x_0) ‖ p), in which only the error counts, not x_i; at index 0 the likelihood
-        of x_0 in bins of 2/255, which latent models kept of pixels' (facebookresearch/DiT, `_vb_terms_bpd`).
+        values: v, the network's second output: log σ² = f·log β + (1−f)·log β̃ with f = (v + 1)/2.
+        error: of the prediction. It is detached: the bound does not train the prediction.
+        x0: clean latents, against which t broadcasts.
+
+        This is KL(q(x_{i−1}|x_i, x_0) ‖ p), which depends on the error but not on x_i. At index 0 it is the likelihood
+        of x_0 in bins of 2/255, which latent models inherited from pixels (facebookresearch/DiT, `_vb_terms_bpd`).
         """
         index = self.index(t)
-        low, high, scale = (one.to(t.device)[index].to(values) for one in self._bound_tables)
+        low, high, scale = (table.to(t.device)[index].to(values) for table in self._bound_tables)
         share = (values + 1) / 2
         log_variance = share * high + (1 - share) * low
         distance = scale * error.detach()
@@ -149,7 +146,7 @@ class DdpmPath:
 
     @cached_property
     def _bound_tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every index, fp64: log β̃ (β̃_0 is 0, β̃_1 stands for it), log β, and an error's share in the step's mean."""
+        """Of each index, fp64: log β̃ (β̃_0 is 0, so β̃_1 replaces it), log β, an error's weight in the step's mean."""
         beta = self.betas.double()
         alpha = torch.cumprod(1 - beta, 0)
         before = torch.cat([alpha.new_ones(1), alpha[:-1]])
@@ -167,9 +164,12 @@ class DdpmPath:
 class EdmPath:
     """The preconditioned denoiser of Karras et al. (2022): x = σ_d·x_0 + σ·ε, D(x; σ) = c_skip·x + c_out·F(c_in·x).
 
-    Their loss, λ(σ)·|D − σ_d·x_0|² with λ = (σ² + σ_d²)/(σ·σ_d)², is the plain square error of F, since λ·c_out² = 1. A
-    level is t = σ/(σ + 1), so log-normal σ are logit-normal t of the same mean and deviation. The network is told
-    log(σ)/4 (`stdit.models.positions.network_time`). sign: −1 where c_out is negative ("v_prediction").
+    Their loss, λ(σ)·|D − σ_d·x_0|² with λ = (σ² + σ_d²)/(σ·σ_d)², is the plain square error of F, since λ·c_out² = 1.
+    The noise level is t = σ/(σ + 1), so log-normal σ is logit-normal t with the same mean and deviation. The network is
+    told log(σ)/4 (`stdit.models.positions.network_time`).
+
+    sigma_data: σ_d, the deviation of the clips.
+    sign: −1 where c_out is negative ("v_prediction").
     """
 
     sigma_data: float = 0.5
@@ -199,11 +199,13 @@ Path = FlowPath | DdpmPath | EdmPath
 def token_errors(
     path: Path, output: Tensor, target: Tensor, places: int, levels: Tensor, clean: Tensor | None
 ) -> Tensor:
-    """What the loss is of every token, (N,), summed over the `places` of its patch and their channels.
+    """The loss of each token, (N,): the square error summed over the `places` of its patch and their C channels.
 
-    output: (N, places·C_out). target: (N, places·C). levels: (N,) noise levels. clean: (N, places·C) x_0, or None.
-    The square error of the first C channels. If there are twice as many, they are a variance: a DDPM's adds its bound
-    (Nichol & Dhariwal 2021, section 3.1, with λ = 1 as in facebookresearch/DiT), of a flow's nothing is made.
+    output: (N, places·C_out). If C_out is 2·C, the second half is a learned variance. For a DDPM its variational bound
+        is added (Nichol & Dhariwal 2021, section 3.1, with λ = 1 as in facebookresearch/DiT); for a flow it is ignored.
+    target: (N, places·C).
+    levels: (N,) noise levels.
+    clean: (N, places·C) x_0; may be None without a learned variance.
     """
     if output.shape == target.shape:
         return (output - target).square().sum(1)

@@ -1,7 +1,7 @@
-"""Tasks are which tokens are known: clean, at noise level 0, out of the loss.
+"""A task says which tokens are known: clean, at noise level 0, out of the loss.
 
-The VAE is causal, so the latents of a prefix of 1+4k frames depend on that prefix alone: the known tokens of a
-training clip are cut out of its own latents, and nothing of the frames to be generated leaks into them.
+The VAE is causal, so the latents of a prefix of 1+4k frames depend on that prefix alone. So the known tokens of a
+training clip are cut out of its own latents, and nothing leaks into them from the frames to be generated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ TASKS = ("text_to_video", "image_to_video", "extend", "first_last_to_video")
 
 @dataclass(frozen=True)
 class Task:
-    """A task of one clip: the first `known_frames` latent frames are given. last: the last frame of the video too, to
-    weights that take an image beside the noise; it is no known token.
+    """The task of one clip.
+
+    known_frames: how many of the first latent frames are known.
+    last: the last video frame is given too, to weights that take an image beside the noise. It is not a known token.
     """
 
     name: str = "text_to_video"
@@ -29,7 +31,7 @@ class Task:
     last: bool = False
 
     def mask(self, latent_frames: int) -> Tensor:
-        """(T',) bool over latent frames, true where known. At least one frame must stay unknown."""
+        """(T',) bool over latent frames, true where known. Raises StditError unless one stays unknown."""
         if not 0 <= self.known_frames < max(latent_frames, 1):
             raise StditError(
                 f"{self.name}: {self.known_frames} known of {latent_frames} latent frames leaves nothing to generate."
@@ -38,7 +40,7 @@ class Task:
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Raises unless every key is a task and the weights are a distribution up to a factor."""
+    """Raises StditError unless every key is a task, no weight is negative and one is positive."""
     for name in weights:
         if name not in TASKS:
             raise StditError(f"{name!r} is not a task ({', '.join(TASKS)}).{nearest_name(name, TASKS)}")
@@ -49,10 +51,10 @@ def check_weights(weights: Mapping[str, float]) -> None:
 def draw_task(
     weights: Mapping[str, float], latent_frames: int, *, seed: int, epoch: int, clip_id: str, occurrence: int = 0
 ) -> Task:
-    """The task of a clip in training, keyed by (seed, epoch, clip id, occurrence).
+    """Draws the task of a training clip, keyed by (seed, epoch, clip id, occurrence).
 
-    `extend` knows 2 … T'−1 latent frames with equal chance (1 where T' is 2). A clip of one latent frame is always
-    text_to_video.
+    Under `extend`, 2 … T'−1 latent frames are known with equal chance (1 if T' is 2). A clip of one latent frame is
+    always text_to_video.
     """
     if latent_frames <= 1:
         return Task()
@@ -73,10 +75,11 @@ def draw_task(
 
 
 def frame_levels(mask: Tensor, t: Tensor, patch_frames: int = 1) -> Tensor:
-    """Noise levels of a clip's patch frames: 0 where known, t elsewhere.
+    """The noise levels of a clip's patch frames: 0 where known, t elsewhere.
 
-    mask: (T',) bool, constant over the patch_frames latent frames of each patch. t: (). Returns (T'/patch_frames,) in
-    t's dtype; (1 known of 4) → [0, t, t, t].
+    mask: (T',) bool, constant over the patch_frames latent frames of each patch.
+    t: (), any dtype.
+    Returns (T'/patch_frames,) in t's dtype: [0, t, t, t] for 1 known of 4.
     """
     patches = mask.reshape(-1, patch_frames)
     if bool((patches.any(1) != patches.all(1)).any()):

@@ -362,7 +362,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, content):
         ({**solvers.unipc_config(), "disable_corrector": 1}, "disable_corrector = 1"),
         ({**solvers.unipc_config(), "disable_corrector": [0, "a"]}, "disable_corrector"),
         ({**ALLEGRO, "trained_betas": [0.5] * 1000}, "too large"),
-        ({**PIXART, "beta_end": 1e8}, "beta_end 1"),
+        ({**PIXART, "beta_end": 1e8}, "beta_end = 1.*between 0 and 1"),
         ({**COSMOS1, "sigma_max": 1e300}, "between 0 and 1e.09"),
         ({**solvers.euler_config(), "shift_terminal": 1.0}, "shift_terminal = 1.0"),
         ({**LTX, "_caller": "ltx condition"}, "use_dynamic_shifting"),

@@ -1,4 +1,4 @@
-"""Scheduler configs made here, and those in the scheduler/ of a model folder."""
+"""Makes scheduler configs, and reads and writes the scheduler/ of a model folder."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def unipc_config(shift: float = 1.0) -> dict[str, Any]:
 
 
 def named_config(name: str, config: Config) -> dict[str, Any]:
-    """The config of a solver by short name, with the static shift or the betas of another config.
+    """The config of a solver by its short name, with the static shift or the betas of the model's config.
 
-    "euler" and "unipc" are for flows, "dpm++", "ddim" and "ancestral" for DDPMs. An empty config is of any path.
+    name: "euler" or "unipc" for flows; "dpm++", "ddim" or "ancestral" for DDPMs.
+    config: the model's; {} only checks the name.
     """
     flows = {"euler": euler_config, "unipc": unipc_config}
     names = {
@@ -54,8 +55,10 @@ def named_config(name: str, config: Config) -> dict[str, Any]:
 
 
 def with_static_shift(config: Config, shift: float | None) -> dict[str, Any]:
-    """A scheduler config with this static shift, in place of one by the clip's size too; as it is where shift is None
-    or it holds none that is in use."""
+    """A scheduler config with this static shift, which also replaces one by the clip's size.
+
+    Unchanged if shift is None or the scheduler uses no shift.
+    """
     scheduler, dynamic = SCHEDULERS[config["_class_name"]], bool(config.get("use_dynamic_shifting"))
     if shift is None or not scheduler.shift or config.get("use_karras_sigmas"):
         return dict(config)
@@ -65,7 +68,7 @@ def with_static_shift(config: Config, shift: float | None) -> dict[str, Any]:
 
 
 def static_shift(config: Config) -> float:
-    """The shift that a scheduler config holds for all clips alike; 1 where it holds none."""
+    """The shift that a scheduler config holds for all clips alike; 1 if it holds none."""
     scheduler = SCHEDULERS.get(config.get("_class_name", ""))
     return float(config.get(scheduler.shift, 1.0)) if scheduler and scheduler.shift else 1.0
 
@@ -84,7 +87,7 @@ def read_scheduler(folder: str | Path, pipeline: str = "", caller: str = "") -> 
     except ValueError as error:
         raise StditError(f"{path} is not JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise StditError(f"{path} holds {type(config).__name__} where a JSON object is wanted.")
+        raise StditError(f"{path} holds {type(config).__name__}; it must be a JSON object.")
     config |= ({"_pipeline": pipeline} if pipeline else {}) | ({"_caller": caller} if caller else {})
     check_scheduler(config, str(path))
     return config

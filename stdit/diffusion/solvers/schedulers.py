@@ -138,12 +138,10 @@ def _edm_path(config: Config) -> EdmPath:
     return EdmPath(float(config.get("sigma_data", 0.5)), sign)
 
 
-def _ddpm(config: Config, schedule: Schedule) -> Solver:
-    return DiffusersSolver(config, DdpmPath.of(config), schedule.steps, schedule.where)
-
-
-def _edm(config: Config, schedule: Schedule) -> Solver:
-    return DiffusersSolver(config, _edm_path(config), schedule.steps, schedule.where)
+def _diffusers(config: Config, schedule: Schedule) -> Solver:
+    path = SCHEDULERS[config["_class_name"]].path(config)
+    assert isinstance(path, DdpmPath | EdmPath)
+    return DiffusersSolver(config, path, schedule.steps, schedule.where)
 
 
 def _open_sora_path(config: Config) -> FlowPath:
@@ -169,7 +167,7 @@ _DDPM: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"), "beta_schedule": ("linear", "scaled_linear"),
     "num_train_timesteps": (1000,), "rescale_betas_zero_snr": (False,),
 }  # fmt: skip
-_BETAS = {"beta_start": _POSITIVE, "beta_end": _POSITIVE}
+_BETAS = {"beta_start": (0.0, 1.0), "beta_end": (0.0, 1.0)}
 SCHEDULERS: dict[str, Scheduler] = {
     "FlowMatchEulerDiscreteScheduler": Scheduler(
         lambda config: FlowPath(),
@@ -201,16 +199,16 @@ SCHEDULERS: dict[str, Scheduler] = {
     ),
     "DPMSolverMultistepScheduler": Scheduler(
         DdpmPath.of,
-        _ddpm,
+        _diffusers,
         # with another variance_type, diffusers would keep three channels of the network's
         {**_DDPM, "use_flow_sigmas": (False,), "use_dynamic_shifting": (False,), "variance_type": (None,)},
         _BETAS,
     ),
-    "DDIMScheduler": Scheduler(DdpmPath.of, _ddpm, _DDPM, _BETAS),
-    "EulerAncestralDiscreteScheduler": Scheduler(DdpmPath.of, _ddpm, _DDPM, _BETAS),
+    "DDIMScheduler": Scheduler(DdpmPath.of, _diffusers, _DDPM, _BETAS),
+    "EulerAncestralDiscreteScheduler": Scheduler(DdpmPath.of, _diffusers, _DDPM, _BETAS),
     "EDMEulerScheduler": Scheduler(
         _edm_path,
-        _edm,
+        _diffusers,
         {"prediction_type": ("epsilon", "v_prediction")},
         {"sigma_min": _POSITIVE, "sigma_max": _POSITIVE, "sigma_data": _POSITIVE, "rho": _POSITIVE},
     ),
