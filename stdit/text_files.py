@@ -28,6 +28,7 @@ MARKS = {  # byte order marks; UTF-32 first, since its mark starts with that of 
 }
 DELIMITERS = ",;\t|"
 _MERGE = "tag:yaml.org,2002:merge"
+_SCIENTIFIC = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), [*"-+.0123456789"])
 _ODD = re.compile("[\0\ud800-\udfff]")
 _NUL = "\udc00"  # stands for NUL, which the csv module of Python 3.10 refuses
 
@@ -111,7 +112,10 @@ def _raw_lines(path: Path, newline: str) -> Iterator[tuple[int, str]]:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Parses YAML and refuses duplicate keys. where: "FILE is", the start of an error message."""
+    """Parses YAML in which no key comes twice, and in which 1e-8 is a number, as in YAML 1.2.
+
+    where: how an error starts: "FILE is".
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -122,11 +126,23 @@ def read_yaml(text: str, where: str) -> Any:
                 raise yaml.constructor.ConstructorError("in a mapping", node.start_mark, message, node.start_mark)
             return super().construct_mapping(node, deep)
 
+    Loader.add_implicit_resolver(*_SCIENTIFIC)
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, AttributeError) as error:
         # the others: dates such as 2020-13-45, numbers of 5,000 digits, a thousand brackets, !!binary
         raise StditError(f"{where} not YAML: {error}") from error
+
+
+def yaml_text(value: Any) -> str:
+    """YAML that `read_yaml` reads back."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver(*_SCIENTIFIC)
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def json_rows(path: Path) -> Iterator[Row]:

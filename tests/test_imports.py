@@ -15,7 +15,7 @@ PACKAGE = Path(stdit.__file__).parent
 
 # A file may import from its own line and from the lines above. The parts on line 1 know nothing of one another.
 LINES = [
-    {"shapes", "keyed", "errors", "downloads", "files", "text_files", "memory", "strict", "heartbeat", "locks"}
+    {"shapes", "keyed", "errors", "downloads", "files", "text_files", "memory", "settings", "heartbeat", "locks"}
     | {"pixels", "shipped", "threads"},
     {"models", "vae", "text", "diffusion", "data"},
     {"weights"},

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from stdit.data.measure.scores import SCORES
 from stdit.errors import StditError, error_context, nearest_name
+from stdit.settings import check
 from stdit.shapes import LARGEST, VideoShape, frames_for
 
-Bounds = tuple[float | None, float | None]
+Bounds = tuple[NonNegativeFloat | None, NonNegativeFloat | None]
+Multiple = Annotated[int, Field(ge=1, lt=LARGEST)]
 
 
 def check_filter(bounds: Mapping[str, Bounds]) -> None:
@@ -29,28 +33,21 @@ def check_filter(bounds: Mapping[str, Bounds]) -> None:
 class ShapeRule:
     """Shapes by rule: every area at every aspect ratio, for every duration at `data.fps`.
 
-    areas: WIDTHxHEIGHT, each standing for its pixels. aspects: WIDTH:HEIGHT. durations: seconds, 0 for images.
-    multiple: of which widths and heights are (the VAE's stride times the patch). frame_stride: frames are one and a
-        multiple of it (the VAE's stride in time). What the rule gives is rounded to both.
+    areas: WIDTHxHEIGHT; only the number of pixels counts.
+    aspects: aspect ratios, WIDTH:HEIGHT.
+    durations: in seconds; 0 for images.
+    multiple: widths and heights are rounded to a multiple of this, the VAE's stride times the patch.
+    frame_stride: frames are rounded to 1 + a multiple of this, the VAE's stride in time.
     """
 
-    areas: list[str]
-    aspects: list[str]
-    durations: list[float]
-    multiple: int = 16
-    frame_stride: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("areas", "aspects", "durations"):
-            if not getattr(self, name):
-                raise StditError(f"{name} is empty: a rule takes at least one.")
-        if not 1 <= min(self.multiple, self.frame_stride) <= max(self.multiple, self.frame_stride) < LARGEST:
-            raise StditError(
-                f"multiple {self.multiple} and frame_stride {self.frame_stride} must be from 1 to {LARGEST - 1:,}."
-            )
+    areas: Annotated[list[str], Field(min_length=1)]
+    aspects: Annotated[list[str], Field(min_length=1)]
+    durations: Annotated[list[NonNegativeFloat], Field(min_length=1)]
+    multiple: Multiple = 16
+    frame_stride: Multiple = 4
 
     def shapes(self, fps: float) -> tuple[VideoShape, ...]:
-        """Without repetition: where two aspect ratios round to one size there is one shape."""
+        """Each shape once, even if two aspect ratios round to it."""
         sizes, lengths = [], []
         with error_context("areas"):
             areas = [VideoShape.parse(area) for area in self.areas]
@@ -63,7 +60,7 @@ class ShapeRule:
         for seconds in self.durations:
             with error_context("durations"):
                 frames = frames_for(seconds, fps, self.frame_stride) if seconds else 1
-            if seconds < 0 or (seconds and frames == 1):
+            if seconds and frames == 1:
                 raise StditError(
                     f"durations: {seconds:g} s at {fps:g} fps is less than {1 + self.frame_stride} frames. Write 0 for "
                     f"images, {self.frame_stride / fps:g} or more for videos."
@@ -88,17 +85,14 @@ def _aspect(text: str) -> float:
 class Stage:
     """A part of a curriculum: every clip goes to the best shape within these limits.
 
-    epochs: how many it lasts; unset: to the end of the run, for the last stage alone.
-    area: WIDTHxHEIGHT, the most pixels a frame. frames: the most frames.
+    epochs: how long it lasts. The last stage, and only that, leaves it unset: it lasts to the end of the run.
+    area: WIDTHxHEIGHT, the most pixels per frame; unset: no limit.
+    frames: the most frames; unset: no limit.
     """
 
-    epochs: int | None = None
+    epochs: PositiveInt | None = None
     area: str | None = None
-    frames: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.epochs is not None and self.epochs < 1:
-            raise StditError(f"epochs is {self.epochs}; a stage lasts at least one.")
+    frames: NonNegativeInt | None = None
 
     def allows(self, shape: VideoShape) -> bool:
         most = None if self.area is None else VideoShape.parse(self.area)
@@ -108,59 +102,60 @@ class Stage:
 
 @dataclass
 class DataConfig:
-    """What is read, and how clips are cut.
+    """Which clips are read, and how they are cut.
 
     manifest: the manifest file, or its URL.
-    shapes: WIDTHxHEIGHTxFRAMES (WIDTHxHEIGHT for images); clips go to exactly one of them.
-    rule: gives the shapes instead (see `ShapeRule`).
-    stages: a curriculum over epochs (see `Stage`); none: all shapes in all epochs.
-    sources: how often an epoch has the clips of a source, by a pattern of their paths as the manifest has them
-        ("talks/*": 0.5); the first pattern that fits counts, what none fits comes once.
-    filter: the least and the most of scores that a clip may have, such as {motion: [2, null], black_bars: [null, 0.1]}
-        (null: no bound; the scores: see `scores`). repeats: also take clips that look like another one that is taken.
-        Both need the columns of `stdit data scan --scores`.
-    fps: frames a second that videos are read at. Sources of fewer than 0.9·fps would show frames twice: they are
-        left out unless `repeat_frames`.
-    max_crop: the share of a frame's area that cutting to another aspect ratio may cost.
-    upscale: also take clips smaller than the shape.
-    start: "random" (keyed by seed, epoch and clip) or "first": where in a longer source the clip starts.
-    crop: "random" (keyed) or "centre": which part of a frame of another aspect ratio is kept.
-    mirror: flip half of the clips horizontally (keyed). Wrong wherever a caption or a sign says left or right.
-    cache: the folder, or URL, that `stdit data encode` wrote; latents then come from there and nothing is decoded.
-    cache_dtype: float32, bfloat16 or float16, what the cache's tensors are stored as.
-    crops: cuts of each clip that the cache holds. 1: from the first frame and at the centre. More: as `start`, `crop`
-        and `mirror` say, keyed by clip and number; training draws one of them for every occurrence.
-    workers: processes that read ahead (0: none, everything is read in the training's own); batches are the same for any
-        number. A file that crashes or hangs the decoder then costs its clip and not the run.
-    timeout: seconds of a core that reading a clip may take, or of waiting for its file, before it is left out.
-    verify: tell a file that is not the one that was scanned by its sha256 (read once a worker), not only by size and
-        time. Such clips are left out.
-    prefetch: how many micro-steps they read ahead.
-    keep_gb: decoded clips kept in memory, in GB, for data small enough; only where start is first and crop centre.
+    shapes: WIDTHxHEIGHTxFRAMES, or WIDTHxHEIGHT for images. Every clip goes to one of them.
+    rule: gives the shapes by areas, aspect ratios and durations, in place of `shapes`.
+    stages: a curriculum over epochs; empty: all shapes in all epochs.
+    sources: how often per epoch the clips of a source come, by a pattern of their paths in the manifest, such as
+        {"talks/*": 0.5}. The first pattern that matches counts; clips that match none come once.
+    filter: lowest and highest score of the clips to train on, such as {motion: [2, null], black_bars: [null, 0.1]};
+        null: no bound. Needs the columns that `stdit data scan --scores` writes.
+    repeats: also takes clips that look like another one that is taken; false needs the same columns.
+    fps: frames per second at which videos are read. Slower sources (below 0.9 × fps) are left out, unless
+        `repeat_frames` is set.
+    repeat_frames: also takes sources slower than fps, and shows some of their frames twice.
+    max_crop: the largest share of a frame's area that may be cut off to get another aspect ratio.
+    upscale: also takes clips smaller than the shape.
+    start: where in a longer source a clip starts: random (keyed by seed, epoch and clip), or first: at its first frame.
+    crop: which part of a frame of another aspect ratio is kept: random (keyed) or centre.
+    mirror: flips half of the clips horizontally (keyed). Wrong where a caption or a sign says left or right.
+    cache: the folder or URL that `stdit data encode` wrote. Latents come from there, and nothing is decoded.
+    cache_dtype: of the cache's tensors.
+    crops: cuts of each clip in the cache. 1: from the first frame, at the centre. More: as `start`, `crop` and `mirror`
+        say, keyed by clip and number; training draws one of them for every occurrence.
+    workers: processes that read ahead; 0: the training reads by itself. Batches are the same for any number. With
+        workers, a file that crashes or hangs the decoder costs its clip and not the run.
+    timeout: seconds of CPU time that reading a clip may take, and seconds to wait for its file, before it is left out.
+    verify: compares the sha256 of each file with the scanned one (once per worker), not only size and time. Clips of
+        changed files are left out.
+    prefetch: micro-steps to read ahead.
+    keep_gb: decoded clips to keep in memory, in GB, for small data; needs start: first and crop: centre.
     """
 
     manifest: str = ""
     shapes: list[str] = field(default_factory=list)
     rule: ShapeRule | None = None
     stages: list[Stage] = field(default_factory=list)
-    sources: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, NonNegativeFloat] = field(default_factory=dict)
     filter: dict[str, Bounds] = field(default_factory=dict)
     repeats: bool = True
-    fps: float = 16.0
+    fps: Annotated[float, Field(ge=0.001, le=1000)] = 16.0
     repeat_frames: bool = False
-    max_crop: float = 0.5
+    max_crop: Annotated[float, Field(ge=0, lt=1)] = 0.5
     upscale: bool = False
     start: Literal["random", "first"] = "random"
     crop: Literal["random", "centre"] = "random"
     mirror: bool = False
     cache: str | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    crops: int = 1
-    workers: int = 2
-    timeout: float = 60.0
+    crops: Annotated[int, Field(ge=1, le=1000)] = 1
+    workers: Annotated[int, Field(ge=0, le=1000)] = 2
+    timeout: Annotated[float, Field(gt=0, le=1e6)] = 60.0
     verify: bool = False
-    prefetch: int = 4
-    keep_gb: float = 0.0
+    prefetch: Annotated[int, Field(ge=1, le=10_000)] = 4
+    keep_gb: NonNegativeFloat = 0.0
 
     def video_shapes(self) -> tuple[VideoShape, ...]:
         """The shapes, parsed and checked; raises StditError naming the value."""
@@ -194,11 +189,8 @@ class DataConfig:
         )
 
     def check(self) -> None:
-        if not 0.001 <= self.fps <= 1000:
-            raise StditError(f"data.fps is {self.fps:g}; it must be from 0.001 to 1000.")
-        for name, most in (("crops", 1000), ("workers", 1000), ("prefetch", 10_000)):
-            if getattr(self, name) > most:
-                raise StditError(f"data.{name} is {getattr(self, name)}; it must be at most {most:,}.")
+        """Raises StditError for what no run can be trained with; also for an instance that no file gave."""
+        check(self, "the config", "data")
         check_filter(self.filter)
         shapes = self.video_shapes()
         for number, stage in enumerate(self.stages, 1):
@@ -210,34 +202,22 @@ class DataConfig:
             with error_context(f"data.stages: stage {number}"):
                 if not any(map(stage.allows, shapes)):
                     raise StditError(f"no shape of data.shapes is within area {stage.area} and frames {stage.frames}.")
-        for name, kind in get_type_hints(DataConfig).items():
-            if (allowed := get_args(kind)) and get_origin(kind) is Literal and getattr(self, name) not in allowed:
-                raise StditError(f"data.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
-        if not 0 <= self.max_crop < 1:
-            raise StditError(f"data.max_crop is {self.max_crop}; it is a share of the area, from 0 up to below 1.")
         if self.keep_gb and (self.start, self.crop) != ("first", "centre"):
             raise StditError("data.keep_gb needs data.start=first and data.crop=centre: other cuts differ by epoch.")
-        if self.crops < 1 or (self.crops > 1 and (self.start, self.crop, self.mirror) == ("first", "centre", False)):
-            raise StditError(
-                f"data.crops is {self.crops}; it is 1, or more if data.start or data.crop is random or data.mirror on."
-            )
-        if not 0 < self.timeout <= 1e6:
-            raise StditError(f"data.timeout is {self.timeout:g}; it must be a number of seconds, at most a million.")
-        if self.workers < 0 or self.prefetch < 1:
-            raise StditError(
-                f"data.workers is {self.workers} (at least 0), data.prefetch {self.prefetch} (at least 1)."
-            )
+        if self.crops > 1 and (self.start, self.crop, self.mirror) == ("first", "centre", False):
+            raise StditError(f"data.crops is {self.crops}, which needs data.start or data.crop random, or data.mirror.")
 
 
 @dataclass
 class PlanConfig:
-    """How an epoch is cut.
+    """How an epoch is cut into steps.
 
-    largest_clips_per_step: work of a global step, as so many clips of the largest shape that has clips.
-    work_per_step: the same in forward FLOPs; when set, it takes the place of `largest_clips_per_step`.
-    tokens_per_pack: what one rank holds in a micro-step; unset: twice the largest clip, at least 16384.
+    largest_clips_per_step: work of a global step, in clips of the largest shape that has clips.
+    work_per_step: work of a global step in forward FLOPs; replaces `largest_clips_per_step`.
+    tokens_per_pack: tokens that one rank holds in a micro-step; unset: those of two of the largest clips, at least
+        16384.
     """
 
-    largest_clips_per_step: float = 16.0
-    work_per_step: int | None = None
-    tokens_per_pack: int | None = None
+    largest_clips_per_step: NonNegativeFloat = 16.0
+    work_per_step: NonNegativeInt | None = None
+    tokens_per_pack: NonNegativeInt | None = None

@@ -11,52 +11,44 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
+from stdit.settings import Share
 
 
 @dataclass(frozen=True)
 class NoiseLevelConfig:
     """The distribution of noise levels in training.
 
-    distribution: "own" is the path's: logit-normal for flows and EDM (whose σ are log-normal then), uniform for DDPMs.
-    shift moves every level (unset: as the scheduler beside the weights does, by the clip's size where it does so; 1 for
-    fresh ones); shift_tokens multiplies the shift by √(tokens / shift_tokens), so that a clip of shift_tokens tokens
-    has the shift as written and larger clips see more noise. stdit samples with the same; diffusers, whose schedulers
-    know only the shift as written, must be told another one for every size. range: of all levels, those that are
-    drawn, for one of two experts; unset: all.
+    distribution: own is that of the path: logit-normal for flows and EDM (whose σ is then log-normal), uniform for
+        DDPMs.
+    mean: of the normal distribution below the logit-normal.
+    std: of the normal distribution below the logit-normal.
+    shift: moves every level towards 1. Unset: as the scheduler beside the weights does, by the clip's size if it does
+        so; 1 for fresh weights.
+    shift_tokens: multiplies the shift by √(tokens / shift_tokens): a clip of shift_tokens tokens has the shift as
+        written, larger clips see more noise. stdit samples in the same way. diffusers' schedulers know only the shift
+        as written, and must be given another one for every size. Unset: no such factor.
+    range: lowest and highest level to draw, for one of two experts; unset: all.
     """
 
     distribution: Literal["own", "logit_normal", "uniform"] = "own"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float | None = None
-    shift_tokens: int | None = None
-    range: tuple[float, float] | None = None
+    mean: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    std: Annotated[float, Field(gt=0, le=100)] = 1.0
+    shift: Annotated[float, Field(gt=0, le=1000)] | None = None
+    shift_tokens: PositiveInt | None = None
+    range: tuple[Share, Share] | None = None
 
     def __post_init__(self) -> None:
-        if self.distribution not in ("own", "logit_normal", "uniform"):
-            raise StditError(
-                f"noise levels: distribution {self.distribution!r} is not known; own, logit_normal or uniform."
-            )
-        if (
-            not 0 < self.std <= 100
-            or abs(self.mean) > 100
-            or (self.shift is not None and not 0 < self.shift <= 1000)
-            or (self.shift_tokens is not None and self.shift_tokens <= 0)
-        ):
-            raise StditError(
-                f"noise levels: std {self.std}, shift {self.shift} and shift_tokens {self.shift_tokens} must be > 0, "
-                f"std and the size of mean {self.mean} at most 100, shift at most 1000."
-            )
-        if self.range is not None and not 0 <= self.range[0] < self.range[1] <= 1:
-            raise StditError(f"noise levels: range {list(self.range)} must be two levels from 0 to 1, the lower first.")
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise StditError(f"range {list(self.range)} must be two noise levels, the lower one first.")
 
 
 Levels = TypeVar("Levels", Tensor, np.ndarray)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from stdit.errors import StditError, nearest_name
+from stdit.settings import check
 
 # The settings that are a choice among a few. The first of each is Wan's: who reads Wan can ignore all others.
 CHOICES: dict[str, dict[str, str]] = {
@@ -75,11 +78,12 @@ CHOICES: dict[str, dict[str, str]] = {
 }
 
 
-# No network is larger. With these limits tensor sizes fit into 64 bits, and no list of blocks fills the memory.
-LARGEST = {"layers": 1000, "in_channels": 65_536, "out_channels": 65_536, "rope_theta": 1e12}
-LARGEST_OTHER = 2**24
-POSITIVE = ("dim", "heads", "layers", "ffn_dim", "in_channels", "out_channels", "text_dim", "frequency_dim")
-NOT_NEGATIVE = ("blank_channels", "null_text", "image_text_dim", "image_text_positions", "text_width")
+LARGEST = 2**24  # No network is larger. Tensor sizes then fit into 64 bits.
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Channels = Annotated[int, Field(ge=1, le=65_536)]
+Scale = Annotated[float, Field(ge=1e-9, le=LARGEST)]
+Epsilon = Annotated[float, Field(gt=0, le=LARGEST)]
 TUPLES = ("patch", "rope_scale", "rope_stride", "position_max", "compressed")
 
 
@@ -141,76 +145,59 @@ class TransformerConfig:
     image_text_positions: learned positions of the image tokens, 0 for none.
     """
 
-    dim: int
-    heads: int
-    layers: int
-    ffn_dim: int
-    in_channels: int = 16
-    out_channels: int = 16
-    patch: tuple[int, int, int] = (1, 2, 2)
-    text_dim: int = 4096
-    frequency_dim: int = 256
-    eps: float = 1e-6
+    dim: Size
+    heads: Size
+    layers: Annotated[int, Field(ge=1, le=1000)]
+    ffn_dim: Size
+    in_channels: Channels = 16
+    out_channels: Channels = 16
+    patch: tuple[Size, Size, Size] = (1, 2, 2)
+    text_dim: Size = 4096
+    frequency_dim: Size = 256
+    eps: Epsilon = 1e-6
     qk_norm: str = "across_heads"
     cross_norm: str = "affine"
-    text_padding: int = 512
-    rope_theta: float = 10000.0
-    rope_max: int = 1024
+    text_padding: Count = 512
+    rope_theta: Annotated[float, Field(gt=0, le=1e12)] = 10000.0
+    rope_max: Count = 1024
     family: str = "wan"
 
     attention: str = "full"
     norm: str = "layer"
-    qk_eps: float | None = None
+    qk_eps: Epsilon | None = None
     bias: bool = True
     activation: str = "gelu_tanh"
     modulation: str = "table"
-    modulation_rank: int = 256
+    modulation_rank: Count = 256
     network_time: str = "level"
-    time_scale: float = 1000.0
+    time_scale: Annotated[float, Field(ge=0, le=LARGEST)] = 1000.0
     level_condition: str = "none"
     text_embedding: str = "mlp"
-    text_width: int = 0
-    compressed: tuple[int, ...] = ()
-    compression: int = 1
-    null_text: int = 0
+    text_width: Count = 0
+    compressed: tuple[Count, ...] = ()
+    compression: Count = 1
+    null_text: Count = 0
     rotary: str = "axes"
-    rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    rope_stride: tuple[int, int, int] = (1, 1, 1)
-    rope_fps: float = 0.0
+    rope_scale: tuple[Scale, Scale, Scale] = (1.0, 1.0, 1.0)
+    rope_stride: tuple[Size, Size, Size] = (1, 1, 1)
+    rope_fps: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
     position: str = "none"
-    position_base: int = 0
-    position_stretch: float = 1.0
-    position_max: tuple[int, int, int] = (0, 0, 0)
-    image_channels: int = 0
-    blank_channels: int = 0
-    image_text_dim: int = 0
-    image_text_positions: int = 0
+    position_base: Count = 0
+    position_stretch: Scale = 1.0
+    position_max: tuple[Count, Count, Count] = (0, 0, 0)
+    image_channels: Count = 0
+    blank_channels: Count = 0
+    image_text_dim: Count = 0
+    image_text_positions: Count = 0
 
     def __post_init__(self) -> None:
         for name in TUPLES:
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in POSITIVE:
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, f"{name} is {value!r}; it must be a positive integer")
-        for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            _require(type(value) is int and value >= 0, f"{name} is {value!r}; it must be 0 or a positive integer")
-        for name, value in vars(self).items():
-            largest = LARGEST.get(name, LARGEST_OTHER)
-            for number in value if isinstance(value, tuple) else (value,):
-                small = not isinstance(number, int | float) or -largest <= number <= largest
-                _require(small, f"{name} is {value!r}; it must be at most {largest:,}")
+        check(self, "transformer")
         for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in known:
-                nearest = nearest_name(str(value), known)
+            if (value := getattr(self, name)) not in known:
+                nearest = nearest_name(value, known)
                 raise StditError(f"transformer {name} is {value!r}.{nearest} Known: {', '.join(known)}.")
-        for name in ("patch", "rope_scale", "rope_stride", "position_max"):
-            value = getattr(self, name)
-            kinds, least = ((int,), 1) if name == "patch" else ((int, float), 0 if name == "position_max" else 1e-9)
-            numbers = all(type(n) in kinds and least <= n < math.inf for n in value)
-            integers = " positive integers" if name == "patch" else " numbers"
-            _require(len(value) == 3 and numbers, f"{name} is {value}; write three{integers}: frames, height, width")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -219,12 +206,7 @@ class TransformerConfig:
         _require(self.head_dim % 2 == 0, f"dim {d} / heads {self.heads} is not even; rotary pairs need that")
         _require(f % 2 == 0, f"frequency_dim {f} is not even; it counts cosines and sines")
         _require(
-            self.text_padding >= 0 and self.eps > 0 and self.rope_theta > 0,
-            f"text_padding {self.text_padding} must be 0 or more, eps {self.eps} and rope_theta {self.rope_theta} "
-            "must be positive",
-        )
-        _require(
-            0 <= self.image_channels < self.in_channels,
+            self.image_channels < self.in_channels,
             f"image_channels {self.image_channels} of in_channels {self.in_channels} must leave some for the latents",
         )
         _require(
@@ -254,7 +236,7 @@ class TransformerConfig:
         )
         _require(not self.rotary.startswith("inner") or self.rope_fps > 0, f"rotary {self.rotary!r} needs rope_fps")
         _require(
-            all(0 <= block < self.layers for block in self.compressed)
+            all(block < self.layers for block in self.compressed)
             and (self.compression > 1) == bool(self.compressed),
             f"compressed {self.compressed} with compression {self.compression}: name some of the {self.layers} blocks "
             "and a side of 2 tokens or more, or neither",

@@ -11,10 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from stdit import settings
 from stdit.diffusion.solvers import read_scheduler, write_scheduler
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish_text
@@ -22,7 +24,6 @@ from stdit.heartbeat import HEARTBEAT
 from stdit.models.experts import Experts
 from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
-from stdit.strict import build
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
 from stdit.vae.families.diffusers_vae import DiffusersVAE
@@ -46,28 +47,23 @@ FORMAT = 1  # of stdit.json
 
 @dataclass(frozen=True)
 class FolderSettings:
-    """What a model folder says beyond its weights, in stdit.json: the defaults of sampling.
+    """The defaults of sampling, which a model folder holds in stdit.json.
 
-    fps: frames a second it was trained at. shapes: what it was trained at, WIDTHxHEIGHTxFRAMES; the first is the
-    default. text_padding: positions that texts are padded to; None: as the transformer's config says. shift_tokens: a
-    clip of so many tokens is sampled with the scheduler's static shift, one of n with √(n / shift_tokens) times as
-    much, as it was trained; None: all with the static one, as diffusers does.
+    fps: frames per second of the training.
+    shapes: WIDTHxHEIGHTxFRAMES of the training; the first is the default.
+    text_padding: positions that texts are padded to; None: as the transformer's config says.
+    shift_tokens: a clip of so many tokens is sampled with the scheduler's static shift, a clip of n tokens with
+        √(n / shift_tokens) times that, as in training; None: every clip with the static shift, as in diffusers.
     """
 
-    fps: float = 16.0
-    shapes: tuple[str, ...] = ("832x480x81",)
-    text_padding: int | None = None
-    shift_tokens: int | None = None
+    fps: Annotated[float, Field(gt=0, le=1000)] = 16.0
+    shapes: Annotated[tuple[str, ...], Field(min_length=1)] = ("832x480x81",)
+    text_padding: NonNegativeInt | None = None
+    shift_tokens: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps <= 1000:
-            raise StditError(f"fps is {self.fps:g}; it must be above 0 and at most 1000.")
-        if not self.shapes:
-            raise StditError("shapes is empty.")
         for shape in self.shapes:
             VideoShape.parse(shape)
-        if self.shift_tokens is not None and self.shift_tokens < 1:
-            raise StditError(f"shift_tokens is {self.shift_tokens}; it must be a positive integer or null.")
 
     @classmethod
     def read(cls, folder: str | Path, absent: FolderSettings | None = None) -> FolderSettings:
@@ -78,7 +74,7 @@ class FolderSettings:
         found = read_json(path)
         if found.pop("format", None) != FORMAT:
             raise StditError(f"{path}: its format is not {FORMAT}, the one this version of stdit reads.")
-        return build(cls, found, str(path))
+        return settings.read(cls, found, str(path))
 
     def write(self, folder: str | Path) -> None:
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
@@ -113,7 +109,7 @@ class Base:
         found = read_json(path)
         if found.pop("format", None) != FORMAT or {"content", *found} != cls.__dataclass_fields__.keys():
             raise StditError(f"{path}: not of format {FORMAT} with {', '.join(cls.__dataclass_fields__)}.")
-        base = build(cls, found, str(path))
+        base = settings.read(cls, found, str(path))
         for name in ("transformer", "vae", "text_encoder"):
             if not Path(getattr(base, name)).exists():
                 raise StditError(

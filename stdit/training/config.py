@@ -1,4 +1,4 @@
-"""A run's config: its sections, `RunConfig` that composes them, and the strict reader of YAML and `key=value`."""
+"""A run's config: its sections, `RunConfig` that composes them, and the reader of YAML and `key=value`."""
 
 from __future__ import annotations
 
@@ -6,42 +6,48 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from stdit.data.config import DataConfig, PlanConfig
 from stdit.errors import StditError
 from stdit.files import publish_text
+from stdit.models.config import TransformerConfig
+from stdit.settings import SettingsOf, read
 from stdit.shapes import VideoShape
 from stdit.shipped import CONFIGS, find_shipped
-from stdit.strict import build
-from stdit.text_files import read_text, read_yaml
+from stdit.text_files import read_text, read_yaml, yaml_text
 from stdit.training.engine.checkpoint import CheckpointConfig
 from stdit.training.engine.engine import ParallelConfig
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.engine.schedule import ScheduleConfig
 from stdit.training.objectives.config import ObjectiveConfig
+from stdit.vae.config import VaeConfig
 
 LARGEST = 2**24  # bytes of a config
 
-# On resume only these may differ. Nothing in them changes what is computed, but for schedule.steps, which moves a decay
-# (`ScheduleConfig`), and parallel, whose rounding differs.
+# On resume only these may differ. None of them changes what is computed, except schedule.steps, which moves a decay
+# (`ScheduleConfig`), and parallel, which rounds differently.
 MAY_DIFFER = (
     "log.", "eval.", "checkpoint.", "parallel.", "run.path", "schedule.steps", "data.workers", "data.prefetch",
     "optimizer.max_skipped_steps",
     "data.timeout", "data.verify", "data.keep_gb",
 )  # fmt: skip
 
-# These, too, where the checkpoint names what is there by content (`frozen.check_frozen`): a folder may be moved.
+# These too, where the checkpoint names the content (`frozen.check_frozen`): a folder may be moved.
 MAY_MOVE = ("model.init", "vae.path", "text.path", "objective.vae.lpips.path")
-
-# A field with the metadata "rest_of": "module:Class" holds those settings of its section that belong to that class.
 
 
 @dataclass
 class RunSettings:
-    """path: the run folder. deterministic: bit for bit on a GPU too, slower."""
+    """The run as a whole.
+
+    path: the run folder; `run=PATH` for short.
+    seed: seeds every random draw; any 64-bit integer.
+    precision: of weights and activations. Masters and moments are fp32 either way.
+    deterministic: makes a GPU compute the same bits every time, more slowly.
+    """
 
     path: str = ""
     seed: int = 0
@@ -51,38 +57,42 @@ class RunSettings:
 
 @dataclass
 class LoraConfig:
-    """alpha / rank scales what an adapter adds. targets: patterns (* and ?) of the linear layers, by our names; unset:
-    all of attention and MLP. layout: of the exported file (stdit/weights/lora/write.py). merged: export the whole
-    model folder too, with the adapter in its weights.
-    Of Cosmos, whose common layout diffusers does not read, there is a second file in diffusers' own.
+    """Adapters (LoRA) that train beside frozen weights.
+
+    rank: columns of each low-rank matrix.
+    alpha: scales an adapter's output by alpha / rank.
+    targets: patterns (* and ?) of the linear layers, by stdit's names; the default is all of attention and MLP.
+    layout: of the exported file, see stdit/weights/lora/write.py. With "common", Cosmos gets a second file in
+        diffusers' own layout, because diffusers does not read the common one.
+    merged: also exports the whole model folder, with the adapter merged into its weights.
     """
 
-    rank: int = 16
-    alpha: float = 16.0
-    targets: list[str] = field(default_factory=lambda: ["*blocks.*_attn.*", "*blocks.*.ffn.*"])
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
+    alpha: PositiveFloat = 16.0
+    targets: Annotated[list[str], Field(min_length=1)] = field(
+        default_factory=lambda: ["*blocks.*_attn.*", "*blocks.*.ffn.*"]
+    )
     layout: Literal["common", "original", "kohya", "diffusers", "peft"] = "common"
     merged: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 65_536 or self.alpha <= 0 or not self.targets:
-            raise StditError(
-                f"rank {self.rank} must be from 1 to 65,536, alpha {self.alpha:g} positive, and targets "
-                f"{self.targets} name some layers."
-            )
 
 
 @dataclass
 class ModelSettings:
-    """preset: a size of `stdit.models.transformer` (toy), whose settings may be changed one by one (`model.layers=4`).
-    Channels and text width follow from the VAE and the text encoder.
+    """The transformer: a preset with changes, or the weights of `init`. Channels and text width follow from the VAE and
+    the text encoder.
 
-    init: a model folder, or a transformer's folder or file, to start from instead of fresh weights. What a model folder
-    holds is the run's unless the config says otherwise: VAE, text encoder, text padding, shift.
-    expert: which of two experts (Wan 2.2 A14B) to train, at its own noise levels, or both. inflate: put attention over
-    time into an image model (PixArt). freeze: "pretrained" trains what inflate adds alone. trainable: patterns of the
-    names of the parameters to train, such as "blocks.*.self_attn.*"; the others keep the values of init.
-    lora: train adapters beside the weights, which all keep the values of init.
-    checkpoint_blocks: recompute the blocks in backward to save memory. attention_backend: auto, or one by name.
+    preset: the size of a fresh model: toy (the default), small, base, large, 1.3B, 5B or 14B. Single settings of it can
+        be changed: `model.layers=4`.
+    init: a model folder, or a transformer's folder or file, to start from. A model folder also gives the VAE, the text
+        encoder, the text padding and the shift, unless the config sets them.
+    expert: which of two experts (Wan 2.2 A14B) to train, each at its own noise levels.
+    inflate: adds attention over time to an image model (PixArt).
+    freeze: "pretrained" trains only what `inflate` adds.
+    trainable: patterns of the names of the parameters to train, such as "blocks.*.self_attn.*"; empty: all.
+    lora: trains adapters beside the weights, which all stay as they are in `init`.
+    checkpoint_blocks: recomputes each block in the backward pass, which saves memory.
+    attention_backend: auto, or a backend by name.
+    overrides: settings of the preset.
     """
 
     preset: str | None = None
@@ -94,115 +104,122 @@ class ModelSettings:
     lora: LoraConfig | None = None
     checkpoint_blocks: bool = False
     attention_backend: str = "auto"
-    overrides: dict[str, Any] = field(
-        default_factory=dict, metadata={"rest_of": "stdit.models.transformer:TransformerConfig"}
-    )
+    overrides: Annotated[dict[str, Any], SettingsOf(TransformerConfig)] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.init and self.preset:
-            raise StditError(
-                f"preset {self.preset} and init {self.init} are both set: fresh weights, or those of init."
-            )
+            raise StditError(f"preset {self.preset} and init {self.init} are both set: choose fresh weights or init.")
         for name in ("expert", "inflate", "freeze", "trainable", "lora"):
             if getattr(self, name) and not self.init:
-                raise StditError(f"{name} {getattr(self, name)} is about the weights of init, which is not set.")
+                raise StditError(f"{name} {getattr(self, name)} needs the weights of init, which is not set.")
         if self.freeze and (not self.inflate or self.trainable):
-            raise StditError(f"freeze {self.freeze} goes with inflate, and not with trainable: it says what trains.")
+            raise StditError(f"freeze {self.freeze} needs inflate, and excludes trainable: it says what trains.")
         if self.lora and (self.freeze or self.trainable):
-            raise StditError("lora says what trains, and goes with neither freeze nor trainable.")
+            raise StditError("lora says what trains: it excludes freeze and trainable.")
 
 
 @dataclass
 class VaeSettings:
-    """path: a VAE folder; for a VAE's own training it starts there. Else preset (toy) and its settings: a fresh one.
+    """The VAE: a folder of trained weights, or a preset with changes to train from scratch.
 
-    inflate: path is an image VAE (Stable Diffusion's), whose training goes on as a causal video VAE;
-    `vae.temporal_downsample` may say where its frames halve.
+    path: a VAE folder. Its own training starts from there; a transformer's training uses it frozen.
+    preset: the size of a fresh VAE: toy (the default), wan2.1, …. Single settings of it can be changed: `vae.z_dim=8`.
+    inflate: path is an image VAE (Stable Diffusion's), to be trained on as a causal video VAE;
+        `vae.temporal_downsample` may say where its frames halve.
+    overrides: settings of the preset.
     """
 
     path: str | None = None
     preset: str | None = None
     inflate: bool = False
-    overrides: dict[str, Any] = field(default_factory=dict, metadata={"rest_of": "stdit.vae.autoencoder:VaeConfig"})
+    overrides: Annotated[dict[str, Any], SettingsOf(VaeConfig)] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path and self.preset:
-            raise StditError(f"path {self.path} and preset {self.preset} are both set: that VAE, or a fresh one.")
+            raise StditError(f"path {self.path} and preset {self.preset} are both set: choose that VAE or a fresh one.")
         if self.inflate and not self.path:
-            raise StditError("inflate is about the image VAE of path, which is not set.")
+            raise StditError("inflate needs the image VAE of path, which is not set.")
 
 
 @dataclass
 class TrainedText:
-    """A small UMT5 encoder, trained along; its words come from the captions."""
+    """A small UMT5 encoder that trains along; its vocabulary comes from the captions.
 
-    dim: int = 128
-    layers: int = 2
-    heads: int = 4
+    dim: width, a multiple of heads.
+    layers: transformer layers.
+    heads: attention heads.
+    """
+
+    dim: Annotated[int, Field(ge=1, le=16_384)] = 128
+    layers: Annotated[int, Field(ge=1, le=256)] = 2
+    heads: PositiveInt = 4
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.layers, self.heads) < 1 or self.dim % self.heads:
-            raise StditError(
-                f"dim {self.dim}, layers {self.layers} and heads {self.heads} must be at least 1, and heads divide dim."
-            )
-        if self.dim > 16_384 or self.layers > 256:
-            raise StditError(f"dim {self.dim} must be at most 16,384 and layers {self.layers} at most 256.")
+        if self.dim % self.heads:
+            raise StditError(f"dim {self.dim} must be a multiple of heads {self.heads}.")
 
 
 @dataclass
 class TextSettings:
-    """path: a folder with text_encoder/ and tokenizer/, frozen; or `trained`.
+    """The text encoder: frozen, from `path`, or `trained` along.
 
-    padding: positions of a text, 0: none; unset: as the weights of model.init are for, 512 for fresh ones.
+    path: a folder with text_encoder/ and tokenizer/, used frozen.
+    trained: a small encoder to train along instead.
+    padding: positions that a text is padded or cut to, 0 for no padding; unset: as the weights of `model.init` expect,
+        512 for fresh weights.
     """
 
     path: str | None = None
     trained: TrainedText | None = None
-    padding: int | None = None
+    padding: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
 
     def __post_init__(self) -> None:
         if self.path and self.trained:
-            raise StditError("path and trained are both set: either a frozen encoder or one trained along.")
-        if self.padding is not None and self.padding > 1_000_000:
-            raise StditError(f"padding {self.padding} is more positions than any text has: at most 1,000,000.")
+            raise StditError("path and trained are both set: choose a frozen encoder or one that trains along.")
 
 
 @dataclass
 class EvalSettings:
-    """every: steps between validations, 0 for none. A transformer samples `prompts` (size WIDTHxHEIGHT and frames:
-    unset, the largest shape's); a VAE reconstructs up to `clips` clips of `manifest` (held out; unset: training clips).
+    """Validation while training. A transformer samples `prompts`, a VAE reconstructs clips.
+
+    every: steps between validations; 0: none.
+    prompts: one clip is sampled for each.
+    size: WIDTHxHEIGHT of the samples; unset: that of the largest shape.
+    frames: of the samples; unset: those of the largest shape.
+    steps: solver steps per sample.
+    guidance: scale of classifier-free guidance.
+    seed: of the samples' noise; any 64-bit integer.
+    manifest: held-out clips for a VAE to reconstruct; unset: clips of the training.
+    clips: how many clips a VAE reconstructs at most.
     """
 
-    every: int = 0
+    every: NonNegativeInt = 0
     prompts: list[str] = field(default_factory=list)
     size: str | None = None
-    frames: int | None = None
-    steps: int = 20
-    guidance: float = 4.0
+    frames: NonNegativeInt | None = None
+    steps: PositiveInt = 20
+    guidance: NonNegativeFloat = 4.0
     seed: int = 0
     manifest: str | None = None
-    clips: int = 32
+    clips: PositiveInt = 32
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.steps < 1 or self.clips < 1:
-            raise StditError(
-                f"every {self.every} must be at least 0, steps {self.steps} and clips {self.clips} at least 1."
-            )
         if self.size is not None and not VideoShape.parse(self.size).is_image:
             raise StditError(f"size {self.size!r} is WIDTHxHEIGHT alone; eval.frames sets the number of frames.")
 
 
 @dataclass
 class LogSettings:
-    """every: steps between lines of metrics.jsonl."""
+    """What is written while training.
 
-    every: int = 10
+    every: steps between lines of metrics.jsonl.
+    tensorboard: also writes TensorBoard files.
+    progress: shows a progress bar.
+    """
+
+    every: PositiveInt = 10
     tensorboard: bool = True
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise StditError(f"every {self.every} must be at least 1.")
 
 
 @dataclass
@@ -224,27 +241,35 @@ class RunConfig:
     log: LogSettings = field(default_factory=LogSettings)
 
 
+WITH_OVERRIDES = {"model": ModelSettings, "vae": VaeSettings}  # sections that also take another class's settings
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """What `from_dict` reads back, in plain lists and mappings."""
-    result: dict[str, Any] = {}
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if "rest_of" in entry.metadata:
-            result |= {key: _plain(one) for key, one in value.items()}
-        else:
-            result[entry.name] = _plain(value)
-    return result
+    """Plain lists and mappings, which `from_dict` reads back."""
+    result: dict[str, Any] = {name: _plain(value) for name, value in vars(config).items()}
+    return result | result.pop("overrides", {})
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    publish_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    publish_text(path, yaml_text(to_dict(config)))
 
 
 def differences(then: dict[str, Any], now: RunConfig, named: bool = False) -> list[str]:
-    """Lines "optimizer.lr: 0.001 → 0.002" for what a resumed run must not change.
+    """Lines such as "optimizer.lr: 0.001 → 0.002" for what a resumed run must not change.
 
-    then: `to_dict` of the config that the run began with, perhaps in an older stdit: settings that it lacks had their
-    defaults. named: whether the checkpoint names by content what is at paths, which may then be others.
+    then: `to_dict` of the config that the run began with. An older stdit may have written it: settings that it lacks
+        had their defaults.
+    named: whether the checkpoint names the content of paths, so that the paths themselves may differ.
     """
     old, new = _flatten(_completed(then, now)), _flatten(to_dict(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -256,7 +281,7 @@ def differences(then: dict[str, Any], now: RunConfig, named: bool = False) -> li
 
 
 def _completed(then: Any, now: Any) -> Any:
-    """`then` with the settings it lacks, at their defaults; now: the present config of the same part, or a value."""
+    """`then` with the settings that it lacks, at their defaults. now: the same part of the present config."""
     if isinstance(then, list) and isinstance(now, list):
         return [*map(_completed, then, now), *then[len(now) :]]
     if not isinstance(then, dict) or not dataclasses.is_dataclass(now):
@@ -265,21 +290,11 @@ def _completed(then: Any, now: Any) -> Any:
     for entry in dataclasses.fields(now):
         if entry.name in then:
             result[entry.name] = _completed(then[entry.name], getattr(now, entry.name))
-        elif "rest_of" not in entry.metadata and entry.default_factory is not dataclasses.MISSING:
+        elif entry.name != "overrides" and entry.default_factory is not dataclasses.MISSING:
             result[entry.name] = _plain(entry.default_factory())
         elif entry.default is not dataclasses.MISSING:
             result[entry.name] = _plain(entry.default)
     return result | {key: value for key, value in then.items() if key not in result}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -293,7 +308,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a YAML file with `a.b=c` set on top, values read as YAML; `run=PATH` sets run.path."""
+    """Reads a YAML file, with `a.b=c` set on top, whose values are YAML; `run=PATH` sets run.path."""
     path = find_shipped(path, CONFIGS, ".yaml")
     try:
         if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST):
@@ -312,8 +327,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def from_dict(raw: Any, where: str) -> RunConfig:
-    """`where` names the source in errors."""
-    return build(RunConfig, raw, where)
+    """where: the source, for errors."""
+    if isinstance(raw, dict):
+        raw = raw | {name: _gathered(kind, raw.get(name, {})) for name, kind in WITH_OVERRIDES.items()}
+    return read(RunConfig, raw, where)
+
+
+def _gathered(kind: type, section: Any) -> Any:
+    """A section's settings, with those that are none of `kind`'s own in `overrides`."""
+    if not isinstance(section, dict):
+        return section
+    own = {entry.name for entry in dataclasses.fields(kind)} - {"overrides"}
+    given = {name: value for name, value in section.items() if name in own}
+    return given | {"overrides": {name: value for name, value in section.items() if name not in own}}
 
 
 def _set(raw: dict[str, Any], override: str) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from stdit.errors import StditError, error_context, nearest_name
+from stdit.settings import check
+
+Channels = Annotated[int, Field(ge=1, le=65_536)]
+Multiples = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1, max_length=8)]
 
 # Of the released Wan 2.1 weights (vae.py; also the defaults of diffusers).
 WAN21_MEAN = (
@@ -50,17 +55,17 @@ class VaeConfig:
     latents_std: the same for the standard deviation; None: 1.
     """
 
-    base_dim: int = 96
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    base_dim: Channels = 96
+    dim_mult: Multiples = (1, 2, 4, 4)
+    num_res_blocks: Annotated[int, Field(ge=1, le=256)] = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    z_dim: int = 16
-    patch_size: int = 1
+    z_dim: Channels = 16
+    patch_size: Annotated[int, Field(ge=1, le=64)] = 1
     residual: bool = False
-    groups: int = 0
-    decoder_base_dim: int | None = None
+    groups: NonNegativeInt = 0
+    decoder_base_dim: Channels | None = None
     latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    latents_std: tuple[NonNegativeFloat, ...] | None = None
 
     family = "wan_vae"
 
@@ -73,17 +78,7 @@ class VaeConfig:
             object.__setattr__(self, "latents_mean", None)
         if self.latents_std is not None and all(std == 1 for std in self.latents_std):
             object.__setattr__(self, "latents_std", None)
-        for name, most in (("base_dim", 65_536), ("num_res_blocks", 256), ("z_dim", 65_536), ("patch_size", 64)):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise StditError(f"VAE: {name} is {value!r}; it must be an integer from 1 to {most:,}.")
-        for flag in (self.residual, *self.temporal_downsample):
-            if type(flag) is not bool:
-                raise StditError(f"VAE: residual and temporal_downsample are true or false, not {flag!r}.")
-        if self.decoder_base_dim is not None and not 1 <= self.decoder_base_dim <= 65_536:
-            raise StditError(f"VAE: decoder_base_dim is {self.decoder_base_dim}; it must be from 1 to 65,536.")
-        if not 1 <= len(self.dim_mult) <= 8 or not 1 <= min(self.dim_mult) <= max(self.dim_mult) <= 1024:
-            raise StditError(f"VAE: dim_mult {self.dim_mult} must have one to eight levels, each from 1 to 1024.")
+        check(self, "VAE")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise StditError(
                 f"VAE: temporal_downsample {self.temporal_downsample} has {len(self.temporal_downsample)} entries; "
@@ -102,16 +97,14 @@ class VaeConfig:
                     f"VAE: {name} has {len(value)} entries, z_dim is {self.z_dim}. With another z_dim, set "
                     "latents_mean and latents_std too: null (training measures them), or one number per channel."
                 )
-            if value is not None and not all(map(math.isfinite, value)):
-                raise StditError(f"VAE: {name} {value} must be finite.")
-        if self.latents_std is not None and min(self.latents_std) <= 0:
+        if self.latents_std is not None and min(self.latents_std) == 0:
             raise StditError(f"VAE: latents_std {self.latents_std} must be positive.")
 
     def _check_widths(self) -> None:
         """Raises if the layout cannot halve the channels of a level, or average and repeat them."""
         decoder = self.decoder_base_dim or self.base_dim
         for width in (mult * base for base in (self.base_dim, decoder) for mult in self.dim_mult):
-            if self.groups < 0 or (self.groups and width % self.groups):
+            if self.groups and width % self.groups:
                 raise StditError(f"VAE: a level of {width} channels cannot be normalised in groups={self.groups}.")
         if self.upsampling_halves:
             for mult in self.dim_mult[1:]:

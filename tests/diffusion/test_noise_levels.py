@@ -8,6 +8,7 @@ from scipy import stats
 from stdit.diffusion.noise_levels import NoiseLevelConfig, noise_levels, shift_by_tokens, shift_noise_level
 from stdit.diffusion.noise_levels import stratified_uniform as uniform
 from stdit.errors import StditError
+from stdit.settings import read
 
 
 @pytest.mark.parametrize("count", [1, 7, 64])
@@ -77,5 +78,5 @@ def test_levels_of_a_range_are_those_of_all_that_lie_in_it(distribution, span):
     ],
 )
 def test_wrong_config_is_an_error(wrong):
-    with pytest.raises(StditError, match="noise levels"):
-        NoiseLevelConfig(**wrong)
+    with pytest.raises(StditError, match=f"noise levels: .*{next(iter(wrong))}"):
+        read(NoiseLevelConfig, wrong, "noise levels")

@@ -271,7 +271,7 @@ def test_folders_that_cannot_be_loaded(folder, tmp_path):
         ({"fps": float("nan")}, "stdit.json: fps is nan"),
         ({"fps": 1e300}, "fps is 1e\\+300"),
         ({"shapes": "832x480x81"}, "stdit.json: shapes is '832x480x81'; it must be a list"),
-        ({"shapes": []}, "stdit.json: shapes is empty"),
+        ({"shapes": []}, r"stdit.json: shapes is \[\]; it must be a list of at least 1"),
         ({"shapes": ["wide"]}, "'wide' is not a shape"),
         ({"text_padding": 1.5}, "text_padding is 1.5"),
         ({"text_padding": -1}, "text_padding is -1"),

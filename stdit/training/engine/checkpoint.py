@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,14 +48,14 @@ FORMAT = 1
 
 @dataclass
 class CheckpointConfig:
-    """every: steps between checkpoints; the last step and a signal always write one. keep: how many stay, 0 for all."""
+    """When checkpoints are written. The last step and a signal always write one.
 
-    every: int = 500
-    keep: int = 2
+    every: steps between checkpoints.
+    keep: how many of the newest stay; 0: all.
+    """
 
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 0:
-            raise StditError(f"every {self.every} must be at least 1, and keep {self.keep} at least 0.")
+    every: PositiveInt = 500
+    keep: NonNegativeInt = 2
 
 
 def save(

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
-
-from stdit.errors import StditError
 
 
 @dataclass
 class EmaConfig:
-    """decay: of the average, per step; 0 keeps none. The first steps use less: (1 + step) / (warmup + step)."""
+    """The moving average of the weights, which is what a run exports.
 
-    decay: float = 0.999
-    warmup: int = 10
+    decay: of the average, per step; 0 keeps no average.
+    warmup: the decay is at most (1 + step) / (warmup + step), so that the first steps count less.
+    """
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1 or self.warmup < 1:
-            raise StditError(f"ema: decay {self.decay} must be in [0, 1) and warmup {self.warmup} at least 1.")
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    warmup: PositiveInt = 10
 
 
 class Ema:

@@ -55,7 +55,8 @@ OURS = {
 
 @dataclass
 class ParallelConfig:
-    """
+    """How ranks share a run.
+
     deepspeed: a DeepSpeed JSON, or zero1, zero2, zero3 or zero3_offload. Required on more than one rank.
     sequence_parallel: ranks that share a clip; only 1 is supported so far.
     """

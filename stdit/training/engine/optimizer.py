@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor, nn
 
 from stdit.errors import StditError, nearest_name
@@ -40,29 +41,29 @@ OWN = {
 
 @dataclass
 class OptimizerConfig:
-    """name: adamw (torch's) or any of timm's (sgd, lion, muon, …). clip: of the gradient's global norm, 0 for none.
+    """The optimizer: torch's AdamW or one of timm's.
 
-    weight_decay acts on matrices only: not on biases, norms and modulation tables. options: further arguments of the
-    optimizer, by its own names.
-
-    max_skipped_steps: a step whose loss or gradient is not finite updates nothing; after so many in a row the next such
-    step stops the run.
+    name: adamw (torch's) or any of timm's (sgd, lion, muon, …).
+    lr: the learning rate after the warm-up; see `schedule`.
+    betas: decay of the first and of the second moment.
+    weight_decay: acts on matrices only, not on biases, norms and modulation tables.
+    clip: largest global norm of the gradient; 0: no clipping.
+    max_skipped_steps: a step whose loss or gradient is not finite updates nothing. After so many in a row, the next
+        such step stops the run.
+    ema: the moving average of the weights.
+    options: further arguments of the optimizer, by its own names.
     """
 
     name: str = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    max_skipped_steps: int = 3
+    lr: Annotated[float, Field(gt=0, le=1000)] = 1e-4
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.01
+    clip: NonNegativeFloat = 1.0
+    max_skipped_steps: NonNegativeInt = 3
     ema: EmaConfig = field(default_factory=EmaConfig)
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr <= 1000 or self.weight_decay > 1000:
-            raise StditError(
-                f"lr {self.lr:g} must be positive and at most 1000, weight_decay {self.weight_decay:g} at most 1000."
-            )
         for name in self.options:
             if name in OWN:
                 raise StditError(f"options.{name} has no effect: set {OWN[name]}.")

@@ -6,30 +6,31 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from stdit.errors import StditError
+from pydantic import NonNegativeInt, PositiveInt
+
+from stdit.settings import Share
 
 
 @dataclass
 class ScheduleConfig:
-    """steps: of the whole run. warmup: steps of linear rise. final: where decay ends, as a share of optimizer.lr.
+    """The length of a run and its learning rate.
 
     A resumed run may have other steps. A decay then ends at the new last step: its whole curve moves, and the learning
     rate jumps (up, if steps were raised). The run says from what to what. Without decay nothing moves.
+
+    steps: optimizer steps of the whole run.
+    warmup: steps in which the learning rate rises linearly.
+    decay: the curve after the warm-up.
+    final: where the decay ends, as a share of optimizer.lr.
     """
 
-    steps: int = 1000
-    warmup: int = 0
+    steps: PositiveInt = 1000
+    warmup: NonNegativeInt = 0
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.warmup < 0 or not 0 <= self.final <= 1:
-            raise StditError(
-                f"steps {self.steps} must be at least 1, warmup {self.warmup} at least 0, final {self.final} in [0, 1]."
-            )
+    final: Share = 0.0
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by in step 0, 1, …; the last step's is not yet `final`."""
+        """The factor on the learning rate in step 0, 1, …; in the last step it is not quite `final` yet."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.decay == "constant":
@@ -39,7 +40,7 @@ class ScheduleConfig:
         return self.final + (1 - self.final) * left
 
     def jump(self, steps_before: int, step: int, lr: float) -> str | None:
-        """What a change of `steps` on resume does to the learning rate of `step`; None where it does nothing."""
+        """Says how a change of `steps` on resume moves the learning rate of `step`; None if it does not."""
         before, now = (lr * one.factor(step) for one in (replace(self, steps=steps_before), self))
         if before == now:
             return None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat
 
 from stdit.diffusion.noise_levels import NoiseLevelConfig
 from stdit.diffusion.tasks import check_weights
-from stdit.errors import StditError
+from stdit.settings import Share
 from stdit.vae.training.losses import VaeLossConfig
 
 
 @dataclass
 class FlowConfig:
-    """
+    """How a transformer trains.
+
     noise_levels: how noise levels are drawn.
     caption_dropout: the share of clips trained with an empty caption, for guidance.
     tasks: the tasks to draw from, with their weights. Unset: text_to_video; for weights that take an image in every
@@ -21,19 +24,18 @@ class FlowConfig:
     """
 
     noise_levels: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
-    caption_dropout: float = 0.1
-    tasks: dict[str, float] | None = None
+    caption_dropout: Share = 0.1
+    tasks: dict[str, NonNegativeFloat] | None = None
 
     def __post_init__(self) -> None:
         if self.tasks is not None:
             check_weights(self.tasks)
-        if not 0 <= self.caption_dropout <= 1:
-            raise StditError(f"caption_dropout {self.caption_dropout} must be in [0, 1].")
 
 
 @dataclass
 class ObjectiveConfig:
-    """
+    """What trains, and on which loss.
+
     kind: flow trains the transformer (and a text encoder) along the path of its weights, vae the VAE.
     token_power: p in a clip's weight, (its source's weight) × (unknown tokens)^p. 1 weighs every token alike, 0 every
         clip.
@@ -42,10 +44,6 @@ class ObjectiveConfig:
     """
 
     kind: Literal["flow", "vae"] = "flow"
-    token_power: float = 1.0
+    token_power: Annotated[float, Field(ge=0, le=10)] = 1.0
     flow: FlowConfig = field(default_factory=FlowConfig)
     vae: VaeLossConfig = field(default_factory=VaeLossConfig)
-
-    def __post_init__(self) -> None:
-        if self.token_power > 10:
-            raise StditError(f"token_power is {self.token_power:g}; it must be at most 10.")

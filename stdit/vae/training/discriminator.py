@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.grad import conv3d_weight
 
@@ -23,19 +25,11 @@ class DiscriminatorConfig:
     layers: each halves height and width; all but the first halve the frames, too.
     """
 
-    weight: float = 0.5
-    start: int = 0
-    lr: float = 1e-4
-    dim: int = 64
-    layers: int = 4
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0 or not self.lr > 0 or self.start < 0:
-            raise StditError(
-                f"weight {self.weight:g} and lr {self.lr:g} must be positive, start {self.start} not negative."
-            )
-        if self.dim < 8 or self.dim % 8 or not 1 <= self.layers <= 6:
-            raise StditError(f"dim {self.dim} must be a multiple of 8, and layers {self.layers} from 1 to 6.")
+    weight: PositiveFloat = 0.5
+    start: NonNegativeInt = 0
+    lr: PositiveFloat = 1e-4
+    dim: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    layers: Annotated[int, Field(ge=1, le=6)] = 4
 
 
 class Discriminator(nn.Module):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from stdit.errors import StditError
@@ -32,17 +33,13 @@ class VaeLossConfig:
     crop: train on squares of so many pixels, drawn by key; null: on whole frames.
     """
 
-    kl: float = 1e-6
-    wavelet: float = 0.0
-    outlier: float = 0.0
+    kl: NonNegativeFloat = 1e-6
+    wavelet: NonNegativeFloat = 0.0
+    outlier: NonNegativeFloat = 0.0
     lpips: LpipsConfig | None = None
     discriminator: DiscriminatorConfig | None = None
     train: Part = "all"
-    crop: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.crop is not None and self.crop < 1:
-            raise StditError(f"crop {self.crop} must be a positive number of pixels, or null for whole frames.")
+    crop: PositiveInt | None = None
 
 
 def pixel_loss(output: Tensor, video: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from stdit.errors import StditError
@@ -38,12 +39,12 @@ class LpipsConfig:
     """
 
     path: str = ""
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     trust_pickle: bool = False
 
     def __post_init__(self) -> None:
-        if not self.path or not self.weight > 0:
-            raise StditError(f"path {self.path!r} must name LPIPS' weights; weight {self.weight:g} must be positive.")
+        if not self.path:
+            raise StditError("path is not set: the folder or file with LPIPS' weights.")
 
 
 class Lpips(nn.Module):

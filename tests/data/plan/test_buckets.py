@@ -124,7 +124,7 @@ def test_assign_of_a_manifest_and_wrong_configs():
         (DataConfig(shapes=["64x64x5", "64×64×5"]), "names 64x64x5 twice"),
         (DataConfig(shapes=["64"]), "'64' is not a shape"),
         (DataConfig(shapes=["64x64"], fps=0), r"data\.fps is 0"),
-        (DataConfig(shapes=["64x64"], crop="center"), r"data\.crop is 'center'; it is one of random, centre"),
+        (DataConfig(shapes=["64x64"], crop="center"), r"data\.crop is 'center'; it must be 'random' or 'centre'"),
         (DataConfig(shapes=["64x64"], max_crop=1), r"data\.max_crop is 1"),
         (DataConfig(shapes=["64x64"], fps=math.inf), r"data\.fps is inf"),
     ]:
@@ -159,8 +159,8 @@ def test_a_rule_is_every_area_at_every_aspect_for_every_duration():
         (dict(durations=[0.1]), [], r"0\.1 s at 8 fps is less than 5 frames.*0\.5 or more"),
         (dict(), ["64x64"], r"data\.shapes and data\.rule are both set"),
         (dict(durations=[1e308]), [], r"data\.rule: durations: 1e\+308 s at 8 fps are more frames than .* shorter"),
-        (dict(durations=[0, math.nan]), [], "durations: nan s at 8 fps"),
-        (dict(durations=[-math.inf]), [], "durations: -inf s at 8 fps"),
+        (dict(durations=[0, math.nan]), [], r"durations\[1\] is nan; it must be a finite number"),
+        (dict(durations=[-math.inf]), [], r"durations\[0\] is -inf; it must be a finite number"),
         (dict(areas=["1" * 400 + "x64"]), [], r"data\.rule: areas: '1+x64' is not a shape.*six digits"),
         (dict(areas=["infxnan"]), [], "areas: 'infxnan' is not a shape"),
         (dict(aspects=["1e308:1"]), [], r"data\.rule: aspects: '1e308:1' is not WIDTH:HEIGHT.*1000:1"),
@@ -171,10 +171,17 @@ def test_a_wrong_rule_is_named(rule, shapes, says):
     rule = ShapeRule(**(dict(areas=["64x64"], aspects=["1:1"], durations=[1]) | rule))
     with pytest.raises(StditError, match=says):
         DataConfig(rule=rule, shapes=shapes, fps=8.0).check()
-    with pytest.raises(StditError, match="durations is empty"):
-        ShapeRule(areas=["64x64"], aspects=["1:1"], durations=[])
-    with pytest.raises(StditError, match=r"multiple 10+ and frame_stride 4 must"):
-        ShapeRule(areas=["64x64"], aspects=["1:1"], durations=[0], multiple=10**400)
+
+
+def test_a_rule_has_at_least_one_duration_and_multiples_that_sizes_can_have():
+    for wrong, says in [
+        (dict(durations=[]), r"durations is \[\]; it must be a list of at least 1"),
+        (dict(durations=[0], multiple=0), "multiple is 0; it must be at least 1"),
+        (dict(durations=[0], multiple=10**9), "multiple is 1000000000; it must be below"),
+        (dict(durations=[0], multiple=10**400), "multiple is 0x.*64 bits"),
+    ]:
+        with pytest.raises(StditError, match=says):
+            DataConfig(rule=ShapeRule(areas=["64x64"], aspects=["1:1"], **wrong)).check()
 
 
 def test_stages_take_the_best_shape_within_their_limits():
@@ -204,8 +211,8 @@ def test_stages_take_the_best_shape_within_their_limits():
     ]:
         with pytest.raises(StditError, match=says):
             DataConfig(shapes=shapes, stages=wrong).check()
-    with pytest.raises(StditError, match="epochs is 0"):
-        Stage(epochs=0)
+    with pytest.raises(StditError, match=r"data.stages\[0\].epochs is 0"):
+        DataConfig(shapes=shapes, stages=[Stage(epochs=0)]).check()
 
 
 def test_the_crop_loss_of_a_bucket_is_its_clips_mean():

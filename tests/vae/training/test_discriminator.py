@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from stdit.errors import StditError
+from stdit.settings import read
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.clips import patchify
 from stdit.vae.training.discriminator import (
@@ -101,8 +102,8 @@ def test_its_weight_is_the_ratio_of_gradients_at_the_last_layer(frames: int):
 @pytest.mark.parametrize("settings", [{"dim": 12}, {"layers": 0}, {"weight": 0.0}, {"lr": -1.0}, {"start": -1}])
 def test_mistakes_are_named(settings: dict[str, float]):
     (name, value), *_ = settings.items()
-    with pytest.raises(StditError, match=f"{name} {value:g}"):
-        DiscriminatorConfig(**settings)
+    with pytest.raises(StditError, match=f"here: {name} is {value}; it must be"):
+        read(DiscriminatorConfig, settings, "here")
 
 
 def test_its_gradients_in_bf16_are_those_in_fp32():
