@@ -236,8 +236,7 @@ class TransformerConfig:
         )
         _require(not self.rotary.startswith("inner") or self.rope_fps > 0, f"rotary {self.rotary!r} needs rope_fps")
         _require(
-            all(block < self.layers for block in self.compressed)
-            and (self.compression > 1) == bool(self.compressed),
+            all(block < self.layers for block in self.compressed) and (self.compression > 1) == bool(self.compressed),
             f"compressed {self.compressed} with compression {self.compression}: name some of the {self.layers} blocks "
             "and a side of 2 tokens or more, or neither",
         )

@@ -11,8 +11,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.grad import conv3d_weight
 
-from stdit.errors import StditError
-
 
 @dataclass
 class DiscriminatorConfig:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from stdit.errors import StditError
 from stdit.vae.training.discriminator import DiscriminatorConfig
 from stdit.vae.training.lpips import LpipsConfig
 from stdit.vae.training.trainable_parts import Part
