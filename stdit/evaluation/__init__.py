@@ -1,2 +1,2 @@
-"""Metrics on tensors, the harness that wires them to a pipeline, and the run's report. Imports sampling and what it
-imports."""
+"""Measures trained models: toy scores, captions, VAEs; metrics on arrays; the report of a run. Imports sampling and
+everything above it."""

@@ -1,7 +1,7 @@
-"""Whether a model heeds its captions: the loss of each training clip under every caption, and what captions draw.
+"""Does a model follow its captions? Compares the loss of each training clip under every caption, and samples of them.
 
-A model that ignores the text has the same loss whatever the caption says. At fixed noise, the right caption must lower
-it; among captions of the same group (the same person, say) only the words that differ can. A sample must be nearest to
+A model that ignores the text has the same loss for every caption. At fixed noise, the right caption must lower it;
+among captions of one group (of the same person, say) only the words that differ can do so. A sample must be nearest to
 the clip whose caption it was made from.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from stdit.data.config import DataConfig
 from stdit.data.decode.write import contact_sheet
 from stdit.data.load.loader import Loader
-from stdit.data.manifest import Manifest, read_manifest
+from stdit.data.manifest import read_manifest
 from stdit.data.plan.buckets import assign
 from stdit.data.plan.split import PlanItem
 from stdit.diffusion.solvers import path_of
@@ -32,20 +32,21 @@ from stdit.evaluation.metrics import mean_psnr
 from stdit.evaluation.toy import Accuracy
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
+from stdit.models.experts import Experts
 from stdit.models.packing import pack_inputs, pack_texts, unpack_clips
 from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import LatentShape, VideoShape
 
 FORMAT = 1
-ROUNDING = 1e-6  # losses nearer than this, relatively, are equal: the caption changed nothing
-SHEET_CLIPS = 40  # rows of three that the contact sheet shows
+ROUNDING = 1e-6  # losses that differ by less, relatively, count as equal
+SHEET_CAPTIONS = 40  # on the contact sheet, three rows each
 
-Progress = Callable[[str, int, int], None]  # what is being done, done, in all
+Progress = Callable[[str, int, int], None]  # (task, done, total)
 
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """A training clip as the model was shown it. frames: (T, H, W, 3) uint8. latents: (C, T', H', W') normalised."""
+    """A training clip as the model saw it. frames: (T, H, W, 3) uint8. latents: normalised, (C, T', H', W')."""
 
     id: str
     path: str
@@ -73,15 +74,19 @@ def evaluate_captions(
     tokens_per_pack: int = 16_384,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """How the model's loss and samples follow the captions of its own training clips.
+    """Measures how the model's loss and samples follow the captions of its training clips.
 
-    data: the run's; clips are cut to its shapes at their first frame and centre. group: a regular expression with one
-    (group): captions where it captures the same text are of one group. limit: only so many clips, the manifest's first.
-    levels, draws: noise levels (the middles of equal parts of [0, 1]) and noises of each; every caption of a clip gets
-    the same. steps, guidance, seed: of the samples, one for each caption at its first clip's shape.
+    Writes out/evaluation-captions.json and out/evaluation-captions.png (source, VAE and sample of each caption).
 
-    Writes out/evaluation-captions.json and out/evaluation-captions.png (source, VAE and sample of each caption);
-    returns the content of the JSON.
+    data: of the run; clips are cut to its shapes from their first frame, at the centre.
+    group: a regular expression with one (group). Captions for which it captures the same text form a group.
+    limit: at most so many clips, the first of the manifest.
+    levels: number of noise levels, the middles of equal parts of [0, 1].
+    draws: noises per level; all captions of a clip get the same ones.
+    steps, guidance, seed: of the samples, one per caption at the shape of its first clip.
+    tokens_per_pack: of one forward for the losses.
+
+    Returns the content of the JSON.
     """
     pipeline = Pipeline.load(model, device=device) if isinstance(model, str | Path) else model
     out = make_folder(out)
@@ -89,7 +94,7 @@ def evaluate_captions(
     clips, failures = read_clips(pipeline, data, limit, progress)
     captions = list(dict.fromkeys(clip.caption for clip in clips))
     if len(captions) < 2:
-        raise StditError(f"{data.manifest} gives {len(captions)} different captions; comparing them takes at least 2.")
+        raise StditError(f"{data.manifest} gives {len(captions)} different captions; a comparison needs at least 2.")
     groups = group_captions(captions, group)
     own = [captions.index(clip.caption) for clip in clips]
 
@@ -155,16 +160,16 @@ def evaluate_captions(
 def read_clips(
     pipeline: Pipeline, data: DataConfig, limit: int | None, progress: Progress
 ) -> tuple[list[CaptionedClip], list[str]]:
-    """The clips that have a shape and a caption, each with its first caption; and why some could not be read."""
+    """The clips that have a shape and a caption, with their first caption; and the reasons why others failed."""
     if data.fps != pipeline.settings.fps:
         raise StditError(
             f"data.fps is {data.fps:g}, but the model was trained at {pipeline.settings.fps:g}. "
-            "Give the config of the run that the model is from."
+            "Give the config of the run that trained it."
         )
     data = data.fixed()
     manifest = read_manifest(data.manifest)
     assignment = assign(manifest, data)
-    rows = [int(row) for row in np.flatnonzero(assignment.bucket >= 0) if _captioned(manifest, int(row))][:limit]
+    rows = [row for row in map(int, np.flatnonzero(assignment.bucket >= 0)) if manifest[row].captions][:limit]
     if not rows:
         raise StditError(f"{data.manifest}: no clip has a caption and fits one of data.shapes at {data.fps:g} fps.")
     loader = Loader(manifest, assignment, data, seed=0, workers=0)
@@ -184,12 +189,8 @@ def read_clips(
     return clips, failures
 
 
-def _captioned(manifest: Manifest, row: int) -> bool:
-    return bool(manifest[row].captions)
-
-
 def group_captions(captions: Sequence[str], pattern: str | None) -> list[str | None]:
-    """What the pattern's one (group) captures in each caption; None where it does not match, or is None."""
+    """The text that the pattern's (group) captures in each caption; None if it does not match, or is None."""
     if pattern is None:
         return [None] * len(captions)
     try:
@@ -197,7 +198,7 @@ def group_captions(captions: Sequence[str], pattern: str | None) -> list[str | N
     except re.error as error:
         raise StditError(f"--group {pattern!r} is not a regular expression: {error}.") from error
     if regex.groups != 1:
-        raise StditError(f"--group {pattern!r} has {regex.groups} (groups); it must capture one text.")
+        raise StditError(f"--group {pattern!r} has {regex.groups} (groups); it needs exactly one.")
     found = [match[1] if (match := regex.search(caption)) else None for caption in captions]
     if not any(found):
         raise StditError(f"--group {pattern!r} matches none of {len(captions)} captions. The first is {captions[0]!r}.")
@@ -218,17 +219,17 @@ def caption_losses(
     tokens_per_pack: int,
     progress: Progress = lambda what, done, total: None,
 ) -> np.ndarray:
-    """(clips, captions, levels) fp64: the mean squared error of what the network puts out, over the draws.
+    """The mean squared error of the network's output, averaged over the draws: (clips, captions, levels) in fp64.
 
-    A clip at one level and draw has the same noise under all captions, keyed by (seed, clip, level, draw). One forward
-    holds as many (level, draw, caption) of a clip as tokens_per_pack has room for.
+    At one level and draw, a clip has the same noise under all captions, keyed by (seed, clip, level, draw). One forward
+    takes as many combinations of level, draw and caption as fit into tokens_per_pack.
     """
     patch, path = pipeline.transformer.config.patch, path_of(pipeline.scheduler)
     texts = pipeline.encode_texts(captions)
     if pipeline.transformer.config.image_channels > 1:
         raise StditError(
-            "these weights begin with a picture, and a clip's own one tells more of it than its caption: captions of "
-            "image-to-video models are not compared."
+            "these weights take a first image, which says more about a clip than its caption does: captions of "
+            "image-to-video models cannot be compared."
         )
     losses = np.zeros((len(clips), len(captions), len(levels)))
     for row, clip in enumerate(clips):
@@ -242,11 +243,11 @@ def caption_losses(
                 noise = torch.randn(x0.shape, generator=generator).to(x0)
                 noisy[level, draw] = path.noisy(x0, noise, t)
                 target[level, draw] = path.target(x0, noise, t)
-        given = pipeline.known_frames.encode(None, clip.shape)  # none: channels that say so, where weights have them
+        given = pipeline.known_frames.encode(None, clip.shape)  # none are known
         conditions = pipeline.conditions(given, clip.shape, pipeline.settings.fps)
         jobs = [(*key, column) for key in noisy for column in range(len(captions))]
         together = max(1, tokens_per_pack // LatentShape(*x0.shape[1:]).grid(patch).tokens)
-        boundary = getattr(pipeline.transformer, "boundary", 0.0)  # of two experts, each has forwards of its own
+        boundary = pipeline.transformer.boundary if isinstance(pipeline.transformer, Experts) else 0.0
         sides = [[job for job in jobs if bool(settled[job[0]] >= boundary) is high] for high in (True, False)]
         for part in [side[start : start + together] for side in sides for start in range(0, len(side), together)]:
             pack = pack_inputs(
@@ -262,7 +263,7 @@ def caption_losses(
                 losses[row, column, level] += float(error) / draws
     progress("losses", len(clips), len(clips))
     if not np.isfinite(losses).all():
-        raise StditError("the model's loss is not finite. Has its training diverged?")
+        raise StditError("the model's loss is not finite. Did its training diverge?")
     return losses
 
 
@@ -271,38 +272,42 @@ def measures(
 ) -> dict[str, dict[str, Any] | None]:
     """Counts with 95 % intervals.
 
-    losses: (clips, captions). own: (clips,) the caption of each. groups: (captions,). distances: (captions, clips).
-    below_mean: clips whose own caption has a lower loss than the others' mean. lowest: lower than every other.
-    same_group: pairs (clip, another caption of its group) where the own one is lower; None without groups.
+    losses: (clips, captions). own: the index of each clip's caption. groups: of each caption.
+    distances: (captions, clips), of samples to clips.
+
+    Returns
+    below_mean: clips whose own caption has a lower loss than the mean of the others;
+    lowest: clips whose own caption has a lower loss than every other;
+    same_group: pairs of a clip and another caption of its group, where its own is lower; None without groups;
     nearest: samples whose nearest clip has their caption.
     """
     clips, captions = losses.shape
-    mean, lowest, pairs = [], [], []
+    below_mean, lowest, pairs = [], [], []
     for row, mine in enumerate(own):
         others = [column for column in range(captions) if column != mine]
-        mean.append(_lower(losses[row, mine], losses[row, others].mean()))
+        below_mean.append(_lower(losses[row, mine], losses[row, others].mean()))
         lowest.append(_lower(losses[row, mine], losses[row, others].min()))
         alike = [column for column in others if groups[mine] is not None and groups[column] == groups[mine]]
         pairs += [_lower(losses[row, mine], losses[row, column]) for column in alike]
     found = [own[int(clip)] == caption for caption, clip in enumerate(distances.argmin(1))]
-    # by chance: any of the clips that a sample can be compared with
+    # by chance, a sample is nearest to any of the clips of its size
     comparable = np.isfinite(distances)
     right = np.array([[mine == caption for mine in own] for caption in range(captions)])
     chance = float(((right & comparable).sum(1) / comparable.sum(1)).mean())
     return {
-        "below_mean": asdict(Accuracy.of(sum(mean), clips, 0.5)),
+        "below_mean": asdict(Accuracy.of(sum(below_mean), clips, 0.5)),
         "lowest": asdict(Accuracy.of(sum(lowest), clips, 1 / captions)),
         "same_group": asdict(Accuracy.of(sum(pairs), len(pairs), 0.5)) if pairs else None,
         "nearest": asdict(Accuracy.of(sum(found), captions, chance)) if 0 < chance < 1 else None,
     }
 
 
-def _lower(one: float, other: float) -> bool:
-    return bool(one < other * (1 - ROUNDING))
+def _lower(loss: float, other: float) -> bool:
+    return bool(loss < other * (1 - ROUNDING))
 
 
 def _at_level(level: float, losses: np.ndarray, own: Sequence[int]) -> dict[str, Any]:
-    """losses (clips, captions) at one noise level, summed up."""
+    """A summary of the losses (clips, captions) at one noise level."""
     rows = np.arange(len(own))
     mine = losses[rows, own]
     others = (losses.sum(1) - mine) / (losses.shape[1] - 1)
@@ -314,14 +319,14 @@ def _at_level(level: float, losses: np.ndarray, own: Sequence[int]) -> dict[str,
 
 
 def _sample(
-    pipeline: Pipeline, asked: Sequence[CaptionedClip], steps: int, guidance: float, seed: int, progress: Progress
+    pipeline: Pipeline, prompted: Sequence[CaptionedClip], steps: int, guidance: float, seed: int, progress: Progress
 ) -> list[np.ndarray]:
-    """A sample for each clip's caption at its shape, (T, H, W, 3) uint8; the clip itself is not looked at."""
+    """A sample of each clip's caption at the clip's shape, (T, H, W, 3) uint8."""
     samples: dict[int, np.ndarray] = {}
-    for shape in dict.fromkeys(clip.shape for clip in asked):
-        indices = [i for i, clip in enumerate(asked) if clip.shape == shape]
+    for shape in dict.fromkeys(clip.shape for clip in prompted):
+        indices = [i for i, clip in enumerate(prompted) if clip.shape == shape]
         made = pipeline(
-            [asked[i].caption for i in indices],
+            [prompted[i].caption for i in indices],
             size=(shape.width, shape.height),
             frames=shape.frames,
             steps=steps,
@@ -330,13 +335,13 @@ def _sample(
             progress=partial(progress, f"samples {shape}"),
         )
         samples.update(zip(indices, made))
-    return [samples[i] for i in range(len(asked))]
+    return [samples[i] for i in range(len(prompted))]
 
 
 def clip_distances(samples: Sequence[np.ndarray], clips: Sequence[np.ndarray]) -> np.ndarray:
-    """(samples, clips) fp64: the mean squared difference of pixels in [0, 1], over the frames that both have.
+    """The mean squared difference of pixels in [0, 1], over the frames that both have: (samples, clips) in fp64.
 
-    Both have passed the VAE's decoder, so that what it loses counts for none. Infinite where the sizes differ.
+    Infinite if the sizes differ. Both come from the VAE's decoder, so its losses do not count.
     """
     distances = np.full((len(samples), len(clips)), np.inf)
     for i, sample in enumerate(samples):
@@ -356,16 +361,16 @@ def _write_sheet(
     rebuilt: Sequence[np.ndarray],
     own: Sequence[int],
 ) -> None:
-    """Three rows a caption: its clip, the same through the VAE, the sample."""
+    """Draws three rows per caption: its clip, the clip through the VAE, the sample."""
     rows, labels = [], []
-    for index, about in enumerate(captions[:SHEET_CLIPS]):
+    for index, caption in enumerate(captions[:SHEET_CAPTIONS]):
         source = list(own).index(index)
         rows += [clips[source].frames, rebuilt[source], samples[index]]
-        verdict = "" if about["right"] else f" [nearest: {about['nearest']}]"
-        labels += [about["caption"], "through the VAE", f"sample{verdict}"]
+        verdict = "" if caption["right"] else f" [nearest: {caption['nearest']}]"
+        labels += [caption["caption"], "through the VAE", f"sample{verdict}"]
     contact_sheet(rows, path, labels=labels, columns=9, side=72)
 
 
 def _short(value: float) -> float:
-    """Seven digits: more are noise."""
+    """Rounded to seven digits; more are noise."""
     return float(f"{value:.7g}")

@@ -1,4 +1,4 @@
-"""Samples a model folder and measures what comes out: the one place where models, data and metrics meet."""
+"""Samples a toy model at several shapes and reads from the pixels what the clips show: `evaluate_toy`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stdit.data.decode.video import read_frames
 from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.toy import Jitter, ToySpec, held_out_prompts, render
 from stdit.errors import StditError
-from stdit.evaluation.metrics import mean_psnr, psnr
+from stdit.evaluation.metrics import EXACT_PSNR, mean_psnr, psnr
 from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_seed
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stdit.sampling.pipeline import Pipeline
 
 FORMAT = 1
-Progress = Callable[[str, int, int], None]  # what is being done, done, in all
+Progress = Callable[[str, int, int], None]  # (task, done, total)
 
 SOURCES = ("samples", "vae", "rendered", "shuffled")
 TRAINED, ASPECT, DURATION = "trained", "untrained aspect ratio", "untrained duration"
@@ -45,15 +45,19 @@ def evaluate_toy(
     device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """How often samples of captions never trained show what was asked for, read from the pixels alone.
+    """Measures how often samples of held-out captions show what the captions say, as read from the pixels.
 
-    model: a model folder, or a pipeline. shapes: WIDTHxHEIGHTxFRAMES; None: those the model was trained at, one
-    untrained aspect ratio and one untrained duration. held_out: a folder that `stdit data toy` wrote its held-out clips
-    to, for the VAE's PSNR on real files. For each shape the same prompts are also rendered, and the rendered clips
-    passed through the VAE: what the reader, and the VAE, leave to be reached. The rendered clips against shuffled
-    captions show that the reader does not agree with everything.
+    Three references are read the same way: the prompts rendered by the data set (the most that the reader allows), the
+    rendered clips through the VAE (the most that the VAE allows), and the rendered clips against shuffled captions
+    (chance). Writes out/evaluation.json and out/evaluation/SHAPE/{NN.mp4, sheet.png}.
 
-    Writes out/evaluation.json and out/evaluation/SHAPE/{NN.mp4, sheet.png}; returns the content of the JSON.
+    model: a model folder, or a pipeline.
+    prompts: number of held-out captions.
+    shapes: WIDTHxHEIGHTxFRAMES; None: those the model was trained at, an untrained aspect ratio, an untrained duration.
+    steps, guidance, seed: of the samples.
+    held_out: the folder of held-out clips that `stdit data toy` wrote, for the VAE's PSNR on files; None: not measured.
+
+    Returns the content of evaluation.json.
     """
     from stdit.sampling.pipeline import Pipeline
 
@@ -69,40 +73,20 @@ def evaluate_toy(
     began = time.perf_counter()
     sets = []
     for shape in chosen:
-        what = f"{shape} ({shape_kind(shape, trained)})"
+        kind = shape_kind(shape, trained)
         started = time.perf_counter()
-        clips: Any = pipeline(
+        clips = pipeline(
             captions,
             size=(shape.width, shape.height),
             frames=shape.frames,
             steps=steps,
             guidance=guidance,
             seed=seed,
-            progress=partial(progress, what),
+            progress=partial(progress, f"{shape} ({kind})"),
         )
         seconds = time.perf_counter() - started
-        rendered = render_prompts(captions, shape, seed)
-        rebuilt = reconstruct(pipeline.vae, rendered)
-        readings = [read_clip(clip) for clip in clips]
-        folder = out / "evaluation" / str(shape)
-        _write_samples(folder, clips, captions, readings, pipeline.settings.fps)
-        truth = [read_clip(clip) for clip in rendered]
-        sets.append(
-            {
-                "shape": str(shape),
-                "kind": shape_kind(shape, trained),
-                "seconds": round(seconds, 2),
-                "samples": as_json(score_readings(captions, readings)),
-                "vae": as_json(score_readings(captions, [read_clip(clip) for clip in rebuilt])),
-                "rendered": as_json(score_readings(captions, truth)),
-                "shuffled": as_json(
-                    score_readings(shuffle(captions, keyed_seed(seed, "toy shuffle", str(shape))), truth)
-                ),
-                "vae_psnr": round(mean_psnr(rebuilt, rendered), 3),
-                "sheet": f"evaluation/{shape}/sheet.png",
-                "clips": [_describe(shape, i, *pair) for i, pair in enumerate(zip(captions, readings))],
-            }
-        )
+        scores = score_shape(pipeline, clips, captions, shape, seed, out)
+        sets.append({"shape": str(shape), "kind": kind, "seconds": round(seconds, 2), **scores})
     result: dict[str, Any] = {
         "format": FORMAT,
         "kind": "toy",
@@ -124,20 +108,40 @@ def evaluate_toy(
     return result
 
 
+def score_shape(
+    pipeline: Pipeline, clips: Sequence[np.ndarray], captions: Sequence[str], shape: VideoShape, seed: int, out: Path
+) -> dict[str, Any]:
+    """Reads the samples of one shape and their references (SOURCES), and writes the samples to out/evaluation/SHAPE."""
+    rendered = render_prompts(captions, shape, seed)
+    rebuilt = reconstruct(pipeline.vae, rendered)
+    readings, truth = [read_clip(clip) for clip in clips], [read_clip(clip) for clip in rendered]
+    shuffled = shuffle(captions, keyed_seed(seed, "toy shuffle", str(shape)))
+    _write_samples(out / "evaluation" / str(shape), clips, captions, readings, pipeline.settings.fps)
+    return {
+        "samples": as_json(score_readings(captions, readings)),
+        "vae": as_json(score_readings(captions, [read_clip(clip) for clip in rebuilt])),
+        "rendered": as_json(score_readings(captions, truth)),
+        "shuffled": as_json(score_readings(shuffled, truth)),
+        "vae_psnr": round(mean_psnr(rebuilt, rendered), 3),
+        "sheet": f"evaluation/{shape}/sheet.png",
+        "clips": [_describe(shape, i, *pair) for i, pair in enumerate(zip(captions, readings))],
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------ shapes
 
 
 def default_shapes(
     trained: Sequence[VideoShape], multiple: tuple[int, int], stride: int | tuple[int, ...]
 ) -> list[VideoShape]:
-    """The trained video shapes, then one of an untrained aspect ratio and one of an untrained duration.
+    """The trained video shapes, then one with an untrained aspect ratio and one with an untrained duration.
 
-    The aspect ratio is the first of 2:1, 1:2, 4:3, … that is new at about the first shape's area; the duration lies
-    between the trained ones where there is room, else is the next above them that the VAE's stride allows.
+    The aspect ratio is the first untrained one of 2:1, 1:2, 4:3, …, at about the area of the first shape. The duration
+    lies between the trained ones if there is room; else it is the next longer one that the VAE's stride allows.
     """
     videos = [shape for shape in dict.fromkeys(trained) if not shape.is_image]
     if not videos:
-        raise StditError("the model was trained on images alone; name video shapes to evaluate at.")
+        raise StditError("the model was trained on images alone; name video shapes to evaluate.")
     first = videos[0]
     area = first.width * first.height
     ratios = {shape.width / shape.height for shape in trained}
@@ -156,16 +160,16 @@ def default_shapes(
 
 
 def shape_kind(shape: VideoShape, trained: Sequence[VideoShape]) -> str:
-    """Whether a shape was trained, or what of it was not."""
+    """TRAINED, or which property of the shape was not trained."""
     if shape in trained:
         return TRAINED
-    aspect = all(abs(shape.width / shape.height * one.height / one.width - 1) > 0.02 for one in trained)
-    duration = shape.frames not in {one.frames for one in trained}
+    aspect = all(abs(shape.width / shape.height * known.height / known.width - 1) > 0.02 for known in trained)
+    duration = shape.frames not in {known.frames for known in trained}
     if aspect and duration:
         return f"{ASPECT} and duration"
     if aspect or duration:
         return ASPECT if aspect else DURATION
-    sizes = {(one.width, one.height) for one in trained}
+    sizes = {(known.width, known.height) for known in trained}
     return "untrained pair of size and duration" if (shape.width, shape.height) in sizes else "untrained size"
 
 
@@ -173,7 +177,7 @@ def shape_kind(shape: VideoShape, trained: Sequence[VideoShape]) -> str:
 
 
 def render_prompts(captions: Sequence[str], shape: VideoShape, seed: int) -> list[np.ndarray]:
-    """What each caption asks for, as the data set would show it at this shape."""
+    """The clip that the data set would show for each caption at this shape."""
     return [
         render(
             ToySpec.parse(caption),
@@ -187,7 +191,7 @@ def render_prompts(captions: Sequence[str], shape: VideoShape, seed: int) -> lis
 
 
 def shuffle(captions: Sequence[str], seed: int) -> list[str]:
-    """The captions in another order, in which none stays in its place."""
+    """The captions in a keyed order in which none keeps its place."""
     order = np.random.default_rng(seed).permutation(len(captions))
     shuffled = [""] * len(captions)
     for here, there in zip(order, np.roll(order, 1)):  # one cycle through all of them
@@ -196,7 +200,7 @@ def shuffle(captions: Sequence[str], seed: int) -> list[str]:
 
 
 def reconstruct(vae: Any, clips: Sequence[np.ndarray], batch: int = 8) -> list[np.ndarray]:
-    """Clips of one shape, uint8 (T, H, W, 3), through the VAE and back."""
+    """Encodes and decodes clips of one shape, uint8 (T, H, W, 3)."""
     import torch
 
     from stdit.pixels import to_pixels, to_video
@@ -212,7 +216,7 @@ def reconstruct(vae: Any, clips: Sequence[np.ndarray], batch: int = 8) -> list[n
 
 
 def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[VideoShape], progress: Progress) -> dict:
-    """The VAE's PSNR on held-out files, each at the trained shape of the nearest aspect ratio and longest duration."""
+    """The VAE's PSNR on held-out files, each at the trained shape with the nearest aspect ratio and longest duration."""
     folder = Path(folder)
     folder = folder / "held_out" if (folder / "held_out").is_dir() else folder
     if not (folder / "captions.csv").is_file():
@@ -224,7 +228,7 @@ def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[Video
         progress("VAE on held-out clips", done, len(names))
         shape, frames = _read_at_a_trained_shape(folder / name, trained, pipeline.settings.fps)
         rebuilt = reconstruct(pipeline.vae, [frames])[0]
-        found.setdefault(str(shape), []).append(min(psnr(rebuilt, frames), 100.0))
+        found.setdefault(str(shape), []).append(min(psnr(rebuilt, frames), EXACT_PSNR))
     every = [value for values in found.values() for value in values]
     if not every:
         raise StditError(f"{folder}/captions.csv names no clip.")
@@ -239,14 +243,14 @@ def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[Video
 def _read_at_a_trained_shape(path: Path, trained: Sequence[VideoShape], fps: float) -> tuple[VideoShape, np.ndarray]:
     from stdit.data.decode.video import probe
 
-    about = probe(str(path))
-    fits = [shape for shape in trained if not shape.is_image and shape.frames <= round(about.duration * fps)]
+    video = probe(str(path))
+    fits = [shape for shape in trained if not shape.is_image and shape.frames <= round(video.duration * fps)]
     if not fits:
         raise StditError(
-            f"{path} lasts {about.duration:.2f} s; that is shorter than every trained shape at {fps:g} fps."
+            f"{path} lasts {video.duration:.2f} s, which is shorter than every trained shape at {fps:g} fps."
         )
-    aspect = about.width / about.height
-    shape = min(fits, key=lambda one: (abs(np.log(one.width / one.height / aspect)), -one.frames))
+    aspect = video.width / video.height
+    shape = min(fits, key=lambda fit: (abs(np.log(fit.width / fit.height / aspect)), -fit.frames))
     return shape, read_frames(str(path), shape.frames, (shape.width, shape.height), fps)
 
 
@@ -254,15 +258,15 @@ def _read_at_a_trained_shape(path: Path, trained: Sequence[VideoShape], fps: flo
 
 
 def summarise(sets: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each kind of shape: the counts of all its clips together, for each source, and the VAE's mean PSNR."""
+    """Per kind of shape: the counts of all its clips together, for each source, and the VAE's mean PSNR."""
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for one in sets:
-        kinds.setdefault(one["kind"], []).append(one)
+    for scores in sets:
+        kinds.setdefault(scores["kind"], []).append(scores)
     return {
         kind: {
-            "shapes": [one["shape"] for one in members],
-            **{source: _pooled([one[source] for one in members]) for source in SOURCES},
-            "vae_psnr": round(float(np.mean([one["vae_psnr"] for one in members])), 3),
+            "shapes": [scores["shape"] for scores in members],
+            **{source: _pooled([scores[source] for scores in members]) for source in SOURCES},
+            "vae_psnr": round(float(np.mean([scores["vae_psnr"] for scores in members])), 3),
         }
         for kind, members in kinds.items()
     }
@@ -271,9 +275,7 @@ def summarise(sets: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _pooled(scores: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     return {
         name: asdict(
-            Accuracy.of(
-                sum(one[name]["right"] for one in scores), sum(one[name]["total"] for one in scores), first["chance"]
-            )
+            Accuracy.of(*(sum(one[name][count] for one in scores) for count in ("right", "total")), first["chance"])
         )
         for name, first in scores[0].items()
     }

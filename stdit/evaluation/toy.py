@@ -1,9 +1,9 @@
-"""Reads what a clip of the toy grammar shows from its pixels alone, and counts how often that is what was asked for.
+"""Reads a clip of the toy grammar from its pixels, and counts how often it shows what was asked for.
 
-Nothing here is learned. The reader fits the background (a colour for the top of the frame and one for the bottom),
-takes the most different pixels for the shape's colour, and mixes every pixel of the two: a matte. Direction is how the
-matte's centroid moves; shape is which ideal outline of the matte's own area and centroid overlaps it most. That
-survives a blurry autoencoder, which an outline or a corner count would not.
+Nothing here is learned. The reader fits the background (one colour for the top of the frame, one for the bottom), takes
+the most different pixels as the shape's colour, and writes every pixel as a mixture of the two: a matte. The direction
+is the motion of the matte's centroid. The shape is the ideal outline, of the matte's area and centroid, that overlaps
+the matte most. This works behind a blurry autoencoder; reading outlines or counting corners would not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHANCE = {
     "background": 1 / len(BACKGROUNDS),
 }
 
-_NEUTRAL = 70  # max − min over RGB: backgrounds stay below 50, colours are above 130
+_NEUTRAL = 70  # max − min over RGB; backgrounds stay below 50, colours are above 130
 _CONTRAST = 45  # a shape's colour is at least this far from the background
 _MOTION = 0.12  # of the frame, over the whole clip; a rendered clip moves by more than 0.5
 _OVERLAP = 0.55  # of the ideal outline with the matte; less is no shape
@@ -35,7 +35,7 @@ _OVERLAP = 0.55  # of the ideal outline with the matte; less is no shape
 
 @dataclass(frozen=True)
 class ToyReading:
-    """What a clip shows, each attribute as the grammar's word or "none"; the numbers behind the words."""
+    """The attributes that a clip shows, in the grammar's words or "none", and the numbers behind them."""
 
     colour: str
     shape: str
@@ -43,10 +43,10 @@ class ToyReading:
     direction: str
     background: str
     overlap: float = 0.0  # of the best outline, intersection over union
-    motion: tuple[float, float] = (0.0, 0.0)  # of the frame over the clip: right, down
+    motion: tuple[float, float] = (0.0, 0.0)  # over the clip, in frame sizes: right, down
 
     def right(self, spec: ToySpec) -> dict[str, bool]:
-        """Which attributes are what the spec asks for. A still spec asks for no direction."""
+        """For each attribute, whether it is what the spec asks for. A still spec asks for no direction."""
         return {
             name: getattr(self, name) == getattr(spec, name)
             for name in CHANCE
@@ -55,7 +55,7 @@ class ToyReading:
 
 
 def read_clip(frames: np.ndarray) -> ToyReading:
-    """Colour, shape, size, direction and background of any clip, uint8 (T, H, W, 3)."""
+    """Reads colour, shape, size, direction and background of any clip, uint8 (T, H, W, 3)."""
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise StditError(f"a clip to read is uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}.")
@@ -71,21 +71,21 @@ def read_clip(frames: np.ndarray) -> ToyReading:
         return ToyReading(NONE, NONE, NONE, NONE, name)
     toward = core - field
     matte = np.clip(((pixels - field) * toward).sum(-1) / np.maximum((toward**2).sum(-1), 1.0), 0, 1)  # (T, H, W)
-    matte = np.where(matte > 0.25, matte, 0)  # what is left of the background's noise
+    matte = np.where(matte > 0.25, matte, 0)  # removes the background's noise
     shape, size, overlap = _read_outline(matte)
     direction, motion = _read_motion(matte)
     return ToyReading(_nearest_colour(core), shape, size, direction, name, overlap, motion)
 
 
 def _fit_background(pixels: np.ndarray) -> np.ndarray | None:
-    """(2, 3): the colours of the first and last corner in a linear fit to the neutral pixels of all frames."""
+    """A linear fit to the neutral pixels of all frames: the colours of the first and the last corner, (2, 3)."""
     frames, height, width, _ = pixels.shape
     along = np.broadcast_to(diagonal(width, height), (frames, height, width)).reshape(-1)
-    every = max(1, len(along) // 10_007)  # some ten thousand pixels are plenty
+    every = max(1, len(along) // 10_007)  # ten thousand pixels are enough
     along, values = along[::every], pixels.reshape(-1, 3)[::every]
     keep = values.max(1) - values.min(1) < _NEUTRAL
     fit = np.zeros((2, 3))
-    for _ in range(3):  # each time without what is far from the last fit: edges, shadows of a blurry decoder
+    for _ in range(3):  # each time without the pixels far from the last fit: edges, shadows of a blurry decoder
         if keep.sum() < max(8, 0.05 * keep.size):
             return None
         design = np.stack([1 - along[keep], along[keep]], 1)
@@ -100,7 +100,7 @@ def _nearest_background(fit: np.ndarray) -> str:
 
 
 def _core_colour(difference: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
-    """The mean colour of the pixels that differ most from the background, or None if none differs enough."""
+    """The mean colour of the pixels that differ most from the background; None if none differs enough."""
     distance = np.sqrt((difference**2).sum(-1))
     far = float(np.quantile(distance, 0.985))  # a small shape covers 4 to 9 % of the frame
     if far < _CONTRAST:
@@ -109,7 +109,7 @@ def _core_colour(difference: np.ndarray, pixels: np.ndarray) -> np.ndarray | Non
 
 
 def _nearest_colour(core: np.ndarray) -> str:
-    """By hue, which a decoder keeps better than brightness."""
+    """The colour with the nearest hue, which a decoder keeps better than brightness."""
     hue, saturation, _ = colorsys.rgb_to_hsv(*(core / 255).tolist())
     if saturation < 0.3:
         return NONE
@@ -122,7 +122,7 @@ def _nearest_colour(core: np.ndarray) -> str:
 
 
 def _read_motion(matte: np.ndarray) -> tuple[str, tuple[float, float]]:
-    """The direction of a line through the centroids over time, weighted by how much of the shape each frame shows."""
+    """The direction of a line through the centroids over time, weighted by the visible area of the shape."""
     frames, height, width = matte.shape
     area = matte.sum((1, 2))
     seen = area > 0.005 * height * width
@@ -141,7 +141,7 @@ def _read_motion(matte: np.ndarray) -> tuple[str, tuple[float, float]]:
 
 
 def _read_outline(matte: np.ndarray) -> tuple[str, str, float]:
-    """Shape, size and overlap, from the frames that show the shape whole (all that show it, if none does)."""
+    """Shape, size and overlap, from the frames that show the whole shape (if none does: from all that show it)."""
     frames, height, width = matte.shape
     area = matte.sum((1, 2))
     seen = np.flatnonzero(area > 0.005 * height * width)
@@ -180,7 +180,7 @@ def _read_outline(matte: np.ndarray) -> tuple[str, str, float]:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often an attribute was right: the share, its 95 % interval, and the probability of it by chance."""
+    """How often an attribute was right: the share, its 95 % interval, and the probability of as many by chance."""
 
     right: int
     total: int
@@ -198,9 +198,11 @@ class Accuracy:
 
 
 def score_readings(prompts: Sequence[str], readings: Sequence[ToyReading]) -> dict[str, Accuracy]:
-    """Accuracy of each attribute over clips and the prompts they were made for, and of "all" of a clip's together."""
+    """The accuracy of each attribute over clips and their prompts, and of "all" attributes of a clip together."""
     if len(prompts) != len(readings) or not prompts:
-        raise StditError(f"{len(readings)} clips and {len(prompts)} prompts: give one clip for each prompt, not 0.")
+        raise StditError(
+            f"{len(readings)} clips and {len(prompts)} prompts: give one clip for each prompt, at least one."
+        )
     answers = [reading.right(ToySpec.parse(prompt)) for prompt, reading in zip(prompts, readings)]
     result = {}
     for name, chance in CHANCE.items():
