@@ -75,7 +75,7 @@ def evaluate_toy(
     for shape in chosen:
         kind = shape_kind(shape, trained)
         started = time.perf_counter()
-        clips = pipeline(
+        clips: Any = pipeline(
             captions,
             size=(shape.width, shape.height),
             frames=shape.frames,
@@ -216,7 +216,7 @@ def reconstruct(vae: Any, clips: Sequence[np.ndarray], batch: int = 8) -> list[n
 
 
 def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[VideoShape], progress: Progress) -> dict:
-    """The VAE's PSNR on held-out files, each at the trained shape with the nearest aspect ratio and longest duration."""
+    """The VAE's PSNR on held-out files, each at the trained shape of nearest aspect ratio and longest duration."""
     folder = Path(folder)
     folder = folder / "held_out" if (folder / "held_out").is_dir() else folder
     if not (folder / "captions.csv").is_file():
@@ -273,10 +273,11 @@ def summarise(sets: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _pooled(scores: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    def total(name: str, count: str) -> int:
+        return sum(row[name][count] for row in scores)
+
     return {
-        name: asdict(
-            Accuracy.of(*(sum(one[name][count] for one in scores) for count in ("right", "total")), first["chance"])
-        )
+        name: asdict(Accuracy.of(total(name, "right"), total(name, "total"), first["chance"]))
         for name, first in scores[0].items()
     }
 

@@ -200,9 +200,7 @@ class Accuracy:
 def score_readings(prompts: Sequence[str], readings: Sequence[ToyReading]) -> dict[str, Accuracy]:
     """The accuracy of each attribute over clips and their prompts, and of "all" attributes of a clip together."""
     if len(prompts) != len(readings) or not prompts:
-        raise StditError(
-            f"{len(readings)} clips and {len(prompts)} prompts: give one clip for each prompt, at least one."
-        )
+        raise StditError(f"{len(readings)} clips and {len(prompts)} prompts: give one clip for each prompt.")
     answers = [reading.right(ToySpec.parse(prompt)) for prompt, reading in zip(prompts, readings)]
     result = {}
     for name, chance in CHANCE.items():
@@ -212,11 +210,6 @@ def score_readings(prompts: Sequence[str], readings: Sequence[ToyReading]) -> di
     together = [all(answer.values()) for answer in answers]
     result["all"] = Accuracy.of(sum(together), len(together), float(np.prod(list(CHANCE.values()))))
     return result
-
-
-def score(prompts: Sequence[str], clips: Sequence[np.ndarray]) -> dict[str, Accuracy]:
-    """`score_readings` of the clips' readings."""
-    return score_readings(prompts, [read_clip(clip) for clip in clips])
 
 
 def as_json(accuracies: dict[str, Accuracy]) -> dict[str, dict[str, float]]:

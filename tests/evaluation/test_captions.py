@@ -227,7 +227,7 @@ def test_weights_that_begin_with_a_picture_are_refused_by_name():
     names = {"dim": 24, "heads": 2, "layers": 1, "ffn_dim": 32, "in_channels": 10, "out_channels": 3, "text_dim": 1}
     model = STDiT(TransformerConfig(**names, image_channels=7, text_padding=0, patch=(1, 1, 1)))
     pipe = Pipeline(model, Blocks(), Words(["one"]), unipc_config())  # type: ignore[arg-type]
-    with pytest.raises(StditError, match="these weights begin with a picture"):
+    with pytest.raises(StditError, match="these weights take a first image"):
         caption_losses(pipe, [], ["one"], [0.5], 1, 0, 1000)
 
 

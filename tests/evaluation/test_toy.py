@@ -11,7 +11,7 @@ from stdit.data.toy import _write as write_file
 from stdit.errors import StditError
 from stdit.evaluation.harness import shuffle
 from stdit.evaluation.metrics import psnr
-from stdit.evaluation.toy import NONE, read_clip, score, score_readings
+from stdit.evaluation.toy import NONE, read_clip, score_readings
 
 SHAPES = [(64, 64, 9), (80, 48, 9), (48, 80, 17), (96, 48, 9), (112, 64, 5), (128, 128, 13)]
 SPECS = [*all_specs(held_out=True), *all_specs(held_out=False)[::15]]  # 96
@@ -44,7 +44,7 @@ def test_at_least_98_percent_of_every_attribute_is_read(truth, damage):
         pytest.importorskip("scipy")
         clips = [blur(clip, 3.0) if damage == "blur" else noise(clip, 28) for clip in truth]
         assert np.mean([psnr(clip, one) for clip, one in zip(clips, truth)]) < 30.5
-    result = score([spec.caption for spec in SPECS], clips)
+    result = score_readings([spec.caption for spec in SPECS], [*map(read_clip, clips)])
     assert {name: accuracy.share for name, accuracy in result.items() if accuracy.share < 0.98} == {}
 
 
@@ -68,13 +68,13 @@ def test_real_files_are_read_as_training_reads_them(tmp_path):
         size = (round(file.width * scale / 16) * 16, round(file.height * scale / 16) * 16)
         prompts.append(file.spec.caption)
         clips.append(read_frames(str(tmp_path / file.name), 9, size, 8.0, start=0.2 * (index % 2)))
-    assert all(accuracy.share == 1 for accuracy in score(prompts, clips).values())
+    assert all(accuracy.share == 1 for accuracy in score_readings(prompts, [*map(read_clip, clips)]).values())
 
 
 def test_still_images_have_no_direction():
     specs = still_specs()[::7]
     clips = [render(spec, 64, 64, 1, Jitter.keyed(i)) for i, spec in enumerate(specs)]
-    result = score([spec.caption for spec in specs], clips)
+    result = score_readings([spec.caption for spec in specs], [*map(read_clip, clips)])
     assert "direction" not in result and all(accuracy.share == 1 for accuracy in result.values())
     assert {read_clip(clip).direction for clip in clips} == {NONE}
     frozen = np.repeat(clips[0], 9, axis=0)
@@ -102,4 +102,4 @@ def test_reading_knows_its_mistakes():
     with pytest.raises(StditError, match=r"uint8 \(T, H, W, 3\)"):
         read_clip(backwards / 255)
     with pytest.raises(StditError, match="one clip for each prompt"):
-        score([spec.caption], [])
+        score_readings([spec.caption], [])
