@@ -1,4 +1,4 @@
-"""A manifest's clips to captions, once each, stopped and continued at will."""
+"""Captions the clips of a manifest, each once; can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from stdit.errors import StditError
 from stdit.text.captioner import Captioner, Refused
 from stdit.weights.identity import folder_identity
 
-LONGEST_SIDE = 1280  # of the frames that are given to a model's processor, which scales them further
-REFUSALS = 3  # of the first clips: then it is not the clips
+LONGEST_SIDE = 1280  # of frames passed to the model's processor, which scales them further
+REFUSALS = 3  # give up if the model fails on so many clips before any success
 
 
 class Describes(Protocol):
-    """What makes captions of frames: a `Captioner`, or what takes its place."""
+    """Makes captions from frames: the interface of `Captioner`."""
 
     def frames(self, wanted: int) -> int: ...
     def caption(self, clips: Sequence[np.ndarray], fps: Sequence[float]) -> list[str]: ...
@@ -36,7 +36,13 @@ class Describes(Protocol):
 
 @dataclass(frozen=True)
 class Captioned:
-    """What one call did: clips captioned now, those that were already, and those that could not be."""
+    """The result of a call.
+
+    manifest: with the new captions.
+    captioned: the number of clips captioned now.
+    reused: clips that an earlier call had captioned.
+    failures: clips that could not be captioned.
+    """
 
     manifest: Manifest
     captioned: int
@@ -45,7 +51,7 @@ class Captioned:
 
 
 class _Shown(NamedTuple):
-    """Frames (T, H, W, 3) of a clip and their rate, or why there are none."""
+    """Frames (T, H, W, 3) of a clip and their fps, or the reason why there are none."""
 
     clip: Clip
     frames: np.ndarray | None
@@ -54,7 +60,7 @@ class _Shown(NamedTuple):
 
 
 def caption_identity(folder: str | Path, captioner: Captioner, frames: int) -> str:
-    """SHA-256 (hex) over all that decides what a clip's caption is: the model's folder, the prompt, how it is shown."""
+    """SHA-256 (hex) of all that a clip's caption depends on: the model's folder, the prompt and the frames shown."""
     parts = [folder_identity(folder), captioner.template, captioner.prompt, captioner.max_new_tokens]
     parts += [str(captioner.model.dtype), captioner.frames(frames)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -75,15 +81,22 @@ def caption_manifest(
     on_start: Callable[[int], None] = lambda _: None,
     on_clips: Callable[[int], None] = lambda _: None,
 ) -> Captioned:
-    """Writes the manifest again, with a caption of every clip beside those it has, or in place of them (`replace`).
+    """Writes the manifest to `out` with a new caption for every clip.
 
-    maker: what makes the captions, such as `caption_identity`. frames: of a clip, spread evenly. weight: the new
-    captions'. workers: clips that are read at the same time. timeout: seconds a clip, of reading.
+    Each caption is appended at once to `….captions.jsonl` beside `out`, with its clip's id and maker. So the same call
+    continues one that was killed, and makes the same manifest: the batches follow from the manifest alone. A clip that
+    cannot be read, or that the model fails on, keeps its captions, and every call tries it again. Raises StditError if
+    no clip could be captioned.
 
-    A caption is written to `….captions.jsonl` beside `out` when it is made, with its clip's id and maker: a call that
-    was ended at any moment goes on there, and ends in the same manifest, since the clips of a batch follow from the
-    manifest alone. A clip that cannot be read, or that the model fails on, keeps the captions it has; every call tries
-    it again. Raises StditError where no clip could be captioned.
+    maker: identifies what makes the captions, as `caption_identity` does.
+    frames: shown per clip, evenly spaced.
+    batch: clips per call of the model.
+    weight: of the new captions.
+    replace: the new captions replace the old ones, instead of joining them.
+    workers: clips read at the same time.
+    timeout: seconds for reading a clip.
+    on_start: is called with the number of clips to caption.
+    on_clips: is called with the number of clips just done.
     """
     if not 0 < weight < float("inf"):
         raise StditError(f"a caption's weight is positive, not {weight}.")
@@ -118,7 +131,7 @@ def caption_manifest(
 
 
 def _batches(manifest: Manifest, texts: dict[str, str], batch: int) -> list[list[int]]:
-    """Rows that have no caption yet, by batches that are the same whatever has been captioned; images by themselves."""
+    """The rows still to caption, images apart from videos. Batches do not depend on what has been captioned."""
     ids, image = manifest.ids.to_pylist(), manifest.column("frames") == 1
     batches = []
     for rows in (np.flatnonzero(image), np.flatnonzero(~image)):
@@ -128,12 +141,12 @@ def _batches(manifest: Manifest, texts: dict[str, str], batch: int) -> list[list
 
 
 def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _Shown:
-    """`count` frames of a clip, or all it has: the middles of equal parts of its time."""
+    """`count` frames of a clip (or all, if it has fewer), each from the middle of an equal part of its duration."""
     clip = manifest[row]
     count = min(count, clip.frames)
     seconds = clip.end - clip.start
     fps = count / seconds if seconds > 0 else clip.fps
-    # a frame's middle is half its duration after its time: as many parts as frames are exactly the frames
+    # A frame's middle is half a frame after its time: as many parts as frames give exactly the frames.
     first = clip.start + max(0.0, (1 / fps - 1 / clip.fps) / 2)
     scale = min(1.0, LONGEST_SIDE / max(clip.width, clip.height))
     size = (max(1, round(clip.width * scale)), max(1, round(clip.height * scale)))
@@ -145,7 +158,7 @@ def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _Shown:
 
 
 def _described(captioner: Describes, shown: list[_Shown]) -> Iterator[tuple[_Shown, str | Skipped]]:
-    """Each clip with its caption, or with why it has none; a batch that the model fails on is tried clip by clip."""
+    """Each clip with its caption or its failure. A batch that the model fails on is tried clip by clip."""
     if not shown:
         return
     try:

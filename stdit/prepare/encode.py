@@ -1,4 +1,4 @@
-"""Clips to cached latents and captions to cached embeddings, once each, stopped and continued at will."""
+"""Encodes clips to cached latents and captions to cached embeddings, each once; can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from stdit.weights.identity import folder_identity, tokenizer_identity
 CLIPS_PER_SHARD = 64
 TEXTS_PER_SHARD = 1024
 BATCH = 4
-PRECISION = torch.float32  # that encoders compute in, whatever the cache's tensors are stored as
+PRECISION = torch.float32  # of the encoders, whatever dtype the cache stores
 
 
 class Vae(Protocol):
-    """(B, 3, T, H, W) in [−1, 1] to normalised latents (B, C, T', H', W')."""
+    """Encodes (B, 3, T, H, W) in [−1, 1] to normalised latents (B, C, T', H', W')."""
 
     def encode(self, video: Tensor) -> Tensor: ...
 
 
 class TextEncoder(Protocol):
-    """Texts to their embeddings, (L, D) each."""
+    """Encodes texts to embeddings (L, D)."""
 
     def encode(self, texts: list[str]) -> Sequence[Tensor]: ...
 
@@ -51,25 +51,31 @@ class _Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one call did: clips and texts encoded now, those that were there already, and clips that failed."""
+    """The result of a call.
+
+    clips, texts: the numbers encoded now.
+    reused: clips that the cache had already.
+    failures: (clip id, reason) of clips that failed.
+    """
 
     clips: int
     reused: int
     texts: int
-    failures: tuple[tuple[str, str], ...]  # (clip id, why)
+    failures: tuple[tuple[str, str], ...]
 
 
 def vae_identity(path: str | Path) -> str:
-    """SHA-256 of a VAE's weights and config: of its folder, of a model folder's vae/, or of one file."""
+    """SHA-256 of a VAE's weights and config. path: its folder, a model folder, or a file."""
     return folder_identity(part_folder(path, "vae"))
 
 
 def text_identity(path: str | Path, padding: int | None = None) -> dict[str, Any]:
-    """What decides a text's embedding besides the text: encoder and tokenizer by the SHA-256 of their files, and how
-    texts are treated. Who writes a cache of texts, and who reads it, name it by this.
+    """All that an embedding depends on besides the text: the key of a cache of texts.
 
-    path: the folder that `load_text_encoder` takes, which is treated as it does. padding: `text.padding`, the positions
-    that texts are cut to; 0 or None: as many as the treatment has.
+    It has the SHA-256 of the encoder's and the tokenizer's files, and how texts are treated.
+
+    path: the folder that `load_text_encoder` takes.
+    padding: `text.padding`, the number of positions that texts are cut to; 0 or None: the treatment's.
     """
     (encoder, tokenizer), treatment = find_text_encoder(path), treatment_of(path)
     return {
@@ -99,22 +105,30 @@ def encode_manifest(
     on_start: Callable[[int], None] = lambda _: None,
     on_clips: Callable[[int], None] = lambda _: None,
 ) -> Encoded:
-    """Latents of every clip that has a shape, and embeddings of every caption (and of "") if there is a text encoder.
+    """Caches the latents of every clip that has a shape, and the embeddings of every caption and of "".
 
-    vae_id, text_id: what the encoders' weights are, such as `vae_identity` and `text_identity` of their folders.
+    Clips start at their first frame and are cropped at the centre, or are cut in `config.crops` ways. A shard is a
+    fixed list of clips, which follows from the manifest. It is encoded in fixed batches and published whole. So the
+    same call continues one that was killed, on any number of ranks, and the files are the same, byte for byte. Ranks
+    share the shards. A clip that cannot be read is recorded as failed. If its file had changed, it is tried again once
+    the file is back that was scanned.
 
-    Clips start at their first frame and are cropped at the centre, or are cut `config.crops` ways. A shard is one fixed
-    list of clips, which follows from the manifest, encoded in fixed batches and published whole; so a call that was
-    killed is continued by the same call, by any number of ranks, and the files are the same, byte for byte, as those of
-    a call that was not. Ranks share out the shards. A clip that cannot be read is recorded as failed (`retry_failed`
-    tries those shards again); one whose file had changed is tried again once the file that was scanned is back.
+    text_encoder: None leaves out the texts.
+    out: the cache's folder.
+    vae_id, text_id: identify the encoders' weights, as `vae_identity` and `text_identity` do.
+    batch: clips or texts in one forward.
+    clips_per_shard: at most.
+    rank, ranks: this process's, and how many share the work.
+    retry_failed: tries shards with failed clips again.
+    on_start: is called with the number of clips to encode.
+    on_clips: is called with the number of clips just done.
     """
     cut = cuts(config)
     cache = Cache.create(out, latent_settings(config, vae_id), write_settings=rank == 0)
     shards = list(_shards(cache, manifest, assignment, config.crops, clips_per_shard, retry_failed))
     wanted = sum(len(assignment.rows(bucket)) for bucket in range(len(assignment.shapes))) * config.crops
     reused = wanted - sum(len(items) for _, items in shards)
-    # by number among all shards, done or not: what other ranks have finished by now must not change who does what
+    # Shards are numbered whether done or not: what other ranks have finished must not change who does what.
     todo = [(name, items) for number, (name, items) in enumerate(shards) if items and number % ranks == rank]
     on_start(sum(len(items) for _, items in todo))
     loader = Loader(manifest, assignment, cut, seed=0)
@@ -138,7 +152,7 @@ def encode_manifest(
                     tensors[key(example)] = stored
                 else:
                     path = manifest[example.row].path
-                    found[example.clip_id] = f"{path}: the VAE gives latents that are not finite in {dtype}."
+                    found[example.clip_id] = f"{path}: the VAE's latents are not finite in {dtype}."
             for example in got:
                 if failure := found.get(example.clip_id):
                     failed[key(example)] = failure
@@ -166,7 +180,7 @@ def _encode(vae: Vae, examples: Sequence[Example], device: str | torch.device) -
 def _shards(
     cache: Cache, manifest: Manifest, assignment: Assignment, crops: int, clips_per_shard: int, retry_failed: bool
 ) -> Iterator[tuple[str, list[_Item]]]:
-    """(name, clips to encode) of all shards; no clips for one that is there. A shard's name follows from its clips."""
+    """(name, clips to encode) of every shard; no clips if it exists. A shard's name follows from its clips."""
     for bucket, shape in enumerate(assignment.shapes):
         rows = assignment.rows(bucket)
         ids = manifest.ids.take(rows).to_pylist()
@@ -177,20 +191,20 @@ def _shards(
                 part = slice(first, first + clips_per_shard)
                 name = f"{shape}-{hashlib.sha256(' '.join(keys[part]).encode()).hexdigest()[:16]}"
                 there = positions[part]
-                # clips that another shard has (the manifest has grown since) are not encoded again
+                # If the manifest has grown, another shard may have some of the clips: they are not encoded again.
                 todo = (there < 0) & (not cache.has_shard(name))
                 failed = [
                     p
                     for row, p in zip(rows[part], there)
                     if p >= 0 and (why := cache.failure(p)) and (retry_failed or _is_back(why, manifest[int(row)]))
                 ]
-                if failed:  # in this shard, which is written anew, or in one of a smaller manifest
+                if failed:  # in this shard, which is written again, or in one made from a smaller manifest
                     todo |= np.isin(there, failed + [p for p in there if p >= 0 and cache.shard(p) == name])
                 yield name, [_Item(int(row), cut, bucket) for row in rows[part][todo]]
 
 
 def _is_back(failure: str, clip: Clip) -> bool:
-    """Whether a clip that was left out because its file had changed has the file again that was scanned."""
+    """Whether a clip failed because its file had changed, and the file that was scanned is back."""
     if CHANGED not in failure:
         return False
     try:
@@ -207,7 +221,7 @@ def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
 
 
 def check_texts(manifest: Manifest, assignment: Assignment, cache: Cache) -> None:
-    """Raises StditError where a cache lacks a caption of the clips that have a shape."""
+    """Raises StditError if the cache lacks a caption of a clip that has a shape."""
     texts = _texts(manifest, assignment)
     missing = [text for text, at in zip(texts, cache.find([text_key(text) for text in texts])) if at < 0]
     if missing:
@@ -237,7 +251,7 @@ def _encode_texts(
                 tensors[text_key(text)] = stored = embedding.detach().cpu().to(dtype)
                 if not torch.isfinite(stored).all():
                     raise StditError(
-                        f"the text encoder gives an embedding that is not finite in {dtype} for the caption {text!r}. "
+                        f"the text encoder's embedding of the caption {text!r} is not finite in {dtype}. "
                         f"Set data.cache_dtype to bfloat16 or float32, or change that caption."
                     )
         cache.write_shard(name, tensors, {})

@@ -1,8 +1,8 @@
-"""Model folders in diffusers' pipeline layout: what each pipeline class does around its transformer, and their parts.
+"""Reads and writes model folders in diffusers' pipeline layout.
 
-What is written here opens in the class that model_index.json names, with the same result for the same noise, and what
-is saved there opens here. `stdit.json` holds what diffusers has no place for. An adapter alone, as training writes it,
-is a model folder too: its `base.json` says where the rest is.
+A folder written here opens in the pipeline class that model_index.json names, with the same result for the same noise,
+and the other way round. `stdit.json` holds what diffusers has no place for. An adapter alone, as training writes it, is
+a model folder too (see base_weights.py).
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ from stdit import settings
 from stdit.diffusion.solvers import read_scheduler, write_scheduler
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish_text
-from stdit.heartbeat import HEARTBEAT
 from stdit.models.experts import Experts
 from stdit.models.transformer import STDiT
+from stdit.sampling.base_weights import BaseWeights
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
 from stdit.vae.families.diffusers_vae import DiffusersVAE
 from stdit.vae.families.open_sora import AnyVAE
-from stdit.weights.expert_folders import expert_adapter_places, expert_places
+from stdit.weights.expert_folders import expert_adapter_places
 from stdit.weights.families import class_of, family_of, pipelines, treatment_of
 from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.families.record import PipelineKind
-from stdit.weights.identity import folder_identity
 from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
 from stdit.weights.lora.adapters import merge
 from stdit.weights.lora.read import read_adapter
-from stdit.weights.sources import transformer_identity
 from stdit.weights.tensor_files import read_json
 
 if TYPE_CHECKING:
@@ -67,7 +65,7 @@ class FolderSettings:
 
     @classmethod
     def read(cls, folder: str | Path, absent: FolderSettings | None = None) -> FolderSettings:
-        """From a model folder; where it has no stdit.json, `absent`, or else Wan's."""
+        """From a model folder. If it has no stdit.json: `absent`, by default Wan's."""
         path = Path(folder) / "stdit.json"
         if not path.is_file():
             return absent or cls()
@@ -86,82 +84,9 @@ class FolderSettings:
         return VideoShape.parse(self.shapes[0])
 
 
-@dataclass(frozen=True)
-class Base:
-    """What an adapter's model folder says of the weights below it, in base.json: paths, which load_parts follows.
-
-    transformer: a model folder, or a transformer's folder or file. pipeline: the class to sample as, where it is none.
-    content: SHA-256 (hex) of what is at the paths, by part; empty where an earlier stdit wrote base.json.
-    """
-
-    transformer: str
-    vae: str
-    text_encoder: str
-    pipeline: str = "WanPipeline"
-    content: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> Base:
-        """Of a folder; one without base.json is its own."""
-        path = folder / "base.json"
-        if not path.is_file():
-            return cls(str(folder), str(folder), str(folder), pipeline="")
-        found = read_json(path)
-        if found.pop("format", None) != FORMAT or {"content", *found} != cls.__dataclass_fields__.keys():
-            raise StditError(f"{path}: not of format {FORMAT} with {', '.join(cls.__dataclass_fields__)}.")
-        base = settings.read(cls, found, str(path))
-        for name in ("transformer", "vae", "text_encoder"):
-            if not Path(getattr(base, name)).exists():
-                raise StditError(
-                    f"{path}: {name}, {getattr(base, name)}, over which this adapter was trained, is not there. Write "
-                    f"where it is now; or load that model with the adapter: --model MODEL --lora {folder}."
-                )
-        return base
-
-    def contents(self) -> dict[str, str]:
-        """What is at the paths now, by part: both experts' transformers, where there are two."""
-        from stdit.prepare.encode import text_identity, vae_identity
-
-        folder = Path(self.transformer)
-        weights, configs = transformer_identity((expert_places(folder) or {"": folder}).values())
-        text = text_identity(self.text_encoder)
-        found = {
-            "transformer": weights,
-            "transformer's config": configs,
-            "vae": vae_identity(self.vae),
-            "text_encoder": text["text_encoder"],
-            "tokenizer": text["tokenizer"],
-        }
-        if (folder / "image_encoder").is_dir():
-            found["image_encoder"] = folder_identity(folder / "image_encoder")
-        return found
-
-    def check(self, folder: Path) -> None:
-        """Raises StditError where other weights are at the paths than the adapter in `folder` was trained over."""
-        if not self.content:
-            return
-        HEARTBEAT.doing("checking the weights below the adapter")
-        now = self.contents()
-        HEARTBEAT.doing(f"loading {folder}")
-        lines = [
-            f"{name} is {now.get(name, 'gone')}, the adapter was trained over {self.content.get(name, 'none')}"
-            for name in {**self.content, **now}
-            if now.get(name) != self.content.get(name)
-        ]
-        if lines:
-            raise StditError(
-                f"{folder / 'base.json'}: what lies at its paths has changed since: {'; '.join(lines)} (SHA-256). "
-                f"Restore it, or write where it is now; or load other weights with the adapter all the same: --model "
-                f"MODEL --lora {folder}."
-            )
-
-    def write(self, folder: Path) -> None:
-        publish_text(folder / "base.json", json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
-
-
 @dataclass
 class ModelParts:
-    """What a model folder holds, in memory. index: its model_index.json, whose class says which pipeline it is for."""
+    """A model folder in memory. index: its model_index.json, which names the pipeline class."""
 
     transformer: STDiT | Experts
     vae: AnyVAE
@@ -173,11 +98,11 @@ class ModelParts:
 
 
 def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> ModelParts:
-    """Reads a model folder. dtype: of the transformer and the encoders; None keeps the stored ones.
+    """Reads a model folder; an adapter's with the parts that it was trained over, and the adapter merged.
 
-    Of an adapter's (base.json) the parts are those that it was trained over, with the adapter merged.
+    dtype: of the transformer and the encoders; None keeps the stored ones.
     """
-    base = Base.read(folder)
+    base = BaseWeights.read(folder)
     path = Path(base.transformer) / "model_index.json"
     if not (path.is_file() or base.pipeline):
         raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
@@ -230,7 +155,7 @@ def add_loras(
             wanted.append((high, path, weight))
     for path, weight in loras_2:
         if not two:
-            raise StditError(f"{path}: is meant for the second of two experts; these weights are one transformer.")
+            raise StditError(f"{path}: is for the second of two experts; these weights are one transformer.")
         wanted.append((low, path, weight))
     read = [(model, read_adapter(path, model.config, partly), weight) for model, path, weight in wanted]
     for expert in dict.fromkeys((high, low)):
@@ -238,7 +163,7 @@ def add_loras(
 
 
 def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> FolderSettings:
-    """The defaults of a folder that was not made here."""
+    """The defaults of a folder that stdit did not write."""
     if (other := kind.by_channels.get(vae.config.z_dim)) is not None:
         return FolderSettings(other[0], (other[1],))
     if kind.shape is not None:
@@ -248,7 +173,7 @@ def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> 
 
 
 def save_parts(parts: ModelParts, folder: Path) -> None:
-    """Writes a model folder that diffusers' pipeline of its kind and `load_parts` open."""
+    """Writes a model folder, which diffusers' pipeline of its class and `load_parts` open."""
     experts = isinstance(parts.transformer, Experts)
     save_transformer(parts.transformer, folder if experts else folder / "transformer")
     save_vae(parts.vae, folder / "vae")

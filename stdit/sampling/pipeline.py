@@ -1,4 +1,4 @@
-"""Prompt and known frames in, frames out: every family's transformer, sampled as diffusers' pipeline of it does."""
+"""Prompts and known frames to frames: samples every family's transformer as its diffusers pipeline does."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ __all__ = ["FolderSettings", "Pipeline", "SampleRequest"]
 class Pipeline:
     """A model folder in memory: a transformer, a VAE, a text encoder and a scheduler's config.
 
-    image_encoder: for weights that see its tokens (Wan 2.1 I2V). index: model_index.json of the folder; its
-    `_class_name` is the diffusers pipeline that this one does the same as; else the one that the scheduler is for.
+    settings: the folder's stdit.json.
+    image_encoder: for weights that see its tokens (Wan 2.1 I2V).
+    index: the folder's model_index.json. Its `_class_name` is the diffusers pipeline to sample as; by default the one
+        that the scheduler's config is for.
     """
 
     def __init__(
@@ -71,19 +73,19 @@ class Pipeline:
 
     @property
     def text_padding(self) -> int:
-        """Positions that texts are zero-padded to; 0 for none."""
+        """The number of positions that texts are zero-padded to; 0 for no padding."""
         padding = self.settings.text_padding
         return self.transformer.config.text_padding if padding is None else padding
 
     @property
     def multiple(self) -> tuple[int, int]:
-        """(width, height) are multiples of these."""
+        """What width and height must be multiples of."""
         (_, h, w), (_, ph, pw) = self.vae.config.stride, self.transformer.config.patch
         return w * pw, h * ph
 
     @property
     def knows_fps(self) -> bool:
-        """Whether the transformer is told the frames a second."""
+        """Whether fps is an input of the transformer."""
         return "fps" in self.transformer.config.conditions
 
     @property
@@ -265,16 +267,18 @@ class Pipeline:
     ) -> None:
         """Merges LoRA files, each with its weight, into the transformer: all of them or, on an error, none.
 
-        Of two experts (Wan 2.2 A14B) `loras` go into the one for high noise, as diffusers' load_lora_weights puts them
-        into `transformer`, and `loras_2` into the other; a model folder with an adapter for each goes into both.
-        In fp32, rounded once to the transformer's dtype. To be rid of them, load the folder again.
-        partly: leave out, with a warning, what is for layers that the transformer does not have; otherwise an error.
+        Merging is in fp32, rounded once to the transformer's dtype. To undo it, load the folder again.
+
+        loras: for the transformer. Of two experts (Wan 2.2 A14B), for the one for high noise, as diffusers'
+            load_lora_weights does; a model folder with an adapter for each expert goes into both.
+        loras_2: for the low-noise expert.
+        partly: leave out, with a warning, tensors for layers that the transformer lacks. Otherwise they are an error.
         """
         add_loras(self.transformer, loras, loras_2, partly)
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:
-        """From a model folder. dtype: of the transformer and the encoders; None keeps the stored ones."""
+        """Loads a model folder. dtype: of the transformer and the encoders; None keeps the stored ones."""
         return cls(**vars(load_parts(Path(folder), dtype, device)))
 
     def save(self, folder: str | Path) -> None:

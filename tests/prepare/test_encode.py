@@ -142,7 +142,7 @@ def test_latents_that_are_not_finite_cost_their_clip_by_name(clips, tmp_path):
     done = encode(clips, tmp_path, Broken())
     ((bad, failure),) = [one for one in done.failures if one[0] != clips[5].id]  # that one is no video
     assert done.clips == 9 and failure.startswith(next(clip.path for clip in clips if clip.id == bad))
-    assert "latents that are not finite" in failure
+    assert "latents are not finite" in failure
     cache = Cache.open(tmp_path, latent_settings(CONFIG, "vae"))
     kept = [position for position in range(len(cache)) if cache.failure(position) is None]
     assert len(cache) == 11 and len(kept) == 9 and all(torch.isfinite(cache.tensor(at)).all() for at in kept)
@@ -155,7 +155,7 @@ def test_an_embedding_that_is_not_finite_names_its_caption(clips, tmp_path):
             return [1e5 * one for one in super().encode(texts)]
 
     config = replace(CONFIG, cache_dtype="float16")  # ends at 65504
-    with pytest.raises(StditError, match=r"not finite in torch.float16 for the caption '.+'.*data.cache_dtype"):
+    with pytest.raises(StditError, match=r"the caption '.+' is not finite in torch.float16.*data.cache_dtype"):
         encode_manifest(
             clips, assign(clips, config), config, FakeVae(), Large(), tmp_path, vae_id="vae", text_id={"text": "text"}
         )

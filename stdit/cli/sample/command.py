@@ -218,9 +218,9 @@ def sample(
 
 def _places(model: Path) -> list[Path]:
     """The folders that a model consists of: an adapter's model folder, and those that it builds on."""
-    from stdit.sampling.model_folder import Base
+    from stdit.sampling.base_weights import BaseWeights
 
-    base = Base.read(model)
+    base = BaseWeights.read(model)
     return [model, *(Path(place) for place in (base.transformer, base.vae, base.text_encoder))]
 
 

@@ -1,4 +1,4 @@
-"""The files of a sampled clip: their names, which no other clip has, and what is written into them."""
+"""The files of a sampled clip: unique names, and their contents."""
 
 from __future__ import annotations
 
@@ -18,27 +18,37 @@ from stdit.files import publish, publish_text
 if TYPE_CHECKING:
     import numpy as np
 
-SLUG = 80  # bytes of a prompt in a file's name: file systems take 143 (encrypted ones) or 255 in all
+SLUG = 80  # bytes of a prompt in a file name: file systems allow 143 (encrypted ones) or 255 bytes
 _WEIGHTS = {".safetensors", ".json", ".model", ".txt"}
 _BLOCK, _BLOCKS = 4096, 64
-# Settings that are no option, or follow from others.
+# Settings that are not options of the command, or follow from others.
 _NO_OPTION = {"dtype", "dtype_option", "model_hash", "lora_hashes", "known_hash", "known_frames", "stdit"}
 
 
 @dataclass
 class Written:
-    """The paths of a clip's files. made: False for one that was there before."""
+    """The paths of a clip's files.
+
+    video: None for an image.
+    image: the contact sheet, or the image itself.
+    made: False if an earlier command made them.
+    """
 
     prompt: str
-    video: str | None  # None for an image
-    image: str  # the contact sheet, or the image itself
+    video: str | None
+    image: str
     settings: str
     made: bool
 
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """A clip to be: what makes it, and where its files go."""
+    """The files of one clip.
+
+    out: their folder.
+    index: the clip's number among the prompts.
+    settings: all that it is made with besides the prompt and index.
+    """
 
     out: Path
     prompt: str
@@ -47,36 +57,36 @@ class ClipFiles:
 
     @property
     def name(self) -> str:
-        """NUMBER-WORDS-SEED-HASH: of equal settings always the same, of others another."""
+        """NUMBER-WORDS-SEED-HASH, the same for equal settings only."""
         words = slug(self.prompt)
         parts = (f"{self.index:03d}", words, f"seed{self.settings['seed']}", self.hash)
         return "-".join(part for part in parts if part)
 
     @property
     def hash(self) -> str:
-        """Eight hex digits over all that decides the frames: of models and known frames the content, not the path."""
-        unseen = {"model", "image", "last", "video", "loras", "loras_2"}
-        about = {key: value for key, value in self._about().items() if key not in unseen}
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+        """Eight hex digits of all that the frames depend on: the content of models and known frames, not the path."""
+        paths = {"model", "image", "last", "video", "loras", "loras_2"}
+        hashed = {key: value for key, value in self._all_settings().items() if key not in paths}
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
 
-    def _about(self) -> dict[str, Any]:
+    def _all_settings(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "index": self.index, **self.settings}
 
     @property
     def _paths(self) -> tuple[Path | None, Path, Path]:
-        """Video (None for an image), contact sheet or image, settings."""
+        """The paths of the video (None for an image), the contact sheet or image, and the settings."""
         video = None if self.settings["frames"] == 1 else self.out / f"{self.name}.mp4"
         return video, self.out / f"{self.name}.png", self.out / f"{self.name}.json"
 
     def there(self) -> Written | None:
-        """The clip, if an earlier command has made it. Its settings are written last."""
+        """The clip's files if an earlier command made them. The settings are written last."""
         video, image, note = self._paths
         if not all(path.is_file() for path in (video, image, note) if path is not None):
             return None
         return self._written(made=False)
 
     def write(self, frames: Iterator[np.ndarray], fps: float) -> Written:
-        """Writes the files. Frames go to the disk as they come; only those of the contact sheet are kept."""
+        """Writes the files. Frames are written as they arrive; only those of the contact sheet stay in memory."""
         import numpy as np
 
         from stdit.data.decode.write import contact_sheet, sheet_frames, write_video
@@ -90,16 +100,16 @@ class ClipFiles:
         else:
             picks, kept = set(sheet_frames(self.settings["frames"])), []
 
-            def keeping() -> Iterator[np.ndarray]:
+            def keeping_picks() -> Iterator[np.ndarray]:
                 for number, frame in enumerate(frames):
                     if number in picks:
-                        kept.append(frame.copy())  # not a view that holds its whole chunk
+                        kept.append(frame.copy())  # a view would keep its whole chunk in memory
                     yield frame
 
-            write_video(video, keeping(), fps)
+            write_video(video, keeping_picks(), fps)
             contact_sheet([np.stack(kept)], image)
-        about = {**self._about(), "command": self.command()}
-        publish_text(note, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        settings = {**self._all_settings(), "command": self.command()}
+        publish_text(note, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return self._written(made=True)
 
     def _written(self, made: bool) -> Written:
@@ -109,7 +119,7 @@ class ClipFiles:
     def command(self) -> str:
         """The command that makes this clip again, alone."""
         words = ["stdit", "sample"]
-        given = {"prompt": self.prompt, "index": self.index, **self.settings, "out": str(self.out)}
+        given = {**self._all_settings(), "out": str(self.out)}
         for key, value in given.items():
             option = f"--{key.replace('_', '-')}"
             if key in ("loras", "loras_2"):
@@ -126,8 +136,10 @@ class ClipFiles:
 
 
 def slug(prompt: str, most: int = SLUG) -> str:
-    """A prompt's letters, marks and digits of any script, in lower case, with "-" between words: at most `most` bytes
-    of UTF-8. No separators, dots or control characters, so that it is no path."""
+    """A prompt's letters, marks and digits of any script, in lower case, with "-" between words.
+
+    At most `most` bytes of UTF-8. It has no separators, dots or control characters, so it is never a path.
+    """
     text = unicodedata.normalize("NFC", prompt).lower()
     words = "".join(letter if unicodedata.category(letter)[0] in "LMN" else "-" for letter in text)
     words = re.sub("-+", "-", words).strip("-")
@@ -135,10 +147,10 @@ def slug(prompt: str, most: int = SLUG) -> str:
 
 
 def content_hash(places: Iterable[Path]) -> str:
-    """Sixteen hex digits of the weights, configs and vocabularies in files and folders with their subfolders.
+    """Sixteen hex digits of the weights, configs and vocabularies in files, and in folders with their subfolders.
 
-    Of a large file 64 blocks spread over it and its size are read: training changes every tensor, and tens of GB are
-    not to be read twice. Where a folder lies does not matter.
+    Only the size and 64 blocks of a large file are read, spread over it: training changes every tensor, and reading
+    tens of GB twice takes too long. The location of a folder does not matter.
     """
     total = hashlib.sha256()
     for place in dict.fromkeys(places):
@@ -157,7 +169,7 @@ def content_hash(places: Iterable[Path]) -> str:
 
 
 def frames_hash(known: Mapping[str, np.ndarray] | None) -> str | None:
-    """Of known frames, sixteen hex digits."""
+    """Sixteen hex digits of known frames."""
     if known is None:
         return None
     total = hashlib.sha256()
@@ -168,7 +180,7 @@ def frames_hash(known: Mapping[str, np.ndarray] | None) -> str | None:
 
 
 def check_text(text: str, option: str) -> None:
-    """Raises for bytes that are no text, which Python keeps as lone surrogates."""
+    """Raises StditError for bytes that are not valid text, which Python keeps as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -15,7 +15,8 @@ from torch import Tensor
 from stdit.diffusion.solvers import with_static_shift, write_scheduler
 from stdit.errors import StditError
 from stdit.files import check_copyable, copy_folder, publish_folder, publish_text, remove_folder, within, writing
-from stdit.sampling.model_folder import Base, FolderSettings
+from stdit.sampling.base_weights import BaseWeights
+from stdit.sampling.model_folder import FolderSettings
 from stdit.training.config import RunConfig
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.two_experts import TransformerObjective
@@ -94,7 +95,7 @@ def write_base(components: RunComponents, folder: Path) -> None:
     given = (config.model.init, config.vae.path, config.text.path)
     transformer, vae, text_encoder = (str(Path(path or "").expanduser().resolve()) for path in given)
     pipeline = objective.scheduler.get("_pipeline", "WanPipeline")
-    base = Base(transformer, vae, text_encoder, pipeline)
+    base = BaseWeights(transformer, vae, text_encoder, pipeline)
     replace(base, content=base.contents()).write(folder)
     scheduler = with_static_shift(objective.scheduler, config.objective.flow.noise_levels.shift)
     write_scheduler(scheduler, folder / "scheduler")
