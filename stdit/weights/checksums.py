@@ -1,4 +1,4 @@
-"""Whether files of weights are what was published, by the SHA-256 that lies beside them."""
+"""Compares files of weights with their published SHA-256."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LISTS = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", "checksums.sha256")
 
 @dataclass(frozen=True)
 class Checked:
-    """A file, its SHA-256, the one that it should have ("" where none is known) and where that is from."""
+    """A file, its SHA-256 (found), the published one (wanted; "" if unknown) and where that was read (source)."""
 
     file: Path
     found: str
@@ -31,7 +31,7 @@ class Checked:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of weights at a path: itself, or all in a folder and below, but for hidden ones."""
+    """The files of weights at a path: the file itself, or all in a folder and below it, except hidden ones."""
     if not path.is_dir():
         return [path]
     kinds = {".safetensors", ".sft", *PICKLES}
@@ -40,7 +40,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def check(file: Path) -> Checked:
-    """Hashes a file and compares. Raises StditError where a checksum file cannot be read as one."""
+    """Hashes a file and compares. Raises StditError for a checksum file that is none."""
     wanted, source = expected(file)
     if not wanted:
         return Checked(file, "", "", "")
@@ -49,11 +49,11 @@ def check(file: Path) -> Checked:
 
 
 def expected(file: Path) -> tuple[str, str]:
-    """The SHA-256 that is published for a file, and where that was found; ("", "") where it was not.
+    """A file's published SHA-256 and where it was found; ("", "") if it was not.
 
-    Looked for, in this order: FILE.sha256 beside it, a list such as SHA256SUMS in its folder; what `hf download
-    --local-dir` notes of a file (.cache/huggingface/download/FILE.metadata, whose ETag of a large file is its hash);
-    the name of the blob in the hub's cache, to which a snapshot's file is a link.
+    Searched in this order: FILE.sha256 beside it; a list such as SHA256SUMS in its folder; the notes of `hf download
+    --local-dir` (.cache/huggingface/download/FILE.metadata, where a large file's ETag is its hash); the name of the
+    blob in the hub's cache, if the file is a link to it.
     """
     beside = file.with_name(f"{file.name}.sha256")
     if beside.is_file():

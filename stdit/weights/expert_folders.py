@@ -1,4 +1,4 @@
-"""The two experts of Wan 2.2 A14B on the disk: their folders, and the noise level between them."""
+"""The folders of Wan 2.2 A14B's two experts, and the noise level between them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from stdit.weights.tensor_files import read_json
 
 EXPERT_NAMES = ("high", "low")
 EXPERT_FOLDERS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}
-BOUNDARIES = {"text": 0.875, "image": 0.9}  # of Wan 2.2 T2V-A14B and I2V-A14B, for folders that do not say
+BOUNDARIES = {"text": 0.875, "image": 0.9}  # Wan 2.2 T2V-A14B's and I2V-A14B's, for folders that do not say it
 
 
 def expert_folders(layout: str) -> dict[str, str]:
-    """The folder of each of two experts in a layout."""
+    """The name of each expert's folder in a layout."""
     return dict(zip(EXPERT_NAMES, EXPERT_FOLDERS["diffusers" if layout == "diffusers" else "original"]))
 
 
 def expert_places(folder: Path) -> dict[str, Path] | None:
-    """Where the two experts of a folder are, None where there are none."""
+    """The paths of a folder's two experts; None if it has none."""
     for names in EXPERT_FOLDERS.values():
         if all((folder / name).is_dir() for name in names):
             return {expert: folder / name for expert, name in zip(EXPERT_NAMES, names)}
@@ -27,7 +27,7 @@ def expert_places(folder: Path) -> dict[str, Path] | None:
 
 
 def boundary_of(folder: Path, from_image: bool) -> float:
-    """The noise level between a folder's experts: its model_index.json's boundary_ratio, or as Wan 2.2 has it."""
+    """The noise level between a folder's experts: model_index.json's boundary_ratio, else Wan 2.2's."""
     path = folder / "model_index.json"
     if not path.is_file():
         return BOUNDARIES["image" if from_image else "text"]
@@ -38,5 +38,5 @@ def boundary_of(folder: Path, from_image: bool) -> float:
 
 
 def expert_adapter_places(folder: Path) -> dict[str, Path]:
-    """The folder of each expert's adapter (LoRA) in the model folder of a training; what did not train has none."""
+    """The path of each expert's adapter (LoRA) in an exported model folder; an expert that did not train has none."""
     return {expert: folder / "lora" / name for expert, name in expert_folders("diffusers").items()}

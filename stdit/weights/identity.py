@@ -1,7 +1,7 @@
-"""What a folder of weights is, as one hash of its content: caches and checkpoints name what they were made from by it.
+"""Hashes of folders of weights by content. Caches and checkpoints name by them what they were made from.
 
-The hash of a large file is remembered in the user's cache folder (XDG_CACHE_HOME, stdit/sha256) for as long as its
-path, inode, size, and times of writing and of change stay the same.
+The hash of a large file is kept in the user's cache folder (XDG_CACHE_HOME, stdit/sha256) and used as long as the
+file's path, inode, size, mtime and ctime stay the same.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from stdit.files import publish_text, sha256_of
 
 WEIGHTS = frozenset({".safetensors", ".json", ".model", ".txt"})
 TOKENIZER = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken", ".bpe", ".vocab"})
-REMEMBERED = 64 << 20  # bytes from which on a file's hash is remembered: hashing takes longer than a moment
-SETTLED = 10.0  # seconds after its last change before which a file may change again without another time
+REMEMBERED = 64 << 20  # bytes: hashes of larger files are kept, since hashing takes seconds
+SETTLED = 10.0  # seconds: a file that changed more recently could change again with the same timestamp
 
 
 def folder_identity(path: str | os.PathLike[str]) -> str:
     """SHA-256 (hex) over the names and contents of a folder's weights, configs and vocabularies, or of one file.
 
-    Where the folder lies, when it was written, and other files in it do not matter; subfolders do not count.
+    The folder's path, timestamps, subfolders and other files do not matter.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -46,7 +46,7 @@ def tokenizer_identity(folder: Path) -> str:
 
 
 def files_identity(files: Iterable[Path]) -> str:
-    """SHA-256 (hex) over the names and contents of files, in their order."""
+    """SHA-256 (hex) over the names and contents of files, in this order."""
     files = list(files)
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(file_identity, files))
@@ -67,14 +67,14 @@ def _files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _state(path: str | Path) -> tuple[int, ...]:
-    """Another one after any change of the file; a program can set the time of writing, but not that of change."""
+    """Differs after any change of the file: programs can set mtime, but not ctime."""
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=1024)
 def _file_hash(path: str, state: tuple[int, ...]) -> str:
-    """SHA-256 of a file, once for every state of it that a process sees, and once for all if it is large."""
+    """SHA-256 of a file, computed once per state and process; if it is large, once per state."""
     key = hashlib.sha256(f"{path}\0{state}".encode()).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     memory = Path(home) / "stdit" / "sha256" / key
@@ -88,8 +88,8 @@ def _file_hash(path: str, state: tuple[int, ...]) -> str:
     with open(path, "rb") as file:
         found = sha256_of(file)
     if _state(path) != state:
-        raise StditError(f"{path}: was written to while it was read. Start again when it is whole.")
+        raise StditError(f"{path}: changed while it was read. Start again when it is complete.")
     if large and begun - max(state[3:]) / 1e9 > SETTLED:
-        with suppress(OSError, StditError):  # without it the file is hashed again the next time
+        with suppress(OSError, StditError):  # then the file is hashed again next time
             publish_text(memory, found)
     return found

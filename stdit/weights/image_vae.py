@@ -1,10 +1,9 @@
-"""Stable Diffusion's image VAE (diffusers' AutoencoderKL) as the start of a causal video VAE.
+"""Inflates Stable Diffusion's image VAE (diffusers' AutoencoderKL) to a causal video VAE.
 
-At first the video VAE does to every frame what the image VAE does, and an image is the same to the last bits: its
-convolutions see the present frame alone until they are trained (I3D's inflation, Carreira & Zisserman 2017, with all of
-the weight in one tap, as causal video VAEs have it). Where frames halve, the last of two is kept; where they double, it
-is shown twice. The image VAE's norm is kept, a group norm over each frame: Wan's layout has no place for that, so what
-is trained from here is stdit's own (`VaeConfig.groups`).
+Before training, the video VAE treats every frame as the image VAE does: its convolutions have weights for the present
+frame only (the inflation of I3D, Carreira & Zisserman 2017, with all of the weight in the last tap). Temporal
+downsampling keeps the last of two frames, upsampling repeats a frame. The image VAE's group norm per frame is kept;
+Wan's layout has no such norm, so the trained VAE has stdit's own layout (`VaeConfig.groups`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
 from stdit.weights.tensor_files import open_folder, read_json
 
 CLASS = "AutoencoderKL"
-_DEFAULTS: dict[str, Any] = {  # of diffusers, where a config.json says nothing
+_DEFAULTS: dict[str, Any] = {  # diffusers', for keys that are absent from config.json
     "block_out_channels": [64],
     "layers_per_block": 1,
     "latent_channels": 4,
@@ -49,10 +48,10 @@ _OLD_ATTENTION = ("query", "key", "value", "proj_attn")  # of files from before 
 
 @torch.no_grad()
 def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequence[bool] | None = None) -> CausalVAE:
-    """A causal video VAE in fp32 that starts as the image VAE of a folder (its own, or a model folder with vae/).
+    """A causal video VAE in fp32, inflated from the image VAE in `path` (its folder, or a model folder with vae/).
 
     temporal_downsample: whether frames halve, for each downsampling; None: at the last two, as in Wan's.
-    Raises StditError for another class, for settings that have no counterpart, and for tensors that do not fit.
+    Raises StditError for another class, settings without a counterpart, and tensors that do not fit.
     """
     folder = part_folder(path, "vae")
     place = folder / "config.json"
@@ -87,15 +86,15 @@ def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequenc
 
 
 def image_vae_config(path: str | os.PathLike[str], temporal_downsample: Sequence[bool] | None = None) -> VaeConfig:
-    """The config of what `inflate_image_vae` makes, of config.json alone."""
+    """The config of the VAE that `inflate_image_vae` makes, from config.json alone."""
     place = part_folder(path, "vae") / "config.json"
     return _config(read_json(place), temporal_downsample, place)
 
 
 def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None, place: Path) -> VaeConfig:
-    """Latents are normalised as diffusers' pipelines do it: (raw − shift) · scaling_factor, or with a mean and std."""
+    """Normalises latents as diffusers' pipelines do: (raw − shift) · scaling_factor, or with mean and std."""
     if found.get("_class_name") != CLASS:
-        raise StditError(f"{place}: {found.get('_class_name')!r} is no image VAE to inflate; {CLASS} is.")
+        raise StditError(f"{place}: {found.get('_class_name')!r} is not an image VAE that stdit inflates; {CLASS} is.")
     known = (*_DEFAULTS, *_ONLY, *_BLOCKS, *_NO_MATTER)
     checked_keys(found, {name: name for name in known}, (), place)
     for name, only in (*_ONLY.items(), *_BLOCKS.items()):
@@ -125,7 +124,7 @@ def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None
 
 
 def _keymap(config: VaeConfig, names: Mapping[str, Shape]) -> KeyMap:
-    """Our names, without time, ↔ diffusers'."""
+    """Our names except those over time ↔ diffusers' names."""
     theirs = "{side}.mid_block.attentions.0"
     old = "encoder.mid_block.attentions.0.query.weight" in names
     *qkv, out = _OLD_ATTENTION if old else _ATTENTION

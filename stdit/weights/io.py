@@ -1,7 +1,7 @@
-"""Transformers and VAEs from strangers' files and to them, whole or not at all.
+"""Loads and saves transformers and VAEs, completely or not at all.
 
-Every name and shape is checked against the model before a tensor is read; then each tensor is read once, straight to
-its device and dtype, into a model that was built without memory.
+Every name and shape is checked against the model before a tensor is read. Then each tensor is read once, straight to
+its device and dtype, into a model that was built on the meta device.
 """
 
 from __future__ import annotations
@@ -48,19 +48,21 @@ def load_transformer(
 ) -> STDiT | Experts:
     """A transformer from a model folder (stdit's or diffusers'), its transformer/, an original release, or a file.
 
-    dtype: None keeps each tensor's stored dtype; fp8, plain or with scales, becomes bf16. heads: their number, for a
-    file alone whose tensors do not tell it. trust_pickle: allows .pth and .bin files, tensors only. expert: of a
-    folder with two (Wan 2.2 A14B: transformer/ and transformer_2/, or high_noise_model/ and low_noise_model/), "both"
-    as one `Experts`, or "high" or "low" alone, as an STDiT.
-    Raises StditError that names the file and the tensors where anything is missing, unexpected, misshaped or damaged,
-    and the variant where the weights are of a kind that stdit does not run.
+    dtype: None keeps each tensor's stored dtype; fp8, with or without scales, becomes bf16.
+    trust_pickle: open .pth and .bin files too, reading tensors only.
+    expert: for a folder with two (Wan 2.2 A14B: transformer/ and transformer_2/, or high_noise_model/ and
+        low_noise_model/), "both" gives an `Experts`, "high" or "low" one STDiT.
+    heads: the number of heads, for a single file whose tensors do not tell it.
+
+    Raises StditError that names the file and the tensors if anything is missing, unexpected, misshaped or damaged, and
+    the variant if stdit does not run it.
     """
     if expert not in ("both", *EXPERT_NAMES):
-        raise StditError(f"expert {expert!r} is not known: both, high or low.")
+        raise StditError(f"expert {expert!r} does not exist. Known: both, high, low.")
     places = expert_places(Path(path).expanduser())
     if places is None:
         if expert != "both":
-            raise StditError(f"{path}: holds one transformer, not the two experts that {expert!r} would choose from.")
+            raise StditError(f"{path}: holds one transformer, so there is no expert {expert!r}.")
         return load(find("transformer", path, trust_pickle, heads=heads), dtype, device)
     if expert != "both":
         return load(find("transformer", places[expert], trust_pickle, heads=heads), dtype, device)
@@ -81,8 +83,8 @@ def load_vae(
 ) -> Any:
     """A causal VAE from a model folder, its vae/, an original Wan release, or a file; otherwise as load_transformer.
 
-    A CausalVAE, or Open-Sora's OpenSoraVAE; where config.json names an autoencoder of diffusers
-    (`stdit.weights.families.diffusers_vaes`), an DiffusersVAE, which diffusers runs behind the same methods.
+    Returns a CausalVAE or Open-Sora's OpenSoraVAE. If config.json names an autoencoder that diffusers runs
+    (`stdit.weights.families.diffusers_vaes`), a DiffusersVAE with the same methods.
     """
     from stdit.vae.families.diffusers_vae import load_diffusers_vae
 
@@ -92,7 +94,7 @@ def load_vae(
 
 
 def vae_on_meta(path: str | os.PathLike[str]) -> Any:
-    """The VAE that load_vae would load, without memory. No weight is read."""
+    """The VAE that load_vae would load, on the meta device. No weight is read."""
     from stdit.vae.families.diffusers_vae import diffusers_vae_on_meta
 
     other = other_vae(path)
@@ -102,15 +104,17 @@ def vae_on_meta(path: str | os.PathLike[str]) -> Any:
 def save_transformer(
     model: STDiT | Experts, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes config.json and safetensors into `folder`, in shards above shard_bytes.
+    """Writes config.json and safetensors into `folder`.
 
     layout: "diffusers" opens with from_pretrained(folder) of the family's class (WanTransformer3DModel for what stdit
-    trains), "original" is a release's, "comfyui" that in one file with its prefix. Of two experts each has a folder in
-    `folder`, transformer/ and transformer_2/ or high_noise_model/ and low_noise_model/; the noise level between them is
-    model_index.json's (`Pipeline.save`). Raises StditError, before anything is written, that names a setting which the
-    layout cannot hold (see stdit/weights/layouts.py).
+        trains); "original" is the release's; "comfyui" is the original in one file with ComfyUI's prefix.
+    shard_bytes: larger models are written in shards.
 
-    What was there before stays until all new files are written beside it; then they are renamed. A process that is
+    Two experts get a folder each, transformer/ and transformer_2/ or high_noise_model/ and low_noise_model/; the noise
+    level between them is written to model_index.json (`Pipeline.save`). Raises StditError, before anything is written,
+    that names a setting which the layout cannot hold (see stdit/weights/layouts.py).
+
+    The old files stay until all new ones are written beside them; then the new ones are renamed. A process that is
     killed among the renames leaves the old model, the new one, or a folder that does not load: never a mixture.
     """
     from stdit.models.experts import Experts
@@ -125,21 +129,23 @@ def save_transformer(
 def save_vae(
     vae: AnyVAE, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """As save_transformer. "diffusers" opens with AutoencoderKLWan.from_pretrained(folder); "original" is one file,
-    Wan2.1_VAE.safetensors (Wan2.2_VAE where levels have shortcuts), which carries our config in its metadata. Of
-    Open-Sora's both are the same, config.json and its own tensors."""
+    """As save_transformer.
+
+    "diffusers" opens with AutoencoderKLWan.from_pretrained(folder). "original" is one file, Wan2.1_VAE.safetensors
+    (Wan2.2_VAE if levels have shortcuts), with our config in its metadata. For Open-Sora's both are the same.
+    """
     from stdit.vae.families.diffusers_vae import DiffusersVAE
 
     if isinstance(vae, DiffusersVAE):
         if layout != "diffusers":
-            raise StditError(f"layout {layout!r}: a {vae.config.name} is written as diffusers has it only.")
+            raise StditError(f"layout {layout!r}: a {vae.config.name} can only be written in layout 'diffusers'.")
         vae.module.save_pretrained(folder)
     else:
         _save("vae", vae, Path(folder), layout, shard_bytes)
 
 
 def load(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
-    """Reads a source's tensors into its model. Peak memory is the model and one tensor.
+    """Reads a source's tensors into its model. The peak memory is the model's and one tensor's.
 
     On the CPU, a tensor of unchanged dtype and order stays a private view of the file; see tensor_files.py.
     """
@@ -149,7 +155,7 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     files = source.files
     if count := fp8_count(files):  # nothing computes in fp8 here
         of = f"{count} of {len(files.entries)} tensors are fp8" + (", with scales" if files.scales else "")
-        print(f"{files.path}: {of}; they are computed in {_short(dtype or torch.bfloat16)}.", file=sys.stderr)
+        print(f"{files.path}: {of}; stdit computes in {_short(dtype or torch.bfloat16)}.", file=sys.stderr)
 
     def wanted(name: str) -> torch.dtype | None:
         return torch.bfloat16 if files.entries[name].dtype in FP8 or name in files.scales else None
@@ -179,7 +185,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a source in another layout, a tensor in memory at a time. dtype: of its numbers, None as they are."""
+    """Writes a source in another layout, one tensor in memory at a time. dtype: None keeps the stored ones."""
     import torch
 
     files = source.files
@@ -216,7 +222,7 @@ def _write(
     layout: str,
     shard_bytes: int,
 ) -> None:
-    """Writes a model whose native tensors `read` gives, a tensor in memory at a time; see save_transformer."""
+    """Writes a model, one tensor in memory at a time; `read` returns native tensors. See save_transformer."""
     from stdit.vae.config import VaeConfig
 
     dialect = dialect_in(layout)
@@ -231,7 +237,7 @@ def _write(
     stems: tuple[str, ...] = (_STEM,)
     if dialect == "original" and isinstance(config, VaeConfig):
         stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
-    elif layout == "comfyui" and kind == "transformer":  # one file, which carries the config in its metadata
+    elif layout == "comfyui" and kind == "transformer":  # one file with the config in its metadata
         stem, stems, shard_bytes = config.family, (config.family,), sys.maxsize
         entries = {PREFIXES[0] + name: entry for name, entry in entries.items()}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
@@ -245,7 +251,7 @@ def _write(
             "weight_map": {foreign: name for name, shard in zip(names, shards) for foreign in shard},
         }
     stale = re.compile(rf"({'|'.join(map(re.escape, stems))})" + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-    with ExitStack() as renames:  # the last entered is renamed first, the index at the end: without it shards are none
+    with ExitStack() as renames:  # renamed in reverse: the index last, without which shards do not load
         for name, content in reversed(documents.items()):
             part = renames.enter_context(publish(folder / name))
             part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -253,13 +259,13 @@ def _write(
             held = {foreign: entries[foreign] for foreign in shard}
             part = renames.enter_context(publish(folder / name))
             write_tensors(part, held, lambda key: read_foreign(key.removeprefix(PREFIXES[0])), metadata)
-        for entry in [*folder.iterdir()]:  # all is written: what of the old would mix with it goes first
+        for entry in [*folder.iterdir()]:  # all is written: remove old files that would mix with the new ones
             if entry.name in documents or (stale.fullmatch(entry.name) and entry.name not in names):
                 entry.unlink()
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names dealt in order to shards of at most `limit` bytes (or one tensor)."""
+    """Fills shards in order, each with at most `limit` bytes or one tensor."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""What a layout can hold. A setting that would be lost is refused by name, before a training and at saving."""
+"""Checks what a layout can hold: a setting that would be lost is refused by name, before training and on saving."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LAYOUTS = ("diffusers", "original", "comfyui")
 
 
 def dialect_in(layout: str) -> str:
-    """Whose names a layout has. Raises StditError for an unknown layout."""
+    """The dialect of a layout. Raises StditError for an unknown layout."""
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
     return "diffusers" if layout == "diffusers" else "original"
 
 
 def describe(config: Any, layout: str) -> dict[str, Any]:
-    """The config.json of a layout."""
+    """The config.json of a config in a layout."""
     family = family_of(config)
     diffusers = dialect_in(layout) == "diffusers"
     described: dict[str, Any] = family.config_to_diffusers(config) if diffusers else family.config_to_original(config)
@@ -31,10 +31,10 @@ def describe(config: Any, layout: str) -> dict[str, Any]:
 
 
 def check_layout(config: Any, layout: str) -> None:
-    """Raises StditError where a model of this config, written in `layout`, would be read as another network.
+    """Raises StditError if a model of this config, written in `layout`, would be read as another network.
 
-    Two readers are asked: stdit, which reads back what it would write, and the program that the layout is for, by what
-    its code has built in (`built_in` of each family).
+    Checked for two readers: stdit, by reading back what it would write, and the layout's own program, by the settings
+    that its code has built in (`Family.built_in`).
     """
     family, dialect = family_of(config), dialect_in(layout)
     native = shapes_of(on_meta(config))
@@ -50,7 +50,7 @@ def check_layout(config: Any, layout: str) -> None:
     _compare(family, config, layout, json.loads(json.dumps(describe(config, layout))), shapes)
     if unplaced:
         raise StditError(f"layout {layout!r} of a {family.title} has no place for the tensor {unplaced[0]}.")
-    if layout == "comfyui":  # which reads no config.json, only what the file itself says
+    if layout == "comfyui":  # reads the file's metadata, no config.json
         carried = family.metadata(config).get("config", "{}")
         _compare(family, config, layout, json.loads(carried).get("transformer", {}), shapes)
 

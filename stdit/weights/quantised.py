@@ -1,16 +1,17 @@
-"""Weights in fp8 with scales, as ComfyUI and others keep them: value = stored × scale, for a tensor or for each row.
+"""fp8 weights with scales, as ComfyUI and others store them: value = stored × scale, per tensor or per row.
 
     blocks.0.self_attn.q.weight        float8_e4m3fn or float8_e5m2
     blocks.0.self_attn.q.scale_weight  ComfyUI's first form (with a tensor `scaled_fp8` that marks the file)
     blocks.0.self_attn.q.weight_scale  its later form (with `comfy_quant`, a JSON text), compressed-tensors', torchao's
-    blocks.0.self_attn.q.input_scale   or scale_input: of activations, which are not quantised here
+    blocks.0.self_attn.q.input_scale   or scale_input: of activations, which stdit does not quantise
 
-What is stored in other ways (blocks with a scale each, int8, 4 bits) is refused by its name.
+Other quantisations (a scale per block, int8, 4 bits) are refused by name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 
 from stdit.errors import StditError
@@ -29,10 +30,10 @@ _ADVICE = "Take the release's bf16 or fp16 weights, or plain or scaled fp8."
 
 
 def scaled(files: TensorFiles) -> TensorFiles:
-    """The same with the scales of fp8 weights apart: `read` applies them. Raises StditError for other quantisations."""
+    """Separates the scales of fp8 weights, which `read` then applies. Raises StditError for other quantisations."""
     for pattern, kind in _REFUSED.items():
         if names := [name for name in files.entries if re.search(pattern, name)]:
-            raise StditError(f"{files.path}: is quantised as {kind}: {names[0]}. stdit does not read that. {_ADVICE}")
+            raise StditError(f"{files.path}: is quantised as {kind} ({names[0]}), which stdit does not read. {_ADVICE}")
     scales, left = {}, dict(files.entries)
     for name, entry in files.entries.items():
         if name.endswith("comfy_quant"):
@@ -40,14 +41,12 @@ def scaled(files: TensorFiles) -> TensorFiles:
         found = _SCALE.fullmatch(name)
         if found is None or (weight := files.entries.get(f"{found[1]}weight")) is None:
             continue
-        count = 1
-        for size in entry.shape:
-            count *= size
+        count = math.prod(entry.shape)
         whole = count == 1 or (weight.shape and count == weight.shape[0] == max(entry.shape))
         if weight.dtype in ("int8", "uint8", "int32") or not whole:
             raise StditError(
                 f"{files.path}: {found[1]}weight is {weight.dtype} of shape {weight.shape} with a scale of shape "
-                f"{entry.shape}; stdit reads floating-point weights with one scale, or one for each row. {_ADVICE}"
+                f"{entry.shape}; stdit reads floating-point weights with one scale, or one per row. {_ADVICE}"
             )
         scales[f"{found[1]}weight"] = entry if files.loaded is None else files.loaded[name]
         left.pop(name)
@@ -58,7 +57,7 @@ def scaled(files: TensorFiles) -> TensorFiles:
 
 
 def fp8_count(files: TensorFiles) -> int:
-    """How many tensors are fp8, or have a scale."""
+    """The number of tensors that are fp8 or have a scale."""
     return sum(entry.dtype in FP8 or name in files.scales for name, entry in files.entries.items())
 
 

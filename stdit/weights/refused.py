@@ -1,4 +1,4 @@
-"""Files that are not a model which stdit runs: adapters given as models, and models of other kinds, by their names."""
+"""Recognises what stdit does not run: adapters given as models, and other models, by class and tensor names."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _ADAPTER = re.compile(
     r"|dora_scale|oft_blocks|diff|diff_b)(\.\w+)*(\.(weight|bias))?"
 )
 _JOINT = "its text and video attend jointly, which is another network"
-_CLASSES = {  # by how a class in config.json begins
+_CLASSES = {  # by the start of the class name in config.json
     "HunyuanVideo": f"HunyuanVideo: {_JOINT}",
     "Mochi": f"Mochi: {_JOINT}",
     "CogVideoX": f"CogVideoX: {_JOINT}",
-    "LTX2": "LTX-2: it has a second kind of tokens, of sound",
+    "LTX2": "LTX-2: it has a second kind of tokens, for sound",
     "Flux": f"Flux: {_JOINT}",
     "SD3": f"Stable Diffusion 3: {_JOINT}",
     "QwenImage": f"Qwen-Image: {_JOINT}",
-    "Kandinsky": "Kandinsky: another block",
-    "UNet": "a U-Net, of Stable Diffusion's kind",
-    "ChronoEdit": "ChronoEdit: Wan I2V's tensors, but its last frame stands at another place in time",
+    "Kandinsky": "Kandinsky: its blocks differ",
+    "UNet": "a U-Net like Stable Diffusion's",
+    "ChronoEdit": "ChronoEdit: Wan I2V's tensors, but its last frame has another position in time",
     "WanVACE": "Wan VACE: control branches",
     "WanAnimate": "Wan Animate: branches for motion and faces",
 }
-_NAMES = {  # of tensors
+_NAMES = {  # patterns of tensor names
     r"(txt_in\.individual_token_refiner|context_embedder\.token_refiner)\.": "HunyuanVideo",
     r"double_blocks\.\d+\.": "HunyuanVideo or Flux",
     r"(t5_yproj|t5_y_embedder)\.|blocks\.\d+\.attn\.qkv_x\.": "Mochi",
@@ -42,7 +42,7 @@ _NAMES = {  # of tensors
 
 
 def check_no_adapter(names: Iterable[str], place: object, kind: type[StditError] = StditError) -> None:
-    """Raises `kind` where all tensors are an adapter's (LoRA and its relatives)."""
+    """Raises `kind` if all tensors are an adapter's (LoRA and its relatives)."""
     names = [name for name in names if not name.endswith((".alpha", "lora_te"))]
     if names and all(_ADAPTER.fullmatch(name) for name in names):
         raise kind(
@@ -52,7 +52,7 @@ def check_no_adapter(names: Iterable[str], place: object, kind: type[StditError]
 
 
 def check_known(class_name: Any, names: Iterable[str], place: object) -> None:
-    """Raises StditError for a transformer of a class or with tensors of a family that stdit does not run."""
+    """Raises StditError if the class or the tensors are of a transformer that stdit does not run."""
     if class_name is not None and class_name not in class_names("transformer"):
         what = next((what for start, what in _CLASSES.items() if str(class_name).startswith(start)), "")
         raise StditError(
@@ -62,6 +62,6 @@ def check_known(class_name: Any, names: Iterable[str], place: object) -> None:
     for pattern, what in _NAMES.items():
         if found := next((name for name in names if re.match(pattern, name)), None):
             raise StditError(
-                f"{place}: these are tensors of {what}, such as {found}. It is not a model that stdit loads; it loads "
+                f"{place}: holds tensors of {what}, such as {found}, which stdit does not load. It loads "
                 f"{', '.join(titles('transformer'))}."
             )

@@ -1,6 +1,6 @@
-"""Which scheduler goes with weights: that of their model folder, or else the one that their family was released with.
+"""The scheduler of weights: their model folder's, else the one that their family was released with.
 
-It says the path of the weights, so how they are trained and sampled (`stdit.diffusion.solvers.path_of`).
+It decides the path of the weights, and so how they are trained and sampled (`stdit.diffusion.solvers.path_of`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stdit.weights.tensor_files import read_json
 
 
 def scheduler_of(path: str | Path, config: TransformerConfig) -> dict[str, Any]:
-    """The config of the scheduler beside weights in a model folder, or their family's."""
+    """The scheduler config of the model folder at `path`, else the family's."""
     folder = Path(path).expanduser()
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         return family_of(config).scheduler(config)
@@ -28,7 +28,7 @@ def scheduler_of(path: str | Path, config: TransformerConfig) -> dict[str, Any]:
 
 
 def objective_of(config: TransformerConfig) -> str:
-    """What weights of a family were trained to put out, in words."""
+    """The training objective of a config's family, in words."""
     learned = config.out_channels == 2 * config.latent_channels
     return {
         "flow": "rectified flow (velocity)",

@@ -37,7 +37,7 @@ _VAE = re.compile(r"vae", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Source:
-    """A model found on the disk: config read, files opened, names compared; no tensor read yet."""
+    """A model on the disk: its config is read, its files are open, its names are compared; no tensor is read."""
 
     kind: str  # "transformer" or "vae"
     family: Family
@@ -53,7 +53,7 @@ class Source:
 
 
 def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -> bool:
-    """Whether a transformer or VAE is at `path`, by folder and tensor names. Raises where files cannot be opened."""
+    """Whether a transformer or VAE is at `path`, by folder and tensor names. Raises if files cannot be opened."""
     place = Path(path).expanduser()
     if (place / kind).is_dir() or (place / "model_index.json").is_file():
         return (place / kind).is_dir()
@@ -71,8 +71,11 @@ def find(
     strict: bool = True,
     heads: int | None = None,
 ) -> Source:
-    """Opens a transformer or VAE without reading a tensor. strict: raise if its tensors are not those of its config.
-    heads: of a transformer without a config."""
+    """Opens a transformer or VAE without reading a tensor.
+
+    strict: raise StditError if its tensors are not those of its config.
+    heads: the number of heads, for a transformer without a config.json.
+    """
     folder, files = _opened(kind, Path(path).expanduser(), trust_pickle)
     check_no_adapter(files.entries, files.path)
     found, config_path = _config(kind, folder, files)
@@ -83,14 +86,12 @@ def find(
     except StditError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
-        # A value of another type than any family's code expects of its config, or a size that no tensor has.
-        raise StditError(
-            f"{config_path or files.path}: not a config of a {kind} that can be read ({error}). Is it damaged?"
-        ) from error
+        # A value in the config has an unexpected type, or gives a size that no tensor can have.
+        raise StditError(f"{config_path or files.path}: not a valid config of a {kind} ({error}).") from error
 
 
 def other_vae(path: str | os.PathLike[str]) -> VaeFolder | None:
-    """An autoencoder that diffusers runs, its files checked; None if none is there."""
+    """The autoencoder at `path` if it is one that diffusers runs. Its files are checked."""
     from stdit.vae.families.diffusers_vae import VaeFolder
 
     folder = part_folder(path, "vae")
@@ -99,15 +100,15 @@ def other_vae(path: str | os.PathLike[str]) -> VaeFolder | None:
     traits = diffusers_vaes().get(name)
     if traits is None:
         return None
-    open_folder(folder)  # raises for files that are damaged, before anything is read
+    open_folder(folder)  # raises for damaged files before anything is read
     return VaeFolder(folder, name, traits)
 
 
 def transformer_identity(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, str]:
-    """SHA-256 (hex) of the weights of one or more transformers, and of their configs."""
+    """SHA-256 (hex) of the weights of one or more transformers, and SHA-256 of their configs."""
     found = [find("transformer", path) for path in paths]
-    weights = [folder_identity(file) for one in found for file in one.files.files]
-    configs = [one.config_path for one in found if one.config_path is not None]
+    weights = [folder_identity(file) for source in found for file in source.files.files]
+    configs = [source.config_path for source in found if source.config_path is not None]
     return hashlib.sha256("".join(weights).encode()).hexdigest(), files_identity(configs)
 
 
@@ -127,7 +128,7 @@ def _source(
         options = {} if heads is None else {"heads": heads}
         config = family.config_from(found, files.shapes, config_path or files.path, **options)
     if config is not None and heads is not None and config.heads != heads:
-        raise StditError(f"{config_path or files.path}: says {config.heads} heads, not {heads}.")
+        raise StditError(f"{config_path or files.path}: has {config.heads} heads, not {heads}.")
     if config is None or not dialect:
         known = ", nor a ".join(titles(kind))
         raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
@@ -139,7 +140,7 @@ def _source(
 
 
 def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
-    """The folder of a model of this kind and its files, names freed of other programs' prefixes."""
+    """The folder of a model of this kind, and its files without other programs' prefixes."""
     if not place.exists():
         raise StditError(f"{place}: no such file or folder.")
     if place.is_file():
@@ -160,8 +161,8 @@ def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, Tenso
         return folder / kind, open_folder(folder / kind, trust_pickle)
     if (folder / "base.json").is_file():
         raise StditError(
-            f"{folder}: is an adapter (LoRA); its base.json names the model below it. Where a whole one is wanted, "
-            "train with model.lora.merged=true, or name that model."
+            f"{folder}: is an adapter (LoRA); base.json names its base model. Name that model, or export a merged "
+            "model by training with model.lora.merged=true."
         )
     if (folder / "model_index.json").is_file():
         raise StditError(f"{folder}: is a model folder without {kind}/.")
@@ -188,12 +189,12 @@ def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any]
     if path.is_file():
         found = read_json(path)
         index = folder.parent / "model_index.json"
-        if kind == "transformer" and index.is_file():  # what some families tell only there
+        if kind == "transformer" and index.is_file():  # some families say something only there
             found["_pipeline"] = read_json(index).get("_class_name")
         others = class_names("transformer") if kind == "vae" else []
         if found.get("_class_name") not in others:
             return found, path
-    for key in ("stdit_config", "config"):  # ours, and what LTX-Video's single files carry for every model in them
+    for key in ("stdit_config", "config"):  # ours; LTX-Video's, for every model in the file
         if carried := files.metadata.get(key):
             try:
                 document: Any = json.loads(carried)

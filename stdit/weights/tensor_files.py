@@ -1,12 +1,12 @@
 """Tensor files as untrusted input: safetensors, whole or in shards, and pickles only when asked.
 
-A safetensors header is read and checked here, every offset against the file's size, before memory is taken. Tensors
-are then views of the file, mapped privately: nothing is copied, the system's cache of the file is the weights' memory
-(reading into memory of our own takes longer, most of it the system clearing new pages), and
-what is written to a tensor, as training does, stays in this process and never reaches the file.
+The header of a safetensors file is checked here, every offset against the file's size, before memory is taken. Tensors
+are then private memory maps of the file: nothing is copied, the page cache is the weights' memory, and writing to a
+tensor, as training does, stays in this process and never reaches the file. (Reading into new memory takes longer: most
+of the time the system clears new pages.)
 
-What mapping asks for: while a model lives, its file may be renamed, removed or replaced by another (as `publish` does),
-but not rewritten or cut short in place. What is cut short before a tensor is mapped is an error.
+While a model lives, its file may be renamed, removed or replaced (as `publish` does), but not rewritten or truncated in
+place. A file that was truncated before a tensor is mapped is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_HEADER = 16_000_000  # bytes; the format allows 100 MB, which parsed take more than a GB. Released models: 0.4 MB
+MAX_HEADER = 16_000_000  # bytes; the format allows 100 MB, more than 1 GB when parsed. Released models: 0.4 MB
 MAX_JSON = 50_000_000  # bytes of a config.json or an index
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 DTYPES = {  # safetensors' name: (torch's, bits)
@@ -57,7 +56,7 @@ class NoWeights(StditError):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its file, its place there, and what it is."""
+    """A tensor in a file: dtype, shape, and its bytes [start, stop)."""
 
     path: Path
     dtype: str  # torch's name
@@ -70,11 +69,11 @@ class Entry:
 class TensorFiles:
     """The tensors of one file, or of the shards of one model, by name. Nothing is read until `read`."""
 
-    path: Path  # what to name in errors: the file, or the index of the shards
+    path: Path  # for errors: the file, or the index of the shards
     entries: dict[str, Entry]
     metadata: dict[str, str] = field(default_factory=dict)
-    prefix: str = ""  # before every name in the file
-    loaded: dict[str, Tensor] | None = None  # of a trusted pickle
+    prefix: str = ""  # that every name in the file has
+    loaded: dict[str, Tensor] | None = None  # the tensors of a trusted pickle
     scales: dict[str, Entry | Tensor] = field(default_factory=dict)  # of quantised tensors: value = stored × scale
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
@@ -87,8 +86,8 @@ class TensorFiles:
         return sorted({entry.path for entry in self.entries.values()})
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype: a private view of the file (see above), every value of it finite. One that
-        has a scale: their product, in fp32."""
+        """The tensor in its stored dtype, a private view of the file; with a scale, their product in fp32. Raises
+        StditError if a value is not finite."""
         entry = self.entries[name]
         tensor = self._mapped(entry, name) if self.loaded is None else self.loaded[name]
         if not _finite(tensor):
@@ -103,9 +102,9 @@ class TensorFiles:
         return tensor
 
     def release(self, name: str) -> None:
-        """Gives back the memory of a tensor that `read` mapped and that was copied; it comes back when looked at."""
+        """Frees the pages of a mapped tensor that has been copied; the next access reads them again."""
         entry = self.entries[name]
-        page = mmap.PAGESIZE  # whole pages only: those at the ends are its neighbours' too
+        page = mmap.PAGESIZE  # whole pages only: the first and last are shared with its neighbours
         start, stop = -(-entry.start // page) * page, entry.stop // page * page
         if entry.path in self._maps and stop > start and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[entry.path].madvise(mmap.MADV_DONTNEED, start, stop - start)
@@ -119,39 +118,39 @@ class TensorFiles:
         with open(entry.path, "rb") as file:
             if os.fstat(file.fileno()).st_size < entry.stop:
                 raise StditError(
-                    f"{entry.path}: the file ends inside the tensor {self.prefix}{name}; when it was opened it was "
-                    "whole. Leave the file alone while it is read."
+                    f"{entry.path}: the file ends inside the tensor {self.prefix}{name}; it was whole when it was "
+                    "opened. Do not change a file while it is read."
                 )
             if entry.path not in self._maps:
                 self._maps[entry.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         file_map = self._maps[entry.path]
-        if hasattr(mmap, "MADV_WILLNEED"):  # of a file that is not cached, in one go and not page by page
+        if hasattr(mmap, "MADV_WILLNEED"):  # reads what is not cached at once, not page by page
             start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
             file_map.madvise(mmap.MADV_WILLNEED, start, entry.stop - start)
-        if entry.start % dtype.itemsize:  # written without padding: not where a tensor may lie
+        if entry.start % dtype.itemsize:  # written without padding: not aligned for torch
             return torch.frombuffer(bytearray(file_map[entry.start : entry.stop]), dtype=dtype).view(entry.shape)
         count = math.prod(entry.shape)
         return torch.frombuffer(file_map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
     def without_others(self, prefixes: tuple[str, ...], others: tuple[str, ...]) -> TensorFiles:
-        """The same without the tensors of other models (names that begin with one of `others`) where all that is left
-        has one of `prefixes`: some programs keep all of a pipeline in one file."""
+        """Leaves out other models' tensors (names that begin with one of `others`) if all the rest has one of
+        `prefixes`: some programs keep a whole pipeline in one file."""
         left = {name: entry for name, entry in self.entries.items() if not name.startswith(others)}
         if len(left) == len(self.entries) or not any(all(n.startswith(p) for n in left) for p in prefixes):
             return self
         return TensorFiles(self.path, left, self.metadata, self.prefix, self.loaded, self.scales)
 
     def without_prefix(self, prefixes: tuple[str, ...]) -> TensorFiles:
-        """The same, with names freed of a prefix that all of them have (single files from other programs)."""
+        """Removes prefixes that all names have, as in single files from other programs."""
         for prefix in prefixes:
             if self.entries and all(name.startswith(prefix) for name in self.entries):
-                files = self.renamed(partial(_without, prefix))
+                files = self.renamed(lambda name, prefix=prefix: name.removeprefix(prefix))
                 files.prefix = self.prefix + prefix
                 return files.without_prefix(prefixes)  # there may be several: module._orig_mod.
         return self
 
     def renamed(self, rename: Callable[[str], str]) -> TensorFiles:
-        """The same under other names; as they are where two would be one."""
+        """Renames the tensors, unless two would get the same name."""
         if len({rename(name) for name in self.entries}) < len(self.entries):
             return self
         entries = {rename(name): entry for name, entry in self.entries.items()}
@@ -160,20 +159,8 @@ class TensorFiles:
         return TensorFiles(self.path, entries, self.metadata, self.prefix, loaded, scales)
 
 
-def _without(prefix: str, name: str) -> str:
-    return name.removeprefix(prefix)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    import torch
-
-    flat: Any = tensor.view(-1).view(torch.uint8).numpy()  # its stub does not say that it is a buffer
-    return memoryview(flat)
-
-
 def _finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in one pass (min and max both take on a NaN)."""
+    """Whether no value is NaN or infinite, in one pass (min and max of NaN are NaN)."""
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():
@@ -187,23 +174,23 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         check_downloaded(path)
         if path.stat().st_size > MAX_JSON:
-            raise StditError(f"{path}: {path.stat().st_size} bytes is more than a JSON file of weights can need.")
+            raise StditError(f"{path}: {path.stat().st_size} bytes is too large for a JSON file beside weights.")
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise StditError(f"{path}: cannot be read ({error.strerror}).") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise StditError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(found, dict):
-        raise StditError(f"{path}: holds {type(found).__name__} where a JSON object is wanted.")
+        raise StditError(f"{path}: holds {type(found).__name__}, not a JSON object.")
     return found
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata, checked against the file's size. Reads no tensor."""
+    """Tensors and metadata of a safetensors file, checked against the file's size. Reads no tensor."""
     check_downloaded(path)
     size = path.stat().st_size
-    if (control := path.with_name(f"{path.name}.aria2")).exists():  # which gives a file its full size at once
-        raise StditError(f"{path}: its download has not finished, {control.name} says: let it finish.")
+    if (control := path.with_name(f"{path.name}.aria2")).exists():  # aria2 gives a file its full size at once
+        raise StditError(f"{path}: its download has not finished ({control.name} is there): let it finish.")
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:
@@ -214,7 +201,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER:
             raise StditError(
-                f"{path}: its header would be {length} bytes, more than the {MAX_HEADER} that stdit reads. "
+                f"{path}: its header would have {length} bytes; stdit reads at most {MAX_HEADER}. "
                 "Is it a safetensors file? Download it again."
             )
         if length > size - 8:
@@ -273,7 +260,7 @@ def _no_overlap(path: Path, entries: Mapping[str, Entry]) -> None:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
@@ -283,15 +270,15 @@ def write_tensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes a safetensors file of these tensors, `read` one at a time; the same tensors give the same bytes.
+    """Writes a safetensors file, one tensor in memory at a time; equal tensors give equal bytes.
 
-    (The library writes metadata in an order that changes from run to run, and caches are addressed by content.)
+    Not with the safetensors library: it writes metadata in an order that changes from run to run.
     """
     import torch
 
     names = {getattr(torch, name): theirs for theirs, (name, _) in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))  # aligned, for readers that map
+    order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))  # aligned for memory maps
     stop = 0
     for name in order:
         dtype, shape = entries[name]
@@ -304,7 +291,7 @@ def write_tensors(
         for name in order:
             tensor = read(name).detach().to("cpu").contiguous()
             assert (tensor.dtype, tuple(tensor.shape)) == entries[name], f"{name}: {tensor.dtype}, {tensor.shape}"
-            file.write(_bytes(tensor))
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:
@@ -323,7 +310,7 @@ def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:
 
 
 def open_index(path: Path) -> TensorFiles:
-    """The shards named by a `*.safetensors.index.json`. Every shard must be in its folder and hold what is said."""
+    """The shards of a `*.safetensors.index.json`, which must lie beside it and hold the tensors that it names."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise StditError(f"{path}: has no weight_map.")
@@ -333,8 +320,8 @@ def open_index(path: Path) -> TensorFiles:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or Path(shard).name != shard or "\\" in shard:
             raise StditError(
-                f"{path}: puts {name} in {shard!r}, which is not the plain name of a file beside the index. No file "
-                "elsewhere is opened: download the index again from where you trust it."
+                f"{path}: puts {name} in {shard!r}, which is not the name of a file beside the index. Files elsewhere "
+                "are not opened: download the index again from a source that you trust."
             )
         if shard not in shards:
             file = path.parent / shard
@@ -360,11 +347,11 @@ def open_index(path: Path) -> TensorFiles:
 def open_folder(
     folder: Path, trust_pickle: bool = False, wanted: Callable[[str], bool] = lambda name: True
 ) -> TensorFiles:
-    """The one set of weights of a folder: an index with its shards, or a single file. `wanted` filters file names."""
+    """The weights of a folder, an index with its shards or a single file. `wanted` filters file names."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and wanted(entry.name))
     whole = [name for name in names if name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
     whole += [name for name in names if name.endswith(".safetensors.index.json")]
-    if not whole:  # a variant's alone, as diffusers and transformers name it
+    if not whole:  # one variant, as diffusers and transformers name it
         whole = [name for name in names if re.search(r"\.safetensors\.index\.\w+\.json$", name)]
     files = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
@@ -391,8 +378,8 @@ def _open_pickle(path: Path, trust: bool) -> TensorFiles:
         check_downloaded(path)
     if not trust:
         raise StditError(
-            f"{path}: is a pickle, which can run code when it is opened, and is refused. Convert it to safetensors, or "
-            "(if you trust where it is from) ask for it by trust_pickle=True (--trust-pickle). Only tensors are read."
+            f"{path}: is a pickle, which can run code when it is opened, and is refused. Convert it to safetensors. If "
+            "you trust its source, trust_pickle=True (--trust-pickle) opens it; only tensors are read."
         )
     import torch
 

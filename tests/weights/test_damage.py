@@ -186,7 +186,7 @@ def test_an_index_naming_a_file_outside_the_folder(broken, outside):
         load_file(place.parent / "elsewhere.safetensors"), outside.format("elsewhere.safetensors")
     )
     (place / f"{NAME}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    refused(place, f"{NAME}.index.json: puts ", "not the plain name of a file beside the index", "download the index")
+    refused(place, f"{NAME}.index.json: puts ", "not the name of a file beside the index", "download the index")
 
 
 @pytest.mark.parametrize("length", [100_000_000, 100_000_001, 2**62])
@@ -194,7 +194,7 @@ def test_a_header_of_100_mb(broken, length):
     place, _ = broken
     (place / NAME).write_bytes(struct.pack("<Q", length))
     os.truncate(place / NAME, 100_000_100)
-    refused(place, f"its header would be {length} bytes", "Download it again", size=1)
+    refused(place, f"its header would have {length} bytes", "Download it again", size=1)
 
 
 def test_a_pickle(broken):

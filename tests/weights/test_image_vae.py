@@ -141,7 +141,7 @@ def test_other_files(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan.* is no image VAE"),
+        ({"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan.* is not an image VAE"),
         ({"act_fn": "relu"}, "act_fn is 'relu'.*'silu' only"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types is"),
         ({"block_out_channels": [8, 12, 16]}, "multiples of the first"),

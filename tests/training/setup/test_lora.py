@@ -287,7 +287,7 @@ def test_an_adapters_folder_alone_samples_is_measured_and_reported(made, two, in
     )
     assert write_report(alone).is_file()
 
-    with pytest.raises(StditError, match=r"is an adapter \(LoRA\); its base.json names the model below it"):
+    with pytest.raises(StditError, match=r"is an adapter \(LoRA\); base.json names its base model"):
         stdit.load_transformer(alone / "model")
     (made / init).rename(made / "elsewhere")
     with pytest.raises(StditError, match=r"base\.json: transformer, .*, over which .* was trained, does not exist"):

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
         vae.encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
     with pytest.raises(StditError, match=r"decodes \(B, 4"):
         vae.decode(torch.zeros(1, 3, 1, 2, 2))
-    with pytest.raises(StditError, match="as diffusers has it only"):
+    with pytest.raises(StditError, match="only be written in layout 'diffusers'"):
         stdit.save_vae(vae, tmp_path / "original", layout="original")
     allegro = d.AutoencoderKLAllegro(
         block_out_channels=(4, 4), down_block_types=("AllegroDownBlock3D",) * 2, norm_num_groups=2,
