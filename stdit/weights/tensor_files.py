@@ -144,7 +144,7 @@ class TensorFiles:
         """Removes prefixes that all names have, as in single files from other programs."""
         for prefix in prefixes:
             if self.entries and all(name.startswith(prefix) for name in self.entries):
-                files = self.renamed(lambda name, prefix=prefix: name.removeprefix(prefix))
+                files = self.renamed({name: name.removeprefix(prefix) for name in self.entries}.__getitem__)
                 files.prefix = self.prefix + prefix
                 return files.without_prefix(prefixes)  # there may be several: module._orig_mod.
         return self
