@@ -1,7 +1,8 @@
-"""Every family of open weights against its reference: forward, and forward with backward, in one run.
+"""Times each family of open weights against its reference: forward, and forward with backward.
 
-Two or three blocks of the family's own head width, random weights made by diffusers and loaded here; outputs and
-gradients are asserted equal before anything is timed. Reference and stdit alternate; a pair's ratio is what counts.
+Models have two or three blocks of the family's head width, with random weights made by diffusers and loaded here.
+Outputs and gradients are asserted equal before anything is timed. Reference and stdit alternate; the result is the
+median of the pairs' ratios.
 
     python benchmarks/families.py                        # all families, CPU, two threads
     python benchmarks/families.py --only Wan LTX-Video --device cuda --scale 4
@@ -32,12 +33,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "weights"))
 from references import FAMILIES, randomise  # the oracles of the tests: how each reference is called
 
 GOAL = 1.03
-TOLERANCE = (1e-5, 1e-4)  # of outputs, of the latents' gradient
+TOLERANCE = (1e-5, 1e-4)  # relative distance of outputs and of the latents' gradient
 
 
 @dataclass(frozen=True)
 class Case:
-    """settings: of the reference's class. latents: (T', H', W'). text: tokens of a clip, as its users pad them."""
+    """A reference model and its inputs.
+
+    settings: arguments of the reference's class.
+    latents: T', H' and W'.
+    text: number of text tokens per clip, padding included.
+    given: other conditions.
+    """
 
     settings: dict[str, Any]
     latents: tuple[int, int, int]
@@ -88,7 +95,7 @@ CASES = {
 
 
 def measure(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Checks one family and times it; seconds of both, ratios and the share of the machine's matrix-product rate."""
+    """Checks and times a family. Returns seconds, ratios, and shares of the machine's matrix-product rate."""
     family, device = FAMILIES[name], torch.device(args.device)
     frames, height, width = case.latents
     grid = (frames, height * args.scale, width * args.scale)
@@ -161,8 +168,7 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _needed(model: stdit.STDiT, grid: tuple[int, int, int], text: int, clips: int) -> int:
-    """FLOPs of a forward's matrix products: where attention is within frames, of clips that are frames (attention
-    over time left out: it is small)."""
+    """FLOPs of the matrix products in a forward, without attention over time, which is small."""
     config = model.config
     pt, ph, pw = config.patch
     frames, place = grid[0] // pt, grid[1] // ph * (grid[2] // pw)

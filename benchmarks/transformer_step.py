@@ -1,7 +1,7 @@
 """One training step of the transformer (forward, backward, no optimizer): stdit against diffusers' Wan.
 
-Same weights, same clips, same noise levels, same texts, in one process; outputs and gradients are asserted equal before
-anything is timed. Both steps are timed in alternating pairs, and the ratio of a pair is what counts.
+Both run in one process, with the same weights, clips, noise levels and texts. Outputs and gradients are asserted equal
+before anything is timed. The steps are timed in alternating pairs; the result is the median of the pairs' ratios.
 
     python benchmarks/transformer_step.py                      # CPU: six blocks of the preset small
     python benchmarks/transformer_step.py --device cuda --dtype bf16 --preset 1.3B --layers 0 --scale 2
@@ -30,20 +30,20 @@ from stdit.models.transformer import STDiT, TransformerConfig, count_parameters,
 from stdit.weights.families import wan
 from stdit.weights.keymap import Table
 
-# Latent shapes (T', H', W'); --scale multiplies heights and widths. At a VAE of 4×8×8 these are 128 pixels high.
+# Latent shapes (T', H', W'); --scale multiplies heights and widths. With a VAE of 4×8×8 they are 128 pixels high.
 ASPECTS = ((16, 24), (24, 16), (20, 20), (14, 28))
 EQUAL = [(7, 16, 24)] * 8
 MIXED = [(1, h, w) for h, w in ASPECTS for _ in range(4)] + [(t, h, w) for h, w in ASPECTS for t in (3, 5, 7, 9)]
 GOALS = {"equal": 1.03, "mixed": 0.85}
 PADDING = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# (of the outputs, of the gradients), L2 relative: how far apart two correct computations in that dtype may be
+# Relative L2 distance of outputs and of gradients that two correct computations in the dtype may have
 TOLERANCE = {"fp32": (1e-4, 1e-4), "bf16": (3e-2, 1e-1)}
 
 
 @dataclass
 class Batch:
-    """Clips with their noise levels, texts and the target of the loss."""
+    """Clips with their noise levels, texts and loss targets."""
 
     latents: list[torch.Tensor]
     levels: list[torch.Tensor]
@@ -57,7 +57,7 @@ class Batch:
 
 @dataclass
 class Pair:
-    """Both models on the same weights."""
+    """Both models with the same weights, and the table that translates their keys."""
 
     ours: STDiT
     theirs: torch.nn.Module
@@ -65,7 +65,7 @@ class Pair:
 
 
 def make_pair(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> Pair:
-    """Random weights everywhere (a head of zeros would have no gradients), each tensor in the dtype diffusers keeps."""
+    """Both models with random weights (a head of zeros has no gradients), each tensor in diffusers' dtype for it."""
     torch.manual_seed(0)
     settings = {name: value for name, value in wan.config_to_diffusers(config).items() if not name.startswith("_")}
     theirs = WanTransformer3DModel(**settings)
@@ -104,7 +104,7 @@ def make_batch(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     order = list(range(len(shapes)))
-    random.Random(0).shuffle(order)  # as a plan would deal them, not sorted by shape
+    random.Random(0).shuffle(order)  # like the clips of a plan, not sorted by shape
     return Batch(
         [normal(config.in_channels, *shapes[i]) for i in order],
         [torch.rand((), generator=generator) for _ in order],
@@ -114,7 +114,7 @@ def make_batch(
 
 
 def our_step(model: STDiT, batch: Batch, padding: int) -> list[torch.Tensor]:
-    """The whole batch as one pack. Returns the clips' outputs; gradients are left in the model."""
+    """Runs the batch as one pack. Returns the clips' outputs and leaves the gradients in the model."""
     model.zero_grad(set_to_none=True)
     pack = pack_clips(batch.latents, batch.levels, model.config.patch)
     out = unpack_clips(model(pack, pack_texts(batch.texts, padding)), pack, model.config.patch)
@@ -124,7 +124,7 @@ def our_step(model: STDiT, batch: Batch, padding: int) -> list[torch.Tensor]:
 
 
 def their_step(model: torch.nn.Module, batch: Batch, padded: list[torch.Tensor], groups: list[list[int]]):
-    """A forward and backward for every group of clips of one shape; gradients add up."""
+    """Runs forward and backward for each group of clips of equal shape; gradients add up."""
     model.zero_grad(set_to_none=True)
     out: list[torch.Tensor] = [torch.empty(0)] * len(batch.latents)
     for group in groups:
@@ -134,13 +134,13 @@ def their_step(model: torch.nn.Module, batch: Batch, padded: list[torch.Tensor],
         found = model(latents, t, text, return_dict=False)[0]
         target = torch.stack([batch.targets[i] for i in group])
         ((found.float() - target.float()).square().sum() / batch.elements).backward()
-        for i, one in zip(group, found):
-            out[i] = one
+        for i, clip in zip(group, found):
+            out[i] = clip
     return out
 
 
 def check_equal(pair: Pair, ours: list[torch.Tensor], theirs: list[torch.Tensor], dtype: str) -> tuple[float, float]:
-    """The largest relative difference of any clip's output and of any parameter's gradient, within tolerance."""
+    """Returns the largest relative difference of a clip's output and of a gradient, asserted to be within tolerance."""
     outputs = max(relative(a.detach(), b.detach()) for a, b in zip(ours, theirs))
     grads = {name: parameter.grad for name, parameter in pair.ours.named_parameters()}
     wanted = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
@@ -161,7 +161,7 @@ def measure(
     dtype: str,
     clock: str,
 ) -> dict:
-    """Times one set of clips with padded or plain texts. Returns everything that the table and the JSON say."""
+    """Times one set of clips with padded or plain texts. Returns a column of the table, as JSON."""
     config = pair.ours.config
     varied = [8 + (7 * i) % 40 for i in range(len(shapes))]
     lengths, padding = (varied, PADDING) if text == "padded" else ([32] * len(shapes), 0)

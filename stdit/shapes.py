@@ -135,7 +135,7 @@ class VideoShape:
 def nearest_frames(frames: int, stride: int | tuple[int, ...]) -> tuple[int, int]:
     """The largest legal number of frames ≤ frames and the smallest ≥ frames.
 
-    stride: of a VAE, or only the temporal stride of a causal one.
+    stride: of a VAE, or only the temporal stride of a causal VAE.
     """
     t, first, group = _in_time(stride)
     rest = frames % group if group and frames > 0 else frames

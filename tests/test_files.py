@@ -106,7 +106,7 @@ def test_the_mode_is_that_of_any_new_file(tmp_path):
 
 
 def test_a_journal_keeps_every_line_whatever_its_text(tmp_path):
-    """Characters that end a line elsewhere do not in JSON; what was cut off is left out."""
+    """Characters that end lines elsewhere do not in JSON; a line that was cut off is skipped."""
     lines = [{"text": "one\u2028two\u2029\x85\x0b\x1c"}, {"text": "three\r\nfour"}]
     with journal(tmp_path / "j.jsonl") as (found, add):
         assert found == []
@@ -193,9 +193,9 @@ def test_what_cannot_be_copied_is_named_before(tmp_path):
 
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_there_is_always_the_old_folder_or_the_new_one(tmp_path, monkeypatch, exchanged):
-    """Ended at any step of the disk (as by a kill), then healed, the folder is there and whole."""
+    """The folder is whole after a kill at any step, once it is healed."""
     if not exchanged:
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     elif not files._exchange(tmp_path, tmp_path):
         pytest.skip("no system that exchanges two names")
 
@@ -302,7 +302,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 
 def test_a_journal_says_where_the_limit_is_and_keeps_what_was_written(tmp_path):
-    """`ulimit -f` as a disk that takes a part of a line, and then no more."""
+    """`ulimit -f` stands for a disk that is full after part of a line."""
     code = f"""
 import resource
 from stdit.files import journal

@@ -1,4 +1,4 @@
-"""A command is never silent for long, and who uses stdit as a library hears nothing."""
+"""A command is never silent for long, and stdit as a library prints nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stdit.cli.common.bars import counting_bar, named_bars, tracked
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only when it is told to; the heartbeat's thread does not run, tests beat themselves."""
+    """A clock that tests advance. The heartbeat's thread does not run; tests call `beat`."""
     now = [100.0]
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(heartbeat.threading.Thread, "start", lambda self: None)

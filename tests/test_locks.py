@@ -1,4 +1,4 @@
-"""One command at a time in a folder: refused by name, and nothing of the lock outlives its process."""
+"""One command at a time uses a folder, the error names the holder, and no lock outlives its process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with locked(sys.argv[1], "a test", ""):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that has the folder's lock."""
+    """Another process that holds the folder's lock."""
     child = Child([sys.executable, "-c", HOLDS, str(tmp_path)])
     end = time.monotonic() + 300
     while "held" not in child.output:

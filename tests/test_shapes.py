@@ -117,7 +117,7 @@ def test_frames_and_latents_are_each_others_inverse(stride):
 
 
 def test_groups_of_frames_as_open_sora_has_them():
-    """VideoAutoencoderPipeline.get_latent_size: five latent frames for each 17, and a fourth of what is left over."""
+    """VideoAutoencoderPipeline.get_latent_size: five latent frames per 17, and a quarter of the rest."""
     stride = Stride((4, 8, 8), group=17)
     for frames, latents in ((1, 1), (17, 5), (18, 6), (51, 15), (102, 30), (408, 120), (22, 7), (30, 9)):
         assert VideoShape(frames, 8, 8).latent(stride).frames == latents

@@ -1,4 +1,4 @@
-"""Text from people: encodings, line ends, odd characters, and tables whose rows are not all good."""
+"""Encodings, line ends, odd characters, and tables with bad rows."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ cell = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff"), max_
 @settings(max_examples=100, deadline=None)
 @given(table=st.lists(st.tuples(cell, cell), max_size=5), delimiter=st.sampled_from(",;\t"))
 def test_what_a_csv_writer_wrote_is_read_back(tmp_path_factory, table, delimiter):
-    """Texts with line ends, quotation marks and delimiters in them, as Python's own writer quotes them."""
+    """Texts with line ends, quotation marks and delimiters, as Python's own writer quotes them."""
     out = io.StringIO(newline="")
     csv.writer(out, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([("a", "b"), *table])
     _, rows = rows_of(tmp_path_factory.mktemp("csv") / "t.csv", out.getvalue())

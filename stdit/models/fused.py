@@ -65,8 +65,8 @@ def _modulated_norm_forward(
     wide, d = widen(x), x.shape[1:]
     gain = scale + 1
     if len(run_levels) == 1 and not rms:
-        one = int(run_levels)
-        out, mean, rstd = torch.native_layer_norm(wide, d, gain[one], shift[one], eps)
+        only = int(run_levels)
+        out, mean, rstd = torch.native_layer_norm(wide, d, gain[only], shift[only], eps)
         return out.to(x.dtype), mean, rstd
     if rms:
         rstd = rms_reciprocal(wide, eps)

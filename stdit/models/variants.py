@@ -1,4 +1,4 @@
-"""How other families differ from Wan. STDiT picks one part of each kind from its config; who reads Wan skips this file.
+"""How other families differ from Wan. STDiT picks the parts by its config; skip this file to read only Wan.
 
 Rotary positions, positions added to the tokens, conditions added to the noise level, image tokens, layouts of
 attention, and Cosmos' low-rank modulation. The first entry of each table is Wan's.

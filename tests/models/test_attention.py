@@ -29,7 +29,7 @@ def tensors(q_lengths, k_lengths, dtype=torch.float64, heads=3, d=8):
 
 
 def by_definition(q, k, v, q_segments, k_segments, multiplicity=None):
-    """Each segment on its own, keys repeated as often as they count."""
+    """Attention of each segment alone, with each key repeated by its multiplicity."""
     parts = []
     counts = torch.ones(len(k)) if multiplicity is None else multiplicity
     for gq, gk, gv, gn in zip(
@@ -45,7 +45,7 @@ def by_definition(q, k, v, q_segments, k_segments, multiplicity=None):
 
 
 def counts_for(k_lengths):
-    """Several keys of a segment may count more than once, not only the last."""
+    """Several keys of a segment may have a multiplicity, not only the last."""
     return torch.tensor([float(1 + (3 * i) % 7) for i in range(sum(k_lengths))])
 
 
@@ -100,7 +100,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize(("q_lengths", "k_lengths"), MIXES)
 def test_merging_log_sum_exps_equals_a_bias(q_lengths, k_lengths):
-    """What the variable-length kernels do with multiplicity, on a kernel written out here."""
+    """The handling of multiplicity around variable-length kernels, with a kernel written out here."""
     q, k, v, q_segments, k_segments = tensors(q_lengths, k_lengths)
     multiplicity = counts_for(k_lengths)
     wanted = by_definition(q, k, v, q_segments, k_segments, multiplicity)

@@ -32,7 +32,7 @@ def heads(width, dtype=torch.float64):
 
 
 def assert_same(found, wanted, leaves, rtol=1e-11):
-    """Outputs, and the gradients of a random sum of them."""
+    """The outputs, and the gradients of a random sum of them."""
     torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
     direction = torch.randn_like(wanted)
     for a, b in zip(*(torch.autograd.grad(y, leaves, direction) for y in (found, wanted))):
@@ -73,7 +73,7 @@ def test_gradcheck_of_modulation(name):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("width", [24, 12])
 def test_rms_norm_rotary_is_a_norm_then_a_turn(width, turned, each_turns):
-    """A norm over all heads at once or over each, all heads turned alike or each by a table of its own."""
+    """A norm over all heads or over each, and one rotary table for all heads or one for each."""
     x, weight, table = heads(width)
     wanted = F.rms_norm(x.unflatten(1, (-1, width)), (width,), weight, 1e-6).view(5, 2, 12)
     cos, sin = (part.expand(5, 2, 6).clone() if each_turns else part for part in table) if turned else (None, None)

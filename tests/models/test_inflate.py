@@ -1,4 +1,4 @@
-"""An inflated PixArt computes of every frame what diffusers' PixArt computes of that frame."""
+"""An inflated PixArt computes for each frame what diffusers' PixArt computes for it."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_empty_segments_are_refused():
 
 
 def test_levels_are_fp32_on_a_device_without_fp64(monkeypatch):
-    """Apple's GPUs refuse fp64 tensors: moving one there is a TypeError."""
+    """Apple's GPUs refuse fp64 tensors: moving one there raises TypeError."""
     monkeypatch.setattr(packing, "widest", lambda device: torch.float32)
     level = torch.tensor(0.437, dtype=torch.float64)
     pack = packing.pack_clips([torch.zeros(4, 1, 4, 4)], [level], (1, 2, 2))

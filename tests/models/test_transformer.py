@@ -38,7 +38,7 @@ TO_DIFFUSERS = {  # substring replacements in this order; the head's table first
 
 
 def random_model(config=SMALL, dtype=torch.float64, **settings):
-    """Every weight and bias random, norms and tables too."""
+    """A model with random weights and biases, in norms and tables too."""
     torch.manual_seed(0)
     model = STDiT(config)
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def relative(found, wanted):
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-# A mixture: shapes, lengths of text, and noise levels per clip, per frame and per token.
+# A mixture of shapes, text lengths, and noise levels per clip, per frame and per token.
 
 
 def mixture(dtype=torch.float64):
