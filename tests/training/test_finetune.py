@@ -238,7 +238,8 @@ def test_what_was_put_together_from_downloads_comes_back_whole(tiny: Path, tmp_p
     examples, key = parts.loader.fetch(items, 0), StepKey(0, 0, 0, len(items))
     null = objective.module.transformer.get_buffer("null_text")
     lengths = [
-        len(objective.text_encoder.tokenize([one.caption])[0]) for one in objective.ordered(examples, items, key)[0]
+        len(objective.text_encoder.tokenize([clip.example.caption])[0])
+        for clip in objective.sorted_clips(examples, items, key)
     ]
     text = objective.prepare(examples, items, key).text
     assert torch.equal(text.tokens, torch.cat([null[:length] for length in lengths])) and min(lengths) > 1

@@ -81,8 +81,8 @@ class Conditions:
                 one["image"] = mask[None].float()
         return found
 
-    def nothing(self) -> dict[str, Any]:
-        """Conditions of a clip of one token, which weighs nothing."""
+    def of_empty_clip(self) -> dict[str, Any]:
+        """The conditions of a clip of one token and weight 0."""
         found: dict[str, Any] = {"fps": self.fps, "size": (self.patch[2], self.patch[1])}
         found["image"] = torch.zeros(self.channels, *self.patch)
         found["image_text"] = torch.zeros(self.positions or 1, self.width)

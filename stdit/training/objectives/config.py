@@ -9,7 +9,9 @@ from pydantic import Field, NonNegativeFloat
 
 from stdit.diffusion.noise_levels import NoiseLevelConfig
 from stdit.diffusion.tasks import check_weights
+from stdit.errors import StditError, nearest_name
 from stdit.settings import Share
+from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS
 from stdit.vae.training.losses import VaeLossConfig
 
 
@@ -21,15 +23,22 @@ class FlowConfig:
     caption_dropout: the share of clips trained with an empty caption, for guidance.
     tasks: the tasks to draw from, with their weights. Unset: text_to_video; for weights that take an image in every
         call image_to_video, or first_last_to_video (Wan FLF2V).
+    level_weight: how much noise levels count in the loss: uniform or cosmap, see objectives/loss_weights.py.
     """
 
     noise_levels: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
     caption_dropout: Share = 0.1
     tasks: dict[str, NonNegativeFloat] | None = None
+    level_weight: str = "uniform"
 
     def __post_init__(self) -> None:
         if self.tasks is not None:
             check_weights(self.tasks)
+        if self.level_weight not in LEVEL_WEIGHTS:
+            raise StditError(
+                f"level_weight {self.level_weight!r} is not one of {', '.join(LEVEL_WEIGHTS)}."
+                f"{nearest_name(self.level_weight, LEVEL_WEIGHTS)}"
+            )
 
 
 @dataclass

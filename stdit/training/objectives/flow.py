@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,25 @@ from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.config import ObjectiveConfig
+from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS, clip_weight
 from stdit.training.objectives.protocol import StepKey
 from stdit.vae.autoencoder import CausalVAE
 from stdit.weights.families import guided_by_null_text
 
-CAPTIONS_KEPT = 4096  # tokenised or embedded, so that they need not be again
-EMBEDDED_BYTES = 2**34  # of embeddings kept at most: 4096 whole ones of a T5-XXL in bf16, 167 of Cosmos-Reason1
+CAPTIONS_KEPT = 4096  # size of the caches of token ids and embeddings, in captions
+EMBEDDED_BYTES = 2**34  # and at most, of embeddings: 4096 full ones of a T5-XXL in bf16, 167 of Cosmos-Reason1
 
 
 @dataclass
 class FlowBatch:
-    """pack: noisy tokens; target: (N, pt·ph·pw·C) what the network is to put out; token_weights: (N,), 0 where known.
+    """The input of `FlowModule`.
 
-    clean: (N, pt·ph·pw·C) x_0 where a variance is learned, else None.
-    text: packed embeddings, or None where `text_ids` (token ids a clip) go through an encoder that trains along.
+    pack: noisy tokens.
+    target: (N, pt·ph·pw·C) what the network should output.
+    token_weights: (N,) weights of the tokens' errors, 0 for known tokens.
+    clean: (N, pt·ph·pw·C) x_0 if a variance is learned, else None.
+    text: packed embeddings; None if the text encoder trains along.
+    text_ids: the captions' token ids for a text encoder that trains along, else None.
     """
 
     pack: TokenPack
@@ -70,20 +75,51 @@ class FlowModule(nn.Module):
         self.text_padding = text_padding
 
     def forward(self, batch: FlowBatch) -> Tensor:
-        text = batch.text
-        if text is None:
-            assert self.text_encoder is not None and batch.text_ids is not None
-            # `.forward`, past the hooks: ZeRO-3 counts outputs of modules, and here a rank has as many as clips.
-            text = pack_texts(self.text_encoder.forward(batch.text_ids), self.text_padding)
+        """Σ over tokens of weight · error."""
+        text = self._text(batch)
         output = self.transformer(batch.pack, text).float()  # (N, pt·ph·pw·C_out)
-        places = self.transformer.config.patch_volume
-        levels = batch.pack.levels[batch.pack.level_of]
-        errors = token_errors(self.path, output, batch.target, places, levels, batch.clean)  # (N,)
+        levels = batch.pack.levels[batch.pack.level_of]  # (N,)
+        patch_volume = self.transformer.config.patch_volume
+        errors = token_errors(self.path, output, batch.target, patch_volume, levels, batch.clean)  # (N,)
         return (errors * batch.token_weights).sum()
+
+    def _text(self, batch: FlowBatch) -> TextPack:
+        if batch.text is not None:
+            return batch.text
+        assert self.text_encoder is not None and batch.text_ids is not None
+        # `.forward`, past the hooks: ZeRO-3 counts the outputs of modules, and here their number varies by rank.
+        return pack_texts(self.text_encoder.forward(batch.text_ids), self.text_padding)
+
+
+class ClipTask(NamedTuple):
+    """A clip's task, how many of its tokens are known by it, and the clip's weight in the loss."""
+
+    task: Task
+    known_tokens: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class TrainingClip:
+    """A clip with its keyed draws. caption: empty if it is dropped."""
+
+    example: Example
+    item: PlanItem
+    caption: str
+    drawn: ClipTask
+
+
+class NoisyClip(NamedTuple):
+    """What a clip adds to a pack."""
+
+    latents: Tensor  # (C, T', H', W'), known frames clean
+    level: Tensor  # () or (T'/pt,), 0 where known
+    target: Tensor  # (n, pt·ph·pw·C)
+    token_weights: Tensor  # (n,)
 
 
 class FlowObjective:
-    """The error of what the network puts out for the unknown tokens, along the path that its scheduler says."""
+    """The error of the network's output for unknown tokens, along the path of its scheduler."""
 
     critic = None
 
@@ -102,9 +138,10 @@ class FlowObjective:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """remake: gives the transformer as it starts, on the CPU; None where all of its weights train.
-
-        scheduler: the config of the one that belongs to the weights; None: Wan's.
+        """
+        remake: makes the transformer with its starting weights on the CPU. None if all of its weights train.
+        scheduler: the config of the scheduler that belongs to the weights. None: Wan's.
+        dtype: of the transformer's input.
         """
         self.scheduler = dict(scheduler or unipc_config(config.flow.noise_levels.shift or 1.0))
         self.path = path_of(self.scheduler)
@@ -112,6 +149,7 @@ class FlowObjective:
         if self.noise_levels.distribution == "own":
             self.noise_levels = replace(self.noise_levels, distribution=self.path.distribution)
         self.config, self.device, self.dtype = config, device, dtype
+        self.tasks = config.flow.tasks or {"text_to_video": 1.0}
         self.remake = remake or (lambda: STDiT(self.model_config))
         self.vae = vae.requires_grad_(False)
         self.conditions = conditions
@@ -126,33 +164,60 @@ class FlowObjective:
         kept = max(1, min(CAPTIONS_KEPT, EMBEDDED_BYTES // largest))
         self._embedding = lru_cache(kept)(lambda caption: text_encoder.encode([caption])[0].to("cpu", dtype))
 
-    def tokens(self, shape: VideoShape) -> int:
-        return shape.grid(self.vae.config.stride, self.model_config.patch).tokens
+    # ------------------------------------------------------------------------------------------------ clips to batches
 
-    @property
-    def cost(self) -> tuple[int, int]:
-        return cost_coefficients(self.model_config)
+    def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:
+        if not examples:
+            return self._empty_batch()
+        patch = self.model_config.patch
+        clips = self.sorted_clips(examples, items, key)
+        latents = self._latents([clip.example for clip in clips])  # x_0, (C, T', H', W') each
+        levels = self.levels([clip.item for clip in clips], key)
+        levels = self.path.trained_levels(levels, [clip.example.shape for clip in clips])  # t, (clips,)
+        noisy = [self._add_noise(clip, x0, t, key) for clip, x0, t in zip(clips, latents, levels)]
+        conditions = self.conditions.of([clip.example for clip in clips], [clip.drawn.task for clip in clips])
+        pack = pack_inputs([clip.latents for clip in noisy], [clip.level for clip in noisy], patch, conditions)
+        if self.train_text:
+            text, ids = None, [self._ids(clip.caption) for clip in clips]
+            text_lengths = tuple(len(row) + (len(row) < self.text_padding) for row in ids)  # padding is one token
+        else:
+            text, ids = self._text([clip.caption for clip in clips], [clip.example for clip in clips]), None
+            text_lengths = text.segments.lengths
+        return FlowBatch(
+            pack=pack.to(self.device, self.dtype),
+            target=torch.cat([clip.target for clip in noisy]).float().to(self.device),
+            token_weights=torch.cat([clip.token_weights for clip in noisy]).to(self.device),
+            clean=self._clean_tokens(latents),
+            text=text,
+            text_ids=ids,
+            weight=self.weight(examples, key),
+            flops=3 * transformer_flops(self.model_config, pack.segments.lengths, text_lengths),
+        )
 
-    def weight(self, examples: Sequence[Example], key: StepKey) -> float:
-        return sum((self._task(example, key)[2] for example in examples), 0.0)
+    def sorted_clips(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> list[TrainingClip]:
+        """Draws captions and tasks, and puts equal token counts and text lengths side by side: attention runs those as
+        one call."""
+        clips = []
+        for example, item in zip(examples, items):
+            u = keyed_uniform(key.seed, "caption dropout", key.epoch, example.clip_id, example.occurrence)
+            caption = "" if u < self.config.flow.caption_dropout else example.caption
+            clips.append(TrainingClip(example, item, caption, self._draw_task(example, key)))
+        return sorted(clips, key=lambda clip: (clip.item.tokens, len(self._ids(clip.caption))))
 
-    def _task(self, example: Example, key: StepKey) -> tuple[Task, int, float]:
-        """A clip's task, how many of its tokens are known by it, and the clip's weight in the loss."""
+    def _draw_task(self, example: Example, key: StepKey) -> ClipTask:
         latent, patch = example.shape.latent(self.vae.config.stride), self.model_config.patch
         task = draw_task(
-            self.config.flow.tasks or {"text_to_video": 1.0}, latent.frames,
+            self.tasks, latent.frames,
             seed=key.seed, epoch=key.epoch, clip_id=example.clip_id, occurrence=example.occurrence,
         )  # fmt: skip
         grid = latent.grid(patch)
-        known = task.known_frames // patch[0] * grid.height * grid.width
-        if self.conditions.gives_latents:
-            known = 0
-        return task, known, example.weight * (grid.tokens - known) ** self.config.token_power
+        known = 0 if self.conditions.gives_latents else task.known_frames // patch[0] * grid.height * grid.width
+        return ClipTask(task, known, clip_weight(example, grid.tokens - known, self.config.token_power))
 
     def levels(self, items: Sequence[PlanItem], key: StepKey) -> Tensor:
         """The noise level of each clip, (len(items),) fp64.
 
-        Where a scheduler moves them by the clip's size, training draws them moved as much: for LTX-Video the
+        If the scheduler shifts levels by a clip's size, training draws them shifted as much: for LTX-Video the
         logit-normal with its mean at log(shift) of Lightricks' trainer (ShiftedLogitNormalTimestepSampler).
         """
         tokens, shifts = [item.tokens for item in items], None
@@ -163,68 +228,82 @@ class FlowObjective:
             seed=key.seed, epoch=key.epoch, step=key.step, shifts=shifts,
         )  # fmt: skip
 
-    def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:
-        if not examples:
-            return self._nothing()
+    def _add_noise(self, clip: TrainingClip, x0: Tensor, t: Tensor, key: StepKey) -> NoisyClip:
+        """x0: (C, T', H', W') clean latents. t: () noise level."""
+        example, (task, known, weight) = clip.example, clip.drawn
+        generator = keyed_generator(key.seed, "noise", key.epoch, example.clip_id, example.occurrence)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        x, level = self.path.noisy(x0, noise, t), t
+        if known:
+            x[:, : task.known_frames] = x0[:, : task.known_frames]
+            level = frame_levels(task.mask(x0.shape[1]), t, self.model_config.patch[0])
+        target = output_tokens(self.path.target(x0, noise, t), self.model_config.patch)  # (n, pt·ph·pw·C)
+        weight *= float(LEVEL_WEIGHTS[self.config.flow.level_weight](t))
+        token_weights = torch.full((len(target),), weight / ((len(target) - known) * target.shape[1]))
+        token_weights[:known] = 0  # the first tokens
+        return NoisyClip(x, level, target, token_weights)
+
+    def _clean_tokens(self, latents: Sequence[Tensor]) -> Tensor | None:
+        """x_0 as tokens, for the bound of a DDPM's learned variance."""
+        if self.path.name != "ddpm" or self.model_config.out_channels <= self.model_config.latent_channels:
+            return None
+        return torch.cat([output_tokens(x0, self.model_config.patch) for x0 in latents]).to(self.device)
+
+    def _empty_batch(self) -> FlowBatch:
+        """One token of weight 0: a rank without clips must run every module that the others run."""
         patch = self.model_config.patch
-        examples, items, captions = self.ordered(examples, items, key)
-        latents = self._latents(examples)
-        levels = self.path.trained_levels(self.levels(items, key), [example.shape for example in examples])
-        noisy, clip_levels, targets, token_weights, tasks = [], [], [], [], []
-        for example, x0, t in zip(examples, latents, levels):
-            about = (key.epoch, example.clip_id, example.occurrence)
-            generator = keyed_generator(key.seed, "noise", *about)
-            noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-            task, known, weight = self._task(example, key)
-            level = frame_levels(task.mask(x0.shape[1]), t, patch[0]) if known else t
-            tasks.append(task)
-            x = self.path.noisy(x0, noise, t)
-            if known:
-                x[:, : task.known_frames] = x0[:, : task.known_frames]
-            noisy.append(x)
-            clip_levels.append(level)
-            target = output_tokens(self.path.target(x0, noise, t), patch)  # (n, pt·ph·pw·C)
-            targets.append(target)
+        clip = torch.zeros(self.model_config.latent_channels, *patch)
+        level = torch.full((), 0.5, dtype=torch.float64)
+        pack = pack_inputs([clip], [level], patch, [self.conditions.of_empty_clip()]).to(self.device, self.dtype)
+        zeros = output_tokens(clip, patch).to(self.device)
+        text, ids = (None, [self._ids("")]) if self.train_text else (self._text([""], [None]), None)
+        weights = torch.zeros(1, device=self.device)
+        return FlowBatch(pack, zeros, weights, zeros, text, ids, weight=0.0, flops=0)
 
-            each = torch.full((len(target),), weight / ((len(target) - known) * target.shape[1]))
-            each[:known] = 0  # the first tokens
-            token_weights.append(each)
-        pack = pack_inputs(noisy, clip_levels, patch, self.conditions.of(examples, tasks))
-        pack = pack.to(self.device, self.dtype)
-        clean = None
-        if self.path.name == "ddpm" and self.model_config.out_channels > self.model_config.latent_channels:
-            clean = torch.cat([output_tokens(x0, patch) for x0 in latents]).to(self.device)
-        text, ids = self._text(captions, examples)
-        if text is not None:
-            lengths = text.segments.lengths
-        else:  # padding is one token
-            lengths = tuple(len(one) + (len(one) < self.text_padding) for one in ids or [])
-        flops = 3 * transformer_flops(self.model_config, pack.segments.lengths, lengths)
-        return FlowBatch(
-            pack,
-            torch.cat(targets).float().to(self.device),
-            torch.cat(token_weights).to(self.device),
-            clean,
-            text,
-            ids,
-            self.weight(examples, key),
-            flops,
-        )
+    @torch.no_grad()
+    def _latents(self, examples: Sequence[Example]) -> list[Tensor]:
+        """(C, T', H', W') each, normalised: from the cache, or encoded now, equal shapes together."""
+        latents = [z if (z := example.latents) is None else self._moved(z).float() for example in examples]
+        missing: dict[VideoShape, list[int]] = {}
+        for index, example in enumerate(examples):
+            if latents[index] is None:
+                missing.setdefault(example.shape, []).append(index)
+        for indices in missing.values():
+            frames = [examples[i].frames for i in indices]
+            video = torch.stack([to_video(self._moved(clip)) for clip in frames if clip is not None])  # moved as bytes
+            for i, z in zip(indices, self.vae.encode(video.to(next(self.vae.parameters())))):
+                latents[i] = z
+        return [z.float() for z in latents if z is not None]
 
-    def ordered(
-        self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey
-    ) -> tuple[list[Example], list[PlanItem], list[str]]:
-        """Clips of equal token counts and text lengths side by side, so that attention takes them as one view; and
-        their captions, some of them dropped."""
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
-        def caption(example: Example) -> str:
-            about = (key.epoch, example.clip_id, example.occurrence)
-            dropped = keyed_uniform(key.seed, "caption dropout", *about) < self.config.flow.caption_dropout
-            return "" if dropped else example.caption
+    def _text(self, captions: Sequence[str], examples: Sequence[Example | None]) -> TextPack:
+        """Packed embeddings, from the cache or encoded now. examples: None for a caption of no clip."""
+        texts = []
+        for caption, example in zip(captions, examples):
+            if example is not None and example.text is not None and caption == example.caption:
+                text = example.text
+            elif example is not None and caption != example.caption and guided_by_null_text(self.model_config):
+                text = self.module.transformer.get_buffer("null_text")[: len(self._ids(example.caption))]
+            elif caption == "" and self.empty_text is not None:
+                text = self.empty_text
+            else:
+                text = self._embedding(caption)
+            texts.append(text.to(self.device, self.dtype))
+        return pack_texts(texts, self.text_padding)
 
-        clips = [(example, item, caption(example)) for example, item in zip(examples, items)]
-        clips.sort(key=lambda clip: (clip[1].tokens, len(self._ids(clip[2]))))
-        return [clip[0] for clip in clips], [clip[1] for clip in clips], [clip[2] for clip in clips]
+    # -------------------------------------------------------------------------------- for the planner and the exporter
+
+    def tokens(self, shape: VideoShape) -> int:
+        return shape.grid(self.vae.config.stride, self.model_config.patch).tokens
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        return cost_coefficients(self.model_config)
+
+    def weight(self, examples: Sequence[Example], key: StepKey) -> float:
+        return sum((self._draw_task(example, key).weight for example in examples), 0.0)
 
     def fresh(self) -> FlowModule:
         with torch.random.fork_rng(devices=[]):
@@ -243,51 +322,3 @@ class FlowObjective:
         """What samples with a module of `fresh`: the transformer, and the text encoder, trained or frozen."""
         assert isinstance(module, FlowModule)
         return module.transformer, module.text_encoder or self.text_encoder
-
-    def _nothing(self) -> FlowBatch:
-        """One token of weight 0: a rank without clips runs every module that the others run."""
-        patch = self.model_config.patch
-        clip = torch.zeros(self.model_config.latent_channels, *patch)
-        level = torch.full((), 0.5, dtype=torch.float64)
-        pack = pack_inputs([clip], [level], patch, [self.conditions.nothing()]).to(self.device, self.dtype)
-        text, ids = self._text([""], [None])
-        zeros = output_tokens(clip, patch).to(self.device)
-        weights = torch.zeros(1, device=self.device)
-        return FlowBatch(pack, zeros, weights, zeros, text, ids, 0.0, 0)
-
-    @torch.no_grad()
-    def _latents(self, examples: Sequence[Example]) -> list[Tensor]:
-        """(C, T', H', W') each, normalised: from the cache, or encoded now, equal shapes together."""
-        latents = [z if (z := example.latents) is None else self._moved(z).float() for example in examples]
-        missing: dict[VideoShape, list[int]] = {}
-        for index, (example, found) in enumerate(zip(examples, latents)):
-            if found is None:
-                missing.setdefault(example.shape, []).append(index)
-        for indices in missing.values():
-            # frames go as bytes, a quarter of what the VAE takes
-            frames = [examples[i].frames for i in indices]
-            video = torch.stack([to_video(self._moved(one)) for one in frames if one is not None])
-            video = video.to(next(self.vae.parameters()))
-            for i, z in zip(indices, self.vae.encode(video)):
-                latents[i] = z
-        return [z.float() for z in latents if z is not None]
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
-    def _text(self, captions: Sequence[str], examples: Sequence[Example | None]) -> tuple[TextPack | None, list | None]:
-        """Packed embeddings, or the token ids of an encoder that trains along."""
-        if self.train_text:
-            return None, [self._ids(caption) for caption in captions]
-        texts = []
-        for caption, example in zip(captions, examples):
-            if example is not None and example.text is not None and caption == example.caption:
-                text = example.text
-            elif example is not None and caption != example.caption and guided_by_null_text(self.model_config):
-                text = self.module.transformer.get_buffer("null_text")[: len(self._ids(example.caption))]
-            elif caption == "" and self.empty_text is not None:
-                text = self.empty_text
-            else:
-                text = self._embedding(caption)
-            texts.append(text.to(self.device, self.dtype))
-        return pack_texts(texts, self.text_padding), None

@@ -78,7 +78,10 @@ def test_first_and_last_images_are_given_as_diffusers_gives_them(
     torch.testing.assert_close(found["image"], wanted[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(found["image_text"], pipe.encode_image(ends, "cpu").flatten(0, 1), rtol=0, atol=1e-6)
     assert found["image"][:2, :, 0, 0].tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 0, 1]]
-    assert not image["image"][:2].any() and image["image_text"].shape == both.nothing()["image_text"].shape == (10, 12)
+    assert not image["image"][:2].any() and image["image_text"].shape == both.of_empty_clip()["image_text"].shape == (
+        10,
+        12,
+    )
 
 
 def test_rates_sizes_and_masks_are_the_clips_own(vae: CausalVAE) -> None:

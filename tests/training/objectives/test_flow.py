@@ -56,7 +56,7 @@ def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: RunComponents)
     examples = parts.loader.fetch(items, 0)
     key = StepKey(0, 0, 0, len(items))
     batch = objective.prepare(examples, items, key)
-    examples, _, _ = objective.ordered(examples, items, key)
+    examples = [clip.example for clip in objective.sorted_clips(examples, items, key)]
     with torch.no_grad():
         found = float(objective.module(batch))
         assert batch.text_ids is not None
@@ -250,7 +250,7 @@ def test_every_path_has_its_own_noise_target_and_loss(parts: RunComponents, sche
         text = pack_texts(objective.text_encoder(batch.text_ids), 32)
         output = objective.module.transformer(batch.pack, text)
     clips = unpack_clips(output, batch.pack, (1, 2, 2))
-    examples, _, _ = objective.ordered(examples, items, key)
+    examples = [clip.example for clip in objective.sorted_clips(examples, items, key)]
     seen = batch.pack.tokens.split(batch.pack.segments.lengths)
     levels = batch.pack.levels[batch.pack.level_of].split(batch.pack.segments.lengths)
     expected, kinds, path = 0.0, set(), objective.path

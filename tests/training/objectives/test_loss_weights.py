@@ -1,0 +1,43 @@
+"""Weights of clips and of noise levels, against their closed forms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from stdit.errors import StditError
+from stdit.training.config import load_config
+from stdit.training.engine.parallel import World
+from stdit.training.objectives.config import FlowConfig
+from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS, cosmap
+from stdit.training.objectives.protocol import StepKey
+from stdit.training.setup.build import build
+
+
+def test_cosmap_is_a_density_over_levels() -> None:
+    t = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    assert float(cosmap(t).mean()) == pytest.approx(1, abs=1e-8)
+    assert float(cosmap(torch.tensor(0.5, dtype=torch.float64))) == pytest.approx(4 / math.pi)
+    assert LEVEL_WEIGHTS["uniform"](t).unique().tolist() == [1.0]
+
+
+def test_a_level_weight_scales_the_error_and_not_the_sum_of_weights(tiny: Path) -> None:
+    parts = build(load_config(tiny / "flow.yaml"), World(0, 1, torch.device("cpu")))
+    objective, items = parts.objective, parts.plan.step(0)
+    examples, key = parts.loader.fetch(items, 0), StepKey(0, 0, 0, len(items))
+    plain = objective.prepare(examples, items, key)
+    objective.config = replace(objective.config, flow=replace(objective.config.flow, level_weight="cosmap"))
+    weighted = objective.prepare(examples, items, key)
+    known = plain.token_weights == 0
+    factors = cosmap(plain.pack.levels[plain.pack.level_of])[~known].float()
+    torch.testing.assert_close(weighted.token_weights[~known], factors * plain.token_weights[~known])
+    assert not weighted.token_weights[known].any() and weighted.weight == plain.weight
+
+
+def test_an_unknown_weight_is_told_the_nearest() -> None:
+    with pytest.raises(StditError, match=r"level_weight 'cosmop' .* Did you mean 'cosmap'"):
+        FlowConfig(level_weight="cosmop")
