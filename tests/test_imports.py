@@ -33,6 +33,10 @@ ROOMS = {
         {"remote"}, {"decode"}, {"measure"}, {"workers"}, {"config", "captions", "manifest", "toy"}, {"scan"}, {"plan"},
         {"load"},
     ],
+    "models": [
+        {"config", "positions"}, {"packing", "varlen"}, {"attention", "fused"}, {"layers"}, {"blocks"}, {"variants"},
+        {"transformer"}, {"experts"},
+    ],
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},
         {"failed_clips", "non_finite", "resume", "stop_signal"}, {"trainer", "describe"}, {"run"},
