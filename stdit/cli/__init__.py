@@ -1,2 +1,2 @@
-"""Thin commands: arguments, progress and printing. Every command ends in a function of another part. Nothing imports
-it."""
+"""Thin commands: they parse arguments, show progress and print. The work is done by other parts, none of which imports
+this one."""

@@ -1,6 +1,6 @@
-"""The `stdit` command: its sub-commands, and how any command ends.
+"""The `stdit` command: its sub-commands, and the exit status of every command.
 
-Exit status 0 done, 1 failed, 2 wrong arguments, 75 saved after a signal (requeue me), 130 Ctrl-C.
+Exit status: 0 done, 1 failed, 2 wrong arguments, 75 saved after a signal (requeue me), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMMANDS = {
     "weights": ("stdit.cli.weights", "Inspect and convert weights."),
     "eval": ("stdit.cli.eval.group", "Measure a trained model."),
 }
-MAY_BE_EMPTY = ("--prompt", "--negative")  # texts
+MAY_BE_EMPTY = ("--prompt", "--negative")  # options that take a text
 HELP = """Spacetime-patch diffusion transformers for text-to-video: pretrain, fine-tune and sample any shape.
 
 Example: stdit train toy/dit run=runs/toy
@@ -49,7 +49,7 @@ def options(
         bool, typer.Option("--version", callback=_version, help="Print the version and exit.", is_eager=True)
     ] = False,
 ) -> None:
-    """What stands before the sub-command."""
+    """The options before the sub-command."""
 
 
 def main() -> None:
@@ -60,11 +60,11 @@ def main() -> None:
 def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] | None = None, prog: str = "") -> int:
     """Runs a typer app, or a function with typer's annotations, and returns the exit status.
 
-    What a user can mend is one message on stderr. An exception that is none of theirs keeps its traceback: it is our
-    bug. A command that returns an integer returns its exit status.
+    An error that the user can fix becomes one message on stderr. Any other exception is our bug and keeps its
+    traceback. An integer that the command returns is its exit status.
     """
     prog = prog or os.path.basename(sys.argv[0])
-    # On a CPU, clips of many shapes need more compiled convolutions than oneDNN keeps (1024), and would compile anew.
+    # On a CPU, clips of many shapes need more compiled convolutions than oneDNN caches by default (1024).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     shorten_spin()
     given = [str(word) for word in (sys.argv[1:] if args is None else args)]
@@ -77,7 +77,7 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
             HEARTBEAT.stop()
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort) as error:
-        # Newer typer returns 130 by itself, older ones abort.
+        # Newer versions of typer return 130 themselves, older ones abort.
         interrupted = isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
         return 130 if interrupted else _say("stopped", 1)
     except Interrupted as error:
@@ -93,15 +93,17 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's
             return _usage_error(error)
-        if message := _mendable(error):
+        if message := _fixable(error):
             return _say(f"error: {message}", 1)
         raise
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
 def _blank(args: Sequence[str]) -> str | None:
-    """The option or argument that is given as "" (a shell variable that is not set, say) where that is no text: a path
-    would become the current folder."""
+    """The first option or argument that is empty, as an unset shell variable makes it; None if there is none.
+
+    An empty path would mean the current folder. Options that take a text may be empty.
+    """
     for before, word in zip(["", *args], args):
         option, equals, value = word.partition("=")
         if not (option.startswith("--") and equals):
@@ -115,13 +117,13 @@ def _say(message: str, status: int) -> int:
     try:
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
-    except OSError:  # the reader of our output is gone, or its disk is full: the exit status still tells
+    except OSError:  # nobody reads our output, or its disk is full; the exit status still tells
         _silence_stdout()
     return status
 
 
 def _usage_error(error: Any) -> int:
-    """Wrong arguments: the usage, and what is wrong. With no arguments at all, the help."""
+    """Prints the usage and the error. Without any arguments, prints the help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return error.exit_code
@@ -132,16 +134,16 @@ def _usage_error(error: Any) -> int:
 
 
 def _silence_stdout() -> int:
-    """The reader closed the pipe (`stdit … | head`): nothing more to say, at interpreter exit neither."""
+    """Drops all further output after the reader closed the pipe (`stdit … | head`), also at interpreter exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 
-_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's words, by device
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's messages, by device
 
 
-def _mendable(error: BaseException) -> str:
-    """What to say of an error of the system that a user can mend, else ''. The cause counts too: libraries wrap."""
+def _fixable(error: BaseException) -> str:
+    """The message for a system error that the user can fix, else ''. Looks at its causes, too: libraries wrap."""
     seen: BaseException | None = error
     while seen is not None:
         number = seen.errno if isinstance(seen, OSError) else None

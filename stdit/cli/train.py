@@ -11,14 +11,14 @@ import typer
 def train(
     config: Annotated[Path, typer.Argument(help="The run's config: a YAML file, or one of stdit/configs by name.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value to change in it; run=PATH names the run.")
+        list[str] | None, typer.Argument(help="key=value changes to it; run=PATH names the run folder.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> int:
     """Train a VAE or a diffusion transformer, alone or under torchrun or deepspeed.
 
-    The same command goes on where a run was stopped; a finished run says so. Ctrl-C and SIGTERM save first.
+    The same command resumes a stopped run; a finished run says so. Ctrl-C and SIGTERM save a checkpoint first.
 
     Examples:
 

@@ -1,1 +1,1 @@
-"""What several commands share: lazy groups, progress bars, devices, output paths, number ranges."""
+"""Shared by several commands: lazy groups, progress bars, devices, output paths, number ranges."""

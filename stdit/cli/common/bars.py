@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal; elsewhere a line every 10 s and one at the end."""
+"""Progress on stderr: bars on a terminal, otherwise a line every 10 s and one at the end."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ T = TypeVar("T")
 
 @contextmanager
 def counting_bar(what: str, hidden: bool = False) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A bar that says what is done, how many of how many, and the time left. Gives two functions: of how many there
-    are, and of how many more are done."""
+    """A bar with a count and the time left. Yields two functions: one sets the total, the other adds to the count."""
     if hidden or not sys.stderr.isatty():
         with _lines(hidden) as update:
             state = {"done": 0, "total": 0}
@@ -39,7 +38,7 @@ def counting_bar(what: str, hidden: bool = False) -> Iterator[tuple[Callable[[in
 
 @contextmanager
 def named_bars(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Gives a function of (what is being done, done, in all): a bar for each what, gone at the end."""
+    """Yields a function of (task, done, total) that shows a bar per task; the bars disappear at the end."""
     if hidden or not sys.stderr.isatty():
         with _lines(hidden) as update:
             yield update
@@ -56,7 +55,7 @@ def named_bars(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def tracked(items: Iterable[T], what: str) -> Iterable[T]:
-    """The items, with a bar that is gone at the end."""
+    """Iterates over the items with a bar that disappears at the end."""
     items = list(items)
     with named_bars(hidden=False) as progress:
         for done, item in enumerate(items):
@@ -77,9 +76,9 @@ def _bars(*columns: Any, transient: bool = False) -> Iterator[Any]:
 
 @contextmanager
 def _lines(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Without a terminal the heartbeat says now and then how far it is; at the end a line for each kind of work.
+    """Without a terminal: the heartbeat reports the progress now and then; at the end, one line per task.
 
-    hidden: only the heartbeat speaks.
+    hidden: no lines at the end.
     """
     begun: dict[str, float] = {}
     ends: dict[str, str] = {}

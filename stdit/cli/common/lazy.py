@@ -1,4 +1,4 @@
-"""A group of commands whose modules are imported only when one of them is called: `--help` stays fast."""
+"""Groups of commands that import a command's module only when it is called, so `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lazy_group(commands: dict[str, tuple[str, str]], **settings: Any) -> typer.T
     class LazyGroup(TyperGroup):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            for name, (_, text) in commands.items():  # what the list of commands shows
+            for name, (_, text) in commands.items():  # for the list of commands
                 self.commands.setdefault(name, TyperCommand(name, help=text, callback=lambda: None))
 
         def list_commands(self, ctx: Any) -> list[str]:
@@ -34,12 +34,12 @@ def lazy_group(commands: dict[str, tuple[str, str]], **settings: Any) -> typer.T
             return name, command, rest
 
     app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, **settings)
-    app.callback()(_nothing)
+    app.callback()(_no_options)
     return app
 
 
-def _nothing() -> None:
-    """A group without options of its own."""
+def _no_options() -> None:
+    """The group has no options of its own."""
 
 
 def load_command(name: str, module: str) -> Any:
@@ -62,10 +62,10 @@ def as_command(command: Any, name: str | None = None) -> Any:
 
 
 def _announced(command: Any) -> Any:
-    """The command, or every command of the group, says that it starts once its arguments are read."""
-    for one in getattr(command, "commands", {}).values():
-        _announced(one)
-    if hasattr(command, "commands"):
+    """Makes the command, or each command of a group, announce its start once its arguments are parsed."""
+    if isinstance(command, TyperGroup):
+        for member in command.commands.values():
+            _announced(member)
         return command
     invoke = command.invoke
 

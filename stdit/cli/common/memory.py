@@ -1,4 +1,4 @@
-"""--memory: what the VAE may work in."""
+"""The memory budget of a VAE: --memory."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def memory_bytes(text: str) -> int:
 MEMORY = typer.Option(
     parser=memory_bytes,
     metavar="BYTES",
-    help="What the VAE may work in, such as 8GB; large frames then go in tiles. Default: about 0.3 GB, and no tiles.",
+    help="Memory for the VAE, such as 8GB; large frames are then tiled. Default: about 0.3 GB, without tiles.",
 )

@@ -1,4 +1,4 @@
-"""What a command writes, as an argument: a place that cannot be written to is an error before any work."""
+"""Arguments that name an output. One that cannot be written is an error before any work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stdit.files import local_file, local_folder, local_path
 
 
 class Unwritable(Exception):
-    """A path that is right as an argument, but not on this disk. (Not a ValueError: the parser's message would go.)"""
+    """A valid path that cannot be written here. Not a ValueError, for which typer would print a message of its own."""
 
     exit_code = 1
 

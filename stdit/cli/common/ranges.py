@@ -1,4 +1,4 @@
-"""Ranges of numeric arguments. Click's own let NaN pass, which no comparison refuses."""
+"""Ranges of numeric arguments. (Those of click let NaN pass.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Number = float | int
 
 
 def within(low: Number, high: Number) -> Callable[[Number | None], Number | None]:
-    """For `typer.Option(callback=…)`: the number, if it is from low to high, both included; else wrong arguments."""
+    """For `typer.Option(callback=…)`: refuses numbers below low or above high."""
 
     def check(value: Number | None) -> Number | None:
         if value is not None and not low <= value <= high:
@@ -20,9 +20,9 @@ def within(low: Number, high: Number) -> Callable[[Number | None], Number | None
     return check
 
 
-# What arguments of several commands may be.
+# Ranges that several commands share.
 STEPS = within(1, 1000)  # of a solver; no schedule has more
 GUIDANCE = within(0, 1000)
 FPS = within(0.001, 1000)
-SECONDS = within(1, 1_000_000)  # that something may take
+SECONDS = within(1, 1_000_000)  # of a time limit
 SEED = within(-(2**63), 2**63 - 1)

@@ -1,4 +1,4 @@
-"""What Ctrl-C ends a command in: exit status 130, and a line that says what to do next."""
+"""Exit status and message for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stdit.errors import Interrupted
 
 @contextmanager
 def when_stopped(advice: str) -> Iterator[None]:
-    """For commands as a decorator. `advice`: what is kept, and how to go on."""
+    """A decorator for commands: Ctrl-C ends them with status 130. advice: what is kept, and how to resume."""
     try:
         yield
     except KeyboardInterrupt:

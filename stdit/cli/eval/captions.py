@@ -1,4 +1,4 @@
-"""`stdit eval captions`."""
+"""`stdit eval captions`: does a model follow its captions?"""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
+from stdit.cli.common.device import DEVICE, pick_device
 from stdit.cli.common.outputs import out_folder
 from stdit.cli.common.ranges import GUIDANCE, SEED, STEPS
 
 MEASURES = {
-    "below_mean": "loss: own caption below the others' mean",
-    "lowest": "loss: own caption the lowest of all",
+    "below_mean": "loss: own caption below the mean of the others",
+    "lowest": "loss: own caption is the lowest",
     "same_group": "loss: own caption below another of its group",
-    "nearest": "sample: the nearest clip is the prompted one",
+    "nearest": "sample: the nearest clip has its caption",
 }
 
 
 def captions(
-    model: Annotated[Path, typer.Option(help="The model folder that the run wrote.")],
+    model: Annotated[Path, typer.Option(help="The model folder of the run.")],
     out: Annotated[
         Path,
         typer.Option(
@@ -28,17 +29,18 @@ def captions(
         ),
     ],
     config: Annotated[
-        Path | None, typer.Option(help="The run's config, which names the clips. Default: OUT/config.yaml.")
+        Path | None, typer.Option(help="The config of the run, which names the clips. Default: OUT/config.yaml.")
     ] = None,
     group: Annotated[
         str | None,
         typer.Option(
-            metavar="REGEX", help="Captions where its one (group) captures the same text are compared among themselves."
+            metavar="REGEX",
+            help="Captions for which its (group) captures the same text are compared, too.",
         ),
     ] = None,
-    clips: Annotated[int, typer.Option(min=2, help="At most so many clips, the manifest's first.")] = 100,
+    clips: Annotated[int, typer.Option(min=2, help="At most so many clips, the first of the manifest.")] = 100,
     levels: Annotated[int, typer.Option(min=1, max=1000, help="Noise levels, spread evenly.")] = 8,
-    draws: Annotated[int, typer.Option(min=1, max=1000, help="Noises at each level.")] = 4,
+    draws: Annotated[int, typer.Option(min=1, max=1000, help="Noises per level.")] = 4,
     steps: Annotated[
         int | None, typer.Option(callback=STEPS, help="Solver steps. Default: the config's eval.steps.")
     ] = None,
@@ -46,21 +48,20 @@ def captions(
         float | None,
         typer.Option(callback=GUIDANCE, help="Classifier-free guidance; 1 is none. Default: eval.guidance."),
     ] = None,
-    seed: Annotated[int, typer.Option(callback=SEED, help="Of the noise.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(callback=SEED, help="Seed of the noise.")] = 0,
+    device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation-captions.json instead of a table.")] = False,
 ) -> None:
-    """Compare a clip's own caption with all others, by the model's loss and by what it samples.
+    """Measure whether a model follows its captions, by its loss and by its samples.
 
-    At fixed noise, each training clip's loss under every caption; then a sample of every caption, and which training
-    clip is nearest to it (mean squared difference of pixels, both decoded by the VAE).
+    Computes each training clip's loss under every caption at fixed noise. Then samples every caption and finds the
+    nearest training clip (mean squared difference of pixels, both decoded by the VAE).
 
     Example: stdit eval captions --model runs/asl/dit/model --out runs/asl/dit --group 'A person in (.+) signs'
     """
     from rich.console import Console
 
     from stdit.cli.common.bars import named_bars
-    from stdit.cli.common.device import pick_device
     from stdit.evaluation.captions import evaluate_captions
     from stdit.heartbeat import HEARTBEAT
     from stdit.training.config import load_config
@@ -95,7 +96,7 @@ def captions(
 
 
 def table(result: dict[str, Any]):
-    """The measures of evaluation-captions.json as a rich table, with 95 % intervals and what chance would give."""
+    """The measures of evaluation-captions.json as a rich table, with 95 % intervals and chance."""
     from rich.table import Table
 
     view = Table(

@@ -1,4 +1,4 @@
-"""`stdit eval`: measures of a trained model."""
+"""`stdit eval`: its sub-commands, and `stdit eval toy`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from stdit.cli.common.device import DEVICE, pick_device
 from stdit.cli.common.outputs import out_folder
 from stdit.cli.common.ranges import GUIDANCE, SEED, STEPS
 from stdit.cli.eval.captions import captions
@@ -36,30 +37,30 @@ def toy(
         typer.Option(
             metavar="FOLDER",
             parser=out_folder,
-            help="Where evaluation.json and evaluation/ go; the run folder, for its report.",
+            help="The folder for evaluation.json and evaluation/; the run folder, to put them into its report.",
         ),
     ],
-    prompts: Annotated[int, typer.Option(min=1, max=72, help="Held-out captions to sample at each shape.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, max=72, help="Held-out captions to sample per shape.")] = 64,
     shape: Annotated[
-        list[str] | None, typer.Option(help="WIDTHxHEIGHTxFRAMES, repeatable. Default: the trained and two untrained.")
+        list[str] | None,
+        typer.Option(help="WIDTHxHEIGHTxFRAMES, repeatable. Default: the trained and two others."),
     ] = None,
     steps: Annotated[int, typer.Option(callback=STEPS, help="Solver steps.")] = 30,
     guidance: Annotated[float, typer.Option(callback=GUIDANCE, help="Classifier-free guidance; 1 is none.")] = 5.0,
-    seed: Annotated[int, typer.Option(callback=SEED, help="Of the noise and of the choice of captions.")] = 0,
+    seed: Annotated[int, typer.Option(callback=SEED, help="Seed of the noise and of the choice of captions.")] = 0,
     held_out: Annotated[
-        Path | None, typer.Option(help="The toy set's held_out folder: measures the VAE on its files too.")
+        Path | None, typer.Option(help="The held_out folder of the toy set, to measure the VAE on its files, too.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation.json instead of a table.")] = False,
 ) -> None:
-    """Sample captions the toy model never saw, and read from the pixels what it made of them.
+    """Sample captions that a toy model never saw, and read from the pixels what the clips show.
 
     Example: stdit eval toy --model runs/toy/model --out runs/toy --held-out data/toy/held_out
     """
     from rich.console import Console
 
     from stdit.cli.common.bars import named_bars
-    from stdit.cli.common.device import pick_device
     from stdit.evaluation.harness import evaluate_toy
     from stdit.heartbeat import HEARTBEAT
 
@@ -81,7 +82,7 @@ def toy(
 
 
 def table(result: dict):
-    """evaluation.json as a rich table: a shape's samples with their 95 % intervals, and what to compare them with."""
+    """evaluation.json as a rich table: per shape the samples, their 95 % intervals, and the references."""
     from rich.table import Table
 
     names = list(result["sets"][0]["samples"])
@@ -94,14 +95,14 @@ def table(result: dict):
     def shares(scores: dict) -> list[str]:
         return [f"{100 * cell['share']:.0f}" for cell in scores.values()]
 
-    for one in result["sets"]:
-        intervals = [f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}" for cell in one["samples"].values()]
-        view.add_row(one["kind"], style="bold")
-        view.add_row(f"  {one['shape']} samples", *shares(one["samples"]))
+    for shape in result["sets"]:
+        intervals = [f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}" for cell in shape["samples"].values()]
+        view.add_row(shape["kind"], style="bold")
+        view.add_row(f"  {shape['shape']} samples", *shares(shape["samples"]))
         view.add_row("  95 % interval", *intervals)
-        view.add_row(f"  VAE alone, {one['vae_psnr']:.1f} dB", *shares(one["vae"]), style="dim")
-        view.add_row("  ground truth", *shares(one["rendered"]), style="dim")
-        view.add_row("  captions shuffled", *shares(one["shuffled"]), style="dim")
+        view.add_row(f"  VAE alone, {shape['vae_psnr']:.1f} dB", *shares(shape["vae"]), style="dim")
+        view.add_row("  ground truth", *shares(shape["rendered"]), style="dim")
+        view.add_row("  captions shuffled", *shares(shape["shuffled"]), style="dim")
     chance = [f"{100 * cell['chance']:.0f}" for cell in result["sets"][0]["samples"].values()]
     view.add_row("chance", *chance, style="dim")
     return view

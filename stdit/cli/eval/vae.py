@@ -1,4 +1,4 @@
-"""`stdit eval vae`."""
+"""`stdit eval vae`: what a VAE loses of clips."""
 
 from __future__ import annotations
 
@@ -8,54 +8,59 @@ from typing import Annotated, Any
 
 import typer
 
+from stdit.cli.common.device import DEVICE, pick_device
 from stdit.cli.common.memory import MEMORY
 from stdit.cli.common.outputs import out_folder
 from stdit.cli.common.ranges import FPS
 from stdit.cli.common.stopped import when_stopped
 
 
-@when_stopped("The clips that are measured are kept: the same command goes on from there.")
+@when_stopped("The measured clips are kept: the same command resumes from there.")
 def vae(
     clips: Annotated[str, typer.Argument(help="A manifest, or a folder of videos and images; or the URL of either.")],
     model: Annotated[Path, typer.Option(help="The VAE's folder, or a model folder with vae/.")],
     out: Annotated[
         Path,
         typer.Option(
-            metavar="FOLDER", parser=out_folder, help="Where evaluation-vae.json and evaluation-vae/ with pictures go."
+            metavar="FOLDER",
+            parser=out_folder,
+            help="For evaluation-vae.json, and evaluation-vae/ with pictures.",
         ),
     ],
     size: Annotated[
-        str | None, typer.Option(help="WIDTHxHEIGHT that clips are scaled and cut to. Default: each its own.")
+        str | None, typer.Option(help="WIDTHxHEIGHT to which clips are scaled and cropped. Default: their own.")
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="At most so many frames of a clip, from its start.")] = 33,
-    fps: Annotated[float | None, typer.Option(callback=FPS, help="Read clips at. Default: each at its own.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="At most so many frames of each clip, from its start.")] = 33,
+    fps: Annotated[
+        float | None, typer.Option(callback=FPS, help="Frames per second to read. Default: its own.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many clips, the first.")] = 100,
     lpips: Annotated[
-        list[Path] | None, typer.Option(help="LPIPS' weights, repeatable: VGG16's file and the heads', or a folder.")
+        list[Path] | None,
+        typer.Option(help="LPIPS' weights, repeatable: VGG16's file and that of the heads, or a folder."),
     ] = None,
     trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Open LPIPS' .pth, tensors only.")] = False,
     write: Annotated[
         bool,
-        typer.Option("--write-normalisation", help="Put the latents' mean and deviation into the VAE's config.json."),
+        typer.Option("--write-normalisation", help="Write the latents' mean and deviation into the VAE's config.json."),
     ] = False,
-    pictures: Annotated[int, typer.Option(min=0, help="Pictures of so many clips.")] = 16,
+    pictures: Annotated[int, typer.Option(min=0, help="Number of clips to draw.")] = 16,
     memory: Annotated[int | None, MEMORY] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw latents from the posterior, not exact as a transformer's are.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
+    device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation-vae.json instead of a table.")] = False,
 ) -> None:
-    """Measure what a VAE loses of clips, and what its latents are like.
+    """Measure how well a VAE reconstructs clips, and the statistics of its latents.
 
-    Clips of any length pass through in the memory of a few frames.
+    Clips of any length take the memory of a few frames.
 
     Example: stdit eval vae videos/held_out.parquet --model runs/vae/model --size 128x96 --fps 15 --out runs/vae
     """
     from rich.console import Console
 
     from stdit.cli.common.bars import named_bars
-    from stdit.cli.common.device import pick_device
     from stdit.errors import StditError
     from stdit.evaluation.vae import evaluate_vae, normalised_folder, write_normalisation
     from stdit.heartbeat import HEARTBEAT
@@ -63,7 +68,7 @@ def vae(
 
     shape = VideoShape.parse(size) if size else None
     if shape is not None and not shape.is_image:
-        raise StditError(f"--size {size} is WIDTHxHEIGHT alone; --frames says how many frames.")
+        raise StditError(f"--size {size}: give WIDTHxHEIGHT alone, and the number of frames by --frames.")
     device = pick_device(device)
     HEARTBEAT.doing(f"loading {model}")
     if write:
@@ -100,7 +105,7 @@ def vae(
 
 
 def tables(result: dict[str, Any]) -> list[Any]:
-    """The measures over all clips and the latents' channels as rich tables, with what they mean."""
+    """The measures of all clips, and those of the latent channels, as rich tables with their definitions."""
     from rich.table import Table
 
     from stdit.evaluation.measures import RATIOS
@@ -114,7 +119,7 @@ def tables(result: dict[str, Any]) -> list[Any]:
             continue
         found = [clip["measures"][name] for clip in result["clips"] if clip["measures"][name] is not None]
         if name in RATIOS:
-            worst = max(found, key=lambda one: abs(one - 1))
+            worst = max(found, key=lambda ratio: abs(ratio - 1))
         else:
             worst = max(found) if name in ("lpips", "flicker", "flicker_still") else min(found)
         how = "; over all clips the median" if name in RATIOS else ""
