@@ -47,7 +47,7 @@ def vae(
     pictures: Annotated[int, typer.Option(min=0, help="Number of clips to draw.")] = 16,
     memory: Annotated[int | None, MEMORY] = None,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw latents from the posterior, not exact as a transformer's are.")
+        bool, typer.Option("--sample", help="Draw latents from the posterior: not exact, like those of a transformer.")
     ] = False,
     device: Annotated[str | None, DEVICE] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print evaluation-vae.json instead of a table.")] = False,

@@ -73,7 +73,7 @@ def test_a_name_that_no_manifest_can_hold_is_told(tmp_path, capsys):
     (tmp_path / bad).mkdir()
     try:
         assert run_command(app, ["data", "scan", bad, "--out", "m.parquet"], prog="stdit") == 1
-        assert "bad\\udcff': its name is not UTF-8" in capsys.readouterr().err
+        assert "bad\\udcff' is not UTF-8" in capsys.readouterr().err
         for out in (f"{bad}.parquet", f"{bad}/m.parquet"):
             assert run_command(app, ["data", "scan", ".", "--out", out], prog="stdit") == 2
             assert "it must be a path, in UTF-8" in capsys.readouterr().err
