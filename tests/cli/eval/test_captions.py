@@ -72,7 +72,7 @@ def test_what_is_wrong_is_said(run, tmp_path, capsys):
     assert stdit("eval", "captions", "--model", run / "model", "--out", tmp_path) == 1
     assert "config.yaml cannot be read" in capsys.readouterr().err
     assert stdit("eval", "captions", "--model", run / "model", "--out", run, "--group", "signs") == 1
-    assert "must capture one text" in capsys.readouterr().err
+    assert "it needs exactly one" in capsys.readouterr().err
 
 
 def test_the_configs_for_real_clips_fit_together():
