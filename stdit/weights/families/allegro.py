@@ -1,6 +1,7 @@
 """Allegro (rhymes-ai/Allegro, allegro/models/transformers/transformer_3d_allegro.py).
 
-The release has diffusers' names. Its rotary turns the halves of each third of a head; rows of q and k are permuted.
+The release has diffusers' names. Its rotary embedding pairs the halves of each third of a head, so rows of q and k are
+permuted.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _DIFFUSERS = configs.Fields(
 def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
-    """Our config of diffusers' config.json, or of shapes alone (see `fits`), with the positions of the release."""
+    """From shapes alone: with the release's positions."""
     if not found:
         names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
         values = configs.picture_from_shapes(shapes, place, TITLE, _BLOCKS, names, heads, {2304: 24})
@@ -76,7 +77,7 @@ def config_from(
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' AllegroTransformer3DModel.save_pretrained writes it."""
+    """As AllegroTransformer3DModel.save_pretrained writes it."""
     return _DIFFUSERS.write(
         config,
         _OWN,
@@ -90,23 +91,21 @@ config_to_original = config_to_diffusers
 
 
 def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]] | None:
-    """Settings of which diffusers' class and the release's have one value. ComfyUI has no Allegro."""
+    """ComfyUI has no Allegro."""
     return None if layout == "comfyui" else {**configs.pixart_built_in(config), "rope_theta": (10000.0,)}
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "diffusers" or "" for another family's."""
     return "diffusers" if {"pos_embed.proj.weight", "adaln_single.linear.weight"} <= set(names) else ""
 
 
 def fits(shapes: Mapping[str, Shape]) -> bool:
-    """Whether as many channels come out as go in; of PixArt's, with the same names, twice as many."""
+    """Allegro has as many output as input channels; PixArt, with the same names, has twice as many."""
     head, patch = shapes.get("proj_out.weight", (0,)), shapes.get("pos_embed.proj.weight", (0, 0, 0, 0))
     return head[0] == math.prod(patch[1:])
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
-    """Our names ↔ the release's, which are diffusers'."""
     turned = half_split_heads(config.heads, config.head_dim, parts=3)
     return KeyMap(
         *configs.patch_rules(config),

@@ -1,4 +1,4 @@
-"""What the families' configs and key maps have in common."""
+"""Shared parts of the families' configs and key maps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from stdit.models.config import TransformerConfig
 from stdit.weights.keymap import Flatten, Rule, Shape, Unflatten
 
 Settings = dict[str, Any]
-FORMAT = 1  # of what we add to other programs' config.json, under "_stdit"
+FORMAT = 1  # of the settings that stdit adds to other programs' config.json, under "_stdit"
 DIFFUSERS_VERSION = "0.36.0"  # the first whose WanPipeline reads every key that is written
-# PixArt, and what was made after it: settings, and keys of a config.json that stdit runs with these values alone.
+# For PixArt and its descendants: settings, and keys of config.json of which stdit runs only these values.
 PIXART_LIKE: Settings = {"cross_norm": "none", "qk_norm": "none", "text_padding": 0}
 PLAIN_BLOCKS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (True,),
@@ -23,7 +23,7 @@ PLAIN_BLOCKS: dict[str, tuple[Any, ...]] = {
     "norm_elementwise_affine": (False,),
     "norm_eps": (1e-6,),
 }
-PICTURE_KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # beside an original, of frames
+PICTURE_KEPT = ("heads", "position_base", "position_stretch", "text_padding")  # written beside originals
 LINEAR_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 PIXART_BLOCKS = {**PLAIN_BLOCKS, "dropout": (0.0,), "norm_type": ("ada_norm_single",)}
 
@@ -31,9 +31,10 @@ PIXART_BLOCKS = {**PLAIN_BLOCKS, "dropout": (0.0,), "norm_type": ("ada_norm_sing
 def checked_keys(
     found: Mapping[str, Any], fields: Mapping[str, str], own: Collection[str], place: object
 ) -> dict[str, Any]:
-    """found's values under our names, `fields` their name: ours, and those of `own` that lie under "_stdit".
+    """The values of a config.json under our names.
 
-    Unknown keys are an error; those with an underscore are notes of a program.
+    fields: their name: ours. Other keys are an error, except those that begin with an underscore.
+    own: our names that may be under "_stdit".
     """
     values = {}
     for name, value in found.items():
@@ -54,10 +55,11 @@ def checked_keys(
 
 @dataclass(frozen=True)
 class Fields:
-    """How one program's config.json describes a family.
+    """The config.json of one class.
 
-    names: the program's name of a field: ours. defaults: what it means when a key is absent, and the type that its
-    value has. only: keys that stdit runs with these values alone (the first is written).
+    names: their name of a field: ours.
+    defaults: the value of every key when it is absent, which also gives its type.
+    only: keys of which stdit runs only these values; the first is written.
     """
 
     class_name: str
@@ -66,7 +68,7 @@ class Fields:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def read(self, found: Mapping[str, Any], own: Collection[str], place: object) -> tuple[dict[str, Any], Settings]:
-        """Our values of the fields in `names` and of `own` under "_stdit"; and all of theirs, defaults filled in."""
+        """Our values (the fields of `names`, and `own` under "_stdit"), and all of theirs with defaults filled in."""
         kind = found.get("_class_name", self.class_name)
         if kind != self.class_name:
             raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {self.class_name}s.")
@@ -83,7 +85,7 @@ class Fields:
         return values | {name: value for name, value in found.get("_stdit", {}).items() if name != "format"}, theirs
 
     def write(self, config: TransformerConfig, own: Collection[str] = (), **more: Any) -> Settings:
-        """The config.json of `config`, every value explicit; `more`: of theirs, what `names` does not say."""
+        """The config.json of `config`, every value explicit. more: their keys that are not in `names`."""
         values = {name: getattr(config, ours) for name, ours in self.names.items()}
         values = {**self.defaults, **{name: allowed[0] for name, allowed in self.only.items()}, **values, **more}
         added = {"_stdit": {"format": FORMAT, **{name: getattr(config, name) for name in own}}} if own else {}
@@ -92,14 +94,14 @@ class Fields:
 
 
 def describe(class_name: str, config: Any, kept: Collection[str]) -> Settings:
-    """A config.json for originals that have none: what the shapes of their tensors do not say."""
+    """A config.json for originals that have none: the settings that tensor shapes do not tell."""
     values = {name: getattr(config, name) for name in kept}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {"_class_name": class_name, "_stdit": {"format": FORMAT, **listed}}
 
 
 def described(found: Mapping[str, Any], kept: Collection[str], place: object) -> Settings:
-    """What `describe` wrote."""
+    """The settings that `describe` wrote."""
     checked_keys(found, {}, kept, place)
     return {name: value for name, value in found.get("_stdit", {}).items() if name != "format"}
 
@@ -117,12 +119,12 @@ def _of_type(value: Any, like: Any) -> bool:
 
 
 def width(heads: int, head_dim: int) -> Settings:
-    """Of families that say a head's width and have an MLP of four times the model's."""
+    """Settings of families that give a head's width and have an MLP four times as wide as the model."""
     return {"heads": heads, "dim": heads * head_dim, "ffn_dim": 4 * heads * head_dim}
 
 
 def checked_width(theirs: Mapping[str, Any], place: object) -> Settings:
-    """The same of a config.json, whose text must come to cross-attention as wide as the model."""
+    """`width` of a config.json; cross_attention_dim must be the model's width."""
     values = width(theirs["num_attention_heads"], theirs["attention_head_dim"])
     if theirs["cross_attention_dim"] != values["dim"]:
         raise StditError(f"{place}: cross_attention_dim {theirs['cross_attention_dim']} is not {values['dim']}.")
@@ -130,13 +132,13 @@ def checked_width(theirs: Mapping[str, Any], place: object) -> Settings:
 
 
 def head_fields(config: TransformerConfig) -> Settings:
-    """What `checked_width` reads."""
+    """The inverse of `checked_width`."""
     heads = {"num_attention_heads": config.heads, "attention_head_dim": config.head_dim}
     return {**heads, "cross_attention_dim": config.dim}
 
 
 def picture(theirs: Mapping[str, Any]) -> Settings:
-    """Patches, channels and positions of models of frames: sinusoids stretched to the picture they were made for."""
+    """Settings of image models: patches, channels, and sinusoids stretched to the trained image size."""
     patch, sample = theirs["patch_size"], theirs["sample_size"]
     return {
         "out_channels": theirs["out_channels"] or theirs["in_channels"],
@@ -147,13 +149,13 @@ def picture(theirs: Mapping[str, Any]) -> Settings:
 
 
 def picture_fields(config: TransformerConfig) -> Settings:
-    """What `picture` reads."""
+    """The inverse of `picture`."""
     side = config.patch[1]
     return {"out_channels": config.out_channels, "patch_size": side, "sample_size": config.position_base * side}
 
 
 def pixart_built_in(config: TransformerConfig) -> dict[str, tuple[Any, ...]]:
-    """For `built_in` of PixArt and what was made after it: patches are squares of one frame, texts are projected."""
+    """`built_in` of PixArt and its descendants: patches are squares of one frame, texts are projected."""
     square = (1, config.patch[1], config.patch[1])
     return {"patch": (square,), "blank_channels": (0,), "text_embedding": ("mlp",)}
 
@@ -167,9 +169,11 @@ def picture_from_shapes(
     heads: int | None,
     released: Mapping[int, int],
 ) -> Settings:
-    """The same models by their tensors, `names` those of the patch embedding, the head and the text's first layer.
+    """Settings of the same models from tensor shapes.
 
-    released: the number of heads by the width, of the releases. heads: where it was given.
+    names: of the patch embedding, the head, and the text embedding's first layer.
+    heads: the number of heads, if the user gave it.
+    released: the releases' number of heads by width.
     """
     dim, channels, patch, _ = needed(shapes, names[0], 4, place, what)
     return {
@@ -185,14 +189,14 @@ def picture_from_shapes(
 def checked_heads(
     heads: int | None, dim: int, released: Mapping[int, int], place: object, what: str
 ) -> tuple[int, int]:
-    """Number and width of the heads of a model without a config.json: as given, or as the releases of its width have
-    them; else they are asked for, since no tensor's shape tells them."""
+    """Number and width of the heads of a model without a config.json: as given, else as in the release of this width.
+    Raises StditError otherwise, since no tensor's shape tells them."""
     heads = released.get(dim) if heads is None else heads
     if heads is None:
         raise StditError(
             f"{place}: no config.json, and the tensors do not tell the number of heads of a {what} {dim} wide. Put the "
-            "config.json of the weights beside the file, or say it: load_transformer(heads=N), or for all commands "
-            "`stdit weights convert FILE OUT --heads N` makes a folder."
+            "weights' config.json beside the file, or give the number: load_transformer(heads=N), or "
+            "`stdit weights convert FILE OUT --heads N`, which makes a folder for all commands."
         )
     if heads < 1 or dim % heads:
         raise StditError(f"{place}: {heads} heads do not divide a width of {dim}.")
@@ -202,7 +206,7 @@ def checked_heads(
 def checked_transformer(
     values: Mapping[str, Any], shapes: Mapping[str, Shape], place: object, blocks: str
 ) -> TransformerConfig:
-    """The config of `values`, whose number of blocks must be that of the tensors; `blocks` matches their names."""
+    """The config of `values`. Its number of blocks must be the tensors'; `blocks` is a pattern of their names."""
     try:
         config = TransformerConfig(**values)
     except (StditError, TypeError, ValueError) as error:
@@ -216,19 +220,19 @@ def checked_transformer(
 
 
 def count(shapes: Mapping[str, Shape], blocks: str) -> int:
-    """How many blocks there are, `blocks` a pattern with their number in a group."""
+    """The number of blocks. blocks: a pattern whose group is a block's number."""
     return len({found[1] for name in shapes if (found := re.match(blocks, name))})
 
 
 def needed(shapes: Mapping[str, Shape], name: str, rank: int, place: object, what: str) -> Shape:
-    """The shape of a tensor by which a config is told where there is no config.json."""
+    """The shape of a tensor that is needed to derive the config. Raises StditError if it is absent."""
     if len(shapes.get(name, ())) != rank:
         raise StditError(f"{place}: not a {what}: no config.json, and no {name} of rank {rank} to tell the size by.")
     return shapes[name]
 
 
 def patch_rules(config: TransformerConfig, theirs: str = "pos_embed.proj", axes: int = 2) -> list[Rule]:
-    """A patch embedding that is a convolution: a Conv2d of every frame, or a Conv3d."""
+    """A patch embedding that is a convolution there: a Conv2d per frame, or a Conv3d."""
     kernel = (config.in_channels, *config.patch[-axes:])
     return [
         Rule("patch_embedding.weight", f"{theirs}.weight", Unflatten(1, kernel)),
@@ -237,7 +241,7 @@ def patch_rules(config: TransformerConfig, theirs: str = "pos_embed.proj", axes:
 
 
 def block_rules(ours: str = "blocks", theirs: str = "transformer_blocks", q_norm: str = "norm_{p}") -> list[Rule]:
-    """The blocks of diffusers' PixArt and of all that were made after it."""
+    """The blocks of diffusers' PixArt and its descendants."""
     rules = []
     for mine, yours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         a, b = f"{ours}.{{i}}.{mine}", f"{theirs}.{{i}}.{yours}"
@@ -255,7 +259,7 @@ def block_rules(ours: str = "blocks", theirs: str = "transformer_blocks", q_norm
 
 
 def end_rules(time: str = "adaln_single") -> list[Rule]:
-    """Time, text and head of the same models; not the patch embedding."""
+    """Time embedding, text embedding and head of the same models."""
     return [
         Rule("time_embedding.0.{leaf}", f"{time}.emb.timestep_embedder.linear_1.{{leaf}}"),
         Rule("time_embedding.2.{leaf}", f"{time}.emb.timestep_embedder.linear_2.{{leaf}}"),

@@ -1,7 +1,7 @@
-"""Cosmos-Predict 1, 2 and 2.5 (nvidia-cosmos), diffusion transformers from text, and from text and video, to world.
+"""Cosmos-Predict 1, 2 and 2.5 (nvidia-cosmos): transformers from text, and from text and video, to video.
 
-The originals name the blocks of 1 and of 2 differently and have no config.json. Rotary turns the halves of a head; rows
-of q and k, and of their norms' weights, are permuted.
+The originals have no config.json, and name the blocks of 1 and of 2 differently. Their rotary embedding pairs the
+halves of a head, so rows of q and k and of their norms' weights are permuted.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ SETTINGS: dict[str, Any] = {
     "rope_fps": 24.0,
     "blank_channels": 1,
 }
-_PREDICT25: dict[str, Any] = {"text_embedding": "gelu", "rope_fps": 0.0}  # told by its projection of the text
+_PREDICT25: dict[str, Any] = {"text_embedding": "gelu", "rope_fps": 0.0}  # recognised by its text projection
 _OWN = ("text_padding", "rope_theta", "image_channels")
-_KEPT = (*_OWN, "heads", "patch", "in_channels", "rope_scale")  # beside an original
+_KEPT = (*_OWN, "heads", "patch", "in_channels", "rope_scale")  # written beside originals
 _BLOCKS = r"(?:transformer_blocks\.|blocks\.(?:block)?)(\d+)\."
 _MAX_SIZE = (128, 240, 240)
 _DIFFUSERS = configs.Fields(
@@ -87,7 +87,6 @@ _DIFFUSERS = configs.Fields(
 def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
-    """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
         values = _values_from_shapes(shapes, configs.described(found, _KEPT, place), place)
         return checked_transformer(SETTINGS | _network_time(values) | values, shapes, place, _BLOCKS)
@@ -104,17 +103,17 @@ def config_from(
         sizes = tuple(size // one for size, one in zip(theirs["max_size"], theirs["patch_size"]))
         values |= {"position": "learned", "position_max": sizes}
     values["blank_channels"] = int(theirs["concat_padding_mask"])
-    values.setdefault("image_channels", int(values["in_channels"] == values["out_channels"] + 1))  # a mask of frames
+    values.setdefault("image_channels", int(values["in_channels"] == values["out_channels"] + 1))  # a frame mask
     return checked_transformer(SETTINGS | _network_time(values) | values, shapes, place, _BLOCKS)
 
 
 def _network_time(values: Mapping[str, Any]) -> dict[str, str]:
-    """1, which alone has learned positions, is an EDM denoiser; 2 and 2.5 are flows."""
+    """1, the only one with learned positions, is an EDM denoiser; 2 and 2.5 are flows."""
     return {"network_time": "log_sigma" if values.get("position") == "learned" else "level"}
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' CosmosTransformer3DModel.save_pretrained writes it."""
+    """As CosmosTransformer3DModel.save_pretrained writes it."""
     projected = config.text_embedding == "gelu"
     learned = config.position == "learned"
     largest = tuple(a * b for a, b in zip(config.position_max, config.patch)) if learned else _MAX_SIZE
@@ -135,12 +134,11 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
-    """A config.json beside an original's tensors."""
     return configs.describe(_ORIGINAL_CLASS, config, _KEPT)
 
 
 def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
-    """Settings of which the layout's program has one value: ComfyUI knows the released sizes of 1 and 2 alone."""
+    """ComfyUI knows the released sizes of 1 and 2 only."""
     if layout != "comfyui":
         return {"rope_theta": (10000.0,)} if layout == "diffusers" else {"qk_norm": ("per_head",)}
     learned, large = config.position == "learned", config.dim == 5120
@@ -163,14 +161,13 @@ def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "original" (of 1 or of 2) or "diffusers", by the names alone; "" for another family's."""
     if "x_embedder.proj.1.weight" in names:
         return "original"
     return "diffusers" if {"patch_embed.proj.weight", "time_embed.norm.weight"} <= set(names) else ""
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
-    """Our names ↔ that dialect's; originals with learned positions are named as Cosmos-Predict1's."""
+    """Originals with learned positions have Cosmos-Predict1's names."""
     turned = half_split_heads(config.heads, config.head_dim)
     normed = half_split_heads(1, config.head_dim)
     order = output_order(config.patch, config.out_channels, "hwtc")
@@ -248,7 +245,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 
 
 def _rotary_buffers(config: TransformerConfig) -> dict[str, Callable[[], Tensor]]:
-    """What the originals keep of VideoRopePosition3DEmb: 1 all places along its longest axis, 2 the exponents too."""
+    """The buffers of VideoRopePosition3DEmb: in 1 the positions of the longest axis, in 2 the exponents too."""
     import torch
 
     from stdit.models.positions import rotary_axes
@@ -270,7 +267,7 @@ _AXES = (("frame", "t"), ("row", "h"), ("column", "w"))
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], place: object) -> dict[str, Any]:
-    """Of an original: widths are in the shapes, patches are (1, 2, 2), rope_scale is each release's."""
+    """Patches are (1, 2, 2), rope_scale is each release's."""
     first = (
         "blocks.block0.blocks.{}.block.attn.to_{}"
         if "blocks.block0.blocks.0.block.attn.to_q.0.weight" in shapes

@@ -1,6 +1,6 @@
 """Latte (Vchitect/Latte, models/latte_t2v.py): PixArt-α's blocks, each followed by one over time.
 
-The release has diffusers' names, and a text for "no text" beside them.
+The release has diffusers' names, and a learned text for "no text".
 """
 
 from __future__ import annotations
@@ -57,13 +57,12 @@ _DIFFUSERS = configs.Fields(
 def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
-    """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or (found.get("_class_name") == _ORIGINAL_CLASS and "_stdit" in found):
         kept = configs.described(found, configs.PICTURE_KEPT, place)
         values = _values_from_shapes(shapes, place, kept.get("heads", heads)) | kept
         return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
     known = {**found, "_class_name": _DIFFUSERS.class_name}
-    if found.get("_class_name") == _ORIGINAL_CLASS:  # the release's has the keys of a larger class
+    if found.get("_class_name") == _ORIGINAL_CLASS:  # the release's has keys of a larger class
         known = {name: value for name, value in known.items() if name in _DIFFUSERS.defaults or name.startswith("_")}
     values, theirs = _DIFFUSERS.read(known, _OWN, place)
     for name in ("in_channels", "patch_size", "caption_channels", "cross_attention_dim"):
@@ -75,33 +74,28 @@ def config_from(
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' LatteTransformer3DModel.save_pretrained writes it.
-
-    Its positions of frames are made for `video_length` frames, the release's 16; ours are for any number.
-    """
+    """As LatteTransformer3DModel.save_pretrained writes it. Its frame positions are for `video_length` frames, the
+    release's 16; ours are for any number."""
     sizes = configs.head_fields(config) | configs.picture_fields(config)
     return _DIFFUSERS.write(config, _OWN, **sizes, num_embeds_ada_norm=1000)
 
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
-    """A config.json beside an original's tensors."""
     return configs.describe(_ORIGINAL_CLASS, config, configs.PICTURE_KEPT)
 
 
 def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]] | None:
-    """Nothing that is not in config.json. ComfyUI has no Latte."""
+    """config.json says everything. ComfyUI has no Latte."""
     return None if layout == "comfyui" else configs.pixart_built_in(config)
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "original" or "diffusers", by the names alone; "" for another family's."""
     if "pos_embed.proj.weight" not in names or not any(n.startswith("temporal_transformer_blocks.") for n in names):
         return ""
     return "original" if "caption_projection.y_embedding" in names else "diffusers"
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
-    """Our names ↔ that dialect's."""
     return KeyMap(
         *configs.patch_rules(config),
         *block_rules(),
@@ -113,7 +107,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
-    """Positions are for 64 latents a side, as in the release."""
+    """Positions are for 64 latents per side, as in the release."""
     names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
     values = configs.picture_from_shapes(shapes, place, TITLE, _BLOCKS, names, heads, {1152: 16})
     null_text = shapes.get("caption_projection.y_embedding", (0,))[0]

@@ -1,7 +1,7 @@
 """LTX-Video (Lightricks/LTX-Video, ltx_video/models/transformers/transformer3d.py): 2B and 13B.
 
-The original's names are diffusers' but for four, in the release's folders as in the single files that ComfyUI reads,
-where all have a prefix and the VAE lies beside.
+The original's names are diffusers' except for four, both in the release's folders and in the single files that ComfyUI
+reads, which add a prefix and hold the VAE too.
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ _ORIGINAL = Fields(
 def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
-    """Our config of a config.json in either dialect, or, where `found` is empty, of the tensors' shapes alone."""
     if sounds := [name for name in shapes if ".audio_" in name or name.startswith("audio_")]:
-        raise StditError(f"{place}: {sounds[0]} is of LTX-2, which has a second kind of tokens. {TITLE}s load.")
+        raise StditError(f"{place}: {sounds[0]} is of LTX-2, which has a second kind of tokens and is not supported.")
     if not found:
         return checked_transformer(SETTINGS | _values_from_shapes(shapes, place, heads), shapes, place, _BLOCKS)
     original = found.get("_class_name") == _ORIGINAL.class_name or "positional_embedding_type" in found
@@ -112,11 +111,11 @@ def config_from(
         values.setdefault("patch", (1, 1, 1))
     else:
         values["patch"] = (theirs["patch_size_t"], theirs["patch_size"], theirs["patch_size"])
-        if found.get("_pipeline") == "LTXConditionPipeline":  # which gives the transformer its positions
+        if found.get("_pipeline") == "LTXConditionPipeline":  # this pipeline gives the transformer its positions
             values.setdefault("rotary", "inner_causal")
     values |= configs.checked_width(theirs, place)
     volume = values["patch"][0] * values["patch"][1] * values["patch"][2]
-    for name in ("in_channels", "out_channels"):  # theirs are of a whole patch
+    for name in ("in_channels", "out_channels"):  # theirs count a whole patch
         if theirs[name] % volume:
             raise StditError(f"{place}: {name} {theirs[name]} is not a multiple of the {volume} latents of a patch.")
         values[name] = theirs[name] // volume
@@ -124,18 +123,17 @@ def config_from(
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' LTXVideoTransformer3DModel.save_pretrained writes it, our own values under "_stdit"."""
+    """As LTXVideoTransformer3DModel.save_pretrained writes it, with our own values under "_stdit"."""
     return _DIFFUSERS.write(config, _OWN, **_sizes(config), patch_size=config.patch[1], patch_size_t=config.patch[0])
 
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
-    """transformer/config.json as the original release has it."""
+    """As the original release has it in transformer/config.json."""
     causal = config.rotary == "inner_causal"
     return _ORIGINAL.write(config, _OWN, **_sizes(config), causal_temporal_positioning=causal)
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "original" or "diffusers", by the names alone; "" for another family's."""
     for dialect, first in (("original", "patchify_proj"), ("diffusers", "proj_in")):
         if f"{first}.weight" in names and "caption_projection.linear_1.weight" in names:
             return dialect
@@ -143,7 +141,6 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
-    """Our names ↔ that dialect's."""
     original = dialect == "original"
     order = output_order(config.patch, config.out_channels, "cthw")
     return KeyMap(
@@ -155,7 +152,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 
 
 def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
-    """Settings of which the layout's program has one value; ComfyUI reads the others in `metadata`."""
+    """ComfyUI reads the other settings from `metadata`."""
     fixed: dict[str, tuple[Any, ...]] = {"rope_stride": ((8, 32, 32),), "rope_fps": (25.0,)}
     if layout == "diffusers":
         return {**fixed, "rope_theta": (10000.0,), "rope_scale": ((20.0, 2048.0, 2048.0),)}
@@ -165,8 +162,8 @@ def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...
 
 
 def metadata(config: TransformerConfig) -> dict[str, str]:
-    """What the releases' single files carry from 0.9.5 on. ComfyUI looks there, and nowhere else, for the number of
-    heads and for positions of a causal VAE's frames (causal_temporal_positioning)."""
+    """As in the releases' single files from 0.9.5 on. Only there ComfyUI finds the number of heads and whether frame
+    positions are a causal VAE's (causal_temporal_positioning)."""
     described = {name: value for name, value in config_to_original(config).items() if name != "_stdit"}
     return {"config": json.dumps({"transformer": described}, sort_keys=True)}
 
@@ -180,8 +177,8 @@ def _sizes(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
-    """Widths are in the shapes; the releases have 32 heads and patches of one latent. All of 13B count frames as a
-    causal VAE does; of 2B those from 0.9.5 on, whose files say so."""
+    """The releases have 32 heads and patches of one latent. Frame positions are a causal VAE's in every 13B, and in 2B
+    from 0.9.5 on, whose files say so."""
     first = "patchify_proj" if dialect_of(shapes) == "original" else "proj_in"
     dim, channels = needed(shapes, f"{first}.weight", 2, place, TITLE)
     return {

@@ -1,7 +1,7 @@
 """Open-Sora 1.2's autoencoder (hpcai-tech/OpenSora-VAE-v1.2), whose names are ours.
 
-Sizes are in the shapes. How many frames go together and the groups of norms are the release's code's: its config.json
-has no say in them there, and only what stdit wrote has here.
+Sizes are derived from the shapes. The number of frames per group and the groups of norms are constants of the release's
+code, which its config.json does not change; stdit reads them only from its own config.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ _FRAMES, _TIME = "spatial_vae.module.encoder.down_blocks", "temporal_vae.encoder
 
 
 def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json") -> OpenSoraConfig:
-    """Our config of the tensors' shapes."""
     filters, z = needed(shapes, f"{_TIME}.conv_in.conv.weight", 5, place, TITLE)[:2]
     levels = [f"{_FRAMES}.{i}.resnets.0.conv1.weight" for i in range(count(shapes, rf"{_FRAMES}\.(\d+)\."))]
     times = range(count(shapes, rf"{_TIME}\.block_res_blocks\.(\d+)\."))
@@ -43,7 +42,7 @@ def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: ob
 
 
 def config_to_original(config: OpenSoraConfig) -> dict[str, Any]:
-    """A config.json with the release's class; its code makes the sizes of its own."""
+    """With the release's class; its code knows its sizes."""
     return {**describe(CLASSES[0], config, _KEPT), "architectures": list(CLASSES), "model_type": CLASSES[0]}
 
 
@@ -56,12 +55,10 @@ def built_in(config: OpenSoraConfig, layout: str) -> dict[str, tuple[Any, ...]] 
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "original" or "" for another family's."""
     return "original" if {f"{_TIME}.conv_in.conv.weight", f"{_FRAMES}.0.resnets.0.conv1.weight"} <= set(names) else ""
 
 
 def keymap(config: OpenSoraConfig, dialect: str) -> KeyMap:
-    """The identity."""
     return KeyMap(Rule("{rest}", "{rest}"))
 
 

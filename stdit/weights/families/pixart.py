@@ -1,9 +1,8 @@
 """PixArt-α and PixArt-Σ (PixArt-alpha/PixArt-alpha, diffusion/model/nets/PixArt.py and PixArtMS.py): images.
 
-An image is a clip of one frame; frames of a longer clip are images of their own. The originals fuse q, k and v, keep a
-text for "no text" with the weights, and have no config.json. Inflated models (`inflate` in stdit/models/transformer.py)
-are stdit's own: no program has a class for them, so config.json names one that none opens; the keys are diffusers', and
-temporal_blocks.
+An image is a clip of one frame; each frame of a longer clip is an image of its own. The originals fuse q, k and v, keep
+a learned text for "no text", and have no config.json. Inflated models (`inflate` in stdit/models/transformer.py) are
+stdit's own: their config.json names a class that no other program has; keys are diffusers', and temporal_blocks.
 """
 
 from __future__ import annotations
@@ -69,7 +68,6 @@ _DIFFUSERS = configs.Fields(
 def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
-    """Our config of diffusers' config.json, of ours of an original, or, where `found` is empty, of shapes alone."""
     if not found or found.get("_class_name") == _ORIGINAL_CLASS:
         kept = configs.described(found, configs.PICTURE_KEPT, place)
         values = _values_from_shapes(shapes, place, kept.get("heads", heads)) | kept
@@ -88,7 +86,7 @@ def config_from(
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' PixArtTransformer2DModel.save_pretrained writes it; ours of an inflated one."""
+    """As PixArtTransformer2DModel.save_pretrained writes it; an inflated model has our class."""
     written = _DIFFUSERS.write(
         config,
         _OWN,
@@ -105,12 +103,11 @@ def _is_inflated(config: TransformerConfig) -> bool:
 
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
-    """A config.json beside an original's tensors, which have none: what their shapes do not say."""
     return configs.describe(_ORIGINAL_CLASS, config, configs.PICTURE_KEPT)
 
 
 def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
-    """Settings of which the layout's program has one value: ComfyUI knows the released size alone."""
+    """ComfyUI knows the released size only."""
     if layout != "comfyui":
         return configs.pixart_built_in(config)
     return {
@@ -129,7 +126,6 @@ def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "original" or "diffusers", by the names alone; "" for another family's."""
     if "y_embedder.y_proj.fc1.weight" in names and "blocks.0.attn.qkv.weight" in names:
         return "original"
     both = {"pos_embed.proj.weight", "adaln_single.linear.weight"} <= set(names)
@@ -137,13 +133,12 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
 
 
 def fits(shapes: Mapping[str, Shape]) -> bool:
-    """Whether more channels come out than go in (a variance); of Allegro's, with the same names, as many."""
+    """PixArt has more output than input channels (a variance); Allegro, with the same names, has as many."""
     head, patch = shapes.get("proj_out.weight", (0,)), shapes.get("pos_embed.proj.weight", (0, 0, 0, 0))
     return dialect_of(shapes) == "original" or head[0] != math.prod(patch[1:])
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
-    """Our names ↔ that dialect's."""
     if dialect == "diffusers" and config.compressed:
         raise StditError(
             "diffusers' PixArtTransformer2DModel has no compressed keys and values (PixArt-Σ 2K): write layout "
@@ -198,10 +193,8 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 
 
 def _positions(config: TransformerConfig) -> Tensor:
-    """The originals' get_2d_sincos_pos_embed for the picture they are made for: (1, side², D).
-
-    In numpy's functions and order, so that no bit differs. Their code reads it of no file, but some of its scripts
-    delete it from what they read and fail where it is not there.
+    """The originals' get_2d_sincos_pos_embed for the trained image size: (1, side², D), by numpy's functions in their
+    order, so that no bit differs. Their model does not load it, but some of their scripts fail if it is absent.
     """
     import numpy as np
     import torch
@@ -215,8 +208,8 @@ def _positions(config: TransformerConfig) -> Tensor:
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
-    """The side of the grid of positions is told by the originals' `pos_embed`, or by the releases' habit: those that
-    know the picture's size are for 1024 pixels."""
+    """The originals' `pos_embed` gives the side of the position grid; without it, models that know the image size are
+    taken to be for 1024 pixels."""
     names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
     if dialect_of(shapes) == "original":
         names = ("x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.y_proj.fc1.weight")

@@ -1,7 +1,7 @@
 """STDiT3 of Open-Sora 1.2 (hpcaitech/Open-Sora v1.2.0, opensora/models/stdit/stdit3.py).
 
-Spatial blocks, each followed by one over time, both with text. There is no class of diffusers: both layouts are the
-release's, whose config.json names no class that we know it by; its tensors' names tell it.
+Spatial blocks, each followed by a temporal block, both with text. diffusers has no class for it, so both layouts are
+the release's. Its config.json names no class: it is recognised by its tensors.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ _NOTES = ("architectures", "auto_map", "model_type", "torch_dtype", "transformer
 def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
-    """Our config of the release's config.json. Without one the number of heads is unknown."""
     if not found:
         raise StditError(f"{place}: {TITLE} needs its config.json beside the file.")
     known = {name: value for name, value in found.items() if name not in _NOTES}
@@ -83,7 +82,7 @@ def config_from(
 
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as the release has it."""
+    """As the release has it."""
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise StditError(
             f"{TITLE} has out_channels of once or twice its in_channels {config.in_channels}, not "
@@ -103,17 +102,15 @@ config_to_diffusers = config_to_original
 
 
 def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]] | None:
-    """Nothing that is not in config.json. ComfyUI has no STDiT3; it would take its tensors for PixArt's."""
+    """ComfyUI has no STDiT3; it would take the tensors for PixArt's."""
     return None if layout == "comfyui" else {"blank_channels": (0,)}
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "original" or "" for another family's."""
     return "original" if "spatial_blocks.0.attn.qkv.weight" in names else ""
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
-    """Our names ↔ the release's."""
     rules = []
     for ours, theirs in (("blocks", "spatial_blocks"), ("temporal_blocks", "temporal_blocks")):
         a, b = f"{ours}.{{i}}", f"{theirs}.{{i}}"
@@ -144,7 +141,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 
 
 def _frequencies(config: TransformerConfig) -> Tensor:
-    """As rotary-embedding-torch makes and keeps them: (D_head/2,)."""
+    """As rotary-embedding-torch computes and stores them: (D_head/2,)."""
     import torch
 
     return 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)

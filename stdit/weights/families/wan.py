@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 transformers (Wan-Video/Wan2.1, Wan-Video/Wan2.2), and what stdit trains itself.
+"""Wan 2.1 and 2.2 transformers (Wan-Video/Wan2.1, Wan-Video/Wan2.2), and the models that stdit trains.
 
 Our names are the original release's, so the original dialect differs only in the patch embedding (a Conv3d there, a
 Linear here). diffusers' `WanTransformer3DModel` renames everything, and swaps norm2 and norm3.
@@ -28,9 +28,9 @@ from stdit.weights.keymap import KeyMap, Rule, Shape
 TITLE = "Wan transformer"
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 ORIGINAL_CLASS = "WanModel"
-SKYREELS_CLASS = "SkyReelsV2Transformer3DModel"  # Wan's network, unless it is told the frame rate or is causal
+SKYREELS_CLASS = "SkyReelsV2Transformer3DModel"  # Wan's network, unless it knows the frame rate or is causal
 
-# Branches that other variants of Wan have, by the start of a tensor's name in any dialect.
+# Branches of Wan's variants, by the start of a tensor's name in any dialect.
 _BRANCHES = {
     "SkyReels-V2's embedding of the frame rate": r"fps_(embedding|projection)\.",
     "HuMo's or MultiTalk's audio": r"audio_proj\.|blocks\.\d+\.(audio_cross_attn|audio_cross_attn_wrapper)",
@@ -44,11 +44,11 @@ _BRANCHES = {
     ),
     "camera or reference control (Fun-Control, Fun-Camera)": r"(control_adapter|ref_conv|adapter)\.",
 }
-_CONTROL = {16: (32, 48, 52, 68), 48: (100, 148)}  # channels in of control variants, for those out
+_CONTROL = {16: (32, 48, 52, 68), 48: (100, 148)}  # out_channels: in_channels of control variants
 _SKYREELS = {"inject_sample_info": False, "num_frame_per_block": 1, "flag_causal_attention": False}
 _MODEL_TYPES = {"t2v", "ti2v", "i2v", "flf2v"}
 
-# original name: our name. What is absent from a release's config.json has Wan's default.
+# original name: our name. A key that is absent from a release's config.json has Wan's default.
 _ORIGINAL_FIELDS = {
     "dim": "dim",
     "num_heads": "heads",
@@ -81,25 +81,15 @@ _DIFFUSERS_FIELDS = {
     "pos_embed_seq_len": "image_text_positions",
 }
 _DIFFUSERS_DEFAULTS = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
-_OWN = (
-    "text_padding",
-    "rope_theta",
-    "rope_max",
-    "qk_norm",
-    "image_channels",
-)  # what others' config.json may have no place for
-_SWITCHES = {"qk_norm": "across_heads", "cross_norm": "affine"}  # true or false there: ours where true, else "none"
+_OWN = ("text_padding", "rope_theta", "rope_max", "qk_norm", "image_channels")  # written under "_stdit"
+_SWITCHES = {"qk_norm": "across_heads", "cross_norm": "affine"}  # booleans there; our value for true, false is "none"
 _WORDS = re.compile(r"(dim|heads|layers|ffn_dim|in_channels|out_channels|text_dim|frequency_dim|rope_max)")
 
 
 def config_from(
     found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
 ) -> TransformerConfig:
-    """Our config of a config.json in any dialect, or, where `found` is empty, of the tensors' shapes alone.
-
-    Raises StditError that names a variant that stdit does not run (image branches, VACE, Animate, …), an unknown
-    class, a bad value, or a number of blocks that is not the file's.
-    """
+    """See `Family`. Raises StditError also for Wan's variants that stdit does not run (VACE, Animate, …), by name."""
     _refuse_variants(found, shapes, place)
     found = _without_skyreels(found, place)
     if not found:
@@ -140,7 +130,7 @@ def config_from(
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as diffusers' WanTransformer3DModel.save_pretrained writes it, with our own values under "_stdit"."""
+    """As WanTransformer3DModel.save_pretrained writes it, with our own values under "_stdit"."""
     return {
         "_class_name": DIFFUSERS_CLASS,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -165,7 +155,7 @@ def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
 
 
 def config_to_original(config: TransformerConfig) -> dict[str, Any]:
-    """config.json as the original releases write it."""
+    """As the original releases write it."""
     values = {theirs: getattr(config, ours) for theirs, ours in _ORIGINAL_FIELDS.items()}
     values |= {"qk_norm": config.qk_norm != "none", "cross_attn_norm": config.cross_norm != "none"}
     values["patch_size"] = list(config.patch)
@@ -176,13 +166,12 @@ def config_to_original(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _own(config: TransformerConfig) -> dict[str, Any]:
-    """What a config.json of other programs has no place for."""
+    """Settings that other programs' config.json cannot hold."""
     added = {name: getattr(config, name) for name in _OWN if name != "image_channels" or config.image_channels}
     return {"format": FORMAT, **added, "qk_norm": config.qk_norm != "none"}
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "diffusers" or "original", by the names alone; "" for another family's."""
     if any(re.match(r"condition_embedder\.|blocks\.\d+\.attn1\.", name) for name in names):
         return "diffusers"
     original = r"time_projection\.|blocks\.\d+\.self_attn\.(q|k|v|o|norm_q|norm_k)\."
@@ -190,7 +179,6 @@ def dialect_of(names: Mapping[str, Shape]) -> str:
 
 
 def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
-    """Our names ↔ that dialect's."""
     convolution = patch_rules(config, "patch_embedding", axes=3)
     if dialect == "original":
         return KeyMap(*convolution, Rule("{rest}", "{rest}"))
@@ -214,7 +202,7 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
         Rule("img_emb.proj.3.{leaf}", "condition_embedder.image_embedder.ff.net.2.{leaf}"),
         Rule("img_emb.proj.4.{leaf}", "condition_embedder.image_embedder.norm2.{leaf}"),
         Rule("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
-        Rule("blocks.{i}.norm3.{leaf}", "blocks.{i}.norm2.{leaf}"),  # the only norm with weights, renumbered there
+        Rule("blocks.{i}.norm3.{leaf}", "blocks.{i}.norm2.{leaf}"),  # the one norm with weights
         Rule("blocks.{i}.ffn.0.{leaf}", "blocks.{i}.ffn.net.0.proj.{leaf}"),
         Rule("blocks.{i}.ffn.2.{leaf}", "blocks.{i}.ffn.net.2.{leaf}"),
         Rule("blocks.{i}.modulation", "blocks.{i}.scale_shift_table"),
@@ -224,9 +212,8 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 
 
 def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
-    """Settings of which the layout's program has one value: of diffusers' class, of the release's, and of ComfyUI's
-    (comfy/model_detection.py), which takes the number of heads from the width and much else for granted. Others that
-    read a release's file without its config.json take heads of 128, too; below that width they find none."""
+    """ComfyUI (comfy/model_detection.py) derives the number of heads from the width and assumes much else. Other
+    programs that read a release's file without its config.json also assume heads of 128, and find none below that."""
     fixed: dict[str, tuple[Any, ...]] = {"rope_theta": (10000.0,), "blank_channels": (0,)}
     if layout == "diffusers":
         return {**fixed, "qk_norm": ("across_heads",)}
@@ -299,8 +286,8 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
 
 
 def _image_values(values: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """What no config.json of the original release says: the image branch of 2.1, which 2.2 has not, and how many of
-    the channels are an image's (its latents and the mask of known frames): those beside as many as come out."""
+    """Adds what the original config.json does not say: the size of 2.1's image branch, which 2.2 does not have, and
+    the number of image channels (image latents and known-frame mask): in_channels − out_channels."""
     branch = {
         "image_text_dim": shapes.get("img_emb.proj.1.weight", (0, 0))[1],
         "image_text_positions": shapes.get("img_emb.emb_pos", (0, 0, 0))[1],
@@ -314,7 +301,7 @@ def _image_values(values: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dic
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
-    """A config of the tensors alone. Widths are in the shapes; heads are 128 wide, as in every release of Wan."""
+    """From tensor shapes. Heads are 128 wide, as in every release of Wan."""
     if re.search(r"chrono[-_]?edit", Path(str(place)).name, re.IGNORECASE):
         raise StditError(
             f"{place}: is ChronoEdit by its name: Wan I2V's tensors, but its last frame stands at another place in "

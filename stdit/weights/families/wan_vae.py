@@ -1,7 +1,7 @@
-"""Wan 2.1's and 2.2's causal video VAEs (wan/modules/vae.py and vae2_2.py of the releases), and what stdit trains.
+"""Wan 2.1's and 2.2's causal video VAEs (the releases' wan/modules/vae.py and vae2_2.py), and those stdit trains.
 
 Our names are the releases', so the original dialect is the identity. diffusers' `AutoencoderKLWan` renames modules and
-nests the levels. The releases have no config.json: the config is read from the tensors' shapes.
+nests the levels. The releases have no config.json: the config is derived from the tensors' shapes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stdit.weights.keymap import KeyMap, Rule, Shape
 TITLE = "Wan causal video VAE"
 DIFFUSERS_CLASS = "AutoencoderKLWan"
 ORIGINAL_CLASS = "WanVAE_"
-OWN_CLASS = "CausalVAE"  # what Wan's layout has no place for: no other program has a class for it
+OWN_CLASS = "CausalVAE"  # for VAEs that Wan's layout cannot hold; no other program has this class
 CLASSES = (DIFFUSERS_CLASS, ORIGINAL_CLASS, OWN_CLASS)
 
 # The names that other programs give to fields of VaeConfig; the spelling of "temperal" is theirs.
@@ -38,7 +38,7 @@ _DIFFUSERS_FIELDS = {
 }
 _DIFFUSERS_APART = (
     "attn_scales", "dropout", "in_channels", "out_channels", "scale_factor_spatial", "scale_factor_temporal",
-    "clip_output",  # in the released Wan 2.2 VAE's config.json; diffusers passes it over and clamps all the same
+    "clip_output",  # in the released Wan 2.2 VAE's config.json; diffusers always clamps
 )  # fmt: skip
 _ORIGINAL_FIELDS = {
     "dim": "base_dim",
@@ -47,15 +47,16 @@ _ORIGINAL_FIELDS = {
     "num_res_blocks": "num_res_blocks",
     "temperal_downsample": "temporal_downsample",
 }
-_OWN = ("decoder_base_dim", "patch_size", "residual", "latents_mean", "latents_std")  # the class has no such argument
+_OWN = (
+    "decoder_base_dim",
+    "patch_size",
+    "residual",
+    "latents_mean",
+    "latents_std",
+)  # arguments that the class does not have
 
 
 def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json") -> VaeConfig:
-    """Our config of a config.json in any dialect, or, where `found` is empty, of the tensors' shapes alone.
-
-    Raises StditError for another class, an unknown key, what is not supported (attention at other scales) and bad
-    values, always with `place`.
-    """
     kind = found.get("_class_name")
     if kind not in (None, *CLASSES):
         raise StditError(f"{place}: {kind!r} is not a model that stdit loads; it loads {TITLE}s ({DIFFUSERS_CLASS}).")
@@ -74,8 +75,8 @@ def config_from(found: Mapping[str, Any], shapes: Mapping[str, Shape], place: ob
 
 
 def config_to_diffusers(config: VaeConfig) -> dict[str, Any]:
-    """config.json as diffusers' AutoencoderKLWan.save_pretrained writes it, every value explicit; our own of a VAE with
-    Stable Diffusion's layers."""
+    """As AutoencoderKLWan.save_pretrained writes it, every value explicit; our own class for a VAE with Stable
+    Diffusion's layers."""
     if config.groups:
         return {"_class_name": OWN_CLASS, **_listed(vars(config))}
     values = {theirs: getattr(config, ours) for theirs, ours in _DIFFUSERS_FIELDS.items()}
@@ -96,7 +97,7 @@ def config_to_diffusers(config: VaeConfig) -> dict[str, Any]:
 
 
 def config_to_original(config: VaeConfig) -> dict[str, Any]:
-    """A config.json of the arguments of the release's class; the release itself has none."""
+    """The arguments of the release's class; the release itself has no config.json."""
     if config.groups:
         raise StditError("no release has a VAE of groups: write layout 'diffusers', which is stdit's own for it.")
     values = {theirs: getattr(config, ours) for theirs, ours in _ORIGINAL_FIELDS.items()}
@@ -105,7 +106,7 @@ def config_to_original(config: VaeConfig) -> dict[str, Any]:
 
 
 def built_in(config: VaeConfig, layout: str) -> dict[str, tuple[Any, ...]]:
-    """ComfyUI runs the two released sizes alone, and normalises latents by the releases' numbers."""
+    """ComfyUI runs only the two released sizes, and normalises latents by the releases' statistics."""
     if layout != "comfyui":
         return {}
     release = PRESETS["wan2.2" if config.residual else "wan2.1"]
@@ -113,14 +114,12 @@ def built_in(config: VaeConfig, layout: str) -> dict[str, tuple[Any, ...]]:
 
 
 def dialect_of(names: Mapping[str, Shape]) -> str:
-    """ "diffusers" or "original", by the names alone; "" for another family's."""
     if "quant_conv.weight" in names and any(name.startswith("encoder.mid_block.") for name in names):
         return "diffusers"
     return "original" if any(name.startswith("encoder.middle.") for name in names) else ""
 
 
 def keymap(config: VaeConfig, dialect: str) -> KeyMap:
-    """Our names ↔ that dialect's."""
     if dialect == "original" or config.groups:
         return KeyMap(Rule("{rest}", "{rest}"))
     rules = [
@@ -133,7 +132,7 @@ def keymap(config: VaeConfig, dialect: str) -> KeyMap:
         Rule("{side:encoder|decoder}.middle.1.{rest}", "{side}.mid_block.attentions.0.{rest}"),
         *residual_block("{side:encoder|decoder}.middle.2", "{side}.mid_block.resnets.1"),
     ]
-    if config.residual:  # levels nested on both sides; what is no block is resample.1 and time_conv
+    if config.residual:  # levels are nested on both sides; the rest is resample.1 and time_conv
         for ours, theirs in (
             ("encoder.downsamples.{l}.downsamples", "encoder.down_blocks.{l}"),
             ("decoder.upsamples.{l}.upsamples", "decoder.up_blocks.{l}"),
@@ -155,7 +154,7 @@ def keymap(config: VaeConfig, dialect: str) -> KeyMap:
 
 
 def residual_block(ours: str, theirs: str) -> list[Rule]:
-    """A residual block as diffusers names its tensors, of Wan's VAEs and of Stable Diffusion's."""
+    """A residual block under diffusers' names, for Wan's VAEs and Stable Diffusion's."""
     return [
         Rule(f"{ours}.residual.0.{{leaf}}", f"{theirs}.norm1.{{leaf}}"),
         Rule(f"{ours}.residual.2.{{leaf}}", f"{theirs}.conv1.{{leaf}}"),
@@ -183,7 +182,7 @@ def _values_from_diffusers(found: Mapping[str, Any], place: object) -> dict[str,
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str, Any]:
-    """A config of the tensors alone. Latents of weights shaped as a release's are normalised as the release's."""
+    """From tensor shapes. If they are a release's, latents are normalised by that release's statistics."""
     diffusers = dialect_of(shapes) == "diffusers"
     down = "encoder.down_blocks" if diffusers else "encoder.downsamples"
     conv_in = "conv_in" if diffusers else "conv1"

@@ -1,8 +1,8 @@
-"""Adapters (LoRA; Hu et al. 2022): what is added to a model's weights, and how it moves between dialects with them.
+"""Adapters (LoRA; Hu et al. 2022), and their exact conversion between dialects.
 
-An adapter is kept under our names. A key map moves it as it moves the weights: the rows of B (`up`) like a weight's
-rows, the columns of A (`down`) like its columns. Where a dialect has several of our weights in one, its pair is split
-into pairs that share A; several of ours become one pair with A stacked and B block-diagonal. All of it is exact.
+An adapter is kept under our names. A key map converts it like the weights: B's rows (`up`) like a weight's rows, A's
+columns (`down`) like its columns. If a dialect fuses several of our weights, its pair is split into pairs that share A;
+in the other direction A is stacked and B is block-diagonal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stdit.weights.keymap import Move, Table, Take
 
 @dataclass(frozen=True)
 class Pair:
-    """What is added to a weight (out, in…): alpha / rank · B·A. down: A, (rank, in…). up: B, (out, rank)."""
+    """Adds alpha / rank · B·A to a weight (out, in…). down: A, (rank, in…). up: B, (out, rank)."""
 
     down: Tensor
     up: Tensor
@@ -36,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """pairs: by the names of the weights they are added to. differences: whole tensors to add, by name."""
+    """pairs: by the name of the weight. differences: whole tensors to add, by name."""
 
     pairs: dict[str, Pair]
     differences: dict[str, Tensor] = field(default_factory=dict)
@@ -44,8 +44,8 @@ class Adapter:
 
 @torch.no_grad()
 def merge(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Adds adapters under our names, each times its strength, to a model's weights: in fp32 (fp64 for fp64), rounded
-    once to the weights' dtype. There is no way back but to load the model again."""
+    """Adds adapters, each times its strength, to a model's weights in place. Computes in fp32 (fp64 for fp64 weights)
+    and rounds once to the weights' dtype."""
     tensors = model.state_dict()  # the model's own memory
     for name in dict.fromkeys(name for adapter, _ in adapters for name in (*adapter.pairs, *adapter.differences)):
         weight = tensors[name]
@@ -60,12 +60,12 @@ def merge(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
 
 
 def to_native(adapter: Adapter, table: Table) -> Adapter:
-    """An adapter under another dialect's names, of which the table holds all, under ours."""
+    """Renames an adapter from another dialect, whose names the table has, to ours."""
     return _moved(adapter, table, back=True)
 
 
 def to_foreign(adapter: Adapter, table: Table) -> Adapter:
-    """And the way there."""
+    """The inverse of `to_native`."""
     return _moved(adapter, table, back=False)
 
 
@@ -101,7 +101,7 @@ def _transformed(pair: Pair, move: Move, back: bool) -> Pair:
 
 
 def _join(pairs: Sequence[Pair | None], sizes: Sequence[int]) -> Pair:
-    """One pair for weights of so many rows one upon another; None leaves a weight as it is."""
+    """One pair for stacked weights of `sizes` rows. None: nothing is added to that weight."""
     there = [pair for pair in pairs if pair is not None]
     first = there[0]
     if len(pairs) == 1:
@@ -122,8 +122,8 @@ def _join(pairs: Sequence[Pair | None], sizes: Sequence[int]) -> Pair:
 
 
 def _split(pair: Pair, sizes: Sequence[int]) -> list[Pair | None]:
-    """Pairs for weights of so many rows, that share A; but no rows of A that a weight's part of B leaves out, so that
-    what `_join` stacked comes apart again. None where nothing is added."""
+    """Pairs for weights of `sizes` rows that share A, without the rows of A that a weight's part of B does not use: so
+    a pair that `_join` stacked comes apart again. None: nothing is added to that weight."""
     if len(sizes) == 1:
         return [pair]
     parts: list[Pair | None] = []
@@ -133,7 +133,7 @@ def _split(pair: Pair, sizes: Sequence[int]) -> list[Pair | None]:
         if not used.all():
             part = Pair(pair.down[used], up[:, used], pair.scale * int(used.sum()))
         parts.append(part if used.any() else None)
-    if not any(parts):  # B is zero as at the start of a training
+    if not any(parts):  # B is zero, as when training starts
         return [Pair(pair.down, up, pair.alpha) for up in pair.up.split(list(sizes))]
     return parts
 

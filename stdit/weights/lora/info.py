@@ -1,4 +1,4 @@
-"""What a LoRA file is, told without its model: families, ranks, alphas, layers."""
+"""Describes a LoRA file without its model: families, ranks, alphas, layers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def describe(path: str | os.PathLike[str], config: TransformerConfig | None = None) -> dict[str, Any]:
-    """What an adapter's file is: the families whose names it has, ranks, alphas, what it adapts.
+    """The families whose names a LoRA file has, its ranks, alphas and adapted layers.
 
-    config: of the model that it is for; without one, names alone are compared.
+    config: of its model, to check shapes too; without it only names are compared.
     """
     found = open_adapter(path, partly=True)
     if config is not None:
@@ -41,7 +41,7 @@ def describe(path: str | os.PathLike[str], config: TransformerConfig | None = No
 
 
 def fitting(found: LoraFile) -> list[tuple[str, str]]:
-    """(family, dialect) that has all the names of a file, whatever its sizes."""
+    """Every (family, dialect) that has all of a file's names, at any size."""
     numbers = [
         int(number) for module in found.modules for number in re.findall(r"blocks?[._]?(\d{1,3})(?=[._])", module)
     ]
@@ -56,7 +56,7 @@ def fitting(found: LoraFile) -> list[tuple[str, str]]:
 
 
 def _samples(family: Family, layers: int) -> list[TransformerConfig]:
-    """Small models of a family that have, together, every tensor that some model of it has."""
+    """Small models of a family that together have every tensor of its models."""
     from stdit.models.config import TransformerConfig
 
     sizes = {"dim": 12, "heads": 1, "ffn_dim": 4, "text_dim": 4, "frequency_dim": 12, "in_channels": 1}

@@ -39,10 +39,10 @@ FILES = {
 _PREFIXES = (
     "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.", "dit.", "unet.",
 )  # fmt: skip
-# before names whose dots became underscores; VideoX-Fun's has two at its end
+# prefixes of names whose dots became underscores; VideoX-Fun's ends in two
 _JOINED = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 _PARTS = {
-    "down": r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight",  # with peft's name of the adapter
+    "down": r"lora_A(?:\.\w+)?\.weight|lora_down\.weight|lora\.down\.weight",  # peft has the adapter's name in it
     "up": r"lora_B(?:\.\w+)?\.weight|lora_up\.weight|lora\.up\.weight",
     "up_bias": r"lora_B(?:\.\w+)?\.bias",
     "alpha": r"alpha",
@@ -50,7 +50,7 @@ _PARTS = {
     "diff_b": r"diff_b|b_norm",
     "diff_m": r"diff_m",  # of a modulation, in lightx2v's files
 }
-_OTHERS = re.compile(r"(transformer_2|text_encoders?\w*|lora_te\d?_\w+)\b")  # models beside the transformer
+_OTHERS = re.compile(r"(transformer_2|text_encoders?\w*|lora_te\d?_\w+)\b")  # other models in the file
 _NAME = re.compile(r"(.+)\.(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _PARTS.items()) + ")")
 _REFUSED = {
     r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
@@ -62,16 +62,17 @@ _REFUSED = {
     r"\.(set_weight|reshape_weight)$": "a patch that replaces weights",
 }
 _PARTLY = "to use the rest of it, ask for it: --lora-partly, or `partly=True`"
-_OTHER_BASE = re.compile(r"pissa|olora|corda|loftq")  # starts of training that change the weights below the adapter
+_OTHER_BASE = re.compile(r"pissa|olora|corda|loftq")  # initialisations that change the base weights
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """An adapter's file, its names taken apart; no tensor read.
+    """A LoRA file with its names parsed; no tensor is read.
 
-    modules: what is adapted, as the file names it without its prefix: which of _PARTS: the tensor's name. joined:
-    names have underscores for dots. settings: peft's, if it says them. others: names of tensors for other models,
-    which are left out.
+    modules: by module, as the file names it without its prefix: by part (a key of _PARTS) the tensor's name.
+    joined: names have underscores instead of dots.
+    settings: peft's LoraConfig, if the file has one.
+    others: names of tensors for other models, which are left out.
     """
 
     files: TensorFiles
@@ -89,7 +90,7 @@ class LoraFile:
         }
 
     def alpha(self, module: str) -> float:
-        """What the file says of a module, as the alpha of alpha / rank."""
+        """The alpha of a module, for alpha / rank."""
         parts, rank = self.modules[module], self.ranks[module]
         if "alpha" in parts:
             tensor = self.files.read(parts["alpha"])
@@ -106,7 +107,7 @@ class LoraFile:
         return float(alpha) * (math.sqrt(rank) if self.settings.get("use_rslora") else 1)
 
     def resolve(self, table: Table) -> dict[str, str]:
-        """Module: the dialect's name of the weight that it adapts. Modules that the table does not have are absent."""
+        """The dialect's name of the weight that each module adapts. Modules that the table does not have are absent."""
         known: dict[str, list[str]] = {}
         for name in table.foreign_shapes:
             module = name.removesuffix(".weight")
@@ -118,8 +119,8 @@ class LoraFile:
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether a safetensors file, or one in a folder under a name of FILES, is an adapter by its tensors'
-    names. Raises where it cannot be read."""
+    """Whether a safetensors file, or one of FILES in a folder, is an adapter by its tensors' names. Raises StditError
+    if it cannot be read."""
     place = _place(path)
     if not place.is_file() or place.suffix not in (".safetensors", ".sft"):
         return False
@@ -128,9 +129,9 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def open_adapter(path: str | os.PathLike[str], partly: bool = False) -> LoraFile:
-    """An adapter's file, every name understood and every pair whole, or a StditError that says what is not.
+    """Opens a LoRA file. Raises StditError for a name that it does not know and for an incomplete pair.
 
-    partly: leave out tensors for other models (a text encoder, a second transformer), where it is an error else.
+    partly: leave out tensors for other models (a text encoder, a second transformer) instead of raising.
     """
     files = open_file(_place(path))
     for name in files.entries:
@@ -140,8 +141,8 @@ def open_adapter(path: str | os.PathLike[str], partly: bool = False) -> LoraFile
     others = tuple(name for name in files.entries if _OTHERS.match(name))
     if others and not partly:
         raise StditError(
-            f"{files.path}: holds an adapter for another model beside or instead of the transformer ({others[0]}). "
-            f"Split it, so that the file has the transformer's tensors alone; {_PARTLY}."
+            f"{files.path}: holds an adapter for a model other than the transformer ({others[0]}). Split the file so "
+            f"that it has the transformer's tensors only; {_PARTLY}."
         )
     files = TensorFiles(files.path, {n: e for n, e in files.entries.items() if n not in others}, files.metadata)
     while (inner := files.without_prefix(_PREFIXES)) is not files:
@@ -176,9 +177,10 @@ def open_adapter(path: str | os.PathLike[str], partly: bool = False) -> LoraFile
 def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly: bool = False) -> Adapter:
     """An adapter for a model of this config, under our names.
 
-    Raises StditError that names the file and the tensor where anything is unknown to this model, missing, misshaped,
-    not finite, or of a kind that stdit does not read. Nothing is read before all names and shapes are checked.
-    partly: leave out what is for layers that this model does not have, with a warning that says what.
+    partly: leave out layers that this model does not have, with a warning that names them.
+
+    Raises StditError that names the file and the tensor if anything is unknown, missing, misshaped, not finite, or of a
+    kind that stdit does not read. No tensor is read before all names and shapes are checked.
     """
     from stdit.weights.lora.adapters import Adapter, Pair, to_native
 
@@ -187,7 +189,7 @@ def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly
     left_out = [*found.others, *(module for module in found.modules if module not in names)]
     if left_out:
         warnings.warn(
-            f"{found.files.path}: {len(names)} layers are adapted; left out, since this model does not have them: "
+            f"{found.files.path}: {len(names)} layers are adapted. Left out, because this model does not have them: "
             f"{_kinds(left_out)}.",
             stacklevel=2,
         )
@@ -209,13 +211,13 @@ def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
-    """The file itself, or in a folder the one that has a name of FILES."""
+    """The file itself, or the one of FILES that is in the folder."""
     place = Path(path).expanduser()
     return next((place / name for name in FILES.values() if (place / name).is_file()), place)
 
 
 def _settings(files: TensorFiles) -> dict[str, Any]:
-    """peft's LoraConfig, as diffusers puts it into a file's metadata, or as peft lays it beside the file."""
+    """peft's LoraConfig, from the file's metadata (diffusers) or from adapter_config.json beside it (peft)."""
     beside = files.path.parent / "adapter_config.json"
     if carried := files.metadata.get("lora_adapter_metadata"):
         try:
@@ -235,22 +237,23 @@ def _settings(files: TensorFiles) -> dict[str, Any]:
     start = found.get("init_lora_weights")
     if isinstance(start, str) and _OTHER_BASE.match(start.lower()):
         raise StditError(
-            f"{files.path}: init_lora_weights is {start!r}, so it belongs to weights that were changed before the "
-            "training. Save it with peft's path_initial_model_for_weight_conversion as an ordinary LoRA."
+            f"{files.path}: init_lora_weights is {start!r}, so it was trained over changed base weights. Save it as an "
+            "ordinary LoRA, with peft's path_initial_model_for_weight_conversion."
         )
     return found
 
 
 def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> tuple[Table, dict[str, str]]:
-    """The table of the dialect that has a file's names, and the weights that they are; shapes are checked.
+    """The table of the dialect that has most of a file's names, and the weight that each module adapts; shapes are
+    checked.
 
-    partly: names that it does not have are absent, unless all are.
+    partly: unknown names are left out, unless all are unknown.
     """
     best: tuple[Table, dict[str, str]] | None = None
     for dialect in ("original", "diffusers"):
         try:
             table = table_of(config, dialect)
-        except StditError:  # a model that diffusers has no class for
+        except StditError:  # diffusers has no class for this model
             continue
         names = found.resolve(table)
         if best is None or len(names) > len(best[1]):
@@ -273,7 +276,7 @@ def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> 
 
 
 def _kinds(modules: Iterable[str]) -> str:
-    """Layers with the numbers of their blocks as *, each once: at most eight, then how many more."""
+    """At most eight layer names with * for block numbers, each once, then the number of others."""
     kinds = list(dict.fromkeys(re.sub(r"(?<=blocks[._])\d+", "*", module) for module in modules))
     return ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
 
@@ -281,7 +284,7 @@ def _kinds(modules: Iterable[str]) -> str:
 def _check_shapes(
     found: LoraFile, module: str, parts: Mapping[str, str], name: str, shapes: Mapping[str, Shape]
 ) -> None:
-    """Every tensor of a module against the weight that it is for."""
+    """Checks the shape and dtype of every tensor of a module against its weight."""
     shape = shapes[name]
     rank = found.ranks.get(module, 0)
     columns = math.prod(shape[1:])
@@ -306,7 +309,7 @@ def _check_shapes(
 
 def _tensor(found: LoraFile, name: str) -> Tensor:
     tensor = found.files.read(name)
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # little can be done in fp8
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch computes little in fp8
 
 
 def _bias(weight: str) -> str:

@@ -39,9 +39,9 @@ ALIASES = {"comfyui": "common", "diffusion-pipe": "common"}
 def write_adapter(
     adapter: Adapter, path: str | os.PathLike[str], config: TransformerConfig, layout: str = "common"
 ) -> None:
-    """Writes an adapter under our names for a model of this config to a safetensors file, in one of LAYOUTS.
+    """Writes an adapter for a model of this config to a safetensors file, in one of LAYOUTS.
 
-    peft looks for the file under the name adapter_model.safetensors, and for adapter_config.json beside it.
+    peft expects the name adapter_model.safetensors, and adapter_config.json beside it.
     """
     layout = ALIASES.get(layout, layout)
     if layout not in LAYOUTS:
@@ -54,8 +54,8 @@ def write_adapter(
     if plain:
         if there.differences:
             raise StditError(
-                f"{path}: the adapter changes {next(iter(there.differences))} as a whole, which diffusers' LoRA files "
-                "have no place for: write layout 'common'."
+                f"{path}: the adapter adds a whole tensor to {next(iter(there.differences))}, which diffusers' LoRA "
+                "files cannot hold: write layout 'common'."
             )
         prefix, settings = "base_model.model", _peft_settings(modules)
         if layout == "peft":
@@ -90,18 +90,18 @@ def _start(module: str, layout: str) -> str:
 
 
 def _unscaled(pair: Pair) -> Pair:
-    """The same with alpha / rank in B: exact for a power of two, else rounded in fp32 whatever B is in."""
+    """Multiplies alpha / rank into B: exactly if it is a power of two, else rounded in fp32 for any dtype of B."""
     up = pair.up if math.frexp(pair.scale)[0] == 0.5 or pair.up.dtype.itemsize > 2 else pair.up.float()
     return replace(pair, up=up * pair.scale, alpha=float(pair.rank))
 
 
 def _as_kernel(pair: Pair) -> Tensor:
-    """B as a convolution with a kernel of one where A is a kernel."""
+    """B, with a kernel of size 1 if A is a convolution."""
     return pair.up.reshape(*pair.up.shape, *(1,) * (pair.down.ndim - 2))
 
 
 def _peft_settings(modules: Mapping[str, Pair]) -> dict[str, Any]:
-    """The LoraConfig that says these ranks and alphas; exceptions to the commonest by name."""
+    """peft's LoraConfig for these ranks and alphas: the most common ones, and exceptions by name."""
     ranks = {module: pair.rank for module, pair in modules.items()}
     alphas = {
         module: int(pair.alpha) if float(pair.alpha).is_integer() else pair.alpha for module, pair in modules.items()

@@ -224,7 +224,7 @@ def test_loras_are_added_with_their_weights(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "part", *words, "--lora", tmp_path / "c.safetensors") == 1
     assert "--lora-partly" in capsys.readouterr().err
     assert run(folder, tmp_path / "part", *words, "--lora", tmp_path / "c.safetensors", "--lora-partly") == 0
-    assert "left out, since this model does not have them: blocks_*_ffn_0" in capsys.readouterr().err
+    assert "Left out, because this model does not have them: blocks_*_ffn_0" in capsys.readouterr().err
     for out, part in (("part", True), ("with", False)):
         command = json.loads(next((tmp_path / out).glob("*.json")).read_text())["command"]
         assert ("--lora-partly" in command.split()) == part

@@ -227,7 +227,7 @@ def test_other_ways_to_say_the_scale(kind, tmp_path):
         assert len(adapter.differences) == len(adapter.pairs)
         merge(ours, [(adapter, 1.0)])
         assert relative(*outputs(ours, theirs, "Wan", 0)) <= 1e-4
-        with pytest.raises(StditError, match="as a whole, which diffusers' LoRA files have no place for"):
+        with pytest.raises(StditError, match="which diffusers' LoRA files cannot hold"):
             write_adapter(adapter, tmp_path / "no.safetensors", ours.config, "diffusers")
         return
     state = added(tmp_path / "out.safetensors", ours)
@@ -288,8 +288,8 @@ def written(tmp_path: Path, config: TransformerConfig) -> Path:
         (lambda t: t.update({"Q.hada_w1_a": torch.ones(2, 2)}), "holds LoHa"),
         (lambda t: t.update({"Q.weight": torch.ones(12, 12)}), "is not part of a LoRA"),
         (lambda t: t.update({"Q.diff_b": torch.ones(11)}), r"diff_b is \(11,\)"),
-        (lambda t: t.update({"text_encoder.q.lora_A.weight": torch.ones(1, 2)}), "an adapter for another model"),
-        (lambda t: t.update({"transformer_2.q.lora_A.weight": torch.ones(1, 2)}), "an adapter for another model"),
+        (lambda t: t.update({"text_encoder.q.lora_A.weight": torch.ones(1, 2)}), "an adapter for a model other than"),
+        (lambda t: t.update({"transformer_2.q.lora_A.weight": torch.ones(1, 2)}), "an adapter for a model other than"),
         (
             lambda t: t.update({key.replace("s.1.", "s.7."): t.pop(key) for key in list(t) if "s.1." in key}),
             r"adapts 1 layers that this Wan transformer of 2 blocks does not have, such as diffusion_model\.blocks\.7",
@@ -317,7 +317,7 @@ def test_damaged_settings_and_other_families_are_named(tmp_path):
         ("{", "not valid JSON"),
         ("[]", "not a JSON object"),
         ('{"transformer.use_dora": true}', "holds DoRA"),
-        ('{"init_lora_weights": "pissa_niter_4"}', "weights that were changed before"),
+        ('{"init_lora_weights": "pissa_niter_4"}', "over changed base weights"),
         ('{"alpha_pattern": {"(a+)+b": 3}}', "alpha_pattern"),
         ('{"lora_alpha": "16"}', "alpha of proj_out is '16'"),
     ]:
