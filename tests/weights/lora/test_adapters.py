@@ -451,7 +451,7 @@ def test_what_a_model_does_not_have_is_left_out_only_if_asked(extra, named, tmp_
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(StditError, match="--lora-partly"):
         read_adapter(tmp_path / "a.safetensors", config)
-    with pytest.warns(UserWarning, match=f"1 layers are adapted; left out.*{named}"):
+    with pytest.warns(UserWarning, match=rf"1 layers are adapted\. Left out.*{named}"):
         found = read_adapter(tmp_path / "a.safetensors", config, partly=True)
     assert list(found.pairs) == ["blocks.0.self_attn.q.weight"]
     save_file({name: t for name, t in tensors.items() if ".0.self_attn.q." not in name}, tmp_path / "b.safetensors")
