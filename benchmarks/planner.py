@@ -21,7 +21,7 @@ import numpy as np
 from stdit.data.config import DataConfig, PlanConfig
 from stdit.data.plan.buckets import assign_columns
 from stdit.data.plan.planner import Plan
-from stdit.data.plan.split import MicroStep, split
+from stdit.data.plan.split import MicroStepPacks, split
 from stdit.shapes import VideoShape, size_for
 
 ASPECTS = (16 / 9, 3 / 2, 4 / 3, 1.0, 3 / 4, 2 / 3, 9 / 16)
@@ -229,7 +229,7 @@ def large_run(clips: int, ranks: int) -> dict[str, Any]:
     plan.items(0)
     times["steps"] = time.process_time() - start - times["buckets"]
     for index in range(plan.num_steps):
-        packs: list[MicroStep] = split(plan.items(index), ranks, 4 * max(tokens))
+        packs: list[MicroStepPacks] = split(plan.items(index), ranks, 4 * max(tokens))
         assert len(packs[0][0])  # one rank's clips
     times["packs"] = time.process_time() - start - sum(times.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

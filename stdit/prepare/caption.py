@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from stdit.data.decode.checks import Limits, VideoError
-from stdit.data.load.loader import local_file, read_ahead
+from stdit.data.load.clip_files import local_file
+from stdit.data.load.read_ahead import read_ahead
 from stdit.data.manifest import SCHEMA, Clip, Manifest, Skipped, write_manifest
 from stdit.data.remote.paths import beside
 from stdit.data.remote.storage import STORAGE

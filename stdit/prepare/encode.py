@@ -16,7 +16,8 @@ from torch import Tensor
 from stdit.data.config import DataConfig
 from stdit.data.decode.checks import CHANGED, check_content
 from stdit.data.load.cache import Cache, cuts, latent_key, latent_settings, text_key, text_settings
-from stdit.data.load.loader import Example, Loader, local_file
+from stdit.data.load.clip_files import local_file
+from stdit.data.load.loader import Example, Loader
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment
 from stdit.errors import StditError

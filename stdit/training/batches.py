@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from stdit.data.load.loader import Example, Loader
 from stdit.data.plan.planner import Plan
 from stdit.data.plan.split import PlanItem, split
-
-CLOSING = 30.0  # seconds to wait for a read that hangs
 
 
 @dataclass(frozen=True)
@@ -40,76 +36,37 @@ class StepClips:
 class StepLoader:
     """Endless iterator over the steps from `first_step` (counted over epochs) on.
 
-    plan_of: the plan of an epoch. A thread reads ahead unless the loader has no workers. `close` must be called: torch
-    may abort a process that ends while the thread runs.
+    plan_of: the plan of an epoch. The loader reads ahead, also across the end of an epoch. `close` must be called:
+    torch may abort a process that ends while a thread reads.
     """
 
     def __init__(self, plan_of: Callable[[int], Plan], loader: Loader, rank: int, ranks: int, first_step: int) -> None:
-        self.plan_of, self.loader, self.rank, self.ranks = plan_of, loader, rank, ranks
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        steps = self._read(first_step)
-        self.steps: Iterator[StepClips] = self._read_ahead(steps) if loader.workers else steps
+        self.plan_of, self.rank, self.ranks = plan_of, rank, ranks
+        self._pending: deque[tuple[int, int, int, list[list[PlanItem]]]] = deque()  # steps whose clips are being read
+        self._batches = loader.iterate_epochs(self._packs(first_step))
+        self.steps: Iterator[StepClips] = self._read()
 
     def close(self) -> None:
-        """Stops reading ahead. Waits for the clips that are being read, at most CLOSING seconds."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(CLOSING)
+        """Stops reading ahead. Waits for the clips that are being read, but not for one that hangs."""
+        self._batches.close()
 
-    def _read(self, first_step: int) -> Generator[StepClips, None, None]:
-        epoch, index = 0, first_step
-        while index >= (steps := self.plan_of(epoch).num_steps):
-            epoch, index = epoch + 1, index - steps
+    def _packs(self, first_step: int) -> Iterator[tuple[int, list[PlanItem]]]:
+        """(epoch, this rank's pack) of every micro-step. Its step is added to `_pending` before its first pack."""
+        epoch, first = 0, first_step
+        while first >= (steps := self.plan_of(epoch).num_steps):
+            epoch, first = epoch + 1, first - steps
         while True:
-            yield from self._read_epoch(epoch, index)
-            epoch, index = epoch + 1, 0
-
-    def _read_epoch(self, epoch: int, first: int) -> Generator[StepClips, None, None]:
-        plan = self.plan_of(epoch)
-        bound = plan.token_bound()
-        pending: deque[tuple[int, int, list[list[PlanItem]]]] = deque()  # steps whose clips are being read
-
-        def packs() -> Iterator[list[PlanItem]]:
+            plan = self.plan_of(epoch)
+            bound = plan.token_bound()
             for index in range(first, plan.num_steps):
                 step = plan.items(index)
-                mine = [groups[self.rank] for groups in split(step, self.ranks, bound)]
-                pending.append((index, len(step), mine))
-                yield from mine
+                packs = [groups[self.rank] for groups in split(step, self.ranks, bound)]
+                self._pending.append((epoch, index, len(step), packs))
+                yield from ((epoch, pack) for pack in packs)
+            epoch, first = epoch + 1, 0
 
-        batches = self.loader.iterate(packs(), epoch)
-        for first_batch in batches:
-            index, num_clips, packs_of_step = pending.popleft()
-            examples = [first_batch, *(next(batches) for _ in packs_of_step[1:])]
-            yield StepClips(epoch, index, num_clips, [MicroStep(*pair) for pair in zip(packs_of_step, examples)])
-
-    def _read_ahead(self, steps: Generator[StepClips, None, None]) -> Iterator[StepClips]:
-        """Reads the next steps on a thread, so that an epoch's first clips come while the last of the one before
-        train."""
-        ready: queue.Queue[StepClips | BaseException] = queue.Queue(maxsize=2)
-
-        def put(value: StepClips | BaseException) -> None:
-            while not self._stop.is_set():
-                try:
-                    return ready.put(value, timeout=0.2)
-                except queue.Full:
-                    continue
-
-        def work() -> None:
-            try:
-                for step in steps:
-                    if self._stop.is_set():
-                        return
-                    put(step)
-            except BaseException as error:  # raised to the reader of the queue
-                put(error)
-            finally:
-                steps.close()
-
-        self._thread = threading.Thread(target=work, name="stdit-feed", daemon=True)
-        self._thread.start()
-        while True:
-            value = ready.get()
-            if isinstance(value, BaseException):
-                raise value
-            yield value
+    def _read(self) -> Iterator[StepClips]:
+        for first_batch in self._batches:
+            epoch, index, num_clips, packs = self._pending.popleft()
+            examples = [first_batch, *(next(self._batches) for _ in packs[1:])]
+            yield StepClips(epoch, index, num_clips, [MicroStep(*pair) for pair in zip(packs, examples)])

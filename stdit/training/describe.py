@@ -6,7 +6,6 @@ import itertools
 from dataclasses import asdict
 from pathlib import Path
 
-from stdit.data.plan.buckets import REASONS
 from stdit.data.plan.exclusions import explain_exclusions
 from stdit.data.plan.split import balance, split
 from stdit.training.config import RunConfig
@@ -52,7 +51,7 @@ def unused_shapes_and_clips(components: RunComponents) -> list[str]:
         components.manifest, assignment, components.config.data, components.objective.tokens
     ):
         details = f" ({group.details})" if group.details else ""
-        lines.append(f"{group.clips:,} clips left out: {REASONS[group.reason]}{details}")
+        lines.append(f"{group.clips:,} clips left out: {group.text}{details}")
     return lines
 
 

@@ -47,7 +47,7 @@ def encode(
     """
     from stdit.cli.common.bars import counting_bar
     from stdit.cli.common.device import pick_device
-    from stdit.data.load.loader import check_files
+    from stdit.data.load.clip_files import check_files
     from stdit.data.manifest import read_manifest
     from stdit.data.plan.buckets import assign
     from stdit.data.remote.storage import STORAGE

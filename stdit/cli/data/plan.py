@@ -272,8 +272,6 @@ def _progress(steps: Sequence[int]) -> Iterable[int]:
 def _print_drops(console: Any, left_out: Sequence[Exclusion], clips: int) -> None:
     from rich.table import Table
 
-    from stdit.data.plan.buckets import REASONS
-
     if not left_out:
         return
     dropped = sum(one.clips for one in left_out)
@@ -281,7 +279,7 @@ def _print_drops(console: Any, left_out: Sequence[Exclusion], clips: int) -> Non
     table = Table("clips", "reason", "what they are", title=title, title_justify="left")
     table.columns[0].justify = "right"
     for one in left_out:
-        table.add_row(f"{one.clips:,}", REASONS[one.reason], one.details)
+        table.add_row(f"{one.clips:,}", one.text, one.details)
     console.print(table)
 
 

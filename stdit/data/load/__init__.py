@@ -1,1 +1,1 @@
-"""Clips of the plan as tensors, from files or from the cache. Imports the rooms before it."""
+"""Loads the plan's clips as tensors, from files or from the cache. Imports all other rooms of data."""

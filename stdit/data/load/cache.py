@@ -1,12 +1,12 @@
-"""The cache: tensors in safetensors shards with a Parquet index, addressed by content. Read through memory maps.
+"""The cache: tensors in safetensors shards with a Parquet index, addressed by content and read through memory maps.
 
     CACHE/latents-0123456789abcdef/settings.json              what made them: VAE identity, fps, dtype, …
-                                   832x480x81-….safetensors   one tensor a key
-                                   832x480x81-….parquet       its keys; a shard without one is not there
+                                   832x480x81-….safetensors   one tensor per key
+                                   832x480x81-….parquet       its keys; a shard without this file does not count
     CACHE/text-…/                                          the same for text embeddings
 
-The folder's name is the hash of the settings, so another VAE never reads, and never mixes with, this one's latents.
-CACHE may be a URL of any fsspec scheme: shards are then fetched into `storage`'s bounded folder and mapped there.
+The folder's name is the hash of the settings, so latents of different VAEs never mix. CACHE may be a URL of any fsspec
+scheme: shards are then fetched into `storage`'s local cache and mapped there.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
-TEXT_FORMAT = 2  # 1 did not say how texts were treated
+TEXT_FORMAT = 2  # 1 did not record how texts were prepared
 _INDEX = pa.schema([("key", pa.string()), ("shard", pa.string()), ("failure", pa.string())])
 _OPEN_SHARDS = 64
 
 
 def cuts(config: DataConfig) -> DataConfig:
-    """The config by which the cached clips are cut: from the first frame and at the centre, or `crops` ways by key."""
+    """The config for cutting cached clips: at the first frame and the centre, or in `crops` keyed ways."""
     return config.fixed() if config.crops == 1 else replace(config, cache=None, keep_gb=0.0)
 
 
 def latent_settings(config: DataConfig, vae_identity: str) -> dict[str, Any]:
-    """What decides a latent besides the clip, its shape and, where clips are cut several ways, the number of the cut.
+    """What determines a latent besides the clip, its shape and the number of the cut.
 
-    How many cuts there are is not among it: more can be added.
+    The number of cuts is not part of it: more can be added.
     """
     cut = cuts(config)
     return {
@@ -66,12 +66,12 @@ def latent_settings(config: DataConfig, vae_identity: str) -> dict[str, Any]:
 
 
 def text_settings(config: DataConfig, text_identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides an embedding besides its text. text_identity: see `stdit.prepare.encode.text_identity`."""
+    """What determines an embedding besides its text. text_identity: see `stdit.prepare.encode.text_identity`."""
     return {"format": TEXT_FORMAT, "kind": "text", "dtype": config.cache_dtype, **text_identity}
 
 
 def latent_key(clip_id: str, shape: VideoShape, cut: int | None = None) -> str:
-    """cut: which of several; None where there is one, from the first frame and at the centre."""
+    """cut: its number; None if there is only one, at the first frame and the centre."""
     return f"{clip_id}/{shape}" if cut is None else f"{clip_id}/{shape}/{cut}"
 
 
@@ -80,7 +80,7 @@ def text_key(text: str) -> str:
 
 
 class CacheMissing(StditError):
-    """A cache does not hold what was made with these settings. others: whether it holds what was made with others."""
+    """A cache has no tensors of these settings. others: whether it has tensors of other settings."""
 
     def __init__(self, message: str, others: bool) -> None:
         super().__init__(message)
@@ -88,7 +88,7 @@ class CacheMissing(StditError):
 
 
 class Cache:
-    """Tensors of one settings. `open` for reading; `create` also for writing."""
+    """Tensors with the same settings. Use `open` for reading, `create` for reading and writing."""
 
     def __init__(self, folder: str, settings: Mapping[str, Any], storage: Storage = STORAGE) -> None:
         self.folder, self.settings, self.storage = folder, dict(settings), storage
@@ -100,7 +100,7 @@ class Cache:
     def create(
         cls, root: str | Path, settings: Mapping[str, Any], storage: Storage = STORAGE, write_settings: bool = True
     ) -> Cache:
-        """write_settings: for one of several ranks that write to one cache."""
+        """Opens a cache for writing. write_settings: True for one of the ranks that write to it."""
         folder = join(str(root).removeprefix("file://"), _name(settings))
         if write_settings:
             _remove_parts(folder, "settings.json")
@@ -110,8 +110,10 @@ class Cache:
 
     @classmethod
     def open(cls, root: str | Path, settings: Mapping[str, Any], storage: Storage = STORAGE) -> Cache:
-        """The tensors made with exactly these settings. Raises CacheMissing, which says what the folder holds instead,
-        and StorageError where it cannot be reached."""
+        """Opens the tensors with exactly these settings.
+
+        Raises CacheMissing, which tells what the folder has instead, or StorageError if it cannot be reached.
+        """
         root = str(root).removeprefix("file://")
         folder = join(root, _name(settings))
         if "settings.json" in storage.names(folder):
@@ -124,7 +126,7 @@ class Cache:
             with suppress(ValueError):
                 other = json.loads(content)
             if not isinstance(other, dict):
-                others.append(f"{name}: its settings.json is damaged; what made it is not known")
+                others.append(f"{name}: its settings.json is damaged")
                 continue
             names = sorted({*settings, *other})
             differs = [
@@ -132,25 +134,27 @@ class Cache:
             ]
             others.append(f"{name}: {'; '.join(differs)}")
         held = "holds no " + kind if not others else f"holds other {kind}:\n  " + "\n  ".join(others)
-        advice = f"`stdit data encode MANIFEST --config CFG --out {root}` adds those wanted here."
+        advice = f"`stdit data encode MANIFEST --config CFG --out {root}` adds the missing ones."
         raise CacheMissing(f"cache {root} {held}.\n{advice}", others=bool(others))
 
     def reload(self) -> None:
-        """Reads the index anew."""
+        """Reads the index again."""
         names = [name for name in self.storage.names(self.folder) if name.endswith(".parquet") and name[0] != "."]
         contents = self.storage.read_all([join(self.folder, name) for name in names])
         parts = [_index_part(join(self.folder, name), content) for name, content in zip(names, contents)]
         self._complete = {name.removesuffix(".parquet") for name in names}
         self.index = pa.concat_tables(parts) if parts else _INDEX.empty_table()
         failed = pc.is_valid(self.index.column("failure"))
-        if pc.any(failed).as_py():  # what failed once may have been encoded later, into another shard: that is found
+        if pc.any(failed).as_py():  # last, since a clip that failed may be in a later shard: that one is to be found
             self.index = pa.concat_tables([self.index.filter(pc.invert(failed)), self.index.filter(failed)])
         self.__dict__.pop("_by_hash", None)
 
     @cached_property
     def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
-        """(keys,) the first 8 bytes of the SHA-256 that keys begin with, sorted, and where each is in the index: they
-        find one among millions in 16 bytes a key."""
+        """(keys,) sorted first 8 bytes of the SHA-256 with which keys begin, and their index positions.
+
+        Finds a key among millions with 16 bytes of memory per key.
+        """
         prefixes = "".join(pc.utf8_slice_codeunits(self.index.column("key"), 0, 16).to_pylist())
         numbers = np.frombuffer(bytes.fromhex(prefixes), ">u8").astype(np.uint64)
         order = np.argsort(numbers, kind="stable")
@@ -163,18 +167,18 @@ class Cache:
         return name in self._complete
 
     def find(self, keys: Sequence[str] | pa.Array) -> np.ndarray:
-        """(keys,) positions in the index, −1 for a key that is not there."""
+        """(keys,) positions in the index; −1 for keys that are not there."""
         found = pc.index_in(pa.array(keys, pa.string()), value_set=self.index.column("key"))
         return found.fill_null(-1).to_numpy(zero_copy_only=False)
 
     def position(self, key: str) -> int:
-        """The position in the index of one key that begins with a SHA-256 in hex, as texts' do, or −1."""
+        """The index position of a key that begins with a SHA-256 in hex, such as a text's; −1 if it is not there."""
         (known, order), number = self._by_hash, np.uint64(int(key[:16], 16))
         low, high = np.searchsorted(known, number, "left"), np.searchsorted(known, number, "right")
         return next((int(p) for p in order[low:high] if self.key(p) == key), -1)
 
     def failure(self, position: int) -> str | None:
-        """Why there is no tensor at this position of the index, or None."""
+        """Why there is no tensor at an index position, or None."""
         return self.index.column("failure")[int(position)].as_py()
 
     def shard(self, position: int) -> str:
@@ -184,15 +188,15 @@ class Cache:
         return self.index.column("key")[int(position)].as_py()
 
     def tensor(self, position: int) -> torch.Tensor:
-        """The tensor at a position of the index, in fp32 (a view of the file where it is stored so)."""
+        """The tensor at an index position, in fp32 (a view of the file if stored as fp32)."""
         name, key = self.shard(position), self.key(position)
         path = join(self.folder, f"{name}.safetensors")
-        if is_remote(path):  # opened for this tensor alone: what is open cannot make room
+        if is_remote(path):  # opened for this tensor only: open shards could not be dropped from the local cache
             with self.storage.local(path) as local:
                 return self._open_shard(name, local).get_tensor(key).float()
         with self._lock:
             shard = self._shards.pop(name, None) or self._open_shard(name, path)
-            self._shards[name] = shard  # the most recently used last
+            self._shards[name] = shard  # most recently used last
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
             return shard.get_tensor(key).float()
@@ -209,7 +213,7 @@ class Cache:
             ) from error
 
     def write_shard(self, name: str, tensors: Mapping[str, torch.Tensor], failures: Mapping[str, str]) -> None:
-        """Publishes a shard: the tensors first, then the index part that makes them count."""
+        """Writes a shard: first the tensors, then their index, which makes them count."""
         from safetensors.torch import save
 
         _remove_parts(self.folder, name)
@@ -227,7 +231,7 @@ class Cache:
 
 def _index_part(path: str, content: bytes) -> pa.Table:
     try:
-        # not read_table, which takes five times as long for so small a part: there may be 100,000 of them
+        # there may be 100,000 such small files, for which read_table takes five times as long
         return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False).cast(_INDEX)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise StditError(
@@ -236,7 +240,7 @@ def _index_part(path: str, content: bytes) -> pa.Table:
 
 
 def _remove_parts(folder: str, name: str) -> None:
-    """Removes what a killed process left half-written of the files of this name."""
+    """Removes unfinished files of this name that a killed process left."""
     if not is_remote(folder):
         for part in Path(folder).glob(f".{name}*.part"):
             part.unlink(missing_ok=True)

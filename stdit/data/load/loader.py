@@ -1,17 +1,12 @@
-"""Clips of the plan as tensors, from files or from the cache; the same for any number of workers, ranks, restarts."""
+"""Loads the plan's clips as tensors, from files or from the cache; the same for any number of workers and ranks."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from threading import Lock
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,13 +14,13 @@ import torch
 from torch import Tensor
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.checks import CHANGED, Limits, VideoError, check_content
+from stdit.data.decode.checks import Limits, VideoError
 from stdit.data.decode.video import read_frames
 from stdit.data.load.cache import Cache, latent_key, text_key
+from stdit.data.load.clip_files import local_file
+from stdit.data.load.read_ahead import read_ahead
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment, slack
-from stdit.data.remote.paths import file_of, is_remote, split_member
-from stdit.data.remote.retries import FILE_REASONS, StorageError
 from stdit.data.remote.storage import STORAGE, Storage
 from stdit.data.workers.pool import READER
 from stdit.errors import StditError
@@ -33,12 +28,9 @@ from stdit.keyed import keyed_uniform
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 
-Wanted = TypeVar("Wanted")
-Result = TypeVar("Result")
-
 
 class Item(Protocol):
-    """What the loader reads of the planner's PlanItem."""
+    """The fields of the planner's PlanItem that the loader uses."""
 
     @property
     def row(self) -> int: ...
@@ -52,11 +44,12 @@ class Item(Protocol):
 class Example:
     """One clip, cut to its shape.
 
-    weight: 1, or 0 where the clip could not be read; its tensors are then zeros, `failure` says why and `reason` in one
-        word (see `VideoError`; "not_encoded" for a clip that the cache has a failure of).
-    frames: (T, H, W, 3) uint8, or None where latents come from the cache.
+    weight: 1; or 0 for a clip that could not be read, whose tensors are zeros.
+    frames: (T, H, W, 3) uint8; None if latents come from the cache.
     latents: (C, T', H', W') normalised fp32, from the cache.
-    text: (L, D) embedding of the caption, where the cache has text.
+    text: (L, D) embedding of the caption, from the text cache.
+    failure: why the clip could not be read.
+    reason: the same in one word (see `VideoError`); "not_encoded" if the cache records a failure.
     """
 
     clip_id: str
@@ -74,7 +67,7 @@ class Example:
 
     @property
     def video(self) -> Tensor:
-        """(3, T, H, W) fp32 in [−1, 1], what the VAE takes."""
+        """(3, T, H, W) fp32 in [−1, 1], as the VAE expects."""
         assert self.frames is not None, "latents came from the cache"
         return to_video(self.frames)
 
@@ -82,11 +75,14 @@ class Example:
 class Loader:
     """Reads the clips of batches.
 
+    workers: threads, each with a decoder process of its own, which may crash or hang; 0: decode here. None:
+        config.workers.
+    reader: replaces both ways of decoding.
+    latent_size: (C, T', H', W') of a shape's latents, for clips whose encoding failed.
+    pin: put tensors into page-locked memory, from which a GPU copies while it computes.
+
     Start, crop, mirroring and caption are keyed by (seed, epoch, clip id, occurrence). A clip that cannot be read keeps
-    its place with weight 0; storage that cannot be reached, after all tries, stops the run. Each worker decodes in a
-    process of its own, which may crash or hang; with none, decoding is done here. `reader` takes the place of both.
-    latent_size: (C, T', H', W') of a shape's latents, for clips that the cache has a failure of. pin: puts tensors
-    into page-locked memory, from where a GPU takes them while it computes.
+    its place with weight 0. Storage that stays unreachable after all tries stops the run.
     """
 
     def __init__(
@@ -109,19 +105,24 @@ class Loader:
         self.reader = reader or (READER if self.workers else read_frames)
         self.limits, self.storage, self.pin = Limits(seconds=config.timeout), storage, pin
         self._kept: dict[int, tuple[int, np.ndarray]] = {}  # bucket and frames by row, up to config.keep_gb
-        self._room = int(config.keep_gb * 1e9)
+        self._room = int(config.keep_gb * 1e9)  # bytes
         self._lock = Lock()
         if cache is not None:
             self._check_policies(cache)
             self.positions = [self._positions(cache, stage) for stage in assignment.stages]
 
     def fetch(self, items: Sequence[Item], epoch: int) -> list[Example]:
-        """The examples of one batch, in its order."""
+        """The examples of one batch, in order."""
         return [self._example(item, epoch) for item in items]
 
-    def iterate(self, batches: Iterable[Sequence[Item]], epoch: int) -> Iterator[list[Example]]:
-        """The examples of each batch in order; `config.prefetch` batches are read ahead by the workers."""
-        yield from read_ahead(partial(self._example, epoch=epoch), batches, self.workers, self.config.prefetch)
+    def iterate(self, batches: Iterable[Sequence[Item]], epoch: int) -> Generator[list[Example], None, None]:
+        """The examples of each batch, in order. The workers read `config.prefetch` batches ahead."""
+        return self.iterate_epochs((epoch, batch) for batch in batches)
+
+    def iterate_epochs(self, batches: Iterable[tuple[int, Sequence[Item]]]) -> Generator[list[Example], None, None]:
+        """As `iterate`, for batches of (epoch, items)."""
+        reads = ([(item, epoch) for item in items] for epoch, items in batches)
+        return read_ahead(lambda read: self._example(*read), reads, self.workers, self.config.prefetch)
 
     def _example(self, item: Item, epoch: int) -> Example:
         clip = self.manifest[item.row]
@@ -140,16 +141,18 @@ class Loader:
                 failure, reason = str(error), error.reason
                 frames = torch.zeros(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
         if self.pin:
-            frames, latents, text = (None if one is None else one.pin_memory() for one in (frames, latents, text))
+            frames, latents, text = (
+                None if tensor is None else tensor.pin_memory() for tensor in (frames, latents, text)
+            )
         weight = 0.0 if failure else 1.0
         return Example(
             clip.id, item.row, item.occurrence, epoch, shape, weight, caption, frames, latents, text, failure, reason
         )
 
     def _read(self, item: Item, clip: Clip, key: tuple[int, str, int]) -> np.ndarray:
-        """A clip's frames (T, H, W, 3) as this epoch cuts and mirrors them."""
+        """A clip's frames (T, H, W, 3), cut and mirrored as keyed."""
         bucket, frames = self._kept.get(item.row, (-1, None))
-        if frames is None or bucket != item.bucket:  # of an earlier stage
+        if frames is None or bucket != item.bucket:  # kept frames may be of an earlier stage's bucket
             frames = self._decode(clip, self.assignment.shapes[item.bucket], key)
             with self._lock:
                 if item.row in self._kept:
@@ -179,7 +182,7 @@ class Loader:
                 except VideoError as error:
                     if error.reason != "unreachable":
                         raise
-                    raise OSError(error.message) from error  # of the disk, and so perhaps of all clips
+                    raise OSError(error.message) from error  # a problem of the disk, to be retried
 
             return self.storage.retried_on_os_error(clip.path, read)
 
@@ -204,17 +207,18 @@ class Loader:
                 )
         if self.config.mirror and not cache.settings.get("mirror"):
             raise StditError(
-                "data.mirror cannot be had from latents of one cut: set data.mirror=false or encode with --crops 2."
+                "data.mirror is not possible with latents of a single cut: set data.mirror=false or encode with "
+                "--crops 2."
             )
 
     def _positions(self, cache: Cache, assignment: Assignment) -> np.ndarray:
-        """(rows, crops) where the cache has each clip's latents; those of every clip that has a shape must be there."""
+        """(rows, crops) cache positions of each clip's latents. Raises StditError if a clip with a shape has none."""
         crops = self.config.crops
         positions = np.full((len(self.manifest), crops), -1, np.int64)
         for index, shape in enumerate(assignment.shapes):
             rows = np.flatnonzero(assignment.bucket == index)
             ids = self.manifest.ids.take(rows).combine_chunks()
-            for cut in range(crops):  # without a Python object a clip: there may be ten million
+            for cut in range(crops):  # in Arrow, not Python: there may be ten million clips
                 keys = pc.binary_join_element_wise(ids, latent_key("", shape, cut if crops > 1 else None), "")
                 positions[rows, cut] = cache.find(keys)
         wanted = assignment.bucket >= 0
@@ -228,82 +232,8 @@ class Loader:
         return positions
 
 
-def read_ahead(
-    read: Callable[[Wanted], Result], batches: Iterable[Sequence[Wanted]], workers: int, ahead: int
-) -> Iterator[list[Result]]:
-    """What `read` makes of the members of each batch, in order; threads read `ahead` batches beyond the present one.
-
-    With no workers it is read here, when it is asked for.
-    """
-    if workers == 0:
-        for batch in batches:
-            yield [read(one) for one in batch]
-        return
-    waiting: deque[list[Future[Result]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="stdit-loader")
-    try:
-        for batch in batches:
-            waiting.append([pool.submit(read, one) for one in batch])
-            if len(waiting) > ahead:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
-    """A local path of a clip's file, while the context is open; what is wrong with this file is a VideoError: also that
-    it is another one than was scanned."""
-    try:
-        with storage.local(clip.path) as path:
-            if clip.state and not _is_as_scanned(clip, storage):
-                check_content(path, clip.sha256)  # it may have been copied or touched, and be the same
-            yield path
-    except VideoError as error:  # which may name a local copy
-        raise VideoError(clip.path, error.reason, error.message) from error
-    except StorageError as error:
-        if error.reason in FILE_REASONS:
-            raise VideoError(clip.path, error.reason, error.message) from error
-        raise  # of the storage, and so perhaps of all clips: the run stops
-
-
-def check_files(manifest: Manifest) -> None:
-    """Raises where none of a few clips' files is there: the manifest or the videos were moved, and all would fail."""
-    files = [file_of(manifest[row].path) for row in range(0, len(manifest), max(1, len(manifest) // 8))]
-    if files and not any(is_remote(file) or os.path.lexists(file) for file in files):
-        raise StditError(
-            f"{manifest.source}: the files that it lists are not there, such as {files[0]}. Were it or they moved? "
-            "Paths in a manifest are counted from its own folder: put it back, or scan again."
-        )
-
-
-def _is_as_scanned(clip: Clip, storage: Storage) -> bool:
-    """Whether a file's size and time, or what its storage tells of it, are those of its scan.
-
-    Raises VideoError where it is longer or shorter now, and so another one.
-    """
-    member = split_member(clip.path)
-    file = member.tar if member else clip.path.removeprefix("file://")
-    try:
-        then = json.loads(clip.state)
-        assert isinstance(then, list)
-    except (ValueError, AssertionError):
-        return False  # of another program's making
-    try:
-        now = storage.state(file) if is_remote(file) else [(found := os.stat(file)).st_size, found.st_mtime_ns]
-    except OSError:
-        return True  # the reader says what is wrong
-    pairs = [(a, b) for a, b in zip(then, now) if a is not None and b is not None]  # a list of a store has less
-    if pairs and member is None and then[0] is not None and now[0] is not None and str(then[0]) != str(now[0]):
-        message = f"{CHANGED} ({now[0]} bytes, {then[0]} then). Scan again: stdit data scan."
-        raise VideoError(clip.path, "changed", message)
-    return all(str(a) == str(b) for a, b in pairs)
-
-
 def choose_caption(clip: Clip, uniform: float) -> str:
-    """One of the clip's captions by weight; `uniform` in [0, 1) decides. "" for a clip without any."""
+    """Draws one of the clip's captions by weight; "" for a clip without any. uniform: a random number in [0, 1)."""
     if not clip.captions:
         return ""
     ends = np.cumsum([caption.weight for caption in clip.captions])
@@ -311,7 +241,7 @@ def choose_caption(clip: Clip, uniform: float) -> str:
 
 
 def embedding(cache: Cache, text: str) -> Tensor:
-    """The cached embedding (L, D) of a text; "" is always there."""
+    """The cached embedding (L, D) of a text; "" always has one."""
     position = cache.position(text_key(text))
     if position < 0:
         raise StditError(f"{cache.folder} has no embedding of the caption {text!r}. Run `stdit data encode` again.")

@@ -1,10 +1,11 @@
-"""Shape buckets: which shape every clip is cut to, or the reason why it is cut to none."""
+"""Shape buckets: assigns each clip to a shape, or to a reason why it has none."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import cached_property
 from typing import Any
 
@@ -12,31 +13,51 @@ import numpy as np
 
 from stdit.data.config import DataConfig, Stage
 from stdit.data.manifest import Manifest
-from stdit.data.measure.scores import SCORES
 from stdit.data.plan.filters import outside_bounds, redundant_copies
 from stdit.shapes import VideoShape
 
-# A clip's reason is a filter's, or else the first of the conditions, in this order, that no shape meets together with
-# those before.
-REASONS = {
-    "kind": "an image, and no shape has one frame; or a video, and every shape has one frame",
-    "fps": "the source has fewer frames a second than asked for (data.repeat_frames allows it)",
-    "short": "shorter than every shape's duration",
-    "small": "smaller than every shape that is short enough (data.upscale allows it)",
-    "aspect": "cutting to the nearest aspect ratio would lose more than data.max_crop of the area",
-    **{score: f"its {score} is outside data.filter" for score in SCORES},
-    "repeat": "it looks like another clip that is taken (data.repeats allows it)",
-}
+NO_REASON = -1
+
+
+class Reason(IntEnum):
+    """Why a clip has no shape. `key` is its word in JSON, `text` its sentence.
+
+    KIND to ASPECT are conditions of a shape, checked in this order: the reason is the first that fails for the shape
+    that gets furthest. The scores and REPEAT are filters.
+    """
+
+    text: str
+
+    def __new__(cls, number: int, text: str) -> Reason:
+        member = int.__new__(cls, number)
+        member._value_, member.text = number, text
+        return member
+
+    KIND = 0, "an image, but no shape has one frame; or a video, but every shape has one frame"
+    FPS = 1, "the source has fewer frames per second than requested (data.repeat_frames allows it)"
+    SHORT = 2, "shorter than every shape's duration"
+    SMALL = 3, "smaller than every shape that is short enough (data.upscale allows it)"
+    ASPECT = 4, "cropping to the nearest aspect ratio would lose more than data.max_crop of the area"
+    MOTION = 5, "its motion is outside data.filter"
+    SHARPNESS = 6, "its sharpness is outside data.filter"
+    BRIGHTNESS = 7, "its brightness is outside data.filter"
+    BLACK_BARS = 8, "its black_bars is outside data.filter"
+    STILL_FRAMES = 9, "its still_frames is outside data.filter"
+    REPEAT = 10, "it looks like another clip that is used (data.repeats allows it)"
+
+    @property
+    def key(self) -> str:
+        return self.name.lower()
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which shape every row goes to.
+    """The shape of every row.
 
-    bucket: (rows,) int32 index into shapes, −1 for a clip in none.
-    reason: (rows,) int8 index into REASONS, −1 for a clip that has a shape.
-    lost: (rows,) float32 share of the frame's area that is cut off (0 where the clip has no bucket).
-    earlier: the stages of a curriculum before this, its last one; all have the same shapes.
+    bucket: (rows,) int32 index into shapes; −1 for a clip that has none.
+    reason: (rows,) int8 `Reason`, or NO_REASON for a clip that has a shape.
+    lost: (rows,) float32 share of the frame's area that is cropped; 0 for a clip that has no shape.
+    earlier: the earlier stages of a curriculum, of which this is the last; all have the same shapes.
     """
 
     bucket: np.ndarray
@@ -50,68 +71,68 @@ class Assignment:
         return (*self.earlier, self)
 
     def rows(self, bucket: int | None = None) -> np.ndarray:
-        """The rows that go to a bucket, or to any, in at least one stage."""
+        """The rows in a bucket, or in any bucket, in at least one stage."""
         there = [stage.bucket >= 0 if bucket is None else stage.bucket == bucket for stage in self.stages]
         return np.flatnonzero(np.logical_or.reduce(there))
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """(shapes,) clips in each."""
+        """(shapes,) number of clips."""
         return np.bincount(self.bucket[self.bucket >= 0], minlength=len(self.shapes))
 
     @cached_property
     def crop_losses(self) -> np.ndarray:
-        """(shapes,) mean share of the area that is cut off a bucket's clips; 0 for an empty bucket."""
+        """(shapes,) mean share of the area that is cropped; 0 for an empty bucket."""
         kept = self.bucket >= 0
         sums = np.bincount(self.bucket[kept], self.lost[kept], minlength=len(self.shapes))
         return sums / np.maximum(self.counts, 1)
 
     @cached_property
     def reasons(self) -> dict[str, int]:
-        """How many clips each reason left out; reasons that left out none are absent."""
-        counts = np.bincount(self.reason[self.reason >= 0], minlength=len(REASONS))
-        return {name: int(n) for name, n in zip(REASONS, counts) if n}
+        """How many clips each reason excludes, by key; only reasons that exclude some."""
+        counts = np.bincount(self.reason[self.reason != NO_REASON], minlength=len(Reason))
+        return {reason.key: int(counts[reason]) for reason in Reason if counts[reason]}
 
 
 def slack(start: Any, end: Any, source_fps: Any, frames: int, fps: float) -> Any:
-    """Seconds by which a clip of `frames` at `fps` can be moved inside [start, end]; negative: it does not fit.
+    """Seconds by which a clip of `frames` at `fps` can be moved within [start, end]; negative if it does not fit.
 
-    start, end, source_fps: numbers, or arrays (rows,). The last frame asked for may lie up to half a source frame after
+    start, end, source_fps: numbers or arrays (rows,). The clip's last frame may be up to half a source frame later than
     the last source frame, which is shown at end − 1/source_fps.
     """
     return (end - start) - 0.5 / source_fps - (frames - 1) / fps + 1e-6
 
 
 def lost_area(aspect: np.ndarray, shape: VideoShape) -> np.ndarray:
-    """The share of the area that cutting a frame of `aspect` (width/height) to the shape's costs."""
+    """The share of the area that is cropped from frames of an aspect ratio (width/height) to get the shape's."""
     ratio = aspect * shape.height / shape.width
     return 1 - np.minimum(ratio, 1 / ratio)
 
 
 def assign(manifest: Manifest, config: DataConfig) -> Assignment:
-    """Every clip to exactly one shape or to a named reason; with a curriculum, in each of its stages. Filters go first.
+    """Assigns each clip to exactly one shape or to a reason, in each stage of a curriculum. Filters take precedence.
 
     Among the shapes that fit: the nearest aspect ratio (in log), then the most frames, then the largest area. Images go
-    to shapes of one frame, videos to the others. Nothing is looped; nothing is upscaled unless `config.upscale`.
+    to shapes of one frame, videos to the others. Nothing is looped, and nothing is upscaled unless `config.upscale`.
     """
     config.check()
     columns = {name: manifest.column(name) for name in ("frames", "fps", "width", "height", "start", "end")}
     found = assign_columns(**columns, shapes=config.video_shapes(), config=config)
-    reason = np.full(len(manifest), -1, np.int8)
+    reason = np.full(len(manifest), NO_REASON, np.int8)
     for name, rows in outside_bounds(manifest, config.filter).items():
-        reason[rows & (reason < 0)] = list(REASONS).index(name)
+        reason[rows & (reason == NO_REASON)] = Reason[name.upper()]
     if not config.repeats:
         shaped = np.logical_or.reduce([stage.bucket >= 0 for stage in found.stages])
-        reason[redundant_copies(manifest, shaped & (reason < 0))] = list(REASONS).index("repeat")
-    stages = [_without(stage, reason) for stage in found.stages]
+        reason[redundant_copies(manifest, shaped & (reason == NO_REASON))] = Reason.REPEAT
+    stages = [_exclude(stage, reason) for stage in found.stages]
     return replace(stages[-1], earlier=tuple(stages[:-1]))
 
 
-def _without(found: Assignment, reason: np.ndarray) -> Assignment:
-    """A stage without the clips that have a reason (rows,), −1 for none, to be left out."""
-    out = reason >= 0
-    bucket, lost = np.where(out, -1, found.bucket), np.where(out, 0, found.lost)
-    return Assignment(bucket, found.shapes, np.where(out, reason, found.reason), lost)
+def _exclude(stage: Assignment, reason: np.ndarray) -> Assignment:
+    """A stage without the clips that have a filter's reason (rows,)."""
+    out = reason != NO_REASON
+    bucket, lost = np.where(out, -1, stage.bucket), np.where(out, 0, stage.lost)
+    return Assignment(bucket, stage.shapes, np.where(out, reason, stage.reason), lost)
 
 
 def assign_columns(
@@ -124,30 +145,41 @@ def assign_columns(
     shapes: Sequence[VideoShape],
     config: DataConfig,
 ) -> Assignment:
-    """`assign` on the columns alone, (rows,) each."""
-    # Clips of one size that have time for the same shapes go the same way: each kind of them is decided once. Ten
-    # million clips of a few thousand sizes cost two sorts, whatever the number of shapes.
+    """As `assign`, without filters, on columns of (rows,) each."""
+    # Clips of the same size that are long enough for the same shapes are assigned alike, so each such profile is
+    # decided once. Ten million clips of a few thousand sizes cost two sorts, whatever the number of shapes.
     lengths = sorted({shape.frames for shape in shapes})
-    fits = np.zeros(len(frames), np.int64)  # how many of the lengths, the shorter first
+    fits = np.zeros(len(frames), np.int64)  # the number of lengths that fit, shortest first
     for length in lengths:
         fits += slack(start, end, fps, length, config.fps) >= 0
     image = frames == 1
     fast = image | (fps >= 0.9 * config.fps) | config.repeat_frames
     sizes, size_of = np.unique((width.astype(np.int64) << 32) | height.astype(np.int64), return_inverse=True)
-    kinds, kind_of = np.unique(((size_of * (len(lengths) + 1) + fits) * 2 + image) * 2 + fast, return_inverse=True)
-    size, fits = np.divmod(kinds // 4, len(lengths) + 1)
-    kind = _Kinds(kinds // 2 % 2 == 1, kinds % 2 == 1, fits, sizes[size] >> 32, sizes[size] & 0xFFFFFFFF)
-    found = []
+    codes, code_of = np.unique(((size_of * (len(lengths) + 1) + fits) * 2 + image) * 2 + fast, return_inverse=True)
+    size, fits = np.divmod(codes // 4, len(lengths) + 1)
+    profiles = _Profiles(
+        image=codes // 2 % 2 == 1,
+        fast=codes % 2 == 1,
+        fits=fits,
+        width=sizes[size] >> 32,
+        height=sizes[size] & 0xFFFFFFFF,
+    )
+    stages = []
     for stage in config.stages or [Stage()]:
         allowed = [number for number, shape in enumerate(shapes) if stage.allows(shape)]
-        bucket, reason, lost = (values[kind_of] for values in _assign_kinds(kind, shapes, allowed, lengths, config))
-        found.append(Assignment(bucket, tuple(shapes), reason, lost))
-    return replace(found[-1], earlier=tuple(found[:-1]))
+        found = _assign_profiles(profiles, shapes, allowed, lengths, config)
+        stages.append(Assignment(found.bucket[code_of], found.shapes, found.reason[code_of], found.lost[code_of]))
+    return replace(stages[-1], earlier=tuple(stages[:-1]))
 
 
 @dataclass(frozen=True)
-class _Kinds:
-    """(kinds,) each: images; enough frames a second; how many lengths fit; pixels."""
+class _Profiles:
+    """Everything about clips that decides their shape; (profiles,) each.
+
+    image: whether it is an image.
+    fast: whether it has enough frames per second.
+    fits: how many lengths it is long enough for.
+    """
 
     image: np.ndarray
     fast: np.ndarray
@@ -156,33 +188,37 @@ class _Kinds:
     height: np.ndarray
 
 
-def _assign_kinds(
-    kind: _Kinds, shapes: Sequence[VideoShape], allowed: Sequence[int], lengths: Sequence[int], config: DataConfig
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(kinds,) each: bucket, reason, lost."""
-    aspect = kind.width / kind.height
+def _assign_profiles(
+    profiles: _Profiles,
+    shapes: Sequence[VideoShape],
+    allowed: Sequence[int],
+    lengths: Sequence[int],
+    config: DataConfig,
+) -> Assignment:
+    """An assignment whose rows are profiles."""
+    aspect = profiles.width / profiles.height
     bucket = np.full(len(aspect), -1, np.int32)
     lost = np.zeros(len(aspect), np.float32)
-    passed = np.zeros(len(aspect), np.int8)  # the most conditions that one shape meets
+    reason = np.full(len(aspect), Reason.KIND, np.int8)  # of the shape that got furthest
     best = np.full(len(aspect), np.inf)  # distance of the chosen aspect ratio
-    # From the best to the worst by the later criteria, so that a nearer aspect ratio alone replaces a choice.
+    # From best to worst by the later criteria, so that only a nearer aspect ratio replaces a choice.
     for index in sorted(allowed, key=lambda i: (-shapes[i].frames, -shapes[i].height * shapes[i].width, i)):
         shape = shapes[index]
         cost = lost_area(aspect, shape)
-        conditions = (
-            kind.image == shape.is_image,
-            kind.fast,
-            kind.image | (kind.fits > lengths.index(shape.frames)),
-            ((kind.width >= shape.width) & (kind.height >= shape.height)) | config.upscale,
-            cost <= config.max_crop + 1e-9,
-        )
-        meets = np.ones(len(aspect), bool)
-        for number, condition in enumerate(conditions, 1):
-            meets &= condition
-            np.maximum(passed, np.where(meets, number, 0).astype(np.int8), out=passed)
+        conditions = {
+            Reason.KIND: profiles.image == shape.is_image,
+            Reason.FPS: profiles.fast,
+            Reason.SHORT: profiles.image | (profiles.fits > lengths.index(shape.frames)),
+            Reason.SMALL: ((profiles.width >= shape.width) & (profiles.height >= shape.height)) | config.upscale,
+            Reason.ASPECT: cost <= config.max_crop + 1e-9,
+        }
+        fits = np.ones(len(aspect), bool)
+        for failing, condition in conditions.items():
+            np.maximum(reason, np.where(fits & ~condition, failing, 0).astype(np.int8), out=reason)
+            fits &= condition
         distance = np.abs(np.log(aspect) - math.log(shape.width / shape.height))
-        better = meets & (distance < best - 1e-12)
+        better = fits & (distance < best - 1e-12)
         bucket[better] = index
         best[better] = distance[better]
         lost[better] = cost[better]
-    return bucket, np.where(bucket >= 0, -1, passed).astype(np.int8), lost
+    return Assignment(bucket, tuple(shapes), np.where(bucket >= 0, NO_REASON, reason).astype(np.int8), lost)

@@ -1,4 +1,4 @@
-"""What the clips are like that no shape takes, and a shape, or a rate, that would take most of them."""
+"""Describes the clips that have no shape, and suggests a shape or a frame rate that would include most of them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import numpy as np
 
 from stdit.data.config import DataConfig
 from stdit.data.manifest import Manifest
-from stdit.data.plan.buckets import REASONS, Assignment, assign_columns, slack
+from stdit.data.plan.buckets import Assignment, Reason, assign_columns, slack
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
-MOST = 0.9  # of the clips that a suggestion should take
+MOST = 0.9  # share of the clips that a suggestion should include
 COLUMNS = ("frames", "fps", "width", "height", "start", "end")
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """The clips of one reason (see `buckets.REASONS`).
+    """The clips excluded for one reason.
 
-    found: how long or large they are. remedy: what would take some, `takes` of them; None where no setting does.
+    reason: a `Reason`'s key.
+    found: their lengths or sizes.
+    remedy: a setting or shape that would include `takes` of them; None if there is none.
     """
 
     reason: str
@@ -29,6 +31,11 @@ class Exclusion:
     found: str = ""
     remedy: str | None = None
     takes: int = 0
+
+    @property
+    def text(self) -> str:
+        """The reason as a sentence."""
+        return Reason[self.reason.upper()].text
 
     @property
     def details(self) -> str:
@@ -40,13 +47,13 @@ class Exclusion:
 def explain_exclusions(
     manifest: Manifest, assignment: Assignment, config: DataConfig, tokens: Callable[[VideoShape], int]
 ) -> list[Exclusion]:
-    """Every reason that left out clips in a stage, in the order of `REASONS`.
+    """The exclusions of a stage, in the order of `Reason`.
 
-    tokens: of a shape; raises StditError for one that the model does not take.
+    tokens: the token count of a shape; raises StditError for a shape that the model cannot take.
     """
     found = []
-    for number, reason in enumerate(REASONS):
-        rows = np.flatnonzero(assignment.reason == number)
+    for reason in Reason:
+        rows = np.flatnonzero(assignment.reason == reason)
         if len(rows):
             clips = {name: manifest.column(name)[rows] for name in COLUMNS}
             found.append(_explain(reason, clips, assignment.shapes, config, tokens))
@@ -54,34 +61,35 @@ def explain_exclusions(
 
 
 def _explain(
-    reason: str,
+    reason: Reason,
     clips: dict[str, np.ndarray],
     shapes: tuple[VideoShape, ...],
     config: DataConfig,
     tokens: Callable[[VideoShape], int],
 ) -> Exclusion:
     width, height = clips["width"], clips["height"]
-    plain = Exclusion(reason, len(width))
+    exclusion = Exclusion(reason.key, len(width))
     multiple = config.rule.multiple if config.rule else 16
-    if reason == "fps":
+    if reason == Reason.FPS:
         rate = float(np.quantile(clips["fps"], 1 - MOST, method="lower"))
         rate = int(rate) if rate >= 2 else rate
         slower = int(_taken(clips, shapes, replace(config, fps=rate)).sum())
         remedy = f"data.fps={rate:g}" if slower else None
-        return replace(plain, found=f"{_range(clips['fps'])} fps", remedy=remedy, takes=slower)
-    if reason == "kind":
+        return replace(exclusion, found=f"{_range(clips['fps'])} fps", remedy=remedy, takes=slower)
+    if reason == Reason.KIND:
         images = clips["frames"] == 1
-        one = images if images.sum() * 2 >= len(images) else ~images
-        clips = {name: column[one] for name, column in clips.items()}
-        found = f"{one.sum():,} {'images' if one is images else 'videos'}"
-        frames = [1] if one is images else _lengths(clips, config, shapes, tokens)
+        mostly_images = images.sum() * 2 >= len(images)
+        clips = {name: column[images == mostly_images] for name, column in clips.items()}
+        count = len(clips["frames"])
+        found = f"{count:,} {'image' if mostly_images else 'video'}{'s' if count > 1 else ''}"
+        frames = [1] if mostly_images else _lengths(clips, config, shapes, tokens)
         candidates = [VideoShape(n, shape.height, shape.width) for n in frames for shape in shapes]
-    elif reason == "short":
+    elif reason == Reason.SHORT:
         found = f"{_range(_frames(clips, config.fps))} frames at {config.fps:g} fps"
         videos = [shape for shape in shapes if not shape.is_image]
         frames = _lengths(clips, config, shapes, tokens)
         candidates = [VideoShape(n, shape.height, shape.width) for n in frames for shape in videos]
-    elif reason == "small":
+    elif reason == Reason.SMALL:
         order = np.argsort(width.astype(np.int64) * height, kind="stable")
         ends = [f"{width[row]}x{height[row]}" for row in order[[0, -1]]]
         found = " to ".join(dict.fromkeys(ends))
@@ -90,7 +98,7 @@ def _explain(
         candidates = [_sized(shape, shape.width * scale, shape.height * scale, multiple, np.floor) for shape in shapes]
         wide, high = (float(np.quantile(side, 1 - MOST)) for side in (width, height))
         candidates += [_sized(shape, wide, high, multiple, np.floor) for shape in shapes]
-    elif reason == "aspect":
+    elif reason == Reason.ASPECT:
         aspect = width / height
         found = f"width to height {_range(aspect)}"
         usual = float(np.median(aspect))
@@ -100,10 +108,10 @@ def _explain(
             for shape in shapes for ratio in (usual, shape.height / shape.width)
         ]  # fmt: skip
     else:
-        return plain
+        return exclusion
     shape, takes = _best(clips, _legal(candidates, shapes, tokens), config)
     remedy = None if shape is None else f"the shape {shape if shape.frames > 1 else f'{shape.width}x{shape.height}'}"
-    return replace(plain, found=found, remedy=remedy, takes=takes)
+    return replace(exclusion, found=found, remedy=remedy, takes=takes)
 
 
 def _range(values: np.ndarray) -> str:
@@ -112,7 +120,7 @@ def _range(values: np.ndarray) -> str:
 
 
 def _frames(clips: dict[str, np.ndarray], fps: float) -> np.ndarray:
-    """(clips,) how many frames each has time for."""
+    """(clips,) the most frames at `fps` that fit into each."""
     room = slack(clips["start"], clips["end"], clips["fps"], 1, fps)
     return np.where(clips["frames"] == 1, 1, np.maximum(0, np.floor(room * fps + 1e-9)) + 1).astype(np.int64)
 
@@ -123,7 +131,7 @@ def _lengths(
     shapes: tuple[VideoShape, ...],
     tokens: Callable[[VideoShape], int],
 ) -> list[int]:
-    """The most frames, legal for the model, that most of the clips have time for, or else that any has."""
+    """The most frames, legal for the model, that fit into most of the clips, or else into any."""
     frames = _frames(clips, config.fps)
     for most in (int(np.quantile(frames, 1 - MOST, method="lower")), int(frames.max())):
         for n in range(most, max(1, most - 64), -1):
@@ -161,5 +169,5 @@ def _best(
 
 
 def _taken(clips: dict[str, np.ndarray], shapes: tuple[VideoShape, ...], config: DataConfig) -> np.ndarray:
-    """(shapes,) how many clips go to each."""
+    """(shapes,) how many clips are assigned to each."""
     return assign_columns(**clips, shapes=shapes, config=replace(config, stages=[])).counts

@@ -1,17 +1,17 @@
-"""What a plan amounts to on a number of groups, in numbers and as a picture."""
+"""Measures a plan on a number of ranks, and draws it."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stdit.data.plan.planner import Plan
-from stdit.data.plan.split import MicroStep, split
+from stdit.data.plan.split import MicroStepPacks, split
 from stdit.files import publish
 from stdit.shapes import VideoShape
 
@@ -19,95 +19,101 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHAPES_SHOWN = 12
-GROUPS_SHOWN = 8
-MICRO_STEPS_SHOWN = 12  # and what is left of the last step
+RANKS_SHOWN = 8
+MICRO_STEPS_SHOWN = 12  # and the rest of the last step
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Of some steps of a plan, dealt to a number of groups; every list has one entry a step."""
+    """Measures of some steps of a plan, dealt to ranks. Lists have one entry per step.
+
+    work: forward FLOPs.
+    fullest: tokens of the fullest pack.
+    total_balance: mean work / Σ of the slowest rank's work, over all these steps.
+    best_balance: upper bound of it, given that a clip cannot be divided among ranks.
+    indivisible: number of steps whose largest clip exceeds a rank's share of the step.
+    """
 
     steps: list[int]
     clips: list[int]
     tokens: list[int]
-    work: list[int]  # forward FLOPs
+    work: list[int]
     micro_steps: list[int]
-    fullest: list[int]  # tokens of the pack that has the most
+    fullest: list[int]
     balance: list[float]
-    total_balance: float  # mean work / Σ of the largest group's, over all these steps
-    best_balance: float  # what no deal can surpass: a clip cannot be divided among groups
-    indivisible: int  # steps whose largest clip exceeds a group's share of the step
+    total_balance: float
+    best_balance: float
+    indivisible: int
 
 
 def measure_plan(
     plan: Plan,
-    groups: int,
+    ranks: int,
     token_bound: int,
     most: int = 200,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Measures:
-    """Deals up to `most` steps, evenly spread over the epoch (0: all). track: a progress bar around the steps."""
+    """Deals up to `most` steps, evenly spread over the epoch (0: all). track: wraps the steps in a progress bar."""
     count = min(most or plan.num_steps, plan.num_steps)
     steps = [i * plan.num_steps // count for i in range(count)]
-    found: list[tuple[int, int, int, int, int, float]] = []
+    measures = Measures(steps, [], [], [], [], [], [], 0.0, 0.0, 0)
     ideal = slowest = fastest = 0.0
     indivisible = 0
     for index in track(steps):
         items = plan.items(index)
-        packs = split(items, groups, token_bound)
-        sums = [micro.sums() for micro in packs]  # tokens and work of each group
-        work, slow = sum(sum(works) for _, works in sums), sum(max(works) for _, works in sums)
-        value = work / groups / slow
-        ideal += work / groups
-        slowest += slow
+        tokens, works = zip(*(micro.sums() for micro in split(items, ranks, token_bound)))  # per micro-step and rank
+        work, slow = sum(map(sum, works)), sum(map(max, works))
         largest = max(plan.work[b] for b in np.unique(items.bucket))
-        fastest += max(work / groups, largest)
-        indivisible += largest * groups > work
-        held = [tokens for tokens, _ in sums]
-        found.append((len(items), sum(map(sum, held)), work, len(packs), max(map(max, held)), value))
-    clips, tokens, works, micro_steps, fullests, values = (list(column) for column in zip(*found))
-    return Measures(
-        steps, clips, tokens, works, micro_steps, fullests, values,
-        total_balance=ideal / slowest, best_balance=ideal / fastest, indivisible=indivisible,
-    )  # fmt: skip
+        ideal += work / ranks
+        slowest += slow
+        fastest += max(work / ranks, largest)
+        indivisible += largest * ranks > work
+        measures.clips.append(len(items))
+        measures.tokens.append(sum(map(sum, tokens)))
+        measures.work.append(work)
+        measures.micro_steps.append(len(works))
+        measures.fullest.append(max(map(max, tokens)))
+        measures.balance.append(work / ranks / slow)
+    return replace(measures, total_balance=ideal / slowest, best_balance=ideal / fastest, indivisible=indivisible)
 
 
 def draw_plan(
     plan: Plan,
     shapes: Sequence[VideoShape],
-    groups: int,
+    ranks: int,
     token_bound: int,
     path: str | Path,
     measures: Measures,
     work_unit: str = "FLOP",
 ) -> None:
-    """Writes a PNG: the shapes to scale, packs on the first groups as a time line, balance over the steps."""
+    """Writes a PNG: the shapes to scale, packs on the first ranks as a timeline, balance over the steps."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     present = [b for b in np.argsort(plan.tokens, kind="stable").tolist() if plan.counts[b]]
-    # From blue to red by tokens; a colour's distance from the next grows with the work, so that what covers much of the
-    # picture can be told apart.
+    # From blue to red by tokens. Colours are spaced by work, so that shapes covering much of the picture differ most.
     share = np.array([int(plan.counts[b]) * plan.work[b] / plan.total_work for b in present])
     share = 0.8 * share + 0.2 / len(present)
     colours = {b: colormaps["turbo"](0.04 + 0.9 * at) for b, at in zip(present, np.cumsum(share) - share / 2)}
 
-    splits: list[list[MicroStep]] = []
+    splits: list[list[MicroStepPacks]] = []
     for index in range(plan.num_steps):
-        splits.append(split(plan.items(index), groups, token_bound))
+        splits.append(split(plan.items(index), ranks, token_bound))
         if sum(map(len, splits)) >= MICRO_STEPS_SHOWN:
             break
 
     figure = Figure(figsize=(14, 11), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     top, middle, bottom = figure.subplots(3, 1, height_ratios=[3.2, 4, 2.2])
-    counts = (
-        f"{_count(plan.num_items, 'clip')} in {_count(plan.num_steps, 'step')} an epoch, on {_count(groups, 'group')}"
+    epoch = f"{_count(plan.num_items, 'clip')} in {_count(plan.num_steps, 'step')} per epoch"
+    figure.suptitle(
+        f"Plan: {epoch} on {_count(ranks, 'rank')}; balance {measures.total_balance:.3f}",
+        fontsize=15,
+        fontweight="bold",
     )
-    figure.suptitle(f"Plan: {counts}; balance {measures.total_balance:.3f}", fontsize=15, fontweight="bold")
     _draw_shapes(top, plan, shapes, present, colours)
-    _draw_packs(middle, splits, groups, colours, work_unit)
+    _draw_packs(middle, splits, ranks, colours, work_unit)
     _draw_balance(bottom, measures, token_bound, plan.num_steps)
     with publish(path) as part:
         figure.savefig(part, dpi=110, format="png")
@@ -116,7 +122,7 @@ def draw_plan(
 def _draw_shapes(
     axes: Axes, plan: Plan, shapes: Sequence[VideoShape], present: list[int], colours: dict[int, Any]
 ) -> None:
-    """Every shape as a rectangle to scale, its frames as a stack of sheets; the buckets with the most work if many."""
+    """Each shape as a rectangle to scale, its frames as a stack of sheets; only those with the most work if many."""
     from matplotlib.patches import Rectangle
 
     work = {b: int(plan.counts[b]) * plan.work[b] for b in present}
@@ -148,22 +154,22 @@ def _draw_shapes(
 
 
 def _draw_packs(
-    axes: Axes, splits: list[list[MicroStep]], groups: int, colours: dict[int, Any], work_unit: str
+    axes: Axes, splits: list[list[MicroStepPacks]], ranks: int, colours: dict[int, Any], work_unit: str
 ) -> None:
-    """A row a group, work from left to right: a micro-step ends for all when its largest pack does."""
+    """A row per rank, work from left to right. A micro-step ends on all ranks when its largest pack does."""
     from matplotlib.patches import Rectangle
 
-    rows = min(groups, GROUPS_SHOWN)
+    rows = min(ranks, RANKS_SHOWN)
     scale, prefix = _prefix(max(1.0, float(sum(max(micro.sums()[1]) for steps in splits for micro in steps))))
     x = 0.0
     for index, steps in enumerate(splits):
         begin = x
         for micro in steps:
             width = max(micro.sums()[1]) / scale
-            for row, pack in enumerate(micro[:rows]):
+            for row in range(rows):
                 axes.add_patch(Rectangle((x, row - 0.4), width, 0.8, fc="#f3f3f3", ec="#a0a0a0", hatch="////", lw=0))
                 bars, left = [], x
-                for b, items in itertools.groupby(pack, key=lambda item: item.bucket):
+                for b, items in itertools.groupby(micro[row], key=lambda item: item.bucket):
                     length = sum(item.work for item in items) / scale
                     bars.append((left, length, colours[b]))
                     left += length
@@ -181,12 +187,12 @@ def _draw_packs(
         axes.text((begin + x) / 2, -0.4 - 0.05 * rows, f"step {index}", ha="center", va="center", fontsize=9)
     axes.set_xlim(0, x)
     axes.set_ylim(rows - 0.4, -0.4 - 0.1 * rows)
-    axes.set_yticks(range(rows), [f"group {g}" for g in range(rows)])
+    axes.set_yticks(range(rows), [f"rank {row}" for row in range(rows)])
     axes.set_xlabel(f"work, {prefix}{work_unit} forward")
     axes.spines[["top", "right"]].set_visible(False)
-    some = f" (the first {rows} of {groups} groups)" if rows < groups else ""
+    some = f" (the first {rows} of {ranks} ranks)" if rows < ranks else ""
     axes.set_title(
-        f"MicroStep{some}: a thick line ends a step, a thin one a micro-step; hatched is idle", loc="left", fontsize=12
+        f"Packs{some}: thick lines end a step, thin lines a micro-step; hatched: idle", loc="left", fontsize=12
     )
 
 
@@ -206,15 +212,15 @@ def _draw_balance(axes: Axes, measures: Measures, token_bound: int, num_steps: i
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", ncols=2, fontsize=9)
     axes.set_title(
-        f"Balance over steps: mean {measures.total_balance:.3f}, least {min(measures.balance):.3f}; micro-steps a step "
-        f"{np.mean(measures.micro_steps):.1f}",
+        f"Balance over steps: mean {measures.total_balance:.3f}, least {min(measures.balance):.3f}; "
+        f"micro-steps per step {np.mean(measures.micro_steps):.1f}",
         loc="left",
         fontsize=12,
     )
 
 
 def _prefix(work: float) -> tuple[float, str]:
-    """A power of ten that makes a number readable, and its prefix."""
+    """(divisor, SI prefix) that make a number readable."""
     for power, name in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if work >= 10**power:
             return 10.0**power, name
@@ -222,7 +228,7 @@ def _prefix(work: float) -> tuple[float, str]:
 
 
 def readable_work(work: float, unit: str = "FLOP") -> str:
-    """ "12.9 PFLOP"."""
+    """An amount of work as text, such as "12.9 PFLOP"."""
     scale, prefix = _prefix(work)
     return f"{work / scale:.3g} {prefix}{unit}"
 

@@ -1,9 +1,9 @@
-"""The plan: which clips form which global step, and which group of ranks computes which of them. Computed, never drawn.
+"""The plan: which clips form which global step, and which ranks compute them. It is computed, never drawn.
 
-It has two parts, both pure functions: `Plan` cuts an epoch into global steps of nearly equal work and does not know how
-many ranks there are; `split.split` deals one step to them.
+Two pure functions: `Plan` cuts an epoch into global steps of nearly equal work, whatever the number of ranks;
+`split.split` deals one step to ranks.
 
-Work is in forward FLOPs as exact integers: linear·n + quadratic·n² for a clip of n tokens.
+Work is forward FLOPs as exact integers: linear·n + quadratic·n² for a clip of n tokens.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from stdit.data.plan.split import PlanItem, StepItems, fill
 from stdit.errors import StditError
 from stdit.keyed import keyed_seed
 
-FORMAT = 1  # part of the plan's hash: raise it when the same inputs would give other steps
-MOST_CLIPS = 2**31 - 1  # of an epoch: their numbers are int32
+FORMAT = 1  # part of the plan's hash: raise it when the same inputs would give different steps
+MOST_CLIPS = 2**31 - 1  # per epoch: their indices are int32
 
 
 class Plan:
     """The global steps of one epoch.
 
-    bucket: (rows,) the bucket of every row of the manifest, −1 for a row that is left out.
-    tokens: (buckets,) tokens of a clip of each bucket.
-    cost: forward FLOPs (per token, per token²) as integers.
-    names: (buckets,) what errors call the buckets; usually their `VideoShape`.
-    weights: (rows,) how often an epoch has each row on average; unset: once. Of a fraction, rows take turns.
-    source: the manifest's hash, for the plan's.
+    bucket: (rows,) the bucket of each manifest row; −1 for a row that is left out.
+    tokens: (buckets,) tokens per clip.
+    cost: forward FLOPs (per token, per token²), integers.
+    names: (buckets,) names for error messages, usually their `VideoShape`.
+    weights: (rows,) how often an epoch contains each row on average; None: once. With fractions, rows take turns.
+    source: the manifest's hash, which enters the plan's.
 
-    Steps are keyed by (seed, epoch) and have nearly equal work, total / num_steps, where num_steps = total /
-    work_per_step to the nearest integer, at least 1 and at most one a clip. Each has nearly the same mixture of
-    buckets: from the most to the least work, clips go to the step that has the least, so images fill the gaps between
-    videos. Every (row, occurrence) is in exactly one step. Without weights all epochs have equally many steps.
+    Steps are keyed by (seed, epoch). Their work is nearly equal: the total divided by their number, which is total /
+    work_per_step rounded to the nearest integer, from 1 to the number of clips. They have nearly the same mixture of
+    buckets: clips go, from most to least work, to the step with the least work, so images fill the gaps between videos.
+    Each (row, occurrence) is in exactly one step. Without weights, all epochs have the same number of steps.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Plan:
         self._occurrence: np.ndarray | None = None  # (items,); None: all 0
         if not len(self.rows):
             raise StditError(
-                "the plan has no step: no clip is in any bucket. `stdit data plan` says why each was dropped; add "
-                "shapes that the clips reach to data.shapes, or scan more files."
+                "the plan has no steps: no clip is in any bucket. `stdit data plan` tells why each was dropped; add "
+                "shapes that fit the clips to data.shapes, or scan more files."
             )
-        self._present = np.bincount(self.bucket[self.rows], minlength=len(self.tokens)) > 0  # (buckets,) in any epoch
+        self._present = np.bincount(self.bucket[self.rows], minlength=len(self.tokens)) > 0  # (buckets,)
         if self.weights is not None:
             times = _occurrences(self.weights[self.rows], seed, epoch)
             self.rows = np.repeat(self.rows, times)
@@ -90,11 +90,11 @@ class Plan:
         return len(self.rows)
 
     def step(self, index: int) -> list[PlanItem]:
-        """The items of a step, in an order that says nothing about their buckets."""
+        """A step's items, in an order unrelated to their buckets."""
         return self.items(index).take()
 
     def items(self, index: int) -> StepItems:
-        """The same as arrays: a step may have 100,000, of which a rank needs a few."""
+        """The same as arrays: a step may have 100,000 items, of which a rank needs only a few."""
         if not 0 <= index < self.num_steps:
             raise IndexError(f"step {index} of an epoch of {self.num_steps}")
         order, ends = self._steps
@@ -104,25 +104,25 @@ class Plan:
         return StepItems(rows, occurrences, self.bucket[rows], np.arange(len(items)), self.tokens, self.work)
 
     def token_bound(self, group_size: int = 1) -> int:
-        """The tokens that a pack may have on a group of ranks. Raises if a clip has more."""
+        """The most tokens in a pack of a group of ranks. Raises StditError if a clip has more."""
         largest = max((n, b) for b, n in enumerate(self.tokens) if self._present[b])
         if self.config.tokens_per_pack is None:
             return max(2 * largest[0], 16384 * group_size)
         bound = self.config.tokens_per_pack * group_size
         if largest[0] > bound:
             raise StditError(
-                f"a clip of {self.names[largest[1]]} has {largest[0]} tokens, a pack at most {bound} "
-                f"(plan.tokens_per_pack {self.config.tokens_per_pack} × {group_size} ranks a group). Raise "
+                f"a clip of {self.names[largest[1]]} has {largest[0]} tokens, but a pack has at most {bound} "
+                f"(plan.tokens_per_pack {self.config.tokens_per_pack} × {group_size} ranks per group). Raise "
                 f"plan.tokens_per_pack to {-(-largest[0] // group_size)} if memory allows, "
-                f"or take the shape out of data.shapes."
+                f"or remove the shape from data.shapes."
             )
         return bound
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of everything that decides the steps of all epochs. Neither ranks nor memory do."""
-        about = [FORMAT, self.source, self.tokens, self.cost, self.work_per_step, self.seed]
-        digest = hashlib.sha256(json.dumps(about).encode())
+        """SHA-256 of everything that the steps of all epochs depend on; the number of ranks is not part of it."""
+        parts = [FORMAT, self.source, self.tokens, self.cost, self.work_per_step, self.seed]
+        digest = hashlib.sha256(json.dumps(parts).encode())
         digest.update(self.bucket.tobytes())
         if self.weights is not None:
             digest.update(self.weights.tobytes())
@@ -130,17 +130,19 @@ class Plan:
 
     def _check(self) -> None:
         if min(self.cost) < 0 or sum(self.cost) == 0:
-            raise StditError(f"cost coefficients {self.cost}: two integers ≥ 0, not both 0.")
+            raise StditError(f"cost is {self.cost}; it must be two integers ≥ 0, not both 0.")
         if len(self.names) != len(self.tokens) or (self.tokens and min(self.tokens) < 1):
-            raise StditError(f"tokens {self.tokens} of buckets {self.names}: one number ≥ 1 for each.")
+            raise StditError(f"tokens are {self.tokens} for buckets {self.names}; each bucket needs a number ≥ 1.")
         if len(self.bucket) and self.bucket.max() >= len(self.tokens):
-            raise StditError(f"bucket {self.bucket.max()} of a row, but there are only {len(self.tokens)} buckets.")
+            raise StditError(f"a row has bucket {self.bucket.max()}, but there are only {len(self.tokens)} buckets.")
         if self.weights is not None and len(self.weights) != len(self.bucket):
-            raise StditError(f"weights of {len(self.weights)} rows, the manifest has {len(self.bucket)}.")
+            raise StditError(f"there are {len(self.weights)} weights for {len(self.bucket)} manifest rows.")
         if self.weights is not None and not (self.weights > 0).all():
             raise StditError(f"a row has the weight {self.weights.min()}; it must be positive.")
         if self.weights is not None and self.weights.sum() > MOST_CLIPS:
-            raise StditError(f"data.sources make an epoch of {self.weights.sum():.3g} clips; {MOST_CLIPS:,} at most.")
+            raise StditError(
+                f"data.sources make an epoch of {self.weights.sum():.3g} clips; it can have at most {MOST_CLIPS:,}."
+            )
 
     def _work_per_step(self) -> int:
         if self.config.work_per_step is not None:
@@ -179,8 +181,10 @@ class Plan:
 
 
 def _occurrences(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """(items,) how often an epoch has each of them: rounded down or up, so that over epochs all of a weight come
-    equally often."""
+    """(items,) how often an epoch contains each item.
+
+    Weights are rounded down or up, so that over epochs all items of a weight come equally often.
+    """
     times = np.floor(weights).astype(np.int64)
     fractions = weights - times
     for fraction in np.unique(fractions[fractions > 0]).tolist():
@@ -192,9 +196,9 @@ def _occurrences(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def _shuffle(count: int, key: int) -> np.ndarray:
-    """A permutation of 0 … count−1 keyed by an integer: sorted by splitmix64 (Steele et al. 2014), which has no ties.
+    """A keyed permutation of 0 … count−1: argsort of splitmix64 (Steele et al. 2014), which has no ties.
 
-    Not numpy's, whose streams may change between versions.
+    numpy's permutations may change between versions.
     """
     with np.errstate(over="ignore"):
         z = np.uint64(key) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

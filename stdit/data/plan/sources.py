@@ -1,4 +1,4 @@
-"""Sources: which clips come from where, by patterns of their paths, and how often an epoch has them."""
+"""Sources: groups clips by patterns of their paths, and weights how often an epoch contains each group."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from stdit.errors import StditError, nearest_name
 
 
 def source_of(manifest: Manifest, patterns: Sequence[str]) -> np.ndarray:
-    """(rows,) int32: the first of the patterns that fits a clip's path as the manifest has it, −1 if none does.
+    """(rows,) int32: the first pattern that matches the clip's path as stored in the manifest; −1 if none does.
 
-    `*` stands for any characters, `?` for one.
+    `*` matches any characters, `?` a single one.
     """
     paths = manifest.table.column("path")
     found = np.full(len(manifest), -1, np.int32)
@@ -24,18 +24,18 @@ def source_of(manifest: Manifest, patterns: Sequence[str]) -> np.ndarray:
         if not fits.any():
             some = [paths[row].as_py() for row in range(min(len(manifest), 1000))]
             like = nearest_name(pattern, some) or (f" Its first is {some[0]!r}." if some else "")
-            raise StditError(f"data.sources: no path of {manifest.source} fits {pattern!r}.{like}")
+            raise StditError(f"data.sources: no path of {manifest.source} matches {pattern!r}.{like}")
         found[(found < 0) & fits.astype(bool)] = number
     return found
 
 
 def source_weights(manifest: Manifest, sources: Mapping[str, float]) -> np.ndarray | None:
-    """(rows,) how often an epoch has each clip (`data.sources`), or None where all come once."""
+    """(rows,) how often an epoch contains each clip, from `data.sources`; None if every clip comes once."""
     if not sources:
         return None
     bad = next((f"{pattern!r} {weight}" for pattern, weight in sources.items() if not weight > 0), None)
     if bad:
-        raise StditError(f"data.sources: {bad} must be positive. What is to be left out must not be in the manifest.")
+        raise StditError(f"data.sources: {bad} must be positive. To leave clips out, remove them from the manifest.")
     return np.array([*sources.values(), 1.0])[source_of(manifest, list(sources))]
 
 

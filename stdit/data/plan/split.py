@@ -1,5 +1,5 @@
-"""A global step dealt to groups of ranks: A micro-steps × groups, so that in every micro-step all groups have nearly
-the same work and no pack has more tokens than fit in memory."""
+"""Splits a global step into micro-steps × groups of ranks, so that in every micro-step all groups have nearly the same
+work, and no pack exceeds the token bound."""
 
 from __future__ import annotations
 
@@ -14,28 +14,34 @@ import numpy as np
 
 from stdit.errors import StditError
 
-GOOD_BALANCE = 0.99  # `split` stops looking for a better deal above this
-WORTH_A_MICRO_STEP = 0.003  # a further micro-step has to buy this much balance
-HEIGHTS = (1, 1.15, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 6)  # of a micro-step, in work of its largest clip
-EVEN = 0.995  # of even micro-steps `split` takes the highest
-HOPELESS = 0.9  # and looks for none higher than one less even than this
-MANY = 256  # clips of a kind, from which on they are dealt together
+GOOD_BALANCE = 0.99  # at which `split` stops searching
+WORTH_A_MICRO_STEP = 0.003  # balance that a further micro-step has to gain
+HEIGHTS = (1, 1.15, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 6)  # tried work per group, in units of the largest clip's work
+EVEN = 0.995  # balance at which a micro-step counts as even: of several even ones, the highest is taken
+HOPELESS = 0.9  # balance below which no higher micro-step is tried
+MANY = 256  # mean clips per kind above which all clips of a kind are dealt at once
 
 
 class PlanItem(NamedTuple):
-    """One clip's place in the plan."""
+    """One clip's place in the plan.
 
-    row: int  # of the manifest
-    occurrence: int  # 0, 1, … when the epoch has the clip several times
+    row: of the manifest.
+    occurrence: 0, 1, … if the epoch contains the clip several times.
+    work: forward FLOPs.
+    position: in the global step; the same for any number of ranks, and unrelated to the bucket.
+    """
+
+    row: int
+    occurrence: int
     bucket: int
     tokens: int
-    work: int  # forward FLOPs
-    position: int  # in the global step; the same for any number of ranks, and unrelated to the bucket
+    work: int
+    position: int
 
 
 @dataclass(frozen=True)
 class StepItems:
-    """Items of a step as arrays (items,); tokens and work are a bucket's."""
+    """A step's items as arrays (items,); tokens and work are per bucket."""
 
     row: np.ndarray
     occurrence: np.ndarray
@@ -64,10 +70,13 @@ class StepItems:
         return list(map(partial(tuple.__new__, PlanItem), fields))
 
 
-class MicroStep(Sequence[list[PlanItem]]):
-    """One micro-step: what each group computes, made when it is asked for.
+class MicroStepPacks(Sequence[list[PlanItem]]):
+    """One micro-step: the pack of each group, created when accessed.
 
-    items: of the step. which: (n,) those of this micro-step, the largest first. group: (n,) who has each.
+    items: of the step.
+    which: (n,) indices of the micro-step's items, largest first.
+    group: (n,) the group of each.
+    groups: how many there are.
     """
 
     def __init__(self, items: StepItems, which: np.ndarray, group: np.ndarray, groups: int) -> None:
@@ -92,7 +101,7 @@ class MicroStep(Sequence[list[PlanItem]]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def sums(self) -> tuple[list[int], list[int]]:
-        """Tokens and work of each group."""
+        """(tokens, work) of each group."""
         bucket = self._items.bucket[self._which].tolist()
         ends = [0, *self._ends]
         parts = [bucket[a:b] for a, b in pairwise(ends)]
@@ -100,61 +109,66 @@ class MicroStep(Sequence[list[PlanItem]]):
         return [sum(tokens[b] for b in part) for part in parts], [sum(work[b] for b in part) for part in parts]
 
 
-Split = Sequence[Sequence[Sequence[PlanItem]]]  # the micro-steps of a step, what each group computes in each
+Split = Sequence[Sequence[Sequence[PlanItem]]]  # a step's packs, by micro-step and group
 
 
-def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -> list[MicroStep]:
-    """Deals a step to groups of ranks: a list over micro-steps of what each group has.
+def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -> list[MicroStepPacks]:
+    """Deals a step to groups of ranks. Returns its micro-steps, each with a pack per group.
 
-    In every micro-step all groups have nearly the same work, and none more than `token_bound` tokens. All groups have
-    the same number of micro-steps, and a further one has to buy balance. A group that has nothing to do in a micro-step
-    has an empty list. Items of a pack stand largest first, equal shapes adjacent.
+    In every micro-step all groups have nearly the same work, and at most `token_bound` tokens. All groups have the same
+    number of micro-steps; a further one must improve the balance. A group without work in a micro-step has an empty
+    pack. A pack's items are sorted largest first, with equal shapes adjacent.
 
-    Work per token grows with a clip's tokens, so under a tight bound a pack of images cannot have a long video's work.
-    Hence micro-steps of different height: each takes from the largest clips what fills all groups to the same work, the
-    small ones closing the gaps, and what is left goes on. The end is wherever a plain deal of the rest comes out best.
+    Work per token grows with a clip's tokens, so under a tight token bound a pack of images cannot match the work of a
+    long video. Therefore micro-steps differ in height: each takes, from the largest clips down, what fills all groups
+    to the same work, with small clips closing the gaps. The rest goes on to the next micro-step. The last micro-step is
+    placed where dealing all remaining clips at once gives the best balance.
     """
     if groups < 1:
         raise StditError(f"a step cannot be split over {groups} groups.")
     items = step if isinstance(step, StepItems) else StepItems.of(step)
     tokens = np.array(items.tokens)[items.bucket]
-    order = np.lexsort((items.occurrence, items.row, items.bucket, -tokens))  # kind by kind, the largest first
+    order = np.lexsort((items.occurrence, items.row, items.bucket, -tokens))  # by kind, largest first
     if tokens[order[0]] > token_bound:
         raise StditError(
-            f"row {items.row[order[0]]} has {tokens[order[0]]} tokens, a pack at most {token_bound}: raise "
+            f"row {items.row[order[0]]} has {tokens[order[0]]} tokens; a pack has at most {token_bound}: raise "
             f"plan.tokens_per_pack."
         )
     ordered = items.bucket[order]
     ends = [*np.flatnonzero(np.diff(ordered)) + 1, len(order)]
     buckets = [int(ordered[end - 1]) for end in ends]
     counts = [int(b - a) for a, b in zip([0, *ends], ends)]
-    # steps of more work than 64 bits have are dealt in coarser units
+    # work beyond 64 bits is dealt in coarser units
     shift = max(0, sum(n * items.work[b] for n, b in zip(counts, buckets)).bit_length() - 61)
     kinds = [ClipKind(items.tokens[b], max(1, items.work[b] >> shift), n) for b, n in zip(buckets, counts)]
     dealt = _best_deals(kinds, groups, token_bound)
 
     begins = [0, *ends[:-1]]
-    packs = []
+    micro_steps = []
     for deal in dealt:
         which = [order[begin : begin + len(places)] for begin, places in zip(begins, deal.places)]
         begins = [begin + len(places) for begin, places in zip(begins, deal.places)]
         group = np.concatenate([np.asarray(places, np.int64) for places in deal.places])
-        packs.append(MicroStep(items, np.concatenate(which), group, groups))
-    return packs
+        micro_steps.append(MicroStepPacks(items, np.concatenate(which), group, groups))
+    return micro_steps
 
 
 def balance(*splits: Split) -> float:
-    """Mean work of the groups over Σ over micro-steps of the largest group's, 1 at best, over one or several steps."""
+    """Mean work per group divided by Σ over micro-steps of the largest group's work; 1 is perfect. Over all steps."""
     total = slowest = 0.0
-    for packs in (packs for split in splits for packs in split):
-        work = packs.sums()[1] if isinstance(packs, MicroStep) else [sum(item.work for item in pack) for pack in packs]
+    for micro in (micro for split in splits for micro in split):
+        work = (
+            micro.sums()[1]
+            if isinstance(micro, MicroStepPacks)
+            else [sum(item.work for item in pack) for pack in micro]
+        )
         total += sum(work) / len(work)
         slowest += max(work)
     return total / slowest
 
 
 class ClipKind(NamedTuple):
-    """So many clips alike."""
+    """A number of clips with equal tokens and work."""
 
     tokens: int
     work: int
@@ -162,17 +176,21 @@ class ClipKind(NamedTuple):
 
 
 class Deal(NamedTuple):
-    """Of a micro-step: of every kind the group of each clip that has a place; the groups' work."""
+    """How a micro-step is dealt.
+
+    places: by kind, the group of each clip that was dealt.
+    work: of each group.
+    """
 
     places: list[Sequence[int] | np.ndarray]
     work: Sequence[int]
 
-    def left(self, kinds: Iterable[ClipKind]) -> list[ClipKind]:
+    def remaining(self, kinds: Iterable[ClipKind]) -> list[ClipKind]:
         return [kind._replace(clips=kind.clips - len(places)) for kind, places in zip(kinds, self.places)]
 
 
 def _best_deals(kinds: list[ClipKind], groups: int, token_bound: int) -> list[Deal]:
-    """The micro-steps of a step."""
+    """The best micro-steps for a step's clips."""
     rest, ideal = kinds, _work(kinds) / groups
     best: list[Deal] = []
     best_balance = 0.0
@@ -187,7 +205,7 @@ def _best_deals(kinds: list[ClipKind], groups: int, token_bound: int) -> list[De
             if best_balance >= GOOD_BALANCE:
                 break
         even = _even_micro_step(rest, groups, token_bound)
-        rest = even.left(rest)
+        rest = even.remaining(rest)
         done.append(even)
         spent += max(even.work)
     else:
@@ -201,10 +219,10 @@ def _work(kinds: Iterable[ClipKind]) -> int:
 
 
 def _even_micro_step(kinds: list[ClipKind], groups: int, token_bound: int) -> Deal:
-    """The highest of several micro-steps that are even, or the most even one."""
+    """The highest of several even micro-steps; if none is even, the one with the best balance."""
     total, largest = _work(kinds), next(kind.work for kind in kinds if kind.clips)
     best: tuple[float, Deal] | None = None
-    # one group is even with itself: it takes as much as it holds
+    # a single group is always even: it takes as much as it can hold
     for height in [int(largest * factor) for factor in HEIGHTS] if groups > 1 else [total]:
         if height > largest and height * groups > total:
             break
@@ -220,18 +238,19 @@ def _even_micro_step(kinds: list[ClipKind], groups: int, token_bound: int) -> De
 
 
 def _deal(kinds: Sequence[ClipKind], groups: int, token_bound: int, height: int | None = None) -> Deal | None:
-    """Longest-processing-time first: each clip to the group with the least work that has room for its tokens.
+    """Longest processing time first: deals each clip to the group with the least work that has room for its tokens.
 
-    kinds: largest first. height: no group gets more work. Without a height None if a clip has no room.
+    kinds: largest first.
+    height: the most work per group; clips that do not fit remain. None: all clips must fit, or None is returned.
     """
     clips = sum(kind.clips for kind in kinds)
     return (_deal_kinds if clips > MANY * len(kinds) else _deal_clips)(kinds, groups, token_bound, height)
 
 
 def _deal_clips(kinds: Sequence[ClipKind], groups: int, token_bound: int, height: int | None) -> Deal | None:
-    """`_deal`, a clip at a time."""
+    """As `_deal`, clip by clip."""
     ready = [(0, g) for g in range(groups)]  # heap of (work, group)
-    full: list[tuple[int, int, int]] = []  # heap of (−room, work, group): no room for the kinds that came so far
+    full: list[tuple[int, int, int]] = []  # heap of (−room, work, group) without room for the kinds dealt so far
     room = [token_bound] * groups
     found: list[Sequence[int] | np.ndarray] = []
     for tokens, item_work, count in kinds:
@@ -256,7 +275,7 @@ def _deal_clips(kinds: Sequence[ClipKind], groups: int, token_bound: int, height
 
 
 def _deal_kinds(kinds: Sequence[ClipKind], groups: int, token_bound: int, height: int | None) -> Deal | None:
-    """`_deal`, all clips of a kind at once; every group ends with as many of each kind."""
+    """As `_deal`, all clips of a kind at once; each group gets the same number of each kind."""
     work = np.zeros(groups, np.int64)
     room = np.full(groups, token_bound, np.int64)
     found: list[Sequence[int] | np.ndarray] = []
@@ -274,16 +293,17 @@ def _deal_kinds(kinds: Sequence[ClipKind], groups: int, token_bound: int, height
 
 
 def fill(load: np.ndarray, work: int, count: int, most: np.ndarray | None = None) -> np.ndarray:
-    """How many of `count` equal items each bin gets when each item goes to the bin with the least load: (bins,).
+    """(bins,) how many of `count` equal items each bin gets if each item goes to the bin with the least load.
 
-    The j-th item of a bin comes at the level load + j·work; the `count` lowest levels win, ties to the lower index.
-    most: (bins,) that a bin takes; what has no room is left over.
+    most: (bins,) the most items that each bin takes; the rest is left over.
+
+    A bin's j-th item is placed at level load + j·work. The `count` lowest levels win, ties go to the lower index.
     """
     limit = np.full(len(load), count) if most is None else np.minimum(most, count)
     if int(limit.sum()) <= count:
         return limit
 
-    def below(level: int) -> np.ndarray:  # items that come under a level
+    def below(level: int) -> np.ndarray:  # items placed below a level
         return np.minimum(limit, np.maximum(0, (level - load + work - 1) // work))
 
     low, high = int(load.min()), int(load.max()) + work * int(limit.max())

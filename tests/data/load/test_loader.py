@@ -16,7 +16,8 @@ from stdit.data.decode.checks import VideoError
 from stdit.data.decode.video import read_frames
 from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, latent_key, latent_settings, text_key, text_settings
-from stdit.data.load.loader import Loader, check_files, choose_caption
+from stdit.data.load.clip_files import check_files
+from stdit.data.load.loader import Loader, choose_caption
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign
 from stdit.data.remote.retries import StorageError
@@ -381,5 +382,5 @@ def test_a_manifest_that_was_moved_is_named_before_its_clips_fail(tmp_path):
     check_files(manifest(*[f"gone{n}.mp4" for n in range(20)], "s3://bucket/a.mp4"))
     check_files(manifest("gone.mp4", "there.mp4"))
     check_files(manifest("there.tar#512+3/a.mp4", "there.mp4"))
-    with pytest.raises(StditError, match=r"gone0\.mp4.*counted from its own folder"):
+    with pytest.raises(StditError, match=r"gone0\.mp4.*relative to its own folder"):
         check_files(manifest(*[f"gone{n}.mp4" for n in range(20)]))

@@ -13,7 +13,7 @@ from stdit.data.decode.video import read_frames
 from stdit.data.decode.write import write_video
 from stdit.data.manifest import Manifest
 from stdit.data.measure.fingerprints import BITS, NEAR, find_repeats, fingerprint
-from stdit.data.plan.buckets import REASONS, assign
+from stdit.data.plan.buckets import Reason, assign
 from stdit.data.scan.scan import scan
 
 
@@ -115,6 +115,6 @@ def test_copies_of_real_clips_are_named_and_other_clips_of_the_same_person_are_n
     place = result.manifest.table.column_names.index("height")
     table = result.manifest.table.set_column(place, "height", pa.array(heights))
     found = assign(Manifest(table, tmp_path), config)  # too small for the shape: it does not take its copy with it
-    assert found.reasons == {"repeat": 3, "small": 1} and found.reason[first] == list(REASONS).index("small")
+    assert found.reasons == {"repeat": 3, "small": 1} and found.reason[first] == Reason.SMALL
     alone = Manifest(result.manifest.table.take(copies), tmp_path)
     assert not assign(alone, config).reasons  # what they repeat is not there

@@ -13,7 +13,7 @@ from stdit.data.config import DataConfig, ShapeRule, Stage
 from stdit.data.decode.video import probe, read_frames
 from stdit.data.decode.write import write_video
 from stdit.data.manifest import Caption, Clip, Manifest
-from stdit.data.plan.buckets import REASONS, assign, assign_columns, slack
+from stdit.data.plan.buckets import NO_REASON, Reason, assign, assign_columns, slack
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
@@ -91,7 +91,7 @@ def test_reasons(clip, shapes, reason):
     config = DataConfig(shapes=shapes, fps=16.0)
     found = assign_columns(**columns([clip]), shapes=config.video_shapes(), config=config)
     assert found.reasons == ({} if reason is None else {reason: 1})
-    assert found.reason[0] == (-1 if reason is None else list(REASONS).index(reason))
+    assert found.reason[0] == (NO_REASON if reason is None else Reason[reason.upper()])
 
 
 def test_frame_repeats_and_upscaling_when_asked():

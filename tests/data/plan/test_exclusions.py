@@ -9,7 +9,7 @@ import pytest
 
 from stdit.data.config import DataConfig
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
-from stdit.data.plan.buckets import REASONS, assign
+from stdit.data.plan.buckets import Reason, assign
 from stdit.data.plan.exclusions import explain_exclusions
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
@@ -34,7 +34,7 @@ def tokens(shape):
 def explained(kinds, **config):
     clips, config = manifest(kinds), DataConfig(**config)
     (one,) = explain_exclusions(clips, assign(clips, config), config, tokens)
-    assert one.reason in REASONS and one.clips == len(kinds)
+    assert one.text == Reason[one.reason.upper()].text and one.clips == len(kinds)
     return clips, config, one
 
 

@@ -209,9 +209,9 @@ def test_a_clip_over_the_bound_names_bucket_tokens_and_remedy():
     [
         (dict(cost=(0, 0)), "not both 0"),
         (dict(tokens=[0, 1]), "≥ 1"),
-        (dict(names=["one"]), "one number"),
+        (dict(names=["one"]), "each bucket needs a number"),
         (dict(bucket=[9]), "only 5 buckets"),
-        (dict(weights=np.ones(3)), "weights of 3"),
+        (dict(weights=np.ones(3)), "3 weights for"),
         (dict(weights=np.array([1.0, 0.0])), "must be positive"),
         (dict(weights=np.array([1e12, 1.0])), r"an epoch of 1e\+12 clips"),
         (dict(config=PlanConfig(largest_clips_per_step=0)), "largest_clips_per_step"),

@@ -32,7 +32,7 @@ def test_the_first_pattern_that_fits_counts_and_the_rest_comes_once():
 
 
 def test_what_is_wrong_is_named():
-    with pytest.raises(StditError, match=r"no path of manifest fits 'tlaks/a\*'. Did you mean 'talks/a.mp4'"):
+    with pytest.raises(StditError, match=r"no path of manifest matches 'tlaks/a\*'. Did you mean 'talks/a.mp4'"):
         source_weights(manifest(), {"tlaks/a*": 2})
     with pytest.raises(StditError, match=r"'talks/\*' 0 must be positive"):
         source_weights(manifest(), {"talks/*": 0})
