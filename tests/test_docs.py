@@ -16,6 +16,7 @@ from commands import every_command
 from stdit.cli.common.lazy import as_command
 from stdit.cli.main import app, run_command
 from stdit.data.toy import ToySettings, make_toy
+from stdit.settings import SettingsOf
 from stdit.shipped import CONFIGS, find_shipped
 from stdit.training import trainer as trainer_module
 from stdit.training.config import RunConfig, load_config
@@ -78,10 +79,10 @@ def test_settings_and_files_exist(page: Path) -> None:
 
 
 def is_setting(kind: type, names: list[str]) -> bool:
-    hints = typing.get_type_hints(kind)
-    rest = [field for field in dataclasses.fields(kind) if "rest_of" in field.metadata]
-    if names[0] not in hints:
-        return bool(rest)  # a setting of the network or the VAE
+    hints = typing.get_type_hints(kind, include_extras=True)
+    others = [mark.kind for hint in hints.values() for mark in typing.get_args(hint) if isinstance(mark, SettingsOf)]
+    if names[0] not in hints:  # a setting of the network or the VAE
+        return any(is_setting(other, names) for other in others)
     inner = [one for one in (hints[names[0]], *typing.get_args(hints[names[0]])) if dataclasses.is_dataclass(one)]
     return len(names) == 1 or not inner or any(is_setting(one, names[1:]) for one in inner)  # type: ignore[arg-type]
 
@@ -116,3 +117,19 @@ def test_the_commands_of_a_walk_through_work_one_after_the_other(
     assert [name for name in done if name != "plan"] == ["scan", "train", "encode", "train", "sample"]
     assert "plan" in done
     assert list((tmp_path / "runs/mine/samples").glob("*.mp4"))
+
+
+def test_the_tour_names_files_that_are_there_and_short_enough_to_read() -> None:
+    text = (ROOT / "docs" / "tour.md").read_text("utf-8")
+    rows = re.findall(r"^\| \d+ \| `([\w/.]+)` \| (\d+) \|", text, re.M)
+    lengths = [len((ROOT / name).read_text("utf-8").splitlines()) for name, _ in rows]
+    assert len(rows) >= 10 and sum(lengths) <= 2500
+    for (name, stated), length in zip(rows, lengths):
+        assert abs(length - int(stated)) <= max(10, length // 5), f"docs/tour.md: {name} has {length} lines by now"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_that_a_page_names_is_there(page: Path) -> None:
+    for name in re.findall(r"`((?:stdit|tests)/[\w/.-]+)`", page.read_text("utf-8")):
+        if "NAME" not in name and page.name != "adding-a-family.md":  # which makes new ones
+            assert (ROOT / name).exists(), f"{page.name}: {name} is not there"
