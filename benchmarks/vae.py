@@ -1,11 +1,11 @@
-"""The video VAE against diffusers' AutoencoderKLWan with the same weights: time, memory, and memory over length.
+"""The video VAE against diffusers' AutoencoderKLWan with the same weights: time, peak memory, memory over length.
 
-Each run is a process of its own, in turn, after a small clip for what is made once.
+Each measurement is a process of its own, in alternating order, after a warm-up with a small clip.
 
 python benchmarks/vae.py                                  # Wan 2.1's own width, 17 and 81 frames at 256×256
 python benchmarks/vae.py --base-dim 32 --clock cpu        # a third of the width, on a machine shared with others
 python benchmarks/vae.py --layout 2.2 --base-dim 32       # Wan 2.2's layout
-python benchmarks/vae.py --long --base-dim 16 --size 96   # only: peak memory of streaming 101 and 1,001 frames
+python benchmarks/vae.py --long --base-dim 16 --size 96   # only the peak memory of streaming 101 and 1,001 frames
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def ours_of(config: VaeConfig) -> CausalVAE:
 
 
 def theirs_of(ours: CausalVAE) -> Any:
-    """diffusers' VAE over the very same tensors."""
+    """diffusers' VAE, sharing our tensors."""
     from diffusers import AutoencoderKLWan
 
     values = {k: v for k, v in wan_vae.config_to_diffusers(ours.config).items() if not k.startswith("_")}
@@ -58,7 +58,7 @@ def theirs_of(ours: CausalVAE) -> Any:
 
 
 def runs(name: str, config: VaeConfig, side: str) -> Callable[[Tensor], Tensor]:
-    """One side of one implementation: frames to normalised latents (the mode), or these to frames in [−1, 1]."""
+    """The encoder (frames -> mode of the normalised latents) or decoder (-> frames in [−1, 1]) of an implementation."""
     ours = ours_of(config)
     if name == "stdit":
         return ours.encode if side == "encode" else ours.decode
@@ -77,7 +77,7 @@ def input_of(config: VaeConfig, side: str, frames: int, size: int) -> Tensor:
 
 
 def flops_of(config: VaeConfig, side: str, given: Tensor) -> int:
-    """Of convolutions and attention, on the whole clip at once; counted, nothing is computed."""
+    """FLOPs of the convolutions and the attention for the whole clip, counted on the meta device."""
     with torch.device("meta"):
         vae = CausalVAE(config)
     with FlopCounterMode(display=False) as counter:
@@ -86,7 +86,7 @@ def flops_of(config: VaeConfig, side: str, given: Tensor) -> int:
 
 
 def convolution_rate(config: VaeConfig, size: int, clock: Callable[[], float]) -> float:
-    """FLOP/s of oneDNN's channels-last 3×3×3 convolution at the widest frames' width, four frames at a time."""
+    """FLOP/s of oneDNN's channels-last 3×3×3 convolution, with the channels of the widest level and four frames."""
     c, side = config.decoder_base_dim or config.base_dim, size // config.patch_size
     x = torch.randn(1, 6, side, side, c).movedim(-1, 1)
     weight = torch.randn(c, c, 3, 3, 3)
@@ -101,8 +101,8 @@ def status(key: str) -> int:
 
 
 def peak_above(work: Callable[[], object]) -> int:
-    """Bytes of resident memory that `work` takes at the most, above what is resident before (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    """Peak resident memory of `work` in bytes, above the memory that is resident before (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     work()
     return status("VmHWM") - before
@@ -113,7 +113,7 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
 
 
 def measure_here(args: argparse.Namespace) -> None:
-    """In a process of its own: one implementation's time, peak memory and, if asked for, result."""
+    """Runs in a process of its own: prints an implementation's time and peak memory, and saves its result to --out."""
     name, side, frames = args.measure.split(",")
     config, results = config_of(args), list[Any]()
     if name == "stream":
@@ -128,7 +128,7 @@ def measure_here(args: argparse.Namespace) -> None:
             results.extend(float(chunk.sum()) for chunk in (encoded if side == "encode" else decoded))
     else:
         run, given = runs(name, config, side), input_of(config, side, int(frames), args.size)
-        run(input_of(config, side, 5, 32))  # what is made once, at the first call
+        run(input_of(config, side, 5, 32))  # warm-up
 
         def work() -> None:
             results.append(run(given))
@@ -151,7 +151,7 @@ def measured(args: argparse.Namespace, what: str, result: Path | None = None) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=("2.1", "2.2"), default="2.1")
-    parser.add_argument("--base-dim", type=int, default=0, help="the encoder's; 0: the release's own")
+    parser.add_argument("--base-dim", type=int, default=0, help="of the encoder; 0: the release's own")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--frames", type=int, nargs="+", default=[17, 81])
     parser.add_argument("--sides", nargs="+", default=["encode", "decode"])
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--long", action="store_true")
-    parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
+    parser.add_argument("--out", type=Path, help="write the numbers to a JSON file, too")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:

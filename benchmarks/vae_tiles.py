@@ -1,4 +1,4 @@
-"""A clip through a VAE in the smallest tiles against whole frames: how near, whether there is a seam, time and memory.
+"""A clip through a VAE in the smallest tiles, compared with whole frames: difference, seams, time and memory.
 
 python benchmarks/vae_tiles.py --vae runs/asl/vae/model --clip VIDEOS/mixed/bikes.mp4
 """
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             "tile": f"{cut.columns}x{cut.rows}",
             "relative_difference": float((tiled - whole).norm() / whole.norm()),
             "time_over_whole": tiled_seconds / seconds,
-            "memory_over_whole": memory / whole_bytes,  # as `streaming` reckons it
+            "memory_over_whole": memory / whole_bytes,  # by the estimates of `streaming`
         }
         if name == "decoder":
             found["psnr_to_whole"] = 10 * math.log10(4 / float((tiled - whole).double().square().mean()))
@@ -63,8 +63,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             tiles = streaming.spans(latent.width, cut.columns)
             for (_, end), (start, _) in itertools.pairwise(tiles):
                 shared[start * vae.config.stride[2] : end * vae.config.stride[2]] = True
-            for what, one in (("tiled", tiled), ("whole", whole)):
-                error = (one - video).abs().mean((0, 1, 2, 3))
+            for what, decoded in (("tiled", tiled), ("whole", whole)):
+                error = (decoded - video).abs().mean((0, 1, 2, 3))
                 found[f"seam_over_elsewhere_{what}"] = float(error[shared].mean() / error[~shared].mean())
         result[name] = found
     return result

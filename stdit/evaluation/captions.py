@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from stdit.data.plan.buckets import assign
 from stdit.data.plan.split import PlanItem
 from stdit.diffusion.solvers import path_of
 from stdit.errors import StditError
-from stdit.evaluation.metrics import mean_psnr
+from stdit.evaluation.metrics import Progress, mean_psnr
 from stdit.evaluation.toy import Accuracy
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
@@ -40,8 +40,6 @@ from stdit.shapes import LatentShape, VideoShape
 FORMAT = 1
 ROUNDING = 1e-6  # losses that differ by less, relatively, count as equal
 SHEET_CAPTIONS = 40  # on the contact sheet, three rows each
-
-Progress = Callable[[str, int, int], None]  # (task, done, total)
 
 
 @dataclass(frozen=True)

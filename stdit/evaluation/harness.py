@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from stdit.data.decode.video import read_frames
 from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.toy import Jitter, ToySpec, held_out_prompts, render
 from stdit.errors import StditError
-from stdit.evaluation.metrics import EXACT_PSNR, mean_psnr, psnr
+from stdit.evaluation.metrics import EXACT_PSNR, Progress, mean_psnr, psnr
 from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_seed
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from stdit.sampling.pipeline import Pipeline
 
 FORMAT = 1
-Progress = Callable[[str, int, int], None]  # (task, done, total)
 
 SOURCES = ("samples", "vae", "rendered", "shuffled")
 TRAINED, ASPECT, DURATION = "trained", "untrained aspect ratio", "untrained duration"

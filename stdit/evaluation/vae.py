@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from stdit.data.scan.scan import scan
 from stdit.data.workers.pool import READER
 from stdit.errors import StditError
 from stdit.evaluation.measures import DEFINITIONS, MEASURES, RATIOS, ClipMeasures, latent_statistics, pooled_statistics
-from stdit.evaluation.metrics import SMALLEST_SSIM
+from stdit.evaluation.metrics import SMALLEST_SSIM, Progress
 from stdit.files import make_folder, part_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.pixels import to_pixels, to_video
@@ -40,7 +40,6 @@ from stdit.weights.sources import find
 FORMAT = 1
 FRAMES_PER_READ = 16  # that are read and measured at a time
 PICTURE_FRAMES = 5  # of a clip that its picture shows
-Progress = Callable[[str, int, int], None]  # (task, done, total)
 
 
 @torch.no_grad()
@@ -229,7 +228,7 @@ def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path 
     posterior = keyed_generator(0, "posterior", clip.id) if sample else None
     for source, rebuilt, found in reconstruct_in_parts(vae, _pieces(clip, cut), posterior):
         if not found.isfinite().all():
-            raise StditError(f"{clip.path}: the VAE gives latents that are not finite. Has its training diverged?")
+            raise StditError(f"{clip.path}: the VAE's latents are not finite. Did its training diverge?")
         measures.add(source, rebuilt)
         latents.append(found.float().cpu())
         shown += [(source[i], rebuilt[i]) for i in range(len(source)) if done + i in picks]
