@@ -1,1 +1,1 @@
-"""Text encoders, tokenizers and the captioner. Imports transformers when used, and no other part of stdit."""
+"""Text encoders, tokenizers and the captioner. Imports transformers, and no other part of stdit."""

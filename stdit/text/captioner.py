@@ -1,4 +1,4 @@
-"""Captions by any image- or video-to-text model that transformers loads, from a local folder. Nothing is downloaded."""
+"""Captions clips with any image- or video-to-text model of transformers, from a local folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import (
 from stdit.errors import StditError
 from stdit.text.pretrained import LOCAL, check_files, load_weights
 
-PROMPT = "Describe what can be seen, in one paragraph."  # for models that are talked to
+PROMPT = "Describe what can be seen, in one paragraph."  # for chat models
 
 
 class Refused(StditError):
@@ -30,11 +30,12 @@ class Refused(StditError):
 
 
 class Captioner:
-    """A model, and its processor, which decides how a clip is shown: as a video; as several images, by a model that is
-    talked to (whose processor has a chat template); else as one image.
+    """A model and its processor. The processor decides how a clip is passed: as a video; as several images to a chat
+    model (with a chat template); else as one image. Captions are decoded greedily.
 
-    prompt: what is asked for. None: PROMPT, or nothing where there is no chat template; there a prompt is given as it
-    stands, with what the model wants in it (such as <image>). Captions are the model's likeliest words, none is drawn.
+    prompt: None means PROMPT for a chat model and nothing for others. Other models get a prompt unchanged, so it must
+        contain what they expect (such as <image>).
+    max_new_tokens: longest caption.
     """
 
     def __init__(self, model: Any, processor: Any, prompt: str | None = None, max_new_tokens: int = 128) -> None:
@@ -47,7 +48,7 @@ class Captioner:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if not model.config.is_encoder_decoder:
-            tokenizer.padding_side = "left"  # the answer goes on from the last position
+            tokenizer.padding_side = "left"  # the caption continues from the last position
         for name in (
             "temperature",
             "top_p",
@@ -55,16 +56,16 @@ class Captioner:
             "min_p",
             "typical_p",
             "max_length",
-        ):  # of drawing, or against ours
+        ):  # unused or conflicting
             setattr(model.generation_config, name, None)
 
     def frames(self, wanted: int) -> int:
-        """How many frames of a clip the model can be shown, of so many wanted."""
-        return self._taught or (wanted if self._video or self.template else 1)
+        """How many frames of a clip the model takes if `wanted` are available."""
+        return self._fixed_frames or (wanted if self._video or self.template else 1)
 
     @property
-    def _taught(self) -> int:
-        """The number of frames that GIT for videos has positions for; 0 for any."""
+    def _fixed_frames(self) -> int:
+        """The number of frames that GIT for videos has positions for; 0 if any number is possible."""
         return int(getattr(self.model.config, "num_image_with_embedding", None) or 0)
 
     @property
@@ -73,7 +74,10 @@ class Captioner:
 
     @torch.inference_mode()
     def caption(self, clips: Sequence[np.ndarray], fps: Sequence[float]) -> list[str]:
-        """clips: (T, H, W, 3) uint8 each, of any sizes; either all of one frame or none. fps: of these frames.
+        """A caption for each clip.
+
+        clips: (T, H, W, 3) uint8 of any sizes; either all have one frame or none has.
+        fps: of these frames.
 
         Raises Refused for clips that the model or its processor fails on.
         """
@@ -83,13 +87,13 @@ class Captioner:
             return self._texts(made, inputs.get("input_ids"))
         except torch.OutOfMemoryError as error:
             raise StditError(f"the captioning model needs more memory: lower --batch or --frames. {error}") from error
-        except Exception as error:  # whatever a strange clip brings up in any of a hundred models
+        except Exception as error:  # any error of any of a hundred models
             raise Refused(f"the model fails on it ({type(error).__name__}: {error}).") from error
 
     def _inputs(self, clips: Sequence[np.ndarray], fps: Sequence[float]) -> Any:
         shown: dict[str, Any] = {}
-        if self._taught:
-            clips = [clip[np.linspace(0, len(clip) - 1, self._taught).round().astype(int)] for clip in clips]
+        if self._fixed_frames:
+            clips = [clip[np.linspace(0, len(clip) - 1, self._fixed_frames).round().astype(int)] for clip in clips]
         video = self._video and len(clips[0]) > 1
         if video:
             shown["videos"] = list(clips)
@@ -107,33 +111,33 @@ class Captioner:
             chats = [[{"role": "user", "content": parts + asked}] for parts in seen]
             texts = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
             begin = self.processor.tokenizer.bos_token
-            if begin is not None and texts[0].startswith(begin):  # not twice
+            if begin is not None and texts[0].startswith(begin):  # add it only once
                 shown["add_special_tokens"] = False
             shown |= {"text": texts, "padding": True}
         elif self.prompt:
             shown |= {"text": [self.prompt] * len(clips), "padding": True}
         inputs = self.processor(**shown, return_tensors="pt")
-        if self.model.config.model_type == "git" and self.prompt:  # the caption goes on from it, not after an end of it
+        if self.model.config.model_type == "git" and self.prompt:  # the caption continues it: no end token
             for name in ("input_ids", "attention_mask"):
                 inputs[name] = inputs[name][:, :-1]
-        if self._taught:
-            inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(clips), self._taught))
+        if self._fixed_frames:
+            inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(clips), self._fixed_frames))
         return inputs
 
     def _texts(self, made: torch.Tensor, given: torch.Tensor | None) -> list[str]:
-        """The words that are not the prompt's, each caption on one line."""
+        """The captions without the prompt, each on one line."""
         tokenizer = self.processor.tokenizer
         prompts = [""] * len(made)
         if given is not None and torch.equal(made[:, : given.shape[1]], given):
             made = made[:, given.shape[1] :]
-        elif given is not None:  # some models put the prompt's words into other tokens first
+        elif given is not None:  # some models tokenize the prompt again
             prompts = tokenizer.batch_decode(given, skip_special_tokens=True)
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
         return [" ".join(text.strip().removeprefix(prompt.strip()).split()) for text, prompt in zip(texts, prompts)]
 
 
 class _Pair(ProcessorMixin):
-    """Stands for the processor of folders that are older than processors, such as ViT with GPT-2: its two parts."""
+    """A processor for folders that have only its two parts, such as ViT with GPT-2."""
 
     def __init__(self, image_processor: Any, tokenizer: Any) -> None:
         super().__init__(image_processor, tokenizer)
@@ -146,7 +150,7 @@ def load_captioner(
     dtype: str = "auto",
     device: str | torch.device = "cpu",
 ) -> Captioner:
-    """From a local folder in transformers' layout, safetensors alone. dtype: a torch name; auto: the stored one."""
+    """From a local folder in transformers' layout, safetensors only. dtype: a torch name; auto: the stored one."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise StditError(
@@ -176,7 +180,7 @@ def _load_processor(folder: Path) -> Any:
             processor = _Pair(image_processor, AutoTokenizer.from_pretrained(str(folder), **LOCAL))
     except ImportError as error:
         raise StditError(f"{folder}: its processor needs a package that is not here: {error}") from error
-    except Exception as error:  # transformers has no error of its own for what it cannot make of a folder
+    except Exception as error:  # transformers has no error type of its own for this
         raise StditError(
             f"{folder}: transformers cannot read a processor there: {error} Beside config.json there must be "
             f"preprocessor_config.json or processor_config.json, and a tokenizer."

@@ -1,4 +1,4 @@
-"""What families' code does to a text before its encoder sees it."""
+"""Cleans texts as the families' pipelines do before encoding them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MARKS = (
     (r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
     (r"\s+\.\s+", " "),
 )
-_CODES = (  # of articles, shops and files; then spaces
+_CODES = (  # product codes, shop phrases and file names; then spaces
     (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),
     (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
     (r"\b\d+[a-zA-Z]+\d+\b", ""),
@@ -60,13 +60,13 @@ def clean_prompt(text: str) -> str:
 
 
 def lower_prompt(text: str) -> str:
-    """In lower case, as diffusers' pipelines of PixArt, Latte and Allegro have it without `clean_caption`."""
+    """Lower-cases, as diffusers' pipelines of PixArt, Latte and Allegro do without `clean_caption`."""
     return text.lower().strip()
 
 
 def strip_caption(text: str) -> str:
-    """Without what captions from the web are full of (addresses, tags, file names, codes, odd punctuation), twice over,
-    as Open-Sora 1.2 cleans prompts (opensora/models/text_encoder/t5.py)."""
+    """Removes addresses, tags, file names, codes and odd punctuation, in two passes, as Open-Sora 1.2 does
+    (opensora/models/text_encoder/t5.py)."""
     return _stripped(_stripped(text))
 
 
@@ -89,7 +89,7 @@ def _mended(text: str) -> str:
 
 
 class _Words(HTMLParser):
-    """The text between tags that a reader sees."""
+    """Collects the visible text between HTML tags."""
 
     UNSEEN = ("script", "style", "template")
 

@@ -1,7 +1,7 @@
-"""Text encoders: T5-like encoders and their tokenizers from local folders, and a small one to train along.
+"""Text encoders: texts to the embeddings that cross-attention sees.
 
-`TextEncoder` returns what diffusers' pipelines get before they pad: the last hidden states of the valid positions of
-each text, the end token included. Nothing here is ever downloaded.
+`TextEncoder` returns what diffusers' pipelines have before they pad: each text's last hidden states at the valid
+positions, including the end token.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from stdit.errors import StditError
 from stdit.text.cleaning import clean_prompt, lower_prompt, strip_caption
@@ -32,8 +30,9 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 class TextEncoder(nn.Module):
     """An encoder and its tokenizer. Trains like any module; has no dropout.
 
-    max_length: texts are cut to this many tokens, the end token included; by default the treatment's. load: reads the
-    weights when a text is first encoded, or they are saved; until then `encoder` takes no memory. It does not train.
+    max_length: texts are truncated to this many tokens, including the end token; None: the treatment's.
+    treatment: how texts are prepared.
+    load: reads the weights on first use; until then `encoder` is on the meta device. Such an encoder does not train.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class TextEncoder(nn.Module):
             raise StditError("the tokenizer has no padding token; set pad_token in its tokenizer_config.json.")
         embeddings = encoder.config.get_text_config().vocab_size
         largest = max(tokenizer.get_vocab().values(), default=0)
-        # other models' vocabularies are smaller or larger; their own is rounded up by less than a tenth
+        # a mismatched vocabulary is much smaller or larger; the right one is padded by less than a tenth
         if largest >= embeddings or (embeddings > 10_000 and largest < embeddings / 2):
             raise StditError(
                 f"the tokenizer's largest id is {largest}, the text encoder has {embeddings} embeddings. "
@@ -67,7 +66,7 @@ class TextEncoder(nn.Module):
         return int(self.encoder.config.d_model)
 
     def ready(self) -> None:
-        """Reads the weights, if that was put off, to where the module was moved meanwhile."""
+        """Reads deferred weights, then moves and casts them as the module was meanwhile."""
         if self._load is not None:
             self.encoder, self._load = self._load().requires_grad_(False), None
             for move in self._moves:
@@ -80,48 +79,48 @@ class TextEncoder(nn.Module):
         return super()._apply(fn, recurse)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Cleaned texts to token ids, the end token included, without padding."""
+        """Texts to token ids after cleaning, including the end token, without padding."""
         if not texts:
             return []
         cleaned = [CLEANERS[self.treatment.clean](text) for text in texts]
         return self.tokenizer(cleaned, truncation=True, max_length=self.max_length, add_special_tokens=True).input_ids
 
     def forward(self, ids: Sequence[Sequence[int]], at_least: int = 0) -> list[Tensor]:
-        """Token ids of several texts to their embeddings: one (L, D) a text, L its number of ids. Keeps gradients.
+        """Token ids to embeddings with gradients: one (L, D) per text, L its number of ids.
 
-        at_least: as many positions of every text, those of padding too.
+        at_least: return at least so many positions of every text, including padding.
         """
         if not ids:
             return []
         self.ready()
         device = next(self.encoder.parameters()).device
-        longest = self.max_length if self.treatment.sees_padding else max(at_least, *(len(one) for one in ids))
+        longest = self.max_length if self.treatment.sees_padding else max(at_least, *map(len, ids))
         padded = torch.full((len(ids), longest), self.tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros(len(ids), longest, dtype=torch.long)
-        for row, one in enumerate(ids):
-            padded[row, : len(one)] = torch.tensor(one, dtype=torch.long)
-            mask[row, : len(one)] = 1
+        for row, text in enumerate(ids):
+            padded[row, : len(text)] = torch.tensor(text, dtype=torch.long)
+            mask[row, : len(text)] = 1
         seen = torch.ones_like(mask) if self.treatment.sees_padding else mask
         hidden = self._hidden(padded.to(device), seen.to(device))
-        return [hidden[row, : max(at_least, len(one))] for row, one in enumerate(ids)]
+        return [hidden[row, : max(at_least, len(text))] for row, text in enumerate(ids)]
 
     def _hidden(self, ids: Tensor, seen: Tensor) -> Tensor:
-        """(texts, L) ids, and which of them are attended to, to (texts, L, D)."""
+        """ids (texts, L) and their attention mask to (texts, L, D)."""
         return self.encoder(ids, seen).last_hidden_state
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], at_least: int = 0) -> list[Tensor]:
-        """Texts to embeddings without gradients: one (L, D) a text. at_least: as in `forward`."""
+        """Texts to embeddings without gradients: one (L, D) per text. at_least: as in `forward`."""
         return self(self.tokenize(texts), at_least)
 
     @property
     def tokenizer_class(self) -> str:
-        """The tokenizer's class by the name that transformers 4 and 5 both know."""
+        """The tokenizer's class name that both transformers 4 and 5 know."""
         name = type(self.tokenizer).__name__
         return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
 
     def save(self, text_encoder: str | Path, tokenizer: str | Path) -> None:
-        """Writes both folders of a model folder; transformers opens them."""
+        """Writes both folders of a model folder, in transformers' layout."""
         self.ready()
         with no_bars():
             self.encoder.save_pretrained(text_encoder)

@@ -1,4 +1,4 @@
-"""The image encoder that some weights see their first frame through (Wan 2.1 I2V: CLIP's), from a model folder."""
+"""The image encoder for weights that see embeddings of the first frame (Wan 2.1 I2V: CLIP)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stdit.text.pretrained import LOCAL, check_files, load_weights, said
 
 
 class ImageEncoder(nn.Module):
-    """The last hidden states but one of a CLIP, as diffusers' WanImageToVideoPipeline takes them."""
+    """CLIP's second to last hidden states, as diffusers' WanImageToVideoPipeline uses them."""
 
     def __init__(self, encoder: CLIPVisionModel, processor: CLIPImageProcessor) -> None:
         super().__init__()
@@ -27,13 +27,13 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Sequence[Tensor]) -> list[Tensor]:
-        """Frames (H, W, 3) uint8, of any sizes, to their tokens (I, D)."""
+        """Frames (H, W, 3) uint8 of any sizes to tokens (I, D)."""
         pixels = self.processor(images=[frame.cpu().numpy() for frame in frames], return_tensors="pt").pixel_values
         out = self.encoder(pixels.to(self.encoder.device, self.encoder.dtype), output_hidden_states=True)
         return [*out.hidden_states[-2]]
 
     def save(self, image_encoder: str | Path, image_processor: str | Path) -> None:
-        """Writes both folders of a model folder; transformers opens them."""
+        """Writes both folders of a model folder, in transformers' layout."""
         self.encoder.save_pretrained(image_encoder)
         self.processor.save_pretrained(image_processor)
 
@@ -50,6 +50,6 @@ def load_image_encoder(
     check_files(place)
     try:
         processor = CLIPImageProcessor.from_pretrained(str(place), **LOCAL)
-    except Exception as error:  # of any kind, where its JSON is another program's
+    except Exception as error:  # of any type, if its JSON is another program's
         raise StditError(f"{place}: transformers cannot read it: {said(error)}") from error
     return ImageEncoder(encoder, processor).to(device)

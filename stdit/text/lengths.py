@@ -1,4 +1,4 @@
-"""Texts that are longer than what their encoder is given: how many, and what is dropped. No weight is opened."""
+"""Finds texts that are too long for their encoder, and what is dropped of them. Opens no weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stdit.text.loading import load_tokenizer
 from stdit.text.places import Treatment, find_text_encoder
 from stdit.text.small import build_word_tokenizer
 
-MOST = 10_000  # texts that are tokenized to be counted: seconds; of more, as many evenly spread
+MOST = 10_000  # texts to tokenize, which takes seconds; a larger set is sampled evenly
 SHOWN = 100  # characters of a text in a message
 
 
 @dataclass(frozen=True)
 class LongText:
-    """A text of more tokens than the `limit`; `dropped` is its end that the encoder never sees."""
+    """A text with more tokens than `limit`. dropped: its end, which the encoder does not see."""
 
     text: str
     tokens: int
@@ -33,7 +33,7 @@ class LongText:
 
 @dataclass(frozen=True)
 class LongTexts:
-    """What was found among `texts` texts: `count` of those `looked` at are too long, `longest` of them the most."""
+    """Among `texts` texts, `looked` were tokenized; `count` of these are too long, `longest` is the longest."""
 
     texts: int
     looked: int
@@ -54,7 +54,7 @@ class LongTexts:
 
 @dataclass(frozen=True)
 class TextLimit:
-    """The tokenizer, and what is done to a text before the encoder sees it. chat: it is asked as a chat model is."""
+    """A tokenizer, a treatment and a limit. chat: the text is the user's part of a chat."""
 
     tokenizer: Any
     treatment: Treatment
@@ -63,7 +63,7 @@ class TextLimit:
 
     @classmethod
     def of_folder(cls, folder: str | Path, treatment: Treatment, max_length: int | None = None) -> TextLimit:
-        """Of a folder as `load_text_encoder` takes it. max_length: replaces the treatment's."""
+        """For a folder that `load_text_encoder` takes. max_length: replaces the treatment's."""
         encoder, tokenizer = find_text_encoder(folder)
         try:
             chat = json.loads((encoder / "config.json").read_text("utf-8")).get("model_type") == "qwen2_5_vl"
@@ -73,7 +73,7 @@ class TextLimit:
 
     @classmethod
     def of_words(cls, max_length: int) -> TextLimit:
-        """Of an encoder that trains along, whose tokens are words."""
+        """For the small encoder that trains with the model, whose tokens are words."""
         return cls(build_word_tokenizer([]), Treatment(), max_length)
 
     @classmethod
@@ -82,18 +82,18 @@ class TextLimit:
         return cls(encoder.tokenizer, encoder.treatment, max_length or encoder.max_length, chat)
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text before it is cut, the end token included."""
+        """Number of tokens of each text before truncation, including the end token."""
         return [len(ids) for ids in self._ids(texts)] if texts else []
 
     def long(self, text: str) -> LongText | None:
-        """What is dropped of a text, if it is too long."""
+        """Describes a text if it is too long."""
         ids = self._ids([text])[0]
         if len(ids) <= self.max_length:
             return None
         return LongText(text, len(ids), self.max_length, self._dropped(text, ids))
 
     def among(self, texts: Sequence[str]) -> LongTexts:
-        """How many texts are too long. Of more than MOST that may be, as many are looked at."""
+        """Counts texts that are too long. If more than MOST may be, only MOST are tokenized."""
         doubtful = [text for text in texts if self._may_be_long(text)]
         step = -(-len(doubtful) // MOST) or 1
         looked = doubtful[::step]
@@ -108,8 +108,8 @@ class TextLimit:
         )
 
     def _may_be_long(self, text: str) -> bool:
-        """Whether it must be tokenized to know: an ASCII text has at most a token a character and two more; `&` may be
-        the name of a character that is not ASCII."""
+        """Whether it must be tokenized to know: ASCII text has at most one token per character and two more. `&` may
+        begin an HTML entity for a non-ASCII character."""
         return self.chat or len(text) + 2 > self.max_length or not text.isascii() or "&" in text
 
     def _cleaned(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers from local folders. Nothing is ever downloaded."""
+"""Loads text encoders and tokenizers from local folders; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def load_text_encoder(
     try:
         with torch.device("meta"):
             empty = model_class(config).eval()
-    except Exception as error:  # of sizes that make no model
+    except Exception as error:  # of any type, for impossible sizes
         raise StditError(f"{folder / 'config.json'}: makes no text encoder: {said(error)}") from error
     return kind(empty, load_tokenizer(words), max_length, treatment, load).to(device)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """A tokenizer from a local folder, whatever class transformers' AutoTokenizer takes it for.
+    """A tokenizer from a local folder, of the class that transformers' AutoTokenizer chooses.
 
-    Raises StditError where its vocabulary is missing: transformers would go on with one of its own making.
+    Raises StditError if its vocabulary is missing: transformers would continue with a made-up one.
     """
     folder = Path(folder)
     check_files(folder)
@@ -74,7 +74,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         _check_sentencepiece(models[0])
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
-    except Exception as error:  # transformers and tokenizers have no error of their own for what they cannot read
+    except Exception as error:  # transformers and tokenizers have no error type of their own for this
         raise StditError(
             f"{folder}: transformers cannot read a tokenizer there ({said(error)[:200]}). Is it whole, with "
             f"tokenizer.json or else spiece.model? Download the folder again."
@@ -96,7 +96,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def _check_sentencepiece(vocabulary: Path) -> None:
-    """Raises StditError where what transformers reads such a file with is broken: it would ask for tiktoken instead."""
+    """Raises StditError if a package for such files is broken; transformers would ask for tiktoken instead."""
     for module, package in (("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")):
         try:
             importlib.import_module(module)
@@ -114,7 +114,7 @@ def _encoder_config(folder: Path) -> Any:
         raise StditError(f"{folder}: holds no config.json, which says what encoder it is. Download the folder again.")
     try:
         config = AutoConfig.from_pretrained(str(folder), **LOCAL)
-    except Exception as error:  # of any kind, where config.json is another program's
+    except Exception as error:  # of any type, if config.json is another program's
         raise StditError(f"{folder}: transformers cannot read config.json there: {said(error)}") from error
     if config.model_type not in ENCODERS:
         raise StditError(
@@ -122,5 +122,5 @@ def _encoder_config(folder: Path) -> Any:
             f"({', '.join(ENCODERS)})."
         )
     if hasattr(config, "dropout_rate"):
-        config.dropout_rate = 0.0  # an unkeyed dropout could not be resumed
+        config.dropout_rate = 0.0  # a dropout that is not keyed could not be resumed
     return config

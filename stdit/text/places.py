@@ -1,4 +1,4 @@
-"""Where a text encoder's files are, and how its pipeline treats texts. No weight is opened."""
+"""Finds a text encoder's folders, and defines how texts are treated. Opens no weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a family's pipeline brings a text to its encoder.
+    """How a pipeline prepares a text for its encoder.
 
-    max_length: texts are cut to this many tokens, the end token included. clean: what is done to a text first, a key of
-    `encoders.CLEANERS`. sees_padding: the encoder attends to padding up to max_length, which is not returned.
+    max_length: texts are truncated to this many tokens, including the end token.
+    clean: how a text is cleaned first, a key of `encoders.CLEANERS`.
+    sees_padding: the encoder attends to padding up to max_length; the padding is not returned.
     """
 
     max_length: int = 512
@@ -33,9 +34,10 @@ class TextPlaces(NamedTuple):
 
 
 def find_text_encoder(folder: str | Path, tokenizer: str | Path | None = None) -> TextPlaces:
-    """Of a model folder with text_encoder/ and tokenizer/, or of a folder that transformers reads.
+    """The folders of a model folder with text_encoder/ and tokenizer/, or of a folder that transformers reads.
 
-    tokenizer: its folder; by default the encoder's own, or the one beside it. Raises StditError where one is missing.
+    tokenizer: its folder; by default the encoder's own, or the one beside it.
+    Raises StditError if a folder is missing.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

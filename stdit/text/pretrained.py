@@ -1,4 +1,4 @@
-"""Weights of transformers' models from local folders: safetensors alone, nothing downloaded, none of them missing."""
+"""Loads transformers models from local folders: safetensors only, nothing downloaded, every weight present."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from transformers.utils import logging
 from stdit.downloads import check_downloaded, unfinished
 from stdit.errors import StditError
 
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of every `from_pretrained`
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # for every `from_pretrained`
 _CHECKED = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
 
 def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
-    """`kind.from_pretrained(folder, …)` in evaluation mode. kind: a model's class of transformers, or an Auto one.
+    """`kind.from_pretrained(folder, …)` in evaluation mode.
 
-    what: the model in an error's words. Raises StditError where the folder or weights are missing, or of another shape.
+    kind: a model class of transformers, or an Auto class.
+    what: names the model in errors.
+
+    Raises StditError if the folder or weights are missing, or if shapes do not fit.
     """
     if not folder.is_dir():
         raise StditError(f"{folder}: no such folder; {what} is read from there.")
@@ -35,7 +38,7 @@ def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
             )  # fmt: skip
     except StditError:
         raise
-    except Exception as error:  # of safetensors, torch or transformers, each its own
+    except Exception as error:  # safetensors, torch and transformers have different ones
         raise StditError(f"{folder}: {what}'s weights cannot be read: {said(error)}") from error
     lost = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if lost:
@@ -47,14 +50,14 @@ def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
 
 
 def check_files(folder: Path) -> None:
-    """Raises StditError where one of a folder's files was not downloaded whole."""
+    """Raises StditError if one of a folder's files was not downloaded whole."""
     for path in sorted(folder.iterdir()):
         if path.suffix in _CHECKED and not path.name.startswith(".") and path.is_file():
             check_downloaded(path)
 
 
 def check_weights(folder: Path, what: str) -> None:
-    """Raises StditError where shards are missing, or a file of weights is cut short or damaged."""
+    """Raises StditError if shards are missing, or a file of weights is truncated or damaged."""
     found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
@@ -85,7 +88,7 @@ def check_weights(folder: Path, what: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' table of what does not fit: an error says it."""
+    """Silences transformers' table of mismatches; our error lists them."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -95,13 +98,13 @@ def _quiet() -> Iterator[None]:
 
 
 def said(error: BaseException) -> str:
-    """An error's message in one line."""
+    """An error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which cannot be told apart from the command's."""
+    """Hides transformers' progress bars, which look like the command's own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

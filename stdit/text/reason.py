@@ -1,7 +1,7 @@
-"""Cosmos-Reason1, a Qwen2.5-VL: the text encoder of Cosmos-Predict2.5, as diffusers 0.42 asks it.
+"""Cosmos-Reason1, a Qwen2.5-VL: the text encoder of Cosmos-Predict2.5, used as in diffusers 0.42.
 
-`pipelines/cosmos/pipeline_cosmos2_5_predict.py`, `_get_prompt_embeds`: a text is the user's part of a chat, padded to
-max_length; the padding is embedded and given to the transformer like words.
+There (`pipelines/cosmos/pipeline_cosmos2_5_predict.py`, `_get_prompt_embeds`) a text is the user's part of a chat,
+padded to max_length; the transformer sees the padding's embeddings too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SYSTEM = "You are a helpful assistant who will provide prompts to an image gener
 
 
 class ReasonEncoder(TextEncoder):
-    """The states after every layer but the embeddings', each normalised over its width, side by side."""
+    """Concatenates the hidden states after every layer, each normalised over its width."""
 
     @property
     def dim(self) -> int:
@@ -27,13 +27,13 @@ class ReasonEncoder(TextEncoder):
         return int(config.hidden_size * config.num_hidden_layers)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts as they are to the ids of their chats, max_length each, padding included."""
+        """Uncleaned texts to the ids of their chats, each padded to max_length."""
         if not texts:
             return []
         if self.tokenizer.chat_template is None:
             raise StditError(
-                "the tokenizer has no chat template, which Cosmos-Reason1 is asked by: get chat_template.jinja, or the "
-                "chat_template of tokenizer_config.json, from where its weights came from."
+                "the tokenizer has no chat template, which Cosmos-Reason1 needs: get chat_template.jinja, or the "
+                "chat_template of tokenizer_config.json, from the source of its weights."
             )
         found = self.tokenizer.apply_chat_template(
             chats(texts), add_generation_prompt=False, add_vision_id=False, truncation=True, padding="max_length",
@@ -48,7 +48,7 @@ class ReasonEncoder(TextEncoder):
 
 
 def chats(texts: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Texts as what a user says to the model."""
+    """Texts as chats with the model."""
     return [[_says("system", SYSTEM), _says("user", text)] for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""A small text encoder to train along: a word tokenizer built from the captions and a fresh UMT5."""
+"""A small text encoder that trains with the model: a word tokenizer built from the captions, and a fresh UMT5."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 
 
 def build_word_tokenizer(captions: Iterable[str], max_words: int = 32_000) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a word or run of punctuation of the captions, lower-cased; the end token is appended.
+    """A tokenizer with one token per lower-cased word or run of punctuation in the captions; it appends the end token.
 
-    Words come by falling frequency, then alphabetically, so equal captions give equal ids. Saved, it opens with
-    AutoTokenizer.
+    Words are sorted by falling frequency, then alphabetically, so equal captions give equal ids. AutoTokenizer opens
+    what it saves.
     """
     normalizer, splitter = Normalizers([NFKC(), Lowercase()]), Whitespace()
     counts: dict[str, int] = {}
@@ -49,10 +49,7 @@ def build_word_tokenizer(captions: Iterable[str], max_words: int = 32_000) -> Pr
 
 
 def small_umt5(vocab_size: int, dim: int, layers: int, heads: int, seed: int = 0) -> UMT5EncoderModel:
-    """A fresh UMT5 encoder without dropout, to be trained along; equal seeds give equal weights.
-
-    The global generator is left as it was.
-    """
+    """A fresh UMT5 encoder without dropout. Equal seeds give equal weights; the global generator does not change."""
     if dim % heads:
         raise StditError(f"text encoder: width {dim} is not divisible by {heads} heads.")
     config = UMT5Config(
