@@ -198,7 +198,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n"
         ("text_encoder/model.safetensors", 3000, r"model\.safetensors: is cut short"),
         ("text_encoder/model.safetensors", 60, r"model\.safetensors: is cut short"),
         ("text_encoder/model.safetensors", 0, r"model\.safetensors: is empty"),
-        ("text_encoder/model.safetensors", None, r"no \.safetensors file is .* A download has not"),
+        ("text_encoder/model.safetensors", None, r"no \.safetensors file is .* is a download that has not"),
         ("text_encoder/config.json", None, r"holds no config\.json"),
         ("text_encoder/config.json", b"[]", r"cannot read config\.json"),
         ("text_encoder/config.json", b'{"model_type": "nonsense"}', r"cannot read config\.json"),
