@@ -28,7 +28,7 @@ LONGEST_SIDE = 1280  # of frames passed to the model's processor, which scales t
 REFUSALS = 3  # give up if the model fails on so many clips before any success
 
 
-class Describes(Protocol):
+class MakesCaptions(Protocol):
     """Makes captions from frames: the interface of `Captioner`."""
 
     def frames(self, wanted: int) -> int: ...
@@ -36,7 +36,7 @@ class Describes(Protocol):
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionResult:
     """The result of a call.
 
     manifest: with the new captions.
@@ -51,10 +51,10 @@ class Captioned:
     failures: tuple[Skipped, ...]
 
 
-class _Shown(NamedTuple):
+class _ShownClip(NamedTuple):
     """Frames (T, H, W, 3) of a clip and their fps, or the reason why there are none."""
 
-    clip: Clip
+    row: Clip
     frames: np.ndarray | None
     fps: float
     failure: Skipped | None = None
@@ -69,7 +69,7 @@ def caption_identity(folder: str | Path, captioner: Captioner, frames: int) -> s
 
 def caption_manifest(
     manifest: Manifest,
-    captioner: Describes,
+    captioner: MakesCaptions,
     out: str | Path,
     *,
     maker: str,
@@ -81,7 +81,7 @@ def caption_manifest(
     timeout: float = 60.0,
     on_start: Callable[[int], None] = lambda _: None,
     on_clips: Callable[[int], None] = lambda _: None,
-) -> Captioned:
+) -> CaptionResult:
     """Writes the manifest to `out` with a new caption for every clip.
 
     Each caption is appended at once to `….captions.jsonl` beside `out`, with its clip's id and maker. So the same call
@@ -109,14 +109,15 @@ def caption_manifest(
         on_start(sum(map(len, todo)))
         show = partial(_show, manifest, count=captioner.frames(frames), limits=Limits(seconds=timeout))
         for shown in read_ahead(show, todo, workers, ahead=2):
-            failures += [one.failure for one in shown if one.failure]
+            failures += [clip.failure for clip in shown if clip.failure]
             new = []
-            for one, text in _described(captioner, [one for one in shown if one.frames is not None]):
+            readable = [clip for clip in shown if clip.frames is not None]
+            for clip, text in _captioned(captioner, readable):
                 if isinstance(text, Skipped):
                     failures.append(text)
                     refused += text.reason == "refused"
                 else:
-                    new.append({"id": one.clip.id, "maker": maker, "text": text})
+                    new.append({"id": clip.row.id, "maker": maker, "text": text})
             add(new)
             texts |= {line["id"]: line["text"] for line in new}
             made += len(new)
@@ -128,7 +129,7 @@ def caption_manifest(
         raise StditError(f"no clip of {manifest.source} could be captioned. {why}")
     captioned = _with_captions(manifest, texts, weight, replace)
     write_manifest(captioned, out)
-    return Captioned(captioned, made, there, tuple(failures))
+    return CaptionResult(captioned, made, there, tuple(failures))
 
 
 def _batches(manifest: Manifest, texts: dict[str, str], batch: int) -> list[list[int]]:
@@ -141,7 +142,7 @@ def _batches(manifest: Manifest, texts: dict[str, str], batch: int) -> list[list
     return [rows for rows in batches if rows]
 
 
-def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _Shown:
+def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _ShownClip:
     """`count` frames of a clip (or all, if it has fewer), each from the middle of an equal part of its duration."""
     clip = manifest[row]
     count = min(count, clip.frames)
@@ -153,26 +154,26 @@ def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _Shown:
     size = (max(1, round(clip.width * scale)), max(1, round(clip.height * scale)))
     try:
         with local_file(clip) as path:
-            return _Shown(clip, READER(path, count, size, fps, first, limits=limits), fps)
+            return _ShownClip(clip, READER(path, count, size, fps, first, limits=limits), fps)
     except VideoError as error:
-        return _Shown(clip, None, fps, Skipped(clip.path, error.reason, error.message))
+        return _ShownClip(clip, None, fps, Skipped(clip.path, error.reason, error.message))
 
 
-def _described(captioner: Describes, shown: list[_Shown]) -> Iterator[tuple[_Shown, str | Skipped]]:
+def _captioned(captioner: MakesCaptions, shown: list[_ShownClip]) -> Iterator[tuple[_ShownClip, str | Skipped]]:
     """Each clip with its caption or its failure. A batch that the model fails on is tried clip by clip."""
     if not shown:
         return
     try:
-        texts = captioner.caption([one.frames for one in shown if one.frames is not None], [one.fps for one in shown])
+        texts = captioner.caption([clip.frames for clip in shown if clip.frames is not None], [c.fps for c in shown])
     except Refused as error:
         if len(shown) > 1:
-            for one in shown:
-                yield from _described(captioner, [one])
+            for clip in shown:
+                yield from _captioned(captioner, [clip])
         else:
-            yield shown[0], Skipped(shown[0].clip.path, "refused", str(error))
+            yield shown[0], Skipped(shown[0].row.path, "refused", str(error))
         return
-    for one, text in zip(shown, texts):
-        yield one, text or Skipped(one.clip.path, "no_caption", "the model says nothing of it.")
+    for clip, text in zip(shown, texts):
+        yield clip, text or Skipped(clip.row.path, "no_caption", "the model says nothing about it.")
 
 
 def _with_captions(manifest: Manifest, texts: dict[str, str], weight: float, replace: bool) -> Manifest:

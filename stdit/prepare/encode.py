@@ -51,7 +51,7 @@ class _Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodeResult:
     """The result of a call.
 
     clips, texts: the numbers encoded now.
@@ -105,7 +105,7 @@ def encode_manifest(
     retry_failed: bool = False,
     on_start: Callable[[int], None] = lambda _: None,
     on_clips: Callable[[int], None] = lambda _: None,
-) -> Encoded:
+) -> EncodeResult:
     """Caches the latents of every clip that has a shape, and the embeddings of every caption and of "".
 
     Clips start at their first frame and are cropped at the centre, or are cut in `config.crops` ways. A shard is a
@@ -166,7 +166,7 @@ def encode_manifest(
             raise ValueError("text_id is needed with a text encoder.")
         text_cache = Cache.create(out, text_settings(config, text_id), write_settings=rank == 0)
         new = _encode_texts(_texts(manifest, assignment), text_encoder, text_cache, dtype, batch, rank, ranks)
-    return Encoded(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
+    return EncodeResult(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
 
 
 def _encode(vae: Vae, examples: Sequence[Example], device: str | torch.device) -> list[Tensor]:

@@ -187,7 +187,7 @@ def sample(
             typer.echo(f"{text[:40]!r}… has {long}.", err=True)
     make_folder(out)
     clips = [ClipFiles(out, text, number, settings) for text, number in zip(texts, indices)]
-    written = {clip.index: found for clip in clips if (found := clip.there())}
+    written = {clip.index: found for clip in clips if (found := clip.existing())}
     missing = [clip for clip in clips if clip.index not in written]
     failures: list[str] = []
     with named_bars(hidden=as_json) as progress:

@@ -26,7 +26,7 @@ _NO_OPTION = {"dtype", "dtype_option", "model_hash", "lora_hashes", "known_hash"
 
 
 @dataclass
-class Written:
+class SampledClip:
     """The paths of a clip's files.
 
     video: None for an image.
@@ -78,14 +78,14 @@ class ClipFiles:
         video = None if self.settings["frames"] == 1 else self.out / f"{self.name}.mp4"
         return video, self.out / f"{self.name}.png", self.out / f"{self.name}.json"
 
-    def there(self) -> Written | None:
+    def existing(self) -> SampledClip | None:
         """The clip's files if an earlier command made them. The settings are written last."""
         video, image, note = self._paths
         if not all(path.is_file() for path in (video, image, note) if path is not None):
             return None
-        return self._written(made=False)
+        return self._sampled(made=False)
 
-    def write(self, frames: Iterator[np.ndarray], fps: float) -> Written:
+    def write(self, frames: Iterator[np.ndarray], fps: float) -> SampledClip:
         """Writes the files. Frames are written as they arrive; only those of the contact sheet stay in memory."""
         import numpy as np
 
@@ -110,11 +110,11 @@ class ClipFiles:
             contact_sheet([np.stack(kept)], image)
         settings = {**self._all_settings(), "command": self.command()}
         publish_text(note, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        return self._written(made=True)
+        return self._sampled(made=True)
 
-    def _written(self, made: bool) -> Written:
+    def _sampled(self, made: bool) -> SampledClip:
         video, image, note = self._paths
-        return Written(self.prompt, str(video) if video else None, str(image), str(note), made)
+        return SampledClip(self.prompt, str(video) if video else None, str(image), str(note), made)
 
     def command(self) -> str:
         """The command that makes this clip again, alone."""
