@@ -1,7 +1,8 @@
-"""`stdit weights`: what a file or folder of weights is, and the same weights in another program's layout."""
+"""`stdit weights`: describes weights, and converts them to another program's layout."""
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from stdit.weights.sources import Source
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inspect and convert weights.")
-_Model = Annotated[Path | None, typer.Option(help="For an adapter (LoRA): the model that it is for.")]
-_Heads = Annotated[int | None, typer.Option(help="Of a transformer, where its tensors do not tell their number.")]
+_Model = Annotated[Path | None, typer.Option(help="For an adapter (LoRA): its model.")]
+_Heads = Annotated[int | None, typer.Option(help="Number of heads, for a transformer whose tensors do not tell it.")]
 _Pickle = Annotated[bool, typer.Option("--trust-pickle", help="Also open .pth and .bin files (tensors only).")]
 
 
@@ -29,13 +30,13 @@ def inspect(
     trust_pickle: _Pickle = False,
     heads: _Heads = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Instead: hash the files and compare with the SHA-256 that is beside them.")
+        bool, typer.Option("--verify", help="Only hash the files and compare with the published SHA-256.")
     ] = False,
 ) -> int:
-    """Family, dialect, size, dtype, and what is missing or unexpected, without reading a tensor.
+    """Show family, dialect, size, dtype, and missing or unexpected tensors, without reading any.
 
-    Exit status 1 where anything is missing, unexpected or misshaped, or, with --verify, where a file differs from its
-    published checksum: FILE.sha256 or SHA256SUMS beside it, or what the hub's download noted.
+    Exit status 1 if anything is missing, unexpected or misshaped, or, with --verify, if a file differs from its
+    published checksum: FILE.sha256 or SHA256SUMS beside it, or the notes of the hub's download.
 
     Example: stdit weights inspect Wan2.1-T2V-1.3B-Diffusers
     """
@@ -67,7 +68,7 @@ def inspect(
 
 
 def _verify(path: Path, json: bool) -> int:
-    """Prints a line a file: ok, differs, or nothing to check against."""
+    """Prints a line per file: ok, differs, or nothing to check against."""
     import json as format
 
     from rich.console import Console
@@ -78,49 +79,47 @@ def _verify(path: Path, json: bool) -> int:
 
     files = weight_files(path.expanduser())
     if not path.expanduser().exists() or not files:
-        raise StditError(f"{path}: no file of weights is there.")
+        raise StditError(f"{path}: holds no file of weights.")
     found = []
     with Console(stderr=True).status("reading") as status:
         for file in files:
             status.update(f"{file}: {file.stat().st_size / 1e9:.1f} GB")
             found.append(check(file))
     if json:
-        rows = [{"file": str(one.file), **one.__dict__, "verdict": one.verdict} for one in found]
+        rows = [{**vars(file), "verdict": file.verdict} for file in found]
         print(format.dumps({"path": str(path), "checksums": rows}, indent=2, default=str))
     else:
         table = Table(title=f"checksums: {path}", title_justify="left")
         for column in ("file", "is", "by"):
             table.add_column(column, overflow="fold")
-        for one in found:
-            name = str(one.file.relative_to(path)) if path.is_dir() else str(one.file)
-            details = (
-                f"{one.source}\nwanted {one.wanted}\nfound  {one.found}" if one.verdict == "differs" else one.source
-            )
-            table.add_row(name, one.verdict, details)
+        for checked in found:
+            name = str(checked.file.relative_to(path)) if path.is_dir() else str(checked.file)
+            differs = f"\nwanted {checked.wanted}\nfound  {checked.found}" if checked.verdict == "differs" else ""
+            table.add_row(name, checked.verdict, checked.source + differs)
         Console().print(table)
-    return int(any(one.verdict == "differs" for one in found))
+    return int(any(checked.verdict == "differs" for checked in found))
 
 
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", parser=out_path, help="A folder, made if it is not there.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=out_path, help="A folder; created if needed.")],
     layout: Annotated[
         str,
         typer.Option(
-            help='"diffusers", "original" (a release\'s) or "comfyui"; a LoRA also "common", "kohya" or "peft". '
-            "Unset: diffusers; of a LoRA common, which most programs read."
+            help='"diffusers", "original" (the release\'s) or "comfyui"; a LoRA also "common", "kohya" or "peft". '
+            "Default: diffusers; for a LoRA common, which most programs read."
         ),
     ] = "",
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32; otherwise, and for adapters, as they are stored.")] = "",
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32. Default, and always for adapters: as stored.")] = "",
     model: _Model = None,
     trust_pickle: _Pickle = False,
     heads: _Heads = None,
 ) -> None:
-    """Write weights in another layout or dtype; in the same dtype bit for bit. A tensor in memory at a time.
+    """Convert weights to another layout or dtype; in the same dtype bit for bit. One tensor in memory at a time.
 
-    A transformer or VAE alone goes straight into OUT; both, in diffusers' layout, into OUT/transformer and OUT/vae,
-    and the other parts of a model folder beside them as they are.
+    A transformer or VAE alone goes straight into OUT. Both, in diffusers' layout, go into OUT/transformer and OUT/vae;
+    the other parts of a model folder are copied beside them.
 
     An adapter (LoRA) needs --model and becomes one file.
 
@@ -142,39 +141,41 @@ def convert(
 
     if is_adapter(source):
         if model is None:
-            raise StditError(f"{source}: is an adapter; say by --model which model it is for: its sizes are needed.")
+            raise StditError(f"{source}: is an adapter; give its model by --model: the model's sizes are needed.")
         config = find("transformer", model, trust_pickle).config
         layout = ALIASES.get(layout, layout) or "common"
         adapter = read_adapter(source, config)
         place = out if out.suffix == ".safetensors" else out / FILES.get(layout, "lora.safetensors")
         if place.exists() and place.samefile(source):
-            raise StditError(f"{place}: is the adapter itself, which would be replaced. Write to another file.")
+            raise StditError(f"{place}: is the adapter itself and would be overwritten. Write to another file.")
         with no_empty_folders(place.parent):
             write_adapter(adapter, place, config, layout)
         return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
     layout = layout or "diffusers"
-    dialect_in(layout)  # raises for one that does not exist
+    dialect_in(layout)  # raises for an unknown layout
     import torch
 
     dtypes = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}
     if dtype not in dtypes:
-        raise StditError(f"dtype {dtype!r} is not one to convert to. Known: bf16, fp32.")
+        raise StditError(f"dtype {dtype!r} does not exist. Known: bf16, fp32.")
     found = _sources(source, trust_pickle, strict=True, heads=heads)
-    for one, other, how in ((out, source, "is or lies in"), (source, out, "holds")):
-        if source.is_dir() and within(one, other):
+    for inner, outer, how in ((out, source, "is or lies in"), (source, out, "holds")):
+        if source.is_dir() and within(inner, outer):
             raise StditError(f"{out}: {how} {source}, which is read. Write to another folder.")
-    named = "vae" in found and isinstance(found["vae"].config, VaeConfig)  # in an original layout, by a name of its own
+    named = "vae" in found and isinstance(found["vae"].config, VaeConfig)  # it has a file name of its own
 
     def place_of(part: str) -> Path:
         if part in EXPERT_NAMES:
             return out / expert_folders(layout)[part]
         return out / part if len(found) > 1 and (layout == "diffusers" or not named) else out
 
-    for converted in found.values():  # before anything is written: the second may be the one that is refused
+    for converted in found.values():  # before anything is written: the second may be refused
         check_layout(converted.config, layout)
     places = {part: place_of(part) for part in found}
     for part, place in places.items():
-        if place.resolve() in {file.parent.resolve() for one in found.values() for file in one.files.files}:
+        if place.resolve() in {
+            file.parent.resolve() for found_part in found.values() for file in found_part.files.files
+        }:
             raise StditError(f"{place}: is where {part} is read from. Write to another folder.")
     others: list[Path] = []
     if len(found) > 1 and layout == "diffusers" and (source / "model_index.json").is_file():
@@ -183,26 +184,26 @@ def convert(
         check_copyable(entry)
         _check_replaceable(entry, out / entry.name)
     console = Console(stderr=True)
-    remedy = "Wait for its end, or write to another folder."
+    remedy = "Wait until it ends, or write to another folder."
     with no_empty_folders(out, *places.values()), locked(out, "stdit weights convert", remedy):
         for part, converted in found.items():
             HEARTBEAT.doing(f"{part}: {converted.parameters:,} parameters to {places[part]}")
             with console.status(f"{part}: {converted.parameters:,} parameters to {places[part]}"):
                 io.convert(converted, places[part], layout, dtype=dtypes[dtype])
             console.print(f"{part}: {converted.dialect} → {layout}, {places[part]}", highlight=False)
-        with console.status("the other parts, as they are"):
+        with console.status("copying the other parts"):
             _copy(others, out)
 
 
 def _others(source: Path, converted: set[str]) -> list[Path]:
-    """The folders and JSON files of a model folder that are not converted; its index comes last."""
+    """The folders and JSON files of a model folder that are not converted, model_index.json last."""
     found = sorted(source.iterdir(), key=lambda entry: (entry.name == "model_index.json", entry.name))
     found = [entry for entry in found if entry.name not in converted and not entry.name.startswith(".")]
     return [entry for entry in found if entry.is_dir() or entry.suffix == ".json" or not entry.exists()]
 
 
 def _check_replaceable(source: Path, target: Path) -> None:
-    """Raises StditError where a folder that is there already holds what its new copy would not."""
+    """Raises StditError if a folder that exists holds a file that its new copy would not have."""
     from stdit.errors import StditError
 
     for file in target.rglob("*") if target.is_dir() and not target.is_symlink() else []:
@@ -228,7 +229,7 @@ def _copy(entries: list[Path], out: Path) -> None:
 
 
 def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = None) -> dict[str, Source]:
-    """What is at `path`: transformer (or two experts, high and low) and vae; or the error that says why nothing is."""
+    """The models at `path`: transformer (or two experts, high and low) and vae. Raises StditError if there is none."""
     from stdit.errors import StditError
     from stdit.weights.expert_folders import expert_places
     from stdit.weights.families import KINDS, titles
@@ -241,7 +242,7 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = N
         kind = "vae" if part == "vae" else "transformer"
         try:
             if part == "vae" and parts and other_vae(place):
-                continue  # diffusers', of which nothing is renamed: `_parts` has it
+                continue  # run by diffusers, so nothing is renamed: see `_parts`
             parts += [(part, kind, place)] if holds(kind, place, trust_pickle) else []
         except StditError as error:
             problems.append(error)
@@ -262,11 +263,7 @@ def _description(part: str, source: Source) -> dict[str, Any]:
     import dataclasses
 
     differences = source.table.differences(source.files.shapes)
-    dtypes: dict[str, int] = {}
-    size = 0
-    for entry in source.files.entries.values():
-        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
-        size += entry.stop - entry.start
+    entries = source.files.entries.values()
     return {
         "part": part,
         "kind": source.kind,
@@ -275,9 +272,9 @@ def _description(part: str, source: Source) -> dict[str, Any]:
         "preset": _preset(source),
         **_trained_for(source),
         "parameters": source.parameters,
-        "bytes": size,
-        "tensors": len(source.files.entries),
-        "dtypes": dtypes,
+        "bytes": sum(entry.stop - entry.start for entry in entries),
+        "tensors": len(entries),
+        "dtypes": Counter(entry.dtype for entry in entries),
         "files": [str(file) for file in source.files.files],
         "config_path": str(source.config_path) if source.config_path else None,
         "config": dataclasses.asdict(source.config),
@@ -288,7 +285,7 @@ def _description(part: str, source: Source) -> dict[str, Any]:
 
 
 def _preset(source: Source) -> str | None:
-    """The preset with this very config."""
+    """The preset with exactly this config."""
     from stdit.models import transformer
     from stdit.vae import autoencoder
 
@@ -309,7 +306,7 @@ def _show_adapter(adapter: dict[str, Any]) -> None:
 
 
 def _trained_for(source: Source) -> dict[str, str | None]:
-    """What a transformer was trained to put out, and which release it is; that is None for sizes nobody released."""
+    """A transformer's training objective, and its release; None for sizes that nobody released."""
     if source.kind != "transformer":
         return dict.fromkeys(("release", "objective", "expects_vae", "expects_text"))
     from stdit.weights.families import release_of
@@ -321,7 +318,7 @@ def _trained_for(source: Source) -> dict[str, str | None]:
 
 
 def _parts(path: Path) -> dict[str, str]:
-    """What else a model folder holds, by its folders: the class that each one's config names."""
+    """The other folders of a model folder, and the class that each one's config names."""
     from stdit.weights.sources import other_vae
     from stdit.weights.tensor_files import read_json
 
@@ -331,12 +328,10 @@ def _parts(path: Path) -> dict[str, str]:
         if not (path / name).is_dir():
             continue
         document = path / name / documents.get(name, "config.json")
-        about = read_json(document) if document.is_file() else {}
-        kind = (
-            about.get("_class_name") or about.get("tokenizer_class") or next(iter(about.get("architectures") or ()), "")
-        )
-        shift = about.get("shift") or about.get("flow_shift")
-        found[name] = f"{kind or 'unnamed'}" + (f", shift {shift}" if shift else "")
+        config = read_json(document) if document.is_file() else {}
+        names = [config.get("_class_name"), config.get("tokenizer_class"), *(config.get("architectures") or ())]
+        shift = config.get("shift") or config.get("flow_shift")
+        found[name] = next(filter(None, names), "unnamed") + (f", shift {shift}" if shift else "")
     return found
 
 
@@ -358,7 +353,7 @@ def _show(models: list[dict[str, Any]], parts: dict[str, str]) -> None:
         table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in model["dtypes"].items()))
         table.add_row("files", "\n".join(model["files"][:4]) + ("\n…" if len(model["files"]) > 4 else ""))
         table.add_row(
-            "config", model["config_path"] or "none beside the weights: carried in the file, or told by the shapes"
+            "config", model["config_path"] or "none beside the weights: from the file's metadata or the shapes"
         )
         table.add_row("", ", ".join(f"{name} {value}" for name, value in model["config"].items() if value is not None))
         for what in ("missing", "unexpected", "misshaped"):
@@ -368,6 +363,6 @@ def _show(models: list[dict[str, Any]], parts: dict[str, str]) -> None:
         console.print(table)
     if parts:
         table = Table(title="beside it", show_header=False, title_justify="left")
-        for name, about in parts.items():
-            table.add_row(name, about)
+        for name, description in parts.items():
+            table.add_row(name, description)
         console.print(table)

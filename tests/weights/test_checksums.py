@@ -76,7 +76,7 @@ def test_a_small_files_git_hash_is_no_checksum(tmp_path, capsys):
 
 def test_mistakes_are_messages(tmp_path, capsys):
     assert run_command(app, ["weights", "inspect", str(tmp_path), "--verify"], prog="stdit") == 1
-    assert "no file of weights is there" in capsys.readouterr().err
+    assert "holds no file of weights" in capsys.readouterr().err
     (tmp_path / "a.safetensors").write_bytes(CONTENT)
     (tmp_path / "a.safetensors.sha256").write_text("md5 0123")
     assert run_command(app, ["weights", "inspect", str(tmp_path), "--verify"], prog="stdit") == 1

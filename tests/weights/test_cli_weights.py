@@ -167,7 +167,7 @@ def test_mistakes_are_messages(folder, tmp_path, capsys):
     cases = [
         (("inspect", tmp_path / "absent"), "no such file or folder"),
         (("convert", folder, tmp_path / "x", "--layout", "comfy"), "layout 'comfy' does not exist"),
-        (("convert", folder, tmp_path / "x", "--dtype", "int4"), "dtype 'int4' is not one to convert to"),
+        (("convert", folder, tmp_path / "x", "--dtype", "int4"), "dtype 'int4' does not exist"),
         (("convert", folder / "vae", folder / "vae", "--layout", "original"), "Write to another folder"),
         (("inspect", tmp_path / "other.safetensors"), "holds neither a Wan transformer nor a"),
         (("inspect", tmp_path / "old.pth"), "is a pickle"),
@@ -199,7 +199,7 @@ def test_adapters_are_told_and_converted_for_their_model(folder, tmp_path, capsy
     assert run("inspect", tmp_path / "a.safetensors", "--model", folder) == 0
     assert "Wan transformer" in capsys.readouterr().out
     assert run("convert", tmp_path / "a.safetensors", tmp_path / "out") == 1
-    assert "say by --model which model it is for" in capsys.readouterr().err
+    assert "give its model by --model" in capsys.readouterr().err
     assert run("convert", tmp_path / "a.safetensors", tmp_path / "out", "--model", folder) == 0
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert list(tensors) == [f"diffusion_model.blocks.1.ffn.0.lora_{part}.weight" for part in "AB"]
