@@ -30,12 +30,13 @@ def train(
     from stdit.training.describe import dry_run as describe
     from stdit.training.engine.parallel import join_world, leave_world
     from stdit.training.run import run
+    from stdit.training.setup.resolve import resolve
 
     settings = load_config(config, overrides or [])
     world = join_world()
     try:
         if dry_run:
-            describe(settings, world)
+            describe(resolve(settings), world)
         else:
             run(settings, world)
     finally:

@@ -13,7 +13,7 @@ from stdit.heartbeat import HEARTBEAT
 from stdit.prepare.encode import text_identity, vae_identity
 from stdit.weights.expert_folders import expert_places
 from stdit.weights.identity import folder_identity
-from stdit.weights.sources import transformer_identity
+from stdit.weights.sources import find, transformer_identity
 from stdit.weights.tensor_files import read_json
 
 FORMAT = 1  # of base.json
@@ -56,7 +56,8 @@ class BaseWeights:
     def contents(self) -> dict[str, str]:
         """The SHA-256 of what is at the paths now, by part; of two experts both transformers count as one part."""
         folder = Path(self.transformer)
-        weights, configs = transformer_identity((expert_places(folder) or {"": folder}).values())
+        places = (expert_places(folder) or {"": folder}).values()
+        weights, configs = transformer_identity(find("transformer", place) for place in places)
         text = text_identity(self.text_encoder)
         found = {
             "transformer": weights,

@@ -246,7 +246,8 @@ WITH_OVERRIDES = {"model": ModelSettings, "vae": VaeSettings}  # sections that a
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain lists and mappings, which `from_dict` reads back."""
-    result: dict[str, Any] = {name: _plain(value) for name, value in vars(config).items()}
+    settings = [entry.name for entry in dataclasses.fields(config) if "derived" not in entry.metadata]
+    result: dict[str, Any] = {name: _plain(getattr(config, name)) for name in settings}
     return result | result.pop("overrides", {})
 
 

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from stdit.data.plan.exclusions import explain_exclusions
 from stdit.data.plan.split import balance, split
-from stdit.training.config import RunConfig
 from stdit.training.engine.parallel import World
 from stdit.training.setup.build import RunComponents, build
-from stdit.training.setup.footprint import footprint, outline
+from stdit.training.setup.footprint import build_on_meta, footprint
+from stdit.training.setup.resolve import ResolvedConfig
 
 
-def dry_run(config: RunConfig, world: World) -> None:
+def dry_run(config: ResolvedConfig, world: World) -> None:
     """Prints the plan, the shapes and the memory that training would take, and trains nothing."""
     components = build(config, world)
     if world.is_main:
-        print("\n".join(description(config, components, world.size)))
+        print("\n".join(description(components, world.size)))
 
 
-def description(config: RunConfig, components: RunComponents, ranks: int) -> list[str]:
-    plan = components.plan
+def description(components: RunComponents, ranks: int) -> list[str]:
+    config, plan = components.config, components.plan
     bound = plan.token_bound()
     splits = [split(plan.items(i), ranks, bound) for i in range(min(plan.num_steps, 32))]
     micro_steps = sum(map(len, splits)) / len(splits)
@@ -38,7 +38,7 @@ def description(config: RunConfig, components: RunComponents, ranks: int) -> lis
         lines.append(f"  {shape}: {int(count):,} clips of {tokens:,} tokens")
     lines += unused_shapes_and_clips(components)
     fullest = max(max(packs.sums()[0]) for packs in itertools.chain(*splits))
-    lines.append(memory(config, components, fullest, ranks))
+    lines.append(memory(components, fullest, ranks))
     return lines
 
 
@@ -55,9 +55,10 @@ def unused_shapes_and_clips(components: RunComponents) -> list[str]:
     return lines
 
 
-def memory(config: RunConfig, components: RunComponents, tokens: int, ranks: int) -> str:
+def memory(components: RunComponents, tokens: int, ranks: int) -> str:
     """The memory of a rank whose fullest pack has so many tokens."""
-    found = footprint(config, outline(config), components.shapes[0], tokens, ranks, components.parameters)
+    config = components.config
+    found = footprint(config, build_on_meta(config), components.shapes[0], tokens, ranks, components.parameters)
     each = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in asdict(found).items())
     return f"memory per rank: {found.total / 2**30:.2f} GiB ({each})"
 

@@ -18,7 +18,7 @@ from stdit.training.describe import draw, unused_shapes_and_clips
 from stdit.training.engine.checkpoint import published, remove_strays
 from stdit.training.engine.parallel import World
 from stdit.training.outputs.export import check_export
-from stdit.training.setup.initial_weights import follow_init
+from stdit.training.setup.resolve import ResolvedConfig, resolve
 from stdit.training.trainer import Trainer
 
 REPLACED = ("config.yaml", "metrics.jsonl", "report.html", "plan.png", "checkpoints", "model")  # by a run
@@ -45,7 +45,7 @@ def run(config: RunConfig, world: World) -> None:
             if world.is_main and not (folder / "report.html").exists():
                 report(trainer)
             return
-        _train(config, trainer, world)
+        _train(resolve(config), trainer, world)
 
 
 def _lock(folder: Path) -> AbstractContextManager[None]:
@@ -60,16 +60,16 @@ def _lock(folder: Path) -> AbstractContextManager[None]:
     return locked(folder, "a training", "Wait for its end, or choose another run=PATH.", keep=True)
 
 
-def _train(config: RunConfig, trainer: Trainer, world: World) -> None:
+def _train(config: ResolvedConfig, trainer: Trainer, world: World) -> None:
     folder = trainer.folder
 
     def begin() -> None:
         remove_strays(folder)
-        check_export(follow_init(config))
-        save_config(config, folder / "config.yaml")
+        check_export(config)
+        save_config(trainer.config, folder / "config.yaml")
 
     world.from_main(begin)
-    trainer.prepare()
+    trainer.prepare(config)
     for line in unused_shapes_and_clips(trainer.components):
         trainer.say(line)
     HEARTBEAT.doing("drawing the plan")

@@ -35,6 +35,7 @@ from stdit.training.outputs.weights import averaged_weights
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.frozen import check_frozen
 from stdit.training.setup.networks import check_networks
+from stdit.training.setup.resolve import ResolvedConfig
 from stdit.training.stop_signal import StopSignal
 
 
@@ -61,11 +62,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ preparing
 
-    def prepare(self) -> None:
+    def prepare(self, config: ResolvedConfig) -> None:
         """Builds everything, and loads the last checkpoint if there is one."""
-        _set_deterministic(self.config.run.deterministic)
-        self.components: RunComponents = build(self.config, self.world)
-        config, resumed = self.components.config, self.resumed
+        _set_deterministic(config.run.deterministic)
+        self.components: RunComponents = build(config, self.world)
+        resumed = self.resumed
         self.components.frozen = check_frozen(config, resumed, self.world, self.say)
         self.networks = check_networks(config, self.components.objective, resumed, self.say)
         resume.check_data(self.components, resumed, self.world)

@@ -104,11 +104,11 @@ def other_vae(path: str | os.PathLike[str]) -> VaeFolder | None:
     return VaeFolder(folder, name, traits)
 
 
-def transformer_identity(paths: Iterable[str | os.PathLike[str]]) -> tuple[str, str]:
+def transformer_identity(sources: Iterable[Source]) -> tuple[str, str]:
     """SHA-256 (hex) of the weights of one or more transformers, and SHA-256 of their configs."""
-    found = [find("transformer", path) for path in paths]
-    weights = [folder_identity(file) for source in found for file in source.files.files]
-    configs = [source.config_path for source in found if source.config_path is not None]
+    sources = list(sources)
+    weights = [folder_identity(file) for source in sources for file in source.files.files]
+    configs = [source.config_path for source in sources if source.config_path is not None]
     return hashlib.sha256("".join(weights).encode()).hexdigest(), files_identity(configs)
 
 

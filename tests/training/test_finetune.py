@@ -35,7 +35,8 @@ from stdit.training.objectives.protocol import StepKey
 from stdit.training.outputs import evaluate
 from stdit.training.outputs.export import write_model
 from stdit.training.setup.build import RunComponents, build
-from stdit.training.setup.footprint import footprint, outline
+from stdit.training.setup.footprint import build_on_meta, footprint
+from stdit.training.setup.resolve import resolve
 from stdit.weights.sources import find
 
 pytest.importorskip("diffusers")
@@ -138,7 +139,7 @@ def started(tiny: Path, tmp_path: Path, init: Path, *overrides: str) -> RunCompo
     raw = {key: raw[key] for key in ("data", "plan", "optimizer", "schedule", "log")}
     raw["optimizer"] = {"lr": 3e-3}
     (tmp_path / "tune.yaml").write_text(yaml.safe_dump(raw | {"model": {"init": str(init)}}))
-    return build(load_config(tmp_path / "tune.yaml", ["data.workers=0", *overrides]), ALONE)
+    return build(resolve(load_config(tmp_path / "tune.yaml", ["data.workers=0", *overrides])), ALONE)
 
 
 def train(parts: RunComponents, steps: int) -> tuple[Engine, list[float]]:
@@ -243,7 +244,7 @@ def test_what_was_put_together_from_downloads_comes_back_whole(tiny: Path, tmp_p
     ]
     text = objective.prepare(examples, items, key).text
     assert torch.equal(text.tokens, torch.cat([null[:length] for length in lengths])) and min(lengths) > 1
-    shape, outlined = parts.shapes[0], outline(parts.config)
+    shape, outlined = parts.shapes[0], build_on_meta(parts.config)
     assert outlined.tokens(shape) == objective.tokens(shape)
     assert footprint(parts.config, outlined, shape, 2 * objective.tokens(shape), ranks=1).encoders > 0
 
@@ -325,7 +326,7 @@ def test_the_plan_tells_the_memory_of_every_family(
         for part in image_folder.iterdir():
             shutil.copytree(part, init / part.name)
     parts = started(tiny, tmp_path, init)
-    objective = outline(parts.config)
+    objective = build_on_meta(parts.config)
     assert objective.cost == parts.objective.cost
     shape = parts.shapes[0]
     assert objective.tokens(shape) == parts.objective.tokens(shape)
@@ -339,7 +340,7 @@ def test_the_plan_tells_the_memory_of_every_family(
 def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Path, folder: Any) -> None:
     init = folder("PixArt")
     parts = started(tiny, tmp_path, init, "model.inflate=true", "model.freeze=pretrained")
-    assert outline(parts.config).cost == parts.objective.cost
+    assert build_on_meta(parts.config).cost == parts.objective.cost
     image, video = stdit.load_transformer(init), parts.objective.module.transformer
     latents, t = torch.randn(1, 4, 3, 8, 8), torch.tensor([0.5])
     text, size = torch.randn(1, 4, 10), (32, 32)

@@ -34,6 +34,7 @@ from stdit.training.outputs import export
 from stdit.training.outputs.step_log import StepLog
 from stdit.training.run import run
 from stdit.training.setup.build import build, open_caches
+from stdit.training.setup.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,7 +177,7 @@ def test_an_evaluation_lost_to_a_kill_is_made_up_for(
 
 def test_only_one_micro_steps_tensors_are_there_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_module.Trainer(load_config(tiny / "flow.yaml", ["plan.tokens_per_pack=80"]), ALONE)
-    trainer.prepare()
+    trainer.prepare(resolve(trainer.config))
     alive: list[weakref.ref[Any]] = []
     prepare = FlowObjective.prepare
     counts = []
@@ -233,16 +234,16 @@ def test_the_wait_for_data_is_measured_and_logged(tiny: Path, tmp_path: Path, mo
 
 
 def test_stages_and_sources_make_the_plans_of_a_run(tiny: Path) -> None:
-    whole = build(load_config(tiny / "flow.yaml", []), ALONE)
+    whole = build(resolve(load_config(tiny / "flow.yaml", [])), ALONE)
     stages = "data.stages=[{epochs: 2, frames: 1}, {epochs: 1, area: 32x32}, {}]"
-    parts = build(load_config(tiny / "flow.yaml", [stages, "data.sources={'*': 2}"]), ALONE)
+    parts = build(resolve(load_config(tiny / "flow.yaml", [stages, "data.sources={'*': 2}"])), ALONE)
     used = [{str(shape) for shape, n in zip(parts.assignment.shapes, parts.plan_of(e).counts) if n} for e in range(5)]
     assert used[0] == used[1] == {shape for shape in used[3] if shape.endswith("x1")}
     assert used[2] == {"32x32x1", "32x32x5"} and used[3] == used[4] >= {"32x32x1", "32x32x5", "48x32x5"}
     assert parts.plan_of(3).num_items == 2 * whole.plan.num_items
     later = "data.stages=[{epochs: 3, frames: 1}, {epochs: 1, area: 32x32}, {}]"
     assert whole.plan_hash == whole.plan.hash
-    other = build(load_config(tiny / "flow.yaml", [later, "data.sources={'*': 2}"]), ALONE)
+    other = build(resolve(load_config(tiny / "flow.yaml", [later, "data.sources={'*': 2}"])), ALONE)
     assert len({whole.plan_hash, parts.plan_hash, other.plan_hash}) == 3
 
 
@@ -303,7 +304,7 @@ def test_ranks_with_other_data_are_told_before_they_wait_for_each_other(tiny: Pa
 
     config = load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"])
     with pytest.raises(StditError, match=r"rank 2 has other data than rank 0: .*manifest\.parquet"):
-        trainer_module.Trainer(config, Others(0, 3, torch.device("cpu"))).prepare()
+        trainer_module.Trainer(config, Others(0, 3, torch.device("cpu"))).prepare(resolve(config))
 
 
 def test_a_clip_that_went_bad_is_named_counted_and_skipped(

@@ -25,6 +25,7 @@ from stdit.training.engine.parallel import World, join_world, leave_world
 from stdit.training.outputs import export
 from stdit.training.outputs.weights import averaged_weights
 from stdit.training.setup import build
+from stdit.training.setup.resolve import resolve
 from stdit.training.trainer import Trainer
 
 
@@ -68,7 +69,7 @@ def build_random(config: RunConfig, world: World) -> build.RunComponents:
 def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     trainer_module.build = build_random
     trainer = Trainer(load_config(config, overrides), world)
-    trainer.prepare()
+    trainer.prepare(resolve(trainer.config))
     steps = trainer.config.schedule.steps
     first = trainer.step
     feed = StepLoader(trainer.components.plan_of, trainer.components.loader, world.rank, world.size, first)

@@ -16,7 +16,8 @@ from stdit.errors import StditError
 from stdit.training.config import from_dict
 from stdit.training.engine.parallel import World
 from stdit.training.setup.build import make_objective, make_vae
-from stdit.training.setup.footprint import outline
+from stdit.training.setup.footprint import build_on_meta
+from stdit.training.setup.resolve import resolve
 from stdit.vae.autoencoder import CausalVAE
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import load_vae, save_vae
@@ -103,15 +104,15 @@ def test_it_is_saved_and_loaded_and_trains(folder, tmp_path):
 
 def test_training_starts_there(folder):
     config = {"vae": {"path": str(folder), "inflate": True, "temporal_downsample": [True, False]}}
-    vae = make_vae(from_dict(config | {"objective": {"kind": "vae"}}, "test"))
+    vae = make_vae(resolve(from_dict(config | {"objective": {"kind": "vae"}}, "test")))
     assert vae.config.stride == (2, 4, 4) and vae.config.groups == 4
-    assert outline(from_dict(config | {"objective": {"kind": "vae"}}, "test")).vae.config == vae.config
-    plain = from_dict({"vae": {"path": str(folder)}, "objective": {"kind": "vae"}}, "test")
-    for made in (lambda: outline(plain), lambda: make_objective(plain, None, World(0, 1, torch.device("cpu")))):
+    assert build_on_meta(resolve(from_dict(config | {"objective": {"kind": "vae"}}, "test"))).vae.config == vae.config
+    plain = resolve(from_dict({"vae": {"path": str(folder)}, "objective": {"kind": "vae"}}, "test"))
+    for made in (lambda: build_on_meta(plain), lambda: make_objective(plain, None, World(0, 1, torch.device("cpu")))):
         with pytest.raises(StditError, match=r"a AutoencoderKL cannot be trained here.*vae\.inflate=true"):
             made()
     with pytest.raises(StditError, match=r"objective\.kind=vae"):
-        make_vae(from_dict(config, "test"))
+        make_vae(resolve(from_dict(config, "test")))
     with pytest.raises(StditError, match="path, which is not set"):
         from_dict({"vae": {"inflate": True}}, "test")
 

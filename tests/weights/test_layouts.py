@@ -318,11 +318,12 @@ def test_presets_have_heads_that_all_programs_take_from_the_width():
 def test_a_training_whose_model_no_layout_holds_is_refused_before_it_starts(change):
     from stdit.training.config import LoraConfig, from_dict
     from stdit.training.setup.build import make_transformer
-    from stdit.training.setup.footprint import outline
+    from stdit.training.setup.footprint import build_on_meta
     from stdit.training.setup.initial_weights import check_export
+    from stdit.training.setup.resolve import resolve
 
-    config = from_dict({"run": {"path": "x"}, "model": {"preset": "toy", "layers": 1, **change}}, "test")
-    for make in (lambda: make_transformer(config, 4, 8), lambda: outline(config)):
+    config = resolve(from_dict({"run": {"path": "x"}, "model": {"preset": "toy", "layers": 1, **change}}, "test"))
+    for make in (lambda: make_transformer(config, 4, 8), lambda: build_on_meta(config)):
         with pytest.raises(StditError, match=rf"run/model will .*'diffusers' cannot hold ({'|'.join(change)})="):
             make()
     model = TransformerConfig.preset("toy", layers=1, **change)

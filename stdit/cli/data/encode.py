@@ -55,11 +55,12 @@ def encode(
     from stdit.heartbeat import HEARTBEAT
     from stdit.prepare.encode import PRECISION, encode_manifest, text_identity, vae_identity
     from stdit.training.config import load_config
-    from stdit.training.setup.initial_weights import check_vae, follow_init
+    from stdit.training.setup.initial_weights import check_vae
     from stdit.training.setup.long_captions import LONGER, long_captions
+    from stdit.training.setup.resolve import resolve
     from stdit.weights.io import load_vae
 
-    run = follow_init(load_config(config, [*(overrides or []), *([f"data.crops={crops}"] if crops else [])]))
+    run = resolve(load_config(config, [*(overrides or []), *([f"data.crops={crops}"] if crops else [])]))
     if run.vae.path is None:
         raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
     check_vae(run.vae.path)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stdit.text.lengths import LongTexts
     from stdit.training.config import RunConfig
     from stdit.training.setup.footprint import Footprint
+    from stdit.training.setup.resolve import ResolvedConfig
 
 FORMAT = 1  # of the JSON
 SHOWN = 40  # buckets in the table
@@ -60,17 +61,18 @@ def plan(
     from stdit.heartbeat import HEARTBEAT
     from stdit.training.config import load_config
     from stdit.training.setup.build import make_plan
-    from stdit.training.setup.footprint import footprint, outline
+    from stdit.training.setup.footprint import build_on_meta, footprint
     from stdit.training.setup.long_captions import LONGER
+    from stdit.training.setup.resolve import resolve
 
-    settings = load_config(config, overrides or [])
+    settings = resolve(load_config(config, overrides or []))
     groups = world_size  # sequence parallelism would make them fewer
     HEARTBEAT.doing(f"reading {manifest}")
     clips = read_manifest(manifest)
     assignment = assign(clips, settings.data)
     stage = assignment.stages[settings.data.stage_of(epoch)]
     console = Console(stderr=as_json)
-    objective = outline(settings)
+    objective = build_on_meta(settings)
     left_out = explain_exclusions(clips, stage, settings.data, objective.tokens)
     if not as_json or not stage.counts.any():
         _print_drops(console, left_out, len(clips))
@@ -251,14 +253,13 @@ def _sources(clips: Manifest, sources: dict[str, float], plan: Plan) -> list[dic
     return found
 
 
-def _long_captions(settings: RunConfig, clips: Manifest, assignment: Assignment) -> LongTexts | None:
+def _long_captions(settings: ResolvedConfig, clips: Manifest, assignment: Assignment) -> LongTexts | None:
     """Where the tokenizer is there; a plan is made without it, too."""
     from stdit.errors import StditError
-    from stdit.training.setup.initial_weights import follow_init
     from stdit.training.setup.long_captions import long_captions
 
     try:
-        return long_captions(follow_init(settings), clips, assignment)
+        return long_captions(settings, clips, assignment)
     except StditError:
         return None
 

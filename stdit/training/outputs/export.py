@@ -129,7 +129,7 @@ def check_export(config: RunConfig) -> None:
     """Raises StditError before training for what would make the export fail or destroy something.
 
     That is a file that cannot be copied (a dangling link), or a run/model that is an input of the run or that no run
-    wrote. config: completed by `follow_init`.
+    wrote.
     """
     final = Path(config.run.path) / "model"
     inputs = {"model.init": config.model.init, "vae.path": config.vae.path, "text.path": config.text.path}

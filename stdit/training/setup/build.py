@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,7 +30,6 @@ from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
 from stdit.text.small import build_word_tokenizer, small_umt5
-from stdit.training.config import RunConfig
 from stdit.training.engine.engine import PRECISIONS, check_engine, zero_stage
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.conditions import Conditions
@@ -42,20 +40,16 @@ from stdit.training.objectives.vae import VaeObjective
 from stdit.training.setup.initial_weights import (
     check_export,
     check_vae,
-    follow_init,
     select_trainable,
-    transformer_path,
 )
 from stdit.training.setup.long_captions import LONGER, long_captions
 from stdit.training.setup.lora import add_lora
+from stdit.training.setup.resolve import ResolvedConfig
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.autoencoder import preset as vae_preset
-from stdit.weights.expert_folders import boundary_of
 from stdit.weights.families import treatment_of
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import load, load_vae
-from stdit.weights.schedulers import scheduler_of
-from stdit.weights.sources import find
 
 
 @dataclass
@@ -67,7 +61,7 @@ class RunComponents:
     objective: Objective
     loader: Loader
     plan: Plan  # of epoch 0
-    config: RunConfig  # with what follows from model.init
+    config: ResolvedConfig  # with what follows from model.init
     frozen: dict[str, str] = field(default_factory=dict)  # `check_frozen`'s, once it is checked
 
     def plan_of(self, epoch: int) -> Plan:
@@ -100,12 +94,11 @@ class RunComponents:
         return [shape for shape in self.shapes if not shape.is_image] or self.shapes
 
 
-def build(config: RunConfig, world: World) -> RunComponents:
+def build(config: ResolvedConfig, world: World) -> RunComponents:
     """Reads the data, builds the models with their starting weights (the same on all ranks)."""
     if not config.data.manifest:
         raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
     check_engine(config.optimizer, config.parallel, world.device)
-    config = follow_init(config)
     HEARTBEAT.doing(f"reading {config.data.manifest}")
     manifest = read_manifest(config.data.manifest)
     if config.data.cache is None:
@@ -168,7 +161,9 @@ def check_evaluation(parts: RunComponents) -> None:
             pipeline.known_frames.encode(None, asked)
 
 
-def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, config: RunConfig, epoch: int) -> Plan:
+def make_plan(
+    manifest: Manifest, assignment: Assignment, objective: Objective, config: ResolvedConfig, epoch: int
+) -> Plan:
     """The plan of an epoch, of the curriculum's stage that it is in."""
     tokens = []
     for shape in assignment.shapes:
@@ -190,7 +185,7 @@ def make_plan(manifest: Manifest, assignment: Assignment, objective: Objective, 
 
 
 def make_objective(
-    config: RunConfig, manifest: Manifest, world: World, beside: FlowObjective | None = None
+    config: ResolvedConfig, manifest: Manifest, world: World, beside: FlowObjective | None = None
 ) -> Objective:
     """beside: an objective whose VAE and text encoder to use, of the other expert."""
     dtype = PRECISIONS[config.run.precision]
@@ -243,16 +238,18 @@ def make_objective(
         train_text=config.text.path is None,
         text_padding=config.text.padding or 0,
         conditions=conditions,
-        remake=remake if config.model.init else None,
-        scheduler=scheduler_of(config.model.init, transformer.config) if config.model.init else None,
+        remake=remake if config.initial else None,
+        scheduler=config.initial.scheduler if config.initial else None,
         device=world.device,
         dtype=dtype,
     )
 
 
-def make_experts(config: RunConfig, manifest: Manifest, world: World) -> ExpertsObjective:
+def make_experts(config: ResolvedConfig, manifest: Manifest, world: World) -> ExpertsObjective:
     """Both experts of `model.init`, each with an objective of its own over one VAE and one text encoder."""
-    folder = Path(config.model.init or "").expanduser()
+    initial = config.initial
+    assert initial is not None and initial.boundary is not None
+    folder = initial.folder
     if not (folder / "model_index.json").is_file() or {config.vae.path, config.text.path} != {str(folder)}:
         raise StditError(
             f"model.expert=both trains a diffusers folder with its own VAE and text encoder; model.init={folder}, "
@@ -265,10 +262,10 @@ def make_experts(config: RunConfig, manifest: Manifest, world: World) -> Experts
         objective = make_objective(one, manifest, world, beside=made[0] if made else None)
         assert isinstance(objective, FlowObjective)
         made.append(objective)
-    return ExpertsObjective(made[0], made[1], boundary_of(folder, made[0].model_config.image_channels > 0))
+    return ExpertsObjective(made[0], made[1], initial.boundary)
 
 
-def make_vae(config: RunConfig) -> CausalVAE:
+def make_vae(config: ResolvedConfig) -> CausalVAE:
     """The VAE of `vae.path`, or a fresh one to train. In fp32 under any precision: it is exported as it is here."""
     if config.vae.path is None:
         if config.objective.vae.train != "all":
@@ -295,7 +292,7 @@ def make_vae(config: RunConfig) -> CausalVAE:
     return vae
 
 
-def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
+def make_text_encoder(config: ResolvedConfig, manifest: Manifest) -> TextEncoder:
     """The frozen encoder of `text.path`, its weights not read yet, or a fresh one whose words are the manifest's."""
     if config.text.path:
         with error_context("text.path"):
@@ -312,10 +309,10 @@ def make_text_encoder(config: RunConfig, manifest: Manifest) -> TextEncoder:
     return TextEncoder(encoder.train(), tokenizer, max_length=config.text.padding or 512)
 
 
-def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
+def make_transformer(config: ResolvedConfig, channels: int, text_dim: int) -> STDiT:
     """The preset with its changes, fitted to the VAE and the text encoder; or the weights of `model.init`."""
     settings = config.model
-    if settings.init is None:
+    if config.initial is None:
         follow = {"in_channels": channels, "out_channels": channels, "text_dim": text_dim}
         follow["text_padding"] = config.text.padding or 0
         for name, value in follow.items():
@@ -332,14 +329,16 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
             model = STDiT(wanted)
     else:
         with error_context("model.init"):
-            path = transformer_path(settings)
+            source = config.initial.sources[settings.expert]
             frozen = settings.lora is not None  # then no master is kept of them
             dtype = PRECISIONS[config.run.precision] if frozen else torch.float32
-            model = load(find("transformer", path), dtype=dtype)
+            model = load(source, dtype=dtype)
             for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
                 if getattr(model.config, name) != value:
                     whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")
-                    raise StditError(f"{path}: its {name} is {getattr(model.config, name)}, {whose} {value}.")
+                    raise StditError(
+                        f"{source.files.path}: its {name} is {getattr(model.config, name)}, {whose} {value}."
+                    )
             model = inflate(model) if settings.inflate else model
         select_trainable(model, settings)
         if settings.lora is not None:
@@ -349,14 +348,17 @@ def make_transformer(config: RunConfig, channels: int, text_dim: int) -> STDiT:
     return model
 
 
-def make_conditions(config: RunConfig, model: TransformerConfig, vae: CausalVAE, device: torch.device) -> Conditions:
+def make_conditions(
+    config: ResolvedConfig, model: TransformerConfig, vae: CausalVAE, device: torch.device
+) -> Conditions:
     """What the weights take of a clip beside its text; loads their image encoder if they have one."""
     encoder = None
-    if "image_text" in model.conditions and config.model.init and (Path(config.model.init) / "image_encoder").is_dir():
+    init = config.initial.folder if config.initial else None
+    if "image_text" in model.conditions and init and (init / "image_encoder").is_dir():
         from stdit.text.images import load_image_encoder
 
         with error_context("model.init"):
-            encoder = load_image_encoder(config.model.init).to(device)
+            encoder = load_image_encoder(init).to(device)
             if encoder.dim != model.image_text_dim:
                 raise StditError(f"image_encoder/ gives tokens of {encoder.dim}, not of {model.image_text_dim}.")
     conditions = Conditions(model, vae, config.data.fps, encoder)
@@ -368,7 +370,7 @@ def make_conditions(config: RunConfig, model: TransformerConfig, vae: CausalVAE,
     return conditions
 
 
-def open_caches(config: RunConfig, world: World) -> tuple[Cache | None, Cache | None]:
+def open_caches(config: ResolvedConfig, world: World) -> tuple[Cache | None, Cache | None]:
     """The latents' and, where a frozen encoder's texts are cached, the texts'; says so where they are not.
 
     Raises StditError where the cache holds other texts, and StorageError where it cannot be reached.

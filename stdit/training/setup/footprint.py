@@ -1,4 +1,4 @@
-"""What a run will need, told without its weights: its objective over models of its sizes, and the memory of a rank."""
+"""Estimates memory per rank by running the objective on the meta device."""
 
 from __future__ import annotations
 
@@ -28,17 +28,15 @@ from stdit.training.objectives.vae import VaeObjective
 from stdit.training.setup.initial_weights import (
     check_export,
     check_vae,
-    follow_init,
     select_trainable,
-    transformer_path,
 )
 from stdit.training.setup.lora import add_lora
+from stdit.training.setup.resolve import ResolvedConfig
 from stdit.vae.autoencoder import preset
 from stdit.vae.training.lpips import Lpips
 from stdit.weights.families import on_meta
 from stdit.weights.image_vae import image_vae_config
 from stdit.weights.io import vae_on_meta
-from stdit.weights.sources import find
 from stdit.weights.tensor_files import read_header
 
 NOWHERE = torch.device("meta")
@@ -68,9 +66,8 @@ class _Images:
         return [torch.zeros(self.length, self.dim) for _ in frames]
 
 
-def outline(config: RunConfig) -> Objective:
-    """The training's own objective over models of the run's sizes without any weights: what clips cost, what trains."""
-    config = follow_init(config)
+def build_on_meta(config: ResolvedConfig) -> Objective:
+    """The objective of the training with its models on the meta device: no weights, but all sizes and costs."""
     if config.vae.path is not None:
         check_vae(config.vae.path)
     vae, dtype = _vae(config.vae), PRECISIONS[config.run.precision]
@@ -79,8 +76,8 @@ def outline(config: RunConfig) -> Objective:
             lpips = Lpips(None) if config.objective.vae.lpips else None
             return VaeObjective(config.objective, lambda: vae, lpips, device=NOWHERE, dtype=dtype)
         settings = config.model
-        if settings.init:
-            found = find("transformer", transformer_path(settings)).config
+        if config.initial is not None:
+            found = config.initial.config
             model = STDiT(found.inflated() if settings.inflate else found)
             select_trainable(model, settings)
             if settings.lora is not None:
@@ -135,11 +132,11 @@ class Footprint:
 
 
 def footprint(
-    config: RunConfig, objective: Objective, shape: VideoShape, tokens: int, ranks: int, trained: int | None = None
+    config: ResolvedConfig, objective: Objective, shape: VideoShape, tokens: int, ranks: int, trained: int | None = None
 ) -> Footprint:
     """The memory of a rank whose fullest pack has so many `tokens`, of clips of `shape` (the largest).
 
-    objective: of `outline`; it is changed. trained: parameters that train, if others do than its module's.
+    objective: of `build_on_meta`; it is changed. trained: parameters that train, if others do than its module's.
     """
     parameters = list(objective.module.parameters()) * (2 if config.model.expert == "both" else 1)
     theirs = sum(p.numel() for p in parameters if p.requires_grad)
@@ -149,7 +146,7 @@ def footprint(
     masters, average = size < 4, config.optimizer.ema.decay > 0
     encoders = 0
     if isinstance(objective, FlowObjective):
-        encoders = sum(4 * p.numel() for p in objective.vae.parameters()) + _text_bytes(follow_init(config), size)
+        encoders = sum(4 * p.numel() for p in objective.vae.parameters()) + _text_bytes(config, size)
     elif isinstance(objective, VaeObjective) and objective.lpips is not None:
         encoders = sum(4 * p.numel() for p in objective.lpips.parameters())
     return Footprint(
@@ -244,7 +241,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _text_bytes(config: RunConfig, size: int) -> int:
+def _text_bytes(config: ResolvedConfig, size: int) -> int:
     """Of a frozen text encoder in the run's precision, from its files' headers."""
     if config.text.path is None:
         return 0

@@ -9,10 +9,9 @@ from typing import Any
 
 from stdit.errors import StditError
 from stdit.prepare.encode import text_identity, vae_identity
-from stdit.training.config import RunConfig
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
-from stdit.training.setup.initial_weights import transformer_paths
+from stdit.training.setup.resolve import InitialModel, ResolvedConfig
 from stdit.weights.identity import file_identity, files_identity, folder_identity
 from stdit.weights.sources import transformer_identity
 
@@ -25,8 +24,8 @@ class Part:
     place: str
 
 
-def frozen_parts(config: RunConfig) -> dict[str, Part]:
-    """The weights, tokenizers and files that a run reads and does not keep. config: as `follow_init` gives it.
+def frozen_parts(config: ResolvedConfig) -> dict[str, Part]:
+    """The weights, tokenizers and files that a run reads and does not keep.
 
     The weights that training starts from are among them, also where all of them train.
     """
@@ -44,16 +43,15 @@ def frozen_parts(config: RunConfig) -> dict[str, Part]:
         parts["text encoder"] = Part(found.pop("text_encoder"), place)
         parts["tokenizer"] = Part(found.pop("tokenizer"), place)
         parts["treatment of texts"] = Part(", ".join(f"{name} {value}" for name, value in found.items()), place)
-    if config.model.init:
-        parts |= _init_parts(config, Path(config.model.init).expanduser())
+    if config.initial is not None:
+        parts |= _initial_parts(config, config.initial)
     return parts
 
 
-def _init_parts(config: RunConfig, init: Path) -> dict[str, Part]:
-    paths = transformer_paths(config.model)
-    levels = config.objective.flow.noise_levels
+def _initial_parts(config: ResolvedConfig, initial: InitialModel) -> dict[str, Part]:
+    levels, init = config.objective.flow.noise_levels, initial.folder
     follows = f"text.padding {config.text.padding}, shift {levels.shift}, range {levels.range}"
-    weights, settings = transformer_identity(paths)
+    weights, settings = transformer_identity(initial.sources.values())
     parts = {"transformer": weights, "transformer's config": settings}
     parts |= {"settings that follow from it": f"{follows}, tasks {config.objective.flow.tasks}"}
     if (scheduler := init / "scheduler" / "scheduler_config.json").is_file():
@@ -66,7 +64,7 @@ def _init_parts(config: RunConfig, init: Path) -> dict[str, Part]:
 
 
 def check_frozen(
-    config: RunConfig, resumed: Checkpoint | None, world: World, say: Callable[[str], None]
+    config: ResolvedConfig, resumed: Checkpoint | None, world: World, say: Callable[[str], None]
 ) -> dict[str, str]:
     """What to keep in checkpoints: content by part, found on rank 0.
 
@@ -82,7 +80,7 @@ def check_frozen(
     return {name: part.content for name, part in parts.items()}
 
 
-def check_unchanged(config: RunConfig, then: dict[str, str]) -> None:
+def check_unchanged(config: ResolvedConfig, then: dict[str, str]) -> None:
     """Raises StditError where parts are no longer what they were at the run's start. then: `check_frozen`'s."""
     parts = frozen_parts(config) if then else {}
     changed = [f"the {name}, {one.place}" for name, one in parts.items() if one.content != then.get(name)]
@@ -93,7 +91,7 @@ def check_unchanged(config: RunConfig, then: dict[str, str]) -> None:
         )
 
 
-def _recorded(state: dict[str, Any], config: RunConfig) -> dict[str, str] | None:
+def _recorded(state: dict[str, Any], config: ResolvedConfig) -> dict[str, str] | None:
     """What a checkpoint says of the parts; earlier ones knew of one at most, None where of none."""
     if "frozen" in state:
         return dict(state["frozen"])

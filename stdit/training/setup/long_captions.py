@@ -1,4 +1,4 @@
-"""Counts a manifest's captions that are longer than what the run's text encoder is given."""
+"""Counts the captions that are longer than the positions of the run's text encoder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import pyarrow.compute as pc
 from stdit.data.manifest import Manifest
 from stdit.data.plan.buckets import Assignment
 from stdit.text.lengths import LongTexts, TextLimit
-from stdit.training.config import RunConfig
+from stdit.training.setup.resolve import ResolvedConfig
 from stdit.weights.families import treatment_of
 
 LONGER = " text.padding says how many are used, the weights how many they know."
 
 
-def long_captions(config: RunConfig, manifest: Manifest, assignment: Assignment) -> LongTexts | None:
-    """Of the clips that are trained, each text once. config: as `follow_init` completes it. None: no text is there."""
+def long_captions(config: ResolvedConfig, manifest: Manifest, assignment: Assignment) -> LongTexts | None:
+    """Counts among the distinct captions of the clips that train. None if the run has no text encoder."""
     padding = config.text.padding or None
     if config.objective.kind == "vae" or (config.text.path is None and config.text.trained is None):
         return None

@@ -17,7 +17,8 @@ from stdit.models.transformer import TransformerConfig, cost_coefficients
 from stdit.shapes import VideoShape
 from stdit.shipped import CONFIGS
 from stdit.training.config import load_config
-from stdit.training.setup.footprint import outline
+from stdit.training.setup.footprint import build_on_meta
+from stdit.training.setup.resolve import resolve
 
 CONFIG = """
 data: {shapes: [64x64x9, 96x64x9, 64x64, 64x64x33], fps: 8}
@@ -71,11 +72,11 @@ def test_json_says_what_training_will_do(files, capsys):
         "64x64x1": 30,
         "64x64x33": 0,
     }
-    config = load_config(files / "config.yaml")
+    config = resolve(load_config(files / "config.yaml"))
     shapes = assign(read_manifest(files / "clips.parquet"), config.data).shapes
     for bucket, shape in zip(found["buckets"], shapes):
         n = shape.grid((4, 8, 8), (1, 2, 2)).tokens
-        linear, quadratic = outline(config).cost
+        linear, quadratic = build_on_meta(config).cost
         assert bucket["tokens"] == n and bucket["work"] == linear * n + quadratic * n * n
     total = sum(b["clips"] * b["work"] for b in found["buckets"])
     assert sum(b["share_of_work"] for b in found["buckets"]) == pytest.approx(1)
@@ -141,16 +142,16 @@ def test_a_dropped_everything_shows_why(files, capsys):
 
 
 def test_costs_are_the_configs(files):
-    config = load_config(files / "config.yaml", ["model.preset=1.3B", "model.layers=3", "vae.preset=wan2.1"])
-    found = outline(config)
+    config = resolve(load_config(files / "config.yaml", ["model.preset=1.3B", "model.layers=3", "vae.preset=wan2.1"]))
+    found = build_on_meta(config)
     expected = TransformerConfig.preset("1.3B", layers=3)
     assert found.cost == cost_coefficients(expected) and found.tokens(VideoShape(9, 64, 96)) == 3 * 4 * 6
-    config = load_config(files / "config.yaml", ["objective.kind=vae", "vae.temporal_downsample=[false,true]"])
-    found = outline(config)
+    config = resolve(load_config(files / "config.yaml", ["objective.kind=vae", "vae.temporal_downsample=[false,true]"]))
+    found = build_on_meta(config)
     shape = config.data.video_shapes()[0]
     assert found.cost == (1, 0) and found.tokens(shape) == 64 * 64 * 9 and found.tokens(VideoShape(3, 64, 64))
     with pytest.raises(StditError, match="nearest are 1 and 5"):
-        found_of = outline(load_config(files / "config.yaml", ["objective.kind=vae"]))
+        found_of = build_on_meta(resolve(load_config(files / "config.yaml", ["objective.kind=vae"])))
         found_of.tokens(VideoShape(3, 64, 64))
 
 
@@ -165,12 +166,12 @@ def test_costs_are_those_of_the_training(files, tmp_path):
     small = dict(base_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,), z_dim=4)
     save_vae(CausalVAE(VaeConfig(**small)), tmp_path / "vae")
     overrides = [f"vae.path={tmp_path / 'vae'}", "model.dim=24", "model.heads=2", "model.layers=1", "model.ffn_dim=32"]
-    config = load_config(files / "config.yaml", [*overrides, "text.trained={dim: 16, layers: 1, heads: 2}"])
+    config = resolve(load_config(files / "config.yaml", [*overrides, "text.trained={dim: 16, layers: 1, heads: 2}"]))
     world = World(0, 1, torch.device("cpu"))
     for kind in ("flow", "vae"):
         config.objective.kind = kind
         objective = make_objective(config, read_manifest(files / "clips.parquet"), world)
-        found = outline(config)
+        found = build_on_meta(config)
         assert found.cost == objective.cost
         for shape in config.data.video_shapes():
             assert found.tokens(shape) == objective.tokens(shape)
@@ -240,7 +241,7 @@ def test_a_vae_on_crops_has_the_plan_of_its_training(files, name, capsys):
     arguments = [str(files / "clips.parquet"), "--config", str(path), shapes]
     assert run_command(app, ["data", "plan", "--json", *arguments], prog="stdit") == 0
     found = json.loads(capsys.readouterr().out)
-    config, manifest = load_config(path, [shapes]), read_manifest(files / "clips.parquet")
+    config, manifest = resolve(load_config(path, [shapes])), read_manifest(files / "clips.parquet")
     objective = make_objective(config, manifest, World(0, 1, torch.device("cpu")))
     made = make_plan(manifest, assign(manifest, config.data), objective, config, 0)
     assert found["hash"] == made.hash and found["steps_per_epoch"] == made.num_steps

@@ -26,6 +26,7 @@ from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepKey
 from stdit.training.outputs.evaluate import make_pipeline
 from stdit.training.setup.build import RunComponents, build
+from stdit.training.setup.resolve import resolve
 from stdit.weights.families.ltx import FAMILY
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -33,7 +34,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def parts(tiny: Path) -> RunComponents:
-    parts = build(load_config(tiny / "flow.yaml", ["data.workers=0"]), ALONE)
+    parts = build(resolve(load_config(tiny / "flow.yaml", ["data.workers=0"])), ALONE)
     with torch.no_grad():
         for p in parts.objective.module.parameters():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -99,7 +100,7 @@ def test_the_loss_of_a_step_does_not_depend_on_its_split(parts: RunComponents, g
 
 
 def test_bf16_encodes_and_exports_the_vae_in_fp32(tiny: Path) -> None:
-    parts = build(load_config(tiny / "flow.yaml", ["data.workers=0", "run.precision=bf16"]), ALONE)
+    parts = build(resolve(load_config(tiny / "flow.yaml", ["data.workers=0", "run.precision=bf16"])), ALONE)
     objective = parts.objective
     assert isinstance(objective, FlowObjective)
     (batch, *_) = prepared(parts, 1, 10_000)
@@ -131,14 +132,14 @@ def test_a_rank_without_clips_has_every_gradient_and_all_are_zero(parts: RunComp
 
 
 def test_token_power_zero_counts_every_clip_alike(tiny: Path) -> None:
-    parts = build(load_config(tiny / "flow.yaml", ["data.workers=0", "objective.token_power=0"]), ALONE)
+    parts = build(resolve(load_config(tiny / "flow.yaml", ["data.workers=0", "objective.token_power=0"])), ALONE)
     (batch,) = prepared(parts, 1, 10_000)
     assert batch.weight == len(parts.plan.step(0))
 
 
 def test_captions_are_dropped_by_key(tiny: Path) -> None:
     settings = ["data.workers=0", "objective.flow.caption_dropout=0.5"]
-    parts = build(load_config(tiny / "flow.yaml", settings), ALONE)
+    parts = build(resolve(load_config(tiny / "flow.yaml", settings)), ALONE)
     objective = parts.objective
     assert isinstance(objective, FlowObjective)
     empty = objective.text_encoder.tokenize([""])[0]
@@ -150,7 +151,7 @@ def test_captions_are_dropped_by_key(tiny: Path) -> None:
 
 
 def test_the_vae_loss_does_not_depend_on_the_split(tiny: Path) -> None:
-    parts = build(load_config(tiny / "vae.yaml", ["data.workers=0"]), ALONE)
+    parts = build(resolve(load_config(tiny / "vae.yaml", ["data.workers=0"])), ALONE)
     with torch.no_grad():
         (whole,) = prepared(parts, 1, 10**9)
         dealt = prepared(parts, 2, 48 * 32 * 5)
@@ -162,13 +163,13 @@ def test_the_vae_loss_does_not_depend_on_the_split(tiny: Path) -> None:
 @pytest.mark.parametrize(("crop", "near"), [(18, "16 or 20"), (3, "4")])
 def test_a_crop_that_the_vaes_stride_does_not_divide_is_named_before_training(tiny: Path, crop: int, near: str) -> None:
     with pytest.raises(StditError, match=rf"objective\.vae\.crop is {crop}; .* 4 pixels\. Nearest: {near}\."):
-        build(load_config(tiny / "vae.yaml", [f"objective.vae.crop={crop}"]), ALONE)
+        build(resolve(load_config(tiny / "vae.yaml", [f"objective.vae.crop={crop}"])), ALONE)
 
 
 def test_a_shift_by_tokens_goes_into_the_model_folder(tiny: Path, tmp_path: Path) -> None:
     settings = ["shift=2.5", "shift_tokens=96"]
     overrides = ["data.workers=0", *(f"objective.flow.noise_levels.{one}" for one in settings)]
-    parts = build(load_config(tiny / "flow.yaml", overrides), ALONE)
+    parts = build(resolve(load_config(tiny / "flow.yaml", overrides)), ALONE)
     weights = {name: p.detach() for name, p in parts.objective.module.named_parameters()}
     make_pipeline(parts, weights, ALONE).save(tmp_path)
     assert FolderSettings.read(tmp_path).shift_tokens == 96
@@ -176,7 +177,7 @@ def test_a_shift_by_tokens_goes_into_the_model_folder(tiny: Path, tmp_path: Path
 
 
 def test_a_vae_trains_on_keyed_squares_of_its_clips(tiny: Path) -> None:
-    parts = build(load_config(tiny / "vae.yaml", ["data.workers=0", "objective.vae.crop=16"]), ALONE)
+    parts = build(resolve(load_config(tiny / "vae.yaml", ["data.workers=0", "objective.vae.crop=16"])), ALONE)
     items = parts.plan.step(0)
     assert all(item.tokens == 16 * 16 * parts.assignment.shapes[item.bucket].frames for item in items)
 
@@ -201,7 +202,9 @@ def test_a_vae_trains_on_keyed_squares_of_its_clips(tiny: Path) -> None:
 def test_attention_runs_on_the_backend_that_is_named(tiny: Path) -> None:
     found = []
     for backend in ("naive", "dense"):
-        parts = build(load_config(tiny / "flow.yaml", ["data.workers=0", f"model.attention_backend={backend}"]), ALONE)
+        parts = build(
+            resolve(load_config(tiny / "flow.yaml", ["data.workers=0", f"model.attention_backend={backend}"])), ALONE
+        )
         assert parts.objective.module.transformer.attention_backend == backend
         with torch.no_grad():
             for p in parts.objective.module.transformer.parameters():

@@ -25,6 +25,7 @@ from stdit.training.objectives.protocol import StepKey
 from stdit.training.objectives.vae import VaeBatch, VaeObjective
 from stdit.training.run import run
 from stdit.training.setup.build import RunComponents, build
+from stdit.training.setup.resolve import resolve
 from stdit.vae.training.losses import kl_loss, outlier_penalty, pixel_loss, wavelet_loss
 from stdit.weights.io import load_vae, save_vae
 
@@ -45,7 +46,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def built(tiny: Path, *overrides: str) -> RunComponents:
-    return build(load_config(tiny / "vae.yaml", ["data.workers=0", *overrides]), ALONE)
+    return build(resolve(load_config(tiny / "vae.yaml", ["data.workers=0", *overrides])), ALONE)
 
 
 def batches(parts: RunComponents, groups: int = 1, bound: int = 10**9, done: int = 0) -> list[Any]:
@@ -207,7 +208,7 @@ def test_temporal_only_keeps_images(tiny: Path, tmp_path: Path, start: Path) -> 
         assert torch.equal(after.decode_raw(raw), before.decode_raw(raw))
         assert not torch.equal(after.encode_moments(clip)[0], before.encode_moments(clip)[0])
     with pytest.raises(StditError, match=r"objective\.vae\.train=temporal .* set vae\.path"):
-        build(load_config(tiny / "vae.yaml", ["objective.vae.train=temporal"]), ALONE)
+        build(resolve(load_config(tiny / "vae.yaml", ["objective.vae.train=temporal"])), ALONE)
 
     changed = load_vae(start)
     with torch.no_grad():

@@ -14,7 +14,8 @@ from stdit.shapes import VideoShape
 from stdit.training.config import from_dict
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepKey
-from stdit.training.setup.footprint import Footprint, activations, footprint, outline
+from stdit.training.setup.footprint import Footprint, activations, build_on_meta, footprint
+from stdit.training.setup.resolve import resolve
 from stdit.vae.training.discriminator import Discriminator, DiscriminatorConfig
 
 SHAPE = VideoShape(9, 64, 96)
@@ -51,10 +52,10 @@ def profiled_peak(objective: FlowObjective, clips: int) -> int:
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("clips", [3])
 def test_activations_are_what_a_real_step_allocates(checkpoint, clips):
-    config = from_dict(CONFIG, "test")
+    config = resolve(from_dict(CONFIG, "test"))
     config.model.checkpoint_blocks = checkpoint
-    predicted = activations(config, outline(config), SHAPE, clips * SHAPE.grid((4, 8, 8), (1, 2, 2)).tokens)
-    real = outline(config)
+    predicted = activations(config, build_on_meta(config), SHAPE, clips * SHAPE.grid((4, 8, 8), (1, 2, 2)).tokens)
+    real = build_on_meta(config)
     assert isinstance(real, FlowObjective)
     real.device = torch.device("cpu")
     transformer = STDiT(real.model_config)
@@ -65,24 +66,26 @@ def test_activations_are_what_a_real_step_allocates(checkpoint, clips):
 
 
 def test_checkpointing_and_fewer_tokens_need_less():
-    config = from_dict(CONFIG, "test")
-    whole = activations(config, outline(config), SHAPE, 10_000)
-    assert activations(config, outline(config), SHAPE, 5_000) == pytest.approx(whole / 2, rel=0.02)
+    config = resolve(from_dict(CONFIG, "test"))
+    whole = activations(config, build_on_meta(config), SHAPE, 10_000)
+    assert activations(config, build_on_meta(config), SHAPE, 5_000) == pytest.approx(whole / 2, rel=0.02)
     config.model.checkpoint_blocks = True
-    assert activations(config, outline(config), SHAPE, 10_000) < 0.6 * whole
+    assert activations(config, build_on_meta(config), SHAPE, 10_000) < 0.6 * whole
 
 
 def test_state_is_split_as_zero_says():
     for precision, stage, each in [("fp32", 0, (4, 4, 12)), ("bf16", 0, (2, 4, 16)), ("bf16", 3, (0.5, 1, 4))]:
         deepspeed = None if stage == 0 else f"zero{stage}"
-        config = from_dict(CONFIG | {"run": {"precision": precision}, "parallel": {"deepspeed": deepspeed}}, "test")
-        objective = outline(config)
+        config = resolve(
+            from_dict(CONFIG | {"run": {"precision": precision}, "parallel": {"deepspeed": deepspeed}}, "test")
+        )
+        objective = build_on_meta(config)
         parameters = sum(p.numel() for p in objective.module.parameters())
         found = footprint(config, objective, SHAPE, 100, ranks=4)
         assert (found.weights, found.gradients, found.state) == pytest.approx([parameters * one for one in each], abs=2)
         assert found.encoders == 4 * sum(p.numel() for p in objective.vae.parameters())
         config.model.expert = "both"
-        both = footprint(config, outline(config), SHAPE, 100, ranks=4)
+        both = footprint(config, build_on_meta(config), SHAPE, 100, ranks=4)
         assert (both.weights, both.gradients, both.state) == pytest.approx(
             (2 * found.weights, 2 * found.gradients, 2 * found.state), abs=4
         )
@@ -90,8 +93,8 @@ def test_state_is_split_as_zero_says():
 
 def test_what_a_vae_trains_against_is_counted():
     def told(vae: dict, **more: dict) -> Footprint:
-        config = from_dict(CONFIG | {"objective": {"kind": "vae", "vae": vae}, "data": {}} | more, "test")
-        objective = outline(config)
+        config = resolve(from_dict(CONFIG | {"objective": {"kind": "vae", "vae": vae}, "data": {}} | more, "test"))
+        objective = build_on_meta(config)
         return footprint(config, objective, SHAPE, objective.tokens(SHAPE), ranks=1)
 
     plain, critic = told({}), DiscriminatorConfig(dim=8, layers=2)
@@ -111,21 +114,21 @@ def test_what_a_vae_trains_against_is_counted():
 
 @pytest.mark.parametrize("kind", ["flow", "vae"])
 def test_a_vae_that_encodes_or_trains_is_counted(kind):
-    config = from_dict(CONFIG | {"objective": {"kind": kind}, "data": {}}, "test")
-    objective = outline(config)
+    config = resolve(from_dict(CONFIG | {"objective": {"kind": kind}, "data": {}}, "test"))
+    objective = build_on_meta(config)
     tokens = objective.tokens(SHAPE)
     found = activations(config, objective, SHAPE, tokens)
     assert found > 4 * SHAPE.frames * SHAPE.height * SHAPE.width * 3  # the clip itself in fp32, at least
     if kind == "flow":
-        cached = from_dict(CONFIG | {"data": {"cache": "somewhere"}}, "test")
-        trained = activations(cached, outline(cached), SHAPE, tokens)
+        cached = resolve(from_dict(CONFIG | {"data": {"cache": "somewhere"}}, "test"))
+        trained = activations(cached, build_on_meta(cached), SHAPE, tokens)
         assert trained <= found < 1.5 * trained  # the same step, and here encoding takes less
-        wide = from_dict(CONFIG | {"vae": {"preset": "toy", "base_dim": 128}, "data": {}}, "test")
-        assert activations(wide, outline(wide), SHAPE, tokens) > 1.5 * trained  # and there more
+        wide = resolve(from_dict(CONFIG | {"vae": {"preset": "toy", "base_dim": 128}, "data": {}}, "test"))
+        assert activations(wide, build_on_meta(wide), SHAPE, tokens) > 1.5 * trained  # and there more
 
 
 def test_frozen_weights_are_no_activations():
-    config = from_dict(CONFIG | {"vae": {"preset": "toy", "base_dim": 128}, "data": {}}, "test")
-    objective, image = outline(config), VideoShape(1, 16, 16)
+    config = resolve(from_dict(CONFIG | {"vae": {"preset": "toy", "base_dim": 128}, "data": {}}, "test"))
+    objective, image = build_on_meta(config), VideoShape(1, 16, 16)
     weights = 4 * sum(p.numel() for p in objective.vae.encoder.parameters())
     assert activations(config, objective, image, objective.tokens(image)) < 0.2 * weights

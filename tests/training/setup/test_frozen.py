@@ -21,7 +21,7 @@ from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.training.config import differences, load_config, to_dict
 from stdit.training.engine.parallel import World
 from stdit.training.setup.frozen import check_frozen, frozen_parts
-from stdit.training.setup.initial_weights import follow_init
+from stdit.training.setup.resolve import resolve
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -47,7 +47,7 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 def config_of(tmp_path: Path, model: Path, **more: Any) -> Any:
     place = tmp_path / "c.yaml"
     place.write_text(json.dumps({"model": {"init": str(model), **more}}))
-    return follow_init(load_config(place, []))
+    return resolve(load_config(place, []))
 
 
 def checkpoint(frozen: dict[str, str], **state: Any) -> Any:
