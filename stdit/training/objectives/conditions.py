@@ -1,4 +1,4 @@
-"""What weights take of a clip beside its text, in training: its rate, its size, and the frames that its task gives."""
+"""Conditions beside the text in training: a clip's fps, its size, and the known frames of its task."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from stdit.vae.autoencoder import CausalVAE
 
 
 class ImageEncoder(Protocol):
-    """Frames (H, W, 3) uint8 to tokens (I, D) each."""
+    """Encodes frames, (H, W, 3) uint8 each, to tokens, (I, D) each."""
 
     def encode(self, frames: Sequence[Tensor]) -> list[Tensor]: ...
 
 
 class Conditions:
-    """Makes the conditions of `pack_inputs` for weights of a config.
+    """Makes the conditions of `pack_inputs` that a transformer's config asks for.
 
-    `image` is either a mask of the known frames beside known tokens (Cosmos-Predict), or, instead of known tokens, as
-    many mask channels as the VAE's stride has frames and the latents of the clip with its unknown frames grey (Wan's
-    image to video; diffusers' WanImageToVideoPipeline). There the image encoder sees the first frame of that clip, and
-    for weights with positions for both (FLF2V) its last one too.
+    `image` has one of two forms. Beside known tokens (Cosmos-Predict), it is a mask of the known frames. Instead of
+    known tokens (Wan's image to video), it is what `mask_and_latents` makes of the clip with its unknown frames grey.
+    The image encoder then sees the clip's first frame, and its last one if the weights have positions for both (FLF2V).
     """
 
     def __init__(
@@ -39,20 +38,20 @@ class Conditions:
         self.vae, self.fps, self.image_encoder = vae, fps, image_encoder
         self.width, self.positions, self.patch = config.image_text_dim, config.image_text_positions, config.patch
         stride, z = vae.config.stride[0], vae.config.z_dim
-        self.gives_latents = self.channels == stride + z  # beside the noisy ones, instead of known tokens
+        self.gives_latents = self.channels == stride + z  # instead of known tokens
         if self.channels not in (0, 1) and not self.gives_latents:
             raise StditError(
-                f"model.init: takes {self.channels} channels of an image; known are 1, a mask of frames, and "
-                f"{stride + z}, a mask and latents of this VAE."
+                f"model.init: takes {self.channels} image channels; supported are 1 (a mask of frames) and "
+                f"{stride + z} (a mask, and latents of this VAE)."
             )
         if "image_text" in self.names and image_encoder is None:
             raise StditError(
-                "model.init: these weights see their image through an encoder as well, and there is no image_encoder/ "
-                "beside them. Name the model folder that has it."
+                "model.init: these weights need an image encoder, and there is no image_encoder/ beside them. Name the "
+                "model folder that has it."
             )
 
     def check(self, tasks: Iterable[str]) -> None:
-        """Raises for a task that these weights cannot be given."""
+        """Raises StditError for a task that these weights cannot do."""
         sees_first = self.image_encoder is not None and not self.positions
         if "first_last_to_video" in tasks and (not self.gives_latents or sees_first):
             take = "see the tokens of a first image alone" if self.gives_latents else "take no image beside the noise"
@@ -63,22 +62,22 @@ class Conditions:
 
     @torch.no_grad()
     def of(self, examples: Sequence[Example], tasks: Sequence[Task]) -> list[dict[str, Any]]:
-        """The conditions of each clip."""
+        """The conditions of each clip, by name."""
         found: list[dict[str, Any]] = [self._numbers(example) for example in examples]
         if self.gives_latents:
             clips = [self._known(example, task) for example, task in zip(examples, tasks)]
-            for one, (video, is_known) in zip(found, clips):
-                one["image"] = mask_and_latents(self.vae, video, is_known)
+            for conditions, (video, is_known) in zip(found, clips):
+                conditions["image"] = mask_and_latents(self.vae, video, is_known)
             if self.image_encoder is not None:
                 seen = (0, -1) if self.positions else (0,)
                 tokens = self.image_encoder.encode([to_pixels(video[:, [at]])[0] for video, _ in clips for at in seen])
-                for number, one in enumerate(found):
-                    one["image_text"] = torch.cat(tokens[number * len(seen) : (number + 1) * len(seen)])
+                for number, conditions in enumerate(found):
+                    conditions["image_text"] = torch.cat(tokens[number * len(seen) : (number + 1) * len(seen)])
         elif self.channels:
-            for one, example, task in zip(found, examples, tasks):
+            for conditions, example, task in zip(found, examples, tasks):
                 latent = example.shape.latent(self.vae.config.stride)
                 mask = task.mask(latent.frames)[:, None, None].expand(-1, latent.height, latent.width)
-                one["image"] = mask[None].float()
+                conditions["image"] = mask[None].float()
         return found
 
     def of_empty_clip(self) -> dict[str, Any]:

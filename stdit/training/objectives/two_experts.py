@@ -1,4 +1,4 @@
-"""Two experts trained by one run, every clip by the one for its noise level (Wan 2.2 A14B)."""
+"""Two transformers trained by one run, each on the clips of its noise levels (Wan 2.2 A14B)."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class ExpertsModule(nn.Module):
 
 
 class ExpertsObjective:
-    """high learns from the clips whose noise level is at least `boundary`, low from the others.
+    """Trains `high` on clips whose noise level is at least `boundary`, `low` on the others.
 
-    An expert that a micro-step has no clip for runs a token of weight 0, so that all ranks run the same modules.
+    An expert without a clip in a micro-step runs one token of weight 0, so that all ranks run the same modules.
     """
 
     critic = None
@@ -73,11 +73,11 @@ class ExpertsObjective:
         return self.high.weight(examples, key)
 
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> ExpertsBatch:
-        of_high = [bool(level >= self.boundary) for level in self.high.levels(items, key)] if items else []
+        is_high = [bool(level >= self.boundary) for level in self.high.levels(items, key)] if items else []
 
-        def batch(objective: FlowObjective, wanted: bool) -> FlowBatch:
-            mine = [(e, i) for e, i, high in zip(examples, items, of_high) if high == wanted]
-            return objective.prepare([e for e, _ in mine], [i for _, i in mine], key)
+        def batch(objective: FlowObjective, wants_high: bool) -> FlowBatch:
+            mine = [index for index, high in enumerate(is_high) if high == wants_high]
+            return objective.prepare([examples[index] for index in mine], [items[index] for index in mine], key)
 
         return ExpertsBatch(batch(self.high, True), batch(self.low, False))
 

@@ -1,9 +1,10 @@
-"""What a clip's loss is in a VAE's own training, and what its discriminator's is."""
+"""The VAE's objective: reconstruction, and an optional discriminator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.objectives.config import ObjectiveConfig
+from stdit.training.objectives.loss_weights import clip_weight
 from stdit.training.objectives.protocol import Critic, StepKey
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.clips import patchify
@@ -31,43 +33,52 @@ from stdit.vae.training.lpips import SMALLEST
 from stdit.vae.training.trainable_parts import select_trainable_part
 
 
+class ShapeGroup(NamedTuple):
+    """Clips of equal shape."""
+
+    video: Tensor  # (B, 3, T, H, W)
+    noise: Tensor  # (B, z, T', H', W')
+    weights: Tensor  # (B,) the clips' weights in the loss
+
+
 @dataclass
 class VaeBatch:
-    """groups: clips of equal shape, (video (B,3,T,H,W), noise (B,z,T',H',W'), clip weights (B,)).
+    """The input of `VaeModule`, and after it of `CriticModule`.
 
-    adversarial: whether the discriminator takes part. made: the groups' reconstructions, once the VAE has run.
+    adversarial: whether the discriminator takes part.
+    reconstructions: the groups' videos out of the VAE, once it has run.
     """
 
-    groups: list[tuple[Tensor, Tensor, Tensor]]
+    groups: list[ShapeGroup]
     weight: float
     flops: int
     adversarial: bool
-    made: list[Tensor] = field(default_factory=list)
+    reconstructions: list[Tensor] = field(default_factory=list)
 
     noise_level = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        return {"pixels": self.groups[0][0]} if self.groups else {}
+        return {"pixels": self.groups[0].video} if self.groups else {}
 
 
 class CriticModule(nn.Module):
-    """Learns to tell a batch's clips from what the VAE made of them."""
+    """Learns to tell a batch's clips from their reconstructions."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.discriminator = Discriminator(config)
 
     def forward(self, batch: VaeBatch) -> Tensor:
-        total = nothing(self)
-        for (video, _, weights), made in zip(batch.groups, batch.made):
-            loss = hinge_loss(self.discriminator(video), self.discriminator(made))
-            total = total + (loss * weights).sum()
+        total = zero_touching_all_parameters(self)
+        for group, reconstruction in zip(batch.groups, batch.reconstructions):
+            loss = hinge_loss(self.discriminator(group.video), self.discriminator(reconstruction))
+            total = total + (loss * group.weights).sum()
         return total
 
 
 class VaeModule(nn.Module):
-    """critic, lpips: not among what trains here, and so in lists that a module does not look into."""
+    """The VAE with its loss. critic, lpips: used by the loss, not trained here; in lists, to be no submodules."""
 
     def __init__(self, vae: CausalVAE, config: VaeLossConfig, critic: CriticModule | None, lpips: nn.Module | None):
         super().__init__()
@@ -77,8 +88,8 @@ class VaeModule(nn.Module):
         self._lpips = [lpips] if lpips else []
 
     def forward(self, batch: VaeBatch) -> Tensor:
-        total, config = nothing(self), self.config
-        batch.made = []
+        total, config = zero_touching_all_parameters(self), self.config
+        batch.reconstructions = []
         for video, noise, weights in batch.groups:
             with torch.set_grad_enabled(torch.is_grad_enabled() and config.train != "decoder"):
                 mean, logvar = self.vae.encode_moments(video)
@@ -87,14 +98,14 @@ class VaeModule(nn.Module):
                 loss = loss + config.outlier * outlier_penalty(mean)
             latents = mean + (0.5 * logvar).exp() * noise.to(mean)
             if batch.adversarial:
-                loss = loss + self._against(latents, video, batch)
+                loss = loss + self._adversarial(latents, video, batch)
             else:
-                loss = loss + self._pixels(self.vae.decode_raw(latents), video)
+                loss = loss + self._pixel_loss(self.vae.decode_raw(latents), video)
             total = total + (loss * weights).sum()
         return total
 
-    def _pixels(self, output: Tensor, video: Tensor) -> Tensor:
-        """How far a reconstruction is from its clip, (B,)."""
+    def _pixel_loss(self, output: Tensor, video: Tensor) -> Tensor:
+        """The distance of reconstructions from their clips, (B,)."""
         loss = pixel_loss(output, video)
         if self.config.wavelet:
             loss = loss + self.config.wavelet * wavelet_loss(output, video)
@@ -103,34 +114,36 @@ class VaeModule(nn.Module):
             loss = loss + self.config.lpips.weight * self._lpips[0](output.float(), video.float())
         return loss
 
-    def _against(self, latents: Tensor, video: Tensor, batch: VaeBatch) -> Tensor:
-        """The pixels' terms and the discriminator's, (B,).
+    def _adversarial(self, latents: Tensor, video: Tensor, batch: VaeBatch) -> Tensor:
+        """The terms of the pixels and of the discriminator, (B,).
 
-        Their gradients at the pixels are needed beforehand, to weigh one against the other; with them the loss goes on
-        as what is linear in the pixels, so that no network behind them runs backward twice.
+        Weighing one against the other takes their gradients at the pixels first. With these the loss becomes linear in
+        the pixels, so that the discriminator and LPIPS run backward only once.
         """
-        seen: list[Tensor] = []
+        inputs_of_last: list[Tensor] = []
         (critic,), config = self._critics, self.config.discriminator
         last = self.vae.decoder.head[2]
         assert config is not None and isinstance(last, nn.Conv3d)
-        handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        handle = last.register_forward_pre_hook(lambda _, inputs: inputs_of_last.append(inputs[0].detach()))
         output = self.vae.decode_raw(latents)
         handle.remove()
-        batch.made.append(output.detach())
+        batch.reconstructions.append(output.detach())
         with torch.enable_grad():
             leaf = output.detach().float().requires_grad_()
-            pixels, fooling = self._pixels(leaf, video), generator_loss(critic.discriminator(leaf.to(output.dtype)))
-            (down,) = torch.autograd.grad(pixels.sum(), leaf)
-            (up,) = torch.autograd.grad(fooling.sum(), leaf)
+            pixels = self._pixel_loss(leaf, video)
+            generator = generator_loss(critic.discriminator(leaf.to(output.dtype)))
+            (of_pixels,) = torch.autograd.grad(pixels.sum(), leaf)
+            (of_generator,) = torch.autograd.grad(generator.sum(), leaf)
         patch = self.vae.config.patch_size
-        share = config.weight * adaptive_weight(last, seen[0], patchify(down, patch), patchify(up, patch))  # (B,)
-        gradient = down + share[:, None, None, None, None] * up
-        value = (pixels + share * fooling).detach()
+        balance = adaptive_weight(last, inputs_of_last[0], patchify(of_pixels, patch), patchify(of_generator, patch))
+        factor = config.weight * balance  # (B,)
+        gradient = of_pixels + factor[:, None, None, None, None] * of_generator
+        value = (pixels + factor * generator).detach()
         return value + ((output.float() - leaf.detach()) * gradient).flatten(1).sum(1)
 
 
 class VaeObjective:
-    """Tokens of a clip are the pixels it is trained on."""
+    """Reconstruction of clips. A clip's tokens are the pixels that it is trained on."""
 
     def __init__(
         self,
@@ -141,7 +154,10 @@ class VaeObjective:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """remake: gives the VAE as it starts, on the CPU. lpips: what config.vae.lpips describes, on the device."""
+        """
+        remake: makes the VAE with its starting weights, on the CPU.
+        lpips: the network that config.vae.lpips describes, on the device.
+        """
         self.config, self.device, self.dtype = config, device, dtype
         self.remake, self.lpips = remake, lpips
         self.vae = remake()
@@ -154,24 +170,24 @@ class VaeObjective:
                 f"Nearest: {' or '.join(map(str, near))}."
             )
         self.critic: Critic | None = None
-        judge = None
-        if (described := settings.discriminator) is not None:
-            judge = CriticModule(described)
-            optimizer = OptimizerConfig(lr=described.lr, betas=(0.5, 0.9), weight_decay=0.0)
-            self.critic = Critic(judge, optimizer, described.start)
+        critic = None
+        if (discriminator := settings.discriminator) is not None:
+            critic = CriticModule(discriminator)
+            optimizer = OptimizerConfig(lr=discriminator.lr, betas=(0.5, 0.9), weight_decay=0.0)
+            self.critic = Critic(critic, optimizer, discriminator.start)
         select_trainable_part(self.vae, settings.train)
-        self.module = VaeModule(self.vae, settings, judge, lpips)
+        self.module = VaeModule(self.vae, settings, critic, lpips)
 
     def tokens(self, shape: VideoShape) -> int:
         shape.latent(self.vae.config.stride)
         part = self._part(shape)
         part.latent(self.vae.config.stride)
-        judge, lpips = self.config.vae.discriminator, self.config.vae.lpips
-        least = max(2**judge.layers if judge else 1, SMALLEST if lpips else 1)
+        discriminator, lpips = self.config.vae.discriminator, self.config.vae.lpips
+        least = max(2**discriminator.layers if discriminator else 1, SMALLEST if lpips else 1)
         if min(part.height, part.width) < least:
             raise StditError(
                 f"objective.vae: {part.width}x{part.height} pixels are too few; discriminator and LPIPS take at least "
-                f"{least} a side. Raise crop, take the shape out of data.shapes, or set fewer discriminator.layers."
+                f"{least} per side. Raise crop, take the shape out of data.shapes, or set fewer discriminator.layers."
             )
         return part.frames * part.height * part.width
 
@@ -189,31 +205,28 @@ class VaeObjective:
         groups = []
         for shape, alike in by_shape.items():
             size = (self.vae.config.z_dim, *shape.latent(self.vae.config.stride).sizes)
-            noise = [
-                torch.randn(size, generator=keyed_generator(key.seed, "noise", key.epoch, one.clip_id, one.occurrence))
-                for one in alike
-            ]
-            weights = [self._weight(one) for one in alike]
-            parts = [self._crop(one, shape, key).to(self.device, non_blocking=True) for one in alike]
-            video = torch.stack(list(map(to_video, parts)))  # (B, 3, T, H, W)
-            groups.append((
-                video.to(self.dtype),
-                torch.stack(noise).to(self.device, self.dtype),
-                torch.tensor(weights, dtype=torch.float32, device=self.device),
+            keys = [(key.seed, "noise", key.epoch, example.clip_id, example.occurrence) for example in alike]
+            noise = [torch.randn(size, generator=keyed_generator(*parts)) for parts in keys]
+            weights = [self._weight(example) for example in alike]
+            crops = [self._crop(example, shape, key).to(self.device, non_blocking=True) for example in alike]
+            groups.append(ShapeGroup(
+                video=torch.stack(list(map(to_video, crops))).to(self.dtype),
+                noise=torch.stack(noise).to(self.device, self.dtype),
+                weights=torch.tensor(weights, dtype=torch.float32, device=self.device),
             ))  # fmt: skip
         adversarial = self.critic is not None and key.done >= self.critic.start
         return VaeBatch(groups, self.weight(examples, key), 0, adversarial)
 
     def _weight(self, example: Example) -> float:
-        return example.weight * self.tokens(example.shape) ** self.config.token_power
+        return clip_weight(example, self.tokens(example.shape), self.config.token_power)
 
     def _part(self, shape: VideoShape) -> VideoShape:
-        """What of a clip of this shape is trained on."""
+        """The shape of the part that is trained on."""
         side = self.config.vae.crop
         return shape if side is None else VideoShape(shape.frames, min(side, shape.height), min(side, shape.width))
 
     def _crop(self, example: Example, part: VideoShape, key: StepKey) -> Tensor:
-        """A clip's frames, or the keyed part of them, (T, H, W, 3) uint8."""
+        """A clip's frames, or a keyed crop of them, (T, H, W, 3) uint8."""
         frames = example.frames
         assert frames is not None
         for axis, size in ((1, part.height), (2, part.width)):
@@ -229,8 +242,11 @@ class VaeObjective:
             return VaeModule(vae, self.config.vae, None, None).eval()
 
 
-def nothing(module: nn.Module) -> Tensor:
-    """A zero with a gradient for all that trains: clips leave layers out, images those over time, and every rank must
-    have every gradient. It comes first in a forward, so last in the backward, where gradients are whole in the one
-    order of the parameters on every rank, whatever ran: ZeRO 2 sums them in the order in which they become so."""
+def zero_touching_all_parameters(module: nn.Module) -> Tensor:
+    """A 0 that depends on every trainable parameter, so that each rank produces every gradient: images skip the layers
+    over time, and a rank may have no clip.
+
+    It must come first in a forward, so last in the backward: gradients are then complete in the order of the
+    parameters on every rank. ZeRO-2 reduces them in order of readiness.
+    """
     return 0.0 * torch.stack([p.float().sum() for p in module.parameters() if p.requires_grad]).sum()

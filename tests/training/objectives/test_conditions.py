@@ -101,7 +101,7 @@ def test_rates_sizes_and_masks_are_the_clips_own(vae: CausalVAE) -> None:
 def test_what_cannot_be_given_is_named(vae: CausalVAE, image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(StditError, match="no image_encoder/"):
         Conditions(config(**WAN_IMAGE, image_text_dim=12), vae, 8.0, None)
-    with pytest.raises(StditError, match="takes 3 channels of an image; known are 1, a mask of frames, and 6"):
+    with pytest.raises(StditError, match=r"takes 3 image channels; supported are 1 \(a mask of frames\) and 6"):
         Conditions(config(in_channels=7, out_channels=4, image_channels=3), vae, 8.0, None)
     first_alone = Conditions(config(**WAN_IMAGE, image_text_dim=12), vae, 8.0, load_image_encoder(image_folder))
     for conditions, words in (
