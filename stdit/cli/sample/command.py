@@ -7,7 +7,7 @@ import warnings
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -168,10 +168,13 @@ def sample(
     known_count = 0 if known is None else 1 if "image" in known else len(known["video"])
     if not as_json:
         print(_chosen(shape, fps, fps if pipeline.knows_fps else pipeline.settings.fps, len(texts), known_count))
+    options: dict[str, Any] = {  # of the request, and recorded with each clip
+        "frames": shape.frames, "fps": fps, "steps": steps, "guidance": guidance, "guidance_2": guidance_2,
+        "seed": seed, "shift": shift,
+    }  # fmt: skip
     settings = {
-        "model": str(model), "negative": negative, "size": f"{shape.width}x{shape.height}", "frames": shape.frames,
-        "fps": fps, "steps": steps, "guidance": guidance, "guidance_2": guidance_2, "seed": seed,
-        "solver": solver or pipeline.scheduler, "shift": shift, "image": str(image) if image else None,
+        "model": str(model), "negative": negative, "size": f"{shape.width}x{shape.height}", **options,
+        "solver": solver or pipeline.scheduler, "image": str(image) if image else None,
         "last": str(last) if last else None, "video": str(video) if video else None,
         "known_frames": known_count, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
         "dtype_option": dtype, "memory": memory,
@@ -193,8 +196,7 @@ def sample(
     with named_bars(hidden=as_json) as progress:
         request = SampleRequest(
             [clip.prompt for clip in missing], indices=[clip.index for clip in missing], negative_prompt=negative,
-            size=(shape.width, shape.height), frames=shape.frames, fps=fps, steps=steps, guidance=guidance,
-            guidance_2=guidance_2, seed=seed, known=known, solver=solver, shift=shift,
+            size=(shape.width, shape.height), known=known, solver=solver, **options,
         ) if missing else None  # fmt: skip
         made = pipeline.sample_clips(request, partial(progress, "steps")) if request else ()
         for number, (clip, latents) in enumerate(zip(missing, made), 1):
