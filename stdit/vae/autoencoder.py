@@ -9,6 +9,7 @@ prefix of its latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,7 @@ class Encoder(nn.Module):
         """The layers in which every position of a frame sees every other: -> (B, 2·z, T', H', W')."""
         for layer in self.middle:
             x = layer(x, cache)
-        norm, _, conv = self.head
-        return conv(norm_silu_with_past(norm, conv, x, cache), has_past=True)
+        return apply_head(self.head, x, cache)
 
 
 class Decoder(nn.Module):
@@ -114,11 +114,7 @@ class Decoder(nn.Module):
         last = max((i for i, layer in enumerate(self.upsamples) if resamples_time(layer)), default=-1)
         for layer in self.upsamples[: last + 1]:
             x = layer(x, cache)
-        return in_frame_chunks([*self.upsamples[last + 1 :], self._head], x, cache)
-
-    def _head(self, x: Tensor, cache: CausalCache | None) -> Tensor:
-        norm, _, conv = self.head
-        return conv(norm_silu_with_past(norm, conv, x, cache), has_past=True)
+        return in_frame_chunks([*self.upsamples[last + 1 :], partial(apply_head, self.head)], x, cache)
 
 
 def resamples_time(layer: nn.Module) -> bool:
@@ -126,7 +122,7 @@ def resamples_time(layer: nn.Module) -> bool:
 
 
 def mark_even_frames(layers: Iterable[nn.Module]) -> None:
-    """Marks the convolutions that see 1+2k frames of a clip, so all chunks after its first frame are even."""
+    """Marks the convolutions for which every chunk after a clip's first frame has an even number of frames."""
     for layer in layers:
         for part in layer.modules():
             if isinstance(part, CausalConv3d):
@@ -165,6 +161,11 @@ def head(in_channels: int, out_channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
         norm(in_channels, 3, groups), nn.SiLU(inplace=True), CausalConv3d(in_channels, out_channels, (3, 3, 3))
     )
+
+
+def apply_head(head: nn.Sequential, x: Tensor, cache: CausalCache | None) -> Tensor:
+    norm, _, conv = head
+    return conv(norm_silu_with_past(norm, conv, x, cache), has_past=True)
 
 
 class CausalVAE(nn.Module):
