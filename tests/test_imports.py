@@ -42,7 +42,10 @@ ROOMS = {
         {"failed_clips", "non_finite", "resume", "stop_signal"}, {"trainer", "describe"}, {"run"},
     ],
     "evaluation": [{"metrics", "run_metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
-    "weights": [{"families"}, {"lora"}],
+    "weights": [
+        {"keymap", "tensor_files", "identity", "checksums"}, {"families"},
+        {"expert_folders", "schedulers", "layouts", "quantised", "refused"}, {"sources"}, {"io", "image_vae", "lora"},
+    ],
     "vae": [
         {"config", "clips", "causal_cache"}, {"cpu"}, {"layers"}, {"streaming"}, {"autoencoder"},
         {"families", "training"},

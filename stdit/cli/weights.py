@@ -172,10 +172,9 @@ def convert(
     for converted in found.values():  # before anything is written: the second may be refused
         check_layout(converted.config, layout)
     places = {part: place_of(part) for part in found}
+    read_from = {file.parent.resolve() for model in found.values() for file in model.files.files}
     for part, place in places.items():
-        if place.resolve() in {
-            file.parent.resolve() for found_part in found.values() for file in found_part.files.files
-        }:
+        if place.resolve() in read_from:
             raise StditError(f"{place}: is where {part} is read from. Write to another folder.")
     others: list[Path] = []
     if len(found) > 1 and layout == "diffusers" and (source / "model_index.json").is_file():

@@ -1,1 +1,1 @@
-"""Weights in every layout, in and out, strictly. Imports models, vae and text."""
+"""Finds, checks, loads, saves and converts weights of every family. Imports models, vae, text and diffusion."""

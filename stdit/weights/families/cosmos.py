@@ -100,7 +100,7 @@ def config_from(
             raise StditError(f"{place}: encoder_hidden_states_channels is not text_embed_dim {text}.")
         values |= {"text_dim": theirs["crossattn_proj_in_channels"], "text_width": text, **_PREDICT25}
     if theirs["extra_pos_embed_type"] == "learnable":
-        sizes = tuple(size // one for size, one in zip(theirs["max_size"], theirs["patch_size"]))
+        sizes = tuple(size // side for size, side in zip(theirs["max_size"], theirs["patch_size"]))
         values |= {"position": "learned", "position_max": sizes}
     values["blank_channels"] = int(theirs["concat_padding_mask"])
     values.setdefault("image_channels", int(values["in_channels"] == values["out_channels"] + 1))  # a frame mask

@@ -202,9 +202,9 @@ def _positions(config: TransformerConfig) -> Tensor:
     side, quarter = config.position_base, config.dim // 4
     places = np.arange(side, dtype=np.float32) / config.position_stretch
     angles = np.outer(places, 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter))
-    one = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
-    both = np.concatenate([np.tile(one, (side, 1)), np.repeat(one, side, axis=0)], axis=1)  # columns, then rows
-    return torch.from_numpy(both).float()[None]
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, D/2)
+    grid = np.concatenate([np.tile(axis, (side, 1)), np.repeat(axis, side, axis=0)], axis=1)  # columns, then rows
+    return torch.from_numpy(grid).float()[None]
 
 
 def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stdit.text.places import Treatment
 from stdit.weights.keymap import KeyMap, Shape
@@ -15,13 +15,20 @@ if TYPE_CHECKING:
 Config = Any  # TransformerConfig, VaeConfig or OpenSoraConfig
 
 
+class ClipFormat(NamedTuple):
+    """fps, and WIDTHxHEIGHTxFRAMES."""
+
+    fps: float
+    shape: str
+
+
 @dataclass(frozen=True)
 class PipelineKind:
     """What one of diffusers' pipeline classes, or Open-Sora 1.2's code, does around its transformer.
 
     fps: of the released weights.
     shape: the released weights' WIDTHxHEIGHTxFRAMES; None: images of the size that they were trained at.
-    by_channels: (fps, shape) of releases whose latents have another number of channels.
+    by_channels: the format of releases whose latents have another number of channels.
     text: how the pipeline brings a prompt to its text encoder.
     caller: how the pipeline calls its scheduler, a key of `stdit.diffusion.solvers.schedulers.CALLERS`.
     negative_follows: the negative prompt is brought to each prompt's length, with the encoder's output at padding.
@@ -34,7 +41,7 @@ class PipelineKind:
 
     fps: float
     shape: str | None = None
-    by_channels: Mapping[int, tuple[float, str]] = field(default_factory=dict)
+    by_channels: Mapping[int, ClipFormat] = field(default_factory=dict)
     text: Treatment = field(default_factory=Treatment)
     caller: str = "plain"
     negative_follows: bool = False

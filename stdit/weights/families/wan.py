@@ -22,7 +22,7 @@ from stdit.weights.families.configs import (
     checked_keys,
     patch_rules,
 )
-from stdit.weights.families.record import Family, PipelineKind, Release
+from stdit.weights.families.record import ClipFormat, Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
 TITLE = "Wan transformer"
@@ -356,7 +356,8 @@ def _need(found: Mapping[str, Any], names: tuple[str, ...], place: object) -> No
 _UMT5 = "UMT5-XXL"
 _VAE21, _VAE22 = "Wan 2.1's (16 channels, 4×8×8)", "Wan 2.2's (48 channels, 4×16×16)"
 _14B = {"dim": 5120, "layers": 40}
-_PIPELINE = PipelineKind(16, "832x480x81", by_channels={48: (24, "1280x704x121")}, experts=True)  # 48: Wan 2.2 TI2V 5B
+_5B = ClipFormat(24, "1280x704x121")
+_PIPELINE = PipelineKind(16, "832x480x81", by_channels={48: _5B}, experts=True)
 
 FAMILY = Family(
     name="wan",

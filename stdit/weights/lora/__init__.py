@@ -1,1 +1,1 @@
-"""Adapters (LoRA) of every layout, in and out."""
+"""Reads, writes, converts and merges adapters (LoRA) of every layout."""
