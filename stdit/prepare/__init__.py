@@ -1,2 +1,2 @@
-"""What is computed once before training: clips to cached latents and embeddings, clips to captions. Imports data,
-text, vae and weights."""
+"""Prepares a manifest for training, once: caches latents and embeddings, captions clips. Imports data, text, vae and
+weights."""

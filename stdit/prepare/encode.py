@@ -129,7 +129,7 @@ def encode_manifest(
     shards = list(_shards(cache, manifest, assignment, config.crops, clips_per_shard, retry_failed))
     wanted = sum(len(assignment.rows(bucket)) for bucket in range(len(assignment.shapes))) * config.crops
     reused = wanted - sum(len(items) for _, items in shards)
-    # Shards are numbered whether done or not: what other ranks have finished must not change who does what.
+    # Shards are numbered whether done or not, so that the work of other ranks does not change this rank's share.
     todo = [(name, items) for number, (name, items) in enumerate(shards) if items and number % ranks == rank]
     on_start(sum(len(items) for _, items in todo))
     loader = Loader(manifest, assignment, cut, seed=0)

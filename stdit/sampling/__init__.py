@@ -1,2 +1,2 @@
-"""Prompts and known frames to frames: the pipeline and the model folder. Imports models, vae, text, diffusion,
-weights and prepare."""
+"""Samples frames from prompts and known frames, and reads and writes model folders. Imports models, vae, text,
+diffusion, weights and prepare."""

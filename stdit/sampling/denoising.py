@@ -1,4 +1,4 @@
-"""The loop from noise to latents: what the network sees at each step, guidance, and the solver's steps."""
+"""The loop from noise to latents: the network's input at each step, guidance, and the solver's steps."""
 
 from __future__ import annotations
 

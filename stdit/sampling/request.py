@@ -1,4 +1,4 @@
-"""What is to be sampled: every option of sampling, from a command or from Python, stands here once."""
+"""The options of sampling, defined once for the command and for Python."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from stdit.sampling.known_frames import KnownPixels
 class SampleRequest:
     """Clips to sample, of one shape, one for each prompt.
 
-    prompts: what to show.
+    prompts: descriptions of the clips.
     size: (width, height) in pixels; by default of the first shape that the model was trained at.
     frames: per clip; by default of the same shape.
     fps: the rate that the frames are meant for; by default the model's.
     steps: of the solver.
     guidance: scale of classifier-free guidance, on above 1, counted as the family's pipeline counts it.
-    guidance_2: of the low-noise expert, where there are two; by default `guidance`.
+    guidance_2: of the low-noise expert, if there are two; by default `guidance`.
     negative_prompt: what guidance moves away from.
     seed: decides the noise, together with a clip's index.
     indices: of the clips; by default 0, 1, … Clip n of a batch is made again alone by its prompt and indices=[n], equal

@@ -1,1 +1,1 @@
-"""`stdit sample`."""
+"""`stdit sample`: its options, its arguments, and the files that it writes."""

@@ -82,7 +82,7 @@ def sample(
         typer.Option("--lora-2", metavar="FILE[:WEIGHT]", help="The same for the low-noise expert, if there are two."),
     ] = None,
     lora_partly: Annotated[
-        bool, typer.Option("--lora-partly", help="Ignore what a LoRA has for layers that the model lacks.")
+        bool, typer.Option("--lora-partly", help="Ignore LoRA tensors for layers that the model lacks.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; by default a GPU if there is one.")] = None,
     memory: Annotated[int | None, MEMORY] = None,
@@ -261,7 +261,7 @@ def _known(
 
 
 def _chosen(shape: VideoShape, fps: float, trained: float, clips: int, known: int) -> str:
-    """One line that says what is about to be sampled."""
+    """Describes the clips to sample in one line."""
     many = f"{clips} clips, " if clips > 1 else ""
     if shape.frames == 1:
         return f"{many}{shape.width}x{shape.height}, an image"

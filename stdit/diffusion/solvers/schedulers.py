@@ -67,7 +67,7 @@ class Scheduler:
     solver: makes the solver.
     allowed: options, and the values that are obeyed. A key left out of a file means the first of them.
     numbers: options that are numbers, and the range of each: more than `low`, less than `high`.
-    absent: what a key of `allowed` left out of a file means, if not the first value.
+    absent: the meaning of keys of `allowed` left out of a file, if not the first value.
     shift: the option that holds the static shift, if there is one.
     """
 
