@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: help demo demo-full test test-slow lint lock bench install
+.PHONY: help demo demo-full test test-slow lint docs lock bench install
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ install: $(VENV)/.installed  ## install the versions that were tested together, 
 
 $(VENV)/.installed: pyproject.toml constraints/tested.txt .ci/install.py
 	$(PYTHON) .ci/install.py $(VENV)
+
+docs: install  ## write docs/settings.md, the list of all settings, from the code
+	python docs/settings.py
 
 # The whole job on moving shapes. Each line is a command of its own and continues where it was interrupted.
 demo:  ## train a small text-to-video model on a CPU and sample it, about 15 minutes
