@@ -20,6 +20,7 @@ from stdit.data.decode.video import read_frames
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 from stdit.vae import streaming
+from stdit.vae.tiles import SMALLEST_TILE, spans
 from stdit.weights.io import load_vae
 
 
@@ -36,7 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     frames = read_frames(str(args.clip), shape.frames, (shape.width, shape.height), args.fps)
     video = to_video(torch.from_numpy(frames))[None]
     latent = shape.latent(vae.config.stride)
-    side = streaming.SMALLEST_TILE
+    side = SMALLEST_TILE
     result: dict[str, object] = {
         "clip": args.clip.name,
         "shape": str(shape),
@@ -60,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         if name == "decoder":
             found["psnr_to_whole"] = 10 * math.log10(4 / float((tiled - whole).double().square().mean()))
             shared = torch.zeros(shape.width, dtype=torch.bool)
-            tiles = streaming.spans(latent.width, cut.columns)
+            tiles = spans(latent.width, cut.columns)
             for (_, end), (start, _) in itertools.pairwise(tiles):
                 shared[start * vae.config.stride[2] : end * vae.config.stride[2]] = True
             for what, decoded in (("tiled", tiled), ("whole", whole)):

@@ -47,7 +47,7 @@ ROOMS = {
         {"expert_folders", "schedulers", "layouts", "quantised", "refused"}, {"sources"}, {"io", "image_vae", "lora"},
     ],
     "vae": [
-        {"config", "clips", "causal_cache"}, {"cpu"}, {"layers"}, {"streaming"}, {"autoencoder"},
+        {"config", "clips", "causal_cache", "tiles"}, {"cpu"}, {"layers"}, {"streaming"}, {"autoencoder"},
         {"families", "training"},
     ],
     "cli": [{"common"}, {"data", "eval", "sample", "train", "weights"}, {"main"}],

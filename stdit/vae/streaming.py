@@ -8,7 +8,6 @@ a tile's border, so tiles are blended.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,13 +21,11 @@ from stdit.shapes import VideoShape
 from stdit.vae.causal_cache import CausalCache
 from stdit.vae.clips import check_pixels
 from stdit.vae.config import VaeConfig
+from stdit.vae.tiles import OVERLAP, SMALLEST_TILE, Tile, spans, tiles
 
 DEFAULT_MEMORY = 256 << 20  # bytes, if the caller gives no budget; frames are tiled only under a given one
 MOST_LATENTS = 8  # latent frames per chunk: larger chunks gain nothing
 FRAMES_AT_ONCE = 2  # of the widest levels, which set the peak memory of a chunk
-OVERLAP = 8  # latents that neighbouring tiles share
-MARGIN = 2  # outermost latents of a tile, of weight 0 because they see the zeros beyond its border
-SMALLEST_TILE = 2 * OVERLAP
 
 
 class Streamable(Protocol):
@@ -144,71 +141,6 @@ def coarse_bytes(config: VaeConfig, side: str, chunk: int, latents: int, rows: i
     """
     base = config.base_dim if side == "encoder" else config.decoder_base_dim or config.base_dim
     return int(itemsize * rows * columns * config.dim_mult[-1] * base * ((latents or chunk) + 10 + 5 * chunk))
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One tile of a frame: its place in the input and in the output, and its blending weights."""
-
-    source: tuple[slice, slice]
-    target: tuple[slice, slice]
-    weight: Tensor  # (rows, columns) of the output
-
-    def of(self, chunk: Tensor) -> Tensor:
-        return chunk[..., self.source[0], self.source[1]]
-
-    def put(self, whole: Tensor, part: Tensor) -> None:
-        """Adds the tile's result, weighted, to a frame that starts as zeros."""
-        whole[..., self.target[0], self.target[1]] += part * self.weight.to(part)
-
-
-def tiles(size: tuple[int, int], cut: Slices, scale_in: tuple[int, int], scale_out: tuple[int, int]) -> list[Tile]:
-    """The tiles of a frame.
-
-    size: rows and columns of latents. scale_in, scale_out: pixels of the input and of the output per latent.
-    """
-    rows, columns = spans(size[0], cut.rows), spans(size[1], cut.columns)
-    down, across = blend_weights(rows, scale_out[0]), blend_weights(columns, scale_out[1])
-    return [
-        Tile(
-            (_scaled(row, scale_in[0]), _scaled(column, scale_in[1])),
-            (_scaled(row, scale_out[0]), _scaled(column, scale_out[1])),
-            vertical[:, None] * horizontal,
-        )
-        for row, vertical in zip(rows, down)
-        for column, horizontal in zip(columns, across)
-    ]
-
-
-def _scaled(span: tuple[int, int], scale: int) -> slice:
-    return slice(span[0] * scale, span[1] * scale)
-
-
-def spans(size: int, tile: int) -> list[tuple[int, int]]:
-    """(start, end) of evenly spaced tiles that cover 0 … size and overlap by OVERLAP or a little more."""
-    if tile >= size:
-        return [(0, size)]
-    count = math.ceil((size - OVERLAP) / (tile - OVERLAP))
-    starts = [round(i * (size - tile) / (count - 1)) for i in range(count)]
-    return [(start, start + tile) for start in starts]
-
-
-def blend_weights(tiles: list[tuple[int, int]], scale: int) -> list[Tensor]:
-    """Each tile's weights along one axis, `scale` of them per latent. They sum to 1 everywhere.
-
-    Counted inwards from a border with another tile, they are 0 for MARGIN latents and then rise linearly.
-    """
-    size = tiles[-1][1] * scale
-    whole, raw = torch.zeros(size, dtype=torch.float64), []
-    for first, end in tiles:
-        place = torch.arange(first, end, 1 / scale, dtype=torch.float64) + 0.5 / scale  # in latents
-        inside = torch.minimum(
-            torch.full_like(place, torch.inf) if first == 0 else place - first,
-            torch.full_like(place, torch.inf) if end == tiles[-1][1] else end - place,
-        )
-        raw.append(((inside - MARGIN) / (OVERLAP - 2 * MARGIN)).clamp(0, 1))
-        whole[_scaled((first, end), scale)] += raw[-1]
-    return [weight / whole[_scaled(span, scale)] for weight, span in zip(raw, tiles)]
 
 
 def encode_moments(vae: Streamable, video: Tensor, memory: int | None = None) -> Tensor:
@@ -350,7 +282,8 @@ class _Stream:
         self.size = rows * scale_out[0], columns * scale_out[1]
         self.cache = CausalCache()  # of the layers that run on the whole frame
         self.tiles: list[tuple[Tile, CausalCache]] = [
-            (tile, CausalCache(self.cache)) for tile in tiles((rows, columns), cut, scale_in, scale_out)
+            (tile, CausalCache(self.cache))
+            for tile in tiles((rows, columns), (cut.rows, cut.columns), scale_in, scale_out)
         ]
 
     def __call__(self, chunk: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ import torch
 from torch.testing import assert_close
 
 from stdit.errors import StditError
-from stdit.vae import cpu, streaming
+from stdit.vae import cpu, streaming, tiles
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.causal_cache import CausalCache
 from stdit.vae.config import PRESETS
-from stdit.vae.streaming import Slices, blend_weights, coarse_bytes, slices, spans, working_bytes
+from stdit.vae.streaming import Slices, coarse_bytes, slices, working_bytes
+from stdit.vae.tiles import blend_weights, spans
 
 STATISTICS = dict(latents_mean=(0.5, -1, 0), latents_std=(1, 2, 0.5))
 WAN21 = VaeConfig(base_dim=4, num_res_blocks=1, z_dim=3, **STATISTICS)
@@ -238,7 +239,7 @@ def test_tiles_cover_and_their_weights_sum_to_one():
         found = spans(size, tile)
         assert found[0][0] == 0 and found[-1][1] == size
         assert all(b - a == min(tile, size) for a, b in found)
-        assert all(a[1] - b[0] >= streaming.OVERLAP for a, b in itertools.pairwise(found))
+        assert all(a[1] - b[0] >= tiles.OVERLAP for a, b in itertools.pairwise(found))
         total = torch.zeros(size * 4, dtype=torch.float64)
         for (a, b), weight in zip(found, blend_weights(found, 4)):
             total[a * 4 : b * 4] += weight
@@ -257,8 +258,8 @@ def test_tiles_are_the_whole_where_their_margin_covers_the_convolutions(monkeypa
     decoded = vae.decode(whole, clamp=False)
     monkeypatch.setattr(streaming, "slices", lambda *_: Slices(1, 1, 16, 18))
     for overlap, margin, least, most in ((8, 2, 1e-9, 0.1), (12, 5, 0, 1e-12)):
-        monkeypatch.setattr(streaming, "OVERLAP", overlap)
-        monkeypatch.setattr(streaming, "MARGIN", margin)
+        monkeypatch.setattr(tiles, "OVERLAP", overlap)
+        monkeypatch.setattr(tiles, "MARGIN", margin)
         assert least <= relative(vae.encode(video), whole) <= most
         assert least <= relative(vae.decode(whole, clamp=False), decoded) <= most
         streamed = torch.cat(list(vae.encode_stream(video[0].unbind(1))), 1)
