@@ -58,7 +58,7 @@ LIGHT = (
     "data/workers",
     "data/remote",
 )  # the decoder's process: neither torch nor pyarrow
-ONLY_IMPORTER = {"deepspeed": "training/engine/engine.py"}
+ONLY_IMPORTER = {"deepspeed": "training/engine/zero.py"}
 MOST_FILES, MOST_LINES = 16, 470
 
 
@@ -191,7 +191,7 @@ def test_the_decoders_process_needs_neither_torch_nor_pyarrow():
         ("data/load/loader.py", "stdit.data.manifest", ""),
         ("shapes.py", "stdit.models", "below"),
         ("training/trainer.py", "deepspeed.runtime", "only"),
-        ("training/engine/engine.py", "deepspeed", ""),
+        ("training/engine/zero.py", "deepspeed", ""),
         ("training/config.py", "stdit.training.trainer", "below"),
         ("training/trainer.py", "stdit.training.config", ""),
         ("sampling/pipeline.py", "stdit.prepare.encode", ""),

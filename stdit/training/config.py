@@ -19,7 +19,7 @@ from stdit.shapes import VideoShape
 from stdit.shipped import CONFIGS, find_shipped
 from stdit.text_files import read_text, read_yaml, yaml_text
 from stdit.training.engine.checkpoint import CheckpointConfig
-from stdit.training.engine.engine import ParallelConfig
+from stdit.training.engine.make import ParallelConfig
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.engine.schedule import ScheduleConfig
 from stdit.training.objectives.config import ObjectiveConfig

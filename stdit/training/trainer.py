@@ -23,7 +23,8 @@ from stdit.training.config import RunConfig, to_dict
 from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.ema import Ema
-from stdit.training.engine.engine import PRECISIONS, Engine, make_engine
+from stdit.training.engine.engine import PRECISIONS, Engine
+from stdit.training.engine.make import make_engine
 from stdit.training.engine.parallel import World
 from stdit.training.failed_clips import FailedClips, no_clip_could_be_read
 from stdit.training.objectives.protocol import StepKey, StepResult, Update

@@ -29,7 +29,8 @@ from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.config import load_config
 from stdit.training.engine.checkpoint import Checkpoint
-from stdit.training.engine.engine import Engine, make_engine
+from stdit.training.engine.engine import Engine
+from stdit.training.engine.make import make_engine
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import StepKey
 from stdit.training.outputs import evaluate

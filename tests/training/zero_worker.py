@@ -28,6 +28,9 @@ from stdit.training.setup import build
 from stdit.training.setup.resolve import resolve
 from stdit.training.trainer import Trainer
 
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+from gradients import gradients_of
+
 
 def main() -> None:
     torch.set_num_threads(1)
@@ -82,8 +85,8 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
         ids.append(sorted(one for rank in seen for one in rank))
         micro_steps.append([len(micro.items) for micro in step.micro_steps])
         if number == first:
-            gradients = trainer.engine.gradients()
-            gradients |= trainer.critic.gradients() if trainer.critic is not None else {}
+            gradients = gradients_of(trainer.engine)
+            gradients |= gradients_of(trainer.critic) if trainer.critic is not None else {}
             if world.is_main:
                 out.mkdir(parents=True, exist_ok=True)
                 save_file({name: one.contiguous() for name, one in gradients.items()}, out / "gradients.safetensors")

@@ -1,2 +1,2 @@
 """How parameters are trained and kept: gradients, optimizer, ZeRO, checkpoints, averages. Knows no model; only
-engine.py imports DeepSpeed."""
+zero.py imports DeepSpeed."""

@@ -30,8 +30,10 @@ from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
 from stdit.text.small import build_word_tokenizer, small_umt5
-from stdit.training.engine.engine import PRECISIONS, check_engine, zero_stage
+from stdit.training.engine.engine import PRECISIONS
+from stdit.training.engine.make import check_engine
 from stdit.training.engine.parallel import World
+from stdit.training.engine.zero import zero_stage
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import Objective

@@ -20,7 +20,8 @@ from stdit.files import part_folder
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.training.config import RunConfig, VaeSettings
-from stdit.training.engine.engine import PRECISIONS, zero_stage
+from stdit.training.engine.engine import PRECISIONS
+from stdit.training.engine.zero import zero_stage
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import Objective, StepKey

@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import gradients_of
 from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.shipped import DEEPSPEED
 from stdit.training.engine.ema import Ema, EmaConfig
-from stdit.training.engine.engine import ParallelConfig, TorchEngine, make_engine, stand_alone, zero_stage
+from stdit.training.engine.engine import TorchEngine
+from stdit.training.engine.make import ParallelConfig, make_engine
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.engine.parallel import World
 from stdit.training.engine.schedule import ScheduleConfig
+from stdit.training.engine.zero import stand_alone, zero_stage
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -49,7 +52,7 @@ def test_accumulated_gradients_clipping_and_adamw_equal_torch() -> None:
         batch = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
         losses = [engine.backward(part, 1 / 6, last=i == 1) for i, part in enumerate(batch.split([2, 4]))]
         (reference(batch) / 6).backward()
-        gradients = engine.gradients()
+        gradients = gradients_of(engine)
         assert torch.allclose(gradients["body.weight"], reference.body.weight.grad, rtol=1e-5, atol=1e-6)
         assert not gradients["unused"].any()
         assert float(sum(losses)) == pytest.approx(float(reference(batch).detach()), rel=1e-6)
@@ -74,10 +77,10 @@ def test_bf16_trains_fp32_masters_and_adds_up_gradients_in_fp32() -> None:
     for _ in range(3):
         single = engine.backward(batch, 1.0, last=False)
     assert torch.isfinite(single)
-    thrice = engine.gradients()["body.weight"]
+    thrice = gradients_of(engine)["body.weight"]
     engine.optimizer.zero_grad()
     engine.backward(batch, 1.0, last=True)
-    assert torch.equal(thrice, engine.gradients()["body.weight"] * 3)
+    assert torch.equal(thrice, gradients_of(engine)["body.weight"] * 3)
     engine.step(1e-4)
     master = dict(zip((p[0].name for p in engine.pieces), engine.flat_masters))["body.weight"]
     assert (master - start).abs().max() > 5e-5  # a step that bf16 could not hold
@@ -147,8 +150,6 @@ def test_several_ranks_without_deepspeed_say_what_to_do() -> None:
 
 
 def test_the_shipped_jsons_are_free_of_what_the_config_owns() -> None:
-    from stdit.training.engine.engine import zero_stage
-
     folder = DEEPSPEED
     stages = {path.stem: zero_stage(str(path)) for path in folder.glob("*.json")}
     assert stages == {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}

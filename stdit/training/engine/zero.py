@@ -1,0 +1,224 @@
+"""ZeRO by DeepSpeed. This file alone imports it, and reads its JSONs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stdit.errors import StditError, error_context
+from stdit.shipped import DEEPSPEED, find_shipped
+from stdit.training.engine.engine import Engine, ShardPiece, nan_if_not_finite
+from stdit.training.engine.optimizer import OptimizerConfig, group_state, make_optimizer
+from stdit.training.engine.parallel import World
+from stdit.weights.tensor_files import read_json
+
+# Keys of a DeepSpeed JSON that the run's config decides.
+OURS = {
+    "train_batch_size": "plan",
+    "train_micro_batch_size_per_gpu": "plan",
+    "gradient_accumulation_steps": "plan",
+    "managed_gradient_accumulation": "plan",
+    "gradient_allreduce_op": "plan",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "run.precision",
+    "fp16": "run.precision",
+    "data_types": "run.precision",
+    "amp": "run.precision",
+    "torch_autocast": "run.precision",
+    "zero_allow_untested_optimizer": "optimizer.name",
+}
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO stage 0 to 3. deepspeed_json: a path, or the name of a file in stdit/configs/deepspeed."""
+
+    def __init__(
+        self, module: nn.Module, config: OptimizerConfig, deepspeed_json: str, precision: str, world: World
+    ) -> None:
+        settings, stage = _read_json(deepspeed_json, precision)
+        deepspeed = _import_deepspeed(world)
+        settings |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # the boundary is set by hand: steps differ in their micro-steps
+            "gradient_clipping": config.clip,
+            "bf16": {"enabled": precision == "bf16"},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_allow_untested_optimizer": True,
+        }
+        names = {id(p): name for name, p in module.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        exact = {}  # fp32 weights: DeepSpeed would make the masters of weights rounded to bf16
+        if precision == "bf16":
+            exact = {name: p.detach().float().flatten().clone() for name, p in trained.items()}
+        # DeepSpeed takes a step with some optimizers when it starts; at lr 0 that changes nothing.
+        client = make_optimizer(trained, config, lr=0.0)
+        self.scale = world.size  # the engine averages over ranks, our loss is a sum
+        self.stage = stage
+        with _quiet():
+            self._deepspeed, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        self.module = self._deepspeed.module
+        self.optimizer = client
+        self.optimizer.state.clear()
+        for group, kept in zip(self.optimizer.param_groups, group_state(self.optimizer)):
+            for key in kept:
+                del group[key]
+        self.replicated = stage == 0
+        self.differentiable = stage < 3  # stage 3 counts forwards and backwards
+        self._parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
+        self.flat_masters, self.pieces = self._find_pieces(shapes, world)
+        with torch.no_grad():
+            for flat, pieces in zip(self.flat_masters, self.pieces):
+                for piece in pieces if exact else []:
+                    numbers = exact[piece.name][piece.offset : piece.offset + piece.numel]
+                    flat.view(-1)[piece.start : piece.start + piece.numel] = numbers.to(flat)
+
+    def _find_pieces(
+        self, shapes: dict[str, tuple[int, ...]], world: World
+    ) -> tuple[list[Tensor], list[list[ShardPiece]]]:
+        zero = self._deepspeed.optimizer
+        if self.stage == 0:
+            items = self._parameters.items()
+            return [p for _, p in items], [[ShardPiece(n, shapes[n], 0, 0, p.numel())] for n, p in items]
+        if self.stage == 3:
+            flat_masters = list(zero.fp32_partitioned_groups_flat)
+        elif hasattr(zero, "single_partition_of_fp32_groups"):
+            flat_masters = list(zero.single_partition_of_fp32_groups)
+        else:  # bf16 with fp32 accumulation at stage 1
+            flat_masters = list(zero.fp32_groups_flat_partition)
+        pieces: list[list[ShardPiece]] = [[] for _ in flat_masters]
+        for name, p in self._parameters.items():
+            if self.stage == 3:
+                flat, start, numel = zero.grad_position[zero.get_param_id(p)]
+                offset = world.rank * numel
+                numel = min(numel, math.prod(shapes[name]) - offset)  # the last rank's piece is padded
+            elif (mapping := getattr(p, "_hp_mapping", None)) is None:  # lies on other ranks
+                continue
+            else:
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                flat, start, offset, numel = mapping.param_group_index, here.start, there.start, here.numel
+            if numel > 0:
+                pieces[flat].append(ShardPiece(name, shapes[name], offset, start, numel))
+        return flat_masters, pieces
+
+    def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        total = self._deepspeed(batch)
+        self._deepspeed.backward(total * nan_if_not_finite(scale * self.scale, total))
+        return total.detach()
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._deepspeed(batch) if self.stage == 3 else self.module(batch)  # stage 3 gathers weights
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm: Any = None
+        if self.stage == 0:  # DeepSpeed measures the norm only if it clips
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+            if not torch.isfinite(norm):  # the other stages check that themselves
+                self._deepspeed.zero_grad()
+                return float(norm)
+        self._deepspeed.step()
+        if not self._deepspeed.was_step_applied():  # it silently skips a step with infinite gradients
+            return math.inf
+        return float(self._deepspeed.get_global_grad_norm() if norm is None else norm)
+
+
+def zero_stage(path: str | None) -> int:
+    """The ZeRO stage of a DeepSpeed JSON; 0 without one."""
+    return 0 if path is None else _read_json(path, "fp32")[1]
+
+
+def _read_json(given: str, precision: str) -> tuple[dict[str, Any], int]:
+    with error_context("parallel.deepspeed"):
+        path = find_shipped(given, DEEPSPEED, ".json")
+        settings = read_json(path)
+    for key, owner in OURS.items():
+        if key in settings:
+            raise StditError(f"{path} sets {key!r}, which the run's config owns ({owner}). Take it out of the JSON.")
+    zero = _section(settings, "zero_optimization", path)
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise StditError(f"{path}: zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3.")
+    if stage == 0 and precision == "bf16":
+        raise StditError(f"{path}: ZeRO stage 0 in bf16 keeps no fp32 masters. Use stage 1 or precision fp32.")
+    for name in ("offload_optimizer", "offload_param"):
+        if _section(zero, name, path).get("device") == "nvme":
+            raise StditError(f"{path}: {name} to nvme is not supported; cpu is.")
+    return settings, stage
+
+
+def _section(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """An object in a JSON object. Removes a null, which DeepSpeed does not accept everywhere."""
+    if settings.get(name) is None:
+        settings.pop(name, None)
+    found = settings.get(name, {})
+    if not isinstance(found, dict):
+        raise StditError(f"{path}: {name} is {found!r}; it must be a JSON object, or left out.")
+    return found
+
+
+def _import_deepspeed(world: World) -> Any:
+    # DeepSpeed compiles with ninja. In a virtual environment that is not activated, only python's folder has it.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise StditError(f"parallel.deepspeed needs DeepSpeed: pip install 'stdit[train]' ({error}).") from error
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed would compile this kernel (inference on CPUs) at the first start: most of a minute, behind a lock file
+    # that a killed process leaves behind, for which every later start waits.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch 2.14 deprecates collectives that DeepSpeed 0.19 calls at every step, on every rank
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if world.size == 1:
+        stand_alone()
+    with _quiet():
+        deepspeed.init_distributed(dist_init_required=None)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps DeepSpeed's start-up prints out of the log, unless it fails."""
+    said = io.StringIO()
+    compiler = logging.getLogger("torch.utils.cpp_extension")  # warns on machines that have nvcc and no GPU
+    level = compiler.level
+    compiler.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except BaseException:
+        print(said.getvalue(), file=sys.stderr)
+        raise
+    finally:
+        compiler.setLevel(level)
+
+
+def stand_alone() -> None:
+    """Sets the environment of a single rank if no launcher has: DeepSpeed would look for MPI."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
