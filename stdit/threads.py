@@ -20,5 +20,5 @@ def shorten_spin() -> None:
 
 
 def spin_settings() -> str:
-    """The variables in force, for a log line, such as "GOMP_SPINCOUNT=4000"; '' for OpenMP's default."""
+    """The variables in force, for a log line, such as "GOMP_SPINCOUNT=2000"; '' for OpenMP's default."""
     return ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)

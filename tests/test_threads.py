@@ -36,4 +36,4 @@ def test_the_users_own_setting_wins(name, monkeypatch):
 def test_the_log_names_what_is_set(monkeypatch):
     assert spin_settings() == ""
     shorten_spin()
-    assert spin_settings() == "GOMP_SPINCOUNT=4000"
+    assert spin_settings() == f"GOMP_SPINCOUNT={SHORT_SPIN['GOMP_SPINCOUNT']}"
