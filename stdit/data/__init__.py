@@ -1,1 +1,1 @@
-"""From files to balanced packs of clips. Imports shapes, errors, keyed randomness and files; no model."""
+"""From files to balanced packs of clips. Imports shapes, errors, keyed randomness and files, but no model."""

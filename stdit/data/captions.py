@@ -1,4 +1,4 @@
-"""Captions as people keep them: a table (CSV, JSONL, Parquet), or files beside each clip (.txt, .json)."""
+"""Reads captions from a table (CSV, JSONL, Parquet) or from files beside the clips (.txt, .json)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stdit.data.remote.paths import is_remote
 from stdit.errors import StditError
 from stdit.text_files import Row, csv_rows, decode_text, fault_in, json_rows, shortened, split_lines, unicode_form
 
-# The first of these that says anything counts; capitals and spaces around a name do not.
+# The first of these columns that has a value is used. Case and surrounding spaces are ignored.
 CAPTION_NAMES = ("captions", "caption", "text", "texts", "prompt", "prompts")
 FILE_NAMES = ("file", "path", "file_name", "filename", "video")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
-_NAME_THEM = "--file-column and --caption-column say which hold the file and its caption."
+_NAME_THEM = "--file-column and --caption-column name the columns of the file and its caption."
 
-Fault = tuple[str, str]  # why a clip has no caption: no_caption or bad_caption, and a sentence
+Fault = tuple[str, str]  # why a clip has no caption: (no_caption or bad_caption, message)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,12 @@ class Caption:
 
 @dataclass
 class Captions:
-    """Captions by file, relative to the folder; what is wrong, by file; (where, what) of rows that tell no file."""
+    """The captions of a folder.
+
+    texts: by file, relative to the folder.
+    faults: files whose captions cannot be used.
+    rows: (place, fault) of table rows that name no file.
+    """
 
     texts: dict[str, list[Caption]] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
@@ -42,7 +47,7 @@ class Captions:
 
 
 class Names:
-    """The names of a folder's files, found as they are spelled or else by their Unicode form."""
+    """The names of a folder's files, for look-up by exact spelling or else by Unicode form."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.all = set(names)
@@ -51,7 +56,7 @@ class Names:
             self.by_form.setdefault(unicode_form(name), []).append(name)
 
     def find(self, name: str) -> list[str]:
-        """None, one, or several that differ only in form; a name in a tar is found if the tar is."""
+        """The matching names; several if they differ only in Unicode form. A tar member matches if its tar does."""
         if name in self.all:
             return [name]
         if name.isascii():
@@ -69,19 +74,23 @@ def _tar_ends(name: str) -> Iterator[int]:
 
 
 def captions_of(row: dict[str, Any], column: str | None = None) -> list[Caption]:
-    """The captions in the first of CAPTION_NAMES (or in `column`) that says anything: a text, {text, weight}, or a list
-    of these. A text has the row's weight. Raises StditError, a predicate, for anything else."""
+    """The captions in the first of CAPTION_NAMES (or in `column`) that has any: a text, {text, weight}, or a list of
+    these. A plain text has the row's weight.
+
+    Raises StditError for anything else; its message is a predicate, to follow the row's place.
+    """
     for name in columns_in(row, (column,) if column else CAPTION_NAMES):
         value = row[name]
         found = []
-        for one in value if isinstance(value, list) else [value]:
+        for caption in value if isinstance(value, list) else [value]:
             weight = next((row[key] for key in columns_in(row, ("weight",))), None)
-            text = one
-            if isinstance(one, dict):
-                inner = columns_in(one, ("text", "caption"))
+            text = caption
+            if isinstance(caption, dict):
+                inner = columns_in(caption, ("text", "caption"))
                 if not inner:
-                    raise StditError(f"has the keys {_listed(one)} in {name}; a caption is a text, or {{text, weight}}")
-                text, weight = one[inner[0]], one.get("weight")
+                    keys = _listed(caption)
+                    raise StditError(f"has the keys {keys} in {name}; a caption is a text, or {{text, weight}}")
+                text, weight = caption[inner[0]], caption.get("weight")
             if text is None or text == "":
                 continue
             if not isinstance(text, str):
@@ -106,11 +115,11 @@ def _weight(value: Any) -> float:
 
 
 def columns_in(row: Iterable[str], names: Sequence[str]) -> list[str]:
-    """The columns of these names that a row has, in the order of the names."""
+    """The columns of a row that match these names, in the order of the names."""
     return _columns_in(tuple(row), tuple(names))
 
 
-@lru_cache(1024)  # the rows of a table have the same ones
+@lru_cache(1024)  # all rows of a table have the same columns
 def _columns_in(row: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
     plain = {key.strip().lower(): key for key in reversed(row)}
     found = [name if name in row else plain.get(name.strip().lower()) for name in names]
@@ -118,7 +127,7 @@ def _columns_in(row: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
 
 
 def caption_cell(text: str) -> Any:
-    """What a CSV's field says of captions: a JSON list, or a text. Raises StditError for half of a list."""
+    """Parses a CSV field: a JSON list of captions, or a text. Raises StditError for a list that is not JSON."""
     if text.lstrip().startswith(('["', "[{")):
         try:
             return json.loads(text)
@@ -128,8 +137,10 @@ def caption_cell(text: str) -> Any:
 
 
 def sidecar_captions(content: bytes, name: str, column: str | None = None) -> tuple[list[Caption], Fault | None]:
-    """The captions in a file beside a clip, or why it gives none: `.txt`, one a line; or `.json`, an object as
-    `captions_of` takes it, a list, or a text."""
+    """The captions in a file beside a clip, or why it has none.
+
+    `.txt`: one caption per line. `.json`: an object as in `captions_of`, a list, or a text.
+    """
     try:
         text = decode_text(content, name)
         if name.lower().endswith(".txt"):
@@ -141,7 +152,7 @@ def sidecar_captions(content: bytes, name: str, column: str | None = None) -> tu
         if isinstance(row, str | list):
             row = {column or "caption": row}
         if not isinstance(row, dict):
-            return [], ("no_caption", f"{name} is {shortened(row)}, which is no caption.")
+            return [], ("no_caption", f"{name} is {shortened(row)}, which is not a caption.")
         try:
             captions = captions_of(row, column)
         except StditError as error:
@@ -174,11 +185,14 @@ def _listed(row: Iterable[str]) -> str:
 def read_captions(
     path: Path, folder: str, names: Names, file_column: str | None = None, caption_column: str | None = None
 ) -> Captions:
-    """A table of captions: a row names a file, relative to `folder` or to the table's own, and has captions as
-    `captions_of` takes them. A file may have several rows.
+    """Reads a table of captions. Each row names a file and has captions as in `captions_of`; a file may have several.
 
-    names: of the files in the folder. A bad row costs its own file. Raises StditError where columns are missing, a
-    quotation mark is never closed, or no row can be used.
+    folder: that the names are relative to; otherwise they are relative to the table's own folder.
+    names: of the files in the folder.
+    file_column, caption_column: None: found by their usual names.
+
+    A bad row costs only its own file. Raises StditError if columns are missing, a quotation mark is never closed, or no
+    row can be used.
     """
     if not path.is_file():
         raise StditError(f"{path}: no such captions file.")
@@ -194,9 +208,7 @@ def read_captions(
         reader.unit = "row"
         rows = reader.parquet()
     else:
-        raise StditError(
-            f"{path}: captions are a .csv or a .jsonl file (or .tsv, .parquet), or files beside the videos."
-        )
+        raise StditError(f"{path}: captions must be a .csv, .jsonl, .tsv or .parquet file, or files beside the videos.")
     return reader.read(rows)
 
 
@@ -241,7 +253,7 @@ class _Table:
             raise StditError(f"{self.path} cannot be read as Parquet: {error}") from error
 
     def is_row(self, values: dict[str, str]) -> bool:
-        """Whether a line of a quoted field is a row that names a file in the folder."""
+        """Whether a line inside a quoted field is itself a row that names a file in the folder."""
         columns = columns_in(values, self.file_names)
         if not columns or not self.enough(list(values)):
             return False
@@ -249,7 +261,7 @@ class _Table:
 
     def read(self, rows: Iterable[Row]) -> Captions:
         found, enough = Captions(), False
-        first: tuple[str, list[str]] | None = None  # row, and the columns that it has
+        first: tuple[str, list[str]] | None = None  # the first row's place and columns
         for row in rows:
             where = f"{self.path}, {self.unit} {row.line}"
             first = first or (where, list(row.values))
@@ -275,7 +287,7 @@ class _Table:
                     found.faults.setdefault(file, ("bad_caption", f"{where} {fault}."))
                 else:
                     found.texts.setdefault(file, []).extend(captions)
-        if first and not found.texts:  # no row can be used, unless all are of files elsewhere
+        if first and not found.texts:  # no row can be used, or all name files elsewhere
             faults = [message for _, message in found.faults.values()] + [f"{at} {what}." for at, what in found.rows]
             if faults:
                 more = "" if enough else f" Its columns are {_listed(first[1])}. {_NAME_THEM}"
@@ -292,27 +304,28 @@ class _Table:
         return values
 
     def _files(self, name: str) -> list[str]:
-        """The file that a row names, relative to the folder; those that differ only in form; none for one elsewhere."""
+        """The file that a row names, relative to the folder; several if they differ only in Unicode form; none if it
+        is elsewhere."""
         if name in self.names.all:
             return [name]
         places = list(dict.fromkeys(self._places(name)))
         for place in places:
             if found := self.names.find(place):
                 return found
-        if not is_remote(self.folder):  # one that a listing leaves out, such as a hidden file
+        if not is_remote(self.folder):  # it may not be listed, such as a hidden file
             places = [place for place in places if os.path.exists(os.path.join(self.folder, place))] or places
         return [] if places[0].startswith("../") else places[:1]
 
     def _places(self, name: str) -> list[str]:
         if is_remote(self.folder):
-            return [posixpath.normpath(one.removeprefix(self.folder + "/")) for one in (name, name.strip())]
+            return [posixpath.normpath(path.removeprefix(self.folder + "/")) for path in (name, name.strip())]
         places = []
-        for one in (name, name.strip()):
-            one = one if os.sep == "\\" else one.replace("\\", "/")
-            if os.path.isabs(one):
-                places.append(os.path.relpath(one, self.folder))
+        for path in (name, name.strip()):
+            path = path if os.sep == "\\" else path.replace("\\", "/")
+            if os.path.isabs(path):
+                places.append(os.path.relpath(path, self.folder))
             else:
-                places.append(os.path.normpath(one))
+                places.append(os.path.normpath(path))
                 if self.beside:
-                    places.append(os.path.relpath(self.beside / one, self.folder))
+                    places.append(os.path.relpath(self.beside / path, self.folder))
         return [place.replace(os.sep, "/") for place in places]

@@ -1,11 +1,12 @@
-"""The manifest: one row a clip, as Parquet (JSONL and CSV are read too).
+"""The manifest: a table of clips, one row each, as Parquet (JSONL and CSV are read too).
 
 Columns: `id` (sha256 of the file's sha256 with start and end, not of the path), `path`, `captions` (list of {text,
 weight}), `frames`, `fps`, `width`, `height` (as displayed), `start`, `end` (seconds; both 0 for an image), `sha256`.
-A path inside the manifest's folder is stored relative to it, so the folder can be moved as a whole; others are
-absolute, or URLs of any fsspec scheme; a file in a tar shard is `SHARD.tar#OFFSET+SIZE/NAME` of either (`paths.py`).
-`stdit data scan` adds `file_state`, the file's size and time, by which a file that has changed since is noticed.
-Further columns are kept: `stdit data scan --scores` adds those of `filters.with_scores`.
+
+Paths inside the manifest's folder are stored relative to it, so that the folder can be moved as a whole; others are
+absolute, or URLs of any fsspec scheme. A file in a tar shard is `SHARD.tar#OFFSET+SIZE/NAME` (see `remote.paths`).
+`stdit data scan` adds `file_state` (the file's size and time, to notice changes), and with --scores the columns of
+`scan.with_scores`. Further columns are kept.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from stdit.text_files import Row, csv_rows, fault_in, json_rows, shortened
 
 __all__ = ["SCHEMA", "Caption", "Clip", "Manifest", "Skipped", "clip_id", "read_manifest", "write_manifest"]
 FORMAT = 1
-STATE = "file_state"  # a column of its own: it is not part of what the clips are
-NAMED = 5  # rows that are left out, each on a line of its own
+STATE = "file_state"  # optional column; not part of a clip's identity
+WARNINGS = 5  # left-out rows that are named
 
 log = logging.getLogger(__name__)
 
-_TEXT = pa.large_string()  # offsets of 64 bits: ten million captions exceed 2 GB
+_TEXT = pa.large_string()  # 64-bit offsets: ten million captions exceed 2 GB
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -58,7 +59,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Clip:
-    """One row. `path` is ready to be opened."""
+    """One row.
+
+    path: ready to be opened.
+    state: of the file when it was scanned (size, time, …; see `listing.File`), as JSON; "" if unknown. Not part of the
+        clip's identity.
+    """
 
     id: str
     path: str
@@ -70,7 +76,6 @@ class Clip:
     start: float
     end: float
     sha256: str
-    # of the file when it was scanned (size, time, …; see `listing.File`), JSON; "" where unknown. Not what the clip is.
     state: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -80,7 +85,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that did not become a clip: `reason` is one word for programs, `message` says it in full."""
+    """A file that did not become a clip. reason: one word, for programs. message: a sentence."""
 
     file: str
     reason: str
@@ -88,12 +93,12 @@ class Skipped:
 
 
 def clip_id(sha256: str, start: float, end: float) -> str:
-    """What identifies a clip: the file's content and the cut, in milliseconds."""
+    """A clip's identity: hash of its file's content and its start and end in milliseconds."""
     return hashlib.sha256(f"{sha256}:{start:.3f}:{end:.3f}".encode()).hexdigest()
 
 
 class Manifest:
-    """Clips as an Arrow table: ten million rows are a few gigabytes, read column by column as numpy arrays."""
+    """Clips as an Arrow table (ten million rows take a few gigabytes); numeric columns can be read as numpy arrays."""
 
     def __init__(self, table: pa.Table, folder: str | Path = ".", source: str = "manifest") -> None:
         self.table = _checked(table, source)
@@ -129,14 +134,14 @@ class Manifest:
         return path if "://" in path or os.path.isabs(path) else join(self.folder, path)
 
     def column(self, name: str) -> np.ndarray:
-        """(rows,) of a column of numbers."""
+        """(rows,) a column of numbers."""
         if name not in self.table.column_names:
             raise StditError(f"{self.source} has no column {name!r}.{nearest_name(name, self.table.column_names)}")
         return self.table.column(name).to_numpy()
 
     @cached_property
     def _columns(self) -> list[tuple[str, pa.ChunkedArray]]:
-        """A clip's; looking them up again for each would take longer than reading its latents."""
+        """A clip's columns. Cached: looking them up for each clip would take longer than reading its latents."""
         return [(name, self.table.column(name)) for name in SCHEMA.names]
 
     @cached_property
@@ -150,7 +155,7 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of every row's content in order. Where the files lie is not part of it: a folder can be moved."""
+        """SHA-256 of all rows in order, except for paths: a folder can be moved."""
         digest = hashlib.sha256(f"manifest {FORMAT} {len(self)}".encode())
         for name in sorted(set(SCHEMA.names) - {"path"}):
             digest.update(name.encode())
@@ -159,7 +164,7 @@ class Manifest:
 
 
 def _digest(digest: Any, column: pa.ChunkedArray) -> None:
-    """Feeds a column's values, however it is cut into chunks."""
+    """Adds a column's values to a digest, independent of its chunks."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         digest.update(pc.binary_length(column).to_numpy().astype("<i8").tobytes())
@@ -178,7 +183,7 @@ def _digest(digest: Any, column: pa.ChunkedArray) -> None:
 
 
 def _checked(table: pa.Table, source: str) -> pa.Table:
-    """The table with the schema's types, or what is wrong with which row."""
+    """The table with the schema's types. Raises StditError that names the bad row."""
     table = _with_captions(table, source)
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
@@ -216,7 +221,7 @@ def _checked(table: pa.Table, source: str) -> pa.Table:
 
 
 def _with_captions(table: pa.Table, source: str) -> pa.Table:
-    """Captions that are texts or lists of texts, in any of CAPTION_NAMES, become a manifest's."""
+    """Converts texts or lists of texts in any of CAPTION_NAMES to the schema's captions."""
     names = columns_in(table.column_names, CAPTION_NAMES)
     there = "captions" in table.column_names
     kind = table.schema.field("captions").type if there else pa.null()
@@ -248,13 +253,13 @@ def _check_captions(captions: pa.ChunkedArray, source: str) -> None:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """A manifest file: .parquet, .jsonl or .csv, or the URL of one."""
+    """Reads a manifest from a .parquet, .jsonl or .csv file, or the URL of one."""
     if is_remote(str(path)):
         with error_context(str(path)), STORAGE.local(str(path)) as local:
             return Manifest(read_manifest(local).table, str(path).rpartition("/")[0], str(path))
     path = Path(path)
     if not path.is_file():
-        raise StditError(f"{path}: no such manifest. `stdit data scan FOLDER --out {path}` makes one.")
+        raise StditError(f"{path}: no such manifest. `stdit data scan FOLDER --out {path}` writes one.")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         try:
@@ -267,12 +272,12 @@ def read_manifest(path: str | Path) -> Manifest:
     elif suffix in (".jsonl", ".csv"):
         table = _table(path, suffix == ".csv")
     else:
-        raise StditError(f"{path}: a manifest is a .parquet, .jsonl or .csv file.")
+        raise StditError(f"{path}: a manifest must be a .parquet, .jsonl or .csv file.")
     return Manifest(table, path.parent, str(path))
 
 
 def parquet_path(path: str | Path) -> str:
-    """The path or URL, if a manifest can be written there by its name."""
+    """The path or URL as text. Raises StditError unless it ends in .parquet."""
     path = str(path)
     if not path.lower().endswith(".parquet"):
         raise StditError(f"{path}: manifests are written as Parquet; name it {beside(path, '.parquet')}.")
@@ -280,7 +285,7 @@ def parquet_path(path: str | Path) -> str:
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Writes Parquet, to a path or a URL, whole: a reader sees the old one or the new one."""
+    """Writes Parquet to a path or URL, atomically."""
     path = parquet_path(path)
     folder = None if is_remote(path) else os.path.join(os.path.dirname(os.path.abspath(path)), "")
     stored = [_stored(p, folder) for p in (manifest._resolve(p) for p in manifest.table.column("path").to_pylist())]
@@ -291,7 +296,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
 
 
 def _stored(path: str, folder: str | None) -> str:
-    """How a path is written into a manifest of this folder (which ends in a separator; None: at a URL)."""
+    """A path as stored in a manifest. folder: the manifest's, ending in a separator; None for a URL."""
     if "://" in path:
         return path
     if folder is None:
@@ -302,7 +307,7 @@ def _stored(path: str, folder: str | None) -> str:
 
 
 def _table(path: Path, is_csv: bool) -> pa.Table:
-    """The rows of a CSV or a JSONL file. One whose captions are no texts is left out, with a warning."""
+    """The rows of a CSV or JSONL file. Rows with bad captions are left out with a warning."""
     header: list[str] = []
     rows: Iterable[Row]
     if is_csv:
@@ -328,15 +333,15 @@ def _table(path: Path, is_csv: bool) -> pa.Table:
         except StditError as error:
             left_out.append(f"{where} {error}.")
             continue
-        for name, value in _numbers(row.values, where).items():
+        for name, value in _fields(row.values, where).items():
             columns[name].append(value)
         columns["captions"].append([asdict(caption) for caption in captions])
     if left_out and not columns["id"]:
         raise StditError(left_out[0])
-    for message in left_out[:NAMED]:
+    for message in left_out[:WARNINGS]:
         log.warning("%s Its clip is left out.", message)
-    if len(left_out) > NAMED:
-        log.warning("%s: %d more rows are left out.", path, len(left_out) - NAMED)
+    if len(left_out) > WARNINGS:
+        log.warning("%s: %d more rows are left out.", path, len(left_out) - WARNINGS)
     try:
         return pa.table(columns, schema=SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -344,12 +349,12 @@ def _table(path: Path, is_csv: bool) -> pa.Table:
 
 
 def _is_row(row: dict[str, str], header: list[str]) -> bool:
-    """Whether a line in a quoted field is a row of its own: it has every column, and a number of frames."""
+    """Whether a line inside a quoted field is itself a row: it has every column, and a number of frames."""
     return len(row) == len(header) and row.get("frames", "").strip().isdigit()
 
 
-def _numbers(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """All of a row but its captions; what follows from the rest is filled in."""
+def _fields(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row's fields except for captions; `start`, `end` and `id` are computed if missing."""
     kinds: dict[str, type] = {"frames": int, "width": int, "height": int, "fps": float, "start": float, "end": float}
     there = {name: given[key] for name in SCHEMA.names for key in columns_in(given, (name,)) if name != "captions"}
     there = {"start": 0.0} | {name: value for name, value in there.items() if value not in (None, "")}
@@ -359,7 +364,7 @@ def _numbers(given: dict[str, Any], where: str) -> dict[str, Any]:
     follows = {"captions": True, "id": "sha256" in there, "end": "frames" in there and "fps" in there}
     for name in SCHEMA.names:
         if name not in there and not follows.get(name):
-            raise StditError(f"{where} has no {name}. `stdit data scan` finds it out and writes a manifest.")
+            raise StditError(f"{where} has no {name}. `stdit data scan` determines it and writes a manifest.")
     row: dict[str, Any] = {}
     for name, value in there.items():
         kind = kinds.get(name, str)

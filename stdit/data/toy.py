@@ -1,13 +1,13 @@
-"""The embedded data set: a grammar of moving shapes, rendered to real video files with captions.
+"""The built-in toy data set: a grammar of moving shapes, rendered to video files with captions.
 
-"a large red circle moving left on a black background": colour × shape × size × direction × background. Every shape
-crosses the frame once from the clip's first frame to its last, whatever the duration, so that motion is several tokens
-long even at 64 × 64. Twelve of the 72 combinations of colour, shape and direction are never trained on (HELD_OUT).
+"a large red circle moving left on a black background": colour × shape × size × direction × background. Each shape
+crosses the frame once from a clip's first to its last frame, whatever the duration, so that motion spans several tokens
+even at 64 × 64. Twelve of the 72 combinations of colour, shape and direction are never trained on (HELD_OUT).
 
 `make_toy(folder)` writes
 
-    folder/train/clip-000000.mp4 …, captions.csv       what to scan and train on (a share are still PNG images)
-    folder/held_out/clip-000000.mp4 …, captions.csv    the combinations left out: to measure a VAE on, never to train on
+    folder/train/clip-000000.mp4 …, captions.csv       to scan and train on (some are still PNG images)
+    folder/held_out/clip-000000.mp4 …, captions.csv    the held-out combinations, for evaluation only
     folder/toy.json                                    the settings, and whether the folder is complete
 """
 
@@ -32,7 +32,7 @@ from stdit.files import publish, publish_text
 from stdit.keyed import keyed_seed, keyed_uniform
 from stdit.shapes import VideoShape
 
-# Six hues some 55° apart, all far more colourful than any background.
+# Six hues about 55° apart, all far more saturated than any background.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 45, 45),
     "yellow": (240, 205, 40),
@@ -42,20 +42,20 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "magenta": (215, 60, 195),
 }
 SHAPES = ("circle", "square", "triangle")
-SIZES: dict[str, float] = {"small": 0.34, "large": 0.53}  # width over √(frame area): similar in pixels in every bucket
+SIZES: dict[str, float] = {"small": 0.34, "large": 0.53}  # width / √(frame area)
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
-BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # upper left corner, lower right corner
+BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # upper left and lower right corner
     "black": ((0, 0, 4), (60, 60, 64)),
     "grey": ((60, 60, 56), (136, 136, 132)),
     "dusk": ((30, 22, 62), (112, 80, 72)),
 }
-# They are near each other, since a white one outweighs the shape in the latents' variance, and so in the loss. And each
-# tells one place of the frame from another, which relative positions alone do not: directions are learned sooner.
-SOFT_EDGE = 0.04  # of √(frame area): what an edge is blurred over, as by a lens
-TRAVEL = (0.15, 0.85)  # the centre's first and last place along the direction, as a share of the frame
+# Backgrounds are similar and dark: a white one would outweigh the shape in the latents' variance, and so in the loss.
+# Each is a gradient, which tells places of the frame apart, so directions are learned sooner.
+SOFT_EDGE = 0.04  # width of the blurred edges / √(frame area)
+TRAVEL = (0.15, 0.85)  # the centre's first and last position along the direction, as a share of the frame
 
-# (colour, shape, direction) never trained. Each (shape, direction) is left out once and each colour twice, each other
-# pair at most once: every value and every pair stays frequent in training, only the triple is new.
+# (colour, shape, direction) never trained. Each (shape, direction) is held out once, each colour twice, and any other
+# pair at most once: every value and every pair is frequent in training, and only the triple is new.
 HELD_OUT: frozenset[tuple[str, str, str]] = frozenset(
     (tuple(COLOURS)[k % 6], SHAPES[k // 4], tuple(DIRECTIONS)[k % 4]) for k in range(12)
 )
@@ -63,7 +63,7 @@ HELD_OUT: frozenset[tuple[str, str, str]] = frozenset(
 
 @dataclass(frozen=True, order=True)
 class ToySpec:
-    """What one clip shows. direction is "none" in a still image."""
+    """What a clip shows. direction: "none" for a still image."""
 
     colour: str
     shape: str
@@ -82,7 +82,7 @@ class ToySpec:
 
     @classmethod
     def parse(cls, caption: str) -> ToySpec:
-        """The spec a caption of the grammar describes. Raises a StditError that names the word that is not one."""
+        """Parses a caption of the grammar. Raises a StditError that names the unknown word."""
         example = "A toy caption reads 'a large red circle moving left on a black background'."
         match = re.fullmatch(r"a (\w+) (\w+) (\w+)(?: moving (\w+))? on a (\w+) background", caption.strip())
         if not match:
@@ -120,10 +120,10 @@ def still_specs() -> tuple[ToySpec, ...]:
 
 
 def held_out_prompts(n: int = 64, seed: int = 0) -> list[str]:
-    """n different captions never trained, in a keyed order. There are 72."""
+    """n of the 72 held-out captions, in a keyed order."""
     specs = all_specs(held_out=True)
     if not 1 <= n <= len(specs):
-        raise StditError(f"{n} held-out prompts asked for; the toy grammar has 1 to {len(specs)}.")
+        raise StditError(f"there cannot be {n} held-out prompts; the toy grammar has from 1 to {len(specs)}.")
     return [spec.caption for spec in _shuffled(specs, keyed_seed(seed, "toy held-out prompts"))[:n]]
 
 
@@ -134,7 +134,12 @@ def _shuffled(specs: tuple[ToySpec, ...], seed: int) -> tuple[ToySpec, ...]:
 
 @dataclass(frozen=True)
 class Jitter:
-    """How one clip differs from others of its spec, as shares: of the frame (places), of the size, of 255 (colour)."""
+    """A clip's deviation from its spec.
+
+    start, end, across: positions, as shares of the frame.
+    size: relative.
+    colour: in units of 255.
+    """
 
     start: float = 0.0
     end: float = 0.0
@@ -267,10 +272,12 @@ def toy_file(settings: ToySettings, part: str, index: int) -> ToyFile:
 def make_toy(
     folder: str | Path, settings: ToySettings | None = None, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, int | bool]:
-    """Renders the toy set into a folder; one that was interrupted is completed, a complete one is left alone.
+    """Renders the toy set into a folder, or completes it.
 
-    progress(done, total) is called after every file. Returns counts: train, held_out, rendered (0: it was complete).
-    Raises a StditError if the folder holds another toy set (other settings than more clips) or something else.
+    progress: called with (done, total) after each file.
+
+    Returns counts: train, held_out, rendered (0 if it was complete). Raises StditError if the folder has other content,
+    or a toy set with other settings (more clips are fine).
     """
     folder, settings = Path(folder), settings or ToySettings()
     _claim(folder, settings)
@@ -288,7 +295,7 @@ def make_toy(
             [("path", "caption"), *((file.name, file.spec.caption) for file in files[part])]
         )
         publish_text(folder / part / "captions.csv", rows.getvalue())
-    # Threads: numpy and the encoder release the interpreter lock for nearly all of the work.
+    # threads suffice: numpy and the encoder release the GIL most of the time
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         jobs = [pool.submit(_write, path, file) for path, file in missing]
         try:
@@ -304,29 +311,29 @@ def make_toy(
 
 
 def _claim(folder: Path, settings: ToySettings) -> None:
-    """Makes the folder this set's, or raises if it is another's."""
+    """Reserves the folder for this toy set. Raises StditError if it has other content."""
     path = folder / "toy.json"
     if path.exists():
         try:
             found = json.loads(path.read_text())["settings"]
         except (ValueError, KeyError, TypeError) as error:
-            raise StditError(f"{path} is not readable ({error}). Delete the folder or name another.") from error
+            raise StditError(f"{path} is damaged ({error}). Delete the folder or choose another.") from error
         wanted = json.loads(json.dumps(asdict(settings)))
         differing = [
-            f"{name} {found.get(name)} there, {wanted[name]} asked for"
+            f"{name} is {found.get(name)} there, {wanted[name]} here"
             for name in wanted
             if found.get(name) != wanted[name]
             and not (name in ("clips", "held_out") and (found.get(name) or 0) < wanted[name])
         ]
         if differing:
             raise StditError(
-                f"{folder} holds another toy set: {'; '.join(differing)}. Delete it or name another folder."
+                f"{folder} has a different toy set: {'; '.join(differing)}. Delete it or choose another folder."
             )
         if found != wanted:  # it grows
             _write_settings(folder, settings, complete=False)
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StditError(f"{folder} exists and is no toy set (it has no toy.json). Name an empty or new folder.")
+        raise StditError(f"{folder} is not a toy set (it has no toy.json). Choose an empty or new folder.")
     _write_settings(folder, settings, complete=False)
 
 

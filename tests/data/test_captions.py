@@ -209,7 +209,7 @@ def test_names_in_a_table_are_of_the_folder_or_beside_the_table(tmp_path):
         ({"UP.json": '{"a": "\\ud800"}'}, "no_caption UP.json has no caption: its keys are 'a', not captions, caption"),
         ({"UP.json": '{"text": "\\ud800"}'}, "bad_caption UP.json has a text that has half"),
         ({"UP.json": '{"caption": null, "text": []}'}, "no_caption UP.json has nothing in caption and text."),
-        ({"UP.json": "5", "UP.txt": ""}, "no_caption UP.txt is empty. UP.json is 5, which is no caption."),
+        ({"UP.json": "5", "UP.txt": ""}, "no_caption UP.txt is empty. UP.json is 5, which is not a caption."),
         ({"UP.txt": "one", "UP.TXT": "two"}, "bad_caption 'UP.TXT' and 'UP.txt' cannot be told apart"),
         ({"UP.txt": "x" * ((16 << 20) + 1)}, "bad_caption UP.txt has 16777217 bytes"),
         ({"UP.txt": None}, "bad_caption UP.txt cannot be read (no such file)"),

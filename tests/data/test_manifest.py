@@ -201,7 +201,7 @@ def test_captions_of_a_larger_folder_serve_a_part_of_it(tmp_path):
         ("c.csv", "file,caption,weight\na.mp4,red,-1\n", "positive weight"),
         ("c.jsonl", '{"file": "a.mp4"\n', "line 1 is not JSON"),
         ("c.jsonl", '{"caption": "x"}\n', "line 1 names no file"),
-        ("c.txt", "x", "a .csv or a .jsonl"),
+        ("c.txt", "x", "must be a .csv, .jsonl"),
     ],
 )
 def test_a_wrong_captions_file_is_an_error_with_its_line(tmp_path, name, text, says):

@@ -1,1 +1,1 @@
-"""`stdit data …`: scan, caption, plan, encode, toy."""
+"""The commands `stdit data …`: scan, caption, plan, encode, toy."""

@@ -1,4 +1,4 @@
-"""`stdit data caption`."""
+"""`stdit data caption`: captions clips with a local vision-language model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = 40  # failures listed; --json has all
 
 @when_stopped("The captions made so far are kept: the same command goes on from there.")
 def caption(
-    manifest: Annotated[str, typer.Argument(help="The manifest whose clips are captioned, or its URL.")],
+    manifest: Annotated[str, typer.Argument(help="The manifest of the clips, or its URL.")],
     model: Annotated[
         Path, typer.Option(metavar="FOLDER", help="An image- or video-to-text model that transformers loads.")
     ],
@@ -28,29 +28,27 @@ def caption(
     ],
     prompt: Annotated[
         str | None,
-        typer.Option(
-            help="What to ask the model. Without: to describe what it sees, or nothing if it is not talked to."
-        ),
+        typer.Option(help="The prompt for the model. Default: asks chat models for a description, others nothing."),
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip to show, spread evenly over it.")] = 8,
+    frames: Annotated[int, typer.Option(min=1, help="Frames shown per clip, spread evenly over it.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in the model's tokens.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Clips the model captions at once: more is faster on a GPU.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Clips captioned at once: more is faster on a GPU.")] = 1,
     replace: Annotated[
-        bool, typer.Option("--replace", help="In place of the captions a clip has, not beside them.")
+        bool, typer.Option("--replace", help="Replace a clip's captions instead of adding to them.")
     ] = False,
-    weight: Annotated[float, typer.Option(help="Of the new captions, when training draws one of a clip's.")] = 1.0,
+    weight: Annotated[float, typer.Option(help="Weight of the new captions when training draws one per clip.")] = 1.0,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the model is stored.")
     ] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Clips read at the same time, each in its own process.")] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Clips read in parallel, each in its own process.")] = 2,
     timeout: Annotated[float, typer.Option(callback=SECONDS, help="Seconds that reading a clip may take.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
-    """Caption a manifest's clips with a local vision-language model, each once. Nothing is downloaded.
+    """Caption each clip of a manifest once with a local vision-language model. Nothing is downloaded.
 
-    A model whose processor takes videos is shown the frames as one; else one with a chat template is shown them as
-    images; else a model is shown the middle frame. Killed and started again it goes on where it was.
+    The model is shown the frames as a video if its processor takes videos, as images if it has a chat template, and
+    otherwise the middle frame only. If interrupted, the same command resumes.
 
     Example: stdit data caption clips.parquet --model models/Qwen2.5-VL-7B-Instruct --out captioned.parquet
     """
@@ -85,21 +83,24 @@ def caption(
             on_clips=on_clips,
         )
     if as_json:
-        answer: dict[str, object] = {"manifest": out, "clips": len(clips), "captioned": done.captioned}
-        answer |= {
+        answer = {
+            "manifest": out,
+            "clips": len(clips),
+            "captioned": done.captioned,
             "reused": done.reused,
             "retries": STORAGE.retries,
-            "failures": [asdict(one) for one in done.failures],
+            "failures": [asdict(failure) for failure in done.failures],
+            "hash": done.manifest.hash,
         }
-        print(json.dumps({**answer, "hash": done.manifest.hash}, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=False))
         return 0
     for failure in done.failures[:SHOWN]:
         print(f"skipped: {failure.file}: {failure.message}")
     if len(done.failures) > SHOWN:
         print(f"… and {len(done.failures) - SHOWN} more")
     print(
-        f"{out}: {done.captioned} clips captioned, {done.reused} were already, {len(done.failures)} could not be"
-        + (f"; {STORAGE.retries} requests tried again" if STORAGE.retries else "")
+        f"{out}: {done.captioned} clips captioned, {done.reused} reused, {len(done.failures)} failed"
+        + (f"; {STORAGE.retries} requests retried" if STORAGE.retries else "")
         + "."
     )
     return 0

@@ -1,4 +1,4 @@
-"""`stdit data encode`."""
+"""`stdit data encode`: encodes latents and text embeddings into a cache."""
 
 from __future__ import annotations
 
@@ -22,26 +22,24 @@ def encode(
     config: Annotated[Path, typer.Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
     out: Annotated[
         str,
-        typer.Option(
-            metavar="CACHE", parser=out_store, help="The cache's folder or URL; what it already holds is kept."
-        ),
+        typer.Option(metavar="CACHE", parser=out_store, help="The cache's folder or URL; existing entries are kept."),
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value to change in the config.")] = None,
-    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Clips the VAE encodes at once.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Clips that the VAE encodes at once.")] = 4,
     crops: Annotated[
         int,
         typer.Option(
-            min=0, max=1000, help="Cuts of every clip, sets data.crops: training draws one each time. 0: the config's."
+            min=0, max=1000, help="Cuts per clip (data.crops), of which training draws one each time. 0: the config's."
         ),
     ] = 0,
     memory: Annotated[int | None, MEMORY] = None,
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "",
-    retry_failed: Annotated[bool, typer.Option(help="Try clips again that could not be read before.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = "",
+    retry_failed: Annotated[bool, typer.Option(help="Retry clips that could not be read before.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Encode the latents of a manifest's clips and the embeddings of its captions, each once.
 
-    Killed and started again it goes on where it was, on any number of ranks. Under torchrun, the ranks share the work.
+    If interrupted, the same command resumes, on any number of ranks. Under torchrun, the ranks share the work.
 
     Example: stdit data encode videos/manifest.parquet --config toy/dit --out videos/cache
     """
@@ -62,7 +60,7 @@ def encode(
 
     run = resolve(load_config(config, [*(overrides or []), *([f"data.crops={crops}"] if crops else [])]))
     if run.vae.path is None:
-        raise StditError(f"{config} sets no vae.path: latents are encoded by a trained VAE's folder.")
+        raise StditError(f"{config} sets no vae.path. Encoding needs the folder of a trained VAE.")
     check_vae(run.vae.path)
     HEARTBEAT.doing(f"reading {manifest}")
     clips = read_manifest(manifest)
@@ -127,7 +125,7 @@ def encode(
         print(f"skipped: {failure}")
     print(
         f"{out}: {done.clips} clips encoded, {done.reused} were there, {done.texts} texts, {len(done.failures)} failed"
-        + (f", {STORAGE.retries} requests tried again" if STORAGE.retries else "")
+        + (f", {STORAGE.retries} requests retried" if STORAGE.retries else "")
         + (f"; left out: {left_out}" if left_out else "")
         + "."
     )

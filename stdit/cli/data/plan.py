@@ -1,11 +1,11 @@
-"""`stdit data plan`: the dry run of a training's data."""
+"""`stdit data plan`: shows what training will do with a manifest."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,31 +28,32 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the JSON
 SHOWN = 40  # buckets in the table
-SHAPES_NAMED = 8  # of those without clips
-GOOD = 0.95  # a balance below this comes with advice
-TIMES = {"a step": "seconds_per_step", "an epoch": "seconds_per_epoch"}
+SHAPES_NAMED = 8  # shapes without clips in the advice
+GOOD = 0.95  # balance below which there is advice
+TIMES = {"per step": "seconds_per_step", "per epoch": "seconds_per_epoch"}
 
 
 def plan(
-    manifest: Annotated[str, typer.Argument(help="What `stdit data scan` wrote, or its URL.")],
-    config: Annotated[Path, typer.Option(help="The training's config, a file or a name.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Set on top of it.")] = None,
+    manifest: Annotated[str, typer.Argument(help="The manifest, or its URL.")],
+    config: Annotated[Path, typer.Option(help="The training's config: a file or a name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the config.")] = None,
     world_size: Annotated[int, typer.Option(min=1, max=100_000, help="Ranks of the training.")] = 1,
-    steps: Annotated[int, typer.Option(min=0, help="How many steps to deal and measure; 0: all.")] = 200,
-    epoch: Annotated[int, typer.Option(min=0, help="Whose steps to show, where epochs differ (data.stages).")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Steps to deal and measure; 0: all.")] = 200,
+    epoch: Annotated[int, typer.Option(min=0, help="The epoch to show, if epochs differ (data.stages).")] = 0,
     rate: Annotated[
         str | None,
-        typer.Option(metavar="FLOPS|RUN", help="Measured FLOP/s a rank, or a run's folder: tells the time of a step."),
+        typer.Option(metavar="FLOPS|RUN", help="Measured FLOP/s per rank, or a run folder, to estimate times."),
     ] = None,
     picture: Annotated[Path | None, typer.Option(metavar="PNG", parser=out_file, help="Also draw the plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """What training will do with a manifest: buckets, drops, steps, packs, balance, memory. Nothing is decoded.
+    """Show what training will do with a manifest: buckets, drops, steps, packs, balance, memory. Nothing is decoded.
 
     Example: stdit data plan clips.parquet --config toy/dit --world-size 8 --picture plan.png
     """
     from rich.console import Console
 
+    from stdit.cli.common.bars import tracked
     from stdit.data.manifest import read_manifest
     from stdit.data.plan.buckets import assign
     from stdit.data.plan.exclusions import explain_exclusions
@@ -66,7 +67,6 @@ def plan(
     from stdit.training.setup.resolve import resolve
 
     settings = resolve(load_config(config, overrides or []))
-    groups = world_size  # sequence parallelism would make them fewer
     HEARTBEAT.doing(f"reading {manifest}")
     clips = read_manifest(manifest)
     assignment = assign(clips, settings.data)
@@ -79,18 +79,20 @@ def plan(
     HEARTBEAT.doing("planning the steps")
     made = make_plan(clips, assignment, objective, settings, epoch)
     if not made.num_steps:
-        raise StditError(f"--epoch {epoch} has no clip: data.sources lets each come in some epochs only. Show another.")
+        raise StditError(
+            f"--epoch {epoch} has no clips: with data.sources, clips come in some epochs only. Try another."
+        )
     pixels = settings.objective.kind == "vae"
     work_unit = "pixel" if pixels else "FLOP"
     bound = made.token_bound()
-    measures = measure_plan(made, groups, bound, steps, _progress)
+    measures = measure_plan(made, world_size, bound, steps, partial(tracked, what="dealing steps"))
     if picture is not None:
-        draw_plan(made, assignment.shapes, groups, bound, picture, measures, work_unit)
+        draw_plan(made, assignment.shapes, world_size, bound, picture, measures, work_unit)
     largest = assignment.shapes[max(range(len(made.tokens)), key=lambda b: (made.counts[b] > 0, made.tokens[b]))]
     fullest = max(measures.fullest)
     HEARTBEAT.doing("computing the memory")
     needed = footprint(settings, objective, largest, fullest, world_size)
-    summary = summarise(made, stage, measures, groups, bound, needed)
+    summary = summarise(made, stage, measures, world_size, bound, needed)
     summary["left_out"] = [asdict(one) for one in left_out]
     summary |= {"world_size": world_size, "work_unit": work_unit, "epoch": epoch}
     summary["empty"] = [str(shape) for b, shape in enumerate(assignment.shapes) if not len(assignment.rows(b))]
@@ -118,7 +120,7 @@ def plan(
 
 
 def measured_rate(given: str, pixels: bool) -> float:
-    """Work a second and rank, of forward and backward: a number, or what a run folder's metrics.jsonl says."""
+    """Work per second and rank, forward and backward, from a number or from a run folder's metrics.jsonl."""
     from stdit.errors import StditError
     from stdit.evaluation.run_metrics import read_metrics
 
@@ -128,7 +130,7 @@ def measured_rate(given: str, pixels: bool) -> float:
         rates: list[float] = []
         start: dict[str, Any] = {}
         for line in read_metrics(given):
-            if line["kind"] == "start":  # a run may go on with other ranks
+            if line["kind"] == "start":  # a run may resume with another number of ranks
                 start = line
             elif line["kind"] == "train" and pixels:
                 rates.append(line["tokens_per_second"] / start["ranks"])
@@ -136,8 +138,8 @@ def measured_rate(given: str, pixels: bool) -> float:
                 rates.append(line["mfu"] * start["peak_flops"])
         if not rates:
             raise StditError(
-                f"--rate {given}: neither a number of FLOP/s a rank, such as 2e14, nor a run folder whose "
-                f"metrics.jsonl has lines of training."
+                f"--rate {given} is neither a number of FLOP/s per rank, such as 2e14, nor a run folder whose "
+                f"metrics.jsonl has training steps."
             ) from None
         rate = statistics.median(rates)
     if not 0 < rate < math.inf:
@@ -146,9 +148,9 @@ def measured_rate(given: str, pixels: bool) -> float:
 
 
 def summarise(
-    plan: Plan, assignment: Assignment, measures: Measures, groups: int, bound: int, needed: Footprint
+    plan: Plan, assignment: Assignment, measures: Measures, ranks: int, bound: int, needed: Footprint
 ) -> dict[str, Any]:
-    """What `--json` prints. Work is in forward FLOPs; of a VAE's training, in pixels (`work_unit`)."""
+    """The plan's numbers, as `--json` prints them. Work is in forward FLOPs, or in pixels when training a VAE."""
     count = len(measures.steps)
     kept = assignment.bucket >= 0
     return {
@@ -171,7 +173,7 @@ def summarise(
         "steps_per_epoch": plan.num_steps,
         "work_per_step_wanted": plan.work_per_step,
         "largest_clip_work": max(work for work, clips in zip(plan.work, plan.counts) if clips),
-        "groups": groups,
+        "groups": ranks,
         "tokens_per_pack": bound,
         "measured_steps": count,
         "clips_per_step": sum(measures.clips) / count,
@@ -189,20 +191,20 @@ def summarise(
 
 
 def advice(summary: dict[str, Any]) -> list[str]:
-    """What would make the plan better, if it is not good."""
+    """Suggests how to improve the plan, if it is not good."""
     lines, empty = [], summary["empty"]
     if empty:
         more = len(empty) - SHAPES_NAMED
         some = ", ".join(empty[:SHAPES_NAMED]) + (f" and {more} more" if more > 0 else "")
         lines.append(
-            f"no clip goes to {some}, in any epoch: remove what you do not need from data.shapes (or data.rule, "
+            f"no clip goes to {some}, in any epoch: remove shapes you do not need from data.shapes (or data.rule, "
             f"data.stages), or add clips that fit."
         )
     over = summary["steps_with_a_clip_over_a_share"]
     if over:
         lines.append(
-            f"{over} of {summary['measured_steps']} steps have a clip of more work than a group's share of the step: "
-            f"the best balance that can be had is {summary['balance_best']:.3f}."
+            f"{over} of {summary['measured_steps']} steps have a clip with more work than a rank's share of the step: "
+            f"the best possible balance is {summary['balance_best']:.3f}."
         )
     if summary["balance"] >= GOOD or summary["groups"] == 1:
         return lines
@@ -210,25 +212,25 @@ def advice(summary: dict[str, Any]) -> list[str]:
     if share * summary["steps_per_epoch"] < 1:
         most = max(1, int(share * summary["steps_per_epoch"] * summary["groups"]))
         lines.append(
-            f"a whole epoch is the work of {share * summary['steps_per_epoch']:.2g} of the largest clip a group, and a "
-            f"clip cannot be divided: at most {most} groups have enough to do. Use fewer ranks, or "
-            f"add clips."
+            f"a whole epoch has, per rank, the work of {share * summary['steps_per_epoch']:.2g} of the largest clip, "
+            f"which cannot be divided: at most {most} {'ranks have' if most > 1 else 'rank has'} enough to do. Use "
+            f"fewer ranks, or add clips."
         )
     elif share < 1:
         lines.append(
-            f"a step is the work of {share:.2g} of the largest clip a group, and a clip cannot be divided: raise "
+            f"a step has, per rank, the work of {share:.2g} of the largest clip, which cannot be divided: raise "
             f"plan.largest_clips_per_step to {summary['groups']} or more."
         )
     else:
         lines.append(
-            "larger steps (plan.largest_clips_per_step), more memory (plan.tokens_per_pack) or more images and short "
-            "clips, which fill gaps, raise the balance."
+            "larger steps (plan.largest_clips_per_step), larger packs (plan.tokens_per_pack), or more images and short "
+            "clips to fill gaps would improve the balance."
         )
     return lines
 
 
 def _stages(config: RunConfig, assignment: Assignment, plan_of: Callable[[int], Plan]) -> list[dict[str, Any]]:
-    """Of a curriculum."""
+    """The stages of a curriculum."""
     found, first = [], 0
     for stage, assigned in zip(config.data.stages, assignment.stages):
         made = plan_of(first)
@@ -254,7 +256,7 @@ def _sources(clips: Manifest, sources: dict[str, float], plan: Plan) -> list[dic
 
 
 def _long_captions(settings: ResolvedConfig, clips: Manifest, assignment: Assignment) -> LongTexts | None:
-    """Where the tokenizer is there; a plan is made without it, too."""
+    """Captions longer than the text encoder takes; None if the tokenizer is not available."""
     from stdit.errors import StditError
     from stdit.training.setup.long_captions import long_captions
 
@@ -264,91 +266,83 @@ def _long_captions(settings: ResolvedConfig, clips: Manifest, assignment: Assign
         return None
 
 
-def _progress(steps: Sequence[int]) -> Iterable[int]:
-    from stdit.cli.common.bars import tracked
-
-    return tracked(steps, "dealing steps")
-
-
 def _print_drops(console: Any, left_out: Sequence[Exclusion], clips: int) -> None:
-    from rich.table import Table
-
-    if not left_out:
-        return
-    dropped = sum(one.clips for one in left_out)
-    title = f"Left out: {dropped:,} of {clips:,} clips"
-    table = Table("clips", "reason", "what they are", title=title, title_justify="left")
-    table.columns[0].justify = "right"
-    for one in left_out:
-        table.add_row(f"{one.clips:,}", one.text, one.details)
-    console.print(table)
+    dropped = sum(group.clips for group in left_out)
+    rows = [(f"{group.clips:,}", group.text, group.details) for group in left_out]
+    _print_table(console, f"Left out: {dropped:,} of {clips:,} clips", ("clips", "reason", "what they are"), rows, (0,))
 
 
 def _print_buckets(console: Any, summary: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from stdit.data.plan.picture import readable_work
 
-    rows = sorted(summary["buckets"], key=lambda bucket: (-bucket["share_of_work"], bucket["tokens"]))
-    table = Table("shape", title=f"Shape buckets: {summary['planned']:,} clips", title_justify="left")
-    for name in ("clips", "tokens", "forward", "share of work", "cut off"):
-        table.add_column(name, justify="right")
-    for row in rows[:SHOWN]:
-        table.add_row(
-            row["shape"],
-            f"{row['clips']:,}",
-            f"{row['tokens']:,}",
-            readable_work(row["work"], summary["work_unit"]),
-            f"{row['share_of_work']:.1%}",
-            f"{row['crop_loss']:.1%}",
+    buckets = sorted(summary["buckets"], key=lambda bucket: (-bucket["share_of_work"], bucket["tokens"]))
+    rows = [
+        (
+            bucket["shape"],
+            f"{bucket['clips']:,}",
+            f"{bucket['tokens']:,}",
+            readable_work(bucket["work"], summary["work_unit"]),
+            f"{bucket['share_of_work']:.1%}",
+            f"{bucket['crop_loss']:.1%}",
         )
-    if len(rows) > SHOWN:
-        rest = rows[SHOWN:]
-        share = sum(row["share_of_work"] for row in rest)
-        table.add_row(f"and {len(rest)} more", f"{sum(row['clips'] for row in rest):,}", "", "", f"{share:.1%}", "")
-    console.print(table)
+        for bucket in buckets[:SHOWN]
+    ]
+    if rest := buckets[SHOWN:]:
+        clips, share = (sum(bucket[name] for bucket in rest) for name in ("clips", "share_of_work"))
+        rows.append((f"and {len(rest)} more", f"{clips:,}", "", "", f"{share:.1%}", ""))
+    header = ("shape", "clips", "tokens", "forward", "share of work", "cut off")
+    _print_table(console, f"Shape buckets: {summary['planned']:,} clips", header, rows, range(1, 6))
 
 
 def _print_steps(console: Any, summary: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from stdit.data.plan.picture import readable_work
 
     s = summary
     work = readable_work(s["work_per_step"], s["work_unit"])
     work += f" ({s['work_per_step'] / s['largest_clip_work']:.2f} × the largest clip)"
     measured = "all" if s["measured_steps"] == s["steps_per_epoch"] else f"{s['measured_steps']:,}"
-    groups = f"{s['groups']} {'group' if s['groups'] != s['world_size'] else 'rank'}{'s' * (s['groups'] > 1)}"
-    table = Table(title=f"Plan on {groups} ({measured} steps measured)", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in (
-        ("steps an epoch", f"{s['steps_per_epoch']:,}"),
-        ("clips a step", f"{s['clips_per_step']:,.1f}"),
-        ("tokens a step", f"{s['tokens_per_step']:,.0f}"),
-        ("work a step, forward", work),
-        ("micro-steps a step", f"{s['micro_steps_per_step']:.1f}"),
+    ranks = f"{s['world_size']} rank{'s' * (s['world_size'] > 1)}"
+    rows = (
+        ("steps per epoch", f"{s['steps_per_epoch']:,}"),
+        ("clips per step", f"{s['clips_per_step']:,.1f}"),
+        ("tokens per step", f"{s['tokens_per_step']:,.0f}"),
+        ("work per step, forward", work),
+        ("micro-steps per step", f"{s['micro_steps_per_step']:.1f}"),
         ("tokens of the fullest pack", f"{s['fullest_pack']:,} of {s['tokens_per_pack']:,}"),
         ("balance (mean work / largest)", f"{s['balance']:.4f} (least {s['balance_least']:.4f})"),
         ("area lost to cropping", f"{s['crop_loss']:.1%}"),
-        ("memory a rank", f"{s['memory_per_rank']['total'] / 2**30:.2f} GiB"),
+        ("memory per rank", f"{s['memory_per_rank']['total'] / 2**30:.2f} GiB"),
         *((f"  {name}", f"{size / 2**30:.2f} GiB") for name, size in s["memory_per_rank"].items() if name != "total"),
-        *((f"time {of}", _duration(s[key])) for of, key in TIMES.items() if key in s),
+        *((f"time {per}", _duration(s[key])) for per, key in TIMES.items() if key in s),
         ("plan", s["hash"][:16]),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+    )
+    _print_table(console, f"Plan on {ranks} ({measured} steps measured)", None, rows, (1,))
 
 
 def _print_list(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        values = [["" if value is None or value == {} else str(value) for value in row.values()] for row in rows]
+        _print_table(console, title, [name.replace("_", " ") for name in rows[0]], values)
+
+
+def _print_table(
+    console: Any,
+    title: str,
+    header: Sequence[str] | None,
+    rows: Sequence[Sequence[str]],
+    right: Sequence[int] = (),
+) -> None:
+    """Prints rows, if there are any. right: the columns that are aligned right."""
     from rich.markup import escape
     from rich.table import Table
 
     if not rows:
         return
-    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_header=header is not None)
+    for number, name in enumerate(header or [""] * len(rows[0])):
+        table.add_column(name, justify="right" if number in right else "left")
     for row in rows:
-        table.add_row(*("" if value is None or value == {} else escape(str(value)) for value in row.values()))
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

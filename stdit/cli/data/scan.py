@@ -1,4 +1,4 @@
-"""`stdit data scan`."""
+"""`stdit data scan`: probes files and writes the manifest."""
 
 from __future__ import annotations
 
@@ -18,34 +18,38 @@ if TYPE_CHECKING:
     from stdit.data.manifest import Skipped
     from stdit.data.scan.scan import Scan
 
-SUFFIXES = 8  # of files of other types that are named
-SHOWN = 40  # rows of a table; the file beside the manifest has all
+SUFFIXES = 8  # of other files, that are named
+SHOWN = 40  # table rows; the file beside the manifest has all
 
 
-@when_stopped("A manifest is written when all files are probed: run the same command again.")
+@when_stopped("The manifest is written when all files are probed. Results so far are kept: run the same command again.")
 def scan(
-    folder: Annotated[str, typer.Argument(help="Folder or URL of videos, images and tar shards, with its subfolders.")],
+    folder: Annotated[
+        str, typer.Argument(help="Folder or URL of videos, images and tar shards; searched recursively.")
+    ],
     out: Annotated[
         str, typer.Option(metavar="MANIFEST", parser=out_manifest, help="The manifest to write (.parquet), or its URL.")
     ],
     captions: Annotated[
         str | None,
         typer.Option(
-            help="CSV (file,caption[,weight]), JSONL or Parquet. Without: captions.csv or captions.jsonl in FOLDER, "
-            "else .txt (a caption a line) or .json files beside the videos. Tar shards have their own."
+            help="CSV (file,caption[,weight]), JSONL or Parquet. Default: captions.csv or captions.jsonl in FOLDER, "
+            "else .txt (one caption per line) or .json files beside the videos. Tar shards have their own."
         ),
     ] = None,
     caption_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The column or key of the captions; caption, text or prompt if not given."),
+        typer.Option(metavar="NAME", help="The column or key of the captions. Default: caption, text or prompt."),
     ] = None,
     file_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The column of the file names; file or path if not given.")
+        str | None, typer.Option(metavar="NAME", help="The column of the file names. Default: file or path.")
     ] = None,
     allow_uncaptioned: Annotated[
         bool, typer.Option("--allow-uncaptioned", help="Keep files without a caption.")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Decode only the first frame; damage is not found.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Decode only the first frame: faster, but damage is not found.")
+    ] = False,
     scenes: Annotated[
         bool, typer.Option("--scenes", help="Cut videos at scene changes: each scene is a clip (PySceneDetect).")
     ] = False,
@@ -53,17 +57,17 @@ def scan(
         bool,
         typer.Option(
             "--scores",
-            help="Score motion, sharpness, brightness, black bars and still frames for data.filter, and name clips "
-            "that look like others.",
+            help="Score motion, sharpness, brightness, black bars and still frames for data.filter, and find clips "
+            "that look alike.",
         ),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Probing processes; one a core if not given.")
+        int | None, typer.Option(min=1, max=1000, help="Probing processes. Default: one per core.")
     ] = None,
-    timeout: Annotated[float, typer.Option(callback=SECONDS, help="Seconds a file may take.")] = 30.0,
+    timeout: Annotated[float, typer.Option(callback=SECONDS, help="Seconds per file.")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
-    """Probe every file of a folder or URL, write the manifest, and say what was skipped and why.
+    """Probe every file of a folder or URL, write the manifest, and list what was skipped and why.
 
     Example: stdit data scan videos --out videos/manifest.parquet
     """
@@ -112,12 +116,12 @@ def scan(
             + (f" (all in {skipped_path(out)})" if result.skipped else "")
             + (f"; {result.reused} files known from an earlier scan" if result.reused else "")
             + (f"; {_others(result.ignored)}" if result.ignored else "")
-            + (f"; {STORAGE.retries} requests tried again" if STORAGE.retries else "")
+            + (f"; {STORAGE.retries} requests retried" if STORAGE.retries else "")
             + ".",
             highlight=False,
             soft_wrap=True,
         )
-    if not len(result.manifest):  # nothing was written: an older manifest of this name stands
+    if not len(result.manifest):  # nothing was written; an older manifest of this name is still there
         raise StditError(
             f"{folder} gives no clip: {len(result.skipped)} files were skipped"
             + (", see above." if result.skipped else ", and none is a video or an image.")
@@ -141,7 +145,7 @@ def _summary(result: Scan, out: str, retries: int) -> dict[str, object]:
 
 
 def _others(suffixes: dict[str, int]) -> str:
-    """What files of other types there are."""
+    """Describes files of other types."""
     named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in list(suffixes.items())[:SUFFIXES]]
     rest = sum(list(suffixes.values())[SUFFIXES:])
     return f"{sum(suffixes.values())} files of other types ({', '.join(named)}{f', {rest} more' if rest else ''})"

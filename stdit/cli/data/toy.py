@@ -1,4 +1,4 @@
-"""`stdit data toy`: renders the embedded data set of moving shapes."""
+"""`stdit data toy`: renders the built-in data set of moving shapes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def toy(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", parser=out_folder, help="Where to write. A folder partly written is completed."
+            metavar="FOLDER", parser=out_folder, help="Where to write. A partly written folder is completed."
         ),
     ],
     clips: Annotated[int, typer.Option(min=1, help="Clips to train on.")] = 1000,
     held_out: Annotated[int, typer.Option(min=0, help="Clips of combinations never trained, in FOLDER/held_out.")] = 48,
-    seed: Annotated[int, typer.Option(help="Another seed, other clips.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the clips.")] = 0,
     shapes: Annotated[str, typer.Option(help="Aspect ratios, as sizes: WIDTHxHEIGHT,…")] = "64x64,80x48,48x80",
     seconds: Annotated[str, typer.Option(help="Durations: SECONDS,…")] = "1.25,2.25",
-    images: Annotated[float, typer.Option(min=0, max=1, help="Share of still images.")] = 0.1,
+    images: Annotated[float, typer.Option(min=0, max=1, help="Share of still images among the clips.")] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
-    """Render moving shapes with captions to real video files: a data set to watch a model learn on.
+    """Render moving shapes with captions to video files: a data set small enough to watch a model learn.
 
     Example: stdit data toy data/toy && stdit data scan data/toy/train --out data/toy/manifest.parquet
     """
@@ -37,7 +37,7 @@ def toy(
     try:
         lengths = tuple(float(value) for value in seconds.split(","))
     except ValueError:
-        raise StditError(f"--seconds {seconds!r}: write numbers with commas between them, such as 1.25,2.25.") from None
+        raise StditError(f"--seconds is {seconds!r}; it must be numbers separated by commas: 1.25,2.25.") from None
     settings = ToySettings(
         clips=clips,
         held_out=held_out,
@@ -53,6 +53,6 @@ def toy(
 
         print(json.dumps({"folder": str(folder), **counts}))
         return
-    done = f"rendered {counts['rendered']} files" if counts["rendered"] else "was complete already"
+    done = f"rendered {counts['rendered']} files" if counts["rendered"] else "is complete already"
     print(f"{folder}: {done}; {counts['train']} clips to train on, {counts['held_out']} held out.")
     print(f"Next: stdit data scan {folder / 'train'} --out {folder / 'manifest.parquet'}")

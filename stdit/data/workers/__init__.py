@@ -1,2 +1,2 @@
-"""Decoding in processes of their own: the pool in the parent, the child that decodes. Imports decode and measure; no
-torch, no pyarrow."""
+"""Decodes in worker processes: the pool in the parent, and the child that decodes, without torch and pyarrow. Imports
+decode and measure."""

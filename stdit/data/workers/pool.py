@@ -1,7 +1,7 @@
-"""Reading in processes of their own, so that a file that crashes or hangs the decoder costs itself and not the run.
+"""Reads clips in worker processes, so that a file that crashes or hangs the decoder costs only itself.
 
 Requests and answers are JSON lines on the child's standard input and output (`workers.child`). Frames come back through
-memory that both processes map, or after the answer where a system lets no process inherit memory (Windows).
+memory that both processes map, or after the answer where child processes cannot inherit memory (Windows).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from stdit.data.remote.paths import file_of
 from stdit.data.workers.child import GRACE, PATIENCE, SIGNALS
 from stdit.errors import StditError
 
-MEMORY = 4 << 30  # address space of one process besides the frames it returns, where the system can limit it
-HASHED = 1e8  # bytes a second that a file is hashed at, at least
-IDLE = 0.02  # of the time: a process that has computed less waits for a file, not for a core
-START = 300.0  # seconds that starting may take: Python's imports from a slow shared disk
+MEMORY = 4 << 30  # address space of a process beyond the frames it returns, where the system can limit it
+HASH_RATE = 1e8  # bytes per second, at least
+IDLE = 0.02  # share of CPU time below which a process waits for a file, not for a core
+START = 300.0  # seconds that starting may take: Python may import from a slow shared disk
 
 
 class Reader:
-    """`video.read_frames` in other processes: as many as there are threads that call at the same time.
+    """`video.read_frames` in worker processes, one per thread that calls at the same time.
 
-    A process that dies or hangs is replaced; its clip ends in a VideoError of reason "crashed" or "timeout".
+    A process that dies or hangs is replaced; its clip raises VideoError "crashed" or "timeout".
     """
 
     def __init__(self) -> None:
@@ -64,9 +64,9 @@ class Reader:
             arguments = {"count": count, "size": size, "fps": fps, "start": start, "crop": crop, "sha256": sha256}
             more = MEMORY + count * size[0] * size[1] * 3
             seconds = limits.seconds + GRACE
-            if sha256 is not None:  # the file is read whole first
+            if sha256 is not None:  # the whole file is hashed first
                 with suppress(OSError):
-                    seconds += os.stat(file_of(path)).st_size / HASHED
+                    seconds += os.stat(file_of(path)).st_size / HASH_RATE
             answer, frames = worker.call("read", path, seconds, more, limits=asdict(limits), **arguments)
         finally:
             self._idle.append(worker)
@@ -79,11 +79,11 @@ class Reader:
             self._idle.pop().close()
 
 
-READER = Reader()  # of all loaders: its processes go on from one to the next
+READER = Reader()  # shared by all loaders, so that its processes are reused
 
 
 class Worker:
-    """One process, started when there is something to do, and again after it died. Not for two threads at once."""
+    """One worker process, started on demand and again after it died. Not thread-safe."""
 
     def __init__(self) -> None:
         self._process: _Process | None = None
@@ -91,11 +91,11 @@ class Worker:
     def call(
         self, task: str, path: str, seconds: float, memory: int = MEMORY, **arguments: Any
     ) -> tuple[dict[str, Any], np.ndarray | None]:
-        """The answer of a task (see `_TASKS`), and frames (T, H, W, 3) uint8 if it has any.
+        """A task's answer (see `child._TASKS`), and its frames (T, H, W, 3) uint8, if any.
 
-        Raises VideoError: "timeout" after `seconds`, "crashed" if two processes died of it. It is given to a second one
-        because the system may have killed the first, for memory or as it ended the run's other processes, and because a
-        disk that did not answer may do so again.
+        Raises VideoError: "timeout" after `seconds`, "crashed" if two processes died of it. A second process tries
+        because the system may have killed the first (out of memory, or the run is being ended), and because a disk that
+        did not respond may recover.
         """
         request = {"task": task, "seconds": seconds, "memory": memory, "path": path, **arguments}
         status = 0
@@ -107,10 +107,10 @@ class Worker:
                 answer = self._process.ask(request)
             except queue.Empty as error:
                 self.close()
-                if isinstance(error, _Waiting) and not last:
+                if isinstance(error, _WaitsForFile) and not last:
                     continue
                 raise VideoError(path, "timeout", f"took longer than {seconds:g} s to read.") from None
-            except BaseException:  # Ctrl-C: its answer would come as that of the next request
+            except BaseException:  # Ctrl-C: the pending answer would be taken for the next request's
                 self.close()
                 raise
             if answer is not None:
@@ -125,20 +125,20 @@ class Worker:
             self._process = None
 
 
-class _Waiting(queue.Empty):
-    """A process has not answered, and has not computed either: it waits for its file."""
+class _WaitsForFile(queue.Empty):
+    """A process has neither answered nor computed: it waits for its file."""
 
 
 def _start() -> _Process:
     try:
         return _Process()
-    except StditError:  # something ended it; once may be chance
+    except StditError:  # it was killed; once may be chance
         return _Process()
 
 
 @contextmanager
 def _kept_from_signals() -> Iterator[None]:
-    """What is started in this context has the signals blocked from its first instruction on, until it ignores them."""
+    """Blocks SIGNALS for processes started in this context, until they ignore them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -164,7 +164,7 @@ class _Process:
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows: no Ctrl-C from the console
             )
         self.end = weakref.finalize(self, _end, self.popen)
-        # read by a thread: neither a process that hangs nor one that the system cannot end may block the caller
+        # read by a thread, so that a process that hangs or cannot be killed does not block the caller
         self.answers: queue.SimpleQueue[tuple[dict[str, Any], np.ndarray | None] | None] = queue.SimpleQueue()
         listening = threading.Thread(
             target=_listen, args=(self.popen.stdout, self.memory, self.answers), name="stdit-reader", daemon=True
@@ -177,14 +177,14 @@ class _Process:
         if started is None:
             self.end()
             raise StditError(
-                "the process that decodes files does not start. To see why: python -m stdit.data.workers.child"
+                "the decoder's process does not start. To see why, run: python -m stdit.data.workers.child"
             )
 
     def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None] | None:
-        """The answer, or None if the process died. Raises queue.Empty if there is none in time.
+        """The answer, or None if the process died. Raises queue.Empty on timeout.
 
-        The limit counts the process's own seconds on a core where the system tells them, so that other work on the
-        machine costs no clip. A process that waits for its file counts as hung once the limit has passed.
+        The time limit counts CPU time of the process if the system reports it, so that other work on the machine costs
+        no clip. A process that waits for its file counts as hung once the limit has passed.
         """
         assert self.popen.stdin is not None
         try:
@@ -201,7 +201,7 @@ class _Process:
             except queue.Empty:
                 now = _cpu_seconds(self.popen.pid)
                 if begun is None or seen is None or now is None or now - seen < IDLE * limit:
-                    raise _Waiting from None
+                    raise _WaitsForFile from None
                 if now - begun >= limit:
                     raise
                 seen = now
@@ -209,7 +209,7 @@ class _Process:
 
 
 def _cpu_seconds(pid: int) -> float | None:
-    """What a process has computed so far; None on systems without /proc."""
+    """The CPU time of a process so far; None on systems without /proc."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             user, system = stat.read().rpartition(b")")[2].split()[11:13]
@@ -225,11 +225,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
         process.wait(timeout=1)
     except (OSError, subprocess.TimeoutExpired):
-        pass  # stuck in the system, on a disk that does not answer: nothing more can be done
+        pass  # it is stuck in the kernel, on a disk that does not respond
 
 
 def _listen(stdout: IO[bytes], memory: IO[bytes] | None, answers: queue.SimpleQueue) -> None:
-    """Puts every answer of a process into the queue, and None when it has ended."""
+    """Puts each answer of a process into the queue, and None when the process has ended."""
     with stdout:
         for line in stdout:
             if not line.endswith(b"\n"):
@@ -248,7 +248,7 @@ def _listen(stdout: IO[bytes], memory: IO[bytes] | None, answers: queue.SimpleQu
 
 
 def _shared_file() -> IO[bytes] | None:
-    """A file in memory (not in /dev/shm, which containers keep small) that a child process can inherit."""
+    """An in-memory file that a child process can inherit; not in /dev/shm, which is small in containers."""
     if sys.platform == "win32":
         return None
     if hasattr(os, "memfd_create"):

@@ -43,7 +43,7 @@ def test_captions_then_again_then_with_another_prompt(caption, tmp_path):
     assert found.hash == answer["hash"] and [len(clip.captions) for clip in found] == [1, 1, 0]
     assert len({clip.captions for clip in found}) == 3
     status, said = caption("--batch", "2")
-    assert status == 0 and "0 clips captioned, 2 were already, 1 could not be" in said.out
+    assert status == 0 and "0 clips captioned, 2 reused, 1 failed" in said.out
     assert "2.mp4: no such file" in said.out
     for changed in (["--prompt", "red"], ["--frames", "1"], ["--max-new-tokens", "4"], ["--dtype", "bfloat16"]):
         assert json.loads(caption("--json", *changed)[1].out)["captioned"] == 2

@@ -106,8 +106,8 @@ def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
         "shorter than every shape",
         "64x64x9",
         "balance",
-        "no clip goes to 64x64x33, in any epoch: remove what you do not need from data.shapes",
-        "memory a rank",
+        "no clip goes to 64x64x33, in any epoch: remove shapes you do not need from data.shapes",
+        "memory per rank",
     ):
         assert part in text
 
@@ -271,7 +271,7 @@ def test_a_step_with_a_clip_over_a_groups_share_is_reported(files, capsys):
     assert found["balance"] <= found["balance_best"] <= 2.3 / 8
     assert plan(files, "--world-size", "8", "plan.largest_clips_per_step=2") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"the best balance that can be had is {found['balance_best']:.3f}" in text
+    assert f"the best possible balance is {found['balance_best']:.3f}" in text
 
 
 def test_a_rule_stages_and_sources_are_shown(files, capsys):
@@ -317,7 +317,7 @@ def test_a_measured_rate_gives_times(files, tmp_path, capsys):
     moved = str(tmp_path / "moved")
     assert measured_rate(moved, pixels=False) == 0.4e12 and measured_rate(moved, pixels=True) == 25.0
     assert plan(files, "--rate", str(run)) == 0
-    assert "time an epoch" in capsys.readouterr().out
+    assert "time per epoch" in capsys.readouterr().out
     for wrong in ("-1", str(tmp_path)):
         assert plan(files, "--rate", wrong) == 1
         assert f"--rate {wrong}" in " ".join(capsys.readouterr().err.split())

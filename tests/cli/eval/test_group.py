@@ -48,7 +48,7 @@ def model(tmp_path_factory):
 def test_toy_clips_are_scanned_like_any_folder(toy_folder, capsys):
     folder, few = toy_folder
     assert stdit("data", "toy", folder, *few) == 0
-    assert "was complete already" in capsys.readouterr().out
+    assert "is complete already" in capsys.readouterr().out
     assert stdit("data", "toy", folder, *few, "--json") == 0
     assert json.loads(capsys.readouterr().out)["rendered"] == 0
     assert stdit("data", "scan", folder / "train", "--out", folder / "m.parquet") == 0
@@ -56,9 +56,9 @@ def test_toy_clips_are_scanned_like_any_folder(toy_folder, capsys):
     clips = [manifest[row] for row in range(len(manifest))]
     assert len(clips) == 4 and {clip.captions[0].text for clip in clips} <= set(CAPTIONS)
     assert stdit("data", "toy", folder, "--clips", 5, "--seed", 1) == 1
-    assert "holds another toy set" in capsys.readouterr().err
+    assert "has a different toy set" in capsys.readouterr().err
     assert stdit("data", "toy", folder, "--seconds", "long") == 1
-    assert "--seconds 'long'" in capsys.readouterr().err
+    assert "--seconds is 'long'" in capsys.readouterr().err
 
 
 def test_eval_toy_measures_a_model_folder(model, toy_folder, tmp_path, capsys):
