@@ -1,17 +1,17 @@
-"""Clips a second from files and from the cache, beside plain PyAV and torchcodec loops that read the same frames of the
-same files, and the loader's memory over 10,000 clips.
+"""Clips per second from files and from the cache, compared with plain PyAV and torchcodec loops that read the same
+frames of the same files; and the loader's memory over 10,000 clips.
 
 python benchmarks/data.py --out docs/data.json                      # quiet machine, two cores, about 6 minutes
 python benchmarks/data.py --only memory
-python benchmarks/data.py --reads 40 --trials 2 --memory-reads 400  # a look
+python benchmarks/data.py --reads 40 --trials 2 --memory-reads 400  # a quick look
 
-Real clips come from $STDIT_VIDEOS (else ../shared/videos) or --videos; toy clips are rendered. torchcodec is taken from
-where it is installed, or from --torchcodec FOLDER (pip install --no-deps --target FOLDER torchcodec); where the system
-has no FFmpeg libraries it gets those that came with PyAV.
+Real clips come from $STDIT_VIDEOS (else ../shared/videos) or --videos; toy clips are rendered. torchcodec is used if
+installed, or from --torchcodec FOLDER (pip install --no-deps --target FOLDER torchcodec); if the system has no FFmpeg
+libraries, it gets those that come with PyAV.
 
-"here": reading in the process that asks, on one thread. "beside": in one other process, which may crash: ours gives the
-frames back through memory that both map, the loops are the dataset of a torch DataLoader with one worker. One process
-decodes on one thread in either case, so clips a second are clips a second and core.
+"here": reading in this process, on one thread. "beside": in one other process, which may crash: ours returns frames
+through memory that both map; the loops are the dataset of a torch DataLoader with one worker. In both cases one process
+decodes on one thread, so clips per second are per core.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from stdit.data.scan.scan import scan
 from stdit.data.toy import ToySettings, make_toy
 
 LATENT_CHANNELS, STRIDE = 16, (4, 8, 8)  # of Wan 2.1
-GROWTH_WANTED, CACHE_WANTED = 50.0, 20.0  # MB, times the better loop
-CACHE_READS = 2000  # at least so many a trial: a few take no longer than to start a thread
+GROWTH_WANTED, CACHE_WANTED = 50.0, 20.0  # MB; multiple of the better loop
+CACHE_READS = 2000  # per trial, at least: fewer take no longer than starting a thread
 
 
 class Item(NamedTuple):
@@ -59,7 +59,7 @@ class Item(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a loop is asked for, the loader's own choice of start and crop; and what the manifest says of the file."""
+    """One read, with the loader's choice of start and crop, and the file's size and fps from the manifest."""
 
     path: str
     count: int
@@ -81,7 +81,7 @@ class Set(NamedTuple):
 
 
 def plain_pyav(read: Read) -> np.ndarray:
-    """Seek, decode on one thread, take the frame nearest to each time, scale and convert with swscale, cut."""
+    """Seeks, decodes on one thread, takes the frame nearest to each time, scales and converts with swscale, crops."""
     out = []
     times = [read.start + k / read.fps for k in range(read.count)]
     with av.open(read.path) as container:
@@ -109,16 +109,16 @@ def pixels(frame: av.VideoFrame, read: Read) -> np.ndarray:
 
 
 def cut(frames: Any, read: Read) -> Any:
-    """(…, H, W, 3) to the size asked for."""
+    """Crops (…, H, W, 3) to the read's size."""
     (height, width), (x, y) = frames.shape[-3:-1], read.crop
     left, top = round((width - read.size[0]) * x), round((height - read.size[1]) * y)
     return frames[..., top : top + read.size[1], left : left + read.size[0], :]
 
 
 def plain_torchcodec(read: Read) -> np.ndarray:
-    """The frames shown half a source frame after each time, which are the nearest, scaled by its own transform.
+    """The frames shown half a source frame after each time, which are the nearest, scaled by torchcodec's transform.
 
-    In its default mode, which scans the file: the other found fewer frames in some of these files than there are.
+    Uses its default mode, which scans the file: the approximate mode misses frames of some of these files.
     """
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
@@ -167,8 +167,7 @@ def make_set(name: str, folder: Path, config: DataConfig, count: int) -> Set:
 
 
 def loader_of(data: Set, workers: int, cache: Cache | None = None) -> Callable[[], Iterator[torch.Tensor]]:
-    """Clips of the loader one after another. Cached latents are copied, so that they are really read, and again and
-    again, until there are CACHE_READS."""
+    """The loader's clips. Cached latents are copied, so that they are really read, and repeated up to CACHE_READS."""
     config = data.config if cache is None else data.config.fixed()
     loader = Loader(data.manifest, data.assignment, config, seed=0, cache=cache, workers=workers)
     items = data.items if cache is None else data.items * math.ceil(CACHE_READS / len(data.items))
@@ -184,7 +183,7 @@ def loader_of(data: Set, workers: int, cache: Cache | None = None) -> Callable[[
 def loop_of(data: Set, loop: Callable[[Read], np.ndarray], beside: bool) -> Callable[[], Iterator[torch.Tensor]]:
     if not beside:
         return lambda: (torch.from_numpy(loop(read)) for read in data.reads)
-    # started once, as ours is: what is compared is reading
+    # started once, like ours: only reading is compared
     reads = Reads(loop, data.reads)
     loader = torch.utils.data.DataLoader(reads, None, num_workers=1, prefetch_factor=4, persistent_workers=True)
     return lambda: iter(loader)
@@ -214,7 +213,7 @@ def compare(data: Set, folder: Path, trials: int, with_torchcodec: bool) -> dict
         runs = {"stdit, files": loader_of(data, int(beside)), "stdit, cache": loader_of(data, int(beside), cache)}
         runs |= {name: loop_of(data, loop, beside) for name, loop in loops.items()}
         rates: dict[str, list[float]] = {name: [] for name in runs}
-        for trial in range(-1, trials):  # the first is not counted: processes start, files come into memory
+        for trial in range(-1, trials):  # the first is a warm-up
             order = list(runs)[trial % len(runs) :] + list(runs)[: trial % len(runs)]
             for name in order:
                 gc.collect()
@@ -240,7 +239,7 @@ def compare(data: Set, folder: Path, trials: int, with_torchcodec: bool) -> dict
 
 
 def agreement(data: Set, loop: Callable[[Read], np.ndarray]) -> float:
-    """The mean difference of a loop's frames from the loader's, of 255; large if it read other frames."""
+    """Mean difference (of 255) between a loop's frames and the loader's; large if it read other frames."""
     ours = loader_of(data, 0)()
     differences = []
     for read, frames in zip(data.reads[:: max(1, len(data.reads) // 16)], list(ours)[:: max(1, len(data.reads) // 16)]):
@@ -252,7 +251,7 @@ def agreement(data: Set, loop: Callable[[Read], np.ndarray]) -> float:
 
 
 def memory_growth(data: Set, reads: int, cache: Cache | None) -> dict[str, Any]:
-    """Resident memory of this process and its children while so many clips go by."""
+    """Resident memory of this process and its children while reading clips."""
     config = data.config if cache is None else data.config.fixed()
     loader = Loader(data.manifest, data.assignment, config, seed=0, cache=cache, workers=1)
     batches = ([data.items[n % len(data.items)]] for n in range(reads))
@@ -274,7 +273,7 @@ def memory_growth(data: Set, reads: int, cache: Cache | None) -> dict[str, Any]:
 
 
 def resident() -> float:
-    """MB of this process and of those that it started (Linux)."""
+    """MB of this process and its children (Linux)."""
     pids = [os.getpid()]
     for task in Path("/proc/self/task").iterdir():
         pids += map(int, (task / "children").read_text().split())
@@ -283,7 +282,7 @@ def resident() -> float:
 
 
 def find_torchcodec(folder: str | None) -> str | None:
-    """Its version, or None. Where the system has no FFmpeg, starts this process again with PyAV's libraries."""
+    """torchcodec's version, or None. Without a system FFmpeg, restarts this process with PyAV's libraries."""
     if folder:
         sys.path.append(folder)
     if importlib.util.find_spec("torchcodec") is None:
@@ -306,7 +305,7 @@ def find_torchcodec(folder: str | None) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("rates", "memory"))
-    parser.add_argument("--reads", type=int, default=200, help="clips a trial")
+    parser.add_argument("--reads", type=int, default=200, help="clips per trial")
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--memory-reads", type=int, default=10_000)
     parser.add_argument("--videos", type=Path, default=Path(os.environ.get("STDIT_VIDEOS", "../shared/videos")))

@@ -1,5 +1,5 @@
-"""The planner on a synthetic trace (Wan 14B's costs, 7 aspect ratios, images to 720p×121 frames): balance, whether
-every clip is there once, time and memory, and beside it other ways to make batches, in one run.
+"""The planner on a synthetic trace (Wan 14B's costs, 7 aspect ratios, images to 720p × 121 frames): balance,
+completeness, time and memory, compared with other ways to form batches.
 
 python benchmarks/planner.py --out docs/planner.json                # 1 million clips on 8, 64 and 4,096 ranks
 python benchmarks/planner.py --only large --clips 10000000          # buckets, steps and packs: seconds and peak memory
@@ -28,18 +28,19 @@ ASPECTS = (16 / 9, 3 / 2, 4 / 3, 1.0, 3 / 4, 2 / 3, 9 / 16)
 SHORT_SIDES = (256, 360, 480, 720)
 FRAMES = (1, 17, 33, 49, 65, 81, 97, 121)
 STRIDE, PATCH = (4, 8, 8), (1, 2, 2)
-# Wan 14B, forward: 2 FLOPs a weight and token in 40 blocks of width 5120, MLP 13824; 4·width FLOPs a block and token².
+# Wan 14B, forward: 2 FLOPs per weight and token in 40 blocks of width 5120, MLP 13824; 4·width FLOPs per block and
+# token².
 COST = (40 * 2 * (6 * 5120**2 + 2 * 5120 * 13824), 40 * 4 * 5120)
-SETTINGS = ((1.1, 4.0), (2.0, 2.0))  # largest clips a rank: work of a step, tokens of a pack
-WANTED = (0.97, 0.99)  # balance below 64 ranks, and from there on
-SAME_STEPS = (1, 2, 8, 64)  # ranks that must share one list of steps
+SETTINGS = ((1.1, 4.0), (2.0, 2.0))  # (work per step, tokens per pack), per rank, in units of the largest clip
+WANTED = (0.97, 0.99)  # balance below 64 ranks, and from 64 ranks on
+SAME_STEPS = (1, 2, 8, 64)  # numbers of ranks that must have the same steps
 
 
 def trace(clips: int, seed: int = 0) -> tuple[np.ndarray, list[VideoShape], list[int]]:
-    """(bucket of every clip, shapes, tokens of a clip of each): 224 buckets.
+    """(bucket of every clip, shapes, tokens per shape): 224 buckets.
 
-    Half of the clips are images. Aspect ratios, durations and resolutions are independent; wide ones, short ones and
-    middle resolutions are the more frequent.
+    Half of the clips are images. Aspect ratios, durations and resolutions are independent; wide, short and
+    medium-resolution clips are more frequent.
     """
     shapes, weights = [], []
     for aspect, aspect_weight in zip(ASPECTS, (8, 2, 3, 2, 1, 1, 3)):
@@ -54,7 +55,7 @@ def trace(clips: int, seed: int = 0) -> tuple[np.ndarray, list[VideoShape], list
 
 
 def columns(bucket: np.ndarray, shapes: list[VideoShape], seed: int = 0) -> dict[str, np.ndarray]:
-    """What a manifest would say of clips that go to these buckets at 16 fps: of 24 to 30 fps, a little larger."""
+    """Manifest columns of clips for these buckets at 16 fps: of 24 to 30 fps, and a little larger than needed."""
     random = np.random.RandomState(seed)
     sides = np.array([(s.frames, s.height, s.width) for s in shapes])[bucket]  # (clips, 3)
     frames, height, width = sides.T
@@ -66,24 +67,24 @@ def columns(bucket: np.ndarray, shapes: list[VideoShape], seed: int = 0) -> dict
     return found | {"height": (height + margin).astype(np.int32), "start": np.zeros(len(bucket)), "end": end}
 
 
-# Other schemes. Each yields (steps, ranks) arrays of work, and the number of clips that an epoch has in them.
+# Other schemes. Each returns a (steps, ranks) array of work, and the number of clips in an epoch.
 
 Scheme = Callable[[np.ndarray, np.ndarray, np.ndarray, int, np.random.RandomState], tuple[np.ndarray, int]]
 
 
 def in_steps(work: np.ndarray, clips: np.ndarray, ranks: int) -> tuple[np.ndarray, int]:
-    """Batches one after another, one a rank; the last step, if not full, is dropped."""
+    """Deals batches in order, one per rank; an incomplete last step is dropped."""
     full = len(work) // ranks * ranks
     return work[:full].reshape(-1, ranks), int(clips[:full].sum())
 
 
 def one_clip(bucket, tokens, work, ranks, random):
-    """A clip a rank."""
+    """One clip per rank."""
     return in_steps(work[random.permutation(bucket)], np.ones(len(bucket), int), ranks)
 
 
 def bucket_batches(cost: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Scheme:
-    """Every rank takes a batch of a bucket of its own: as many clips as cost what the largest clip costs."""
+    """Each rank takes a batch of one bucket with the cost of the largest clip."""
 
     def scheme(bucket, tokens, work, ranks, random):
         each = np.maximum(1, cost(tokens, work).max() // cost(tokens, work)).astype(int)
@@ -95,7 +96,7 @@ def bucket_batches(cost: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Sche
 
 
 def token_packs(bucket, tokens, work, ranks, random):
-    """Clips of any shapes in random order, until a pack has the tokens of the largest clip."""
+    """Packs clips of any shape in random order, up to the tokens of the largest clip."""
     sizes, costs, most = tokens.tolist(), work.tolist(), int(tokens.max())
     packs, clips, room = [0.0], [0], most
     for b in random.permutation(bucket).tolist():
@@ -110,7 +111,7 @@ def token_packs(bucket, tokens, work, ranks, random):
 
 
 def same_bucket(bucket, tokens, work, ranks, random):
-    """All ranks take a batch of the same bucket, of the tokens of the largest clip."""
+    """All ranks take batches of the same bucket, with the tokens of the largest clip."""
     each = tokens.max() // tokens
     steps = np.bincount(bucket, minlength=len(tokens)) // (each * ranks)
     return np.repeat(each * work, steps)[:, None].repeat(ranks, 1), int((steps * each * ranks).sum())
@@ -135,7 +136,7 @@ def others(bucket: np.ndarray, tokens: list[int], ranks: int) -> Iterator[dict[s
 
 
 def measure(plan: Plan, ranks: int, bound: int, most: int | None = None) -> dict[str, Any]:
-    """Every step of the epoch (the first `most`) dealt to the ranks: balance, every clip there once, memory kept."""
+    """Deals the epoch's steps (the first `most`) to ranks: balance, completeness, token bound."""
     steps = min(most or plan.num_steps, plan.num_steps)
     seen, wanted = np.zeros(len(plan.bucket), np.int32), plan.bucket >= 0
     if steps < plan.num_steps:
@@ -172,7 +173,7 @@ def measure(plan: Plan, ranks: int, bound: int, most: int | None = None) -> dict
 
 
 def balance_run(clips: int, ranks: int) -> dict[str, Any]:
-    """Whole epochs on so many ranks, ours and the others'."""
+    """Whole epochs on a number of ranks, by our planner and by the other schemes."""
     bucket, shapes, tokens = trace(clips)
     found: dict[str, Any] = {"clips": clips, "buckets": len(shapes), "stdit": [], "others": []}
     for per_rank, room in SETTINGS:
@@ -202,7 +203,7 @@ def balance_run(clips: int, ranks: int) -> dict[str, Any]:
 
 
 def same_run(clips: int) -> list[dict[str, Any]]:
-    """One work_per_step on several numbers of ranks: every step has the same clips on all."""
+    """The same work_per_step on several numbers of ranks: every step must have the same clips."""
     bucket, shapes, tokens = trace(clips)
     plan = Plan(bucket, tokens, COST, PlanConfig(1.1 * max(SAME_STEPS)), seed=0, names=shapes)
     rows = [measure(plan, ranks, 4 * max(tokens), most=40) for ranks in SAME_STEPS]
@@ -215,14 +216,14 @@ def same_run(clips: int) -> list[dict[str, Any]]:
 
 
 def large_run(clips: int, ranks: int) -> dict[str, Any]:
-    """What a training does with a manifest's columns, on one core: buckets, steps, and all packs of all ranks."""
+    """What training computes from a manifest's columns, on one core: buckets, steps, and all packs of all ranks."""
     bucket, shapes, tokens = trace(clips)
     table = columns(bucket, shapes)
     del bucket
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     config = DataConfig(shapes=[str(shape) for shape in shapes], fps=16.0)
     times = {}
-    begun, start = time.perf_counter(), time.process_time()  # of one core, whoever else uses the machine
+    begun, start = time.perf_counter(), time.process_time()  # CPU time is independent of other load
     assignment = assign_columns(**table, shapes=shapes, config=config)
     times["buckets"] = time.process_time() - start
     plan = Plan(assignment.bucket, tokens, COST, PlanConfig(1.1 * ranks), seed=0, names=shapes)

@@ -108,23 +108,22 @@ def scan(
         _table(console, "Look like others, kept unless data.repeats is false", result.repeats)
         if any(s.reason in ("no_caption", "bad_caption") for s in result.skipped):
             console.print("--allow-uncaptioned keeps files without a caption.")
-        images = sum(clip.image for clip in result.manifest)
-        clips = len(result.manifest)
+        clips, images = len(result.manifest), sum(clip.image for clip in result.manifest)
         console.print(
-            f"{out if clips else 'no manifest'}: {clips - images} videos, {images} images; "
-            f"{len(result.skipped)} files skipped"
+            f"{out if clips else 'no manifest'}: {_count(clips - images, 'video')}, {_count(images, 'image')}; "
+            f"{_count(len(result.skipped), 'file')} skipped"
             + (f" (all in {skipped_path(out)})" if result.skipped else "")
-            + (f"; {result.reused} files known from an earlier scan" if result.reused else "")
+            + (f"; {_count(result.reused, 'file')} known from an earlier scan" if result.reused else "")
             + (f"; {_others(result.ignored)}" if result.ignored else "")
-            + (f"; {STORAGE.retries} requests retried" if STORAGE.retries else "")
+            + (f"; {_count(STORAGE.retries, 'request')} retried" if STORAGE.retries else "")
             + ".",
             highlight=False,
             soft_wrap=True,
         )
     if not len(result.manifest):  # nothing was written; an older manifest of this name is still there
         raise StditError(
-            f"{folder} gives no clip: {len(result.skipped)} files were skipped"
-            + (", see above." if result.skipped else ", and none is a video or an image.")
+            f"{folder} has no usable clip: {_count(len(result.skipped), 'file')} skipped"
+            + (", see above." if result.skipped else ", and no other file is a video or an image.")
         )
     return 0
 
@@ -148,7 +147,11 @@ def _others(suffixes: dict[str, int]) -> str:
     """Describes files of other types."""
     named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in list(suffixes.items())[:SUFFIXES]]
     rest = sum(list(suffixes.values())[SUFFIXES:])
-    return f"{sum(suffixes.values())} files of other types ({', '.join(named)}{f', {rest} more' if rest else ''})"
+    return f"{_count(sum(suffixes.values()), 'file')} of other types ({', '.join(named)}{f', {rest} more' if rest else ''})"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _table(console, title: str, rows: Sequence[Skipped]) -> None:

@@ -258,7 +258,7 @@ def test_advice_only_where_something_can_be_better():
     assert len(told) == 1 and "3 of 7 steps" in told[0] and "0.970" in told[0]
     assert advice(good | dict(balance=0.3, groups=1)) == []
     few = good | dict(balance=0.3, work_per_step=40, steps_per_epoch=1)  # no setting makes a step of more
-    assert "at most 4 groups" in advice(few)[0] and "largest_clips_per_step" not in advice(few)[0]
+    assert "at most 4 ranks" in advice(few)[0] and "largest_clips_per_step" not in advice(few)[0]
     (told,) = advice(good | dict(empty=[f"64x64x{n}" for n in range(1, 49, 4)]))
     assert "64x64x29 and 4 more, in any epoch" in told
 
