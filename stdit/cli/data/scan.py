@@ -147,7 +147,8 @@ def _others(suffixes: dict[str, int]) -> str:
     """Describes files of other types."""
     named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in list(suffixes.items())[:SUFFIXES]]
     rest = sum(list(suffixes.values())[SUFFIXES:])
-    return f"{_count(sum(suffixes.values()), 'file')} of other types ({', '.join(named)}{f', {rest} more' if rest else ''})"
+    named += [f"{rest} more"] if rest else []
+    return f"{_count(sum(suffixes.values()), 'file')} of other types ({', '.join(named)})"
 
 
 def _count(number: int, word: str) -> str:
