@@ -68,7 +68,7 @@ def later(path, seconds=5):
 def test_nothing_is_hashed_where_nothing_changed(clips, monkeypatch):
     manifest = read_manifest(clips)
     assert [json.loads(clip.state)[0] for clip in manifest] == [os.stat(clip.path).st_size for clip in manifest]
-    monkeypatch.setattr("stdit.data.decode.pixels.file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
+    monkeypatch.setattr("stdit.data.decode.checks.file_sha256", lambda path: pytest.fail(f"{path} is hashed"))
     assert [one.weight for one in train(manifest).values()] == [1, 1]
 
 
