@@ -140,7 +140,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_left_out(clips):
         later(clip.path)
         return np.empty(shape, np.uint8)
 
-    with pytest.raises(VideoError, match="while it was read") as caught:
+    with pytest.raises(VideoError, match="while it was being read") as caught:
         read_frames(clip.path, 5, (32, 32), 8.0, sha256=clip.sha256, allocate=allocate)
     assert caught.value.reason == "changed"
 
