@@ -123,7 +123,7 @@ def scan(
     if not len(result.manifest):  # nothing was written; an older manifest of this name is still there
         raise StditError(
             f"{folder} has no usable clip: {_count(len(result.skipped), 'file')} skipped"
-            + (", see above." if result.skipped else ", and no other file is a video or an image.")
+            + (", see above." if result.skipped else ", and none is a video or an image.")
         )
     return 0
 
