@@ -89,15 +89,18 @@ class Fields:
         values = {name: getattr(config, ours) for name, ours in self.names.items()}
         values = {**self.defaults, **{name: allowed[0] for name, allowed in self.only.items()}, **values, **more}
         added = {"_stdit": {"format": FORMAT, **{name: getattr(config, name) for name in own}}} if own else {}
-        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION, **added, **listed}
+        return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION, **added, **listed(values)}
 
 
 def describe(class_name: str, config: Any, kept: Collection[str]) -> Settings:
     """A config.json for originals that have none: the settings that tensor shapes do not tell."""
-    values = {name: getattr(config, name) for name in kept}
-    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {"_class_name": class_name, "_stdit": {"format": FORMAT, **listed}}
+    values = listed({name: getattr(config, name) for name in kept})
+    return {"_class_name": class_name, "_stdit": {"format": FORMAT, **values}}
+
+
+def listed(values: Mapping[str, Any]) -> Settings:
+    """Values as JSON reads them back: tuples become lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def described(found: Mapping[str, Any], kept: Collection[str], place: object) -> Settings:

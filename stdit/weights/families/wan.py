@@ -20,6 +20,8 @@ from stdit.weights.families.configs import (
     FORMAT,
     checked_heads,
     checked_keys,
+    checked_transformer,
+    count,
     patch_rules,
 )
 from stdit.weights.families.record import ClipFormat, Family, PipelineKind, Release
@@ -83,6 +85,7 @@ _DIFFUSERS_FIELDS = {
 _DIFFUSERS_DEFAULTS = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 _OWN = ("text_padding", "rope_theta", "rope_max", "qk_norm", "image_channels")  # written under "_stdit"
 _SWITCHES = {"qk_norm": "across_heads", "cross_norm": "affine"}  # booleans there; our value for true, false is "none"
+_BLOCKS = r"blocks\.(\d+)\."
 _WORDS = re.compile(r"(dim|heads|layers|ffn_dim|in_channels|out_channels|text_dim|frequency_dim|rope_max)")
 
 
@@ -100,7 +103,8 @@ def config_from(
         notes = ("model_type", "window_size" if found.get("window_size") == [-1, -1] else "")
         rest = {name: value for name, value in found.items() if name not in notes}
         values = checked_keys(rest, _ORIGINAL_FIELDS, _OWN, place)
-        _need(found, ("dim", "num_heads", "num_layers", "ffn_dim"), place)
+        if absent := [name for name in ("dim", "num_heads", "num_layers", "ffn_dim") if name not in found]:
+            raise StditError(f"{place}: not the config of a {TITLE}: it has no {', '.join(absent)}.")
     values = _image_values(values, shapes)
     extra = values.get("in_channels", 16), values.get("out_channels", 16)
     if "image_channels" not in found.get("_stdit", {}) and extra[1] in (16, 48) and extra[0] in _CONTROL[extra[1]]:
@@ -116,17 +120,7 @@ def config_from(
         if name in _SWITCHES and type(value) is not bool:
             raise StditError(f"{place}: {name} is {value!r}, not true or false.")
     values |= {name: on if values[name] else "none" for name, on in _SWITCHES.items() if name in values}
-    try:
-        config = TransformerConfig(**values)
-    except (StditError, TypeError, ValueError) as error:
-        raise StditError(f"{place}: {error}") from None
-    blocks = _blocks(shapes)
-    if shapes and blocks != config.layers:
-        raise StditError(
-            f"{place}: the config says {config.layers} blocks, the tensors are of {blocks}. "
-            "Does this config.json belong to these weights?"
-        )
-    return config
+    return checked_transformer(values, shapes, place, _BLOCKS)
 
 
 def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
@@ -330,7 +324,7 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int |
     return {
         "dim": dim,
         "heads": checked_heads(heads, dim, released, place, TITLE)[0],
-        "layers": _blocks(shapes),
+        "layers": count(shapes, _BLOCKS),
         "ffn_dim": shapes[names["ffn"]][0],
         "in_channels": in_channels,
         "out_channels": shapes[names["head"]][0] // math.prod(patch),
@@ -342,15 +336,6 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int |
         "image_text_dim": shapes.get(names["image"], (0, 0))[1],
         "image_text_positions": shapes.get(names["positions"], (0, 0, 0))[1],
     }
-
-
-def _blocks(shapes: Mapping[str, Shape]) -> int:
-    return len({found[1] for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))})
-
-
-def _need(found: Mapping[str, Any], names: tuple[str, ...], place: object) -> None:
-    if absent := [name for name in names if name not in found]:
-        raise StditError(f"{place}: not the config of a {TITLE}: it has no {', '.join(absent)}.")
 
 
 _UMT5 = "UMT5-XXL"

@@ -13,7 +13,7 @@ from typing import Any
 
 from stdit.errors import StditError
 from stdit.vae.config import PRESETS, WAN21_MEAN, WAN21_STD, VaeConfig
-from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys
+from stdit.weights.families.configs import DIFFUSERS_VERSION, FORMAT, checked_keys, listed
 from stdit.weights.families.record import Family
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
@@ -78,12 +78,12 @@ def config_to_diffusers(config: VaeConfig) -> dict[str, Any]:
     """As AutoencoderKLWan.save_pretrained writes it, every value explicit; our own class for a VAE with Stable
     Diffusion's layers."""
     if config.groups:
-        return {"_class_name": OWN_CLASS, **_listed(vars(config))}
+        return {"_class_name": OWN_CLASS, **listed(vars(config))}
     values = {theirs: getattr(config, ours) for theirs, ours in _DIFFUSERS_FIELDS.items()}
     return {
         "_class_name": DIFFUSERS_CLASS,
         "_diffusers_version": DIFFUSERS_VERSION,
-        **_listed(values),
+        **listed(values),
         "attn_scales": [],
         "dropout": 0.0,
         "in_channels": 3 * config.patch_size**2,
@@ -102,7 +102,7 @@ def config_to_original(config: VaeConfig) -> dict[str, Any]:
         raise StditError("no release has a VAE of groups: write layout 'diffusers', which is stdit's own for it.")
     values = {theirs: getattr(config, ours) for theirs, ours in _ORIGINAL_FIELDS.items()}
     own = {"format": FORMAT, **{name: getattr(config, name) for name in _OWN}}
-    return {"_class_name": ORIGINAL_CLASS, "_stdit": _listed(own), **_listed(values)}
+    return {"_class_name": ORIGINAL_CLASS, "_stdit": listed(own), **listed(values)}
 
 
 def built_in(config: VaeConfig, layout: str) -> dict[str, tuple[Any, ...]]:
@@ -226,10 +226,6 @@ def _values_from_shapes(shapes: Mapping[str, Shape], place: object) -> dict[str,
         if values == {name: getattr(release, name) for name in values}:
             values |= {"latents_mean": release.latents_mean, "latents_std": release.latents_std}
     return values
-
-
-def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 FAMILY = Family(
