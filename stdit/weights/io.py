@@ -155,7 +155,7 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     files = source.files
     if count := fp8_count(files):  # nothing computes in fp8 here
         of = f"{count} of {len(files.entries)} tensors are fp8" + (", with scales" if files.scales else "")
-        print(f"{files.path}: {of}; stdit computes in {_short(dtype or torch.bfloat16)}.", file=sys.stderr)
+        print(f"{files.path}: {of}; they are computed in {_short(dtype or torch.bfloat16)}.", file=sys.stderr)
 
     def wanted(name: str) -> torch.dtype | None:
         return torch.bfloat16 if files.entries[name].dtype in FP8 or name in files.scales else None

@@ -183,7 +183,7 @@ def is_matrix(name: str, tensor: torch.Tensor) -> bool:
 def test_plain_fp8_is_computed_in_bf16_and_says_so(dtype, folder, capsys):
     kept = rewrite(folder, lambda t: {n: x.to(dtype) if is_matrix(n, x) else x.bfloat16() for n, x in t.items()})
     found = stdit.load_transformer(folder)
-    assert "are fp8; stdit computes in bf16" in capsys.readouterr().err
+    assert "are fp8; they are computed in bf16" in capsys.readouterr().err
     weight = found.blocks[0].self_attn.q.weight
     assert weight.dtype == torch.bfloat16 and torch.equal(weight, kept["blocks.0.attn1.to_q.weight"].bfloat16())
     assert answer(found).isfinite().all()
@@ -222,7 +222,7 @@ def test_scaled_fp8_is_stored_times_scale(form, folder, tmp_path, capsys):
         (tmp_path / "config.json").write_text((folder / "config.json").read_text())
         path = tmp_path / "model.pth"
     found = stdit.load_transformer(path, trust_pickle=True)
-    assert "are fp8, with scales; stdit computes in bf16" in capsys.readouterr().err
+    assert "are fp8, with scales; they are computed in bf16" in capsys.readouterr().err
     table = find("transformer", path, trust_pickle=True).table
     loaded = dict(table.to_foreign(found.state_dict().__getitem__))
     for name, scale in scales.items():
