@@ -25,7 +25,7 @@ _CLASSES = {  # by the start of the class name in config.json
     "QwenImage": f"Qwen-Image: {_JOINT}",
     "Kandinsky": "Kandinsky: its blocks differ",
     "UNet": "a U-Net like Stable Diffusion's",
-    "ChronoEdit": "ChronoEdit: Wan I2V's tensors, but its last frame has another position in time",
+    "ChronoEdit": "ChronoEdit: Wan I2V's tensors, but its last frame stands at another position in time",
     "WanVACE": "Wan VACE: control branches",
     "WanAnimate": "Wan Animate: branches for motion and faces",
 }

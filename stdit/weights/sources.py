@@ -128,7 +128,7 @@ def _source(
         options = {} if heads is None else {"heads": heads}
         config = family.config_from(found, files.shapes, config_path or files.path, **options)
     if config is not None and heads is not None and config.heads != heads:
-        raise StditError(f"{config_path or files.path}: has {config.heads} heads, not {heads}.")
+        raise StditError(f"{config_path or files.path}: says {config.heads} heads, not {heads}.")
     if config is None or not dialect:
         known = ", nor a ".join(titles(kind))
         raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")

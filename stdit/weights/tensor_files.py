@@ -19,6 +19,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,7 @@ class TensorFiles:
         """Removes prefixes that all names have, as in single files from other programs."""
         for prefix in prefixes:
             if self.entries and all(name.startswith(prefix) for name in self.entries):
-                files = self.renamed({name: name.removeprefix(prefix) for name in self.entries}.__getitem__)
+                files = self.renamed(partial(re.sub, f"^{re.escape(prefix)}", ""))
                 files.prefix = self.prefix + prefix
                 return files.without_prefix(prefixes)  # there may be several: module._orig_mod.
         return self
