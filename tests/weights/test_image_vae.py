@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from stdit.errors import StditError
 from stdit.training.config import from_dict
 from stdit.training.engine.parallel import World
-from stdit.training.setup.build import make_objective, make_vae
 from stdit.training.setup.footprint import build_on_meta
+from stdit.training.setup.objective import make_objective, make_vae
 from stdit.training.setup.resolve import resolve
 from stdit.vae.autoencoder import CausalVAE
 from stdit.weights.image_vae import inflate_image_vae

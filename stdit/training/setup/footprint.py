@@ -41,13 +41,13 @@ from stdit.weights.io import vae_on_meta
 from stdit.weights.tensor_files import read_header
 
 NOWHERE = torch.device("meta")
-CLIPS = 4  # whose memory is followed, one after another in a pack
-CAPTION_TOKENS = 128  # of the captions that memory is told for
-IMAGE_TOKENS = 257  # of CLIP's image encoder, which Wan's image to video sees through
+CLIPS = 4  # clips per pack that is measured
+CAPTION_TOKENS = 128  # assumed per caption
+IMAGE_TOKENS = 257  # of CLIP's image encoder (Wan's image-to-video)
 
 
 class _Text:
-    """In an encoder's place: captions of CAPTION_TOKENS tokens, or as many as fit, that say nothing."""
+    """Stands for a text encoder: captions of CAPTION_TOKENS tokens, or as many as fit."""
 
     def __init__(self, dim: int, padding: int) -> None:
         self.dim, self.length = dim, min(CAPTION_TOKENS, padding or CAPTION_TOKENS)
@@ -115,10 +115,13 @@ def _vae(settings: VaeSettings) -> Any:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on a rank. A small text encoder that trains along, and what a device's libraries take, are not in it.
+    """Bytes on a rank, without a text encoder that trains along and without the memory of the device's libraries.
 
-    encoders: of the VAE and a frozen text encoder, or of LPIPS. state: masters, moments and the average. activations:
-    the most that forward and backward of the fullest pack hold at a time.
+    weights: in the precision of the run.
+    gradients: in fp32.
+    state: masters, moments and the moving average.
+    encoders: the VAE and a frozen text encoder, or LPIPS.
+    activations: the peak of forward and backward of the fullest pack.
     """
 
     weights: int
@@ -135,9 +138,12 @@ class Footprint:
 def footprint(
     config: ResolvedConfig, objective: Objective, shape: VideoShape, tokens: int, ranks: int, trained: int | None = None
 ) -> Footprint:
-    """The memory of a rank whose fullest pack has so many `tokens`, of clips of `shape` (the largest).
+    """Estimates the memory of a rank.
 
-    objective: of `build_on_meta`; it is changed. trained: parameters that train, if others do than its module's.
+    objective: from `build_on_meta`; it is modified.
+    shape: of the clips in the fullest pack, the largest one.
+    tokens: of the fullest pack.
+    trained: number of parameters that train, if it is not that of the objective's module.
     """
     parameters = list(objective.module.parameters()) * (2 if config.model.expert == "both" else 1)
     theirs = sum(p.numel() for p in parameters if p.requires_grad)
@@ -160,10 +166,10 @@ def footprint(
 
 
 def activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> int:
-    """The most bytes that encoding, forward and backward of a pack hold beyond weights and their gradients.
+    """The peak of encoding, forward and backward of a pack, in bytes, beyond weights and gradients.
 
-    They run on meta tensors, which have sizes and no data: of up to CLIPS of the largest clips, what `tokens` are more
-    is taken as in proportion; and of two and three blocks, what the model has more is taken as what the third added.
+    Runs them on meta tensors, which have sizes and no data, for up to CLIPS clips with two and with three blocks. More
+    tokens are taken in proportion; each further block adds as much as the third did.
     """
     if not isinstance(objective, FlowObjective) or (layers := objective.model_config.layers) < 4:
         return max(_activations(config, objective, shape, tokens))
@@ -181,7 +187,7 @@ def activations(config: RunConfig, objective: Objective, shape: VideoShape, toke
 
 
 def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> tuple[int, int]:
-    """The most that encoding holds, and the most that forward and backward do."""
+    """The peak of encoding, and the peak of forward and backward."""
     each = objective.tokens(shape)
     count = min(max(1, tokens // each), CLIPS)
     critic = objective.critic
@@ -212,7 +218,7 @@ def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tok
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, as long as each lives, on meta tensors alone."""
+    """Tracks the bytes of live storages that operators allocate on the meta device."""
 
     def __init__(self, known: Sequence[Any]) -> None:
         super().__init__()
@@ -243,7 +249,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _text_bytes(config: ResolvedConfig, size: int) -> int:
-    """Of a frozen text encoder in the run's precision, from its files' headers."""
+    """Bytes of the frozen text encoder in the precision of the run, from the headers of its files."""
     if config.text.path is None:
         return 0
     folder = part_folder(config.text.path, "text_encoder")

@@ -1,4 +1,5 @@
-"""What a run leaves as it is, by content: no checkpoint holds it, so a resumed run must find the same."""
+"""Identifies by content the weights and files that a run reads but no checkpoint holds: a resumed run must find the
+same."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ from stdit.weights.sources import transformer_identity
 
 @dataclass(frozen=True)
 class Part:
-    """content: a SHA-256 (hex), or settings in words. place: the path that it was read from."""
+    """A frozen part of a run.
+
+    content: its SHA-256 (hex), or settings in words.
+    place: the path it was read from.
+    """
 
     content: str
     place: str
@@ -27,7 +32,7 @@ class Part:
 def frozen_parts(config: ResolvedConfig) -> dict[str, Part]:
     """The weights, tokenizers and files that a run reads and does not keep.
 
-    The weights that training starts from are among them, also where all of them train.
+    The initial weights are among them, even if all of them train.
     """
     parts: dict[str, Part] = {}
     if config.vae.path:
@@ -66,9 +71,9 @@ def _initial_parts(config: ResolvedConfig, initial: InitialModel) -> dict[str, P
 def check_frozen(
     config: ResolvedConfig, resumed: Checkpoint | None, world: World, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """What to keep in checkpoints: content by part, found on rank 0.
+    """Returns the content of each part, which checkpoints record; rank 0 reads it.
 
-    Raises StditError on every rank where a resumed run finds another part than it began with.
+    Raises StditError on every rank if a part is not what a resumed run began with.
     """
     parts = world.from_main(lambda: frozen_parts(config))
     if resumed is not None:
@@ -81,7 +86,7 @@ def check_frozen(
 
 
 def check_unchanged(config: ResolvedConfig, then: dict[str, str]) -> None:
-    """Raises StditError where parts are no longer what they were at the run's start. then: `check_frozen`'s."""
+    """Raises StditError if a part has changed since the run started. then: what `check_frozen` returned."""
     parts = frozen_parts(config) if then else {}
     changed = [f"the {name}, {one.place}" for name, one in parts.items() if one.content != then.get(name)]
     if changed:
@@ -92,7 +97,7 @@ def check_unchanged(config: ResolvedConfig, then: dict[str, str]) -> None:
 
 
 def _recorded(state: dict[str, Any], config: ResolvedConfig) -> dict[str, str] | None:
-    """What a checkpoint says of the parts; earlier ones knew of one at most, None where of none."""
+    """The content by part that a checkpoint records; earlier versions recorded one part at most. None: nothing."""
     if "frozen" in state:
         return dict(state["frozen"])
     if state.get("base") is None:

@@ -1,4 +1,4 @@
-"""Training adapters (LoRA) over frozen weights: where they are put, how they start, and what comes out."""
+"""Adapters (LoRA) over frozen weights: adds them to a model, exports them, merges them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from stdit.weights.lora.adapters import Adapter, Pair, merge
 from stdit.weights.lora.read import FILES
 from stdit.weights.lora.write import write_adapter
 
-_START = "transformer."  # of its parameters' names in the module that trains
+_START = "transformer."  # prefix of the transformer's parameters in the objective's module
 
 
 def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:
-    """Freezes a model and puts adapters beside its target layers: A as peft starts it (Kaiming, uniform), keyed by the
-    layer's name; B zero, so that at first nothing changes. In fp32."""
+    """Freezes a model and adds an adapter to each target layer, in fp32.
+
+    A starts as in peft (Kaiming, uniform), keyed by the layer's name; B at zero, so that the output is unchanged.
+    """
     model.requires_grad_(False)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for pattern in config.targets:
@@ -44,8 +46,11 @@ def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:
 
 
 def adapter_of(weights: Mapping[str, Tensor], config: LoraConfig, expert: str = "") -> Adapter:
-    """The adapter in the parameters that trained (the module's, or the transformer's alone), by name. expert: which
-    one's, where two train together."""
+    """The adapter of a training.
+
+    weights: the parameters that trained, by name: of the objective's module or of the transformer alone.
+    expert: high or low, if two experts train together.
+    """
     pairs, start = {}, f"{expert}." if expert else ""
     for name, down in weights.items():
         if name.startswith(start) and name.endswith(".lora_down.weight"):
@@ -58,9 +63,10 @@ def adapter_of(weights: Mapping[str, Tensor], config: LoraConfig, expert: str = 
 def export_adapters(
     weights: Mapping[str, Tensor], folder: Path, model: TransformerConfig, config: LoraConfig, expert: str | None
 ) -> None:
-    """Writes the adapter that trained into a model folder; of experts each its own, where `expert_adapter_places` says.
+    """Writes the trained adapter into a model folder, or one per expert to `expert_adapter_places`.
 
-    weights: as `adapter_of` takes them. expert: high, low or both; None where there is one transformer.
+    weights: as for `adapter_of`.
+    expert: high, low or both; None for a single transformer.
     """
     if expert is None:
         places = {"": folder}
@@ -77,7 +83,7 @@ def export_adapters(
 
 
 def merge_lora(module: nn.Module) -> None:
-    """Puts a module's adapters, if it has any, into its weights."""
+    """Merges the adapters of a module, if it has any, into its weights."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLinear)}
     pairs = {
         f"{name}.weight": Pair(layer.lora_down.weight, layer.lora_up.weight, layer.alpha)

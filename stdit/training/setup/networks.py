@@ -1,7 +1,7 @@
-"""The trained networks' resolved settings, kept in checkpoints: presets' and families' defaults may change later.
+"""Records the settings of the trained networks in checkpoints, since defaults of presets and families may change.
 
-Many settings leave the tensors' shapes as they are (heads, eps, rope_theta): a checkpoint then loads into another
-network without an error.
+Many settings do not show in tensor shapes (heads, eps, rope_theta): a checkpoint would load into another network
+without an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Networks = dict[str, dict[str, Any]]
 
 
 def networks_of(objective: Objective) -> Networks:
-    """The settings of what trains, as JSON has them: model's (both experts': model is high, low the other) or vae's."""
+    """The settings of the trained networks, in plain values: "vae" or "model"; of two experts, "model" and "low"."""
     if isinstance(objective, VaeObjective):
         found: dict[str, TransformerConfig | VaeConfig] = {"vae": objective.vae.config}
     elif isinstance(objective, ExpertsObjective):
@@ -41,9 +41,9 @@ def networks_of(objective: Objective) -> Networks:
 
 
 def with_networks(state: dict[str, Any], now: RunConfig) -> dict[str, Any]:
-    """The config that a checkpoint's run began with, and what its network says of settings that only `now` has set.
+    """The config that a run began with, completed by its network's values of the settings that only `now` sets.
 
-    So a preset's former value can be put back by name: `model.heads=6`.
+    So a former default of a preset can be restored by name: `model.heads=6`.
     """
     then = dict(state["config"])
     known = state.get("networks") or {}
@@ -58,7 +58,7 @@ def with_networks(state: dict[str, Any], now: RunConfig) -> dict[str, Any]:
 def check_networks(
     config: RunConfig, objective: Objective, resumed: Checkpoint | None, say: Callable[[str], None]
 ) -> Networks:
-    """What to keep in checkpoints. Raises StditError where a resumed run would train another network."""
+    """Returns the settings to record in checkpoints. Raises StditError if a resumed run would train another network."""
     now = networks_of(objective)
     if resumed is None:
         return now
@@ -78,7 +78,7 @@ def check_networks(
 
 
 def _former_heads(state: dict[str, Any]) -> tuple[int, int] | None:
-    """Heads of the preset then and today, where a checkpoint does not say which of them its network has."""
+    """The preset's number of heads (then, today), if it has changed and the checkpoint does not record it."""
     model = state["config"].get("model", {})
     preset = model.get("preset")
     if "networks" in state or model.get("init") or "heads" in model or preset not in FORMER_HEADS:

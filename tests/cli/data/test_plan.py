@@ -159,7 +159,7 @@ def test_costs_are_those_of_the_training(files, tmp_path):
     import torch
 
     from stdit.training.engine.parallel import World
-    from stdit.training.setup.build import make_objective
+    from stdit.training.setup.objective import make_objective
     from stdit.vae.autoencoder import CausalVAE, VaeConfig
     from stdit.weights.io import save_vae
 
@@ -234,7 +234,8 @@ def test_a_vae_on_crops_has_the_plan_of_its_training(files, name, capsys):
     import torch
 
     from stdit.training.engine.parallel import World
-    from stdit.training.setup.build import make_objective, make_plan
+    from stdit.training.setup.build import make_plan
+    from stdit.training.setup.objective import make_objective
 
     path = CONFIGS / name
     shapes = "data.shapes=[64x64x9, 96x64x9, 64x64]"
