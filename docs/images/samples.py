@@ -77,7 +77,8 @@ def draw(rows: list, prompts: list[str], width: int, at: int) -> Image.Image:
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     weight = "bold" if bold else "normal"
-    return ImageFont.truetype(font_manager.findfont(font_manager.FontProperties("DejaVu Sans", weight=weight)), size)
+    properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)
+    return ImageFont.truetype(font_manager.findfont(properties), size)
 
 
 if __name__ == "__main__":
