@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,10 @@ class Source:
     @property
     def parameters(self) -> int:
         return sum(math.prod(entry.shape) for entry in self.files.entries.values())
+
+    def reopened(self) -> Source:
+        """The same without its memory maps: tensors read from it share no memory with those read before."""
+        return replace(self, files=replace(self.files, _maps={}))
 
 
 def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -> bool:

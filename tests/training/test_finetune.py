@@ -307,7 +307,7 @@ def test_training_finds_the_texts_that_encode_wrote(
     (wanted,) = load_parts(init, torch.float32, "cpu").text_encoder.encode([caption])
     objective, key = parts.objective, StepKey(0, 0, 0, 4)
     assert all(p.is_meta for p in objective.text_encoder.encoder.parameters())  # nothing needs its weights
-    text = objective._text(["", caption], parts.loader.fetch(parts.plan.step(0)[:1], 0) * 2)[0]
+    text = objective._text(["", caption], parts.loader.fetch(parts.plan.step(0)[:1], 0) * 2)
     batch = objective.prepare(parts.loader.fetch(parts.plan.step(0), 0), parts.plan.step(0), key)
     assert text is not None and batch.text is not None
     assert all(p.is_meta for p in objective.text_encoder.encoder.parameters())

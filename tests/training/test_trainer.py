@@ -339,11 +339,11 @@ def test_the_vae_trains_and_exports_measured_latents(tiny: Path, tmp_path: Path)
 
 
 def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dry_run(load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"]), ALONE)
+    dry_run(resolve(load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"])), ALONE)
     told = capsys.readouterr().out
     assert "14 clips, 2 steps per epoch" in told and "48x32x5: " in told and "GiB" in told
     assert "no clip goes to 48x32x1\n" in told and "left out" not in told
-    dry_run(load_config(tiny / "flow.yaml", ["data.shapes=[32x32x5,48x32x5,32x32x9]"]), ALONE)
+    dry_run(resolve(load_config(tiny / "flow.yaml", ["data.shapes=[32x32x5,48x32x5,32x32x9]"])), ALONE)
     told = capsys.readouterr().out
     assert "no clip goes to 32x32x9\n" in told and " clips left out: an image, and no shape has one frame" in told
     assert not (tmp_path / "run").exists()
@@ -364,22 +364,22 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
         (["model.init=nowhere"], "preset toy and init nowhere are both set"),
         (["vae.preset=toy"], "vae: path .* and preset toy are both set"),
         (["vae.z_dim=5"], "vae.z_dim is 5, but .* has 4"),
-        (["model.expert=low"], "expert low is about the weights of init, which is not set"),
-        (["model.preset=null", "model.init=a", "model.freeze=pretrained"], "freeze pretrained goes with inflate"),
+        (["model.expert=low"], "expert low needs the weights of init, which is not set"),
+        (["model.preset=null", "model.init=a", "model.freeze=pretrained"], "freeze pretrained needs inflate"),
         (["model.attention_backend=fast"], "model.attention_backend: .*'fast' does not exist"),
         (["model.attention_backend=flash"], "model.attention_backend: .*runs on a GPU only"),
         (["parallel.deepspeed=nowhere.json"], "nowhere.json"),
         (["plan.tokens_per_pack=10"], "tokens_per_pack"),
-        (["checkpoint.every=0"], "checkpoint: every 0"),
-        (["log.every=0"], "log: every 0"),
-        (["optimizer.lr=0"], "optimizer: lr 0"),
+        (["checkpoint.every=0"], r"checkpoint\.every is 0; it must be above 0"),
+        (["log.every=0"], r"log\.every is 0; it must be above 0"),
+        (["optimizer.lr=0"], r"optimizer\.lr is 0; it must be above 0"),
         (["optimizer.options={momentun: 1}"], "momentun"),
         (["optimizer.name=adan"], "takes 3 betas"),
         (["eval.size=64p"], "'64p' is not a shape"),
         (["eval.size=48x32x5"], "eval.frames sets"),
         (["eval.prompts=[a]", "eval.size=50x32"], r"eval\.size=50x32.*48x32"),
         (["eval.prompts=[a]", "eval.frames=4"], r"eval\.frames=4.*nearest are 3 and 5"),
-        (["eval.steps=0"], "eval: .*steps 0"),
+        (["eval.steps=0"], r"eval\.steps is 0; it must be above 0"),
         (["eval.manifest=nowhere.parquet"], "nowhere.parquet"),
         (["model.patch=[2, 2, 2]"], "image_to_video cannot be learned"),
     ],

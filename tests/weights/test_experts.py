@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_named(experts, tmp_path):
     stdit.save_transformer(experts.high, tmp_path / "one")
     with pytest.raises(StditError, match="holds one transformer"):
         stdit.load_transformer(tmp_path / "one", expert="low")
-    with pytest.raises(StditError, match="'middle' is not known"):
+    with pytest.raises(StditError, match="expert 'middle' does not exist"):
         stdit.load_transformer(tmp_path / "one", expert="middle")
     stdit.save_transformer(experts, tmp_path / "two")
     (tmp_path / "two" / "model_index.json").write_text(json.dumps({"boundary_ratio": None}))

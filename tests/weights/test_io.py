@@ -13,6 +13,7 @@ import stdit
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights import io
+from stdit.weights.sources import find
 
 
 def random_model() -> STDiT:
@@ -91,3 +92,14 @@ def test_saving_the_same_weights_gives_the_same_bytes(tmp_path):
 def test_an_unknown_layout_is_named(tmp_path):
     with pytest.raises(StditError, match="layout 'comfy' does not exist"):
         stdit.save_transformer(random_model(), tmp_path, "comfy")
+
+
+def test_what_is_read_from_a_reopened_source_is_the_file_and_not_what_became_of_it(tmp_path):
+    stdit.save_transformer(random_model(), tmp_path)
+    source = find("transformer", tmp_path)
+    first, stored = io.load(source.reopened()), io.load(source).state_dict()
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter += 1  # in a private memory map of the file
+    again = io.load(source.reopened()).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())

@@ -244,7 +244,7 @@ def test_a_wrong_filter_says_what_to_do(scored):
         ({"filter": {"motion": (2.0, 1.0)}}, r"motion \[2, 1\] lets nothing through"),
         (
             {"filter": {"motion": (1.0, None)}},
-            r"no column motion, which data\.filter needs: `stdit data scan --scores`",
+            r"no column motion, which data\.filter needs: run `stdit data scan --scores`",
         ),
         ({"repeats": False}, r"no column repeats, which data\.repeats needs: `stdit data scan --scores`"),
     ]:

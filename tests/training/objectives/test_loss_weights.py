@@ -16,6 +16,7 @@ from stdit.training.objectives.config import FlowConfig
 from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS, cosmap
 from stdit.training.objectives.protocol import StepKey
 from stdit.training.setup.build import build
+from stdit.training.setup.resolve import resolve
 
 
 def test_cosmap_is_a_density_over_levels() -> None:
@@ -26,7 +27,7 @@ def test_cosmap_is_a_density_over_levels() -> None:
 
 
 def test_a_level_weight_scales_the_error_and_not_the_sum_of_weights(tiny: Path) -> None:
-    parts = build(load_config(tiny / "flow.yaml"), World(0, 1, torch.device("cpu")))
+    parts = build(resolve(load_config(tiny / "flow.yaml")), World(0, 1, torch.device("cpu")))
     objective, items = parts.objective, parts.plan.step(0)
     examples, key = parts.loader.fetch(items, 0), StepKey(0, 0, 0, len(items))
     plain = objective.prepare(examples, items, key)

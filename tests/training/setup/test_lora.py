@@ -441,10 +441,10 @@ def test_each_expert_has_an_adapter_that_diffusers_puts_into_its_own_transformer
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.init=null"], "is about the weights of init, which is not set"),
+        (["model.init=null"], "needs the weights of init, which is not set"),
         (["text.path=null", "text.trained={}"], "model.lora trains adapters alone: set text.path"),
         (["model.lora.targets=[blocks.9.*]"], r"model\.lora\.targets: 'blocks\.9\.\*' is no linear layer"),
-        (["model.lora.rank=0"], "rank 0 must be from 1 to 65,536"),
+        (["model.lora.rank=0"], "model\\.lora\\.rank is 0; it must be at least 1"),
     ],
 )
 def test_what_cannot_be_is_named(made, overrides, message):
