@@ -345,7 +345,7 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert "no clip goes to 48x32x1\n" in told and "left out" not in told
     dry_run(resolve(load_config(tiny / "flow.yaml", ["data.shapes=[32x32x5,48x32x5,32x32x9]"])), ALONE)
     told = capsys.readouterr().out
-    assert "no clip goes to 32x32x9\n" in told and " clips left out: an image, and no shape has one frame" in told
+    assert "no clip goes to 32x32x9\n" in told and " clips left out: an image, but no shape has one frame" in told
     assert not (tmp_path / "run").exists()
 
 
