@@ -246,7 +246,7 @@ def test_a_wrong_filter_says_what_to_do(scored):
             {"filter": {"motion": (1.0, None)}},
             r"no column motion, which data\.filter needs: run `stdit data scan --scores`",
         ),
-        ({"repeats": False}, r"no column repeats, which data\.repeats needs: `stdit data scan --scores`"),
+        ({"repeats": False}, r"no column repeats, which data\.repeats needs: run `stdit data scan --scores`"),
     ]:
         with pytest.raises(StditError, match=says):
             assign(plain, replace(config, **filters))
