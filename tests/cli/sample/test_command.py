@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from stdit.cli.main import run_command
 from stdit.cli.sample.arguments import read_prompts
 from stdit.cli.sample.command import sample
-from stdit.cli.sample.files import slug
+from stdit.cli.sample.files import ClipFiles, slug
 from stdit.data.decode.video import probe, read_frames
 from stdit.data.decode.write import write_video
 from stdit.diffusion.solvers import unipc_config
@@ -305,6 +305,17 @@ def test_a_clip_of_a_batch_is_made_again_alone(folder, tmp_path, capsys):
         assert np.abs(read_image(tmp_path / out / f"{max(pictures)}.png") - third).max() <= 1
     assert run(folder, tmp_path / "one", "--prompts", file, *few, "--index", 3) == 2
     assert "has 3 prompts" in capsys.readouterr().err
+
+
+def test_the_command_of_a_clip_has_every_option_and_none_is_dropped(tmp_path):
+    options = {"guidance_interval": (0.2, 0.9), "steps": 3, "lora_partly": True, "shift": None, "video": None}
+    words = shlex.split(ClipFiles(tmp_path, "a b", 0, {**options, "loras": [["x.safetensors", 0.5]]}).command())
+    assert words == [
+        "stdit", "sample", "--prompt=a b", "--index=0", "--guidance-interval=0.2,0.9", "--steps=3", "--lora-partly",
+        "--lora=x.safetensors:0.5", f"--out={tmp_path}",
+    ]  # fmt: skip
+    with pytest.raises(AssertionError, match="--guidance-interval"):
+        ClipFiles(tmp_path, "a", 0, {"guidance_interval": {"from": 0.2}, "video": None}).command()
 
 
 def test_frames_that_are_not_finite_are_an_error_and_no_black_clip(folder, tmp_path, capsys, monkeypatch):
