@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -16,6 +16,7 @@ from stdit.shapes import LARGEST, VideoShape, frames_for
 
 Bounds = tuple[NonNegativeFloat | None, NonNegativeFloat | None]
 Multiple = Annotated[int, Field(ge=1, lt=LARGEST)]
+FILTERS = ("filter", "repeats")  # the settings of DataConfig that leave clips out; by default they leave out none
 
 
 def check_filter(bounds: Mapping[str, Bounds]) -> None:
@@ -183,10 +184,13 @@ class DataConfig:
         return max(0, len(self.stages) - 1)
 
     def fixed(self) -> DataConfig:
-        """The same, with no clip filtered out and each cut alike every time: what caches and measures are made of."""
-        return replace(
-            self, filter={}, repeats=True, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0
-        )
+        """The same without FILTERS, and with every clip cut from its first frame and centre, without the cache.
+
+        Evaluation assigns held-out clips with it, so that no filter leaves one out. `stdit data encode` takes only the
+        cuts from it (for `crops: 1`): it assigns clips with the filters on.
+        """
+        unfiltered: dict[str, Any] = {name: getattr(DataConfig(), name) for name in FILTERS}
+        return replace(self, **unfiltered, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0)
 
     def check(self) -> None:
         """Raises StditError for what no run can be trained with; also for an instance that no file gave."""

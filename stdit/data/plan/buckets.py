@@ -22,8 +22,9 @@ NO_REASON = -1
 class Reason(IntEnum):
     """Why a clip has no shape. `key` is its word in JSON, `text` its sentence.
 
-    KIND to ASPECT are conditions of a shape, checked in this order: the reason is the first that fails for the shape
-    that gets furthest. The scores and REPEAT are filters.
+    KIND, FPS, SHORT, SMALL and ASPECT are checked for each shape, in this order, up to the first that fails. Of all
+    shapes' failures, the last in this order is the clip's reason. The other reasons are filters: they hold for every
+    shape, and take precedence.
     """
 
     text: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stdit.data.config import DataConfig, ShapeRule, Stage
+from stdit.data.config import FILTERS, DataConfig, ShapeRule, Stage
 from stdit.data.decode.video import probe, read_frames
 from stdit.data.decode.write import write_video
 from stdit.data.manifest import Caption, Clip, Manifest
@@ -130,6 +132,14 @@ def test_assign_of_a_manifest_and_wrong_configs():
     ]:
         with pytest.raises(StditError, match=says):
             assign(Manifest.of([clip]), config)
+
+
+def test_fixed_resets_every_setting_by_which_assign_filters():
+    nodes = ast.walk(ast.parse(inspect.getsource(assign)))
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "config"}
+    assert read - {"check", "video_shapes"} == set(FILTERS)
+    fixed = DataConfig(shapes=SHAPES, filter={"motion": (1, None)}, repeats=False, crop="random").fixed()
+    assert fixed == DataConfig(shapes=SHAPES, start="first", crop="centre")
 
 
 def test_a_rule_is_every_area_at_every_aspect_for_every_duration():
