@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 from stdit.models.config import CHOICES, TransformerConfig
 from stdit.settings import hint_at
 from stdit.training.config import RunConfig
+from stdit.training.objectives.config import FlowConfig
+from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# All settings of a run
@@ -76,6 +78,13 @@ def meanings_of(kind: Any) -> tuple[str, dict[str, str]]:
     return " ".join(summary).strip(), meanings
 
 
+# By dataclass: the settings that are one of a few names, and what each name means.
+LISTED: dict[Any, dict[str, dict[str, str]]] = {
+    TransformerConfig: CHOICES,
+    FlowConfig: {"level_weight": {name: meanings_of(weight)[0] for name, weight in LEVEL_WEIGHTS.items()}},
+}
+
+
 def section(kind: Any, key: str, depth: int, preset: bool = False) -> Iterator[str]:
     """A heading, a table, and then the sections inside. preset: whether a preset has the defaults."""
     summary, meanings = meanings_of(kind)
@@ -93,13 +102,12 @@ def section(kind: Any, key: str, depth: int, preset: bool = False) -> Iterator[s
             )
         if field.name != "overrides":
             default = "the preset's" if preset else default_of(field)
-            meaning = meanings[field.name].replace("|", "\\|").replace("see CHOICES", "see below")
+            meaning = re.sub("see (CHOICES|LEVEL_WEIGHTS)", "see below", meanings[field.name].replace("|", "\\|"))
             rows.append(f"| `{key}.{field.name}` | {type_of(hints[field.name])} | {default} | {meaning} |")
     yield "\n".join(["| setting | type | default | meaning |", "|---|---|---|---|", *rows, ""])
-    if kind is TransformerConfig:
-        for name, choices in CHOICES.items():
-            lines = [f"- `{choice}`: {meaning}" for choice, meaning in choices.items()]
-            yield "\n".join([f"`{key}.{name}` is one of:\n", *lines, ""])
+    for name, choices in LISTED.get(kind, {}).items():
+        lines = [f"- `{choice}`: {meaning}" for choice, meaning in choices.items()]
+        yield "\n".join([f"`{key}.{name}` is one of:\n", *lines, ""])
     for hint, name, of_preset in inside:
         yield from section(hint, name, min(depth + 1, 4), of_preset)
 

@@ -15,8 +15,8 @@ def needs_unconditional(scale: float) -> bool:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, beyond: bool = False) -> Tensor:
-    """uncond + scale · (cond − uncond); scale 1 is the conditional prediction.
+    """uncond + scale · (cond − uncond): scale 1 is the conditional prediction.
 
-    beyond: cond + scale · (cond − uncond), as Cosmos' pipelines count.
+    beyond: cond + scale · (cond − uncond), as Cosmos' pipelines count: there scale 0 is the conditional prediction.
     """
     return (conditional if beyond else unconditional) + scale * (conditional - unconditional)

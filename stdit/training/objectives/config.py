@@ -23,7 +23,7 @@ class FlowConfig:
     caption_dropout: the share of clips trained with an empty caption, for guidance.
     tasks: the tasks to draw from, with their weights. Unset: text_to_video; for weights that take an image in every
         call image_to_video, or first_last_to_video (Wan FLF2V).
-    level_weight: how much noise levels count in the loss: uniform or cosmap, see objectives/loss_weights.py.
+    level_weight: how much noise levels count in the loss, see LEVEL_WEIGHTS.
     """
 
     noise_levels: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)

@@ -30,5 +30,6 @@ def cosmap(t: Tensor) -> Tensor:
 
 
 # By name, for `objective.flow.level_weight`: noise levels t in [0, 1] to the factors of a clip's error, of equal shape.
-# These are not part of the sum that the loss is divided by.
+# t is the path's own level (stdit/diffusion/paths.py). A weight that needs the signal-to-noise ratio must get the path
+# too, in FlowObjective._add_noise. These factors are not part of the sum that the loss is divided by.
 LEVEL_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "cosmap": cosmap}
