@@ -248,8 +248,8 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = N
     if not parts and problems:
         raise problems[0]
     if not parts:
-        known = " nor a ".join(title for kind in KINDS for title in titles(kind))
-        raise StditError(f"{path}: holds neither a {known}.")
+        known = ", ".join(title for kind in KINDS for title in titles(kind))
+        raise StditError(f"{path}: holds no model of a known family: {known}.")
     for problem in problems:
         typer.echo(f"left out: {problem}", err=True)
     return {

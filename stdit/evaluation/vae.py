@@ -275,7 +275,7 @@ def normalised_folder(model: str | Path) -> Path:
     folder = part_folder(model, "vae")
     vae = vae_on_meta(folder)
     if not isinstance(vae, CausalVAE):
-        raise StditError(f"{folder}: diffusers defines the normalisation of a {vae.config.name}; it cannot be changed.")
+        raise StditError(f"{folder}: diffusers defines the normalisation of {vae.config.name}; it cannot be changed.")
     if find("vae", folder).config_path is None:
         raise StditError(
             f"{folder}: an original release has no place for its normalisation. Make a diffusers folder of it with "

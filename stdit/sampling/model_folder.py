@@ -112,9 +112,9 @@ def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.devi
     kind = known.get(name)
     if kind is None:
         runs = [name for name, kind in known.items() if not kind.refused]
-        raise StditError(f"{path}: a {name} is not supported.{nearest_name(name, runs)} Supported: {', '.join(runs)}.")
+        raise StditError(f"{path}: {name} is not supported.{nearest_name(name, runs)} Supported: {', '.join(runs)}.")
     if kind.refused:
-        raise StditError(f"{path}: a {name} is not supported: {kind.refused}.")
+        raise StditError(f"{path}: {name} is not supported: {kind.refused}.")
     base.check(folder)
     transformer = load_transformer(base.transformer, dtype=dtype, device=device).eval()
     if base.pipeline:

@@ -138,7 +138,7 @@ def save_vae(
 
     if isinstance(vae, DiffusersVAE):
         if layout != "diffusers":
-            raise StditError(f"layout {layout!r}: a {vae.config.name} can only be written in layout 'diffusers'.")
+            raise StditError(f"layout {layout!r}: {vae.config.name} can only be written in layout 'diffusers'.")
         vae.module.save_pretrained(folder)
     else:
         _save("vae", vae, Path(folder), layout, shard_bytes)

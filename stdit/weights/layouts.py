@@ -49,7 +49,7 @@ def check_layout(config: Any, layout: str) -> None:
     shapes = keymap.table({name: shape for name, shape in native.items() if name not in unplaced}).foreign_shapes
     _compare(family, config, layout, json.loads(json.dumps(describe(config, layout))), shapes)
     if unplaced:
-        raise StditError(f"layout {layout!r} of a {family.title} has no place for the tensor {unplaced[0]}.")
+        raise StditError(f"layout {layout!r} has no place for this {family.title}'s tensor {unplaced[0]}.")
     if layout == "comfyui":  # reads the file's metadata, no config.json
         carried = family.metadata(config).get("config", "{}")
         _compare(family, config, layout, json.loads(carried).get("transformer", {}), shapes)
@@ -68,6 +68,6 @@ def _compare(family: Family, config: Any, layout: str, found: Mapping[str, Any],
 def _refuse(family: str, layout: str, name: str, value: Any, other: Any) -> None:
     advice = "Write layout 'diffusers'." if layout != "diffusers" else f"Leave {name} as it is."
     raise StditError(
-        f"layout {layout!r} cannot hold {name}={value}: a {family} there has {name}={other}, so that what is written "
+        f"layout {layout!r} cannot hold {name}={value}: it gives this {family} {name}={other}, so that what is written "
         f"would be another network. {advice}"
     )

@@ -124,8 +124,8 @@ def _source(
     others = [other.title for other in families(kind) if not dialect and other.dialect_of(files.shapes)]
     if found and others:
         raise StditError(
-            f"{files.path}: these tensors are of a {others[0]}, {config_path or 'the config in its metadata'} "
-            f"is of a {family.title}. Put the config.json of the weights beside them."
+            f"{files.path}: these tensors are for the {others[0]}, {config_path or 'the config in its metadata'} "
+            f"is for the {family.title}. Put the config.json of the weights beside them."
         )
     config = None
     if found or dialect:
@@ -134,8 +134,8 @@ def _source(
     if config is not None and heads is not None and config.heads != heads:
         raise StditError(f"{config_path or files.path}: says {config.heads} heads, not {heads}.")
     if config is None or not dialect:
-        known = ", nor a ".join(titles(kind))
-        raise StditError(f"{files.path}: not a {known}: its tensors are named {_some(files.entries)}.")
+        known = ", ".join(titles(kind))
+        raise StditError(f"{files.path}: of no known family ({known}): its tensors are named {_some(files.entries)}.")
     table = family.keymap(config, dialect).table(shapes_of(on_meta(config)))
     if strict:
         where = f"the config {config_path} is of other weights" if config_path else "these are other weights"

@@ -384,5 +384,5 @@ def test_a_folder_samples_what_diffusers_samples_and_goes_back(name, tmp_path, m
 @pytest.mark.parametrize("name", [name for name, kind in pipelines().items() if kind.refused])
 def test_what_is_not_built_is_refused_by_name(name, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(StditError, match=f"a {name} is not supported: "):
+    with pytest.raises(StditError, match=f"{name} is not supported: "):
         Pipeline.load(tmp_path)

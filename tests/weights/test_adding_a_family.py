@@ -20,6 +20,7 @@ from stdit.models.config import TransformerConfig
 from stdit.models.transformer import STDiT
 from stdit.text.places import Treatment
 from stdit.weights import families
+from stdit.weights.families.configs import Fields
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-family.md"
 SIZES = {"width": 24, "heads": 2, "depth": 2, "mlp": 32, "text_width": 8}
@@ -50,9 +51,9 @@ def tern(monkeypatch) -> Iterator[ModuleType]:
     module = ModuleType("stdit.weights.families.tern")
     exec(compile(file, "tern.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    names = re.findall(r'"(\w+)"', line.split("[")[1])
-    assert names == [*families.FAMILIES["transformer"], "tern"]
-    monkeypatch.setitem(families.FAMILIES, "transformer", names)
+    assert line.strip().endswith('"tern"],')
+    others = [name for name in families.FAMILIES["transformer"] if name != "tern"]
+    monkeypatch.setitem(families.FAMILIES, "transformer", [*others, "tern"])
     yield module
 
 
@@ -116,3 +117,14 @@ def test_what_does_not_fit_is_named(tern, release):
     (release / "config.json").write_text(json.dumps({"_class_name": "TernModel", **SIZES, "act": "relu"}))
     with pytest.raises(StditError, match="act is 'relu'; stdit runs such models with 'gelu' only"):
         stdit.load_transformer(release)
+    (release / "config.json").unlink()
+    with pytest.raises(StditError, match=r"are of 2 blocks; .* 24 are expected\. Put the config\.json of"):
+        stdit.load_transformer(release)
+
+
+def test_a_setting_of_0_is_read_and_a_size_of_0_is_refused():
+    fields = Fields("TernModel", {"context_padding": "text_padding"}, {"context_padding": 512, "stride": 2})
+    assert fields.read({"context_padding": 0}, (), "config.json")[0] == {"text_padding": 0}
+    for wrong in ({"context_padding": -1}, {"stride": 0}):
+        with pytest.raises(StditError, match=f"{next(iter(wrong))} is "):
+            fields.read(wrong, (), "config.json")

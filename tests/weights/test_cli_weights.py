@@ -169,7 +169,7 @@ def test_mistakes_are_messages(folder, tmp_path, capsys):
         (("convert", folder, tmp_path / "x", "--layout", "comfy"), "layout 'comfy' does not exist"),
         (("convert", folder, tmp_path / "x", "--dtype", "int4"), "dtype 'int4' does not exist"),
         (("convert", folder / "vae", folder / "vae", "--layout", "original"), "Write to another folder"),
-        (("inspect", tmp_path / "other.safetensors"), "holds neither a Wan transformer nor a"),
+        (("inspect", tmp_path / "other.safetensors"), "holds no model of a known family: Wan transformer, "),
         (("inspect", tmp_path / "old.pth"), "is a pickle"),
     ]
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")

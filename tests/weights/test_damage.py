@@ -139,7 +139,7 @@ def test_another_familys_tensors_under_this_config(broken):
     shapes = dict(dim=48, heads=2, layers=2, ffn_dim=192, in_channels=4, out_channels=4, text_dim=8)
     stdit.save_transformer(STDiT(TransformerConfig(**shapes, **{**ltx.SETTINGS, "patch": (1, 1, 1)})), place)
     (place / "config.json").write_text(json.dumps(config))
-    refused(place, "these tensors are of a LTX-Video transformer", " is of a ", "Put the config.json of")
+    refused(place, "these tensors are for the LTX-Video transformer", " is for the ", "Put the config.json of")
 
 
 def test_these_tensors_under_another_familys_config(broken):
@@ -147,7 +147,7 @@ def test_these_tensors_under_another_familys_config(broken):
     shapes = dict(dim=48, heads=2, layers=2, ffn_dim=192, in_channels=4, out_channels=4, text_dim=8)
     config = TransformerConfig(**shapes, **{**ltx.SETTINGS, "patch": (1, 1, 1)})
     (place / "config.json").write_text(json.dumps(ltx.config_to_diffusers(config)))
-    refused(place, "these tensors are of a", "config.json is of a LTX-Video transformer", "Put the config.json of")
+    refused(place, "these tensors are for", "config.json is for the LTX-Video transformer", "Put the config.json of")
 
 
 @pytest.mark.parametrize("left", [0.999, 0.4])

@@ -109,7 +109,7 @@ def test_training_starts_there(folder):
     assert build_on_meta(resolve(from_dict(config | {"objective": {"kind": "vae"}}, "test"))).vae.config == vae.config
     plain = resolve(from_dict({"vae": {"path": str(folder)}, "objective": {"kind": "vae"}}, "test"))
     for made in (lambda: build_on_meta(plain), lambda: make_objective(plain, None, World(0, 1, torch.device("cpu")))):
-        with pytest.raises(StditError, match=r"a AutoencoderKL cannot be trained here.*vae\.inflate=true"):
+        with pytest.raises(StditError, match=r"AutoencoderKL cannot be trained here.*vae\.inflate=true"):
             made()
     with pytest.raises(StditError, match=r"objective\.kind=vae"):
         make_vae(resolve(from_dict(config, "test")))

@@ -60,8 +60,7 @@ def base_of(name: str) -> TransformerConfig:
     return module.config_from(found, {})
 
 
-TRANSFORMERS = ("wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3")
-NAMES = ("Wan", "Wan I2V", "LTX-Video", "PixArt", "Latte", "Allegro", "Cosmos-Predict", "STDiT3")
+NAMES = (*FAMILIES, "STDiT3")
 TRIED = 1  # other values of a setting: one, for time; any number holds
 FIELDS = [field.name for field in dataclasses.fields(TransformerConfig)]
 
@@ -71,7 +70,7 @@ def others(name: str, value: Any) -> Iterator[Any]:
     if name in CHOICES:
         yield from (choice for choice in CHOICES[name] if choice != value)
     elif name == "family":
-        yield from (module for module in TRANSFORMERS if module != value)
+        yield from (family.name for family in families("transformer") if family.name != value)
     elif isinstance(value, bool):
         yield not value
     elif isinstance(value, int):

@@ -66,7 +66,7 @@ class NoMemoryBudget:
     def memory(self, wanted: int | None) -> None:
         if wanted is not None:
             raise StditError(
-                f"memory {wanted}: a {self.config.name} keeps to no budget; VAEs in Wan's layout do. Leave it out."
+                f"memory {wanted}: {self.config.name} keeps to no budget; VAEs in Wan's layout do. Leave it out."
             )
 
 
@@ -193,7 +193,7 @@ def diffusers_class(name: str, traits: VaeTraits, place: object) -> Any:
         import diffusers
     except ImportError:
         raise StditError(
-            f"{place}: a {name} ({traits.used_by}) needs diffusers, which is not installed: pip install 'stdit[vaes]'."
+            f"{place}: {name} ({traits.used_by}) needs diffusers, which is not installed: pip install 'stdit[vaes]'."
         ) from None
     return getattr(diffusers, name)
 
@@ -205,7 +205,7 @@ def _reading(source: VaeFolder) -> Iterator[Any]:
     try:
         yield found
     except Exception as error:
-        raise StditError(f"{source.folder}: diffusers cannot read a {source.name} there: {error}") from error
+        raise StditError(f"{source.folder}: diffusers cannot read {source.name} there: {error}") from error
 
 
 def diffusers_vae_on_meta(source: VaeFolder) -> DiffusersVAE:

@@ -36,7 +36,7 @@ def select_trainable_part(vae: CausalVAE, part: Part) -> None:
     """
     if not isinstance(vae, CausalVAE):
         raise StditError(
-            f"vae.path: a {vae.config.name} cannot be trained here. VAEs in Wan's layout can, and Stable Diffusion's "
+            f"vae.path: {vae.config.name} cannot be trained here. VAEs in Wan's layout can, and Stable Diffusion's "
             "image VAE with vae.inflate=true."
         )
     vae.requires_grad_(part == "all")

@@ -115,7 +115,7 @@ def table_of(config: Any, dialect: str) -> Table:
 
 
 def on_meta(config: Any) -> nn.Module:
-    """The model without memory. Nothing is drawn: on the meta device that takes longer than reading the weights."""
+    """Builds the model on the meta device, without initialising weights: that would take longer than reading them."""
     import torch
     from torch.overrides import TorchFunctionMode
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stdit.errors import StditError, nearest_name
@@ -79,7 +80,7 @@ class Fields:
                 runs = " or ".join(map(repr, allowed))
                 raise StditError(f"{place}: {name} is {theirs[name]!r}; stdit runs such models with {runs} only.")
         for name, value in theirs.items():
-            if not _of_type(value, self.defaults[name]):
+            if not _of_type(value, self.defaults[name], least=0 if name in self.names else 1):
                 raise StditError(f"{place}: {name} is {value!r}, not of the kind of {self.defaults[name]!r}.")
         values = {ours: theirs[name] for name, ours in self.names.items()}
         return values | {name: value for name, value in found.get("_stdit", {}).items() if name != "format"}, theirs
@@ -109,7 +110,9 @@ def described(found: Mapping[str, Any], kept: Collection[str], place: object) ->
     return {name: value for name, value in found.get("_stdit", {}).items() if name != "format"}
 
 
-def _of_type(value: Any, like: Any) -> bool:
+def _of_type(value: Any, like: Any, least: int = 1) -> bool:
+    """Whether a value is of the type of `like`, and finite. least: for an integer. It is 1 for those that a family
+    calculates with, and 0 for those that become a setting as they are: TransformerConfig checks their ranges."""
     if like is None or value is None:
         return value is None or type(value) in (int, float, bool)
     if isinstance(like, float):
@@ -117,7 +120,7 @@ def _of_type(value: Any, like: Any) -> bool:
     if isinstance(like, tuple | list):
         return isinstance(value, tuple | list) and len(value) == len(like) and all(map(_of_type, value, like))
     if type(like) is int:
-        return type(value) is int and 0 < value < 2**31
+        return type(value) is int and least <= value < 2**31
     return type(value) is type(like)
 
 
@@ -197,7 +200,7 @@ def checked_heads(
     heads = released.get(dim) if heads is None else heads
     if heads is None:
         raise StditError(
-            f"{place}: no config.json, and the tensors do not tell the number of heads of a {what} {dim} wide. Put the "
+            f"{place}: no config.json, and the tensors do not tell the number of heads ({what}, {dim} wide). Put the "
             "weights' config.json beside the file, or give the number: load_transformer(heads=N), or "
             "`stdit weights convert FILE OUT --heads N`, which makes a folder for all commands."
         )
@@ -214,9 +217,14 @@ def checked_transformer(
         config = TransformerConfig(**values)
     except (StditError, TypeError, ValueError) as error:
         raise StditError(f"{place}: {error}") from None
-    if shapes and count(shapes, blocks) != config.layers:
+    if shapes and (found := count(shapes, blocks)) != config.layers:
+        if isinstance(place, Path) and place.name != "config.json":  # weights without a config.json
+            raise StditError(
+                f"{place}: the tensors are of {found} blocks; without their config.json, {config.layers} are expected. "
+                "Put the config.json of the weights beside them."
+            )
         raise StditError(
-            f"{place}: the config says {config.layers} blocks, the tensors are of {count(shapes, blocks)}. "
+            f"{place}: the config says {config.layers} blocks, the tensors are of {found}. "
             "Does this config.json belong to these weights?"
         )
     return config
@@ -230,7 +238,7 @@ def count(shapes: Mapping[str, Shape], blocks: str) -> int:
 def needed(shapes: Mapping[str, Shape], name: str, rank: int, place: object, what: str) -> Shape:
     """The shape of a tensor that is needed to derive the config. Raises StditError if it is absent."""
     if len(shapes.get(name, ())) != rank:
-        raise StditError(f"{place}: not a {what}: no config.json, and no {name} of rank {rank} to tell the size by.")
+        raise StditError(f"{place}: no config.json, and no {name} of rank {rank} to tell the size by ({what}).")
     return shapes[name]
 
 

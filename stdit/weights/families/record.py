@@ -78,14 +78,15 @@ class Family:
     library: the library that model_index.json names for its class; "stdit" for `own_classes`, which no other has.
     settings: fields of TransformerConfig that all its models share.
 
-    Its files. A dialect is a set of names of tensors: "original" (the release's) or "diffusers".
+    Its files. The same tensors have other names in the release's own files (dialect "original") and in diffusers'
+    (dialect "diffusers").
     config_from(found, shapes, place, heads): our config of a config.json in any dialect; of the tensors' shapes alone
         if `found` is {}. heads: their number, if the user gave it. Raises StditError that names `place`.
     config_to_diffusers, config_to_original: a config.json of our config.
-    dialect_of: the dialect of tensors' names; "" if they are another family's.
+    dialect_of: which of the two the tensors' names belong to; "" if they are another family's.
     keymap: the key map between our names and a dialect's.
-    built_in: for a layout, the values of settings that its program has built in, so that config.json cannot change
-        them; None if ComfyUI has no such model.
+    built_in: the settings that the program which reads a layout fixes in its code, with the values that it can run;
+        check_layout refuses any other value. None if ComfyUI has no such model.
     fits: whether tensors without a config.json are this family's, if another family has the same names.
     not_written: settings that may differ when read back, because they change no output.
     metadata: what the original's program looks for in a file's own metadata.

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_named(tmp_path, vaes):
         vaes[0].encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
     with pytest.raises(StditError, match=r"decodes \(B, 4"):
         vaes[0].decode(torch.zeros(1, 3, 1, 2, 2))
-    with pytest.raises(StditError, match="memory 1000: a VideoAutoencoderPipeline keeps to no budget"):
+    with pytest.raises(StditError, match="memory 1000: VideoAutoencoderPipeline keeps to no budget"):
         vaes[0].memory = 1000  # else it would be passed over in silence
     place = vae_folder(tmp_path / "vae", 1)
     tensors = load_file(place / "model.safetensors")
