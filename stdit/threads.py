@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-SHORT_SPIN = {"GOMP_SPINCOUNT": "4000"}  # of libgomp, as in torch's wheels for Linux; other OpenMP runtimes ignore it
+SHORT_SPIN = {"GOMP_SPINCOUNT": "3000"}  # of libgomp, as in torch's wheels for Linux; other OpenMP runtimes ignore it
 VARIABLES = ("OMP_WAIT_POLICY", *SHORT_SPIN)
 
 
