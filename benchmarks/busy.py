@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from stdit.threads import SHORT_SPIN, VARIABLES
+from stdit.machine import SHORT_SPIN, VARIABLES
 
 BUSY_GOAL = 2.6  # a step beside one busy process, over a quiet one
 QUIET_GOAL = 1.05  # a quiet step with the commands' settings, over one without

@@ -18,7 +18,7 @@ from stdit.cli.common.lazy import as_command, lazy_group
 from stdit.errors import Interrupted, StditError
 from stdit.files import disk_trouble
 from stdit.heartbeat import HEARTBEAT
-from stdit.threads import shorten_spin
+from stdit.machine import shorten_spin
 
 COMMANDS = {
     "data": ("stdit.cli.data.group", "Scan, plan and encode clips; render the embedded toy clips."),

@@ -17,7 +17,7 @@ from stdit.diffusion.noise_levels import shift_by_tokens
 from stdit.diffusion.solvers import Solver, make_solver, named_config, static_shift
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
-from stdit.memory import require_memory
+from stdit.machine import require_memory
 from stdit.models.experts import Experts
 from stdit.models.packing import pack_texts
 from stdit.models.transformer import STDiT

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import stdit
 from stdit.data.remote.storage import STORAGE
-from stdit.threads import spin_settings
+from stdit.machine import spin_settings
 from stdit.training.batches import StepClips
 from stdit.training.config import RunConfig
 from stdit.training.engine.parallel import World

@@ -11,7 +11,7 @@ import torch
 
 from stdit.data.manifest import Manifest
 from stdit.errors import StditError, error_context
-from stdit.memory import require_memory
+from stdit.machine import require_memory
 from stdit.models.attention import choose_backend
 from stdit.models.transformer import STDiT, TransformerConfig, count_parameters, inflate
 from stdit.text.encoders import TextEncoder

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stdit.threads import SHORT_SPIN, VARIABLES, shorten_spin, spin_settings
+from stdit.machine import SHORT_SPIN, VARIABLES, shorten_spin, spin_settings
 
 
 @pytest.fixture(autouse=True)
