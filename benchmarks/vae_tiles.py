@@ -19,8 +19,7 @@ from torch import Tensor
 from stdit.data.decode.video import read_frames
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
-from stdit.vae import streaming
-from stdit.vae.tiles import SMALLEST_TILE, spans
+from stdit.vae import tiles
 from stdit.weights.io import load_vae
 
 
@@ -37,7 +36,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     frames = read_frames(str(args.clip), shape.frames, (shape.width, shape.height), args.fps)
     video = to_video(torch.from_numpy(frames))[None]
     latent = shape.latent(vae.config.stride)
-    side = SMALLEST_TILE
+    side = tiles.SMALLEST_TILE
     result: dict[str, object] = {
         "clip": args.clip.name,
         "shape": str(shape),
@@ -46,23 +45,22 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     latents = vae.encode(video)
     for name, run, given in (("encoder", vae.encode, video), ("decoder", vae.decode, latents)):
         sizes = (vae.config, name, 1)
-        whole_bytes = streaming.working_bytes(*sizes, 1, latent.height, latent.width, 4)
-        memory = streaming.working_bytes(*sizes, 1, side, side, 4)
-        memory += streaming.coarse_bytes(vae.config, name, 1, latent.frames, latent.height, latent.width, 4)
-        cut = streaming.slices(vae.config, name, (1, latent.frames, latent.height, latent.width), 4, memory)
+        whole_bytes = tiles.working_bytes(*sizes, 1, latent.height, latent.width, 4)
+        memory = tiles.working_bytes(*sizes, 1, side, side, 4)
+        memory += tiles.coarse_bytes(vae.config, name, 1, latent.frames, latent.height, latent.width, 4)
+        cut = tiles.slices(vae.config, name, (1, latent.frames, latent.height, latent.width), 4, memory)
         whole, seconds = timed(lambda run=run, given=given: run(given))
         tiled, tiled_seconds = timed(lambda run=run, given=given, memory=memory: run(given, memory=memory))
         found = {
             "tile": f"{cut.columns}x{cut.rows}",
             "relative_difference": float((tiled - whole).norm() / whole.norm()),
             "time_over_whole": tiled_seconds / seconds,
-            "memory_over_whole": memory / whole_bytes,  # by the estimates of `streaming`
+            "memory_over_whole": memory / whole_bytes,  # by the estimates of `tiles`
         }
         if name == "decoder":
             found["psnr_to_whole"] = 10 * math.log10(4 / float((tiled - whole).double().square().mean()))
             shared = torch.zeros(shape.width, dtype=torch.bool)
-            tiles = spans(latent.width, cut.columns)
-            for (_, end), (start, _) in itertools.pairwise(tiles):
+            for (_, end), (start, _) in itertools.pairwise(tiles.spans(latent.width, cut.columns)):
                 shared[start * vae.config.stride[2] : end * vae.config.stride[2]] = True
             for what, decoded in (("tiled", tiled), ("whole", whole)):
                 error = (decoded - video).abs().mean((0, 1, 2, 3))

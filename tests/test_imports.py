@@ -34,8 +34,8 @@ ROOMS = {
         {"load"},
     ],
     "models": [
-        {"config", "positions"}, {"packing", "varlen"}, {"attention", "fused"}, {"layers"}, {"blocks"}, {"variants"},
-        {"transformer"}, {"experts"},
+        {"config", "positions", "operators"}, {"packing", "varlen"}, {"attention", "fused"}, {"layers"}, {"blocks"},
+        {"variants"}, {"transformer"}, {"experts"},
     ],
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},
@@ -47,7 +47,7 @@ ROOMS = {
         {"expert_folders", "schedulers", "layouts", "quantised", "refused"}, {"sources"}, {"io", "image_vae", "lora"},
     ],
     "vae": [
-        {"config", "clips", "causal_cache", "tiles"}, {"cpu"}, {"layers"}, {"streaming"}, {"autoencoder"},
+        {"config", "clips", "tiles"}, {"streaming"}, {"cpu"}, {"layers"}, {"networks"}, {"autoencoder"},
         {"families", "training"},
     ],
     "cli": [{"common"}, {"data", "eval", "sample", "train", "weights"}, {"main"}],

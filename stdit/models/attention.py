@@ -12,8 +12,8 @@ compiled around it has no guard on them. It chooses a kernel:
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,18 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stdit.errors import StditError
+from stdit.models.operators import operator
 from stdit.models.packing import Segments
 from stdit.models.positions import wide_dtype
-from stdit.models.varlen import (
-    Call,
-    Grads,
-    add_extra_key_grads,
-    flash_backward,
-    flash_forward,
-    merge_extra_keys,
-    varlen_backward,
-    varlen_forward,
-)
+from stdit.models.varlen import BACKWARD, FORWARD, Call, Grads, add_extra_key_grads, merge_extra_keys
 
 BACKENDS = ("varlen", "flash", "dense", "naive")  # "auto" takes the first that can run
 SCORES_AT_ONCE = 1 << 27  # elements; bounds the memory of attention as matrix products
@@ -63,7 +55,7 @@ def segment_attention(
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise StditError(f"q, k and v differ: {[(t.dtype, str(t.device)) for t in (q, k, v)]}.")
     only_shapes = torch.compiler.is_compiling() or q.device.type == "meta"
-    run = _attention if only_shapes else _Attention.apply
+    run = _attention if only_shapes else _eager_attention
     ends = (q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host)
     out, _ = run(q, k, v, multiplicity, *ends, backend)
     return out
@@ -72,16 +64,15 @@ def segment_attention(
 @lru_cache(maxsize=256)
 def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """Returns the backend to use: for "auto" the first that can run. Raises StditError if the one named cannot."""
+    able = [name for name in BACKENDS if not refusal(name, device, dtype, head_dim)]
     if backend == "auto":
-        return next(name for name in BACKENDS if not refusal(name, device, dtype, head_dim))
+        return able[0]
     if backend not in BACKENDS:
         raise StditError(f"attention backend {backend!r} does not exist. Known: auto, {', '.join(BACKENDS)}.")
-    why = refusal(backend, device, dtype, head_dim)
-    if why:
-        able = [name for name in BACKENDS if not refusal(name, device, dtype, head_dim)]
+    if backend not in able:
         raise StditError(
-            f"attention backend {backend!r} {why}; asked for {dtype}, head_dim {head_dim} on {device}. "
-            f"Use one of: {', '.join(able)}."
+            f"attention backend {backend!r} {refusal(backend, device, dtype, head_dim)}; asked for {dtype}, "
+            f"head_dim {head_dim} on {device}. Use one of: {', '.join(able)}."
         )
     return backend
 
@@ -101,92 +92,46 @@ def refusal(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str
     return "takes head_dim up to 256, a multiple of 8" if head_dim % 8 or head_dim > 256 else ""
 
 
-# The operator is opaque to compiled code. Eager code calls the same functions as a plain autograd function, for speed.
-# torch derives an operator's schema from its signature, so it takes the fields of `Call` one by one.
-
-
-def _attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    multiplicity: Tensor | None,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    q_host: Tensor,
-    k_host: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Returns the output (N, H, d) and the log-sum-exp of each query's scores (N, H), fp32 or fp64."""
-    call = Call(q, k, v, multiplicity, q_offsets, k_offsets, q_host, k_host)
-    backend = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
-    _check_segments(call)
-    if backend in ("dense", "naive"):
-        return _dense_forward(call, naive=backend == "naive")
-    kernel = varlen_forward if backend == "varlen" else flash_forward
-    return merge_extra_keys(call, *kernel(call))
-
-
-_attention = torch.library.custom_op("stdit::segment_attention", _attention_forward, mutates_args=())
-
-
-@_attention.register_fake
-def _(q, *_):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q))
-
-
-def _attention_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    multiplicity: Tensor | None,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    q_host: Tensor,
-    k_host: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(q, k, v, multiplicity, q_offsets, k_offsets, q_host, k_host)
-    backend = choose_backend(backend, q.device.type, q.dtype, q.shape[-1])
-    grad = grad.contiguous()
-    if backend in ("dense", "naive"):
-        return _dense_backward(call, grad, out, lse, naive=backend == "naive")
-    kernel = varlen_backward if backend == "varlen" else flash_backward
-    return add_extra_key_grads(call, kernel(call, grad, out, lse), grad, out, lse)
-
-
-_attention_backward_op = torch.library.custom_op(
-    "stdit::segment_attention_backward", _attention_backward, mutates_args=()
+CALL = (  # the fields of `Call`
+    "Tensor q, Tensor k, Tensor v, Tensor? multiplicity, Tensor q_offsets, Tensor k_offsets, Tensor q_host, "
+    "Tensor k_host, str backend"
 )
 
 
-@_attention_backward_op.register_fake
-def _(grad, out, lse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Returns the output (N, H, d) and the log-sum-exp of each query's scores (N, H), fp32 or fp64."""
+    call, backend = _chosen(arguments)
+    _check_segments(call)
+    if backend in FORWARD:
+        return merge_extra_keys(call, *FORWARD[backend](call))
+    return _dense_forward(call, naive=backend == "naive")
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *call, ctx.backend = inputs
-    ctx.save_for_backward(*output, *call)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Grads:
+    call, backend = _chosen(arguments)
+    if backend in BACKWARD:
+        return add_extra_key_grads(call, BACKWARD[backend](call, grad, out, lse), grad, out, lse)
+    return _dense_backward(call, grad, out, lse, naive=backend == "naive")
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any, run: Callable = _attention_backward_op) -> tuple:
-    if grad is None:
-        return (None,) * 9
-    return (*run(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 6)
+def _chosen(arguments: tuple[Any, ...]) -> tuple[Call, str]:
+    call = Call(*arguments)
+    return call, choose_backend(call.backend, call.q.device.type, call.q.dtype, call.q.shape[-1])
 
 
-_attention.register_autograd(_backward, setup_context=_save)
-
-
-class _Attention(torch.autograd.Function):
-    forward = staticmethod(_attention_forward)
-    setup_context = staticmethod(_save)
-    backward = staticmethod(partial(_backward, run=_attention_backward))
+_attention, _eager_attention = operator(
+    "segment_attention",
+    schemas=(
+        f"({CALL}) -> (Tensor, Tensor)",
+        f"(Tensor grad, Tensor out, Tensor lse, {CALL}) -> (Tensor, Tensor, Tensor)",
+    ),
+    functions=(_forward, _backward),
+    fakes=(
+        lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q))),
+        lambda grad, out, lse, *call: tuple(x.new_empty(x.shape) for x in call[:3]),
+    ),
+    saved=lambda inputs, output: ([*output, *inputs[:-1]], [inputs[-1]]),
+)
 
 
 def _check_segments(call: Call) -> None:

@@ -24,8 +24,7 @@ class BlockInputs:
     cos, sin: (N, 1 or H, D_head/2) rotary turns of q and k, None for no turn.
     segments: the tokens that attend to each other; Wan's are the clips.
     clips: the tokens that attend to each text.
-    text_segments: the text tokens of each clip.
-    multiplicity: (M,) on the CPU, how many equal padding positions each text token stands for, or None.
+    text: the text tokens of each clip, before they are embedded; only its segments and multiplicity are read.
 
     Only other families, and Wan's image-to-video weights, set the rest:
     image: embedded image tokens (I, D), which cross-attention sees besides the text.
@@ -41,8 +40,7 @@ class BlockInputs:
     sin: Tensor | None
     segments: Segments
     clips: Segments
-    text_segments: Segments
-    multiplicity: Tensor | None
+    text: TextPack
     image: TextPack | None = None
     added: Tensor | None = None
     order: Tensor | None = None
@@ -68,7 +66,7 @@ class Attention(nn.Module):
 def qk_norm(config: TransformerConfig, kind: str) -> nn.Module:
     """The norm of q or k, with the rotary turn. kind: across_heads, per_head or none."""
     if kind == "none":
-        return Rotary(config.heads)
+        return Rotary()
     eps = config.eps if config.qk_eps is None else config.qk_eps
     return RMSNorm(config.dim if kind == "across_heads" else config.head_dim, eps)
 
@@ -107,8 +105,8 @@ class CrossAttention(Attention):
         """x: (N, D). y: (M, D_context). Returns (N, D)."""
         q = self.split_heads(self.norm_q(self.q(x)))  # (N, H, D_head)
         k, v = self.split_heads(self.norm_k(self.k(y))), self.split_heads(self.v(y))  # (M, H, D_head) each
-        clips, multiplicity = inputs.clips, inputs.multiplicity
-        out = segment_attention(q, k, v, clips, inputs.text_segments, multiplicity, self.backend)
+        clips, text = inputs.clips, inputs.text
+        out = segment_attention(q, k, v, clips, text.segments, text.multiplicity, self.backend)
         if inputs.image is not None:
             tokens = inputs.image.tokens
             k, v = self.split_heads(self.norm_k_img(self.k_img(tokens))), self.split_heads(self.v_img(tokens))

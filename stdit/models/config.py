@@ -6,7 +6,7 @@ docs/open-weights.md says which family of open weights uses which choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
@@ -85,11 +85,6 @@ Channels = Annotated[int, Field(ge=1, le=65_536)]
 Scale = Annotated[float, Field(ge=1e-9, le=LARGEST)]
 Epsilon = Annotated[float, Field(gt=0, le=LARGEST)]
 TUPLES = ("patch", "rope_scale", "rope_stride", "position_max", "compressed")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise StditError(f"transformer {message}.")
 
 
 @dataclass(frozen=True)
@@ -198,55 +193,47 @@ class TransformerConfig:
             if (value := getattr(self, name)) not in known:
                 nearest = nearest_name(value, known)
                 raise StditError(f"transformer {name} is {value!r}.{nearest} Known: {', '.join(known)}.")
-        self._check_combinations()
+        for conflict in self._conflicts():
+            raise StditError(f"transformer {conflict}.")
 
-    def _check_combinations(self) -> None:
-        d, f, attention = self.dim, self.frequency_dim, self.attention
-        _require(d % self.heads == 0, f"dim {d} is not divisible by heads {self.heads}")
-        _require(self.head_dim % 2 == 0, f"dim {d} / heads {self.heads} is not even; rotary pairs need that")
-        _require(f % 2 == 0, f"frequency_dim {f} is not even; it counts cosines and sines")
-        _require(
-            self.image_channels < self.in_channels,
-            f"image_channels {self.image_channels} of in_channels {self.in_channels} must leave some for the latents",
-        )
-        _require(
-            (self.text_embedding == "gelu") == (self.text_width > 0),
-            f"text_width {self.text_width} goes with text_embedding 'gelu', and only with it",
-        )
-        low_rank = self.modulation == "low_rank"
-        _require(
-            low_rank == (self.cross_norm == "modulated"),
-            "cross_norm 'modulated' goes with modulation 'low_rank', and only with it",
-        )
-        _require(
-            not low_rank or (f == d and self.level_condition == "none"),
-            f"modulation 'low_rank' takes sinusoids of the width {d} (frequency_dim is {f}) and no level_condition",
-        )
-        _require(
-            not self.position.startswith("space") or (self.position_base > 0 and d % 4 == 0),
-            f"position {self.position!r} needs position_base, and a dim divisible by 4",
-        )
-        _require(
-            self.position != "learned" or min(self.position_max) > 0,
-            f"position 'learned' needs position_max; it is {self.position_max}",
-        )
-        _require(
-            self.level_condition != "size" or d % 3 == 0,
-            f"level_condition 'size' needs a dim divisible by 3; it is {d}",
-        )
-        _require(not self.rotary.startswith("inner") or self.rope_fps > 0, f"rotary {self.rotary!r} needs rope_fps")
-        _require(
-            all(block < self.layers for block in self.compressed) and (self.compression > 1) == bool(self.compressed),
-            f"compressed {self.compressed} with compression {self.compression}: name some of the {self.layers} blocks "
-            "and a side of 2 tokens or more, or neither",
-        )
-        _require(not self.compressed or attention == "spatial", "compressed keys go with attention 'spatial'")
-        by_frame = ["none", "time"] if attention.startswith("spatial_temporal") else ["none"]
-        _require(
-            self.rotary in by_frame if attention != "full" else self.rotary != "time",
-            f"rotary {self.rotary!r} does not go with attention {attention!r}: within frames there is rotary 'none', "
-            "or 'time' in the blocks over time",
-        )
+    def _conflicts(self) -> Iterator[str]:
+        """What is wrong with settings that are right each for itself."""
+        d, f, low_rank = self.dim, self.frequency_dim, self.modulation == "low_rank"
+        if d % self.heads:
+            yield f"dim {d} is not divisible by heads {self.heads}"
+        if self.head_dim % 2:
+            yield f"dim {d} / heads {self.heads} is not even; rotary pairs need that"
+        if f % 2:
+            yield f"frequency_dim {f} is not even; it counts cosines and sines"
+        if self.image_channels >= self.in_channels:
+            yield f"image_channels {self.image_channels} of in_channels {self.in_channels} must leave some for latents"
+        if (self.text_embedding == "gelu") != (self.text_width > 0):
+            yield f"text_width {self.text_width} goes with text_embedding 'gelu', and only with it"
+        if low_rank != (self.cross_norm == "modulated"):
+            yield "cross_norm 'modulated' goes with modulation 'low_rank', and only with it"
+        if low_rank and (f != d or self.level_condition != "none"):
+            yield f"modulation 'low_rank' takes sinusoids of the width {d} (frequency_dim: {f}) and no level_condition"
+        if self.position.startswith("space") and (self.position_base == 0 or d % 4):
+            yield f"position {self.position!r} needs position_base, and a dim divisible by 4"
+        if self.position == "learned" and min(self.position_max) == 0:
+            yield f"position 'learned' needs position_max; it is {self.position_max}"
+        if self.level_condition == "size" and d % 3:
+            yield f"level_condition 'size' needs a dim divisible by 3; it is {d}"
+        if self.rotary.startswith("inner") and self.rope_fps == 0:
+            yield f"rotary {self.rotary!r} needs rope_fps"
+        if any(block >= self.layers for block in self.compressed) or (self.compression > 1) != bool(self.compressed):
+            yield (
+                f"compressed {self.compressed} with compression {self.compression}: name some of the {self.layers} "
+                "blocks and a side of 2 tokens or more, or neither"
+            )
+        if self.compressed and self.attention != "spatial":
+            yield "compressed keys go with attention 'spatial'"
+        within, over_time = self.attention != "full", self.rotary == "time"
+        if self.rotary != "none" and (self.attention == "spatial" or within != over_time):
+            yield (
+                f"rotary {self.rotary!r} does not go with attention {self.attention!r}: within frames there is rotary "
+                "'none', or 'time' in the blocks over time"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -12,8 +12,6 @@ from stdit.models.config import TransformerConfig
 from stdit.models.packing import TextPack, TokenPack
 from stdit.models.transformer import STDiT
 
-SHARED_NDIM = {"fps": 0, "size": 1}  # dimensions of a condition that all clips share; with one more, one per clip
-
 
 class Experts(nn.Module):
     """Predicts with `high` at noise levels of `boundary` or more, with `low` below.
@@ -58,21 +56,12 @@ class Experts(nn.Module):
         self, latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, **conditions: Any
     ) -> Tensor:
         """Like STDiT.predict, with the expert for the noise level of each clip."""
+        given = self.high.checked_conditions(conditions, latents, t, text, text_mask)
         high = t.reshape(len(t), -1).amax(1) >= self.boundary  # (B,)
-        if high.all() or not high.any():
-            return (self.high if high.all() else self.low).predict(latents, t, text, text_mask, **conditions)
-        parts = []
+        out = latents.new_empty(len(latents), self.config.out_channels, *latents.shape[2:])
         for expert, mine in ((self.high, high), (self.low, ~high)):
-
-            def of_mine(value: Any, shared_ndim: int = 0, mine: Tensor = mine) -> Any:
-                """The rows of this expert's clips."""
-                if value is None or (value := torch.as_tensor(value)).ndim <= shared_ndim or len(value) != len(mine):
-                    return value  # predict reports a wrong number of clips
-                return value[mine.to(value.device)]
-
-            given = {name: of_mine(value, SHARED_NDIM.get(name, 0)) for name, value in conditions.items()}
-            parts.append(expert.predict(*map(of_mine, (latents, t, text, text_mask)), **given))
-        out = parts[0].new_empty(len(latents), *parts[0].shape[1:])
-        for part, mine in zip(parts, (high, ~high)):
-            out[mine.to(out.device)] = part
+            if rows := mine.nonzero().flatten().tolist():
+                mask = None if text_mask is None else text_mask[rows]
+                of_mine = {name: value[rows] for name, value in given.items()}
+                out[rows] = expert.predict(latents[rows], t[rows], text[rows], mask, **of_mine)
         return out

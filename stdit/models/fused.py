@@ -7,18 +7,19 @@ level per token), rows are gathered in chunks. Sums need no atomics, so they are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stdit.models.operators import operator
 from stdit.models.packing import LevelIndex
-from stdit.models.positions import wide_dtype
+from stdit.models.positions import apply_rotary, wide_dtype
 
 MEAN_RUN = 12288  # if runs average fewer elements than this, rows are gathered: a kernel launch per run would cost more
 CHUNK = 4096  # tokens whose rows are gathered at once
+INDEX = "Tensor level_of, Tensor run_bounds, Tensor run_levels"  # the fields of `LevelIndex` in an operator's schema
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, index: LevelIndex, eps: float, rms: bool = False) -> Tensor:
@@ -26,46 +27,33 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, index: LevelIndex, e
 
     x: (N, D). shift, scale: (K, D) fp32 or fp64. Returns (N, D) in x's dtype.
     """
-    run = _modulated_norm if torch.compiler.is_compiling() else _ModulatedNorm.apply
-    return run(x, shift, scale, index.level_of, index.run_bounds, index.run_levels, eps, rms)[0]
+    run = _modulated_norm if torch.compiler.is_compiling() else _eager_modulated_norm
+    return run(x, shift, scale, eps, rms, index.level_of, index.run_bounds, index.run_levels)[0]
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: LevelIndex) -> Tensor:
     """x + y·gate in fp32 (fp64 for fp64). x, y: (N, D). gate: (K, D). Returns (N, D) in x's dtype."""
-    run = _gated_residual if torch.compiler.is_compiling() else _GatedResidual.apply
+    run = _gated_residual if torch.compiler.is_compiling() else _eager_gated_residual
     return run(x, y, gate, index.level_of, index.run_bounds, index.run_levels)
 
 
 def rms_norm_rotary(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over all heads at once or over each head, then the rotary turn of each pair (2i, 2i+1), in fp32.
 
-    x: (N, D).
-    weight: (D,), or (D_head,) to norm each head.
-    cos, sin: (N, 1 or H, D_head/2), or None for no turn.
+    x: (N, D). weight: (D,), or (D_head,) to norm each head. cos, sin: (N, 1 or H, D_head/2), or None for no turn.
     Returns (N, D) in x's dtype.
     """
     return _RmsNormRotary.apply(x, weight, cos, sin, eps)
 
 
-# Norm and modulation. Compiled code sees one opaque operator, so a new mix of runs never recompiles it. Eager code
-# calls the same functions through a plain autograd function, which is a tenth of a millisecond faster.
-
-
-def _modulated_norm_forward(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    level_of: Tensor,
-    run_bounds: Tensor,
-    run_levels: Tensor,
-    eps: float,
-    rms: bool,
+def _norm_forward(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, rms: bool, *parts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the output (N, D) and, for backward, each token's mean (0 for RMSNorm) and 1/σ (N, 1)."""
-    wide, d = widen(x), x.shape[1:]
+    wide, d, index = widen(x), x.shape[1:], LevelIndex(*parts)
     gain = scale + 1
-    if len(run_levels) == 1 and not rms:
-        only = int(run_levels)
+    if len(index.run_levels) == 1 and not rms:
+        only = int(index.run_levels)
         out, mean, rstd = torch.native_layer_norm(wide, d, gain[only], shift[only], eps)
         return out.to(x.dtype), mean, rstd
     if rms:
@@ -73,36 +61,20 @@ def _modulated_norm_forward(
         out, mean = wide * rstd, torch.zeros_like(rstd)
     else:
         out, mean, rstd = torch.native_layer_norm(wide, d, None, None, eps)
-    for rows, level in _pieces(x, level_of, run_bounds, run_levels):
+    for rows, level in _pieces(x, index):
         torch.addcmul(shift[level], out[rows], gain[level], out=out[rows])
     return out.to(x.dtype), mean, rstd
 
 
-_modulated_norm = torch.library.custom_op("stdit::modulated_norm", _modulated_norm_forward, mutates_args=())
-
-
-@_modulated_norm.register_fake
-def _(x, shift, scale, level_of, run_bounds, run_levels, eps, rms):
-    moment = x.new_empty(x.shape[0], 1, dtype=wide_dtype(x))
-    return torch.empty_like(x), moment, torch.empty_like(moment)
-
-
-def _modulated_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor,
-    level_of: Tensor,
-    run_bounds: Tensor,
-    run_levels: Tensor,
-    rms: bool,
+def _norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *parts, rms = rest
     wide, wide_grad, d = widen(x), widen(grad), x.shape[1:]
     gain = scale + 1
     dx, dshift, dscale = torch.empty_like(x), torch.zeros_like(gain), torch.zeros_like(gain)
     layer_norm_backward = torch.ops.aten.native_layer_norm_backward
-    for rows, level in _pieces(x, level_of, run_bounds, run_levels):
+    for rows, level in _pieces(x, LevelIndex(*parts)):
         g, y, m, r = wide_grad[rows], wide[rows], mean[rows], rstd[rows]
         if rms:
             unit, through = y * r, g * gain[level]
@@ -124,47 +96,35 @@ def _modulated_norm_backward(
     return dx, dshift, dscale
 
 
-_modulated_norm_backward_op = torch.library.custom_op(
-    "stdit::modulated_norm_backward", _modulated_norm_backward, mutates_args=()
+def _norm_saved(inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple[list[Tensor], list[bool]]:
+    x, _, scale, _, rms, *parts = inputs
+    return [x, *output[1:], scale, *parts], [rms]
+
+
+def _norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    moment = x.new_empty(x.shape[0], 1, dtype=wide_dtype(x))
+    return torch.empty_like(x), moment, torch.empty_like(moment)
+
+
+_modulated_norm, _eager_modulated_norm = operator(
+    "modulated_norm",
+    schemas=(
+        f"(Tensor x, Tensor shift, Tensor scale, float eps, bool rms, {INDEX}) -> (Tensor, Tensor, Tensor)",
+        f"(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor scale, {INDEX}, bool rms)"
+        " -> (Tensor, Tensor, Tensor)",
+    ),
+    functions=(_norm_forward, _norm_backward),
+    fakes=(
+        _norm_fake,
+        lambda grad, x, mean, rstd, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
+    ),
+    saved=_norm_saved,
 )
 
 
-@_modulated_norm_backward_op.register_fake
-def _(grad, x, mean, rstd, scale, level_of, run_bounds, run_levels, rms):
-    rows = scale.new_empty(scale.shape)
-    return torch.empty_like(x), rows, torch.empty_like(rows)
-
-
-def _modulated_norm_save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, scale, *index, _, ctx.rms = inputs
-    ctx.save_for_backward(x, output[1], output[2], scale, *index)
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _modulated_norm_grad(ctx: Any, grad: Tensor, *_: Any, run: Callable = _modulated_norm_backward_op) -> tuple:
-    if grad is None:
-        return (None,) * 8
-    return (*run(grad.contiguous(), *ctx.saved_tensors, ctx.rms), None, None, None, None, None)
-
-
-_modulated_norm.register_autograd(_modulated_norm_grad, setup_context=_modulated_norm_save)
-
-
-class _ModulatedNorm(torch.autograd.Function):
-    forward = staticmethod(_modulated_norm_forward)
-    setup_context = staticmethod(_modulated_norm_save)
-    backward = staticmethod(partial(_modulated_norm_grad, run=_modulated_norm_backward))
-
-
-# The gated residual.
-
-
-def _gated_residual_forward(
-    x: Tensor, y: Tensor, gate: Tensor, level_of: Tensor, run_bounds: Tensor, run_levels: Tensor
-) -> Tensor:
+def _residual_forward(x: Tensor, y: Tensor, gate: Tensor, *parts: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    for rows, level in _pieces(x, level_of, run_bounds, run_levels):
+    for rows, level in _pieces(x, LevelIndex(*parts)):
         if x.dtype == y.dtype == gate.dtype:
             torch.addcmul(x[rows], y[rows], gate[level], out=out[rows])
         else:
@@ -172,19 +132,9 @@ def _gated_residual_forward(
     return out
 
 
-_gated_residual = torch.library.custom_op("stdit::gated_residual", _gated_residual_forward, mutates_args=())
-
-
-@_gated_residual.register_fake
-def _(x, y, gate, level_of, run_bounds, run_levels):
-    return torch.empty_like(x)
-
-
-def _gated_residual_backward(
-    grad: Tensor, y: Tensor, gate: Tensor, level_of: Tensor, run_bounds: Tensor, run_levels: Tensor
-) -> tuple[Tensor, Tensor]:
+def _residual_backward(grad: Tensor, y: Tensor, gate: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
     dy, dgate = torch.empty_like(y), torch.zeros_like(gate)
-    for rows, level in _pieces(y, level_of, run_bounds, run_levels):
+    for rows, level in _pieces(y, LevelIndex(*parts)):
         g = widen(grad[rows])
         if g.dtype == y.dtype:
             torch.mul(g, gate[level], out=dy[rows])
@@ -194,36 +144,20 @@ def _gated_residual_backward(
     return dy, dgate
 
 
-_gated_residual_backward_op = torch.library.custom_op(
-    "stdit::gated_residual_backward", _gated_residual_backward, mutates_args=()
+_gated_residual, _eager_gated_residual = operator(
+    "gated_residual",
+    schemas=(
+        f"(Tensor x, Tensor y, Tensor gate, {INDEX}) -> Tensor",
+        f"(Tensor grad, Tensor y, Tensor gate, {INDEX}) -> (Tensor, Tensor)",
+    ),
+    functions=(_residual_forward, _residual_backward),
+    fakes=(
+        lambda x, *_: torch.empty_like(x),
+        lambda grad, y, gate, *_: (torch.empty_like(y), torch.empty_like(gate)),
+    ),
+    saved=lambda inputs, output: (inputs[1:], []),
+    residual=True,
 )
-
-
-@_gated_residual_backward_op.register_fake
-def _(grad, y, gate, level_of, run_bounds, run_levels):
-    return torch.empty_like(y), gate.new_empty(gate.shape)
-
-
-def _gated_residual_save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, *rest = inputs
-    ctx.save_for_backward(*rest)
-
-
-def _gated_residual_grad(ctx: Any, grad: Tensor, run: Callable = _gated_residual_backward_op) -> tuple:
-    dy, dgate = run(grad.contiguous(), *ctx.saved_tensors)
-    return grad, dy, dgate, None, None, None
-
-
-_gated_residual.register_autograd(_gated_residual_grad, setup_context=_gated_residual_save)
-
-
-class _GatedResidual(torch.autograd.Function):
-    forward = staticmethod(_gated_residual_forward)
-    setup_context = staticmethod(_gated_residual_save)
-    backward = staticmethod(partial(_gated_residual_grad, run=_gated_residual_backward))
-
-
-# RMSNorm and rotary positions.
 
 
 class _RmsNormRotary(torch.autograd.Function):
@@ -253,22 +187,15 @@ class _RmsNormRotary(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, factor: Tensor) -> Tensor:
-    """Multiplies x (N, G, D/G) in place by factor (N, G, 1), and turns each pair by (cos, sin) (N, 1 or H, D_head/2).
-
-    G is 1 or the number of heads.
-    """
+    """Multiplies x (N, G, D/G) by factor (N, G, 1), mostly in place, and turns its pairs; G is 1 or H."""
     if cos is None or sin is None:
         return x.mul_(factor)
     cos, sin = cos * factor, sin * factor
-    pairs = x.view(len(x), -1, cos.shape[-1], 2)  # (N, H, D_head/2, 2)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        torch.view_as_complex(pairs).mul_(torch.complex(cos, sin))  # vectorised on CPUs, unlike strided pairs
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # vectorised on CPUs, unlike strided pairs
+        pairs = torch.view_as_complex(x.view(len(x), -1, cos.shape[-1], 2))  # (N, H, D_head/2)
+        pairs.mul_(torch.complex(cos, sin))
         return x
-    even, odd = pairs.unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).view_as(x)
-
-
-# Shared by the operations above.
+    return apply_rotary(x.view(len(x), -1, 2 * cos.shape[-1]), cos, sin).view_as(x)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -301,13 +228,11 @@ def _add_by_level(total: Tensor, values: Tensor, level: int | Tensor) -> None:
         total += level_sum(values, level, len(total))
 
 
-def _pieces(
-    x: Tensor, level_of: Tensor, run_bounds: Tensor, run_levels: Tensor
-) -> Iterator[tuple[slice, int | Tensor]]:
+def _pieces(x: Tensor, index: LevelIndex) -> Iterator[tuple[slice, int | Tensor]]:
     """Cuts the tokens of x into runs, each with its level, or into chunks, each with a level per token."""
-    if len(run_levels) == 1 or len(run_levels) * MEAN_RUN <= x.numel():
-        bounds = run_bounds.tolist()
-        yield from zip(map(slice, bounds, bounds[1:]), run_levels.tolist())
+    if len(index.run_levels) == 1 or len(index.run_levels) * MEAN_RUN <= x.numel():
+        bounds = index.run_bounds.tolist()
+        yield from zip(map(slice, bounds, bounds[1:]), index.run_levels.tolist())
     else:
         for rows in (slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)):
-            yield rows, level_of[rows]
+            yield rows, index.level_of[rows]

@@ -38,10 +38,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm and the rotary turn after it, in fp32 (fp64 for fp64).
-
-    dim: the width to norm over: all heads at once, or the width of a head to norm each.
-    """
+    """RMSNorm over `dim` channels, all heads at once or each, and the rotary turn after it; in fp32 (fp64 for fp64)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -55,14 +52,10 @@ class RMSNorm(nn.Module):
 class Rotary(nn.Module):
     """The rotary turn without a norm; replaces RMSNorm if qk_norm is "none"."""
 
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-
     def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
         if cos is None or sin is None:
             return x
-        return apply_rotary(x.unflatten(1, (self.heads, -1)), cos, sin).flatten(1)
+        return apply_rotary(x.unflatten(1, (-1, 2 * cos.shape[-1])), cos, sin).flatten(1)
 
 
 class Compression(nn.Module):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,25 +27,17 @@ class Segments:
 
     offsets: Tensor
     lengths: tuple[int, ...]
-    host: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1:
-            raise StditError(f"segments of lengths {self.lengths}: there must be at least one, and none may be empty.")
-        self.host = torch.tensor([0, *self.lengths]).cumsum(0)
+    host: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        lengths = tuple(int(length) for length in lengths)
-        offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        return cls(offsets.to(device, non_blocking=True), lengths)
-
-    @property
-    def total(self) -> int:
-        return sum(self.lengths)
+        if not lengths or min(lengths) < 1:
+            raise StditError(f"segments of lengths {lengths}: there must be at least one, and none may be empty.")
+        host = torch.tensor([0, *lengths]).cumsum(0)
+        return cls(host.to(torch.int32).to(device, non_blocking=True), tuple(lengths), host)
 
     def to(self, device: torch.device | str) -> Segments:
-        return Segments(self.offsets.to(device, non_blocking=True), self.lengths)
+        return replace(self, offsets=self.offsets.to(device, non_blocking=True))
 
 
 @dataclass
@@ -54,24 +45,22 @@ class LevelIndex:
     """Which of K noise levels each of N tokens has. Run r of equal level is tokens run_bounds[r] to run_bounds[r+1].
 
     level_of: (N,) int64 on the tokens' device.
-    run_bounds: (R+1,) int64 on the CPU. Computed from level_of if not given, which waits for a GPU.
+    run_bounds: (R+1,) int64 on the CPU.
     run_levels: (R,) int64 on the CPU, the level of each run.
     """
 
     level_of: Tensor
-    run_bounds: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
-    run_levels: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
+    run_bounds: Tensor
+    run_levels: Tensor
 
-    def __post_init__(self) -> None:
-        if self.run_bounds is not None and self.run_levels is not None:
-            return
-        host = self.level_of.cpu()
-        starts = torch.cat([host.new_zeros(1), torch.nonzero(host[1:] != host[:-1]).flatten() + 1])
-        self.run_levels = host[starts].contiguous()
-        self.run_bounds = torch.cat([starts, starts.new_tensor([len(host)])])
+    @classmethod
+    def of(cls, level_of: Tensor) -> LevelIndex:
+        """The runs in level_of, which is on the CPU."""
+        starts = torch.cat([level_of.new_zeros(1), torch.nonzero(level_of[1:] != level_of[:-1]).flatten() + 1])
+        return cls(level_of, torch.cat([starts, starts.new_tensor([len(level_of)])]), level_of[starts])
 
     def to(self, device: torch.device | str) -> LevelIndex:
-        return LevelIndex(self.level_of.to(device, non_blocking=True), self.run_bounds, self.run_levels)
+        return replace(self, level_of=self.level_of.to(device, non_blocking=True))
 
 
 @dataclass
@@ -88,8 +77,7 @@ class ClipConditions:
     image_text: TextPack | None = None
 
     def to(self, device: torch.device | str) -> ClipConditions:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return ClipConditions(**{name: value.to(device) for name, value in given.items()})
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
 
 @dataclass
@@ -98,53 +86,56 @@ class TokenPack:
 
     tokens: (N, C·pt·ph·pw).
     levels: (K,) distinct noise levels t in [0, 1], fp32 or fp64.
-    level_of: (N,) int64, the index of each token's level.
+    level_index: the level of each token.
     positions: (N, 3) frame, row and column of each token.
     segments: one per clip.
     grids: one per clip. Tokens of a segment beyond its grid are condition only: they are not unpacked.
-    level_index: computed from level_of if not given.
     conditions: conditions of the clips, for families that take them.
     """
 
     tokens: Tensor
     levels: Tensor
-    level_of: Tensor
+    level_index: LevelIndex
     positions: Tensor
     segments: Segments
     grids: tuple[TokenGrid, ...]
-    level_index: LevelIndex = field(default=None, repr=False)  # type: ignore[assignment]
     conditions: ClipConditions = field(default_factory=ClipConditions)
 
-    def __post_init__(self) -> None:
-        if self.levels.dtype not in (torch.float32, torch.float64):
-            raise StditError(f"noise levels are {self.levels.dtype}; they must be float32 or float64.")
-        if not len(self.tokens) == len(self.level_of) == len(self.positions) == self.segments.total:
-            raise StditError(
-                f"a pack of {len(self.tokens)} tokens has {len(self.level_of)} level indices, {len(self.positions)} "
-                f"positions and segments of {self.segments.total} tokens in all."
-            )
-        if self.level_index is None or self.level_index.level_of is not self.level_of:
-            self.level_index = LevelIndex(self.level_of)
+    @property
+    def level_of(self) -> Tensor:
+        """(N,) int64, the index of each token's level."""
+        return self.level_index.level_of
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TokenPack:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TokenPack:
         """Moves the pack to a device and casts its tokens to dtype; levels and positions keep theirs."""
-        device = self.tokens.device if device is None else device
-        level_index = self.level_index.to(device)
-        return TokenPack(
+        return replace(
+            self,
             tokens=self.tokens.to(device, dtype, non_blocking=True),
             levels=self.levels.to(device, non_blocking=True),
-            level_of=level_index.level_of,
+            level_index=self.level_index.to(device),
             positions=self.positions.to(device, non_blocking=True),
             segments=self.segments.to(device),
-            grids=self.grids,
-            level_index=level_index,
             conditions=self.conditions.to(device),
         )
 
     def per_token(self, values: Tensor) -> Tensor:
         """Repeats values (S, …) of the clips for each of their tokens: (N, …)."""
         lengths = torch.tensor(self.segments.lengths, device=values.device)
-        return values.repeat_interleave(lengths, dim=0, output_size=self.segments.total)
+        return values.repeat_interleave(lengths, dim=0, output_size=len(self.tokens))
+
+    def level_clip_pairs(self) -> tuple[Tensor, Tensor, LevelIndex]:
+        """The distinct pairs of noise level and clip: level (K',) and clip (K',) of each, and the pair of each token.
+
+        Modulation that depends on a clip's conditions too has a row per pair.
+        """
+        index, ends = self.level_index, self.segments.host  # both on the host, so nothing waits for a GPU
+        bounds = torch.unique(torch.cat([index.run_bounds, ends]))  # runs of one level within one clip
+        level = index.run_levels[torch.searchsorted(index.run_bounds, bounds[:-1], right=True) - 1]
+        clip = torch.searchsorted(ends, bounds[:-1], right=True) - 1
+        clips, device = len(ends) - 1, self.level_of.device
+        pairs, pair_of = torch.unique(level * clips + clip, return_inverse=True)
+        of_token = pair_of.repeat_interleave(bounds.diff()).to(device, non_blocking=True)
+        return (pairs // clips).to(device), (pairs % clips).to(device), LevelIndex(of_token, bounds, pair_of)
 
 
 @dataclass
@@ -160,13 +151,9 @@ class TextPack:
     multiplicity: Tensor | None
     segments: Segments
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextPack:
-        device = self.tokens.device if device is None else device
-        return dataclasses.replace(
-            self,
-            tokens=self.tokens.to(device, dtype, non_blocking=True),
-            segments=self.segments.to(device),
-        )
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextPack:
+        tokens = self.tokens.to(device, dtype, non_blocking=True)
+        return replace(self, tokens=tokens, segments=self.segments.to(device))
 
 
 def patchify(latents: Tensor, patch: Patch) -> Tensor:
@@ -186,9 +173,7 @@ def unpatchify(tokens: Tensor, grid: TokenGrid, patch: Patch) -> Tensor:
 
 def output_tokens(clip: Tensor, patch: Patch) -> Tensor:
     """Cuts a clip (C, T, H, W) into tokens (n, pt·ph·pw·C) like the network's output: the inverse of `unpatchify`."""
-    (pt, ph, pw), (c, t, h, w) = patch, clip.shape
-    x = clip.reshape(c, t // pt, pt, h // ph, ph, w // pw, pw)
-    return x.permute(1, 3, 5, 2, 4, 6, 0).reshape(t // pt * (h // ph) * (w // pw), pt * ph * pw * c)
+    return patchify(clip, patch).unflatten(1, (len(clip), -1)).transpose(1, 2).flatten(1)
 
 
 def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) -> TokenPack:
@@ -222,28 +207,23 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
         repeats.append(torch.full((level.numel(),), each))
     dtype = torch.float64 if any(entry.dtype == torch.float64 for entry in entries) else torch.float32
     distinct, index = torch.unique(torch.cat([e.to(dtype) for e in entries]), return_inverse=True)
-    level_index = LevelIndex(index.repeat_interleave(torch.cat(repeats))).to(device)
     return TokenPack(
         tokens=torch.cat([patchify(clip, patch) for clip in clips]),
         levels=distinct.to(widest(device) if dtype == torch.float64 else dtype).to(device, non_blocking=True),
-        level_of=level_index.level_of,
+        level_index=LevelIndex.of(index.repeat_interleave(torch.cat(repeats))).to(device),
         positions=torch.cat([grid_positions(grid) for grid in grids]).to(device, non_blocking=True),
         segments=Segments.of([grid.tokens for grid in grids], device),
         grids=grids,
-        level_index=level_index,
     )
 
 
 def pack_inputs(
     clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch, conditions: Sequence[Mapping[str, Any]]
 ) -> TokenPack:
-    """`pack_clips` with the conditions that some families take of each clip, the same ones for all clips.
+    """`pack_clips` with the conditions that some families take, the same ones for all clips.
 
-    conditions: a mapping per clip, of any of these:
-        fps: a number.
-        size: (width, height) in pixels.
-        image: (C_image, T, H, W), channels concatenated to the clip's.
-        image_text: (I, D_image), tokens of an image encoder.
+    conditions: a mapping per clip, of any of `fps`, a number; `size`, (width, height) in pixels; `image`,
+        (C_image, T, H, W), channels concatenated to the clip's; `image_text`, (I, D_image), an image encoder's tokens.
     """
     names = {frozenset(given) for given in conditions}
     assert len(conditions) == len(clips) and len(names) == 1, f"{len(clips)} clips with conditions {names}"
@@ -259,31 +239,16 @@ def pack_inputs(
     return pack
 
 
-def level_clip_pairs(pack: TokenPack) -> tuple[Tensor, Tensor, LevelIndex]:
-    """The distinct pairs of noise level and clip: level (K',) and clip (K',) of each pair, and the pair of each token.
-
-    Modulation that depends on a clip's conditions too has a row per pair.
-    """
-    index, ends = pack.level_index, pack.segments.host  # both on the host, so nothing waits for a GPU
-    bounds = torch.unique(torch.cat([index.run_bounds, ends]))  # runs of one level within one clip
-    level = index.run_levels[torch.searchsorted(index.run_bounds, bounds[:-1], right=True) - 1]
-    clip = torch.searchsorted(ends, bounds[:-1], right=True) - 1
-    clips, device = len(ends) - 1, pack.level_of.device
-    pairs, pair_of = torch.unique(level * clips + clip, return_inverse=True)
-    of_token = pair_of.repeat_interleave(bounds.diff()).to(device, non_blocking=True)
-    return (pairs // clips).to(device), (pairs % clips).to(device), LevelIndex(of_token, bounds, pair_of)
-
-
 def spatial_segments(pack: TokenPack, factor: int = 1) -> Segments:
     """Makes a segment of each frame of each clip, or of its squares of factor × factor tokens."""
-    _without_extra_tokens(pack)
+    assert pack.segments.lengths == tuple(grid.tokens for grid in pack.grids), "no tokens beside the grid"
     lengths = [(grid.height // factor) * (grid.width // factor) for grid in pack.grids for _ in range(grid.frames)]
     return Segments.of(lengths, pack.tokens.device)
 
 
 def temporal_segments(pack: TokenPack) -> tuple[Tensor, Tensor, Segments]:
     """Makes a segment of each place of a frame through time. Returns the tokens' order (N,), its inverse, segments."""
-    _without_extra_tokens(pack)
+    assert pack.segments.lengths == tuple(grid.tokens for grid in pack.grids), "no tokens beside the grid"
     order, lengths, start = [], [], 0
     for grid in pack.grids:
         places = grid.height * grid.width
@@ -292,14 +257,6 @@ def temporal_segments(pack: TokenPack) -> tuple[Tensor, Tensor, Segments]:
         start += grid.tokens
     there = torch.cat(order).to(pack.tokens.device)
     return there, torch.argsort(there), Segments.of(lengths, pack.tokens.device)
-
-
-def _without_extra_tokens(pack: TokenPack) -> None:
-    if tuple(grid.tokens for grid in pack.grids) != pack.segments.lengths:
-        raise StditError(
-            "clips with extra tokens beside their grid (keyframes, last frames) cannot pass attention within frames: "
-            "these weights take no tasks but text-to-video."
-        )
 
 
 def unpack_clips(tokens: Tensor, pack: TokenPack, patch: Patch) -> list[Tensor]:
@@ -316,7 +273,7 @@ def pack_texts(texts: Sequence[Tensor], padding: int) -> TextPack:
     """
     if not texts:
         raise StditError("no texts to pack.")
-    parts, counts = [], []
+    parts, lengths, counts = [], [], list[float]()
     for number, text in enumerate(texts):
         length = len(text)
         if padding and length > padding:
@@ -325,7 +282,7 @@ def pack_texts(texts: Sequence[Tensor], padding: int) -> TextPack:
             raise StditError(f"text {number} is empty and text_padding is 0: there is nothing to attend to.")
         missing = max(padding - length, 0)
         parts.append(torch.cat([text, text.new_zeros(1, text.shape[1])]) if missing else text)
-        counts.append([1.0] * length + [float(missing)] * (missing > 0))
-    flat = [count for text in counts for count in text]
-    multiplicity = torch.tensor(flat) if any(count != 1 for count in flat) else None
-    return TextPack(torch.cat(parts), multiplicity, Segments.of([len(c) for c in counts], texts[0].device))
+        lengths.append(len(parts[-1]))
+        counts += [1.0] * length + [float(missing)] * (missing > 0)
+    multiplicity = torch.tensor(counts) if any(count != 1 for count in counts) else None
+    return TextPack(torch.cat(parts), multiplicity, Segments.of(lengths, texts[0].device))

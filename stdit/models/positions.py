@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from stdit.shapes import TokenGrid
 
@@ -27,15 +26,11 @@ def rotary_axes(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotary_table(
-    positions: Tensor,
-    head_dim: int,
-    theta: float | Sequence[float] = 10000.0,
-    dtype: torch.dtype = torch.float32,
+    positions: Tensor, head_dim: int, theta: float | Sequence[float] = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of each token's rotary angles (Su et al. 2021, eq. 15, once per axis as in Wan).
 
-    positions: (N, 3), integer or not.
-    theta: the base of the frequencies, one for all axes or one per axis.
+    positions: (N, 3), integer or not. theta: the base of the frequencies, one for all axes or one per axis.
     Returns (N, 1, head_dim/2) each, computed in fp64 and cast to dtype.
     """
     wide = widest(positions.device)
@@ -45,30 +40,6 @@ def rotary_table(
         exponents = torch.arange(0, size, 2, dtype=wide, device=positions.device) / size
         angles.append(positions[:, axis, None].to(wide) * base**-exponents)
     angle = torch.cat(angles, dim=1).unsqueeze(1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def ntk_bases(head_dim: int, theta: float, scale: Sequence[float]) -> list[float]:
-    """NTK-aware scaling of the base: theta · scale^(d / (d − 2)) for each axis of d dimensions (Cosmos)."""
-    return [theta * s ** (d / (d - 2)) if d > 2 else theta for d, s in zip(rotary_axes(head_dim), scale)]
-
-
-def inner_rotary_table(shares: Tensor, dim: int, heads: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of angles that run over the whole width, so each head has its own frequencies (LTX-Video).
-
-    At each of dim//6 frequencies, from π/2 to θ·π/2, each axis turns one pair by frequency · (2·share − 1). The first
-    dim % 6 dimensions do not turn. Angles are computed in fp32 like those the weights were trained with, which are off
-    by 1e-3 at the highest frequencies.
-
-    shares: (N, 3) fp32, time, row and column divided by the largest.
-    Returns (N, heads, dim/heads/2) each.
-    """
-    count = dim // 6
-    frequencies = theta ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=shares.device)
-    frequencies = frequencies * math.pi / 2.0
-    angle = frequencies * (shares.unsqueeze(-1) * 2 - 1)  # (N, 3, dim//6)
-    angle = F.pad(angle.transpose(1, 2).flatten(1), ((dim % 6) // 2, 0))  # (N, dim/2)
-    angle = angle.unflatten(1, (heads, -1))
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -84,9 +55,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def network_time(levels: Tensor, kind: str = "level", scale: float = 1000.0) -> Tensor:
     """Converts noise levels t (K,) in [0, 1] to the time that the network is given, in fp64 (bf16 rounds 437 to 438).
 
-    kind: TransformerConfig.network_time. For "log_sigma" σ is at least 0.001, the σ of known frames in Cosmos' own
-        code, since the log of 0 is −∞.
-    scale: TransformerConfig.time_scale.
+    kind, scale: `network_time` and `time_scale` of the config. For "log_sigma" σ is at least 0.001, the σ of known
+        frames in Cosmos' own code, since the log of 0 is −∞.
     """
     t = levels.to(widest(levels.device))
     return (t / (1 - t)).clamp(min=LEAST_SIGMA).log() / 4 if kind == "log_sigma" else t * scale

@@ -7,6 +7,8 @@ families of open weights need is in variants.py; each agrees with its own refere
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -19,15 +21,7 @@ from stdit.models import variants
 from stdit.models.blocks import Attention, Block, BlockInputs, Head
 from stdit.models.config import PRESETS, TransformerConfig, cost_coefficients, transformer_flops
 from stdit.models.layers import Linear, RMSNorm, without_autocast
-from stdit.models.packing import (
-    LevelIndex,
-    TextPack,
-    TokenPack,
-    level_clip_pairs,
-    pack_inputs,
-    pack_texts,
-    unpack_clips,
-)
+from stdit.models.packing import LevelIndex, TextPack, TokenPack, pack_inputs, pack_texts, unpack_clips
 from stdit.models.positions import network_time, sinusoids
 
 __all__ = ["CONDITIONS", "PRESETS", "STDiT", "TransformerConfig", "cost_coefficients", "transformer_flops"]
@@ -60,7 +54,7 @@ class STDiT(nn.Module):
         self.position = variants.POSITIONS[config.position](config)
         self.rotary = variants.ROTARY[config.rotary]
         self.layout = variants.LAYOUTS[config.attention]
-        self.img_emb = variants.ImageEmbedding(config) if config.image_text_dim else variants.NoImage()
+        self.img_emb = variants.ImageEmbedding(config) if config.image_text_dim else variants.no_image
         if config.null_text:
             self.register_buffer("null_text", torch.zeros(config.null_text, config.text_dim))
         block, head = (variants.LowRankBlock, variants.LowRankHead) if low_rank else (Block, Head)
@@ -107,16 +101,16 @@ class STDiT(nn.Module):
     def forward(self, pack: TokenPack, text: TextPack) -> Tensor:
         """Returns (N, pt·ph·pw·C_out) in the activations' dtype; `unpack_clips` cuts it into clips."""
         check_text_per_clip(pack, text)
-        clips, wide = pack.segments, torch.promote_types(self.dtype, torch.float32)
+        wide = torch.promote_types(self.dtype, torch.float32)
         x = self.patch_embedding(F.pad(pack.tokens.to(self.dtype), (0, self.blank_features)))  # (N, D)
         x = self.position(x, pack)  # (N, D)
         c, modulation, levels = self.embed_levels(pack, wide)  # (K, D), (K, 6, D) of K distinct noise levels
         y = self.text_embedding(text.tokens.to(self.dtype))  # (M, D_context)
         cos, sin = self.rotary(pack, self.config, wide)  # (N, 1 or H, D_head/2) each
-        shared = BlockInputs(c, levels, cos, sin, clips, clips, text.segments, text.multiplicity)
+        shared = BlockInputs(c, levels, cos, sin, pack.segments, pack.segments, text)
         shared.image = self.img_emb(pack, self.dtype)  # (I, D)
         shared.added = self.position.before_each_block(x, pack)  # (N, D)
-        for block, inputs in self.layout(self, x, pack, shared):
+        for block, inputs in zip(self.blocks_in_order(), self.layout(self.config, x, pack, shared)):
             x = self.maybe_checkpointed(block, x, modulation, y, inputs)  # (N, D)
         return self.head(x, c, modulation, levels)
 
@@ -127,7 +121,7 @@ class STDiT(nn.Module):
         """
         t, row_of_token, wave_count = pack.levels, pack.level_index, self.config.frequency_dim
         if self.clip_embedding is not None:  # modulation depends on the clip too: a row per pair of level and clip
-            level_of_row, clip_of_row, row_of_token = level_clip_pairs(pack)
+            level_of_row, clip_of_row, row_of_token = pack.level_clip_pairs()
             t = t[level_of_row]
         with without_autocast(pack.tokens.device):
             waves = sinusoids(network_time(t, self.config.network_time, self.config.time_scale), wave_count).to(wide)
@@ -136,6 +130,10 @@ class STDiT(nn.Module):
                 c = c + self.clip_embedding.of_clips(pack, wide)[clip_of_row]
             modulation = self.time_projection(waves if self.projects_sinusoids else c)
         return c, modulation.unflatten(1, (-1, self.config.dim)), row_of_token
+
+    def blocks_in_order(self) -> Iterable[nn.Module]:
+        """The blocks as they run: each within frames is followed by one over time, if there are any."""
+        return chain.from_iterable(zip(self.blocks, self.temporal_blocks)) if self.temporal_blocks else self.blocks
 
     def maybe_checkpointed(self, block: nn.Module, *inputs: Any) -> Tensor:
         if self.checkpoint_blocks and torch.is_grad_enabled():
@@ -159,57 +157,51 @@ class STDiT(nn.Module):
             image_text: (B, I, image_text_dim), tokens of an image encoder.
         Returns (B, C_out, T, H, W) in the dtype of the latents.
         """
-        given = self._conditions(conditions, latents)
-        self._check(latents, t, text, text_mask)
-        if ("image" in given) != (self.config.image_channels > 0):
-            raise StditError(f"these weights take `image`, (B, {self.config.image_channels}, T, H, W), in every call.")
+        given = self.checked_conditions(conditions, latents, t, text, text_mask)
         texts = list(text) if text_mask is None else [row[keep] for row, keep in zip(text, text_mask.bool())]
         of_clips = [{name: value[index] for name, value in given.items()} for index in range(len(latents))]
         pack = pack_inputs(list(latents), list(t), self.config.patch, of_clips)
         out = self(pack, pack_texts(texts, padding=0))
         return torch.stack(unpack_clips(out, pack, self.config.patch)).to(latents.dtype)
 
-    def _conditions(self, conditions: dict[str, Any], latents: Tensor) -> dict[str, Any]:
-        """Checks the conditions given, and expands them to a row per clip."""
-        takes, found = self.config.conditions, {}
+    def checked_conditions(
+        self, conditions: dict[str, Any], latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Checks the arguments of `predict`. Returns the conditions that are given, with a row per clip."""
+        config, clips, found = self.config, len(latents), dict[str, Tensor]()
+        if latents.ndim != 5 or latents.shape[1] != config.latent_channels:
+            raise StditError(f"latents are {tuple(latents.shape)}; wanted (B, {config.latent_channels}, T, H, W).")
+        if text.ndim != 3 or text.shape[2] != config.text_dim or len(text) != clips:
+            raise StditError(f"text is {tuple(text.shape)}; wanted ({clips}, L, {config.text_dim}).")
+        if t.ndim not in (1, 2) or len(t) != clips:
+            raise StditError(f"t is {tuple(t.shape)}; wanted ({clips},), with frames or tokens as second size.")
+        if config.network_time == "log_sigma" and (t >= 1).any():
+            raise StditError("t of 1 is σ = t/(1 − t) = ∞, which these weights (EDM) cannot be given: use a smaller t.")
+        if text_mask is not None and text_mask.shape != text.shape[:2]:
+            raise StditError(f"text_mask is {tuple(text_mask.shape)}; wanted {tuple(text.shape[:2])}.")
         shapes = {
             "fps": (),
             "size": (2,),
-            "image": (self.config.image_channels, *latents.shape[2:]),
-            "image_text": (None, self.config.image_text_dim),
+            "image": (config.image_channels, *latents.shape[2:]),
+            "image_text": (None, config.image_text_dim),
         }
         for name, value in conditions.items():
             if name not in CONDITIONS:
                 raise StditError(f"unknown condition {name!r}.{nearest_name(name, CONDITIONS)}")
             if value is None:
                 continue
-            if name not in takes:
-                raise StditError(f"condition {name!r}: these weights take {' and '.join(('text', *takes))} only.")
-            wanted = shapes[name]
-            value = torch.as_tensor(value, device=latents.device)
-            if value.ndim == len(wanted) and name in ("fps", "size"):  # the same for all clips
-                value = value.expand(len(latents), *value.shape)
-            if (
-                value.ndim != 1 + len(wanted)
-                or len(value) != len(latents)
-                or any(size not in (None, has) for size, has in zip(wanted, value.shape[1:]))
-            ):
-                raise StditError(f"condition {name!r} is {tuple(value.shape)}; wanted {(len(latents), *wanted)}.")
+            if name not in config.conditions:
+                takes = " and ".join(("text", *config.conditions))
+                raise StditError(f"condition {name!r}: these weights take {takes} only.")
+            value, wanted = torch.as_tensor(value, device=latents.device), (clips, *shapes[name])
+            if value.ndim == len(wanted) - 1 and name in ("fps", "size"):  # the same for all clips
+                value = value.expand(clips, *value.shape)
+            if value.ndim != len(wanted) or any(n not in (None, has) for n, has in zip(wanted, value.shape)):
+                raise StditError(f"condition {name!r} is {tuple(value.shape)}; wanted {wanted}.")
             found[name] = value
+        if ("image" in found) != (config.image_channels > 0):
+            raise StditError(f"these weights take `image`, (B, {config.image_channels}, T, H, W), in every call.")
         return found
-
-    def _check(self, latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None) -> None:
-        config = self.config
-        if latents.ndim != 5 or latents.shape[1] != config.latent_channels:
-            raise StditError(f"latents are {tuple(latents.shape)}; wanted (B, {config.latent_channels}, T, H, W).")
-        if text.ndim != 3 or text.shape[2] != config.text_dim or len(text) != len(latents):
-            raise StditError(f"text is {tuple(text.shape)}; wanted ({len(latents)}, L, {config.text_dim}).")
-        if t.ndim not in (1, 2) or len(t) != len(latents):
-            raise StditError(f"t is {tuple(t.shape)}; wanted ({len(latents)},), with frames or tokens as second size.")
-        if config.network_time == "log_sigma" and (t >= 1).any():
-            raise StditError("t of 1 is σ = t/(1 − t) = ∞, which these weights (EDM) cannot be given: use a smaller t.")
-        if text_mask is not None and text_mask.shape != text.shape[:2]:
-            raise StditError(f"text_mask is {tuple(text_mask.shape)}; wanted {tuple(text.shape[:2])}.")
 
 
 def count_parameters(config: TransformerConfig) -> int:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Protocol
+from itertools import chain, cycle, repeat
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stdit.errors import StditError
 from stdit.models.blocks import Block, BlockInputs, Head
@@ -20,7 +21,7 @@ from stdit.models.config import TransformerConfig
 from stdit.models.fused import gated_residual, modulated_norm
 from stdit.models.layers import LayerNorm, Linear, LowRank
 from stdit.models.packing import TextPack, TokenPack, spatial_segments, temporal_segments
-from stdit.models.positions import inner_rotary_table, ntk_bases, rotary_table, sinusoids, widest
+from stdit.models.positions import rotary_axes, rotary_table, sinusoids, widest
 
 # Rotary positions: (pack, config, dtype) to cos and sin, (N, 1 or H, D_head/2) each, or None for no turn.
 
@@ -29,9 +30,11 @@ Turns = tuple[Tensor | None, Tensor | None]
 
 def axes_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) -> Turns:
     """A third of each head turns with frame, row and column. Wan has no rope_scale and no rope_fps."""
-    positions, bases, wide = pack.positions, [config.rope_theta] * 3, widest(pack.positions.device)
+    positions, theta, wide = pack.positions, config.rope_theta, widest(pack.positions.device)
+    bases = [theta] * 3
     if config.rotary == "axes_ntk":
-        bases = ntk_bases(config.head_dim, config.rope_theta, config.rope_scale)
+        axes = zip(rotary_axes(config.head_dim), config.rope_scale)
+        bases = [theta * scale ** (d / (d - 2)) if d > 2 else theta for d, scale in axes]
     elif config.rope_scale != (1.0, 1.0, 1.0):
         positions = positions / positions.new_tensor(config.rope_scale, dtype=wide)
     if pack.conditions.fps is not None and config.rope_fps:
@@ -41,8 +44,13 @@ def axes_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) 
 
 
 def inner_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) -> Turns:
-    """Angles over the whole width, of positions in seconds and pixels over rope_scale (LTX-Video)."""
-    frame, row, column = pack.positions.float().unbind(1)  # fp32, rounded as LTX-Video's own code rounds
+    """Angles over the whole width, so each head has its own frequencies (LTX-Video).
+
+    At each of D//6 frequencies, from π/2 to θ·π/2, each axis turns one pair by frequency · (2·share − 1). A share is a
+    position in seconds or pixels over rope_scale. The first D % 6 dimensions do not turn. All of it in fp32, like the
+    angles that the weights were trained with, which are off by 1e-3 at the highest frequencies.
+    """
+    frame, row, column = pack.positions.float().unbind(1)
     stride, fps, wide = config.rope_stride, pack.conditions.fps, widest(pack.positions.device)
     rate = pack.positions.new_tensor(config.rope_fps, dtype=wide) if fps is None else pack.per_token(fps).to(wide)
     if config.rotary == "inner_causal":  # the first latent frame is one frame long
@@ -51,7 +59,11 @@ def inner_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype)
         seconds = frame * (stride[0] / rate).float() * config.patch[0]
     axes = (seconds, row * stride[1] * config.patch[1], column * stride[2] * config.patch[2])
     shares = torch.stack([axis / largest for axis, largest in zip(axes, config.rope_scale)], dim=1)  # (N, 3)
-    return inner_rotary_table(shares, config.dim, config.heads, config.rope_theta, dtype)
+    exponents = torch.linspace(0.0, 1.0, config.dim // 6, dtype=torch.float32, device=shares.device)
+    frequencies = config.rope_theta**exponents * math.pi / 2.0
+    angle = frequencies * (shares.unsqueeze(-1) * 2 - 1)  # (N, 3, D//6)
+    angle = F.pad(angle.transpose(1, 2).flatten(1), ((config.dim % 6) // 2, 0)).unflatten(1, (config.heads, -1))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def time_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) -> Turns:
@@ -62,21 +74,14 @@ def time_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) 
     return angle.cos().unsqueeze(1).to(dtype), angle.sin().unsqueeze(1).to(dtype)
 
 
-def no_rotary(pack: TokenPack, config: TransformerConfig, dtype: torch.dtype) -> Turns:
-    return None, None
-
-
 ROTARY: dict[str, Callable[[TokenPack, TransformerConfig, torch.dtype], Turns]] = {
     "axes": axes_rotary,
     "axes_ntk": axes_rotary,
     "inner": inner_rotary,
     "inner_causal": inner_rotary,
     "time": time_rotary,
-    "none": no_rotary,
+    "none": lambda pack, config, dtype: (None, None),
 }
-
-
-# Positions added to the tokens.
 
 
 class AddedPositions(nn.Module):
@@ -122,10 +127,7 @@ class LearnedPositions(AddedPositions):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        frames, rows, columns = config.position_max
-        self.frame = nn.Parameter(torch.zeros(frames, config.dim))
-        self.row = nn.Parameter(torch.zeros(rows, config.dim))
-        self.column = nn.Parameter(torch.zeros(columns, config.dim))
+        self.frame, self.row, self.column = (nn.Parameter(torch.zeros(n, config.dim)) for n in config.position_max)
 
     def before_each_block(self, x: Tensor, pack: TokenPack) -> Tensor | None:
         limits, wide = self.config.position_max, torch.promote_types(x.dtype, torch.float32)
@@ -146,9 +148,6 @@ POSITIONS: dict[str, type[AddedPositions]] = {
     "space_resolution": SpacePositions,
     "learned": LearnedPositions,
 }
-
-
-# Conditions added to the embedding of the noise level.
 
 
 def required(condition: Tensor | None, name: str, meaning: str) -> Tensor:
@@ -197,9 +196,6 @@ LEVEL_CONDITIONS: dict[str, Callable[[TransformerConfig], FpsEmbedding | SizeEmb
 }
 
 
-# Text and image tokens.
-
-
 def text_layers(config: TransformerConfig) -> list[nn.Module]:
     """The layers that embed text tokens (M, D_text) as (M, D_context)."""
     if config.text_embedding == "mlp":
@@ -209,11 +205,9 @@ def text_layers(config: TransformerConfig) -> list[nn.Module]:
     return []
 
 
-class NoImage(nn.Module):
+def no_image(pack: TokenPack, dtype: torch.dtype) -> TextPack | None:
     """Cross-attention sees the text only."""
-
-    def forward(self, pack: TokenPack, dtype: torch.dtype) -> TextPack | None:
-        return None
+    return None
 
 
 class ImageEmbedding(nn.Module):
@@ -244,34 +238,23 @@ class ImageEmbedding(nn.Module):
         return replace(image, tokens=self.proj(tokens))
 
 
-# Layouts of attention: the blocks in their order, each with its inputs.
+Steps = Iterable[BlockInputs]  # what each block reads, in the order of `STDiT.blocks_in_order`
 
 
-class Model(Protocol):
-    """What a layout reads of STDiT."""
-
-    config: TransformerConfig
-    blocks: nn.ModuleList
-    temporal_blocks: nn.ModuleList
-
-
-Steps = Iterable[tuple[nn.Module, BlockInputs]]
-
-
-def full_attention(model: Model, x: Tensor, pack: TokenPack, inputs: BlockInputs) -> Steps:
+def full_attention(config: TransformerConfig, x: Tensor, pack: TokenPack, inputs: BlockInputs) -> Steps:
     """Every block attends to all tokens of a clip."""
-    return ((block, inputs) for block in model.blocks)
+    return repeat(inputs)
 
 
-def spatial_attention(model: Model, x: Tensor, pack: TokenPack, inputs: BlockInputs) -> Steps:
+def spatial_attention(config: TransformerConfig, x: Tensor, pack: TokenPack, inputs: BlockInputs) -> Steps:
     """Every block attends within frames (PixArt). Some blocks may compress their keys (PixArt-Σ 2K)."""
     inputs = replace(inputs, segments=spatial_segments(pack))
-    if model.config.compressed:
-        inputs = replace(inputs, grids=pack.grids, compressed=spatial_segments(pack, model.config.compression))
-    return ((block, inputs) for block in model.blocks)
+    if config.compressed:
+        inputs = replace(inputs, grids=pack.grids, compressed=spatial_segments(pack, config.compression))
+    return repeat(inputs)
 
 
-def alternating_attention(model: Model, x: Tensor, pack: TokenPack, inputs: BlockInputs) -> Steps:
+def alternating_attention(config: TransformerConfig, x: Tensor, pack: TokenPack, inputs: BlockInputs) -> Steps:
     """Blocks within frames alternate with blocks over time, where each place of the frame is a segment (Latte)."""
     order, inverse_order, segments = temporal_segments(pack)
     spatial = replace(inputs, cos=None, sin=None, segments=spatial_segments(pack))
@@ -279,24 +262,19 @@ def alternating_attention(model: Model, x: Tensor, pack: TokenPack, inputs: Bloc
     if inputs.cos is not None and inputs.sin is not None:
         temporal = replace(temporal, cos=inputs.cos[order], sin=inputs.sin[order])
     first = temporal
-    if model.config.position == "space_time":  # sinusoids of the frame, except in clips of one frame (Latte)
+    if config.position == "space_time":  # sinusoids of the frame, except in clips of one frame (Latte)
         many = torch.tensor([grid.frames > 1 for grid in pack.grids], device=pack.positions.device)
-        waves = sinusoids(pack.positions[:, 0], model.config.dim, sine_first=True) * pack.per_token(many)[:, None]
+        waves = sinusoids(pack.positions[:, 0], config.dim, sine_first=True) * pack.per_token(many)[:, None]
         first = replace(temporal, added=waves.to(x.dtype))  # (N, D)
-    for number, (block, temporal_block) in enumerate(zip(model.blocks, model.temporal_blocks)):
-        yield block, spatial
-        yield temporal_block, temporal if number else first
+    return chain((spatial, first), cycle((spatial, temporal)))
 
 
-LAYOUTS: dict[str, Callable[[Model, Tensor, TokenPack, BlockInputs], Steps]] = {
+LAYOUTS: dict[str, Callable[[TransformerConfig, Tensor, TokenPack, BlockInputs], Steps]] = {
     "full": full_attention,
     "spatial": spatial_attention,
     "spatial_temporal": alternating_attention,
     "spatial_temporal_text": alternating_attention,
 }
-
-
-# Cosmos' modulation: low-rank projections of the noise level's embedding, for cross-attention too.
 
 
 class LowRankBlock(Block):

@@ -22,6 +22,7 @@ class Call(NamedTuple):
     multiplicity: (M,) fp32 on the CPU, how many identical keys each key represents, or None.
     q_offsets, k_offsets: (S+1,) int32 on the device of q.
     q_host, k_host: the same on the CPU, int64.
+    backend: a name of `attention.BACKENDS`, or "auto".
     """
 
     q: Tensor
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     k_offsets: Tensor
     q_host: Tensor
     k_host: Tensor
+    backend: str = "auto"
 
     @property
     def scale(self) -> float:
@@ -77,6 +79,10 @@ def flash_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> Grads:
         alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return grads
+
+
+FORWARD = {"varlen": varlen_forward, "flash": flash_forward}
+BACKWARD = {"varlen": varlen_backward, "flash": flash_backward}
 
 
 # Multiplicity for kernels without a bias: the kernel counts each key once, then its n − 1 copies are merged in.

@@ -8,173 +8,36 @@ prefix of its latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from stdit.errors import StditError
-from stdit.shapes import VideoShape
-from stdit.vae import streaming
-from stdit.vae.causal_cache import CausalCache
+from stdit.shapes import LatentShape, VideoShape
 from stdit.vae.clips import check_latents, check_video, patchify, unpatchify
 from stdit.vae.config import PRESETS as PRESETS
 from stdit.vae.config import VaeConfig as VaeConfig
 from stdit.vae.config import preset as preset
-from stdit.vae.layers import (
-    AttentionBlock,
-    CausalConv3d,
-    DownLevel,
-    Downsample,
-    ResidualBlock,
-    UpLevel,
-    Upsample,
-    norm,
-    norm_silu_with_past,
-)
+from stdit.vae.layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, Upsample
+from stdit.vae.networks import Decoder, Encoder
+from stdit.vae.streaming import CausalCache, Stream, checked_frames, chunk_lengths, draw
+from stdit.vae.tiles import Slices, slices, tiles
 
 START_LOGVAR = -6.0  # of an untrained encoder: with a wider posterior, noise drowns the latents in the first steps
 
 
-class Encoder(nn.Module):
-    """(B, 3·p·p, T, H, W) -> (B, 2·z, T', H', W')."""
-
-    def __init__(self, config: VaeConfig):
-        super().__init__()
-        widths = [config.base_dim * m for m in config.dim_mult]
-        self.conv1 = CausalConv3d(3 * config.patch_size**2, config.base_dim, (3, 3, 3))
-        c = config.base_dim
-        self.downsamples = nn.Sequential()
-        for level, width in enumerate(widths):
-            layers, temporal = blocks(c, width, config.num_res_blocks, config.groups), None
-            if level < len(widths) - 1:
-                temporal = config.temporal_downsample[level]
-                layers.append(Downsample(width, temporal))
-            cell = (1, 1) if temporal is None else (1 + temporal, 2)
-            self.downsamples.extend([DownLevel(layers, width, *cell)] if config.residual else layers)
-            c = width
-        last = max((i for i, layer in enumerate(self.downsamples) if resamples_time(layer)), default=None)
-        if last is not None:
-            mark_even_frames([self.conv1, *self.downsamples[: last + 1]])
-        self.middle = middle(c, config.groups)
-        self.head = head(c, 2 * config.z_dim, config.groups)
-
-    def fine(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
-        """The layers that see only a neighbourhood: -> (B, C, T', H', W')."""
-        wide = next((i for i, layer in enumerate(self.downsamples) if resamples_time(layer)), len(self.downsamples))
-        x = in_frame_chunks([self.conv1, *self.downsamples[:wide]], x, cache)
-        for layer in self.downsamples[wide:]:
-            x = layer(x, cache)
-        return x
-
-    def coarse(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
-        """The layers in which every position of a frame sees every other: -> (B, 2·z, T', H', W')."""
-        for layer in self.middle:
-            x = layer(x, cache)
-        return apply_head(self.head, x, cache)
-
-
-class Decoder(nn.Module):
-    """(B, z, T', H', W') -> (B, 3·p·p, T, H, W)."""
-
-    def __init__(self, config: VaeConfig):
-        super().__init__()
-        widths = [(config.decoder_base_dim or config.base_dim) * m for m in reversed(config.dim_mult)]
-        temporal = config.temporal_downsample[::-1]
-        c = widths[0]
-        self.conv1 = CausalConv3d(config.z_dim, c, (3, 3, 3))
-        self.middle = middle(c, config.groups)
-        self.upsamples = nn.Sequential()
-        for level, width in enumerate(widths):
-            layers = blocks(c, width, config.num_res_blocks + 1, config.groups)
-            c = width
-            if level < len(widths) - 1:
-                c = width // 2 if config.upsampling_halves else width
-                layers.append(Upsample(width, c, temporal[level]))
-                if config.residual:
-                    layers = [UpLevel(layers, width, 1 + temporal[level], 2)]
-            elif config.residual:
-                layers = [UpLevel(layers)]
-            self.upsamples.extend(layers)
-        self.head = head(c, 3 * config.patch_size**2, config.groups)
-        first = next((i for i, layer in enumerate(self.upsamples) if resamples_time(layer)), None)
-        if first is not None:
-            mark_even_frames([*self.upsamples[first + 1 :], self.head])
-
-    def coarse(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
-        """The layers in which every position of a frame sees every other: -> (B, C, T', H', W')."""
-        x = self.conv1(x, cache)
-        for layer in self.middle:
-            x = layer(x, cache)
-        return x
-
-    def fine(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
-        """The layers that see only a neighbourhood: -> (B, 3·p·p, T, H, W)."""
-        last = max((i for i, layer in enumerate(self.upsamples) if resamples_time(layer)), default=-1)
-        for layer in self.upsamples[: last + 1]:
-            x = layer(x, cache)
-        return in_frame_chunks([*self.upsamples[last + 1 :], partial(apply_head, self.head)], x, cache)
-
-
-def resamples_time(layer: nn.Module) -> bool:
-    return any(isinstance(part, Downsample | Upsample) and part.time_conv is not None for part in layer.modules())
-
-
-def mark_even_frames(layers: Iterable[nn.Module]) -> None:
-    """Marks the convolutions for which every chunk after a clip's first frame has an even number of frames."""
-    for layer in layers:
-        for part in layer.modules():
-            if isinstance(part, CausalConv3d):
-                part.even_frames = True
-
-
-def in_frame_chunks(
-    layers: Sequence[Callable[[Tensor, CausalCache | None], Tensor]], x: Tensor, cache: CausalCache | None
-) -> Tensor:
-    """Runs layers that keep the number of frames, FRAMES_AT_ONCE at a time while streaming without gradients.
-
-    These are the widest levels: they set the peak memory of a chunk.
-    """
-    done = []
-    for part in [x] if cache is None or torch.is_grad_enabled() else x.split(streaming.FRAMES_AT_ONCE, dim=2):
-        for layer in layers:
-            part = layer(part, cache)
-        done.append(part)
-    return torch.cat(done, dim=2) if len(done) > 1 else done[0]
-
-
-def blocks(in_channels: int, out_channels: int, count: int, groups: int) -> list[nn.Module]:
-    """`count` residual blocks; the first changes the channels."""
-    return [ResidualBlock(out_channels if i else in_channels, out_channels, groups) for i in range(count)]
-
-
-def middle(channels: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(
-        ResidualBlock(channels, channels, groups),
-        AttentionBlock(channels, groups),
-        ResidualBlock(channels, channels, groups),
-    )
-
-
-def head(in_channels: int, out_channels: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(
-        norm(in_channels, 3, groups), nn.SiLU(inplace=True), CausalConv3d(in_channels, out_channels, (3, 3, 3))
-    )
-
-
-def apply_head(head: nn.Sequential, x: Tensor, cache: CausalCache | None) -> Tensor:
-    norm, _, conv = head
-    return conv(norm_silu_with_past(norm, conv, x, cache), has_past=True)
-
-
 class CausalVAE(nn.Module):
-    """Encodes clips to latents and decodes them. Raw latents come from the encoder; a DiT sees normalised ones."""
+    """Encodes clips to latents and decodes them. Raw latents come from the encoder; a DiT sees normalised ones.
+
+    memory: bytes that encoding and decoding may take, see `tiles.slices`, unless a call says otherwise.
+    """
 
     def __init__(self, config: VaeConfig):
         super().__init__()
         self.config = config
-        self.memory: int | None = None  # bytes for encoding and decoding, unless the call says otherwise
+        self.memory: int | None = None
         self.encoder = Encoder(config)
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
@@ -206,27 +69,21 @@ class CausalVAE(nn.Module):
         self.conv1.get_parameter("bias")[self.config.z_dim :].fill_(START_LOGVAR)
 
     def encode(
-        self,
-        video: Tensor,
-        sample: bool = False,
-        generator: torch.Generator | None = None,
-        memory: int | None = None,
+        self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None, memory: int | None = None
     ) -> Tensor:
         """(B, 3, T, H, W) in [−1, 1] -> normalised latents (B, z, T', H', W') in the weights' dtype, on their device.
 
         sample: draw from the posterior instead of taking its mode.
         generator: of the draw's fp32 noise, which is made on the generator's device.
-        memory: bytes to work in, see `streaming.slices`; None: `self.memory`. If that is None too and gradients are
-            enabled, the whole clip is encoded at once.
+        memory: bytes to work in; None: `self.memory`. If that is None too and gradients are enabled, the whole clip is
+            encoded at once.
         """
         memory = self.memory if memory is None else memory
-        self._check(video, more=False)
+        check_video(video)
         video = video.to(next(self.parameters()))
-        if torch.is_grad_enabled() and memory is None:
-            mean, logvar = self.encode_moments(video)
-        else:
-            mean, logvar = streaming.encode_moments(self, video, memory).chunk(2, dim=1)
-        return self.normalise(streaming.draw(mean, logvar, generator) if sample else mean)
+        whole = torch.is_grad_enabled() and memory is None
+        mean, logvar = self.encode_moments(video) if whole else self.moments_in_slices(video, memory)
+        return self.normalise(draw(mean, logvar, generator) if sample else mean)
 
     def decode(self, latents: Tensor, clamp: bool = True, memory: int | None = None) -> Tensor:
         """Normalised latents (B, z, T', H', W') -> (B, 3, T, H, W), in the weights' dtype and on their device.
@@ -239,19 +96,122 @@ class CausalVAE(nn.Module):
         if torch.is_grad_enabled() and memory is None:
             video = self.decode_raw(self.denormalise(latents))
             return video.clamp(-1, 1) if clamp else video
-        return streaming.decode(self, latents, memory, clamp)
+        video = self._in_slices("decoder", latents, LatentShape(*latents.shape[2:]), memory)
+        return video.clamp_(-1, 1) if clamp else video
 
+    @torch.no_grad()
     def encode_stream(
         self, frames: Iterable[Tensor], memory: int | None = None, posterior: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Encodes frames as they arrive, see `streaming.encode_stream`."""
-        return streaming.encode_stream(self, frames, self.memory if memory is None else memory, posterior)
+        """Encodes frames as they arrive, holding one chunk of them, to the latents that `encode` gives for all at once.
 
+        frames: 1+k·stride of them, (3, H, W) in [−1, 1]. memory: as for `encode`.
+        posterior: draws the latents from the posterior, the same for any length of chunks; None: its mode.
+        Yields chunks of normalised latents (z, n, H', W'). Raises StditError for a frame that cannot be encoded, with
+            its number; for no frames; and at the end if their number is not 1+k·stride.
+        """
+        stride = self.config.stride
+        source = checked_frames(frames, stride)
+        first = next(source)
+        latent = VideoShape(1, *first.shape[1:]).latent(stride)
+        cut = self._slices("encoder", (1, 0, latent.height, latent.width), memory)
+        run = self._stream("encoder", latent.height, latent.width, cut)
+        chunk = [first]
+        del first
+        while chunk:
+            video = torch.stack(chunk, 1)[None].to(next(self.parameters()))
+            chunk.clear()
+            mean, logvar = run(video).chunk(2, dim=1)
+            if posterior is not None:
+                moments = zip(mean.split(1, dim=2), logvar.split(1, dim=2))
+                mean = torch.cat([draw(*frame, posterior) for frame in moments], dim=2)
+            yield self.normalise(mean)[0]
+            chunk.extend(islice(source, cut.latents * stride[0]))
+
+    @torch.no_grad()
     def decode_stream(
         self, latents: Tensor | Iterable[Tensor], memory: int | None = None, clamp: bool = True
     ) -> Iterator[Tensor]:
-        """Decodes to frames as they are ready, see `streaming.decode_stream`."""
-        return streaming.decode_stream(self, latents, self.memory if memory is None else memory, clamp)
+        """Decodes the latents of one clip to its frames, as they are ready: those that `decode` gives for all at once.
+
+        latents: normalised, (z, T', H', W'), whole or in chunks. clamp: to [−1, 1].
+        memory: as for `encode`. If a stream does not fit but a clip tile by tile does, latents that are given whole are
+            decoded as one chunk.
+        Yields chunks of frames (3, t, H, W). Raises StditError for a chunk that cannot be decoded or does not fit those
+            before, with its number, and for no latents.
+        """
+        run, cut, begun, before, z = None, None, False, "", self.config.z_dim
+        for number, whole in enumerate([latents] if isinstance(latents, Tensor) else latents):
+            if whole.ndim != 4 or whole.shape[0] != z or not whole.numel() or not whole.is_floating_point():
+                raise StditError(
+                    f"chunk {number}: latents of shape {tuple(whole.shape)}, {whole.dtype}: a stream of latents is "
+                    f"floats ({z}, n, H', W')."
+                )
+            _, frames, rows, columns = whole.shape
+            kind = f"{columns}x{rows}, {whole.dtype}"
+            if run is None or cut is None:
+                cut = self.stream_slices((frames if isinstance(latents, Tensor) else 0, rows, columns), memory)
+                if cut is None:
+                    yield self.decode(whole[None], clamp, memory)[0]
+                    return
+                run, before = self._stream("decoder", rows, columns, cut), kind
+            if kind != before:
+                raise StditError(
+                    f"chunk {number}: latents of {kind}, those before of {before}: give those of one clip."
+                )
+            for chunk in whole.split(chunk_lengths(frames, cut.latents, begun), dim=1):
+                begun = True
+                video = run(chunk[None].to(next(self.parameters())))[0]
+                yield video.clamp_(-1, 1) if clamp else video
+        if run is None:
+            raise StditError("there are no latents to decode: the iterator was empty. Give at least one latent frame.")
+
+    def stream_slices(self, shape: tuple[int, int, int], memory: int | None) -> Slices | None:
+        """The slices for decoding latents of `shape` (frames, rows, columns; 0 frames: unknown) as a stream.
+
+        None if a stream does not fit, but the whole clip tile by tile does. Raises StditError if neither does.
+        """
+        try:
+            return self._slices("decoder", (1, 0, *shape[1:]), memory)
+        except StditError:
+            if not shape[0]:
+                raise
+            self._slices("decoder", (1, *shape), memory)
+            return None
+
+    def moments_in_slices(self, video: Tensor, memory: int | None = None) -> tuple[Tensor, Tensor]:
+        """`encode_moments` in `memory` bytes."""
+        latent = VideoShape(*video.shape[2:]).latent(self.config.stride)
+        mean, logvar = self._in_slices("encoder", video, latent, memory).chunk(2, dim=1)
+        return mean, logvar
+
+    def _in_slices(self, side: str, given: Tensor, latent: LatentShape, memory: int | None) -> Tensor:
+        """The encoder's moments of clips, concatenated, or the decoder's frames for normalised latents."""
+        cut = self._slices(side, (len(given), *latent.sizes), memory)
+        t, *scale = self.config.stride
+        lengths = chunk_lengths(latent.frames, cut.latents)
+        frames = [1, *(n * t for n in lengths[1:])]
+        if side == "encoder":
+            whole = given.new_zeros((len(given), 2 * self.config.z_dim, *latent.sizes))
+            lengths, frames = frames, lengths
+        else:
+            whole = given.new_zeros((len(given), 3, sum(frames), latent.height * scale[0], latent.width * scale[1]))
+        for clips, out in zip(given.split(cut.clips), whole.split(cut.clips)):
+            run = self._stream(side, latent.height, latent.width, cut)
+            run.clip(clips.split(lengths, dim=2), out.split(frames, dim=2))
+        return whole
+
+    def _slices(self, side: str, shape: tuple[int, int, int, int], memory: int | None) -> Slices:
+        memory = self.memory if memory is None else memory
+        return slices(self.config, side, shape, next(self.parameters()).element_size(), memory)
+
+    def _stream(self, side: str, rows: int, columns: int, cut: Slices) -> Stream:
+        of_frame, of_tile, scale = (rows, columns), (cut.rows, cut.columns), self.config.stride[1:]
+        if side == "encoder":
+            parts = tiles(of_frame, of_tile, scale, (1, 1))
+            return Stream(parts, self.encode_fine, after=lambda *x: torch.cat(self.encode_coarse(*x), dim=1))
+        parts = tiles(of_frame, of_tile, (1, 1), scale)
+        return Stream(parts, self.decode_fine, before=lambda z, cache: self.decode_coarse(self.denormalise(z), cache))
 
     def encode_moments(self, video: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) in [−1, 1] -> mean and log-variance of the raw latents, (B, z, T', H', W') each.
@@ -265,11 +225,11 @@ class CausalVAE(nn.Module):
         """Raw latents (B, z, T', H', W') -> (B, 3, T, H, W), not clamped. cache: as in `encode_moments`."""
         return self.decode_fine(self.decode_coarse(latents, cache), cache)
 
-    # Encoder and decoder are two halves each, so that frames can be tiled: the half with attention must not be.
-
     def encode_fine(self, video: Tensor, cache: CausalCache | None = None) -> Tensor:
         """The first half of `encode_moments`: (B, 3, T, H, W) -> (B, C, T', H', W')."""
-        self._check(video, more=bool(cache))
+        check_video(video)
+        frames, height, width = video.shape[2:]
+        VideoShape(frames + bool(cache), height, width).latent(self.config.stride)  # raises unless it divides
         return self.encoder.fine(patchify(video, self.config.patch_size), cache)
 
     def encode_coarse(self, x: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, Tensor]:
@@ -303,12 +263,6 @@ class CausalVAE(nn.Module):
         mean, std = (torch.tensor(v, dtype=dtype, device=like.device).view(shape) for v in values)
         return mean, std
 
-    def _check(self, video: Tensor, more: bool) -> None:
-        """Raises StditError for a clip that this VAE cannot encode. more: it is a chunk after the first."""
-        check_video(video)
-        _, _, t, h, w = video.shape
-        VideoShape(t + 1 if more else t, h, w).latent(self.config.stride)  # raises unless the stride divides it
-
 
 @torch.no_grad()
 def measure_latents(vae: CausalVAE, batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -319,7 +273,7 @@ def measure_latents(vae: CausalVAE, batches: Iterable[Tensor]) -> tuple[tuple[fl
     """
     n, total, squares = 0, torch.zeros(vae.config.z_dim, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for video in batches:
-        mean, _ = streaming.encode_moments(vae, video, vae.memory).chunk(2, dim=1)
+        mean, _ = vae.moments_in_slices(video)
         raw = mean.double().cpu().transpose(0, 1).flatten(1)  # (z, B·T'·H'·W')
         n, total, squares = n + raw.shape[1], total + raw.sum(1), squares + raw.square().sum(1)
     if n < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -79,52 +80,48 @@ class VaeConfig:
         if self.latents_std is not None and all(std == 1 for std in self.latents_std):
             object.__setattr__(self, "latents_std", None)
         check(self, "VAE")
-        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise StditError(
-                f"VAE: temporal_downsample {self.temporal_downsample} has {len(self.temporal_downsample)} entries; "
-                f"{len(self.dim_mult)} levels in dim_mult have {len(self.dim_mult) - 1} downsamplings between them."
+        for conflict in self._conflicts():
+            raise StditError(f"VAE: {conflict}")
+
+    def _conflicts(self) -> Iterator[str]:
+        """What is wrong with settings that are right each for itself."""
+        mults, halvings, decoder = self.dim_mult, self.temporal_downsample, self.decoder_base_dim or self.base_dim
+        if len(halvings) != len(mults) - 1:
+            yield (
+                f"temporal_downsample {halvings} has {len(halvings)} entries; {len(mults)} levels in dim_mult have "
+                f"{len(mults) - 1} downsamplings between them."
             )
-        if sum(self.temporal_downsample) > 2:
-            raise StditError(
-                f"VAE: temporal_downsample {self.temporal_downsample} makes a temporal stride of {self.stride[0]}; "
-                f"diffusers and every program that reads Wan's VAEs run at most 4."
+        if sum(halvings) > 2:
+            yield (
+                f"temporal_downsample {halvings} makes a temporal stride of {self.stride[0]}; diffusers and every "
+                "program that reads Wan's VAEs run at most 4."
             )
-        self._check_widths()
-        for name in ("latents_mean", "latents_std"):
-            value = getattr(self, name)
-            if value is not None and len(value) != self.z_dim:
-                raise StditError(
-                    f"VAE: {name} has {len(value)} entries, z_dim is {self.z_dim}. With another z_dim, set "
-                    "latents_mean and latents_std too: null (training measures them), or one number per channel."
+        for width in (mult * base for base in (self.base_dim, decoder) for mult in mults):
+            if self.groups and width % self.groups:
+                yield f"a level of {width} channels cannot be normalised in groups={self.groups}."
+        for mult in mults[1:]:
+            if self.upsampling_halves and mult * decoder % 2:
+                yield (
+                    f"a level of {mult}×{decoder} channels cannot be halved by the decoder's upsampling. Choose an "
+                    "even base_dim."
+                )
+        cells = [8 if time else 4 for time in halvings]
+        averaged = zip((1, *mults), mults, (*cells, 1))
+        repeated = zip(mults[:0:-1], (mults[-1], *mults[:0:-1]), reversed(cells))
+        for fine, coarse, cell in (*averaged, *repeated):
+            if self.residual and fine * cell % coarse:
+                yield (
+                    f"dim_mult {mults}: {fine} times a cell of {cell} is not a multiple of {coarse}, so the shortcut "
+                    "of a residual level cannot average or repeat."
+                )
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if values is not None and len(values) != self.z_dim:
+                yield (
+                    f"{name} has {len(values)} entries, z_dim is {self.z_dim}. With another z_dim, set latents_mean "
+                    "and latents_std too: null (training measures them), or one number per channel."
                 )
         if self.latents_std is not None and min(self.latents_std) == 0:
-            raise StditError(f"VAE: latents_std {self.latents_std} must be positive.")
-
-    def _check_widths(self) -> None:
-        """Raises if the layout cannot halve the channels of a level, or average and repeat them."""
-        decoder = self.decoder_base_dim or self.base_dim
-        for width in (mult * base for base in (self.base_dim, decoder) for mult in self.dim_mult):
-            if self.groups and width % self.groups:
-                raise StditError(f"VAE: a level of {width} channels cannot be normalised in groups={self.groups}.")
-        if self.upsampling_halves:
-            for mult in self.dim_mult[1:]:
-                if mult * decoder % 2:
-                    raise StditError(
-                        f"VAE: a level of {mult}×{decoder} channels cannot be halved by the decoder's upsampling. "
-                        "Choose an even base_dim."
-                    )
-        if not self.residual:
-            return
-        cells = [8 if time else 4 for time in self.temporal_downsample]
-        mults, top = self.dim_mult, self.dim_mult[-1]
-        averaged = zip((1, *mults), mults, (*cells, 1))
-        repeated = zip(mults[:0:-1], (top, *mults[:0:-1]), reversed(cells))
-        for fine, coarse, cell in (*averaged, *repeated):
-            if fine * cell % coarse:
-                raise StditError(
-                    f"VAE: dim_mult {mults}: {fine} times a cell of {cell} is not a multiple of {coarse}, so the "
-                    "shortcut of a residual level cannot average or repeat."
-                )
+            yield f"latents_std {self.latents_std} must be positive."
 
     @property
     def upsampling_halves(self) -> bool:

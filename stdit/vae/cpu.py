@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stdit.vae.causal_cache import PAST_FRAMES, CausalCache
 from stdit.vae.clips import to_clips, to_frames
+from stdit.vae.streaming import PAST_FRAMES, CausalCache
 
 ONEDNN = torch.backends.mkldnn.is_available()
 WINOGRAD_CHANNELS = 64  # with fewer channels in or out, adding frames costs more than the convolution it saves

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stdit.vae import cpu
-from stdit.vae.causal_cache import PAST_FRAMES, CausalCache, with_past
 from stdit.vae.clips import to_clips, to_frames
+from stdit.vae.streaming import PAST_FRAMES, CausalCache, with_past
 
 
 class CausalConv3d(nn.Conv3d):
@@ -28,7 +28,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
         assert kernel[0] in (1, 1 + PAST_FRAMES)
         self.sees_past = kernel[0] > 1
-        self.even_frames = False  # set by `autoencoder.mark_even_frames`
+        self.even_frames = False  # set by `networks.mark_even_frames`
 
     def forward(self, x: Tensor, cache: CausalCache | None = None, has_past: bool = False) -> Tensor:
         """(B, C_in, T, H, W) -> (B, C_out, T, H, W). has_past: the past frames are in front of x already."""
@@ -109,6 +109,18 @@ class ResidualBlock(nn.Module):
         z = norm_silu_with_past(norm2, conv2, y, cache)
         del y  # keeps the peak at three tensors
         return add(conv2(z, has_past=True), self.shortcut(x))
+
+
+class Head(nn.Sequential):
+    """The last norm, its activation and a convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        conv = CausalConv3d(in_channels, out_channels, (3, 3, 3))
+        super().__init__(norm(in_channels, 3, groups), nn.SiLU(inplace=True), conv)
+
+    def forward(self, x: Tensor, cache: CausalCache | None = None) -> Tensor:
+        norm, _, conv = self
+        return conv(norm_silu_with_past(norm, conv, x, cache), has_past=True)
 
 
 def add(y: Tensor, x: Tensor) -> Tensor:

@@ -95,10 +95,10 @@ def load_vae(
 
 def vae_on_meta(path: str | os.PathLike[str]) -> Any:
     """The VAE that load_vae would load, on the meta device. No weight is read."""
-    from stdit.vae.families.diffusers_vae import diffusers_vae_on_meta
+    from stdit.vae.families.diffusers_vae import load_diffusers_vae
 
     other = other_vae(path)
-    return on_meta(find("vae", path).config) if other is None else diffusers_vae_on_meta(other)
+    return on_meta(find("vae", path).config) if other is None else load_diffusers_vae(other, device="meta")
 
 
 def save_transformer(

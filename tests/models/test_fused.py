@@ -16,7 +16,7 @@ LEVELS = {
 
 def inputs(name, rows, dtype=torch.float64, d=6):
     torch.manual_seed(0)
-    index = LevelIndex(torch.tensor(LEVELS[name]))
+    index = LevelIndex.of(torch.tensor(LEVELS[name]))
     n, k = len(index.level_of), 3
     tokens = [torch.randn(n, d, dtype=dtype, requires_grad=True) for _ in range(rows)]
     wide = torch.promote_types(dtype, torch.float32)
@@ -108,9 +108,9 @@ def test_bf16_tokens_are_computed_in_fp32(name):
 def test_opcheck(name):
     (x,), (shift, scale), index = inputs(name, 1, torch.float32)
     parts = (index.level_of, index.run_bounds, index.run_levels)
-    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, *parts, 1e-6, False))
+    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, 1e-6, False, *parts))
     (x, y), (gate,), _ = inputs(name, 2, torch.float32)
-    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, *parts, 1e-6, True))
+    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, 1e-6, True, *parts))
     torch.library.opcheck(fused._gated_residual._opoverload, (x, y, gate, *parts))
 
 

@@ -59,7 +59,7 @@ def test_levels_are_distinct_and_found_again_per_token():
 
 
 def test_runs_cover_the_tokens():
-    index = LevelIndex(torch.tensor([2, 2, 0, 1, 1, 1, 2]))
+    index = LevelIndex.of(torch.tensor([2, 2, 0, 1, 1, 1, 2]))
     assert index.run_bounds.tolist() == [0, 2, 3, 6, 7]
     assert index.run_levels.tolist() == [2, 0, 1, 2]
 
@@ -69,7 +69,7 @@ def test_extra_tokens_of_a_segment_are_not_unpacked():
     longer = TokenPack(
         tokens=torch.arange(5.0)[:, None],
         levels=pack.levels,
-        level_of=torch.zeros(5, dtype=torch.long),
+        level_index=LevelIndex.of(torch.zeros(5, dtype=torch.long)),
         positions=torch.zeros(5, 3),
         segments=Segments.of([5]),
         grids=pack.grids,

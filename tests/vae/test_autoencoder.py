@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 from stdit.vae.autoencoder import PRESETS, CausalVAE, VaeConfig, measure_latents, preset
-from stdit.vae.causal_cache import CausalCache
+from stdit.vae.streaming import CausalCache
 from stdit.weights.families import wan_vae
 
 TINY = VaeConfig(base_dim=4, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), z_dim=3)

@@ -14,12 +14,11 @@ import torch
 from torch.testing import assert_close
 
 from stdit.errors import StditError
-from stdit.vae import cpu, streaming, tiles
+from stdit.vae import autoencoder, cpu, tiles
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.vae.causal_cache import CausalCache
 from stdit.vae.config import PRESETS
-from stdit.vae.streaming import Slices, coarse_bytes, slices, working_bytes
-from stdit.vae.tiles import blend_weights, spans
+from stdit.vae.streaming import CausalCache
+from stdit.vae.tiles import Slices, blend_weights, coarse_bytes, slices, spans, working_bytes
 
 STATISTICS = dict(latents_mean=(0.5, -1, 0), latents_std=(1, 2, 0.5))
 WAN21 = VaeConfig(base_dim=4, num_res_blocks=1, z_dim=3, **STATISTICS)
@@ -43,7 +42,7 @@ def clip(config: VaeConfig, frames: int, rows: int = 1, columns: int = 2, dtype=
 
 
 def chunk_length(monkeypatch, latents: int) -> None:
-    monkeypatch.setattr(streaming, "slices", lambda config, side, shape, *_: Slices(1, latents, *shape[2:]))
+    monkeypatch.setattr(autoencoder, "slices", lambda config, side, shape, *_: Slices(1, latents, *shape[2:]))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_tiles_are_the_whole_where_their_margin_covers_the_convolutions(monkeypa
     video = clip(PLAIN, 2, 26, 21, torch.float64)[None]
     whole = vae.encode(video)
     decoded = vae.decode(whole, clamp=False)
-    monkeypatch.setattr(streaming, "slices", lambda *_: Slices(1, 1, 16, 18))
+    monkeypatch.setattr(autoencoder, "slices", lambda *_: Slices(1, 1, 16, 18))
     for overlap, margin, least, most in ((8, 2, 1e-9, 0.1), (12, 5, 0, 1e-12)):
         monkeypatch.setattr(tiles, "OVERLAP", overlap)
         monkeypatch.setattr(tiles, "MARGIN", margin)

@@ -139,7 +139,6 @@ def sample(
     from stdit.shapes import frames_for
     from stdit.text.lengths import TextLimit
     from stdit.vae.autoencoder import CausalVAE
-    from stdit.vae.streaming import stream_slices
 
     if solver is not None:
         named_config(solver, {})  # an unknown name is an error before minutes of loading
@@ -161,7 +160,7 @@ def sample(
     shape = pipeline.shape(exact_size or _nearest_size(pipeline, ratio, resolution), frames)
     if memory is not None:  # too little is an error before minutes of sampling
         assert isinstance(pipeline.vae, CausalVAE)  # setting `memory` raised for any other VAE
-        stream_slices(pipeline.vae, shape.latent(pipeline.vae.config.stride).sizes, memory)
+        pipeline.vae.stream_slices(shape.latent(pipeline.vae.config.stride).sizes, memory)
     known = _known(pipeline, shape, fps, image, video, video_frames)
     if known is not None and last is not None:
         known["last"] = read_frames(str(last), 1, (shape.width, shape.height))[0]

@@ -7,7 +7,6 @@ of the three.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,32 +197,23 @@ def diffusers_class(name: str, traits: VaeTraits, place: object) -> Any:
     return getattr(diffusers, name)
 
 
-@contextmanager
-def _reading(source: VaeFolder) -> Iterator[Any]:
-    """Gives the diffusers class. Whatever it raises while reading the folder becomes a StditError."""
-    found = diffusers_class(source.name, source.traits, source.folder)
-    try:
-        yield found
-    except Exception as error:
-        raise StditError(f"{source.folder}: diffusers cannot read {source.name} there: {error}") from error
-
-
-def diffusers_vae_on_meta(source: VaeFolder) -> DiffusersVAE:
-    """The VAE that `load_diffusers_vae` would load, on the meta device, from config.json alone."""
-    with _reading(source) as found, torch.device("meta"):
-        module = found.from_config(found.load_config(str(source.folder), local_files_only=True))
-    return DiffusersVAE(module, source.traits).to("meta")  # also constants that were created on another device
-
-
 def load_diffusers_vae(
     source: VaeFolder, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> DiffusersVAE:
-    """Loads the autoencoder of a diffusers folder (config.json and safetensors). Nothing is downloaded."""
-    with _reading(source) as found:
-        module, info = found.from_pretrained(
-            str(source.folder), local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype
-        )
-    lost = {key: sorted(map(str, found)) for key, found in info.items() if found and key != "error_msgs"}
+    """Loads the VAE of a diffusers folder; on the meta device, from config.json alone. Nothing is downloaded."""
+    found, folder = diffusers_class(source.name, source.traits, source.folder), str(source.folder)
+    info: dict[str, Any] = {}
+    try:
+        if str(device) == "meta":
+            with torch.device(device):
+                module = found.from_config(found.load_config(folder, local_files_only=True))
+        else:
+            module, info = found.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=dtype
+            )
+    except Exception as error:
+        raise StditError(f"{folder}: diffusers cannot read {source.name} there: {error}") from error
+    lost = {key: sorted(map(str, names)) for key, names in info.items() if names and key != "error_msgs"}
     if lost:
-        raise StditError(f"{source.folder}: the VAE's weights do not fit its config.json: {lost}.")
-    return DiffusersVAE(module, source.traits).to(device)
+        raise StditError(f"{folder}: the VAE's weights do not fit its config.json: {lost}.")
+    return DiffusersVAE(module, source.traits).to(device)  # also constants that were created on another device

@@ -88,9 +88,9 @@ class ResBlock(nn.Module):
         return self.conv2(F.silu(self.norm2(y))) + self.conv3(x)
 
 
-def _res_blocks(config: OpenSoraConfig, channels: int, out: int) -> nn.ModuleList:
+def _res_blocks(config: OpenSoraConfig, channels: int, out: int) -> nn.Sequential:
     blocks = [ResBlock(channels if i == 0 else out, out, config.groups) for i in range(config.temporal_blocks)]
-    return nn.ModuleList(blocks)
+    return nn.Sequential(*blocks)
 
 
 class TemporalEncoder(nn.Module):
@@ -110,12 +110,8 @@ class TemporalEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for blocks, halve in zip(self.block_res_blocks, self.conv_blocks):
-            for block in blocks:  # type: ignore[attr-defined]
-                x = block(x)
-            x = halve(x)
-        for block in self.res_blocks:
-            x = block(x)
-        return self.conv2(F.silu(self.norm1(x)))
+            x = halve(blocks(x))
+        return self.conv2(F.silu(self.norm1(self.res_blocks(x))))
 
 
 class TemporalDecoder(nn.Module):
@@ -134,12 +130,9 @@ class TemporalDecoder(nn.Module):
         self.conv_out = CausalConv(width, config.z_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        for block in self.res_blocks:
-            x = block(x)
+        x = self.res_blocks(self.conv1(x))
         for level in reversed(range(len(self.block_res_blocks))):
-            for block in self.block_res_blocks[level]:  # type: ignore[attr-defined]
-                x = block(x)
+            x = self.block_res_blocks[level](x)
             if level and isinstance(double := self.conv_blocks[level - 1], CausalConv):
                 x = double(x).unflatten(1, (-1, 2)).movedim(2, 3).flatten(2, 3)  # channels (C, 2) to frames (T, 2)
         return self.conv_out(F.silu(self.norm1(x)))
@@ -157,9 +150,7 @@ class TemporalVAE(nn.Module):
     def encode(self, x: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.step, 0))
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        if not sample:
-            return mean
-        return draw(mean, log_variance.clamp(-30, 20), generator)
+        return draw(mean, log_variance.clamp(-30, 20), generator) if sample else mean
 
     def decode(self, z: Tensor, frames: int) -> Tensor:
         return self.decoder(self.post_quant_conv(z))[:, :, -frames:]

@@ -82,27 +82,20 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.float().flatten(1).mean(1)
 
 
+@torch.no_grad()
 def adaptive_weight(conv: nn.Conv3d, x: Tensor, wanted: Tensor, other: Tensor) -> Tensor:
     """The ratio of two losses' gradients at a layer's weights: ‖∇₁‖ / (‖∇₂‖ + 1e-4), at most 1e4 (Esser et al. 2021,
-    eq. 7). Computed per clip, so that it does not depend on the rest of the batch.
+    eq. 7). Computed per clip, so that it does not depend on the rest of the batch. Returns (B,) in fp32.
 
-    conv: of stride 1.
-    x: its input, with the past frames in front, (B, C_in, T + past, H, W).
+    conv: of stride 1. x: its input, with the past frames in front, (B, C_in, T + past, H, W).
     wanted, other: the gradients of the two losses with respect to its output, (B, C_out, T, H, W).
-
-    Returns (B,) in fp32.
     """
-    first, second = _kernel_gradient_norms(conv, x, wanted), _kernel_gradient_norms(conv, x, other)
-    return (first / (second + 1e-4)).clamp(max=1e4)
-
-
-@torch.no_grad()
-def _kernel_gradient_norms(conv: nn.Conv3d, x: Tensor, gradient: Tensor) -> Tensor:
-    taps = x.shape[2] - gradient.shape[2] + 1  # fewer for a single first frame
+    taps = x.shape[2] - wanted.shape[2] + 1  # fewer for a single first frame
     size = (conv.out_channels, conv.in_channels, taps, *conv.kernel_size[1:])
     assert not isinstance(conv.padding, str)
-    norms = [
-        conv3d_weight(clip.float(), size, g.float().contiguous(), padding=conv.padding).norm()
-        for clip, g in zip(x.split(1), gradient.split(1))
-    ]
-    return torch.stack(norms)
+    norms = []
+    for gradient in (wanted, other):
+        for clip, g in zip(x.split(1), gradient.split(1)):
+            norms.append(conv3d_weight(clip.float(), size, g.float().contiguous(), padding=conv.padding).norm())
+    first, second = torch.stack(norms).chunk(2)
+    return (first / (second + 1e-4)).clamp(max=1e4)

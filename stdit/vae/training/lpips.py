@@ -48,13 +48,11 @@ class LpipsConfig:
 
 
 class Lpips(nn.Module):
-    """LPIPS by VGG16, frozen.
+    """LPIPS by VGG16, frozen. Raises StditError for a tensor that is missing, misshaped or there twice.
 
     path: a folder, a file or several files that hold torchvision's VGG16 and LPIPS' heads; None: no weights, on the
         meta device. Tensors by other names, such as VGG16's classifier, are ignored.
     trust_pickle: also read .pth files (tensors only), besides .safetensors.
-
-    Raises StditError for a tensor that is missing, misshaped or there twice.
     """
 
     def __init__(
