@@ -14,36 +14,57 @@ from typing import Annotated, Any
 
 import typer
 
+from stdit import __version__
 from stdit.cli.common.lazy import as_command, lazy_group
 from stdit.errors import Interrupted, StditError
 from stdit.files import disk_trouble
 from stdit.heartbeat import HEARTBEAT
 from stdit.machine import shorten_spin
 
-COMMANDS = {
-    "data": ("stdit.cli.data.group", "Scan, plan and encode clips; render the embedded toy clips."),
-    "train": ("stdit.cli.train", "Train a VAE or a diffusion transformer, alone or under torchrun."),
-    "sample": ("stdit.cli.sample.command", "Text (and known frames) to video, at any shape."),
-    "weights": ("stdit.cli.weights", "Inspect and convert weights."),
-    "eval": ("stdit.cli.eval.group", "Measure a trained model."),
-}
-MAY_BE_EMPTY = ("--prompt", "--negative")  # options that take a text
+DATA = """Scan, caption, plan and encode clips; render the built-in toy clips.
+
+Example: stdit data scan videos --out videos/manifest.parquet
+"""
 HELP = """Spacetime-patch diffusion transformers for text-to-video: pretrain, fine-tune and sample any shape.
 
 Example: stdit train toy/dit run=runs/toy
 """
-app = lazy_group(COMMANDS, name="stdit", help=HELP)
+INSPECT = "Show family, dialect, size, dtype, and missing or unexpected tensors, without reading any."
+CONVERT = "Convert weights to another layout or dtype; in the same dtype bit for bit. One tensor in memory at a time."
+CAPTIONS = "Measure whether a model follows its captions, by its loss and by its samples."
+VAE = "Measure how well a VAE reconstructs clips, and the statistics of its latents."
+TOY = "Sample captions that a toy model never saw, and read from the pixels what the clips show."
+
+COMMANDS: dict[str, tuple[str, str] | typer.Typer] = {
+    "data": lazy_group("data", DATA, {
+        "scan": ("stdit.cli.data.scan", "Probe every file of a folder and write the manifest."),
+        "caption": ("stdit.cli.data.caption", "Caption a manifest's clips with a local vision-language model."),
+        "plan": ("stdit.cli.data.plan", "Show what training will do: buckets, packs, balance, drops, memory."),
+        "encode": ("stdit.cli.data.encode", "Encode a manifest's latents and text embeddings; resumable."),
+        "toy": ("stdit.cli.data.toy", "Render the built-in toy clips."),
+    }),
+    "train": ("stdit.cli.train", "Train a VAE or a diffusion transformer, alone or under torchrun."),
+    "sample": ("stdit.cli.sample.command", "Text (and known frames) to video, at any shape."),
+    "weights": lazy_group("weights", "Inspect and convert weights.", {
+        "inspect": ("stdit.cli.weights", INSPECT), "convert": ("stdit.cli.weights", CONVERT),
+    }),
+    "eval": lazy_group("eval", "Measure a trained model.", {
+        "captions": ("stdit.cli.eval.captions", CAPTIONS),
+        "vae": ("stdit.cli.eval.vae", VAE),
+        "toy": ("stdit.cli.eval.toy", TOY),
+    }),
+}  # fmt: skip
+MAY_BE_EMPTY = ("--prompt", "--negative")  # options that take a text
+app = lazy_group("stdit", HELP, COMMANDS)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from stdit import __version__
-
         print(f"stdit {__version__}")
         raise typer.Exit
 
 
-@app.callback(help=HELP)
+@app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, help="Print the version and exit.", is_eager=True)

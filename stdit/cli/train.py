@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's config: a YAML file, or one of stdit/configs by name.")],
+    config: Annotated[Path, Argument(help="The run's config: a YAML file, or one of stdit/configs by name.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value changes to it; run=PATH names the run folder.")
+        list[str] | None, Argument(help="key=value changes to it; run=PATH names the run folder.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print what would be trained, and stop.")] = False,
+    local_rank: Annotated[int | None, Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> int:
     """Train a VAE or a diffusion transformer, alone or under torchrun or deepspeed.
 

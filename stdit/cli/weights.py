@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from typer import Argument, Option, echo
 
 from stdit.cli.common.outputs import out_path
+from stdit.cli.common.tables import print_table
+from stdit.errors import StditError
+from stdit.files import (
+    check_copyable,
+    copy_folder,
+    no_empty_folders,
+    publish_folder,
+    publish_text,
+    remove_folder,
+    within,
+)
+from stdit.heartbeat import HEARTBEAT
+from stdit.locks import locked
 
 if TYPE_CHECKING:
     from stdit.weights.sources import Source
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Inspect and convert weights.")
-_Model = Annotated[Path | None, typer.Option(help="For an adapter (LoRA): its model.")]
-_Heads = Annotated[int | None, typer.Option(help="Number of heads, for a transformer whose tensors do not tell it.")]
-_Pickle = Annotated[bool, typer.Option("--trust-pickle", help="Also open .pth and .bin files (tensors only).")]
+_Model = Annotated[Path | None, Option(help="For an adapter (LoRA): its model.")]
+_Heads = Annotated[int | None, Option(help="Number of heads, for a transformer whose tensors do not tell it.")]
+_Pickle = Annotated[bool, Option("--trust-pickle", help="Also open .pth and .bin files (tensors only).")]
 
 
-@app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A model folder, transformer/ or vae/, a Wan release, or a file; or a LoRA file.")
+        Path, Argument(help="A model folder, transformer/ or vae/, a Wan release, or a file; or a LoRA file.")
     ],
     model: _Model = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     trust_pickle: _Pickle = False,
     heads: _Heads = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Only hash the files and compare with the published SHA-256.")
+        bool, Option("--verify", help="Only hash the files and compare with the published SHA-256.")
     ] = False,
 ) -> int:
     """Show family, dialect, size, dtype, and missing or unexpected tensors, without reading any.
@@ -40,78 +56,67 @@ def inspect(
 
     Example: stdit weights inspect Wan2.1-T2V-1.3B-Diffusers
     """
-    import json as format
-
     from stdit.weights.lora.info import describe
     from stdit.weights.lora.read import is_adapter
     from stdit.weights.sources import find
 
+    path = path.expanduser()
     if verify:
-        return _verify(path, json)
-
+        return _verify(path, as_json)
     if is_adapter(path):
-        config = None if model is None else find("transformer", model, trust_pickle).config
-        adapter = describe(path, config)
-        if json:
-            print(format.dumps({"path": str(path), "models": [adapter]}, indent=2))
+        adapter = describe(path, find("transformer", model, trust_pickle).config if model else None)
+        if as_json:
+            print(json.dumps({"path": str(path), "models": [adapter]}, indent=2))
         else:
             _show_adapter(adapter)
         return 0
-    found = [
-        _description(part, source) for part, source in _sources(path, trust_pickle, strict=False, heads=heads).items()
-    ]
-    if json:
-        print(format.dumps({"path": str(path), "models": found, "parts": _parts(path)}, indent=2))
+    sources = _sources(path, trust_pickle, strict=False, heads=heads)
+    models, parts = [_description(part, source) for part, source in sources.items()], _parts(path)
+    if as_json:
+        print(json.dumps({"path": str(path), "models": models, "parts": parts}, indent=2))
     else:
-        _show(found, _parts(path))
-    return int(any(model["missing"] or model["unexpected"] or model["misshaped"] for model in found))
+        for found in models:
+            _show_model(found)
+        print_table("beside it", ("", ""), [*parts.items()])
+    return int(any(found["missing"] or found["unexpected"] or found["misshaped"] for found in models))
 
 
-def _verify(path: Path, json: bool) -> int:
+def _verify(path: Path, as_json: bool) -> int:
     """Prints a line per file: ok, differs, or nothing to check against."""
-    import json as format
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from stdit.errors import StditError
     from stdit.weights.checksums import check, weight_files
 
-    files = weight_files(path.expanduser())
-    if not path.expanduser().exists() or not files:
+    files = weight_files(path)
+    if not path.exists() or not files:
         raise StditError(f"{path}: holds no file of weights.")
     found = []
     with Console(stderr=True).status("reading") as status:
         for file in files:
-            status.update(f"{file}: {file.stat().st_size / 1e9:.1f} GB")
+            status.update(escape(f"{file}: {file.stat().st_size / 1e9:.1f} GB"))
             found.append(check(file))
-    if json:
-        rows = [{**vars(file), "verdict": file.verdict} for file in found]
-        print(format.dumps({"path": str(path), "checksums": rows}, indent=2, default=str))
+    if as_json:
+        rows = [{**vars(checked), "verdict": checked.verdict} for checked in found]
+        print(json.dumps({"path": str(path), "checksums": rows}, indent=2, default=str))
     else:
-        table = Table(title=f"checksums: {path}", title_justify="left")
-        for column in ("file", "is", "by"):
-            table.add_column(column, overflow="fold")
+        table = []
         for checked in found:
             name = str(checked.file.relative_to(path)) if path.is_dir() else str(checked.file)
             differs = f"\nwanted {checked.wanted}\nfound  {checked.found}" if checked.verdict == "differs" else ""
-            table.add_row(name, checked.verdict, checked.source + differs)
-        Console().print(table)
+            table.append((name, checked.verdict, checked.source + differs))
+        print_table(f"checksums: {path}", ("file", "is", "by"), table)
     return int(any(checked.verdict == "differs" for checked in found))
 
 
-@app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="What `inspect` takes.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", parser=out_path, help="A folder; created if needed.")],
+    source: Annotated[Path, Argument(metavar="IN", help="What `inspect` takes.")],
+    out: Annotated[Path, Argument(metavar="OUT", parser=out_path, help="A folder; created if needed.")],
     layout: Annotated[
         str,
-        typer.Option(
+        Option(
             help='"diffusers", "original" (the release\'s) or "comfyui"; a LoRA also "common", "kohya" or "peft". '
             "Default: diffusers; for a LoRA common, which most programs read."
         ),
     ] = "",
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32. Default, and always for adapters: as stored.")] = "",
+    dtype: Annotated[str, Option(help="bf16 or fp32. Default, and always for adapters: as stored.")] = "",
     model: _Model = None,
     trust_pickle: _Pickle = False,
     heads: _Heads = None,
@@ -125,32 +130,16 @@ def convert(
 
     Example: stdit weights convert Wan2.1-T2V-1.3B wan-diffusers --layout diffusers
     """
-    from rich.console import Console
-
-    from stdit.errors import StditError
-    from stdit.files import check_copyable, no_empty_folders, within
-    from stdit.heartbeat import HEARTBEAT
-    from stdit.locks import locked
     from stdit.vae.config import VaeConfig
     from stdit.weights import io
     from stdit.weights.expert_folders import EXPERT_NAMES, expert_folders
     from stdit.weights.layouts import check_layout, dialect_in
-    from stdit.weights.lora.read import FILES, is_adapter, read_adapter
-    from stdit.weights.lora.write import ALIASES, write_adapter
-    from stdit.weights.sources import find
+    from stdit.weights.lora.read import is_adapter
 
     if is_adapter(source):
         if model is None:
             raise StditError(f"{source}: is an adapter; give its model by --model: the model's sizes are needed.")
-        config = find("transformer", model, trust_pickle).config
-        layout = ALIASES.get(layout, layout) or "common"
-        adapter = read_adapter(source, config)
-        place = out if out.suffix == ".safetensors" else out / FILES.get(layout, "lora.safetensors")
-        if place.exists() and place.samefile(source):
-            raise StditError(f"{place}: is the adapter itself and would be overwritten. Write to another file.")
-        with no_empty_folders(place.parent):
-            write_adapter(adapter, place, config, layout)
-        return Console(stderr=True).print(f"adapter → {layout}, {place}", highlight=False)
+        return _convert_adapter(source, out, layout, model, trust_pickle)
     layout = layout or "diffusers"
     dialect_in(layout)  # raises for an unknown layout
     import torch
@@ -172,7 +161,7 @@ def convert(
     for converted in found.values():  # before anything is written: the second may be refused
         check_layout(converted.config, layout)
     places = {part: place_of(part) for part in found}
-    read_from = {file.parent.resolve() for model in found.values() for file in model.files.files}
+    read_from = {file.parent.resolve() for converted in found.values() for file in converted.files.files}
     for part, place in places.items():
         if place.resolve() in read_from:
             raise StditError(f"{place}: is where {part} is read from. Write to another folder.")
@@ -186,12 +175,30 @@ def convert(
     remedy = "Wait until it ends, or write to another folder."
     with no_empty_folders(out, *places.values()), locked(out, "stdit weights convert", remedy):
         for part, converted in found.items():
-            HEARTBEAT.doing(f"{part}: {converted.parameters:,} parameters to {places[part]}")
-            with console.status(f"{part}: {converted.parameters:,} parameters to {places[part]}"):
+            doing = f"{part}: {converted.parameters:,} parameters to {places[part]}"
+            HEARTBEAT.doing(doing)
+            with console.status(escape(doing)):
                 io.convert(converted, places[part], layout, dtype=dtypes[dtype])
-            console.print(f"{part}: {converted.dialect} → {layout}, {places[part]}", highlight=False)
+            echo(f"{part}: {converted.dialect} → {layout}, {places[part]}", err=True)
         with console.status("copying the other parts"):
-            _copy(others, out)
+            for entry in others:
+                _copy(entry, out)
+
+
+def _convert_adapter(source: Path, out: Path, layout: str, model: Path, trust_pickle: bool) -> None:
+    from stdit.weights.lora.read import FILES, read_adapter
+    from stdit.weights.lora.write import ALIASES, write_adapter
+    from stdit.weights.sources import find
+
+    config = find("transformer", model, trust_pickle).config
+    layout = ALIASES.get(layout, layout) or "common"
+    adapter = read_adapter(source, config)
+    place = out if out.suffix == ".safetensors" else out / FILES.get(layout, "lora.safetensors")
+    if place.exists() and place.samefile(source):
+        raise StditError(f"{place}: is the adapter itself and would be overwritten. Write to another file.")
+    with no_empty_folders(place.parent):
+        write_adapter(adapter, place, config, layout)
+    echo(f"adapter → {layout}, {place}", err=True)
 
 
 def _others(source: Path, converted: set[str]) -> list[Path]:
@@ -203,117 +210,89 @@ def _others(source: Path, converted: set[str]) -> list[Path]:
 
 def _check_replaceable(source: Path, target: Path) -> None:
     """Raises StditError if a folder that exists holds a file that its new copy would not have."""
-    from stdit.errors import StditError
-
     for file in target.rglob("*") if target.is_dir() and not target.is_symlink() else []:
         if not file.is_dir() and not (source / file.relative_to(target)).exists():
             raise StditError(f"{file}: would be lost, as {source} has no such file. Remove it, or choose another OUT.")
 
 
-def _copy(entries: list[Path], out: Path) -> None:
-    from stdit.files import copy_folder, publish_folder, publish_text, remove_folder
-
-    for entry in entries:
-        if entry.is_dir():
-            part = out / f".{entry.name}.part"
+def _copy(entry: Path, out: Path) -> None:
+    if not entry.is_dir():
+        publish_text(out / entry.name, entry.read_text("utf-8"))
+        return
+    part = out / f".{entry.name}.part"
+    remove_folder(part)
+    try:
+        copy_folder(entry, part)
+        publish_folder(part, out / entry.name)
+    finally:
+        with suppress(OSError):
             remove_folder(part)
-            try:
-                copy_folder(entry, part)
-                publish_folder(part, out / entry.name)
-            finally:
-                with suppress(OSError):
-                    remove_folder(part)
-        else:
-            publish_text(out / entry.name, entry.read_text("utf-8"))
 
 
-def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None = None) -> dict[str, Source]:
+def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None) -> dict[str, Source]:
     """The models at `path`: transformer (or two experts, high and low) and vae. Raises StditError if there is none."""
-    from stdit.errors import StditError
     from stdit.weights.expert_folders import expert_places
     from stdit.weights.families import KINDS, titles
     from stdit.weights.sources import find, holds, other_vae
 
     experts = expert_places(path.expanduser())
-    parts: list[tuple[str, str, Path]] = []
+    there: dict[str, Path] = {}
     problems: list[StditError] = []
     for part, place in {**(experts or {"transformer": path}), "vae": path}.items():
-        kind = "vae" if part == "vae" else "transformer"
         try:
-            if part == "vae" and parts and other_vae(place):
+            if part == "vae" and there and other_vae(place):
                 continue  # run by diffusers, so nothing is renamed: see `_parts`
-            parts += [(part, kind, place)] if holds(kind, place, trust_pickle) else []
+            if holds(_kind(part), place, trust_pickle):
+                there[part] = place
         except StditError as error:
             problems.append(error)
-    if not parts and problems:
-        raise problems[0]
-    if not parts:
+    if not there:
         known = ", ".join(title for kind in KINDS for title in titles(kind))
-        raise StditError(f"{path}: holds no model of a known family: {known}.")
+        raise problems[0] if problems else StditError(f"{path}: holds no model of a known family: {known}.")
     for problem in problems:
-        typer.echo(f"left out: {problem}", err=True)
+        echo(f"left out: {problem}", err=True)
     return {
-        part: find(kind, place, trust_pickle, strict, heads if kind == "transformer" else None)
-        for part, kind, place in parts
+        part: find(_kind(part), place, trust_pickle, strict, None if part == "vae" else heads)
+        for part, place in there.items()
     }
 
 
+def _kind(part: str) -> str:
+    return "vae" if part == "vae" else "transformer"
+
+
 def _description(part: str, source: Source) -> dict[str, Any]:
-    import dataclasses
+    from stdit.models import transformer
+    from stdit.vae import autoencoder
+    from stdit.weights.families import release_of
+    from stdit.weights.schedulers import objective_of
 
     differences = source.table.differences(source.files.shapes)
     entries = source.files.entries.values()
+    denoises = source.kind == "transformer"
+    release = release_of(source.config) if denoises else None  # None for sizes that nobody released, too
+    presets: dict[str, Any] = transformer.PRESETS if denoises else autoencoder.PRESETS
     return {
         "part": part,
         "kind": source.kind,
         "family": source.family.title,
         "dialect": source.dialect,
-        "preset": _preset(source),
-        **_trained_for(source),
+        "preset": next((name for name, config in presets.items() if config == source.config), None),
+        "objective": objective_of(source.config) if denoises else None,
+        "release": release and release.name,
+        "expects_vae": release and release.vae,
+        "expects_text": release and release.text,
         "parameters": source.parameters,
         "bytes": sum(entry.stop - entry.start for entry in entries),
         "tensors": len(entries),
         "dtypes": Counter(entry.dtype for entry in entries),
         "files": [str(file) for file in source.files.files],
         "config_path": str(source.config_path) if source.config_path else None,
-        "config": dataclasses.asdict(source.config),
+        "config": asdict(source.config),
         "missing": differences.missing,
         "unexpected": differences.unexpected,
         "misshaped": {name: list(map(list, shapes)) for name, shapes in differences.misshaped.items()},
     }
-
-
-def _preset(source: Source) -> str | None:
-    """The preset with exactly this config."""
-    from stdit.models import transformer
-    from stdit.vae import autoencoder
-
-    presets: dict[str, Any] = transformer.PRESETS if source.kind == "transformer" else autoencoder.PRESETS
-    return next((name for name, config in presets.items() if config == source.config), None)
-
-
-def _show_adapter(adapter: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"adapter (LoRA): {adapter['path']}", show_header=False, title_justify="left")
-    table.add_row("fits", ", ".join(adapter["fits"]) or "no family's names")
-    for what in ("ranks", "alphas", "dtypes", "targets"):
-        table.add_row(what, ", ".join(f"{value} ({count})" for value, count in adapter[what].items()))
-    table.add_row("size", f"{adapter['parameters']:,} parameters, {adapter['differences']} tensors added as a whole")
-    Console().print(table)
-
-
-def _trained_for(source: Source) -> dict[str, str | None]:
-    """A transformer's training objective, and its release; None for sizes that nobody released."""
-    if source.kind != "transformer":
-        return dict.fromkeys(("release", "objective", "expects_vae", "expects_text"))
-    from stdit.weights.families import release_of
-    from stdit.weights.schedulers import objective_of
-
-    found = release_of(source.config)
-    release = (found.name, found.vae, found.text) if found else (None,) * 3
-    return {"objective": objective_of(source.config), **dict(zip(("release", "expects_vae", "expects_text"), release))}
 
 
 def _parts(path: Path) -> dict[str, str]:
@@ -334,34 +313,32 @@ def _parts(path: Path) -> dict[str, str]:
     return found
 
 
-def _show(models: list[dict[str, Any]], parts: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _show_adapter(adapter: dict[str, Any]) -> None:
+    rows = [("fits", ", ".join(adapter["fits"]) or "no family's names")]
+    for what in ("ranks", "alphas", "dtypes", "targets"):
+        rows.append((what, ", ".join(f"{value} ({count})" for value, count in adapter[what].items())))
+    rows.append(("size", f"{adapter['parameters']:,} parameters, {adapter['differences']} tensors added as a whole"))
+    print_table(f"adapter (LoRA): {adapter['path']}", ("", ""), rows)
 
-    console = Console()
-    for model in models:
-        table = Table(title=f"{model['part']}: {model['family']}", show_header=False, title_justify="left")
-        size = f"{model['parameters'] / 1e9:.2f} B" if model["parameters"] >= 1e8 else f"{model['parameters']:,}"
-        table.add_row("size", f"{size} parameters" + (f", preset {model['preset']}" if model["preset"] else ""))
-        if model["release"]:
-            table.add_row("release", model["release"])
-            table.add_row("takes", f"VAE: {model['expects_vae']}\ntext: {model['expects_text']}")
-        if model["objective"]:
-            table.add_row("trained for", model["objective"])
-        table.add_row("dialect", model["dialect"])
-        table.add_row("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in model["dtypes"].items()))
-        table.add_row("files", "\n".join(model["files"][:4]) + ("\n…" if len(model["files"]) > 4 else ""))
-        table.add_row(
-            "config", model["config_path"] or "none beside the weights: from the file's metadata or the shapes"
-        )
-        table.add_row("", ", ".join(f"{name} {value}" for name, value in model["config"].items() if value is not None))
-        for what in ("missing", "unexpected", "misshaped"):
-            names = list(model[what])
-            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            table.add_row(what, f"[red]{len(names)}[/]: {shown}" if names else "none")
-        console.print(table)
-    if parts:
-        table = Table(title="beside it", show_header=False, title_justify="left")
-        for name, description in parts.items():
-            table.add_row(name, description)
-        console.print(table)
+
+def _show_model(model: dict[str, Any]) -> None:
+    size = f"{model['parameters'] / 1e9:.2f} B" if model["parameters"] >= 1e8 else f"{model['parameters']:,}"
+    preset = f", preset {model['preset']}" if model["preset"] else ""
+    rows: list[tuple[str, str | Text]] = [("size", f"{size} parameters{preset}")]
+    if model["release"]:
+        rows.append(("release", model["release"]))
+        rows.append(("takes", f"VAE: {model['expects_vae']}\ntext: {model['expects_text']}"))
+    if model["objective"]:
+        rows.append(("trained for", model["objective"]))
+    rows += [
+        ("dialect", model["dialect"]),
+        ("dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in model["dtypes"].items())),
+        ("files", "\n".join(model["files"][:4]) + ("\n…" if len(model["files"]) > 4 else "")),
+        ("config", model["config_path"] or "none beside the weights: from the file's metadata or the shapes"),
+        ("", ", ".join(f"{name} {value}" for name, value in model["config"].items() if value is not None)),
+    ]
+    for what in ("missing", "unexpected", "misshaped"):
+        names = list(model[what])
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        rows.append((what, Text.assemble((str(len(names)), "red"), f": {shown}") if names else "none"))
+    print_table(f"{model['part']}: {model['family']}", ("", ""), rows)

@@ -40,6 +40,13 @@ from stdit.shapes import LatentShape, VideoShape
 FORMAT = 1
 ROUNDING = 1e-6  # losses that differ by less, relatively, count as equal
 SHEET_CAPTIONS = 40  # on the contact sheet, three rows each
+TOKENS_PER_PACK = 16_384  # of one forward for the losses
+MEASURES = {  # counts of clips; of pairs of a clip and a caption, None without groups; of samples
+    "below_mean": "loss: own caption below the mean of the others",
+    "lowest": "loss: own caption is the lowest",
+    "same_group": "loss: own caption below another of its group",
+    "nearest": "sample: the nearest clip has its caption",
+}
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,12 @@ def evaluate_captions(
     guidance: float = 5.0,
     seed: int = 0,
     device: str = "cpu",
-    tokens_per_pack: int = 16_384,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Measures how the model's loss and samples follow the captions of its training clips.
 
-    Writes out/evaluation-captions.json and out/evaluation-captions.png (source, VAE and sample of each caption).
+    Writes out/evaluation-captions.json, whose content it returns, and out/evaluation-captions.png (source, VAE and
+    sample of each caption).
 
     data: of the run; clips are cut to its shapes from their first frame, at the centre.
     group: a regular expression with one (group). Captions for which it captures the same text form a group.
@@ -82,9 +89,6 @@ def evaluate_captions(
     levels: number of noise levels, the middles of equal parts of [0, 1].
     draws: noises per level; all captions of a clip get the same ones.
     steps, guidance, seed: of the samples, one per caption at the shape of its first clip.
-    tokens_per_pack: of one forward for the losses.
-
-    Returns the content of the JSON.
     """
     pipeline = Pipeline.load(model, device=device) if isinstance(model, str | Path) else model
     out = make_folder(out)
@@ -95,29 +99,26 @@ def evaluate_captions(
         raise StditError(f"{data.manifest} gives {len(captions)} different captions; a comparison needs at least 2.")
     groups = group_captions(captions, group)
     own = [captions.index(clip.caption) for clip in clips]
+    firsts = [own.index(caption) for caption in range(len(captions))]  # the first clip of each caption
 
     noise_levels = [(i + 0.5) / levels for i in range(levels)]
-    by_level = caption_losses(pipeline, clips, captions, noise_levels, draws, seed, tokens_per_pack, progress)
+    by_level = caption_losses(pipeline, clips, captions, noise_levels, draws, seed, TOKENS_PER_PACK, progress)
     losses = by_level.mean(2)  # (clips, captions)
 
-    samples = _sample(pipeline, [clips[own.index(i)] for i in range(len(captions))], steps, guidance, seed, progress)
+    samples = _sample(pipeline, [clips[first] for first in firsts], steps, guidance, seed, progress)
     rebuilt = [pipeline.decode(clip.latents) for clip in clips]
     distances = clip_distances(samples, rebuilt)
     nearest = distances.argmin(1)
 
+    settings = {
+        "manifest": data.manifest, "group": group, "levels": noise_levels, "draws": draws, "steps": steps,
+        "guidance": guidance, "seed": seed,
+    }  # fmt: skip
     result: dict[str, Any] = {
         "format": FORMAT,
         "kind": "captions",
         "model": str(model) if isinstance(model, str | Path) else "",
-        "settings": {
-            "manifest": data.manifest,
-            "group": group,
-            "levels": noise_levels,
-            "draws": draws,
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-        },
+        "settings": settings,
         "measures": measures(losses, own, groups, distances),
         "levels": [_at_level(level, by_level[:, :, i], own) for i, level in enumerate(noise_levels)],
         "vae_psnr": round(mean_psnr(rebuilt, [clip.frames for clip in clips]), 3),
@@ -127,7 +128,7 @@ def evaluate_captions(
                 "group": groups[i],
                 "nearest": clips[nearest[i]].caption,
                 "distance": _short(distances[i, nearest[i]]),
-                "distance_to_own": _short(distances[i, [j for j, k in enumerate(own) if k == i]].min()),
+                "distance_to_own": _short(distances[i, np.equal(own, i)].min()),
                 "right": own[nearest[i]] == i,
             }
             for i, caption in enumerate(captions)
@@ -146,12 +147,14 @@ def evaluate_captions(
         "sheet": "evaluation-captions.png",
         "seconds": round(time.perf_counter() - began, 1),
     }
-    _write_sheet(out / "evaluation-captions.png", result["captions"], samples, clips, rebuilt, own)
+    rows, labels = [], []
+    for first, sample, about in list(zip(firsts, samples, result["captions"]))[:SHEET_CAPTIONS]:
+        rows += [clips[first].frames, rebuilt[first], sample]
+        verdict = "" if about["right"] else f" [nearest: {about['nearest']}]"
+        labels += [about["caption"], "through the VAE", f"sample{verdict}"]
+    contact_sheet(rows, out / result["sheet"], labels=labels, columns=9, side=72)
     publish_text(out / "evaluation-captions.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
-
-
-# ------------------------------------------------------------------------------------------------- clips and captions
 
 
 @torch.no_grad()
@@ -201,9 +204,6 @@ def group_captions(captions: Sequence[str], pattern: str | None) -> list[str | N
     if not any(found):
         raise StditError(f"--group {pattern!r} matches none of {len(captions)} captions. The first is {captions[0]!r}.")
     return found
-
-
-# -------------------------------------------------------------------------------------------------------------- losses
 
 
 @torch.no_grad()
@@ -268,72 +268,65 @@ def caption_losses(
 def measures(
     losses: np.ndarray, own: Sequence[int], groups: Sequence[str | None], distances: np.ndarray
 ) -> dict[str, dict[str, Any] | None]:
-    """Counts with 95 % intervals.
+    """MEASURES with 95 % intervals, from losses (clips, captions) and distances (captions, clips) of samples to clips.
 
-    losses: (clips, captions). own: the index of each clip's caption. groups: of each caption.
-    distances: (captions, clips), of samples to clips.
-
-    Returns
-    below_mean: clips whose own caption has a lower loss than the mean of the others;
-    lowest: clips whose own caption has a lower loss than every other;
-    same_group: pairs of a clip and another caption of its group, where its own is lower; None without groups;
-    nearest: samples whose nearest clip has their caption.
+    own: the index of each clip's caption. groups: of each caption.
     """
     clips, captions = losses.shape
-    below_mean, lowest, pairs = [], [], []
-    for row, mine in enumerate(own):
-        others = [column for column in range(captions) if column != mine]
-        below_mean.append(_lower(losses[row, mine], losses[row, others].mean()))
-        lowest.append(_lower(losses[row, mine], losses[row, others].min()))
-        alike = [column for column in others if groups[mine] is not None and groups[column] == groups[mine]]
-        pairs += [_lower(losses[row, mine], losses[row, column]) for column in alike]
-    found = [own[int(clip)] == caption for caption, clip in enumerate(distances.argmin(1))]
+    mine, others = _own_and_others(losses, own)
+    lower = _lower(mine[:, None], losses)  # (clips, captions)
+    alike = np.array([[a is not None and a == b for b in groups] for a in groups])[own]
+    alike[np.arange(clips), own] = False
+    right = np.equal.outer(np.arange(captions), own)  # (captions, clips)
+    found = right[np.arange(captions), distances.argmin(1)]
     # by chance, a sample is nearest to any of the clips of its size
     comparable = np.isfinite(distances)
-    right = np.array([[mine == caption for mine in own] for caption in range(captions)])
     chance = float(((right & comparable).sum(1) / comparable.sum(1)).mean())
+
+    def count(answers: np.ndarray, chance: float) -> dict[str, Any]:
+        return asdict(Accuracy.of(int(answers.sum()), len(answers), chance))
+
     return {
-        "below_mean": asdict(Accuracy.of(sum(below_mean), clips, 0.5)),
-        "lowest": asdict(Accuracy.of(sum(lowest), clips, 1 / captions)),
-        "same_group": asdict(Accuracy.of(sum(pairs), len(pairs), 0.5)) if pairs else None,
-        "nearest": asdict(Accuracy.of(sum(found), captions, chance)) if 0 < chance < 1 else None,
+        "below_mean": count(_lower(mine, others.mean(1)), 0.5),
+        "lowest": count(_lower(mine, others.min(1)), 1 / captions),
+        "same_group": count(lower[alike], 0.5) if alike.any() else None,
+        "nearest": count(found, chance) if 0 < chance < 1 else None,
     }
 
 
-def _lower(loss: float, other: float) -> bool:
-    return bool(loss < other * (1 - ROUNDING))
+def _own_and_others(losses: np.ndarray, own: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Each clip's loss under its own caption (clips,), and under the others (clips, captions − 1)."""
+    rows = np.arange(len(own))
+    others = np.ones(losses.shape, bool)
+    others[rows, own] = False
+    return losses[rows, own], losses[others].reshape(len(own), -1)
+
+
+def _lower(loss: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return loss < other * (1 - ROUNDING)
 
 
 def _at_level(level: float, losses: np.ndarray, own: Sequence[int]) -> dict[str, Any]:
     """A summary of the losses (clips, captions) at one noise level."""
-    rows = np.arange(len(own))
-    mine = losses[rows, own]
-    others = (losses.sum(1) - mine) / (losses.shape[1] - 1)
-    below = sum(_lower(a, b) for a, b in zip(mine, others))
-    return {"t": level, "own": _short(mine.mean()), "others": _short(others.mean()), "below_mean": below}
-
-
-# ------------------------------------------------------------------------------------------------------------- samples
+    mine, others = _own_and_others(losses, own)
+    mean = others.mean(1)
+    below = int(_lower(mine, mean).sum())
+    return {"t": level, "own": _short(mine.mean()), "others": _short(mean.mean()), "below_mean": below}
 
 
 def _sample(
     pipeline: Pipeline, prompted: Sequence[CaptionedClip], steps: int, guidance: float, seed: int, progress: Progress
 ) -> list[np.ndarray]:
     """A sample of each clip's caption at the clip's shape, (T, H, W, 3) uint8."""
-    samples: dict[int, np.ndarray] = {}
+    samples: dict[str, np.ndarray] = {}
     for shape in dict.fromkeys(clip.shape for clip in prompted):
-        indices = [i for i, clip in enumerate(prompted) if clip.shape == shape]
+        captions = [clip.caption for clip in prompted if clip.shape == shape]
         made = pipeline(
-            [prompted[i].caption for i in indices],
-            size=(shape.width, shape.height),
-            frames=shape.frames,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
+            captions, size=(shape.width, shape.height), frames=shape.frames, steps=steps, guidance=guidance, seed=seed,
             progress=partial(progress, f"samples {shape}"),
-        )
-        samples.update(zip(indices, made))
-    return [samples[i] for i in range(len(prompted))]
+        )  # fmt: skip
+        samples.update(zip(captions, made))
+    return [samples[clip.caption] for clip in prompted]
 
 
 def clip_distances(samples: Sequence[np.ndarray], clips: Sequence[np.ndarray]) -> np.ndarray:
@@ -349,24 +342,6 @@ def clip_distances(samples: Sequence[np.ndarray], clips: Sequence[np.ndarray]) -
                 difference = sample[:frames].astype(np.float32) - clip[:frames].astype(np.float32)
                 distances[i, j] = float(np.square(difference, dtype=np.float64).mean()) / 255**2
     return distances
-
-
-def _write_sheet(
-    path: Path,
-    captions: Sequence[dict[str, Any]],
-    samples: Sequence[np.ndarray],
-    clips: Sequence[CaptionedClip],
-    rebuilt: Sequence[np.ndarray],
-    own: Sequence[int],
-) -> None:
-    """Draws three rows per caption: its clip, the clip through the VAE, the sample."""
-    rows, labels = [], []
-    for index, caption in enumerate(captions[:SHEET_CAPTIONS]):
-        source = list(own).index(index)
-        rows += [clips[source].frames, rebuilt[source], samples[index]]
-        verdict = "" if caption["right"] else f" [nearest: {caption['nearest']}]"
-        labels += [caption["caption"], "through the VAE", f"sample{verdict}"]
-    contact_sheet(rows, path, labels=labels, columns=9, side=72)
 
 
 def _short(value: float) -> float:

@@ -5,30 +5,28 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-from stdit.data.decode.video import read_frames
+from stdit.data.decode.video import probe, read_frames
 from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.toy import Jitter, ToySpec, held_out_prompts, render
 from stdit.errors import StditError
 from stdit.evaluation.metrics import EXACT_PSNR, Progress, mean_psnr, psnr
-from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
+from stdit.evaluation.report import SOURCES
+from stdit.evaluation.toy import Accuracy, as_json, read_clip, score_readings
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_seed
+from stdit.pixels import to_pixels, to_video
+from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import VideoShape, nearest_frames, size_for
 
-if TYPE_CHECKING:
-    from stdit.sampling.pipeline import Pipeline
-
 FORMAT = 1
-
-SOURCES = ("samples", "vae", "rendered", "shuffled")
 TRAINED, ASPECT, DURATION = "trained", "untrained aspect ratio", "untrained duration"
 
 
@@ -48,18 +46,12 @@ def evaluate_toy(
 
     Three references are read the same way: the prompts rendered by the data set (the most that the reader allows), the
     rendered clips through the VAE (the most that the VAE allows), and the rendered clips against shuffled captions
-    (chance). Writes out/evaluation.json and out/evaluation/SHAPE/{NN.mp4, sheet.png}.
+    (chance). Writes out/evaluation.json, whose content it returns, and out/evaluation/SHAPE/{NN.mp4, sheet.png}.
 
-    model: a model folder, or a pipeline.
     prompts: number of held-out captions.
     shapes: WIDTHxHEIGHTxFRAMES; None: those the model was trained at, an untrained aspect ratio, an untrained duration.
-    steps, guidance, seed: of the samples.
     held_out: the folder of held-out clips that `stdit data toy` wrote, for the VAE's PSNR on files; None: not measured.
-
-    Returns the content of evaluation.json.
     """
-    from stdit.sampling.pipeline import Pipeline
-
     pipeline = Pipeline.load(model, device=device) if isinstance(model, str | Path) else model
     out = make_folder(out)
     captions = held_out_prompts(prompts, seed)
@@ -75,31 +67,23 @@ def evaluate_toy(
         kind = shape_kind(shape, trained)
         started = time.perf_counter()
         clips: Any = pipeline(
-            captions,
-            size=(shape.width, shape.height),
-            frames=shape.frames,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
+            captions, size=(shape.width, shape.height), frames=shape.frames, steps=steps, guidance=guidance, seed=seed,
             progress=partial(progress, f"{shape} ({kind})"),
-        )
+        )  # fmt: skip
         seconds = time.perf_counter() - started
-        scores = score_shape(pipeline, clips, captions, shape, seed, out)
+        scores = _score_shape(pipeline, clips, captions, shape, seed, out)
         sets.append({"shape": str(shape), "kind": kind, "seconds": round(seconds, 2), **scores})
+    settings = {
+        "prompts": prompts, "steps": steps, "guidance": guidance, "seed": seed, "fps": pipeline.settings.fps,
+        "trained_shapes": list(pipeline.settings.shapes),
+    }  # fmt: skip
     result: dict[str, Any] = {
         "format": FORMAT,
         "kind": "toy",
         "model": str(model) if isinstance(model, str | Path) else "",
-        "settings": {
-            "prompts": prompts,
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-            "fps": pipeline.settings.fps,
-            "trained_shapes": list(pipeline.settings.shapes),
-        },
+        "settings": settings,
         "summary": summarise(sets),
-        "vae": vae_on_files(pipeline, held_out, trained, progress) if held_out else None,
+        "vae": _vae_on_files(pipeline, held_out, trained, progress) if held_out else None,
         "sets": sets,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -107,27 +91,32 @@ def evaluate_toy(
     return result
 
 
-def score_shape(
+def _score_shape(
     pipeline: Pipeline, clips: Sequence[np.ndarray], captions: Sequence[str], shape: VideoShape, seed: int, out: Path
 ) -> dict[str, Any]:
     """Reads the samples of one shape and their references (SOURCES), and writes the samples to out/evaluation/SHAPE."""
-    rendered = render_prompts(captions, shape, seed)
+    rendered = _render_prompts(captions, shape, seed)
     rebuilt = reconstruct(pipeline.vae, rendered)
     readings, truth = [read_clip(clip) for clip in clips], [read_clip(clip) for clip in rendered]
     shuffled = shuffle(captions, keyed_seed(seed, "toy shuffle", str(shape)))
-    _write_samples(out / "evaluation" / str(shape), clips, captions, readings, pipeline.settings.fps)
+    folder = f"evaluation/{shape}"
+    described, labels = [], []
+    for index, (clip, caption, reading) in enumerate(zip(clips, captions, readings)):
+        file, seen, right = f"{folder}/{index:02d}.mp4", reading.seen, reading.right(ToySpec.parse(caption))
+        write_video(out / file, clip, pipeline.settings.fps)
+        described.append({"file": file, "prompt": caption, "reading": seen, "right": right})
+        wrong = ", ".join(seen[name] for name in right if not right[name])
+        labels.append(f"{caption}  [read: {wrong}]" if wrong else caption)
+    contact_sheet(clips, out / folder / "sheet.png", labels=labels, columns=9, side=72)
     return {
         "samples": as_json(score_readings(captions, readings)),
         "vae": as_json(score_readings(captions, [read_clip(clip) for clip in rebuilt])),
         "rendered": as_json(score_readings(captions, truth)),
         "shuffled": as_json(score_readings(shuffled, truth)),
         "vae_psnr": round(mean_psnr(rebuilt, rendered), 3),
-        "sheet": f"evaluation/{shape}/sheet.png",
-        "clips": [_describe(shape, i, *pair) for i, pair in enumerate(zip(captions, readings))],
+        "sheet": f"{folder}/sheet.png",
+        "clips": described,
     }
-
-
-# ------------------------------------------------------------------------------------------------------------ shapes
 
 
 def default_shapes(
@@ -172,21 +161,13 @@ def shape_kind(shape: VideoShape, trained: Sequence[VideoShape]) -> str:
     return "untrained pair of size and duration" if (shape.width, shape.height) in sizes else "untrained size"
 
 
-# ---------------------------------------------------------------------------------------------------- reference clips
-
-
-def render_prompts(captions: Sequence[str], shape: VideoShape, seed: int) -> list[np.ndarray]:
+def _render_prompts(captions: Sequence[str], shape: VideoShape, seed: int) -> list[np.ndarray]:
     """The clip that the data set would show for each caption at this shape."""
-    return [
-        render(
-            ToySpec.parse(caption),
-            shape.width,
-            shape.height,
-            shape.frames,
-            Jitter.keyed(keyed_seed(seed, "toy reference", caption, str(shape))),
-        )
-        for caption in captions
-    ]
+    rendered = []
+    for caption in captions:
+        jitter = Jitter.keyed(keyed_seed(seed, "toy reference", caption, str(shape)))
+        rendered.append(render(ToySpec.parse(caption), shape.width, shape.height, shape.frames, jitter))
+    return rendered
 
 
 def shuffle(captions: Sequence[str], seed: int) -> list[str]:
@@ -198,23 +179,19 @@ def shuffle(captions: Sequence[str], seed: int) -> list[str]:
     return shuffled
 
 
+@torch.no_grad()
 def reconstruct(vae: Any, clips: Sequence[np.ndarray], batch: int = 8) -> list[np.ndarray]:
     """Encodes and decodes clips of one shape, uint8 (T, H, W, 3)."""
-    import torch
-
-    from stdit.pixels import to_pixels, to_video
-
     weight = next(vae.parameters())
     rebuilt = []
-    with torch.no_grad():
-        for start in range(0, len(clips), batch):
-            video = to_video(torch.from_numpy(np.stack(clips[start : start + batch])).to(weight.device))
-            decoded = vae.decode(vae.encode(video.to(weight)))  # (B, 3, T, H, W)
-            rebuilt += [*to_pixels(decoded).cpu().numpy()]
+    for start in range(0, len(clips), batch):
+        video = to_video(torch.from_numpy(np.stack(clips[start : start + batch])).to(weight.device))
+        decoded = vae.decode(vae.encode(video.to(weight)))  # (B, 3, T, H, W)
+        rebuilt += [*to_pixels(decoded).cpu().numpy()]
     return rebuilt
 
 
-def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[VideoShape], progress: Progress) -> dict:
+def _vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[VideoShape], progress: Progress) -> dict:
     """The VAE's PSNR on held-out files, each at the trained shape of nearest aspect ratio and longest duration."""
     folder = Path(folder)
     folder = folder / "held_out" if (folder / "held_out").is_dir() else folder
@@ -222,6 +199,8 @@ def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[Video
         raise StditError(f"{folder} has no captions.csv. Name the held_out/ folder that `stdit data toy` wrote.")
     with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
         names = [row["path"] for row in csv.DictReader(file)]
+    if not names:
+        raise StditError(f"{folder}/captions.csv names no clip.")
     found: dict[str, list[float]] = {}
     for done, name in enumerate(names):
         progress("VAE on held-out clips", done, len(names))
@@ -229,8 +208,6 @@ def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[Video
         rebuilt = reconstruct(pipeline.vae, [frames])[0]
         found.setdefault(str(shape), []).append(min(psnr(rebuilt, frames), EXACT_PSNR))
     every = [value for values in found.values() for value in values]
-    if not every:
-        raise StditError(f"{folder}/captions.csv names no clip.")
     return {
         "psnr": round(float(np.mean(every)), 3),
         "worst": round(min(every), 3),
@@ -240,8 +217,6 @@ def vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[Video
 
 
 def _read_at_a_trained_shape(path: Path, trained: Sequence[VideoShape], fps: float) -> tuple[VideoShape, np.ndarray]:
-    from stdit.data.decode.video import probe
-
     video = probe(str(path))
     fits = [shape for shape in trained if not shape.is_image and shape.frames <= round(video.duration * fps)]
     if not fits:
@@ -253,51 +228,23 @@ def _read_at_a_trained_shape(path: Path, trained: Sequence[VideoShape], fps: flo
     return shape, read_frames(str(path), shape.frames, (shape.width, shape.height), fps)
 
 
-# ------------------------------------------------------------------------------------------------------------ results
-
-
-def summarise(sets: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def summarise(sets: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per kind of shape: the counts of all its clips together, for each source, and the VAE's mean PSNR."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for scores in sets:
-        kinds.setdefault(scores["kind"], []).append(scores)
-    return {
-        kind: {
+    found = {}
+    for kind in dict.fromkeys(scores["kind"] for scores in sets):
+        members = [scores for scores in sets if scores["kind"] == kind]
+        found[kind] = {
             "shapes": [scores["shape"] for scores in members],
             **{source: _pooled([scores[source] for scores in members]) for source in SOURCES},
             "vae_psnr": round(float(np.mean([scores["vae_psnr"] for scores in members])), 3),
         }
-        for kind, members in kinds.items()
-    }
+    return found
 
 
 def _pooled(scores: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    def total(name: str, count: str) -> int:
-        return sum(row[name][count] for row in scores)
-
-    return {
-        name: asdict(Accuracy.of(total(name, "right"), total(name, "total"), first["chance"]))
-        for name, first in scores[0].items()
-    }
-
-
-def _describe(shape: VideoShape, index: int, caption: str, reading: ToyReading) -> dict[str, Any]:
-    return {
-        "file": f"evaluation/{shape}/{index:02d}.mp4",
-        "prompt": caption,
-        "reading": {name: getattr(reading, name) for name in ("colour", "shape", "size", "direction", "background")},
-        "right": reading.right(ToySpec.parse(caption)),
-    }
-
-
-def _write_samples(
-    folder: Path, clips: Sequence[np.ndarray], captions: Sequence[str], readings: Sequence[ToyReading], fps: float
-) -> None:
-    labels = []
-    for index, (clip, caption, reading) in enumerate(zip(clips, captions, readings)):
-        write_video(folder / f"{index:02d}.mp4", clip, fps)
-        wrong = [name for name, right in reading.right(ToySpec.parse(caption)).items() if not right]
-        labels.append(
-            caption + ("" if not wrong else f"  [read: {', '.join(getattr(reading, name) for name in wrong)}]")
-        )
-    contact_sheet(clips, folder / "sheet.png", labels=labels, columns=9, side=72)
+    """The accuracies of several shapes together."""
+    pooled = {}
+    for name, first in scores[0].items():
+        right, total = (sum(row[name][count] for row in scores) for count in ("right", "total"))
+        pooled[name] = Accuracy.of(right, total, first["chance"])
+    return as_json(pooled)

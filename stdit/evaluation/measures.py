@@ -80,20 +80,17 @@ class ClipMeasures:
                     self.distances.append(float(self.lpips(*pair)))
 
     def result(self) -> dict[str, float | None]:
+        flicker, share = np.mean(self.still, 0) if self.still else (0.0, 0.0)
         return {
             "psnr": min(decibels(float(np.mean(self.errors))), EXACT_PSNR),
             "psnr_frames": float(np.mean([min(decibels(mse), EXACT_PSNR) for mse in self.errors])),
             "ssim": float(np.mean(self.ssims)),
             "lpips": float(np.mean(self.distances)) if self.distances else None,
             "flicker": float(np.mean(self.flicker)) if self.flicker else None,
-            "flicker_still": self._flicker_still(),
+            "flicker_still": float(flicker / share) if share >= STILL_SHARE else None,
             "motion": float(self.motion[1] / self.motion[0]) if self.motion[0] else None,
             "sharpness": float(self.gradients[1] / self.gradients[0]) if self.gradients[0] else None,
         }
-
-    def _flicker_still(self) -> float | None:
-        flicker, share = np.mean(self.still, 0) if self.still else (0.0, 0.0)
-        return float(flicker / share) if share >= STILL_SHARE else None
 
 
 def latent_statistics(latents: Tensor) -> dict[str, Any]:

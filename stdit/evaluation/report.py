@@ -18,13 +18,12 @@ STEPS_SHOWN = 6  # of the validation samples, spread from the first to the last
 PROMPTS_SHOWN = 8
 CLIPS_SHOWN = 12  # evaluated clips of a shape
 MEDIA = {".mp4": "video/mp4", ".png": "image/png", ".svg": "image/svg+xml"}
-SOURCES = (
-    ("samples", "samples"),
-    ("vae", "through the VAE alone"),
-    ("rendered", "ground truth"),
-    ("shuffled", "ground truth, captions shuffled"),
-)
-OBJECTIVES = {"flow": "diffusion transformer", "vae": "VAE"}
+SOURCES = {  # of the evaluated clips
+    "samples": "samples",
+    "vae": "through the VAE alone",
+    "rendered": "ground truth",
+    "shuffled": "ground truth, captions shuffled",
+}
 CURVES = {  # of the training lines, in the order of the page: name, noisy (also show a moving average)
     "loss": ("loss", True),
     "grad_norm": ("gradient norm", True),
@@ -43,16 +42,22 @@ def write_report(run: str | Path) -> Path:
     if not run.is_dir():
         raise StditError(f"{run} is not a run folder.")
     lines = read_metrics(run)
+    starts, train, evals = (_of_kind(lines, kind) for kind in ("start", "train", "eval"))
+    befores = [0, *(line["step"] for line in train)]
+    seconds = (max(0, line["step"] - before) * (line.get("step_seconds") or 0) for before, line in zip(befores, train))
     environment = Environment(loader=PackageLoader("stdit.evaluation", "."), autoescape=True, trim_blocks=True)
-    environment.filters.update(percent=_percent, probability=_probability)
+    environment.filters.update(probability=_probability, short=_short, duration=_duration)
     page = environment.get_template("report.html.j2").render(
         title=run.resolve().name,
-        facts=_facts(lines),
+        start=starts[-1] if starts else {},
+        last=train[-1] if train else {},
+        measured={key: line[key] for key in _measured(evals) for line in evals if _is_number(line.get(key))},
+        seconds=sum(seconds),
         curves=_curves(lines),
-        plan=_embed(run / "plan.png"),
+        plan=_embed(run, "plan.png"),
         steps=_samples(run),
         evaluation=_evaluation(run),
-        sources=SOURCES,
+        sources=SOURCES.items(),
         config=_text(run / "config.yaml"),
     )
     publish_text(run / "report.html", page)
@@ -65,45 +70,12 @@ def _of_kind(lines: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]
 
 def _measured(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The names of the numbers in the evaluation lines."""
-    numbers = (key for line in lines for key, value in line.items() if isinstance(value, int | float))
+    numbers = (key for line in lines for key, value in line.items() if _is_number(value))
     return [key for key in dict.fromkeys(numbers) if key not in ("step", "time")]
 
 
-# ------------------------------------------------------------------------------------------------------------- facts
-
-
-def _facts(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(name, value) pairs for the head of the page."""
-    start: dict[str, Any] = next(reversed(_of_kind(lines, "start")), {})
-    train, evals = _of_kind(lines, "train"), _of_kind(lines, "eval")
-    facts: list[tuple[str, str]] = []
-    if objective := start.get("objective"):
-        facts.append(("trained", OBJECTIVES.get(objective, objective)))
-    if start.get("parameters"):
-        facts.append(("parameters", _short(start["parameters"])))
-    if train:
-        last = train[-1]
-        wanted = f" of {start['steps']:,}" if start.get("steps", last["step"]) != last["step"] else ""
-        facts.append(("steps", f"{last['step']:,}{wanted}"))
-        if last.get("loss") is not None:
-            facts.append(("last loss", f"{last['loss']:.4g}"))
-    for key in _measured(evals):
-        value = next(line[key] for line in reversed(evals) if isinstance(line.get(key), int | float))
-        facts.append(("PSNR", f"{value:.1f} dB") if key == "psnr" else (key, f"{value:.4g}"))
-    steps = [line["step"] for line in train]
-    seconds = sum(
-        max(0, step - before) * (line.get("step_seconds") or 0) for before, step, line in zip([0, *steps], steps, train)
-    )
-    if seconds:
-        facts.append(("training time", _duration(seconds)))
-    if start.get("clips"):
-        facts.append(("clips", f"{start['clips']:,}"))
-    if start.get("device"):
-        ranks = start.get("ranks", 1)
-        facts.append(("device", f"{start['device']}{f' × {ranks} ranks' if ranks > 1 else ''}"))
-    if start.get("torch"):
-        facts.append(("versions", f"stdit {start.get('stdit', '?')}, torch {start['torch']}"))
-    return facts
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _short(number: float) -> str:
@@ -120,18 +92,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}"
-
-
 def _probability(p: float) -> str:
     if p >= 0.001:
         return f"p = {p:.2g}"
     power = min(99, math.floor(-math.log10(max(p, 1e-99))))
     return f"p < 10⁻{str(power).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-
-
-# ------------------------------------------------------------------------------------------------------------ curves
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -141,7 +106,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     wanted[1:1] = [(evals, key, "PSNR in dB" if key == "psnr" else key, False, True) for key in _measured(evals)]
     curves = []
     for source, key, name, noisy, dots in wanted:
-        points = {line["step"]: float(line[key]) for line in source if isinstance(line.get(key), int | float)}
+        points = {line["step"]: float(line[key]) for line in source if _is_number(line.get(key))}
         if len(points) >= (1 if dots else 2):
             curves.append((name, _data_uri(_curve(name, dict(sorted(points.items())), noisy, dots), ".svg")))
     return curves
@@ -183,9 +148,6 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
-
-
 def _samples(run: Path) -> dict[str, Any] | None:
     """{"steps": [step], "rows": [{"prompt", "clips": [data URI or None, per step]}]}, or None if there are none."""
     found: list[tuple[int, dict[str, str]]] = []
@@ -198,10 +160,7 @@ def _samples(run: Path) -> dict[str, Any] | None:
     if len(found) > STEPS_SHOWN:
         found = [found[round(i * (len(found) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)]
     prompts = list(dict.fromkeys(prompt for _, clips in found for prompt in clips))[:PROMPTS_SHOWN]
-    rows = [
-        {"prompt": prompt, "clips": [_embed(_inside(run, clips.get(prompt))) for _, clips in found]}
-        for prompt in prompts
-    ]
+    rows = [{"prompt": prompt, "clips": [_embed(run, clips.get(prompt)) for _, clips in found]} for prompt in prompts]
     return {"steps": [step for step, _ in found], "rows": rows} if rows else None
 
 
@@ -211,13 +170,10 @@ def _evaluation(run: Path) -> dict[str, Any] | None:
     if not isinstance(result, dict) or result.get("format") != 1 or not result.get("sets"):
         return None
     for shape in result["sets"]:
-        shape["sheet"] = _embed(_inside(run, shape.get("sheet")))
+        shape["sheet"] = _embed(run, shape.get("sheet"))
         shown = shape["clips"][:CLIPS_SHOWN]
-        shape["shown"] = [{**clip, "video": _embed(_inside(run, clip.get("file")))} for clip in shown]
+        shape["shown"] = [{**clip, "video": _embed(run, clip.get("file"))} for clip in shown]
     return result
-
-
-# ------------------------------------------------------------------------------------------------------------- files
 
 
 def _text(path: Path) -> str:
@@ -232,15 +188,10 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _inside(run: Path, name: object) -> Path:
-    """A path that a file of the run names. One that leads out of the run folder becomes a path to nothing."""
+def _embed(run: Path, name: object) -> str | None:
+    """A file of the run as a data URI; None if it is not there, or if its path leads out of the run folder."""
     path = (run / str(name or "")).resolve()
-    return path if path.is_relative_to(run.resolve()) else run / "missing"
-
-
-def _embed(path: Path) -> str | None:
-    """The file as a data URI; None if there is none."""
-    if not path.is_file() or path.suffix not in MEDIA:
+    if not path.is_relative_to(run.resolve()) or not path.is_file() or path.suffix not in MEDIA:
         return None
     return _data_uri(path.read_bytes(), path.suffix)
 

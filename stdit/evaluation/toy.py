@@ -45,13 +45,15 @@ class ToyReading:
     overlap: float = 0.0  # of the best outline, intersection over union
     motion: tuple[float, float] = (0.0, 0.0)  # over the clip, in frame sizes: right, down
 
+    @property
+    def seen(self) -> dict[str, str]:
+        """The attributes by name."""
+        return {name: getattr(self, name) for name in CHANCE}
+
     def right(self, spec: ToySpec) -> dict[str, bool]:
         """For each attribute, whether it is what the spec asks for. A still spec asks for no direction."""
-        return {
-            name: getattr(self, name) == getattr(spec, name)
-            for name in CHANCE
-            if not (name == "direction" and spec.direction == NONE)
-        }
+        asked = [name for name in CHANCE if name != "direction" or spec.direction != NONE]
+        return {name: self.seen[name] == getattr(spec, name) for name in asked}
 
 
 def read_clip(frames: np.ndarray) -> ToyReading:
@@ -63,7 +65,7 @@ def read_clip(frames: np.ndarray) -> ToyReading:
     background = _fit_background(pixels)
     if background is None:
         return ToyReading(NONE, NONE, NONE, NONE, NONE)
-    name = _nearest_background(background)
+    name = min(BACKGROUNDS, key=lambda name: float(((background - np.array(BACKGROUNDS[name])) ** 2).sum()))
     along = diagonal(frames.shape[2], frames.shape[1])[None, :, :, None]
     field = background[0] + (background[1] - background[0]) * along  # (1, H, W, 3)
     core = _core_colour(pixels - field, pixels)
@@ -93,10 +95,6 @@ def _fit_background(pixels: np.ndarray) -> np.ndarray | None:
         residual = np.abs(values - fit[0] - (fit[1] - fit[0]) * along[:, None]).max(1)
         keep = residual < max(12.0, 3 * float(np.median(residual[keep])))
     return fit.astype(np.float32)
-
-
-def _nearest_background(fit: np.ndarray) -> str:
-    return min(BACKGROUNDS, key=lambda name: float(((fit - np.array(BACKGROUNDS[name])) ** 2).sum()))
 
 
 def _core_colour(difference: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
@@ -147,35 +145,28 @@ def _read_outline(matte: np.ndarray) -> tuple[str, str, float]:
     seen = np.flatnonzero(area > 0.005 * height * width)
     if len(seen) < max(1, frames / 3):
         return NONE, NONE, 0.0
-    edge = np.concatenate(
-        [matte[seen][:, [0, -1]].reshape(len(seen), -1), matte[seen][:, :, [0, -1]].reshape(len(seen), -1)], 1
-    )
-    whole = seen[(edge > 0.5).sum(1) == 0]
-    chosen = whole if len(whole) else seen
+    solid = matte[seen] > 0.5
+    cut = solid[:, [0, -1]].any((1, 2)) | solid[:, :, [0, -1]].any((1, 2))  # by the edge of the frame
+    chosen = seen if cut.all() else seen[~cut]
     chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), 12)).round().astype(int))]
     rows, columns = np.arange(height, dtype=np.float32) + 0.5, np.arange(width, dtype=np.float32) + 0.5
-    overlap: dict[str, list[float]] = {shape: [] for shape in SHAPES}
-    halves: dict[str, list[float]] = {shape: [] for shape in SHAPES}
-    for index in chosen:
+    overlap, halves = np.zeros((2, len(SHAPES), len(chosen)))
+    for frame, index in enumerate(chosen):
         alpha, mass = matte[index], area[index]
         x, y = float(alpha.sum(0) @ columns / mass), float(alpha.sum(1) @ rows / mass)
-        for shape in SHAPES:
+        for number, shape in enumerate(SHAPES):
             half = float(np.sqrt(mass / {"circle": np.pi, "square": 4, "triangle": 2}[shape]))
             centre = y - half / 3 if shape == "triangle" else y  # a triangle's centroid is below its middle
-            ideal = np.clip(
-                0.5 - outline_distance(shape, columns[None, :] - x, rows[:, None] - centre, np.float32(half)), 0, 1
-            )
-            overlap[shape].append(float(np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()))
-            halves[shape].append(half)
-    best = max(SHAPES, key=lambda shape: float(np.mean(overlap[shape])))
-    score = float(np.mean(overlap[best]))
+            distance = outline_distance(shape, columns[None, :] - x, rows[:, None] - centre, np.float32(half))
+            ideal = np.clip(0.5 - distance, 0, 1)
+            overlap[number, frame] = np.minimum(alpha, ideal).sum() / np.maximum(alpha, ideal).sum()
+            halves[number, frame] = half
+    best = int(overlap.mean(1).argmax())
+    score = float(overlap[best].mean())
     if score < _OVERLAP:
         return NONE, NONE, score
     relative = 2 * float(np.median(halves[best])) / np.sqrt(height * width)
-    return best, ("small" if relative < np.sqrt(SIZES["small"] * SIZES["large"]) else "large"), score
-
-
-# ------------------------------------------------------------------------------------------------------- counting
+    return SHAPES[best], ("small" if relative < np.sqrt(SIZES["small"] * SIZES["large"]) else "large"), score
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from stdit.files import make_folder, part_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.pixels import to_pixels, to_video
 from stdit.prepare.encode import vae_identity
-from stdit.shapes import first_frames, nearest_frames
+from stdit.shapes import VideoShape, first_frames, nearest_frames
 from stdit.text_files import json_lines
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.training.lpips import Lpips
@@ -98,10 +98,11 @@ def evaluate_vae(
     progress: Progress = lambda what, done, total: None,
     trust_pickle: bool = False,
 ) -> dict[str, Any]:
-    """Measures a VAE in fp32 on clips; see `measures.DEFINITIONS`.
+    """Measures a VAE in fp32 on the first clips; see `measures.DEFINITIONS`.
 
-    Writes out/evaluation-vae.json; out/evaluation-vae/ with pictures of source, reconstruction and difference; and
-    out/evaluation-vae.jsonl with every clip that is done, from which a stopped call resumes.
+    Writes out/evaluation-vae.json, whose content it returns; out/evaluation-vae/ with pictures of source,
+    reconstruction and difference; and out/evaluation-vae.jsonl with every clip that is done, from which a stopped call
+    resumes.
 
     model: the VAE's folder, or a model folder with vae/.
     clips: a manifest, a folder, or the URL of either.
@@ -109,20 +110,14 @@ def evaluate_vae(
         VAE's stride.
     frames: at most so many of each clip, from its start.
     fps: at which clips are read; None: their own.
-    limit: at most so many clips, the first.
-    lpips: files or folders with LPIPS' weights; none: LPIPS is not measured.
-    pictures: for the first so many clips.
+    limit, pictures: at most so many clips are measured, and drawn.
+    lpips: files or folders with LPIPS' weights; none: LPIPS is not measured. trust_pickle: .pth files too.
     memory: bytes for a CausalVAE to work in; an error for other VAEs.
     sample: draw latents from the posterior, keyed by the clip, instead of taking the mode.
-    trust_pickle: also read LPIPS' .pth files (tensors only).
-
-    Returns the content of evaluation-vae.json.
     """
     began = time.perf_counter()
     if size is not None and min(size) < SMALLEST_SSIM:
         raise StditError(f"size {size[0]}x{size[1]}: SSIM takes at least {SMALLEST_SSIM} pixels a side.")
-    if fps is not None and not 0 < fps < math.inf:
-        raise StditError(f"fps is {fps}; it must be positive and finite.")
     vae = load_vae(model, dtype=torch.float32, device=device).eval()
     vae.memory = memory
     out = make_folder(out)
@@ -133,28 +128,27 @@ def evaluate_vae(
     }  # fmt: skip
     perceptual = Lpips(lpips, trust_pickle).to(device) if lpips else None
     record = out / "evaluation-vae.jsonl"
-    known = _known(record, settings)
+    header = {"format": FORMAT, "settings": settings}
+    known = _known(record, header)
     measured: list[dict[str, Any]] = []
     rows = min(limit, len(manifest))
-    lines = [{"format": FORMAT, "settings": settings}, *known.values()]
-    publish_text(record, "".join(json.dumps(line) + "\n" for line in lines))
+    publish_text(record, "".join(json.dumps(line) + "\n" for line in (header, *known.values())))
     with record.open("a", encoding="utf-8") as file:
         for row in range(rows):
             progress("clips", row, rows)
             clip = manifest[row]
             name = f"{row:03d}-{Path(clip.path).stem[:50]}.png"  # at most 255 bytes with what `publish` adds
             picture = Path("evaluation-vae") / name if row < pictures else None
-            if (line := known.get(clip.id)) and (picture is None or (out / picture).is_file()):
-                measured.append(line | {"picture": picture and str(picture)})
-                continue
-            try:
-                cut = _cut(clip, vae.config.stride, size, frames, fps)
-                line = _measure(vae, clip, cut, perceptual, picture and out / picture, sample)
-            except VideoError as error:
-                failures.append(str(error))
-                continue
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            line = known.get(clip.id)
+            if line is None or (picture is not None and not (out / picture).is_file()):
+                try:
+                    shape = _shape_of(clip, vae.config.stride, size, frames, fps or clip.fps)
+                    line = _measure(vae, clip, shape, fps or clip.fps, perceptual, picture and out / picture, sample)
+                except VideoError as error:
+                    failures.append(str(error))
+                    continue
+                file.write(json.dumps(line) + "\n")
+                file.flush()
             measured.append(line | {"picture": picture and str(picture)})
     progress("clips", rows, rows)
     if not measured:
@@ -184,80 +178,68 @@ def _manifest(place: str) -> tuple[Manifest, list[str]]:
     return found.manifest, [f"{join(place, skipped.file)}: {skipped.message}" for skipped in found.skipped]
 
 
-def _known(record: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The lines of an earlier call with the same settings, by clip id."""
+def _known(record: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The lines of an earlier call with the same header, by clip id."""
     if not record.is_file():
         return {}
     lines: list[dict[str, Any]] = []
     with suppress(StditError):  # a crash may have cut the last line
         lines.extend(line for _, line in json_lines(record))
-    same = bool(lines) and lines[0] == {"format": FORMAT, "settings": settings}
-    return {line["id"]: line for line in lines[1:]} if same else {}
+    return {line["id"]: line for line in lines[1:]} if lines[:1] == [header] else {}
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The part of a clip that is measured."""
-
-    width: int
-    height: int
-    frames: int
-    fps: float
-
-
-def _cut(clip: Clip, stride: tuple[int, ...], size: tuple[int, int] | None, frames: int, fps: float | None) -> Cut:
-    """The part to measure. Raises VideoError for a clip that is too small or too short."""
+def _shape_of(clip: Clip, stride: tuple[int, ...], size: tuple[int, int] | None, frames: int, fps: float) -> VideoShape:
+    """The part of a clip that is measured. Raises VideoError for a clip that is too small or too short."""
     width, height = size or (clip.width // stride[2] * stride[2], clip.height // stride[1] * stride[1])
     if min(width, height) < SMALLEST_SSIM or width > clip.width or height > clip.height:
         wanted = f"{width}x{height}" if size else f"{SMALLEST_SSIM} pixels a side and the VAE's stride"
         raise VideoError(clip.path, "too_small", f"is {clip.width}x{clip.height}, smaller than {wanted}.")
-    rate, first = fps or clip.fps, first_frames(stride)
     # as many as `buckets.slack` allows
-    there = 1 if clip.image else 1 + math.floor((clip.end - clip.start - 0.5 / clip.fps + 1e-6) * rate)
+    there = 1 if clip.image else 1 + math.floor((clip.end - clip.start - 0.5 / clip.fps + 1e-6) * fps)
+    first = first_frames(stride)
     if (count := min(there, frames)) < first:
         raise VideoError(clip.path, "too_short", f"gives {count} frames; this VAE takes at least {first}.")
-    return Cut(width, height, nearest_frames(count, stride)[0], rate)
+    return VideoShape(nearest_frames(count, stride)[0], height, width)
 
 
-def _measure(vae: Any, clip: Clip, cut: Cut, lpips: Lpips | None, picture: Path | None, sample: bool) -> dict[str, Any]:
+def _measure(
+    vae: Any, clip: Clip, shape: VideoShape, fps: float, lpips: Lpips | None, picture: Path | None, sample: bool
+) -> dict[str, Any]:
     measures = ClipMeasures(lpips)
     latents: list[Tensor] = []
     shown: list[tuple[np.ndarray, np.ndarray]] = []
-    picks = set(sheet_frames(cut.frames, PICTURE_FRAMES))
+    picks = set(sheet_frames(shape.frames, PICTURE_FRAMES))
     done = 0
     posterior = keyed_generator(0, "posterior", clip.id) if sample else None
-    for source, rebuilt, found in reconstruct_in_parts(vae, _pieces(clip, cut), posterior):
+    for source, rebuilt, found in reconstruct_in_parts(vae, _pieces(clip, shape, fps), posterior):
         if not found.isfinite().all():
             raise StditError(f"{clip.path}: the VAE's latents are not finite. Did its training diverge?")
         measures.add(source, rebuilt)
         latents.append(found.float().cpu())
         shown += [(source[i], rebuilt[i]) for i in range(len(source)) if done + i in picks]
         done += len(source)
+    result = measures.result()
     if picture is not None:
         before, after = (np.stack(frames).astype(np.int16) for frames in zip(*shown))
         difference = np.clip(4 * np.abs(after - before), 0, 255)
-        contact_sheet(
-            [clip.astype(np.uint8) for clip in (before, after, difference)],
-            picture,
-            labels=["source", f"reconstruction, {measures.result()['psnr']:.1f} dB", "difference, 4 times"],
-            columns=PICTURE_FRAMES,
-            side=min(cut.height, 240),
-        )
+        rows = [frames.astype(np.uint8) for frames in (before, after, difference)]
+        labels = ["source", f"reconstruction, {result['psnr']:.1f} dB", "difference, 4 times"]
+        contact_sheet(rows, picture, labels=labels, columns=PICTURE_FRAMES, side=min(shape.height, 240))
     return {
         "id": clip.id,
         "path": clip.path,
-        "shape": f"{cut.width}x{cut.height}x{cut.frames}",
-        "fps": cut.fps,
-        "measures": measures.result(),
+        "shape": str(shape),
+        "fps": fps,
+        "measures": result,
         "latents": latent_statistics(torch.cat(latents, 1)),
     }
 
 
-def _pieces(clip: Clip, cut: Cut) -> Iterator[np.ndarray]:
+def _pieces(clip: Clip, shape: VideoShape, fps: float) -> Iterator[np.ndarray]:
     with local_file(clip) as path:
-        for first in range(0, cut.frames, FRAMES_PER_READ):
-            count = min(FRAMES_PER_READ, cut.frames - first)
-            yield READER(path, count, (cut.width, cut.height), cut.fps, clip.start + first / cut.fps)
+        for first in range(0, shape.frames, FRAMES_PER_READ):
+            count = min(FRAMES_PER_READ, shape.frames - first)
+            yield READER(path, count, (shape.width, shape.height), fps, clip.start + first / fps)
 
 
 def _over_clips(name: str, values: Sequence[float | None]) -> float | None:

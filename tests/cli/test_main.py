@@ -16,7 +16,7 @@ import typer
 from commands import every_command
 
 from stdit import __version__
-from stdit.cli.common.lazy import as_command, load_command
+from stdit.cli.common.lazy import as_command, lazy_group
 from stdit.cli.main import COMMANDS, app, run_command
 from stdit.errors import Interrupted, StditError
 from stdit.shipped import CONFIGS, find_shipped
@@ -174,14 +174,12 @@ def test_no_arguments_print_the_help(capsys):
     assert all(name in text for name in COMMANDS)
 
 
-def test_a_module_may_hold_a_function_or_an_app(tmp_path, monkeypatch, capsys):
+def test_a_command_is_the_function_of_its_name(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mod_function.py").write_text("def do_it(n: int) -> int:\n    return n\n")
-    (tmp_path / "mod_app.py").write_text(
-        "import typer\napp = typer.Typer()\n@app.command()\ndef one(n: int) -> int:\n    return n\n"
-    )
-    assert run_command(load_command("do-it", "mod_function"), ["4"]) == 4
-    assert run_command(load_command("mod", "mod_app"), ["5"]) == 5
+    group = lazy_group("group", "Help.", {"do-it": ("mod_function", "Does it.")})
+    assert run_command(group, ["do-it", "4"]) == 4
+    assert run_command(lazy_group("outer", "Help.", {"inner": group}), ["inner", "do-it", "5"]) == 5
 
 
 def test_a_closed_pipe_is_quiet():

@@ -126,7 +126,9 @@ def test_embedded_clips_are_the_files_and_none_from_outside(run):
 def test_what_is_missing_is_left_out(run, tmp_path, keep):
     for name in keep:
         if name == "broken":
-            (tmp_path / "metrics.jsonl").write_text('nonsense\n[1]\n{"kind": "train"}\n')
+            (tmp_path / "metrics.jsonl").write_text(
+                'nonsense\n[1]\n{"kind": "train"}\n{"kind": "start", "step": 0}\n{"kind": "train", "step": 1}\n'
+            )
             (tmp_path / "evaluation.json").write_text("{")
             (tmp_path / "samples/step-00000001").mkdir(parents=True)
             (tmp_path / "samples/step-00000001/samples.json").write_text("[]")

@@ -140,7 +140,7 @@ def commands() -> dict[str, Any]:
         "train": "stdit.cli.train:train", "data scan": "stdit.cli.data.scan:scan",
         "data plan": "stdit.cli.data.plan:plan", "data encode": "stdit.cli.data.encode:encode",
         "sample": "stdit.cli.sample.command:sample", "eval vae": "stdit.cli.eval.vae:vae",
-        "eval captions": "stdit.cli.eval.captions:captions", "eval toy": "stdit.cli.eval.group:toy",
+        "eval captions": "stdit.cli.eval.captions:captions", "eval toy": "stdit.cli.eval.toy:toy",
         "weights inspect": "stdit.cli.weights:inspect", "weights convert": "stdit.cli.weights:convert",
     }  # fmt: skip
     return {

@@ -1,1 +1,1 @@
-"""Shared by several commands: lazy groups, progress bars, devices, output paths, number ranges."""
+"""Shared by several commands: lazy groups, options, output paths, progress bars, tables."""

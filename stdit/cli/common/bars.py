@@ -4,59 +4,55 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from stdit.heartbeat import HEARTBEAT
 
-if TYPE_CHECKING:
-    from rich.progress import TaskID
-
 T = TypeVar("T")
+Report = Callable[[str, int, int], None]  # (task, done, total)
 
 
 @contextmanager
 def counting_bar(what: str, hidden: bool = False) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """A bar with a count and the time left. Yields two functions: one sets the total, the other adds to the count."""
-    if hidden or not sys.stderr.isatty():
-        with _lines(hidden) as update:
-            state = {"done": 0, "total": 0}
+    with named_bars(hidden, what, columns=[MofNCompleteColumn()], transient=False) as progress:
+        state = {"done": 0, "total": 0}
 
-            def show(**values: int) -> None:
-                state.update(values)
-                update(what, state["done"], state["total"])
+        def show(**values: int) -> None:
+            state.update(values)
+            progress(what, state["done"], state["total"])
 
-            yield lambda total: show(total=total), lambda count: show(done=state["done"] + count)
-        return
-    from rich.progress import MofNCompleteColumn
-
-    with _bars(MofNCompleteColumn()) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda total: bar.update(task, total=total), lambda count: bar.advance(task, count)
+        yield lambda total: show(total=total), lambda count: show(done=state["done"] + count)
 
 
 @contextmanager
-def named_bars(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function of (task, done, total) that shows a bar per task; the bars disappear at the end."""
+def named_bars(
+    hidden: bool, *tasks: str, columns: Iterable[ProgressColumn] = (), transient: bool = True
+) -> Iterator[Report]:
+    """Yields a function that shows a bar per task, first those of `tasks`; transient: they disappear at the end."""
     if hidden or not sys.stderr.isatty():
-        with _lines(hidden) as update:
-            yield update
+        with _lines(hidden) as progress:
+            yield progress
         return
-    with _bars(transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    with HEARTBEAT.muted(), Progress(*columns, transient=transient, console=Console(stderr=True)) as bars:
+        shown = {what: bars.add_task(what, total=None) for what in tasks}
 
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+        def update(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                shown[what] = bars.add_task(what, total=None)
+            bars.update(shown[what], completed=done, total=total)
 
-        yield progress
+        yield update
 
 
-def tracked(items: Iterable[T], what: str) -> Iterable[T]:
+def tracked(items: Sequence[T], what: str) -> Iterator[T]:
     """Iterates over the items with a bar that disappears at the end."""
-    items = list(items)
     with named_bars(hidden=False) as progress:
         for done, item in enumerate(items):
             progress(what, done, len(items))
@@ -65,17 +61,7 @@ def tracked(items: Iterable[T], what: str) -> Iterable[T]:
 
 
 @contextmanager
-def _bars(*columns: Any, transient: bool = False) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
-    with HEARTBEAT.muted(), Progress(*columns, transient=transient, console=Console(stderr=True)) as bar:
-        yield bar
-
-
-@contextmanager
-def _lines(hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
+def _lines(hidden: bool) -> Iterator[Report]:
     """Without a terminal: the heartbeat reports the progress now and then; at the end, one line per task.
 
     hidden: no lines at the end.

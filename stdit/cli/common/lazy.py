@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
@@ -11,67 +12,45 @@ from typer.core import TyperCommand, TyperGroup
 from stdit.heartbeat import HEARTBEAT
 
 
-def lazy_group(commands: dict[str, tuple[str, str]], **settings: Any) -> typer.Typer:
-    """A typer app of commands {name: (module, short help)}.
+def lazy_group(name: str, help: str, commands: Mapping[str, tuple[str, str] | typer.Typer]) -> typer.Typer:
+    """A typer app of commands {name: (module, short help)} and of other groups {name: app}.
 
-    A module holds either a typer app called `app`, or a function called like the command ("-" becomes "_").
+    A module holds a function of the command's name ("-" becomes "_").
     """
 
     class LazyGroup(TyperGroup):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            for name, (_, text) in commands.items():  # for the list of commands
-                self.commands.setdefault(name, TyperCommand(name, help=text, callback=lambda: None))
-
-        def list_commands(self, ctx: Any) -> list[str]:
-            return list(self.commands)
+            for name, place in commands.items():
+                if isinstance(place, typer.Typer):
+                    self.commands[name] = as_command(place)
+                else:  # for the list of commands
+                    self.commands[name] = TyperCommand(name, help=place[1], callback=lambda: None)
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             name, command, rest = super().resolve_command(ctx, args)
-            if name in commands:
-                command = load_command(name, commands[name][0])
-                self.commands[name] = command
+            if name and isinstance(place := commands.get(name), tuple):
+                function = getattr(importlib.import_module(place[0]), name.replace("-", "_"))
+                command = as_command(function, name)
             return name, command, rest
 
-    app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, **settings)
-    app.callback()(_no_options)
+    app = typer.Typer(name=name, cls=LazyGroup, add_completion=False, no_args_is_help=True, help=help)
+    app.callback()(lambda: None)
     return app
 
 
-def _no_options() -> None:
-    """The group has no options of its own."""
-
-
-def load_command(name: str, module: str) -> Any:
-    """Imports a module's command: its typer app `app`, or its function `name`."""
-    found = importlib.import_module(module)
-    if hasattr(found, "app"):
-        return as_command(found.app)
-    return as_command(getattr(found, name.replace("-", "_")), name)
-
-
-def as_command(command: Any, name: str | None = None) -> Any:
-    """The click command of a typer app, or of a function with typer's annotations."""
+def as_command(command: Callable[..., Any] | typer.Typer, name: str | None = None) -> Any:
+    """The click command of a lazy group, or of a function with typer's annotations, which announces its start."""
     if isinstance(command, typer.Typer):
-        return _announced(typer.main.get_command(command))
-    if callable(command) and not hasattr(command, "make_context"):
-        app = typer.Typer(add_completion=False)
-        app.command(name)(command)
-        return _announced(typer.main.get_command(app))
-    return command
-
-
-def _announced(command: Any) -> Any:
-    """Makes the command, or each command of a group, announce its start once its arguments are parsed."""
-    if isinstance(command, TyperGroup):
-        for member in command.commands.values():
-            _announced(member)
-        return command
-    invoke = command.invoke
+        return typer.main.get_command(command)
+    app = typer.Typer(add_completion=False)
+    app.command(name)(command)
+    found: Any = typer.main.get_command(app)
+    invoke = found.invoke
 
     def announce(context: Any) -> Any:
         HEARTBEAT.start(context.command_path)
         return invoke(context)
 
-    command.invoke = announce
-    return command
+    found.invoke = announce
+    return found

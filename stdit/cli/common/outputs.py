@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import typer
+from typer import BadParameter, Option
 
 from stdit.errors import StditError
 from stdit.files import local_file, local_folder, local_path
@@ -20,24 +21,32 @@ class Unwritable(Exception):
         return str(self)
 
 
+# What `parser=` of typer takes: a folder or a file on this machine, or either; a manifest or a folder that may be the
+# URL of any fsspec scheme.
+
+
 def out_folder(given: str) -> Path:
-    """For `parser=` of a folder on this machine."""
     return _checked(given, local_folder)
 
 
 def out_file(given: str) -> Path:
-    """For `parser=` of a file on this machine."""
     return _checked(given, local_file)
 
 
+def out_path(given: str) -> Path:
+    return out_file(given) if Path(given).is_file() else out_folder(given)
+
+
 def out_manifest(given: str) -> str:
-    """For `parser=` of a manifest, which may be a URL of any fsspec scheme."""
     return given if _is_url(given) else str(out_file(given))
 
 
 def out_store(given: str) -> str:
-    """For `parser=` of a folder that may be a URL of any fsspec scheme."""
     return given if _is_url(given) else str(out_folder(given))
+
+
+def folder_option(help: str) -> Any:
+    return Option(metavar="FOLDER", parser=out_folder, help=help)
 
 
 def _is_url(given: str) -> bool:
@@ -48,13 +57,8 @@ def _checked(given: str, check: Callable[[str, str | Path], Path]) -> Path:
     try:
         path = local_path("it", given)
     except StditError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise BadParameter(str(error)) from None
     try:
         return check("it", path)
     except StditError as error:
         raise Unwritable(str(error)) from None
-
-
-def out_path(given: str) -> Path:
-    """For `parser=` of a folder, or a file that may be there, on this machine."""
-    return out_file(given) if Path(given).is_file() else out_folder(given)

@@ -7,44 +7,41 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
+from stdit.cli.common.bars import counting_bar
+from stdit.cli.common.options import SECONDS, Device, Json, pick_device, when_stopped
 from stdit.cli.common.outputs import out_manifest
-from stdit.cli.common.ranges import SECONDS
-from stdit.cli.common.stopped import when_stopped
+from stdit.errors import error_context
+from stdit.heartbeat import HEARTBEAT
 
 SHOWN = 40  # failures listed; --json has all
 
 
 @when_stopped("The captions made so far are kept: the same command goes on from there.")
 def caption(
-    manifest: Annotated[str, typer.Argument(help="The manifest of the clips, or its URL.")],
-    model: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="An image- or video-to-text model that transformers loads.")
-    ],
+    manifest: Annotated[str, Argument(help="The manifest of the clips, or its URL.")],
+    model: Annotated[Path, Option(metavar="FOLDER", help="An image- or video-to-text model that transformers loads.")],
     out: Annotated[
-        str,
-        typer.Option(metavar="MANIFEST2", parser=out_manifest, help="The manifest to write (.parquet), or its URL."),
+        str, Option(metavar="MANIFEST2", parser=out_manifest, help="The manifest to write (.parquet), or its URL.")
     ],
     prompt: Annotated[
         str | None,
-        typer.Option(help="The prompt for the model. Default: asks chat models for a description, others nothing."),
+        Option(help="The prompt for the model. Default: asks chat models for a description, others nothing."),
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames shown per clip, spread evenly over it.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption, in the model's tokens.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Clips captioned at once: more is faster on a GPU.")] = 1,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Replace a clip's captions instead of adding to them.")
-    ] = False,
-    weight: Annotated[float, typer.Option(help="Weight of the new captions when training draws one per clip.")] = 1.0,
+    frames: Annotated[int, Option(min=1, help="Frames shown per clip, spread evenly over it.")] = 8,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest caption, in the model's tokens.")] = 128,
+    batch: Annotated[int, Option(min=1, help="Clips captioned at once: more is faster on a GPU.")] = 1,
+    replace: Annotated[bool, Option("--replace", help="Replace a clip's captions instead of adding to them.")] = False,
+    weight: Annotated[float, Option(help="Weight of the new captions when training draws one per clip.")] = 1.0,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the model is stored.")
+        Literal["auto", "float32", "bfloat16", "float16"], Option(help="auto: as the model is stored.")
     ] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Clips read in parallel, each in its own process.")] = 2,
-    timeout: Annotated[float, typer.Option(callback=SECONDS, help="Seconds that reading a clip may take.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> int:
+    device: Device = None,
+    workers: Annotated[int, Option(min=1, help="Clips read in parallel, each in its own process.")] = 2,
+    timeout: Annotated[float, Option(callback=SECONDS, help="Seconds that reading a clip may take.")] = 60.0,
+    as_json: Json = False,
+) -> None:
     """Caption each clip of a manifest once with a local vision-language model. Nothing is downloaded.
 
     The model is shown the frames as a video if its processor takes videos, as images if it has a chat template, and
@@ -52,12 +49,8 @@ def caption(
 
     Example: stdit data caption clips.parquet --model models/Qwen2.5-VL-7B-Instruct --out captioned.parquet
     """
-    from stdit.cli.common.bars import counting_bar
-    from stdit.cli.common.device import pick_device
     from stdit.data.manifest import parquet_path, read_manifest
     from stdit.data.remote.storage import STORAGE
-    from stdit.errors import error_context
-    from stdit.heartbeat import HEARTBEAT
     from stdit.prepare.caption import caption_identity, caption_manifest
     from stdit.text.captioner import load_captioner
 
@@ -69,19 +62,9 @@ def caption(
         maker = caption_identity(model, captioner, frames)
     with counting_bar("captioning") as (on_start, on_clips):
         done = caption_manifest(
-            clips,
-            captioner,
-            out,
-            maker=maker,
-            frames=frames,
-            batch=batch,
-            weight=weight,
-            replace=replace,
-            workers=workers,
-            timeout=timeout,
-            on_start=on_start,
-            on_clips=on_clips,
-        )
+            clips, captioner, out, maker=maker, frames=frames, batch=batch, weight=weight, replace=replace,
+            workers=workers, timeout=timeout, on_start=on_start, on_clips=on_clips,
+        )  # fmt: skip
     if as_json:
         answer = {
             "manifest": out,
@@ -93,14 +76,10 @@ def caption(
             "hash": done.manifest.hash,
         }
         print(json.dumps(answer, ensure_ascii=False))
-        return 0
+        return
     for failure in done.failures[:SHOWN]:
         print(f"skipped: {failure.file}: {failure.message}")
     if len(done.failures) > SHOWN:
         print(f"… and {len(done.failures) - SHOWN} more")
-    print(
-        f"{out}: {done.captioned} clips captioned, {done.reused} reused, {len(done.failures)} failed"
-        + (f"; {STORAGE.retries} requests retried" if STORAGE.retries else "")
-        + "."
-    )
-    return 0
+    retried = f"; {STORAGE.retries} requests retried" if STORAGE.retries else ""
+    print(f"{out}: {done.captioned} clips captioned, {done.reused} reused, {len(done.failures)} failed{retried}.")

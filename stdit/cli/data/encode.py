@@ -9,48 +9,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from stdit.cli.common.memory import MEMORY
+from stdit.cli.common.bars import counting_bar
+from stdit.cli.common.options import Device, Json, Memory, pick_device, when_stopped
 from stdit.cli.common.outputs import out_store
-from stdit.cli.common.stopped import when_stopped
+from stdit.errors import StditError, error_context
+from stdit.heartbeat import HEARTBEAT
 
 
 @when_stopped("What is encoded is kept: the same command goes on from there.")
 def encode(
-    manifest: Annotated[str, typer.Argument(help="The manifest to encode, or its URL.")],
-    config: Annotated[Path, typer.Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
+    manifest: Annotated[str, Argument(help="The manifest to encode, or its URL.")],
+    config: Annotated[Path, Option(help="The run's config: its shapes, fps, VAE and text encoder are used.")],
     out: Annotated[
-        str,
-        typer.Option(metavar="CACHE", parser=out_store, help="The cache's folder or URL; existing entries are kept."),
+        str, Option(metavar="CACHE", parser=out_store, help="The cache's folder or URL; existing entries are kept.")
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value to change in the config.")] = None,
-    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Clips that the VAE encodes at once.")] = 4,
+    overrides: Annotated[list[str] | None, Argument(help="key=value to change in the config.")] = None,
+    batch: Annotated[int, Option(min=1, max=100_000, help="Clips that the VAE encodes at once.")] = 4,
     crops: Annotated[
         int,
-        typer.Option(
+        Option(
             min=0, max=1000, help="Cuts per clip (data.crops), of which training draws one each time. 0: the config's."
         ),
     ] = 0,
-    memory: Annotated[int | None, MEMORY] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = "",
-    retry_failed: Annotated[bool, typer.Option(help="Retry clips that could not be read before.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> int:
+    memory: Memory = None,
+    device: Device = None,
+    retry_failed: Annotated[bool, Option(help="Retry clips that could not be read before.")] = False,
+    as_json: Json = False,
+) -> None:
     """Encode the latents of a manifest's clips and the embeddings of its captions, each once.
 
     If interrupted, the same command resumes, on any number of ranks. Under torchrun, the ranks share the work.
 
     Example: stdit data encode videos/manifest.parquet --config toy/dit --out videos/cache
     """
-    from stdit.cli.common.bars import counting_bar
-    from stdit.cli.common.device import pick_device
     from stdit.data.load.clip_files import check_files
     from stdit.data.manifest import read_manifest
     from stdit.data.plan.buckets import assign
     from stdit.data.remote.storage import STORAGE
-    from stdit.errors import StditError, error_context
-    from stdit.heartbeat import HEARTBEAT
     from stdit.prepare.encode import PRECISION, encode_manifest, text_identity, vae_identity
     from stdit.training.config import load_config
     from stdit.training.setup.initial_weights import check_vae
@@ -85,42 +82,33 @@ def encode(
 
         HEARTBEAT.doing(f"loading {run.text.path}")
         with error_context("text.path"):
+            treatment, padding = treatment_of(run.text.path), run.text.padding
             text_encoder = load_text_encoder(
-                run.text.path,
-                treatment_of(run.text.path),
-                max_length=run.text.padding or None,
-                dtype=PRECISION,
-                device=device,
+                run.text.path, treatment, max_length=padding or None, dtype=PRECISION, device=device
             ).eval()
-            text_id = text_identity(run.text.path, run.text.padding)
+            text_id = text_identity(run.text.path, padding)
     found = long_captions(run, clips, assignment) if rank == 0 else None
     if found is not None and found.count:
         print(f"{found}{LONGER}", file=sys.stderr, flush=True)
     with counting_bar("encoding", hidden=rank > 0) as (on_start, on_clips):
         done = encode_manifest(
-            clips,
-            assignment,
-            replace(run.data, verify=True),  # the cache is addressed by the files' content
-            vae,
-            text_encoder,
-            out,
-            vae_id=vae_identity(run.vae.path),
-            text_id=text_id,
-            device=device,
-            batch=batch,
-            rank=rank,
-            ranks=ranks,
-            retry_failed=retry_failed,
-            on_start=on_start,
-            on_clips=on_clips,
-        )
+            clips, assignment, replace(run.data, verify=True),  # the cache is addressed by the files' content
+            vae, text_encoder, out, vae_id=vae_identity(run.vae.path), text_id=text_id, device=device, batch=batch,
+            rank=rank, ranks=ranks, retry_failed=retry_failed, on_start=on_start, on_clips=on_clips,
+        )  # fmt: skip
     if as_json:
-        failures = [{"id": clip_id, "failure": failure} for clip_id, failure in done.failures]
-        answer: dict[str, object] = {"cache": out, "clips": done.clips, "reused": done.reused, "texts": done.texts}
-        answer["retries"] = STORAGE.retries
-        answer["long_captions"] = found.as_json() if found else None
-        print(json.dumps({**answer, "failures": failures, "left_out": assignment.reasons}, ensure_ascii=False))
-        return 0
+        answer = {
+            "cache": out,
+            "clips": done.clips,
+            "reused": done.reused,
+            "texts": done.texts,
+            "retries": STORAGE.retries,
+            "long_captions": found.as_json() if found else None,
+            "failures": [{"id": clip_id, "failure": failure} for clip_id, failure in done.failures],
+            "left_out": assignment.reasons,
+        }
+        print(json.dumps(answer, ensure_ascii=False))
+        return
     for _, failure in done.failures:
         print(f"skipped: {failure}")
     print(
@@ -129,4 +117,3 @@ def encode(
         + (f"; left out: {left_out}" if left_out else "")
         + "."
     )
-    return 0

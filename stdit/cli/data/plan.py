@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from rich.console import Console
+from typer import Argument, Option
 
+from stdit.cli.common.bars import tracked
+from stdit.cli.common.options import Json
 from stdit.cli.common.outputs import out_file
+from stdit.cli.common.tables import print_table
+from stdit.errors import StditError
+from stdit.heartbeat import HEARTBEAT
 
 if TYPE_CHECKING:
+    from stdit.data.config import DataConfig
     from stdit.data.manifest import Manifest
     from stdit.data.plan.buckets import Assignment
-    from stdit.data.plan.exclusions import Exclusion
     from stdit.data.plan.picture import Measures
     from stdit.data.plan.planner import Plan
-    from stdit.text.lengths import LongTexts
-    from stdit.training.config import RunConfig
-    from stdit.training.setup.footprint import Footprint
-    from stdit.training.setup.resolve import ResolvedConfig
 
 FORMAT = 1  # of the JSON
 SHOWN = 40  # buckets in the table
@@ -34,36 +37,30 @@ TIMES = {"per step": "seconds_per_step", "per epoch": "seconds_per_epoch"}
 
 
 def plan(
-    manifest: Annotated[str, typer.Argument(help="The manifest, or its URL.")],
-    config: Annotated[Path, typer.Option(help="The training's config: a file or a name.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the config.")] = None,
-    world_size: Annotated[int, typer.Option(min=1, max=100_000, help="Ranks of the training.")] = 1,
-    steps: Annotated[int, typer.Option(min=0, help="Steps to deal and measure; 0: all.")] = 200,
-    epoch: Annotated[int, typer.Option(min=0, help="The epoch to show, if epochs differ (data.stages).")] = 0,
+    manifest: Annotated[str, Argument(help="The manifest, or its URL.")],
+    config: Annotated[Path, Option(help="The training's config: a file or a name.")],
+    overrides: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Changes to the config.")] = None,
+    world_size: Annotated[int, Option(min=1, max=100_000, help="Ranks of the training.")] = 1,
+    steps: Annotated[int, Option(min=0, help="Steps to deal and measure; 0: all.")] = 200,
+    epoch: Annotated[int, Option(min=0, help="The epoch to show, if epochs differ (data.stages).")] = 0,
     rate: Annotated[
-        str | None,
-        typer.Option(metavar="FLOPS|RUN", help="Measured FLOP/s per rank, or a run folder, to estimate times."),
+        str | None, Option(metavar="FLOPS|RUN", help="Measured FLOP/s per rank, or a run folder, to estimate times.")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(metavar="PNG", parser=out_file, help="Also draw the plan.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    picture: Annotated[Path | None, Option(metavar="PNG", parser=out_file, help="Also draw the plan.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Show what training will do with a manifest: buckets, drops, steps, packs, balance, memory. Nothing is decoded.
 
     Example: stdit data plan clips.parquet --config toy/dit --world-size 8 --picture plan.png
     """
-    from rich.console import Console
-
-    from stdit.cli.common.bars import tracked
     from stdit.data.manifest import read_manifest
     from stdit.data.plan.buckets import assign
     from stdit.data.plan.exclusions import explain_exclusions
     from stdit.data.plan.picture import draw_plan, measure_plan
-    from stdit.errors import StditError
-    from stdit.heartbeat import HEARTBEAT
     from stdit.training.config import load_config
     from stdit.training.setup.build import make_plan
     from stdit.training.setup.footprint import build_on_meta, footprint
-    from stdit.training.setup.long_captions import LONGER
+    from stdit.training.setup.long_captions import LONGER, long_captions
     from stdit.training.setup.resolve import resolve
 
     settings = resolve(load_config(config, overrides or []))
@@ -75,7 +72,9 @@ def plan(
     objective = build_on_meta(settings)
     left_out = explain_exclusions(clips, stage, settings.data, objective.tokens)
     if not as_json or not stage.counts.any():
-        _print_drops(console, left_out, len(clips))
+        title = f"Left out: {sum(group.clips for group in left_out):,} of {len(clips):,} clips"
+        rows = [(f"{group.clips:,}", group.text, group.details) for group in left_out]
+        print_table(title, ("clips", "reason", "what they are"), rows, right=(0,), console=console)
     HEARTBEAT.doing("planning the steps")
     made = make_plan(clips, assignment, objective, settings, epoch)
     if not made.num_steps:
@@ -89,17 +88,24 @@ def plan(
     if picture is not None:
         draw_plan(made, assignment.shapes, world_size, bound, picture, measures, work_unit)
     largest = assignment.shapes[max(range(len(made.tokens)), key=lambda b: (made.counts[b] > 0, made.tokens[b]))]
-    fullest = max(measures.fullest)
     HEARTBEAT.doing("computing the memory")
-    needed = footprint(settings, objective, largest, fullest, world_size)
-    summary = summarise(made, stage, measures, world_size, bound, needed)
-    summary["left_out"] = [asdict(one) for one in left_out]
-    summary |= {"world_size": world_size, "work_unit": work_unit, "epoch": epoch}
-    summary["empty"] = [str(shape) for b, shape in enumerate(assignment.shapes) if not len(assignment.rows(b))]
-    summary["stages"] = _stages(settings, assignment, partial(make_plan, clips, assignment, objective, settings))
-    summary["sources"] = _sources(clips, settings.data.sources, made)
-    long = _long_captions(settings, clips, assignment)
-    summary["long_captions"] = long.as_json() if long else None
+    needed = footprint(settings, objective, largest, max(measures.fullest), world_size)
+    long = None
+    with suppress(StditError):  # the tokenizer is not available
+        long = long_captions(settings, clips, assignment)
+    summary: dict[str, Any] = {
+        **summarise(made, stage, measures, world_size, bound),
+        "memory_per_rank": {**asdict(needed), "total": needed.total},
+        "hash": made.hash,
+        "left_out": [asdict(one) for one in left_out],
+        "world_size": world_size,
+        "work_unit": work_unit,
+        "epoch": epoch,
+        "empty": [str(shape) for b, shape in enumerate(assignment.shapes) if not len(assignment.rows(b))],
+        "stages": _stages(settings.data, assignment, partial(make_plan, clips, assignment, objective, settings)),
+        "sources": _sources(clips, settings.data.sources, made),
+        "long_captions": long.as_json() if long else None,
+    }
     if rate is not None:
         found = measured_rate(rate, pixels)
         seconds = summary["work_per_step"] * (1 if pixels else 3) / (world_size * found * summary["balance"])
@@ -107,21 +113,19 @@ def plan(
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
         return
-    _print_list(console, "Stages", summary["stages"])
-    _print_list(console, "Sources", summary["sources"])
-    _print_buckets(console, summary)
-    _print_steps(console, summary)
+    _print_records("Stages", summary["stages"])
+    _print_records("Sources", summary["sources"])
+    _print_plan(summary)
     if long is not None and long.count:
         console.print(f"{long}{LONGER}", style="yellow", highlight=False, soft_wrap=True, markup=False)
     for line in advice(summary):
         console.print(line, style="yellow", highlight=False, soft_wrap=True)
     if picture is not None:
-        console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+        print(f"picture: {picture}")
 
 
 def measured_rate(given: str, pixels: bool) -> float:
     """Work per second and rank, forward and backward, from a number or from a run folder's metrics.jsonl."""
-    from stdit.errors import StditError
     from stdit.evaluation.run_metrics import read_metrics
 
     try:
@@ -147,18 +151,15 @@ def measured_rate(given: str, pixels: bool) -> float:
     return rate
 
 
-def summarise(
-    plan: Plan, assignment: Assignment, measures: Measures, ranks: int, bound: int, needed: Footprint
-) -> dict[str, Any]:
+def summarise(plan: Plan, assignment: Assignment, measures: Measures, ranks: int, bound: int) -> dict[str, Any]:
     """The plan's numbers, as `--json` prints them. Work is in forward FLOPs, or in pixels when training a VAE."""
     count = len(measures.steps)
-    kept = assignment.bucket >= 0
     return {
         "format": FORMAT,
         "clips": len(assignment.bucket),
         "planned": plan.num_items,
         "dropped": assignment.reasons,
-        "crop_loss": float(assignment.lost[kept].mean()),
+        "crop_loss": float(assignment.lost[assignment.bucket >= 0].mean()),
         "buckets": [
             {
                 "shape": str(shape),
@@ -185,8 +186,6 @@ def summarise(
         "balance_least": min(measures.balance),
         "balance_best": measures.best_balance,
         "steps_with_a_clip_over_a_share": measures.indivisible,
-        "memory_per_rank": {**asdict(needed), "total": needed.total},
-        "hash": plan.hash,
     }
 
 
@@ -194,14 +193,12 @@ def advice(summary: dict[str, Any]) -> list[str]:
     """Suggests how to improve the plan, if it is not good."""
     lines, empty = [], summary["empty"]
     if empty:
-        more = len(empty) - SHAPES_NAMED
-        some = ", ".join(empty[:SHAPES_NAMED]) + (f" and {more} more" if more > 0 else "")
+        more = f" and {len(empty) - SHAPES_NAMED} more" if len(empty) > SHAPES_NAMED else ""
         lines.append(
-            f"no clip goes to {some}, in any epoch: remove shapes you do not need from data.shapes (or data.rule, "
-            f"data.stages), or add clips that fit."
+            f"no clip goes to {', '.join(empty[:SHAPES_NAMED])}{more}, in any epoch: remove shapes you do not need "
+            "from data.shapes (or data.rule, data.stages), or add clips that fit."
         )
-    over = summary["steps_with_a_clip_over_a_share"]
-    if over:
+    if over := summary["steps_with_a_clip_over_a_share"]:
         lines.append(
             f"{over} of {summary['measured_steps']} steps have a clip with more work than a rank's share of the step: "
             f"the best possible balance is {summary['balance_best']:.3f}."
@@ -209,12 +206,12 @@ def advice(summary: dict[str, Any]) -> list[str]:
     if summary["balance"] >= GOOD or summary["groups"] == 1:
         return lines
     share = summary["work_per_step"] / summary["groups"] / summary["largest_clip_work"]
-    if share * summary["steps_per_epoch"] < 1:
-        most = max(1, int(share * summary["steps_per_epoch"] * summary["groups"]))
+    in_epoch = share * summary["steps_per_epoch"]
+    if in_epoch < 1:
+        most = max(1, int(in_epoch * summary["groups"]))
         lines.append(
-            f"a whole epoch has, per rank, the work of {share * summary['steps_per_epoch']:.2g} of the largest clip, "
-            f"which cannot be divided: at most {most} {'ranks have' if most > 1 else 'rank has'} enough to do. Use "
-            f"fewer ranks, or add clips."
+            f"a whole epoch has, per rank, the work of {in_epoch:.2g} of the largest clip, which cannot be divided: at "
+            f"most {most} {'ranks have' if most > 1 else 'rank has'} enough to do. Use fewer ranks, or add clips."
         )
     elif share < 1:
         lines.append(
@@ -229,14 +226,15 @@ def advice(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _stages(config: RunConfig, assignment: Assignment, plan_of: Callable[[int], Plan]) -> list[dict[str, Any]]:
+def _stages(data: DataConfig, assignment: Assignment, plan_of: Callable[[int], Plan]) -> list[dict[str, Any]]:
     """The stages of a curriculum."""
     found, first = [], 0
-    for stage, assigned in zip(config.data.stages, assignment.stages):
+    for stage, assigned in zip(data.stages, assignment.stages):
         made = plan_of(first)
-        shown: dict[str, Any] = {"epoch": first, "epochs": stage.epochs, "area": stage.area, "frames": stage.frames}
-        shown |= {"clips": made.num_items, "steps_per_epoch": made.num_steps, "dropped": assigned.reasons}
-        found.append(shown)
+        found.append({
+            "epoch": first, "epochs": stage.epochs, "area": stage.area, "frames": stage.frames,
+            "clips": made.num_items, "steps_per_epoch": made.num_steps, "dropped": assigned.reasons,
+        })  # fmt: skip
         first += stage.epochs or 0
     return found
 
@@ -246,42 +244,32 @@ def _sources(clips: Manifest, sources: dict[str, float], plan: Plan) -> list[dic
 
     if not sources:
         return []
-    source, there = source_of(clips, list(sources)), plan.bucket >= 0
-    found = []
-    for number, (pattern, weight) in enumerate([*sources.items(), ("others", 1.0)]):
-        mine = source == (number if number < len(sources) else -1)
-        row = {"source": pattern, "weight": weight, "clips": int((mine & there).sum())}
-        found.append(row | {"clips_in_epoch": int(mine[plan.rows].sum())})
+    source, found = source_of(clips, list(sources)), []
+    for number, pattern, weight in zip([*range(len(sources)), -1], [*sources, "others"], [*sources.values(), 1.0]):
+        mine = source == number
+        found.append({
+            "source": pattern, "weight": weight, "clips": int((mine & (plan.bucket >= 0)).sum()),
+            "clips_in_epoch": int(mine[plan.rows].sum()),
+        })  # fmt: skip
     return found
 
 
-def _long_captions(settings: ResolvedConfig, clips: Manifest, assignment: Assignment) -> LongTexts | None:
-    """Captions longer than the text encoder takes; None if the tokenizer is not available."""
-    from stdit.errors import StditError
-    from stdit.training.setup.long_captions import long_captions
-
-    try:
-        return long_captions(settings, clips, assignment)
-    except StditError:
-        return None
+def _print_records(title: str, rows: list[dict[str, Any]]) -> None:
+    values = [["" if value in (None, {}) else str(value) for value in row.values()] for row in rows]
+    print_table(title, [name.replace("_", " ") for name in next(iter(rows), ())], values)
 
 
-def _print_drops(console: Any, left_out: Sequence[Exclusion], clips: int) -> None:
-    dropped = sum(group.clips for group in left_out)
-    rows = [(f"{group.clips:,}", group.text, group.details) for group in left_out]
-    _print_table(console, f"Left out: {dropped:,} of {clips:,} clips", ("clips", "reason", "what they are"), rows, (0,))
-
-
-def _print_buckets(console: Any, summary: dict[str, Any]) -> None:
+def _print_plan(s: dict[str, Any]) -> None:
+    """Prints a summary's buckets, those with the most work first, and its steps."""
     from stdit.data.plan.picture import readable_work
 
-    buckets = sorted(summary["buckets"], key=lambda bucket: (-bucket["share_of_work"], bucket["tokens"]))
+    buckets = sorted(s["buckets"], key=lambda bucket: (-bucket["share_of_work"], bucket["tokens"]))
     rows = [
         (
             bucket["shape"],
             f"{bucket['clips']:,}",
             f"{bucket['tokens']:,}",
-            readable_work(bucket["work"], summary["work_unit"]),
+            readable_work(bucket["work"], s["work_unit"]),
             f"{bucket['share_of_work']:.1%}",
             f"{bucket['crop_loss']:.1%}",
         )
@@ -291,22 +279,16 @@ def _print_buckets(console: Any, summary: dict[str, Any]) -> None:
         clips, share = (sum(bucket[name] for bucket in rest) for name in ("clips", "share_of_work"))
         rows.append((f"and {len(rest)} more", f"{clips:,}", "", "", f"{share:.1%}", ""))
     header = ("shape", "clips", "tokens", "forward", "share of work", "cut off")
-    _print_table(console, f"Shape buckets: {summary['planned']:,} clips", header, rows, range(1, 6))
+    print_table(f"Shape buckets: {s['planned']:,} clips", header, rows, right=range(1, 6))
 
-
-def _print_steps(console: Any, summary: dict[str, Any]) -> None:
-    from stdit.data.plan.picture import readable_work
-
-    s = summary
     work = readable_work(s["work_per_step"], s["work_unit"])
-    work += f" ({s['work_per_step'] / s['largest_clip_work']:.2f} × the largest clip)"
     measured = "all" if s["measured_steps"] == s["steps_per_epoch"] else f"{s['measured_steps']:,}"
     ranks = f"{s['world_size']} rank{'s' * (s['world_size'] > 1)}"
-    rows = (
+    steps = [
         ("steps per epoch", f"{s['steps_per_epoch']:,}"),
         ("clips per step", f"{s['clips_per_step']:,.1f}"),
         ("tokens per step", f"{s['tokens_per_step']:,.0f}"),
-        ("work per step, forward", work),
+        ("work per step, forward", f"{work} ({s['work_per_step'] / s['largest_clip_work']:.2f} × the largest clip)"),
         ("micro-steps per step", f"{s['micro_steps_per_step']:.1f}"),
         ("tokens of the fullest pack", f"{s['fullest_pack']:,} of {s['tokens_per_pack']:,}"),
         ("balance (mean work / largest)", f"{s['balance']:.4f} (least {s['balance_least']:.4f})"),
@@ -315,35 +297,8 @@ def _print_steps(console: Any, summary: dict[str, Any]) -> None:
         *((f"  {name}", f"{size / 2**30:.2f} GiB") for name, size in s["memory_per_rank"].items() if name != "total"),
         *((f"time {per}", _duration(s[key])) for per, key in TIMES.items() if key in s),
         ("plan", s["hash"][:16]),
-    )
-    _print_table(console, f"Plan on {ranks} ({measured} steps measured)", None, rows, (1,))
-
-
-def _print_list(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
-    if rows:
-        values = [["" if value is None or value == {} else str(value) for value in row.values()] for row in rows]
-        _print_table(console, title, [name.replace("_", " ") for name in rows[0]], values)
-
-
-def _print_table(
-    console: Any,
-    title: str,
-    header: Sequence[str] | None,
-    rows: Sequence[Sequence[str]],
-    right: Sequence[int] = (),
-) -> None:
-    """Prints rows, if there are any. right: the columns that are aligned right."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    if not rows:
-        return
-    table = Table(title=title, title_justify="left", show_header=header is not None)
-    for number, name in enumerate(header or [""] * len(rows[0])):
-        table.add_column(name, justify="right" if number in right else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    ]
+    print_table(f"Plan on {ranks} ({measured} steps measured)", ("", ""), steps, right=(1,))
 
 
 def _duration(seconds: float) -> str:

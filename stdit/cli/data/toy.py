@@ -2,55 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
+from stdit.cli.common.bars import named_bars
 from stdit.cli.common.outputs import out_folder
+from stdit.errors import StditError
 
 
 def toy(
     folder: Annotated[
         Path,
-        typer.Argument(
-            metavar="FOLDER", parser=out_folder, help="Where to write. A partly written folder is completed."
-        ),
+        Argument(metavar="FOLDER", parser=out_folder, help="Where to write. A partly written folder is completed."),
     ],
-    clips: Annotated[int, typer.Option(min=1, help="Clips to train on.")] = 1000,
-    held_out: Annotated[int, typer.Option(min=0, help="Clips of combinations never trained, in FOLDER/held_out.")] = 48,
-    seed: Annotated[int, typer.Option(help="Random seed of the clips.")] = 0,
-    shapes: Annotated[str, typer.Option(help="Aspect ratios, as sizes: WIDTHxHEIGHT,…")] = "64x64,80x48,48x80",
-    seconds: Annotated[str, typer.Option(help="Durations: SECONDS,…")] = "1.25,2.25",
-    images: Annotated[float, typer.Option(min=0, max=1, help="Share of still images among the clips.")] = 0.1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+    clips: Annotated[int, Option(min=1, help="Clips to train on.")] = 1000,
+    held_out: Annotated[int, Option(min=0, help="Clips of combinations never trained, in FOLDER/held_out.")] = 48,
+    seed: Annotated[int, Option(help="Random seed of the clips.")] = 0,
+    shapes: Annotated[str, Option(help="Aspect ratios, as sizes: WIDTHxHEIGHT,…")] = "64x64,80x48,48x80",
+    seconds: Annotated[str, Option(help="Durations: SECONDS,…")] = "1.25,2.25",
+    images: Annotated[float, Option(min=0, max=1, help="Share of still images among the clips.")] = 0.1,
+    as_json: Annotated[bool, Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """Render moving shapes with captions to video files: a data set small enough to watch a model learn.
 
     Example: stdit data toy data/toy && stdit data scan data/toy/train --out data/toy/manifest.parquet
     """
-    from stdit.cli.common.bars import named_bars
     from stdit.data.toy import ToySettings, make_toy
-    from stdit.errors import StditError
 
     try:
         lengths = tuple(float(value) for value in seconds.split(","))
     except ValueError:
         raise StditError(f"--seconds is {seconds!r}; it must be numbers separated by commas: 1.25,2.25.") from None
-    settings = ToySettings(
-        clips=clips,
-        held_out=held_out,
-        seed=seed,
-        shapes=tuple(part.strip() for part in shapes.split(",")),
-        seconds=lengths,
-        image_share=images,
-    )
+    sizes = tuple(part.strip() for part in shapes.split(","))
+    settings = ToySettings(clips, held_out, seed, sizes, seconds=lengths, image_share=images)
     with named_bars(hidden=as_json) as progress:
         counts = make_toy(folder, settings, partial(progress, "rendering"))
     if as_json:
-        import json
-
         print(json.dumps({"folder": str(folder), **counts}))
         return
     done = f"rendered {counts['rendered']} files" if counts["rendered"] else "is complete already"

@@ -1,1 +1,1 @@
-"""`stdit eval …`: toy, captions, vae."""
+"""`stdit eval …`: captions, vae, toy."""

@@ -4,53 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
+from typer import Option
 
-from stdit.cli.common.device import DEVICE, pick_device
-from stdit.cli.common.outputs import out_folder
-from stdit.cli.common.ranges import GUIDANCE, SEED, STEPS
-
-MEASURES = {
-    "below_mean": "loss: own caption below the mean of the others",
-    "lowest": "loss: own caption is the lowest",
-    "same_group": "loss: own caption below another of its group",
-    "nearest": "sample: the nearest clip has its caption",
-}
+from stdit.cli.common.bars import named_bars
+from stdit.cli.common.options import GUIDANCE, SEED, STEPS, Device, pick_device
+from stdit.cli.common.outputs import folder_option
+from stdit.cli.common.tables import print_table
+from stdit.heartbeat import HEARTBEAT
 
 
 def captions(
-    model: Annotated[Path, typer.Option(help="The model folder of the run.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER", parser=out_folder, help="Where evaluation-captions.json and .png go; the run folder."
-        ),
-    ],
+    model: Annotated[Path, Option(help="The model folder of the run.")],
+    out: Annotated[Path, folder_option("Where evaluation-captions.json and .png go; the run folder.")],
     config: Annotated[
-        Path | None, typer.Option(help="The config of the run, which names the clips. Default: OUT/config.yaml.")
+        Path | None, Option(help="The config of the run, which names the clips. Default: OUT/config.yaml.")
     ] = None,
     group: Annotated[
         str | None,
-        typer.Option(
-            metavar="REGEX",
-            help="Captions for which its (group) captures the same text are compared, too.",
-        ),
+        Option(metavar="REGEX", help="Captions for which its (group) captures the same text are compared, too."),
     ] = None,
-    clips: Annotated[int, typer.Option(min=2, help="At most so many clips, the first of the manifest.")] = 100,
-    levels: Annotated[int, typer.Option(min=1, max=1000, help="Noise levels, spread evenly.")] = 8,
-    draws: Annotated[int, typer.Option(min=1, max=1000, help="Noises per level.")] = 4,
-    steps: Annotated[
-        int | None, typer.Option(callback=STEPS, help="Solver steps. Default: the config's eval.steps.")
-    ] = None,
+    clips: Annotated[int, Option(min=2, help="At most so many clips, the first of the manifest.")] = 100,
+    levels: Annotated[int, Option(min=1, max=1000, help="Noise levels, spread evenly.")] = 8,
+    draws: Annotated[int, Option(min=1, max=1000, help="Noises per level.")] = 4,
+    steps: Annotated[int | None, Option(callback=STEPS, help="Solver steps. Default: the config's eval.steps.")] = None,
     guidance: Annotated[
-        float | None,
-        typer.Option(callback=GUIDANCE, help="Classifier-free guidance; 1 is none. Default: eval.guidance."),
+        float | None, Option(callback=GUIDANCE, help="Classifier-free guidance; 1 is none. Default: eval.guidance.")
     ] = None,
-    seed: Annotated[int, typer.Option(callback=SEED, help="Seed of the noise.")] = 0,
-    device: Annotated[str | None, DEVICE] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print evaluation-captions.json instead of a table.")] = False,
+    seed: Annotated[int, Option(callback=SEED, help="Seed of the noise.")] = 0,
+    device: Device = None,
+    as_json: Annotated[bool, Option("--json", help="Print evaluation-captions.json instead of a table.")] = False,
 ) -> None:
     """Measure whether a model follows its captions, by its loss and by its samples.
 
@@ -59,11 +43,7 @@ def captions(
 
     Example: stdit eval captions --model runs/asl/dit/model --out runs/asl/dit --group 'A person in (.+) signs'
     """
-    from rich.console import Console
-
-    from stdit.cli.common.bars import named_bars
-    from stdit.evaluation.captions import evaluate_captions
-    from stdit.heartbeat import HEARTBEAT
+    from stdit.evaluation.captions import MEASURES, evaluate_captions
     from stdit.training.config import load_config
 
     run = load_config(config or out / "config.yaml")
@@ -71,51 +51,28 @@ def captions(
     HEARTBEAT.doing(f"loading {model}")
     with named_bars(hidden=as_json) as progress:
         result = evaluate_captions(
-            model,
-            run.data,
-            out,
-            group,
-            clips,
-            levels,
-            draws,
-            run.eval.steps if steps is None else steps,
-            run.eval.guidance if guidance is None else guidance,
-            seed,
-            device,
-            progress=progress,
-        )
+            model, run.data, out, group=group, limit=clips, levels=levels, draws=draws,
+            steps=run.eval.steps if steps is None else steps,
+            guidance=run.eval.guidance if guidance is None else guidance,
+            seed=seed, device=device, progress=progress,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
-    console = Console()
-    console.print(table(result))
+    rows = [
+        (
+            MEASURES[name],
+            f"{cell['right']} of {cell['total']}",
+            f"{100 * cell['share']:.0f}",
+            f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}",
+            f"{100 * cell['chance']:.0f}",
+        )
+        for name, cell in result["measures"].items()
+        if cell is not None
+    ]
+    title = f"{len(result['clips'])} clips, {len(result['captions'])} captions"
+    print_table(title, ("", "right", "%", "95 %", "chance"), rows, right=range(1, 5), bare=True)
     for failure in result["failures"]:
-        console.print(f"left out: {failure}", highlight=False, markup=False, soft_wrap=True)
+        print(f"left out: {failure}")
     print(f"VAE: {result['vae_psnr']:.1f} dB PSNR on these clips.")
     print(f"{out / 'evaluation-captions.json'}, {out / result['sheet']}")
-
-
-def table(result: dict[str, Any]):
-    """The measures of evaluation-captions.json as a rich table, with 95 % intervals and chance."""
-    from rich.table import Table
-
-    view = Table(
-        title=f"{len(result['clips'])} clips, {len(result['captions'])} captions",
-        padding=(0, 1, 0, 0),
-        box=None,
-        title_justify="left",
-    )
-    view.add_column("")
-    for name in ("right", "%", "95 %", "chance"):
-        view.add_column(name, justify="right", no_wrap=True)
-    for name, words in MEASURES.items():
-        cell = result["measures"][name]
-        if cell is not None:
-            view.add_row(
-                words,
-                f"{cell['right']} of {cell['total']}",
-                f"{100 * cell['share']:.0f}",
-                f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}",
-                f"{100 * cell['chance']:.0f}",
-            )
-    return view

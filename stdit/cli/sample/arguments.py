@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import typer
+from typer import BadParameter
 
 from stdit.errors import StditError
 from stdit.shapes import LARGEST
@@ -14,32 +14,29 @@ from stdit.text_files import read_lines
 
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height)."""
-    match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})\s*", text)
     if not match:
-        raise typer.BadParameter(f"--size {text!r}: write WIDTHxHEIGHT; --frames or --duration say how long.")
-    if max(len(match[1]), len(match[2])) > 6:
-        raise typer.BadParameter(f"--size {text!r}: each side has at most six digits.")
+        raise BadParameter(
+            f"--size {text!r}: write WIDTHxHEIGHT, each of at most six digits; --frames or --duration say how long."
+        )
     return int(match[1]), int(match[2])
 
 
 def parse_ratio(text: str) -> float:
     """Width / height."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/x]\s*(\d+(?:\.\d+)?)", text.strip())
-    if not match or not float(match[1]) or not float(match[2]):
-        raise typer.BadParameter(f"--aspect {text!r}: write WIDTH:HEIGHT, such as 16:9.")
-    ratio = float(match[1]) / float(match[2])
+    ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
     if not 0.001 <= ratio <= 1000:
-        raise typer.BadParameter(f"--aspect {text!r}: must be from 1:1000 to 1000:1.")
+        raise BadParameter(f"--aspect {text!r}: write WIDTH:HEIGHT, such as 16:9, from 1:1000 to 1000:1.")
     return ratio
 
 
 def parse_seconds(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*s?", text.strip())
-    if not match or not float(match[1]):
-        raise typer.BadParameter(f"--duration {text!r}: write seconds, such as 3s or 2.5.")
-    if not float(match[1]) <= LARGEST:
-        raise typer.BadParameter(f"--duration {text!r}: at most {LARGEST:,} s.")
-    return float(match[1])
+    seconds = float(match[1]) if match else 0.0
+    if not 0 < seconds <= LARGEST:
+        raise BadParameter(f"--duration {text!r}: write seconds, such as 3s or 2.5, at most {LARGEST:,}.")
+    return seconds
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -52,7 +49,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
     except ValueError:
         file, strength = text, 1.0
     if not -1000 <= strength <= 1000:
-        raise typer.BadParameter(f"--lora {text!r}: the weight must be from -1000 to 1000.")
+        raise BadParameter(f"--lora {text!r}: the weight must be from -1000 to 1000.")
     if not Path(file).exists():
         raise StditError(f"--lora {text}: {file} is not a file.")
     return Path(file), strength
@@ -60,15 +57,12 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 def read_prompts(file: Path) -> list[str]:
     """The prompts of a text file, one per line."""
-    try:
-        if file.exists() and not file.is_file():  # such as a pipe, which would block
-            raise FileNotFoundError
-        lines = read_lines(file)
-    except (FileNotFoundError, IsADirectoryError):
-        raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt per line.") from None
-    if not lines:
+    if not file.is_file():  # a pipe would block
+        raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt per line.")
+    prompts = [line.strip() for line in read_lines(file)]
+    if not prompts:
         raise StditError(f"{file} is empty: it should hold one prompt per line.")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
             raise StditError(f"{file}, line {number} is empty. Every line is a prompt: write one there or delete it.")
-    return [line.strip() for line in lines]
+    return prompts

@@ -9,19 +9,18 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import BadParameter, Option, echo
 
 from stdit import __version__
-from stdit.cli.common.device import pick_device
-from stdit.cli.common.memory import MEMORY
-from stdit.cli.common.outputs import out_folder
-from stdit.cli.common.ranges import FPS, GUIDANCE, SEED, STEPS, within
-from stdit.cli.common.stopped import when_stopped
+from stdit.cli.common.bars import named_bars
+from stdit.cli.common.options import FPS, GUIDANCE, SEED, STEPS, Device, Json, Memory, pick_device, when_stopped, within
+from stdit.cli.common.outputs import folder_option
 from stdit.cli.sample.arguments import parse_lora, parse_ratio, parse_seconds, parse_size, read_prompts
 from stdit.cli.sample.files import ClipFiles, check_text, content_hash, frames_hash
 from stdit.errors import StditError
 from stdit.files import make_folder
-from stdit.shapes import LARGEST
+from stdit.heartbeat import HEARTBEAT
+from stdit.shapes import LARGEST, frames_for, nearest_frames, size_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,28 +31,26 @@ if TYPE_CHECKING:
 
 @when_stopped("Clips that are written are kept in --out: the same command makes the others.")
 def sample(
-    model: Annotated[Path, typer.Option(help="Model folder: a run's, or one in diffusers' layout.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", parser=out_folder, help="Folder to write to.")],
-    prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
-    negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT.")] = None,
-    aspect: Annotated[str | None, typer.Option(help="WIDTH:HEIGHT, such as 16:9, with --resolution.")] = None,
-    resolution: Annotated[int | None, typer.Option(callback=within(1, LARGEST), help="Short side in pixels.")] = None,
-    duration: Annotated[str | None, typer.Option(help="Seconds, such as 3s, rounded to legal frames.")] = None,
-    frames: Annotated[int | None, typer.Option(callback=within(1, LARGEST), help="Frames; 1 makes an image.")] = None,
-    fps: Annotated[float | None, typer.Option(callback=FPS, help="Frames per second; by default the model's.")] = None,
-    steps: Annotated[int, typer.Option(callback=STEPS, help="Steps of the solver.")] = 30,
-    guidance: Annotated[
-        float, typer.Option(callback=GUIDANCE, help="Classifier-free guidance; 1 or less is none.")
-    ] = 5.0,
+    model: Annotated[Path, Option(help="Model folder: a run's, or one in diffusers' layout.")],
+    out: Annotated[Path, folder_option("Folder to write to.")],
+    prompt: Annotated[str | None, Option(help="What to show.")] = None,
+    prompts: Annotated[Path | None, Option(help="A text file with one prompt per line.")] = None,
+    negative: Annotated[str, Option(help="What guidance moves away from.")] = "",
+    size: Annotated[str | None, Option(help="WIDTHxHEIGHT.")] = None,
+    aspect: Annotated[str | None, Option(help="WIDTH:HEIGHT, such as 16:9, with --resolution.")] = None,
+    resolution: Annotated[int | None, Option(callback=within(1, LARGEST), help="Short side in pixels.")] = None,
+    duration: Annotated[str | None, Option(help="Seconds, such as 3s, rounded to legal frames.")] = None,
+    frames: Annotated[int | None, Option(callback=within(1, LARGEST), help="Frames; 1 makes an image.")] = None,
+    fps: Annotated[float | None, Option(callback=FPS, help="Frames per second; by default the model's.")] = None,
+    steps: Annotated[int, Option(callback=STEPS, help="Steps of the solver.")] = 30,
+    guidance: Annotated[float, Option(callback=GUIDANCE, help="Classifier-free guidance; 1 or less is none.")] = 5.0,
     guidance_2: Annotated[
-        float | None, typer.Option(callback=GUIDANCE, help="The same for the low-noise expert, if there are two.")
+        float | None, Option(callback=GUIDANCE, help="The same for the low-noise expert, if there are two.")
     ] = None,
-    seed: Annotated[int, typer.Option(callback=SEED, help="Decides the noise, together with the clip's index.")] = 0,
+    seed: Annotated[int, Option(callback=SEED, help="Decides the noise, together with the clip's index.")] = 0,
     index: Annotated[
         int | None,
-        typer.Option(
+        Option(
             callback=within(0, 999_999),
             help="With --prompts: make only this clip, numbered from 0. With --prompt: use the noise that the clip of "
             "this number has.",
@@ -61,33 +58,32 @@ def sample(
     ] = None,
     solver: Annotated[
         str | None,
-        typer.Option(help="euler or unipc (flows), dpm++, ddim or ancestral (DDPMs); default: the model folder's."),
+        Option(help="euler or unipc (flows), dpm++, ddim or ancestral (DDPMs); default: the model folder's."),
     ] = None,
     shift: Annotated[
         float | None,
-        typer.Option(callback=within(0.001, 1000), help="Shift of the noise levels, in place of the model folder's."),
+        Option(callback=within(0.001, 1000), help="Shift of the noise levels, in place of the model folder's."),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Image file: the first frame.")] = None,
-    last: Annotated[Path | None, typer.Option(help="Image file: the last frame, for weights that take one.")] = None,
-    video: Annotated[Path | None, typer.Option(help="Video file to extend: the clip begins with its end.")] = None,
+    image: Annotated[Path | None, Option(help="Image file: the first frame.")] = None,
+    last: Annotated[Path | None, Option(help="Image file: the last frame, for weights that take one.")] = None,
+    video: Annotated[Path | None, Option(help="Video file to extend: the clip begins with its end.")] = None,
     video_frames: Annotated[
-        int | None, typer.Option(callback=within(1, LARGEST), help="How many of its last frames to take.")
+        int | None, Option(callback=within(1, LARGEST), help="How many of its last frames to take.")
     ] = None,
     lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA file and its weight, by default 1; repeatable."),
+        list[str] | None, Option(metavar="FILE[:WEIGHT]", help="A LoRA file and its weight, by default 1; repeatable.")
     ] = None,
     lora_2: Annotated[
         list[str] | None,
-        typer.Option("--lora-2", metavar="FILE[:WEIGHT]", help="The same for the low-noise expert, if there are two."),
+        Option("--lora-2", metavar="FILE[:WEIGHT]", help="The same for the low-noise expert, if there are two."),
     ] = None,
     lora_partly: Annotated[
-        bool, typer.Option("--lora-partly", help="Ignore LoRA tensors for layers that the model lacks.")
+        bool, Option("--lora-partly", help="Ignore LoRA tensors for layers that the model lacks.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; by default a GPU if there is one.")] = None,
-    memory: Annotated[int | None, MEMORY] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Device = None,
+    memory: Memory = None,
+    dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16; by default as stored.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Samples clips from text, and from known frames.
 
@@ -98,21 +94,22 @@ def sample(
 
     Example: stdit sample --model runs/toy/model --prompt "a red circle moves left" --duration 2s --out clips
     """
-    if (prompt is None) == (prompts is None):
-        raise typer.BadParameter("give either --prompt TEXT or --prompts FILE.")
-    if image is not None and video is not None:
-        raise typer.BadParameter("--image and --video both say how the clip begins: give one.")
-    if video_frames is not None and video is None:
-        raise typer.BadParameter("--video-frames says how much of --video to take: give --video.")
-    if size is not None and (aspect is not None or resolution is not None):
-        raise typer.BadParameter("--size already says the size: leave out --aspect and --resolution.")
-    if frames is not None and duration is not None:
-        raise typer.BadParameter("--frames and --duration say the same thing: give one.")
+    source = image or video
+    for wrong, message in (
+        ((prompt is None) == (prompts is None), "give either --prompt TEXT or --prompts FILE."),
+        (image and video, "--image and --video both say how the clip begins: give one."),
+        (last and not source, "--last goes with --image or --video: how the clip begins."),
+        (video_frames and not video, "--video-frames says how much of --video to take: give --video."),
+        (size and (aspect or resolution), "--size already says the size: leave out --aspect and --resolution."),
+        (frames and duration, "--frames and --duration say the same thing: give one."),
+    ):
+        if wrong:
+            raise BadParameter(message)
     if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
-    exact_size = parse_size(size) if size is not None else None
-    ratio = parse_ratio(aspect) if aspect is not None else None
-    seconds = parse_seconds(duration) if duration is not None else None
+        raise BadParameter(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
+    exact_size = parse_size(size) if size else None
+    ratio = parse_ratio(aspect) if aspect else None
+    seconds = parse_seconds(duration) if duration else None
     texts = read_prompts(prompts) if prompts is not None else [prompt or ""]
     for text in texts:
         check_text(text, "--prompt" if prompts is None else str(prompts))
@@ -120,23 +117,17 @@ def sample(
     indices = range(len(texts)) if index is None else range(index, index + 1)
     if index is not None and prompts is not None:
         if index >= len(texts):
-            raise typer.BadParameter(f"--index {index}: {prompts} has {len(texts)} prompts, numbered from 0.")
+            raise BadParameter(f"--index {index}: {prompts} has {len(texts)} prompts, numbered from 0.")
         texts = [texts[index]]
     loras, loras_2 = ([parse_lora(text) for text in given or []] for given in (lora, lora_2))
-    if last is not None and image is None and video is None:
-        raise typer.BadParameter("--last goes with --image or --video: how the clip begins.")
-    source = image or video
     for file in (source, last):
         if file is not None and not file.is_file():
             raise StditError(f"{file} is not a file.")
     import torch
 
-    from stdit.cli.common.bars import named_bars
     from stdit.data.decode.video import probe, read_frames
     from stdit.diffusion.solvers import named_config
-    from stdit.heartbeat import HEARTBEAT
     from stdit.sampling.pipeline import Pipeline, SampleRequest
-    from stdit.shapes import frames_for
     from stdit.text.lengths import TextLimit
     from stdit.vae.autoencoder import CausalVAE
 
@@ -150,7 +141,7 @@ def sample(
         warnings.simplefilter("always")
         pipeline.add_loras(loras, loras_2, lora_partly)
     for warning in left_out:
-        typer.echo(warning.message, err=True)
+        echo(warning.message, err=True)
     fps = float(pipeline.settings.fps if fps is None else fps)
     if ratio is None and exact_size is None and source is not None:
         probed = probe(str(source))
@@ -186,12 +177,12 @@ def sample(
     }  # fmt: skip
     for text in dict.fromkeys([*texts, negative]):
         if (long := TextLimit.of_encoder(pipeline.text_encoder, pipeline.text_padding or None).long(text)) is not None:
-            typer.echo(f"{text[:40]!r}… has {long}.", err=True)
+            echo(f"{text[:40]!r}… has {long}.", err=True)
     make_folder(out)
     clips = [ClipFiles(out, text, number, settings) for text, number in zip(texts, indices)]
-    written = {clip.index: found for clip in clips if (found := clip.existing())}
-    missing = [clip for clip in clips if clip.index not in written]
-    failures: list[str] = []
+    missing = [clip for clip in clips if not clip.exist()]
+    new = {clip.index for clip in missing}
+    failures: dict[int, str] = {}
     with named_bars(hidden=as_json) as progress:
         request = SampleRequest(
             [clip.prompt for clip in missing], indices=[clip.index for clip in missing], negative_prompt=negative,
@@ -202,19 +193,19 @@ def sample(
             try:
                 if isinstance(latents, StditError):
                     raise latents
-                written[clip.index] = clip.write(chain.from_iterable(pipeline.decode_stream(latents)), fps)
+                clip.write(chain.from_iterable(pipeline.decode_stream(latents)), fps)
             except StditError as error:  # this clip's: the others go on
-                failures.append(f"clip {clip.index} ({clip.prompt[:60]}): {error}")
+                failures[clip.index] = f"clip {clip.index} ({clip.prompt[:60]}): {error}"
             progress("clips", number, len(missing))
-    done = [written[number] for number in indices if number in written]
+    done = [clip for clip in clips if clip.index not in failures]
     if as_json:
-        answer = {"clips": [clip.__dict__ for clip in done], "settings": settings, "failures": failures}
-        print(json.dumps(answer, indent=2))
+        clips_made = [clip.as_json(made=clip.index in new) for clip in done]
+        print(json.dumps({"clips": clips_made, "settings": settings, "failures": [*failures.values()]}, indent=2))
     else:
-        for one in done:
-            print(f"{one.video or one.image}  {one.prompt}" + ("" if one.made else "  (was there already)"))
+        for clip in done:
+            print(f"{clip.video or clip.image}  {clip.prompt}" + ("" if clip.index in new else "  (was there already)"))
     if failures:
-        raise StditError("\n".join(failures))
+        raise StditError("\n".join(failures.values()))
 
 
 def _places(model: Path) -> list[Path]:
@@ -227,8 +218,6 @@ def _places(model: Path) -> list[Path]:
 
 def _nearest_size(pipeline: Pipeline, ratio: float | None, resolution: int | None) -> tuple[int, int] | None:
     """The legal size nearest to an aspect ratio and a short side. The model's own fills in the one that is None."""
-    from stdit.shapes import size_for
-
     if ratio is None and resolution is None:
         return None
     default = pipeline.settings.shape
@@ -247,8 +236,6 @@ def _known(
         return {"image": read_frames(str(image), 1, size)[0]}
     if video is None:
         return None
-    from stdit.shapes import nearest_frames
-
     found = probe(str(video))
     there = max(1, int(found.duration * fps + 1e-6))  # frames at this rate
     if count is None:  # about half of the clip, if the video is that long

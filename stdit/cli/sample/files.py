@@ -25,22 +25,6 @@ _BLOCK, _BLOCKS = 4096, 64
 _NO_OPTION = {"dtype", "dtype_option", "model_hash", "lora_hashes", "known_hash", "known_frames", "stdit"}
 
 
-@dataclass
-class SampledClip:
-    """The paths of a clip's files.
-
-    video: None for an image.
-    image: the contact sheet, or the image itself.
-    made: False if an earlier command made them.
-    """
-
-    prompt: str
-    video: str | None
-    image: str
-    settings: str
-    made: bool
-
-
 @dataclass(frozen=True)
 class ClipFiles:
     """The files of one clip.
@@ -58,8 +42,7 @@ class ClipFiles:
     @property
     def name(self) -> str:
         """NUMBER-WORDS-SEED-HASH, the same for equal settings only."""
-        words = slug(self.prompt)
-        parts = (f"{self.index:03d}", words, f"seed{self.settings['seed']}", self.hash)
+        parts = (f"{self.index:03d}", slug(self.prompt), f"seed{self.settings['seed']}", self.hash)
         return "-".join(part for part in parts if part)
 
     @property
@@ -73,29 +56,41 @@ class ClipFiles:
         return {"prompt": self.prompt, "index": self.index, **self.settings}
 
     @property
-    def _paths(self) -> tuple[Path | None, Path, Path]:
-        """The paths of the video (None for an image), the contact sheet or image, and the settings."""
-        video = None if self.settings["frames"] == 1 else self.out / f"{self.name}.mp4"
-        return video, self.out / f"{self.name}.png", self.out / f"{self.name}.json"
+    def video(self) -> Path | None:
+        """None for an image."""
+        return None if self.settings["frames"] == 1 else self.out / f"{self.name}.mp4"
 
-    def existing(self) -> SampledClip | None:
-        """The clip's files if an earlier command made them. The settings are written last."""
-        video, image, note = self._paths
-        if not all(path.is_file() for path in (video, image, note) if path is not None):
-            return None
-        return self._sampled(made=False)
+    @property
+    def image(self) -> Path:
+        """The contact sheet, or the image itself."""
+        return self.out / f"{self.name}.png"
 
-    def write(self, frames: Iterator[np.ndarray], fps: float) -> SampledClip:
+    @property
+    def note(self) -> Path:
+        """The settings. They are written last."""
+        return self.out / f"{self.name}.json"
+
+    def exist(self) -> bool:
+        """Whether an earlier command made the clip."""
+        return all(path is None or path.is_file() for path in (self.video, self.image, self.note))
+
+    def as_json(self, made: bool) -> dict[str, Any]:
+        """made: by this command."""
+        video = str(self.video) if self.video else None
+        return {
+            "prompt": self.prompt, "video": video, "image": str(self.image), "settings": str(self.note), "made": made
+        }  # fmt: skip
+
+    def write(self, frames: Iterator[np.ndarray], fps: float) -> None:
         """Writes the files. Frames are written as they arrive; only those of the contact sheet stay in memory."""
         import numpy as np
 
         from stdit.data.decode.write import contact_sheet, sheet_frames, write_video
 
-        video, image, note = self._paths
-        if video is None:
+        if self.video is None:
             from PIL import Image
 
-            with publish(image) as part:
+            with publish(self.image) as part:
                 Image.fromarray(next(frames)).save(part, format="PNG")
         else:
             picks, kept = set(sheet_frames(self.settings["frames"])), []
@@ -106,15 +101,10 @@ class ClipFiles:
                         kept.append(frame.copy())  # a view would keep its whole chunk in memory
                     yield frame
 
-            write_video(video, keeping_picks(), fps)
-            contact_sheet([np.stack(kept)], image)
+            write_video(self.video, keeping_picks(), fps)
+            contact_sheet([np.stack(kept)], self.image)
         settings = {**self._all_settings(), "command": self.command()}
-        publish_text(note, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        return self._sampled(made=True)
-
-    def _sampled(self, made: bool) -> SampledClip:
-        video, image, note = self._paths
-        return SampledClip(self.prompt, str(video) if video else None, str(image), str(note), made)
+        publish_text(self.note, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def command(self) -> str:
         """The command that makes this clip again, alone."""
@@ -144,15 +134,15 @@ def _option_words(option: str, value: Any) -> list[str]:
     return [f"{option}={','.join(map(str, parts))}"]
 
 
-def slug(prompt: str, most: int = SLUG) -> str:
+def slug(prompt: str) -> str:
     """A prompt's letters, marks and digits of any script, in lower case, with "-" between words.
 
-    At most `most` bytes of UTF-8. It has no separators, dots or control characters, so it is never a path.
+    At most SLUG bytes of UTF-8. It has no separators, dots or control characters, so it is never a path.
     """
     text = unicodedata.normalize("NFC", prompt).lower()
     words = "".join(letter if unicodedata.category(letter)[0] in "LMN" else "-" for letter in text)
     words = re.sub("-+", "-", words).strip("-")
-    return words.encode()[:most].decode(errors="ignore").rstrip("-")
+    return words.encode()[:SLUG].decode(errors="ignore").rstrip("-")
 
 
 def content_hash(places: Iterable[Path]) -> str:

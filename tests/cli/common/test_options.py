@@ -6,7 +6,7 @@ import pytest
 import torch
 import typer
 
-from stdit.cli.common.memory import memory_bytes
+from stdit.cli.common.options import memory_bytes
 from stdit.errors import StditError
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 
