@@ -62,8 +62,8 @@ def file_identity(path: Path) -> str:
 
 
 def _files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    found = sorted(entry for entry in folder.iterdir() if entry.is_file() and entry.suffix in suffixes)
-    return [entry for entry in found if not entry.name.startswith(".")]
+    found = (entry for entry in folder.iterdir() if entry.is_file() and entry.suffix in suffixes)
+    return sorted(entry for entry in found if not entry.name.startswith("."))
 
 
 def _state(path: str | Path) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from stdit.errors import StditError
 from stdit.files import part_folder
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.layers import Downsample, Upsample
-from stdit.weights.families import on_meta, shapes_of
+from stdit.weights.families import on_meta, shapes_of, wan_vae
 from stdit.weights.families.configs import checked_keys
-from stdit.weights.families.wan_vae import residual_block
 from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
 from stdit.weights.tensor_files import open_folder, read_json
 
@@ -38,8 +38,10 @@ _DEFAULTS: dict[str, Any] = {  # diffusers', for keys that are absent from confi
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
-_ONLY: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True}
-_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_ONLY: dict[str, Any] = {  # of a list: each
+    "in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True,
+    "down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D",
+}  # fmt: skip
 _OPTIONAL = {"use_quant_conv": "conv1.", "use_post_quant_conv": "conv2."}  # convolutions around the latents
 _NO_MATTER = ("sample_size", "force_upcast")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -53,11 +55,10 @@ def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequenc
     temporal_downsample: whether frames halve, for each downsampling; None: at the last two, as in Wan's.
     Raises StditError for another class, settings without a counterpart, and tensors that do not fit.
     """
-    folder = part_folder(path, "vae")
-    place = folder / "config.json"
+    place = part_folder(path, "vae") / "config.json"
     found = read_json(place)
     config = _config(found, temporal_downsample, place)
-    files = open_folder(folder)
+    files = open_folder(place.parent)
     absent = tuple(conv for name, conv in _OPTIONAL.items() if not found.get(name, True))
     image = {
         name: shape[:2] + shape[-2:] if len(shape) == 5 else shape
@@ -77,11 +78,8 @@ def inflate_image_vae(path: str | os.PathLike[str], temporal_downsample: Sequenc
         state[f"{conv}weight"].zero_()[:, :, 0, 0, 0].fill_diagonal_(1)
         state[f"{conv}bias"].zero_()
     for name, tensor in table.to_native(files.read):
-        target = state[name]
-        if target.ndim == 5:
-            target.zero_()[:, :, -1].copy_(tensor)
-        else:
-            target.copy_(tensor)
+        target = state[name].zero_()
+        (target[:, :, -1] if target.ndim == 5 else target).copy_(tensor)
     return vae
 
 
@@ -95,9 +93,9 @@ def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None
     """Normalises latents as diffusers' pipelines do: (raw − shift) · scaling_factor, or with mean and std."""
     if found.get("_class_name") != CLASS:
         raise StditError(f"{place}: {found.get('_class_name')!r} is not an image VAE that stdit inflates; {CLASS} is.")
-    known = (*_DEFAULTS, *_ONLY, *_BLOCKS, *_NO_MATTER)
+    known = (*_DEFAULTS, *_ONLY, *_NO_MATTER)
     checked_keys(found, {name: name for name in known}, (), place)
-    for name, only in (*_ONLY.items(), *_BLOCKS.items()):
+    for name, only in _ONLY.items():
         values = found.get(name, only)
         if any(value != only for value in (values if isinstance(values, list) else [values])):
             raise StditError(f"{place}: {name} is {values!r}; stdit inflates image VAEs with {only!r} only.")
@@ -124,33 +122,28 @@ def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None
 
 
 def _keymap(config: VaeConfig, names: Mapping[str, Shape]) -> KeyMap:
-    """Our names except those over time ↔ diffusers' names."""
+    """Our names except those over time ↔ diffusers': its Wan VAE's, but for norms, attention and levels."""
     theirs = "{side}.mid_block.attentions.0"
     old = "encoder.mid_block.attentions.0.query.weight" in names
     *qkv, out = _OLD_ATTENTION if old else _ATTENTION
     linear = Flatten(1, (config.dim_mult[-1] * config.base_dim, 1, 1))  # a Linear there, a convolution of 1×1 here
     side = "{side:encoder|decoder}"
     rules = [
-        Rule("conv1.{leaf}", "quant_conv.{leaf}"),
-        Rule("conv2.{leaf}", "post_quant_conv.{leaf}"),
-        Rule(f"{side}.conv1.{{leaf}}", "{side}.conv_in.{leaf}"),
         Rule(f"{side}.head.0.{{leaf}}", "{side}.conv_norm_out.{leaf}"),
-        Rule(f"{side}.head.2.{{leaf}}", "{side}.conv_out.{leaf}"),
         Rule(f"{side}.middle.1.norm.{{leaf}}", f"{theirs}.group_norm.{{leaf}}"),
         Rule(f"{side}.middle.1.to_qkv.weight", tuple(f"{theirs}.{name}.weight" for name in qkv), linear),
         Rule(f"{side}.middle.1.to_qkv.bias", tuple(f"{theirs}.{name}.bias" for name in qkv)),
         Rule(f"{side}.middle.1.proj.weight", f"{theirs}.{out}.weight", linear),
         Rule(f"{side}.middle.1.proj.bias", f"{theirs}.{out}.bias"),
-        *residual_block(f"{side}.middle.0", "{side}.mid_block.resnets.0"),
-        *residual_block(f"{side}.middle.2", "{side}.mid_block.resnets.1"),
     ]
-    for ours, yours, sampler, blocks in (
-        ("encoder.downsamples", "encoder.down_blocks", "downsamplers", config.num_res_blocks),
-        ("decoder.upsamples", "decoder.up_blocks", "upsamplers", config.num_res_blocks + 1),
-    ):
-        for level in range(len(config.dim_mult)):  # a flat list of blocks here, levels there
-            first, to = level * (blocks + 1), f"{yours}.{level}"
-            for block in range(blocks):
-                rules += residual_block(f"{ours}.{first + block}", f"{to}.resnets.{block}")
-            rules.append(Rule(f"{ours}.{first + blocks}.resample.1.{{leaf}}", f"{to}.{sampler}.0.conv.{{leaf}}"))
-    return KeyMap(*rules)
+    blocks = config.num_res_blocks
+    for level in range(len(config.dim_mult)):  # a flat list of blocks here, levels there
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{level}"
+        first = level * (blocks + 1)
+        for block in range(blocks):
+            rules += wan_vae.residual_block(f"encoder.downsamples.{first + block}", f"{down}.resnets.{block}")
+        last = first + blocks
+        rules.append(Rule(f"encoder.downsamples.{last}.resample.1.{{leaf}}", f"{down}.downsamplers.0.conv.{{leaf}}"))
+        last = (level + 1) * (blocks + 2) - 1
+        rules.append(Rule(f"decoder.upsamples.{last}.resample.1.{{leaf}}", f"{up}.upsamplers.0.conv.{{leaf}}"))
+    return KeyMap(*rules, *wan_vae.keymap(replace(config, groups=0), "diffusers").rules)

@@ -7,31 +7,31 @@ its device and dtype, into a model that was built on the meta device.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.files import publish
+from stdit.models.experts import Experts
+from stdit.models.transformer import STDiT
+from stdit.vae.config import VaeConfig
+from stdit.vae.families.diffusers_vae import DiffusersVAE, load_diffusers_vae
+from stdit.vae.families.open_sora import AnyVAE
 from stdit.weights.expert_folders import EXPERT_NAMES, boundary_of, expert_folders, expert_places
 from stdit.weights.families import family_of, on_meta, table_of
+from stdit.weights.keymap import Read
 from stdit.weights.layouts import check_layout, describe, dialect_in
-from stdit.weights.quantised import FP8, fp8_count
+from stdit.weights.quantised import is_quantised
 from stdit.weights.sources import PREFIXES, Source, find, other_vae
 from stdit.weights.tensor_files import write_tensors
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from stdit.models.experts import Experts
-    from stdit.models.transformer import STDiT
-    from stdit.vae.families.open_sora import AnyVAE
 
 SHARD_BYTES = 5_000_000_000
 _STEM = "diffusion_pytorch_model"
@@ -60,18 +60,15 @@ def load_transformer(
     if expert not in ("both", *EXPERT_NAMES):
         raise StditError(f"expert {expert!r} does not exist. Known: both, high, low.")
     places = expert_places(Path(path).expanduser())
-    if places is None:
-        if expert != "both":
-            raise StditError(f"{path}: holds one transformer, so there is no expert {expert!r}.")
-        return load(find("transformer", path, trust_pickle, heads=heads), dtype, device)
-    if expert != "both":
-        return load(find("transformer", places[expert], trust_pickle, heads=heads), dtype, device)
-    sources = {name: find("transformer", place, trust_pickle, heads=heads) for name, place in places.items()}
-    if sources["high"].config != sources["low"].config:
+    if places is None and expert != "both":
+        raise StditError(f"{path}: holds one transformer, so there is no expert {expert!r}.")
+    if places is None or expert != "both":
+        place = path if places is None else places[expert]
+        return load(find("transformer", place, trust_pickle, heads=heads), dtype, device)
+    sources = [find("transformer", place, trust_pickle, heads=heads) for place in places.values()]
+    if sources[0].config != sources[1].config:
         raise StditError(f"{places['high']} and {places['low']} have different configs: they are not two experts.")
-    from stdit.models.experts import Experts
-
-    high, low = (load(sources[name], dtype, device) for name in EXPERT_NAMES)
+    high, low = (load(source, dtype, device) for source in sources)
     return Experts(high, low, boundary_of(Path(path).expanduser(), high.config.image_channels > 0))
 
 
@@ -86,8 +83,6 @@ def load_vae(
     Returns a CausalVAE or Open-Sora's OpenSoraVAE. If config.json names an autoencoder that diffusers runs
     (`stdit.weights.families.diffusers_vaes`), a DiffusersVAE with the same methods.
     """
-    from stdit.vae.families.diffusers_vae import load_diffusers_vae
-
     if (other := other_vae(path)) is not None:
         return load_diffusers_vae(other, dtype, device)
     return load(find("vae", path, trust_pickle), dtype, device)
@@ -95,8 +90,6 @@ def load_vae(
 
 def vae_on_meta(path: str | os.PathLike[str]) -> Any:
     """The VAE that load_vae would load, on the meta device. No weight is read."""
-    from stdit.vae.families.diffusers_vae import load_diffusers_vae
-
     other = other_vae(path)
     return on_meta(find("vae", path).config) if other is None else load_diffusers_vae(other, device="meta")
 
@@ -117,13 +110,11 @@ def save_transformer(
     The old files stay until all new ones are written beside them; then the new ones are renamed. A process that is
     killed among the renames leaves the old model, the new one, or a folder that does not load: never a mixture.
     """
-    from stdit.models.experts import Experts
-
     if isinstance(model, Experts):
         for name, expert in zip(expert_folders(layout).values(), (model.high, model.low)):
-            _save("transformer", expert, Path(folder) / name, layout, shard_bytes)
+            _save(expert, Path(folder) / name, layout, shard_bytes)
     else:
-        _save("transformer", model, Path(folder), layout, shard_bytes)
+        _save(model, Path(folder), layout, shard_bytes)
 
 
 def save_vae(
@@ -134,14 +125,12 @@ def save_vae(
     "diffusers" opens with AutoencoderKLWan.from_pretrained(folder). "original" is one file, Wan2.1_VAE.safetensors
     (Wan2.2_VAE if levels have shortcuts), with our config in its metadata. For Open-Sora's both are the same.
     """
-    from stdit.vae.families.diffusers_vae import DiffusersVAE
-
     if isinstance(vae, DiffusersVAE):
         if layout != "diffusers":
             raise StditError(f"layout {layout!r}: {vae.config.name} can only be written in layout 'diffusers'.")
         vae.module.save_pretrained(folder)
     else:
-        _save("vae", vae, Path(folder), layout, shard_bytes)
+        _save(vae, Path(folder), layout, shard_bytes)
 
 
 def load(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
@@ -149,23 +138,23 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
 
     On the CPU, a tensor of unchanged dtype and order stays a private view of the file; see tensor_files.py.
     """
-    import torch
-
     model = on_meta(source.config)
-    files = source.files
-    if count := fp8_count(files):  # nothing computes in fp8 here
-        of = f"{count} of {len(files.entries)} tensors are fp8" + (", with scales" if files.scales else "")
-        print(f"{files.path}: {of}; they are computed in {_short(dtype or torch.bfloat16)}.", file=sys.stderr)
-
-    def wanted(name: str) -> torch.dtype | None:
-        return torch.bfloat16 if files.entries[name].dtype in FP8 or name in files.scales else None
-
+    files = source.files.reopened()  # the model may change its tensors in place
+    quantised = {name for name, entry in files.entries.items() if is_quantised(entry)}
+    if quantised:  # nothing computes in fp8 here
+        scales = ", with scales" if any(entry.scale for entry in files.entries.values()) else ""
+        computed = str(dtype or torch.bfloat16).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        print(
+            f"{files.path}: {len(quantised)} of {len(files.entries)} tensors are fp8{scales}; they are computed in "
+            f"{computed}.",
+            file=sys.stderr,
+        )
     tensors: dict[str, Tensor] = {}
     for move in source.table.moves:
-        stored = [files.read(name) for name in move.foreign]
-        there = {tensor.untyped_storage().data_ptr() for tensor in stored}
-        for name, tensor in zip(move.native, move.to_native(stored)):
-            kept = wanted(move.foreign[0]) if dtype is None else dtype
+        stored = {name: files.read(name) for name in move.foreign}
+        there = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
+        kept = torch.bfloat16 if dtype is None and move.foreign[0] in quantised else dtype
+        for name, tensor in move.to_native(stored.__getitem__).items():
             tensors[name] = tensor.to(device, kept if tensor.is_floating_point() else None).contiguous()
         if there.isdisjoint(tensors[name].untyped_storage().data_ptr() for name in move.native):
             for name in move.foreign:
@@ -178,20 +167,13 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     return model
 
 
-def convert(
-    source: Source,
-    folder: str | os.PathLike[str],
-    layout: str,
-    shard_bytes: int = SHARD_BYTES,
-    dtype: torch.dtype | None = None,
-) -> None:
+def convert(source: Source, folder: str | os.PathLike[str], layout: str, dtype: torch.dtype | None = None) -> None:
     """Writes a source in another layout, one tensor in memory at a time. dtype: None keeps the stored ones."""
-    import torch
-
-    files = source.files
+    files, table = source.files, source.table
 
     def stored(name: str) -> torch.dtype:
-        found: torch.dtype = torch.bfloat16 if name in files.scales else getattr(torch, files.entries[name].dtype)
+        entry = files.entries[name]
+        found: torch.dtype = torch.bfloat16 if entry.scale else getattr(torch, entry.dtype)
         return dtype if dtype is not None and found.is_floating_point else found
 
     def read(name: str) -> Tensor:
@@ -199,32 +181,20 @@ def convert(
         files.release(name)
         return tensor
 
-    dtypes = {native: stored(move.foreign[0]) for move in source.table.moves for native in move.native}
-    _write(source.kind, source.config, source.table.native_reader(read), dtypes, Path(folder), layout, shard_bytes)
+    like = dict(table.to_native(lambda name: torch.empty(files.entries[name].shape, dtype=stored(name), device="meta")))
+    _write(source.config, like, table.native_reader(read), Path(folder), layout, SHARD_BYTES)
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-
-
-def _save(kind: str, model: nn.Module, folder: Path, layout: str, shard_bytes: int) -> None:
+def _save(model: nn.Module, folder: Path, layout: str, shard_bytes: int) -> None:
     state = model.state_dict()
-    dtypes = {name: tensor.dtype for name, tensor in state.items()}
-    _write(kind, model.config, state.__getitem__, dtypes, folder, layout, shard_bytes)
+    _write(model.config, state, state.__getitem__, folder, layout, shard_bytes)
 
 
-def _write(
-    kind: str,
-    config: Any,
-    read: Callable[[str], Tensor],
-    dtypes: Mapping[str, torch.dtype],
-    folder: Path,
-    layout: str,
-    shard_bytes: int,
-) -> None:
-    """Writes a model, one tensor in memory at a time; `read` returns native tensors. See save_transformer."""
-    from stdit.vae.config import VaeConfig
+def _write(config: Any, like: Mapping[str, Tensor], read: Read, folder: Path, layout: str, shard_bytes: int) -> None:
+    """Writes a model, one tensor in memory at a time. See save_transformer.
 
+    like: native tensors of its shapes and dtypes, which may be on the meta device. read: returns a native tensor.
+    """
     dialect = dialect_in(layout)
     check_layout(config, layout)
     table = table_of(config, dialect)
@@ -232,33 +202,39 @@ def _write(
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
     if dialect == "original":
         metadata |= family_of(config).metadata(config)
-    entries, read_foreign = table.written(read, dtypes)
-    stem = _STEM
-    stems: tuple[str, ...] = (_STEM,)
+    stem, prefix = _STEM, ""
     if dialect == "original" and isinstance(config, VaeConfig):
-        stem, stems = _VAE_STEMS[config.residual], _VAE_STEMS
-    elif layout == "comfyui" and kind == "transformer":  # one file with the config in its metadata
-        stem, stems, shard_bytes = config.family, (config.family,), sys.maxsize
-        entries = {PREFIXES[0] + name: entry for name, entry in entries.items()}
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
-    shards = _shards(sizes, shard_bytes)
+        stem = _VAE_STEMS[config.residual]
+    elif layout == "comfyui":  # one file with the config in its metadata
+        stem, prefix, shard_bytes = config.family, PREFIXES[0], sys.maxsize
+    foreign = dict(table.to_foreign(lambda name: torch.empty_like(like[name], device="meta")))
+    first = next(iter(foreign.values())).dtype
+    made = {name: make().to(first) for name, make in table.computed.items()}
+    foreign = {f"{prefix}{name}": tensor for name, tensor in (foreign | made).items()}
+    read_foreign = table.foreign_reader(read)
+
+    def read_part(name: str) -> Tensor:
+        name = name.removeprefix(prefix)
+        return made[name] if name in made else read_foreign(name)
+
+    shards = _shards({name: tensor.nbytes for name, tensor in foreign.items()}, shard_bytes)
     names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     names = [f"{stem}.safetensors"] if len(shards) == 1 else names
     documents = {"config.json": described} if stem == _STEM else {}
     if len(shards) > 1:
         documents[f"{stem}.safetensors.index.json"] = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {foreign: name for name, shard in zip(names, shards) for foreign in shard},
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in foreign.values())},
+            "weight_map": {part: name for name, shard in zip(names, shards) for part in shard},
         }
+    stems = _VAE_STEMS if stem in _VAE_STEMS else (stem,)
     stale = re.compile(rf"({'|'.join(map(re.escape, stems))})" + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     with ExitStack() as renames:  # renamed in reverse: the index last, without which shards do not load
         for name, content in reversed(documents.items()):
             part = renames.enter_context(publish(folder / name))
             part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
         for name, shard in zip(names, shards):
-            held = {foreign: entries[foreign] for foreign in shard}
             part = renames.enter_context(publish(folder / name))
-            write_tensors(part, held, lambda key: read_foreign(key.removeprefix(PREFIXES[0])), metadata)
+            write_tensors(part, {key: foreign[key] for key in shard}, read_part, metadata)
         for entry in [*folder.iterdir()]:  # all is written: remove old files that would mix with the new ones
             if entry.name in documents or (stale.fullmatch(entry.name) and entry.name not in names):
                 entry.unlink()

@@ -27,30 +27,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
 
 from stdit.errors import StditError, nearest_name
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
 Shape = tuple[int, ...]
-
-
-class Transform(Protocol):
-    """A reversible rearrangement of a tensor's elements along `dim`, defined from the native side."""
-
-    @property
-    def dim(self) -> int: ...
-
-    def shape(self, native: Shape) -> Shape: ...
-
-    def to_foreign(self, tensor: Tensor) -> Tensor: ...
-
-    def to_native(self, tensor: Tensor) -> Tensor: ...
+Read = Callable[[str], Tensor]  # returns a tensor by name
 
 
 @dataclass(frozen=True)
@@ -60,9 +46,6 @@ class Unflatten:
     dim: int
     sizes: Shape
 
-    def shape(self, native: Shape) -> Shape:
-        return (*native[: self.dim], *self.sizes, *native[self.dim + 1 :])
-
     def to_foreign(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(self.dim, self.sizes)
 
@@ -71,22 +54,11 @@ class Unflatten:
 
 
 @dataclass(frozen=True)
-class Flatten:
-    """Joins the native dimensions of these sizes, from `dim` on, into one."""
+class Flatten(Unflatten):
+    """The inverse: joins the native dimensions of these sizes, from `dim` on, into one."""
 
-    dim: int
-    sizes: Shape
-
-    def shape(self, native: Shape) -> Shape:
-        end = self.dim + len(self.sizes)
-        assert native[self.dim : end] == self.sizes, f"{self} of {native}"
-        return (*native[: self.dim], math.prod(self.sizes), *native[end:])
-
-    def to_foreign(self, tensor: Tensor) -> Tensor:
-        return tensor.flatten(self.dim, self.dim + len(self.sizes) - 1)
-
-    def to_native(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(self.dim, self.sizes)
+    to_foreign = Unflatten.to_native
+    to_native = Unflatten.to_foreign
 
 
 @dataclass(frozen=True)
@@ -96,31 +68,17 @@ class Take:
     index: Shape
     dim: int = 0
 
-    def shape(self, native: Shape) -> Shape:
-        return native
-
     def to_foreign(self, tensor: Tensor) -> Tensor:
-        return tensor.index_select(self.dim, tensor.new_tensor(self.index, dtype=_int64()))
+        return tensor.index_select(self.dim, torch.tensor(self.index).to(tensor.device))
 
     def to_native(self, tensor: Tensor) -> Tensor:
-        back = sorted(range(len(self.index)), key=self.index.__getitem__)
-        return tensor.index_select(self.dim, tensor.new_tensor(back, dtype=_int64()))
+        return tensor.index_select(self.dim, torch.tensor(self.index).argsort().to(tensor.device))
 
 
 def output_order(patch: Shape, channels: int, order: str) -> Take:
     """Permutes the output rows of a patch from our order, frame, row, column, channel (thwc), to `order`."""
-    sizes = dict(zip("thwc", (*patch, channels)))
-    strides = {axis: math.prod(list(sizes.values())[place + 1 :]) for place, axis in enumerate(sizes)}
-    rows = [0]
-    for axis in order:
-        rows = [row + step * strides[axis] for row in rows for step in range(sizes[axis])]
-    return Take(tuple(rows))
-
-
-def _int64():
-    import torch
-
-    return torch.int64
+    rows = torch.arange(math.prod(patch) * channels).view(*patch, channels)
+    return Take(tuple(rows.permute(["thwc".index(axis) for axis in order]).flatten().tolist()))
 
 
 def half_split_heads(heads: int, head_dim: int, parts: int = 1) -> Take:
@@ -136,7 +94,7 @@ def half_split_heads(heads: int, head_dim: int, parts: int = 1) -> Take:
 _FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 
 
-def _pattern(template: str) -> str:
+def _pattern(template: str) -> re.Pattern[str]:
     """The regular expression of a template. A field that occurs twice must match the same text."""
     pattern, end, seen = "", 0, set()
     for found in _FIELD.finditer(template):
@@ -146,7 +104,7 @@ def _pattern(template: str) -> str:
         pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{inner})"
         seen.add(name)
         end = found.end()
-    return pattern + re.escape(template[end:])
+    return re.compile(pattern + re.escape(template[end:]))
 
 
 def _fill(template: str, fields: Mapping[str, str]) -> str:
@@ -156,22 +114,18 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
 class Rule:
     """Native tensors ↔ foreign tensors. One side must be a single tensor.
 
-    Several native tensors are concatenated along `dim`, then `transforms` apply, then the result is split along `dim`
-    into equal parts, as many as there are foreign tensors.
+    Several native tensors are concatenated, then `transforms` apply, then the result is split into equal parts, as many
+    as there are foreign tensors.
     """
 
     def __init__(
-        self,
-        native: str | tuple[str, ...],
-        foreign: str | tuple[str, ...],
-        *transforms: Transform,
-        dim: int = 0,
-    ):
+        self, native: str | tuple[str, ...], foreign: str | tuple[str, ...], *transforms: Unflatten | Take
+    ) -> None:
         self.native = (native,) if isinstance(native, str) else native
         self.foreign = (foreign,) if isinstance(foreign, str) else foreign
-        self.transforms, self.dim = transforms, dim
+        self.transforms = transforms
         assert min(len(self.native), len(self.foreign)) == 1, (native, foreign)
-        self._patterns = [re.compile(_pattern(template)) for template in self.native]
+        self._patterns = [_pattern(template) for template in self.native]
 
     def match(self, name: str) -> dict[str, str] | None:
         """The template's fields if `name` is one of the native names, else None."""
@@ -182,44 +136,38 @@ class Rule:
 
     def move(self, fields: Mapping[str, str], shapes: Mapping[str, Shape]) -> Move:
         native = tuple(_fill(template, fields) for template in self.native)
-        foreign = tuple(_fill(template, fields) for template in self.foreign)
         absent = [name for name in native if name not in shapes]
         assert not absent, f"key map: the model has no {absent}, which go with {native}"
-        sizes = tuple(shapes[name][self.dim] if len(native) > 1 else 0 for name in native)
-        shape = shapes[native[0]]
-        if len(native) > 1:
-            shape = (*shape[: self.dim], sum(sizes), *shape[self.dim + 1 :])
-        for transform in self.transforms:
-            moved = transform.shape(shape)
-            assert len(shape) > 0 and math.prod(moved) == math.prod(shape), f"{native}: {transform} of {shape}"
-            shape = moved
-        if len(foreign) > 1:
-            assert shape[self.dim] % len(foreign) == 0, f"{native}: {shape} in {len(foreign)} parts"
-            shape = (*shape[: self.dim], shape[self.dim] // len(foreign), *shape[self.dim + 1 :])
-        return Move(self, native, foreign, sizes, shape)
+        rows = [shapes[name][0] for name in native] if len(native) > 1 else []
+        return Move(native, tuple(_fill(template, fields) for template in self.foreign), self.transforms, rows)
 
 
 @dataclass(frozen=True)
 class Move:
-    """A rule applied to a model: these native tensors are those foreign tensors."""
+    """A rule applied to a model: these native tensors are those foreign tensors. rows: of several native tensors."""
 
-    rule: Rule
     native: tuple[str, ...]
     foreign: tuple[str, ...]
-    native_sizes: tuple[int, ...]
-    foreign_shape: Shape
+    transforms: tuple[Unflatten | Take, ...]
+    rows: list[int]
 
-    def to_native(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        tensor = _join(tensors, self.rule.dim)
-        for transform in reversed(self.rule.transforms):
+    def to_native(self, read: Read) -> dict[str, Tensor]:
+        """The native tensors by name. `read` returns foreign ones."""
+        tensor = _joined([read(name) for name in self.foreign])
+        for transform in reversed(self.transforms):
             tensor = transform.to_native(tensor)
-        return [tensor] if len(self.native) == 1 else list(tensor.split(self.native_sizes, self.rule.dim))
+        return dict(zip(self.native, tensor.split(self.rows) if self.rows else [tensor]))
 
-    def to_foreign(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        tensor = _join(tensors, self.rule.dim)
-        for transform in self.rule.transforms:
+    def to_foreign(self, read: Read) -> dict[str, Tensor]:
+        """The inverse of `to_native`."""
+        tensor = _joined([read(name) for name in self.native])
+        for transform in self.transforms:
             tensor = transform.to_foreign(tensor)
-        return [tensor] if len(self.foreign) == 1 else list(tensor.chunk(len(self.foreign), self.rule.dim))
+        return dict(zip(self.foreign, tensor.chunk(len(self.foreign)) if len(self.foreign) > 1 else [tensor]))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 class KeyMap:
@@ -262,17 +210,17 @@ class KeyMap:
             assert len(names) == len(set(names)), (
                 f"key map: two rules for {sorted({n for n in names if names.count(n) > 1})}"
             )
-        passed_over = tuple(re.compile(_pattern(template)) for template in (*self.ignored, *self.computed))
-        return Table(tuple(moves.values()), passed_over, self.computed)
+        passed_over = tuple(_pattern(template) for template in (*self.ignored, *self.computed))
+        return Table(tuple(moves.values()), native, passed_over, self.computed)
 
 
 @dataclass(frozen=True)
 class Differences:
-    """How a file's tensors differ from those that a table expects, by foreign name."""
+    """How a file's tensors differ from those that a table expects, by foreign name. misshaped: (found, wanted)."""
 
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshaped: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)  # name: (found, wanted)
+    missing: list[str]
+    unexpected: list[str]
+    misshaped: dict[str, tuple[Shape, Shape]]
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.misshaped)
@@ -280,11 +228,7 @@ class Differences:
     def __str__(self) -> str:
         lines = []
         if self.missing:
-            hint = (
-                nearest_name(self.missing[0], self.unexpected).replace("Did you mean", "Is it")
-                if self.unexpected
-                else ""
-            )
+            hint = nearest_name(self.missing[0], self.unexpected).replace("Did you mean", "Is it")
             lines.append(f"missing: {_list(self.missing)}.{hint}")
         if self.unexpected:
             lines.append(f"unexpected: {_list(self.unexpected)}.")
@@ -299,12 +243,14 @@ class Table:
     """A key map applied to a model: which native tensors are which foreign ones, with all shapes."""
 
     moves: tuple[Move, ...]
-    ignored: tuple[re.Pattern[str], ...] = ()
-    computed: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    native_shapes: Mapping[str, Shape]
+    ignored: tuple[re.Pattern[str], ...]
+    computed: Mapping[str, Callable[[], Tensor]]
 
     @cached_property
     def foreign_shapes(self) -> dict[str, Shape]:
-        return {name: move.foreign_shape for move in self.moves for name in move.foreign}
+        empty = self.to_foreign(lambda name: torch.empty(self.native_shapes[name], device="meta"))
+        return {name: tuple(tensor.shape) for name, tensor in empty}
 
     def differences(self, found: Mapping[str, Shape]) -> Differences:
         """Compares names and shapes; no tensor is read."""
@@ -323,55 +269,25 @@ class Table:
                 f"{place}: the tensors are not those of this model.\n{differences}" + (f"\n{hint}" if hint else "")
             )
 
-    def to_native(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def to_native(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         """All (native name, tensor). `read` returns a foreign tensor by name and is called once for each."""
         for move in self.moves:
-            yield from zip(move.native, move.to_native([read(name) for name in move.foreign]))
+            yield from move.to_native(read).items()
 
-    def native_reader(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    def to_foreign(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        """The inverse of `to_native`."""
+        for move in self.moves:
+            yield from move.to_foreign(read).items()
+
+    def native_reader(self, read: Read) -> Read:
         """A function that returns any native tensor by name. It reads its foreign tensors at every call."""
         moves = {name: move for move in self.moves for name in move.native}
+        return lambda name: moves[name].to_native(read)[name]
 
-        def read_native(name: str) -> Tensor:
-            move = moves[name]
-            return move.to_native([read(foreign) for foreign in move.foreign])[move.native.index(name)]
-
-        return read_native
-
-    def written(
-        self, read: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]
-    ) -> tuple[dict[str, tuple[torch.dtype, Shape]], Callable[[str], Tensor]]:
-        """What a file of this dialect holds: dtype and shape by foreign name, and a function that returns any tensor.
-
-        read, dtypes: of the native tensors. The function reads them at every call. Computed tensors are included and
-        have the first tensor's dtype.
-        """
+    def foreign_reader(self, read: Read) -> Read:
+        """The inverse of `native_reader`."""
         moves = {name: move for move in self.moves for name in move.foreign}
-        entries = {name: (dtypes[move.native[0]], move.foreign_shape) for name, move in moves.items()}
-        first = next(iter(entries.values()))[0]
-        made = {name: make().to(first) for name, make in self.computed.items()}
-        entries |= {name: (first, tuple(tensor.shape)) for name, tensor in made.items()}
-
-        def read_foreign(name: str) -> Tensor:
-            if name in made:
-                return made[name]
-            move = moves[name]
-            return move.to_foreign([read(native) for native in move.native])[move.foreign.index(name)]
-
-        return entries, read_foreign
-
-    def to_foreign(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """All (foreign name, tensor). `read` returns a native tensor by name and is called once for each."""
-        for move in self.moves:
-            yield from zip(move.foreign, move.to_foreign([read(name) for name in move.native]))
-
-
-def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    import torch
-
-    return torch.cat(list(tensors), dim)
+        return lambda name: moves[name].to_foreign(read)[name]
 
 
 def _list(names: Sequence[str], limit: int = 8) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 from stdit.errors import StditError
 from stdit.weights.families import family_of, on_meta, shapes_of
-from stdit.weights.families.record import Family
-from stdit.weights.keymap import Shape
 
 LAYOUTS = ("diffusers", "original", "comfyui")
 
@@ -37,37 +34,34 @@ def check_layout(config: Any, layout: str) -> None:
     that its code has built in (`Family.built_in`).
     """
     family, dialect = family_of(config), dialect_in(layout)
+
+    def refuse(name: str, other: Any) -> NoReturn:
+        advice = "Write layout 'diffusers'." if layout != "diffusers" else f"Leave {name} as it is."
+        raise StditError(
+            f"layout {layout!r} cannot hold {name}={getattr(config, name)}: it gives this {family.title} "
+            f"{name}={other}, so that what is written would be another network. {advice}"
+        )
+
     native = shapes_of(on_meta(config))
     built_in = family.built_in(config, layout)
     if built_in is None:
         raise StditError(f"layout {layout!r}: ComfyUI has no {family.title}. Write layout 'diffusers' or 'original'.")
     for name, allowed in built_in.items():
         if getattr(config, name) not in allowed:
-            _refuse(family.title, layout, name, getattr(config, name), " or ".join(map(str, allowed)))
+            refuse(name, " or ".join(map(str, allowed)))
     keymap = family.keymap(config, dialect)
     unplaced = keymap.unplaced(native)
     shapes = keymap.table({name: shape for name, shape in native.items() if name not in unplaced}).foreign_shapes
-    _compare(family, config, layout, json.loads(json.dumps(describe(config, layout))), shapes)
+    written = [describe(config, layout)]
+    if layout == "comfyui":  # reads the file's metadata, no config.json
+        written.append(json.loads(family.metadata(config).get("config", "{}")).get("transformer", {}))
+    for found in written:
+        try:
+            again = asdict(family.config_from(json.loads(json.dumps(found)), shapes, f"layout {layout!r}"))
+        except StditError as error:
+            raise StditError(f"{error}\nSo layout {layout!r} cannot hold this {family.title}.") from None
+        for name, value in asdict(config).items():
+            if again[name] != value and name not in family.not_written:
+                refuse(name, again[name])
     if unplaced:
         raise StditError(f"layout {layout!r} has no place for this {family.title}'s tensor {unplaced[0]}.")
-    if layout == "comfyui":  # reads the file's metadata, no config.json
-        carried = family.metadata(config).get("config", "{}")
-        _compare(family, config, layout, json.loads(carried).get("transformer", {}), shapes)
-
-
-def _compare(family: Family, config: Any, layout: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
-    try:
-        again = asdict(family.config_from(found, shapes, f"layout {layout!r}"))
-    except StditError as error:
-        raise StditError(f"{error}\nSo layout {layout!r} cannot hold this {family.title}.") from None
-    for name, value in asdict(config).items():
-        if again[name] != value and name not in family.not_written:
-            _refuse(family.title, layout, name, value, again[name])
-
-
-def _refuse(family: str, layout: str, name: str, value: Any, other: Any) -> None:
-    advice = "Write layout 'diffusers'." if layout != "diffusers" else f"Leave {name} as it is."
-    raise StditError(
-        f"layout {layout!r} cannot hold {name}={value}: it gives this {family} {name}={other}, so that what is written "
-        f"would be another network. {advice}"
-    )

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 from stdit.errors import StditError
-from stdit.weights.tensor_files import TensorFiles
+from stdit.weights.tensor_files import Entry, TensorFiles
 
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 _SCALE = re.compile(r"(.+\.)(scale_weight|weight_scale)")
@@ -30,11 +31,11 @@ _ADVICE = "Take the release's bf16 or fp16 weights, or plain or scaled fp8."
 
 
 def scaled(files: TensorFiles) -> TensorFiles:
-    """Separates the scales of fp8 weights, which `read` then applies. Raises StditError for other quantisations."""
+    """Gives fp8 weights their scales, which `read` then applies. Raises StditError for other quantisations."""
     for pattern, kind in _REFUSED.items():
         if names := [name for name in files.entries if re.search(pattern, name)]:
             raise StditError(f"{files.path}: is quantised as {kind} ({names[0]}), which stdit does not read. {_ADVICE}")
-    scales, left = {}, dict(files.entries)
+    left = dict(files.entries)
     for name, entry in files.entries.items():
         if name.endswith("comfy_quant"):
             _check_format(files, name)
@@ -48,17 +49,16 @@ def scaled(files: TensorFiles) -> TensorFiles:
                 f"{files.path}: {found[1]}weight is {weight.dtype} of shape {weight.shape} with a scale of shape "
                 f"{entry.shape}; stdit reads floating-point weights with one scale, or one per row. {_ADVICE}"
             )
-        scales[f"{found[1]}weight"] = entry if files.loaded is None else files.loaded[name]
+        left[f"{found[1]}weight"] = replace(weight, scale=entry)
         left.pop(name)
-    if not scales and not any(entry.dtype in FP8 for entry in left.values()):
+    if not any(is_quantised(entry) for entry in left.values()):
         return files
-    left = {name: entry for name, entry in left.items() if not _PASSED_OVER.fullmatch(name)}
-    return TensorFiles(files.path, left, files.metadata, files.prefix, files.loaded, scales)
+    return replace(files, entries={name: entry for name, entry in left.items() if not _PASSED_OVER.fullmatch(name)})
 
 
-def fp8_count(files: TensorFiles) -> int:
-    """The number of tensors that are fp8 or have a scale."""
-    return sum(entry.dtype in FP8 or name in files.scales for name, entry in files.entries.items())
+def is_quantised(entry: Entry) -> bool:
+    """Whether a tensor is fp8 or has a scale."""
+    return entry.dtype in FP8 or entry.scale is not None
 
 
 def _check_format(files: TensorFiles, name: str) -> None:

@@ -7,23 +7,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stdit.errors import StditError
 from stdit.files import part_folder
+from stdit.vae.families.diffusers_vae import VaeFolder
 from stdit.weights.families import class_names, diffusers_vaes, families, on_meta, recognised, shapes_of, titles
 from stdit.weights.families.record import Family
 from stdit.weights.identity import files_identity, folder_identity
 from stdit.weights.keymap import Table
 from stdit.weights.quantised import scaled
 from stdit.weights.refused import check_known, check_no_adapter
-from stdit.weights.tensor_files import Entry, NoWeights, TensorFiles, open_file, open_folder, read_json
-
-if TYPE_CHECKING:
-    from stdit.vae.families.diffusers_vae import VaeFolder
+from stdit.weights.tensor_files import NoWeights, TensorFiles, open_file, open_folder, read_json
 
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 PREFIXES = (
@@ -51,10 +49,6 @@ class Source:
     def parameters(self) -> int:
         return sum(math.prod(entry.shape) for entry in self.files.entries.values())
 
-    def reopened(self) -> Source:
-        """The same without its memory maps: tensors read from it share no memory with those read before."""
-        return replace(self, files=replace(self.files, _maps={}))
-
 
 def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -> bool:
     """Whether a transformer or VAE is at `path`, by folder and tensor names. Raises if files cannot be opened."""
@@ -62,7 +56,7 @@ def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -
     if (place / kind).is_dir() or (place / "model_index.json").is_file():
         return (place / kind).is_dir()
     try:
-        _, files = _opened(kind, place, trust_pickle)
+        files = _opened(kind, place, trust_pickle)
     except NoWeights:
         return False
     return any(family.dialect_of(files.shapes) for family in families(kind))
@@ -80,9 +74,9 @@ def find(
     strict: raise StditError if its tensors are not those of its config.
     heads: the number of heads, for a transformer without a config.json.
     """
-    folder, files = _opened(kind, Path(path).expanduser(), trust_pickle)
+    files = _opened(kind, Path(path).expanduser(), trust_pickle)
     check_no_adapter(files.entries, files.path)
-    found, config_path = _config(kind, folder, files)
+    found, config_path = _config(kind, files)
     if kind == "transformer":
         check_known(found.get("_class_name"), files.entries, config_path or files.path)
     try:
@@ -96,8 +90,6 @@ def find(
 
 def other_vae(path: str | os.PathLike[str]) -> VaeFolder | None:
     """The autoencoder at `path` if it is one that diffusers runs. Its files are checked."""
-    from stdit.vae.families.diffusers_vae import VaeFolder
-
     folder = part_folder(path, "vae")
     path = folder / "config.json"
     name = str(read_json(path).get("_class_name")) if path.is_file() else ""
@@ -121,21 +113,21 @@ def _source(
 ) -> Source:
     family = recognised(kind, found, files.shapes)
     dialect = family.dialect_of(files.shapes)
+    place = config_path or files.path
     others = [other.title for other in families(kind) if not dialect and other.dialect_of(files.shapes)]
     if found and others:
         raise StditError(
             f"{files.path}: these tensors are for the {others[0]}, {config_path or 'the config in its metadata'} "
             f"is for the {family.title}. Put the config.json of the weights beside them."
         )
-    config = None
     if found or dialect:
-        options = {} if heads is None else {"heads": heads}
-        config = family.config_from(found, files.shapes, config_path or files.path, **options)
-    if config is not None and heads is not None and config.heads != heads:
-        raise StditError(f"{config_path or files.path}: says {config.heads} heads, not {heads}.")
-    if config is None or not dialect:
+        config = family.config_from(found, files.shapes, place, **({} if heads is None else {"heads": heads}))
+        if heads is not None and config.heads != heads:
+            raise StditError(f"{place}: says {config.heads} heads, not {heads}.")
+    if not dialect:
+        names = ", ".join(list(files.entries)[:3]) + (", …" if len(files.entries) > 3 else "")
         known = ", ".join(titles(kind))
-        raise StditError(f"{files.path}: of no known family ({known}): its tensors are named {_some(files.entries)}.")
+        raise StditError(f"{files.path}: of no known family ({known}): its tensors are named {names or '(none)'}.")
     table = family.keymap(config, dialect).table(shapes_of(on_meta(config)))
     if strict:
         where = f"the config {config_path} is of other weights" if config_path else "these are other weights"
@@ -143,26 +135,25 @@ def _source(
     return Source(kind, family, files, config, config_path, dialect, table)
 
 
-def _opened(kind: str, place: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
-    """The folder of a model of this kind, and its files without other programs' prefixes."""
+def _opened(kind: str, place: Path, trust_pickle: bool) -> TensorFiles:
+    """The files of a model of this kind, without other programs' prefixes."""
     if not place.exists():
         raise StditError(f"{place}: no such file or folder.")
-    if place.is_file():
-        folder, files = place.parent, open_file(place, trust_pickle)
-    else:
-        folder, files = _in_folder(kind, place, trust_pickle)
-    files = scaled(files.renamed(lambda name: _WRAPPERS.sub("", name)))
+    files = open_file(place, trust_pickle) if place.is_file() else _in_folder(kind, place, trust_pickle)
+    unwrapped = {_WRAPPERS.sub("", name): entry for name, entry in files.entries.items()}
+    if len(unwrapped) == len(files.entries):
+        files = replace(files, entries=unwrapped)
+    files = scaled(files)
     if kind == "transformer":
         files = files.without_others(PREFIXES, OTHER_MODELS)
-    return folder, files.without_prefix(PREFIXES)
+    return files.without_prefix(PREFIXES)
 
 
-def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, TensorFiles]:
-    """The folder that holds a model of this kind, and its files."""
+def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> TensorFiles:
     if (folder / kind).is_dir():
         if (folder / f"{kind}_2").is_dir():
             raise StditError(f"{folder}: holds two models, {kind}/ and {kind}_2/ (Wan 2.2 A14B). Name one of them.")
-        return folder / kind, open_folder(folder / kind, trust_pickle)
+        return open_folder(folder / kind, trust_pickle)
     if (folder / "base.json").is_file():
         raise StditError(
             f"{folder}: is an adapter (LoRA); base.json names its base model. Name that model, or export a merged "
@@ -170,33 +161,30 @@ def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> tuple[Path, Tenso
         )
     if (folder / "model_index.json").is_file():
         raise StditError(f"{folder}: is a model folder without {kind}/.")
-    if kind == "transformer" and (folder / "high_noise_model").is_dir():
+    if kind == "vae":
+        named = any(_VAE.search(entry.name) and entry.is_file() for entry in folder.iterdir())
+        return open_folder(folder, trust_pickle, lambda name: bool(_VAE.search(name)) or not named)
+    if (folder / "high_noise_model").is_dir():
         raise StditError(
             f"{folder}: holds two models, high_noise_model/ and low_noise_model/ (Wan 2.2). Name one of them."
         )
-    if kind == "transformer":
-        try:
-            return folder, open_folder(
-                folder, trust_pickle, lambda name: not (_VAE.search(name) or _OTHERS.search(name))
-            )
-        except NoWeights:
-            for file in sorted(folder.glob("*.safetensors")):
-                check_no_adapter(open_file(file).entries, file, NoWeights)
-            raise
-    named = any(_VAE.search(entry.name) and entry.is_file() for entry in folder.iterdir())
-    return folder, open_folder(folder, trust_pickle, lambda name: bool(_VAE.search(name)) or not named)
+    try:
+        return open_folder(folder, trust_pickle, lambda name: not (_VAE.search(name) or _OTHERS.search(name)))
+    except NoWeights:
+        for file in sorted(folder.glob("*.safetensors")):
+            check_no_adapter(open_file(file).entries, file, NoWeights)
+        raise
 
 
-def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any], Path | None]:
+def _config(kind: str, files: TensorFiles) -> tuple[dict[str, Any], Path | None]:
     """The config.json beside the weights, or what the weights' own metadata carries, or nothing."""
-    path = folder / "config.json"
+    path = files.path.parent / "config.json"
     if path.is_file():
         found = read_json(path)
-        index = folder.parent / "model_index.json"
+        index = path.parent.parent / "model_index.json"
         if kind == "transformer" and index.is_file():  # some families say something only there
             found["_pipeline"] = read_json(index).get("_class_name")
-        others = class_names("transformer") if kind == "vae" else []
-        if found.get("_class_name") not in others:
+        if kind == "transformer" or found.get("_class_name") not in class_names("transformer"):
             return found, path
     for key in ("stdit_config", "config"):  # ours; LTX-Video's, for every model in the file
         if carried := files.metadata.get(key):
@@ -209,7 +197,3 @@ def _config(kind: str, folder: Path, files: TensorFiles) -> tuple[dict[str, Any]
             if isinstance(document, dict):
                 return document, None
     return {}, None
-
-
-def _some(entries: Mapping[str, Entry]) -> str:
-    return ", ".join(list(entries)[:3]) + (", …" if len(entries) > 3 else "") if entries else "(none)"

@@ -16,39 +16,28 @@ import math
 import mmap
 import os
 import re
-import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from stdit.downloads import check_downloaded, unfinished
 from stdit.errors import StditError
 from stdit.files import unpickled
-from stdit.weights.keymap import Shape
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from stdit.weights.keymap import Read, Shape
 
 MAX_HEADER = 16_000_000  # bytes; the format allows 100 MB, more than 1 GB when parsed. Released models: 0.4 MB
 MAX_JSON = 50_000_000  # bytes of a config.json or an index
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
-DTYPES = {  # safetensors' name: (torch's, bits)
-    "F64": ("float64", 64),
-    "F32": ("float32", 32),
-    "F16": ("float16", 16),
-    "BF16": ("bfloat16", 16),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "I64": ("int64", 64),
-    "I32": ("int32", 32),
-    "I16": ("int16", 16),
-    "I8": ("int8", 8),
-    "U8": ("uint8", 8),
-    "BOOL": ("bool", 8),
-}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class NoWeights(StditError):
@@ -57,25 +46,33 @@ class NoWeights(StditError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: dtype, shape, and its bytes [start, stop)."""
+    """A tensor in a file: torch's name of its dtype, its shape, and its bytes [start, stop).
+
+    tensor: itself, if the file is a trusted pickle.
+    scale: of a quantised tensor, whose value is stored × scale.
+    """
 
     path: Path
-    dtype: str  # torch's name
+    dtype: str
     shape: Shape
-    start: int
-    stop: int
+    start: int = 0
+    stop: int = 0
+    tensor: Tensor | None = None
+    scale: Entry | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of one file, or of the shards of one model, by name. Nothing is read until `read`."""
+    """The tensors of one file, or of the shards of one model, by name. Nothing is read until `read`.
 
-    path: Path  # for errors: the file, or the index of the shards
+    path: the file, or the index of the shards.
+    prefix: that every name in the file has.
+    """
+
+    path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str] = field(default_factory=dict)
-    prefix: str = ""  # that every name in the file has
-    loaded: dict[str, Tensor] | None = None  # the tensors of a trusted pickle
-    scales: dict[str, Entry | Tensor] = field(default_factory=dict)  # of quantised tensors: value = stored × scale
+    prefix: str = ""
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @property
@@ -86,21 +83,24 @@ class TensorFiles:
     def files(self) -> list[Path]:
         return sorted({entry.path for entry in self.entries.values()})
 
+    def reopened(self) -> TensorFiles:
+        """The same without its memory maps: tensors read from it share no memory with those read before."""
+        return replace(self, _maps={})
+
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype, a private view of the file; with a scale, their product in fp32. Raises
         StditError if a value is not finite."""
         entry = self.entries[name]
-        tensor = self._mapped(entry, name) if self.loaded is None else self.loaded[name]
+        tensor = self._stored(entry, name)
         if not _finite(tensor):
             raise StditError(
                 f"{entry.path}: the tensor {self.prefix}{name} holds NaN or infinity. The file is damaged, or the "
                 "training that wrote it had diverged: take another copy, or an earlier checkpoint."
             )
-        if (scale := self.scales.get(name)) is not None:
-            factor = self._mapped(scale, f"the scale of {name}") if isinstance(scale, Entry) else scale
-            rows = factor.numel() if tensor.ndim else 1
-            return tensor.float() * factor.float().reshape((rows, *[1] * (tensor.ndim - 1)) if rows > 1 else ())
-        return tensor
+        if entry.scale is None:
+            return tensor
+        scale = self._stored(entry.scale, f"the scale of {name}").float()  # one, or one per row
+        return (tensor.float() * scale.reshape(-1, *(1 for _ in tensor.shape[1:]))).view(tensor.shape)
 
     def release(self, name: str) -> None:
         """Frees the pages of a mapped tensor that has been copied; the next access reads them again."""
@@ -110,11 +110,11 @@ class TensorFiles:
         if entry.path in self._maps and stop > start and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[entry.path].madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    def _mapped(self, entry: Entry, name: str) -> Tensor:
-        import torch
-
+    def _stored(self, entry: Entry, name: str) -> Tensor:
+        if entry.tensor is not None:
+            return entry.tensor
         dtype = getattr(torch, entry.dtype)
-        if not math.prod(entry.shape):
+        if entry.start == entry.stop:
             return torch.empty(entry.shape, dtype=dtype)
         with open(entry.path, "rb") as file:
             if os.fstat(file.fileno()).st_size < entry.stop:
@@ -128,42 +128,29 @@ class TensorFiles:
         if hasattr(mmap, "MADV_WILLNEED"):  # reads what is not cached at once, not page by page
             start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
             file_map.madvise(mmap.MADV_WILLNEED, start, entry.stop - start)
+        content: memoryview | bytearray = memoryview(file_map)[entry.start : entry.stop]
         if entry.start % dtype.itemsize:  # written without padding: not aligned for torch
-            return torch.frombuffer(bytearray(file_map[entry.start : entry.stop]), dtype=dtype).view(entry.shape)
-        count = math.prod(entry.shape)
-        return torch.frombuffer(file_map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+            content = bytearray(content)
+        return torch.frombuffer(content, dtype=dtype).view(entry.shape)
 
     def without_others(self, prefixes: tuple[str, ...], others: tuple[str, ...]) -> TensorFiles:
         """Leaves out other models' tensors (names that begin with one of `others`) if all the rest has one of
         `prefixes`: some programs keep a whole pipeline in one file."""
         left = {name: entry for name, entry in self.entries.items() if not name.startswith(others)}
-        if len(left) == len(self.entries) or not any(all(n.startswith(p) for n in left) for p in prefixes):
-            return self
-        return TensorFiles(self.path, left, self.metadata, self.prefix, self.loaded, self.scales)
+        whole = len(left) == len(self.entries) or not any(all(n.startswith(p) for n in left) for p in prefixes)
+        return self if whole else replace(self, entries=left)
 
     def without_prefix(self, prefixes: tuple[str, ...]) -> TensorFiles:
-        """Removes prefixes that all names have, as in single files from other programs."""
+        """Removes all prefixes (there may be several) that all names have, as in single files from other programs."""
         for prefix in prefixes:
             if self.entries and all(name.startswith(prefix) for name in self.entries):
-                files = self.renamed(partial(re.sub, f"^{re.escape(prefix)}", ""))
-                files.prefix = self.prefix + prefix
-                return files.without_prefix(prefixes)  # there may be several: module._orig_mod.
+                entries = {name.removeprefix(prefix): entry for name, entry in self.entries.items()}
+                return replace(self, entries=entries, prefix=self.prefix + prefix).without_prefix(prefixes)
         return self
-
-    def renamed(self, rename: Callable[[str], str]) -> TensorFiles:
-        """Renames the tensors, unless two would get the same name."""
-        if len({rename(name) for name in self.entries}) < len(self.entries):
-            return self
-        entries = {rename(name): entry for name, entry in self.entries.items()}
-        loaded = self.loaded and {rename(name): tensor for name, tensor in self.loaded.items()}
-        scales = {rename(name): entry for name, entry in self.scales.items()}
-        return TensorFiles(self.path, entries, self.metadata, self.prefix, loaded, scales)
 
 
 def _finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, in one pass (min and max of NaN are NaN)."""
-    import torch
-
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.to(torch.float16))  # fp8 has no min
@@ -186,26 +173,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, checked against the file's size. Reads no tensor."""
+def open_safetensors(path: Path) -> TensorFiles:
+    """A safetensors file. Its header is checked against the size of the file; no tensor is read."""
     check_downloaded(path)
-    size = path.stat().st_size
     if (control := path.with_name(f"{path.name}.aria2")).exists():  # aria2 gives a file its full size at once
         raise StditError(f"{path}: its download has not finished ({control.name} is there): let it finish.")
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise StditError(
-                f"{path}: {size} bytes is too short for a safetensors file. Is the download complete?"
-                f"{unfinished(path.parent)}"
-            )
-        (length,) = struct.unpack("<Q", start)
+        length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise StditError(
                 f"{path}: its header would have {length} bytes; stdit reads at most {MAX_HEADER}. "
                 "Is it a safetensors file? Download it again."
             )
-        if length > size - 8:
+        if length + 8 > size:
             raise StditError(
                 f"{path}: the file ends inside its header ({size} of {length + 8} bytes). Download it again."
                 f"{unfinished(path.parent)}"
@@ -215,47 +196,17 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         header = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise StditError(f"{path}: its header is damaged ({error}).") from None
-    if not isinstance(header, dict):
-        raise StditError(f"{path}: its header is not a JSON object.")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict):
-        raise StditError(f"{path}: __metadata__ in its header is not a JSON object.")
+        raise StditError(f"{path}: its header, or __metadata__ in it, is not a JSON object.")
     entries = {name: _entry(path, name, found, 8 + length, size) for name, found in header.items()}
-    _no_overlap(path, entries)
-    return entries, {str(key): str(value) for key, value in metadata.items()}
-
-
-def _entry(path: Path, name: str, found: Any, base: int, size: int) -> Entry:
-    def natural(value: Any) -> bool:
-        return type(value) is int and 0 <= value < 2**62
-
-    try:
-        dtype, shape, (start, stop) = found["dtype"], found["shape"], found["data_offsets"]
-        assert isinstance(shape, list) and all(natural(n) for n in (*shape, start, stop)) and len(shape) < 16
-    except (KeyError, TypeError, ValueError, AssertionError):
-        raise StditError(f"{path}: the header's entry of {name} is damaged.") from None
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise StditError(f"{path}: {name} has the dtype {dtype!r}; stdit reads {', '.join(DTYPES)}.")
-    name_of, bits = DTYPES[dtype]
-    if math.prod(shape) * bits // 8 != stop - start:
-        raise StditError(
-            f"{path}: {name} is {dtype} of shape {tuple(shape)} in {stop - start} bytes, which does not fit."
-        )
-    if base + stop > size:
-        raise StditError(
-            f"{path}: the file ends at byte {size}, inside or before the tensor {name} (bytes {base + start} to "
-            f"{base + stop}). It is cut short: copy or download it again.{unfinished(path.parent)}"
-        )
-    return Entry(path, name_of, tuple(shape), base + start, base + stop)
-
-
-def _no_overlap(path: Path, entries: Mapping[str, Entry]) -> None:
     end, before = 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.stop > entry.start and entry.start < end:
             raise StditError(f"{path}: the tensors {before} and {name} overlap.")
         if entry.stop > end:
             end, before = entry.stop, name
+    return TensorFiles(path, entries, {str(key): str(value) for key, value in metadata.items()})
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -265,33 +216,56 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _entry(path: Path, name: str, found: Any, base: int, size: int) -> Entry:
+    try:
+        dtype, shape, (start, stop) = found["dtype"], found["shape"], found["data_offsets"]
+        numbers = (*shape, start, stop)
+        if type(shape) is not list or len(shape) > 15 or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise StditError(f"{path}: the header's entry of {name} is damaged.") from None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise StditError(f"{path}: {name} has the dtype {dtype!r}; stdit reads {', '.join(DTYPES)}.")
+    if math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
+        raise StditError(
+            f"{path}: {name} is {dtype} of shape {tuple(shape)} in {stop - start} bytes, which does not fit."
+        )
+    if base + stop > size:
+        raise StditError(
+            f"{path}: the file ends at byte {size}, inside or before the tensor {name} (bytes {base + start} to "
+            f"{base + stop}). It is cut short: copy or download it again.{unfinished(path.parent)}"
+        )
+    return Entry(path, _name(DTYPES[dtype]), tuple(shape), base + start, base + stop)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def write_tensors(
-    path: str | os.PathLike[str],
-    entries: Mapping[str, tuple[torch.dtype, Shape]],
-    read: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
+    path: str | os.PathLike[str], like: Mapping[str, Tensor], read: Read, metadata: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file, one tensor in memory at a time; equal tensors give equal bytes.
 
+    like: the shape and dtype of each tensor; may be on the meta device. read: returns a tensor by name.
+
     Not with the safetensors library: it writes metadata in an order that changes from run to run.
     """
-    import torch
-
-    names = {getattr(torch, name): theirs for theirs, (name, _) in DTYPES.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))  # aligned for memory maps
+    order = sorted(like, key=lambda name: (-like[name].itemsize, name))  # aligned for memory maps
     stop = 0
     for name in order:
-        dtype, shape = entries[name]
-        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start, stop = stop, stop + like[name].nbytes
+        dtype, shape = names[like[name].dtype], list(like[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = read(name).detach().to("cpu").contiguous()
-            assert (tensor.dtype, tuple(tensor.shape)) == entries[name], f"{name}: {tensor.dtype}, {tensor.shape}"
+            assert (tensor.dtype, tensor.shape) == (like[name].dtype, like[name].shape), f"{name}: {tensor.dtype}"
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
@@ -306,8 +280,7 @@ def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:
     if path.suffix.lower() not in (".safetensors", ".sft"):
         check_downloaded(path)
         raise StditError(f"{path}: not a file of weights. stdit reads .safetensors files, and folders that hold them.")
-    entries, metadata = read_header(path)
-    return TensorFiles(path, entries, metadata)
+    return open_safetensors(path)
 
 
 def open_index(path: Path) -> TensorFiles:
@@ -315,9 +288,7 @@ def open_index(path: Path) -> TensorFiles:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise StditError(f"{path}: has no weight_map.")
-    shards: dict[str, dict[str, Entry]] = {}
-    metadata: dict[str, str] = {}
-    entries = {}
+    shards: dict[str, TensorFiles] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or Path(shard).name != shard or "\\" in shard:
             raise StditError(
@@ -334,14 +305,14 @@ def open_index(path: Path) -> TensorFiles:
                     f"{file}: this shard is missing; {path.name} puts {count} tensors in it, such as {name}. "
                     f"Download it.{unfinished(path.parent)}"
                 )
-            shards[shard], more = read_header(file)
-            metadata |= more
-        if name not in shards[shard]:
-            raise StditError(f"{path.parent / shard}: has no tensor {name}, which {path.name} puts there.")
-        entries[name] = shards[shard][name]
-    for shard, found in shards.items():
-        if surplus := [name for name in found if name not in weight_map]:
-            raise StditError(f"{path.parent / shard}: holds {surplus[0]}, which {path.name} does not name.")
+            shards[shard] = open_safetensors(file)
+        if name not in shards[shard].entries:
+            raise StditError(f"{shards[shard].path}: has no tensor {name}, which {path.name} puts there.")
+    for files in shards.values():
+        if surplus := [name for name in files.entries if name not in weight_map]:
+            raise StditError(f"{files.path}: holds {surplus[0]}, which {path.name} does not name.")
+    entries = {name: shards[shard].entries[name] for name, shard in weight_map.items()}
+    metadata = {key: value for files in shards.values() for key, value in files.metadata.items()}
     return TensorFiles(path, entries, metadata)
 
 
@@ -382,16 +353,14 @@ def _open_pickle(path: Path, trust: bool) -> TensorFiles:
             f"{path}: is a pickle, which can run code when it is opened, and is refused. Convert it to safetensors. If "
             "you trust its source, trust_pickle=True (--trust-pickle) opens it; only tensors are read."
         )
-    import torch
-
     found = unpickled(path)
     for key in ("state_dict", "model_state", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise StditError(
             f"{path}: cannot be read as a dictionary of tensors alone: it is damaged, or holds more. Give its "
             "weights as safetensors, or as a state dict."
         )
-    entries = {n: Entry(path, str(t.dtype).removeprefix("torch."), tuple(t.shape), 0, 0) for n, t in found.items()}
-    return TensorFiles(path, entries, {}, "", found)
+    entries = {n: Entry(path, _name(t.dtype), tuple(t.shape), tensor=t) for n, t in found.items()}
+    return TensorFiles(path, entries)

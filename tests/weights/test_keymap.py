@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stdit.errors import StditError
-from stdit.weights.keymap import Flatten, KeyMap, Rule, Take, Unflatten, half_split_heads
+from stdit.weights.keymap import Flatten, KeyMap, Rule, Take, Unflatten, half_split_heads, output_order
 
 SHAPES = {
     "blocks.0.q.weight": (6, 3),
@@ -90,8 +90,18 @@ def test_mistakes_in_a_map_are_found_before_any_weights():
         KeyMap(Rule(("a", "b"), "x")).table({"a": (1,)})
 
 
-@pytest.mark.parametrize("transform", [Take((2, 0, 1), 1), Unflatten(2, (2, 2)), Flatten(1, (3, 4))])
-def test_each_transform_inverts_and_tells_its_shape(transform):
+@pytest.mark.parametrize(
+    ("transform", "shape"),
+    [(Take((2, 0, 1), 1), (5, 3, 4)), (Unflatten(2, (2, 2)), (5, 3, 2, 2)), (Flatten(1, (3, 4)), (5, 12))],
+)
+def test_each_transform_inverts(transform, shape):
     x = torch.randn(5, 3, 4)
     there = transform.to_foreign(x)
-    assert tuple(there.shape) == transform.shape(tuple(x.shape)) and torch.equal(transform.to_native(there), x)
+    assert tuple(there.shape) == shape and torch.equal(transform.to_native(there), x)
+
+
+@pytest.mark.parametrize("order", ["thwc", "cthw", "hwtc"])
+def test_output_rows_are_permuted_as_their_axes(order):
+    x = torch.randn(2 * 3 * 1 * 5, 4)
+    wanted = x.view(2, 3, 1, 5, 4).permute(*("thwc".index(axis) for axis in order), 4).reshape(-1, 4)
+    assert torch.equal(output_order((2, 3, 1), 5, order).to_foreign(x), wanted)

@@ -41,7 +41,7 @@ from stdit.training.engine.ema import Ema
 from stdit.training.engine.engine import Engine
 from stdit.training.engine.optimizer import group_state
 from stdit.training.engine.parallel import World
-from stdit.weights.tensor_files import read_header, read_json
+from stdit.weights.tensor_files import open_safetensors, read_json
 
 FORMAT = 1
 
@@ -162,7 +162,7 @@ class Checkpoint:
             if not file.exists():
                 raise StditError(f"{self.path} lacks {file.name}. Remove the folder to go on from the one before.")
             try:
-                entries, _ = read_header(file)
+                entries = open_safetensors(file).entries
             except StditError as error:
                 raise StditError(f"{error} Remove {self.path} to go on from the checkpoint before.") from error
             for key, entry in entries.items():

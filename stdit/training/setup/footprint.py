@@ -38,7 +38,7 @@ from stdit.vae.training.lpips import Lpips
 from stdit.weights.families import on_meta
 from stdit.weights.image_vae import image_vae_config
 from stdit.weights.io import vae_on_meta
-from stdit.weights.tensor_files import read_header
+from stdit.weights.tensor_files import open_safetensors
 
 NOWHERE = torch.device("meta")
 CLIPS = 4  # clips per pack that is measured
@@ -255,5 +255,5 @@ def _text_bytes(config: ResolvedConfig, size: int) -> int:
     folder = part_folder(config.text.path, "text_encoder")
     if not folder.is_dir():
         raise StditError(f"text.path: {folder}: no such folder.")
-    headers = (read_header(path)[0] for path in folder.glob("*.safetensors"))
+    headers = (open_safetensors(path).entries for path in folder.glob("*.safetensors"))
     return size * sum(math.prod(entry.shape) for entries in headers for entry in entries.values())

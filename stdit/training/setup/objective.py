@@ -187,7 +187,7 @@ def make_transformer(config: ResolvedConfig, channels: int, text_dim: int) -> ST
             source = config.initial.sources[settings.expert]
             frozen = settings.lora is not None  # then no master is kept of them
             dtype = PRECISIONS[config.run.precision] if frozen else torch.float32
-            model = load(source.reopened(), dtype=dtype)  # a training may change the tensors in place
+            model = load(source, dtype=dtype)
             for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
                 if getattr(model.config, name) != value:
                     whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")

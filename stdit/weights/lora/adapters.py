@@ -73,23 +73,23 @@ def _moved(adapter: Adapter, table: Table, back: bool) -> Adapter:
     pairs: dict[str, Pair] = {}
     differences: dict[str, Tensor] = {}
     for move in table.moves:
-        foreign_sizes = (move.foreign_shape[move.rule.dim] if move.foreign_shape else 1,) * len(move.foreign)
-        sides = (move.native, move.native_sizes), (move.foreign, foreign_sizes)
-        (given, given_sizes), (wanted, wanted_sizes) = reversed(sides) if back else sides
+        native = {name: table.native_shapes[name] for name in move.native}
+        foreign = {name: table.foreign_shapes[name] for name in move.foreign}
+        given, wanted = (foreign, native) if back else (native, foreign)
         if any(name in adapter.pairs for name in given):
-            pair = _join([adapter.pairs.get(name) for name in given], given_sizes)
-            parts = _split(_transformed(pair, move, back), wanted_sizes)
+            pair = _join([adapter.pairs.get(name) for name in given], [shape[0] for shape in given.values()])
+            parts = _split(_transformed(pair, move, back), [shape[0] for shape in wanted.values()])
             pairs |= {name: part for name, part in zip(wanted, parts) if part is not None}
-        if any(name in adapter.differences for name in given):
-            whole = _zero_filled([adapter.differences.get(name) for name in given], given_sizes, move.rule.dim)
-            differences |= zip(wanted, move.to_native(whole) if back else move.to_foreign(whole))
+        if there := [adapter.differences[name] for name in given if name in adapter.differences]:
+            whole = {name: there[0].new_zeros(shape) for name, shape in given.items()} | adapter.differences
+            differences |= move.to_native(whole.__getitem__) if back else move.to_foreign(whole.__getitem__)
     return Adapter(pairs, differences)
 
 
 def _transformed(pair: Pair, move: Move, back: bool) -> Pair:
     """Applies the rule's transforms: those of a weight's rows to B, those of its columns to A."""
     down, up = pair.down, pair.up
-    for transform in reversed(move.rule.transforms) if back else move.rule.transforms:
+    for transform in reversed(move.transforms) if back else move.transforms:
         apply = transform.to_native if back else transform.to_foreign
         if transform.dim > 0:
             down = apply(down)
@@ -100,8 +100,8 @@ def _transformed(pair: Pair, move: Move, back: bool) -> Pair:
     return Pair(down, up, pair.alpha)
 
 
-def _join(pairs: Sequence[Pair | None], sizes: Sequence[int]) -> Pair:
-    """One pair for stacked weights of `sizes` rows. None: nothing is added to that weight."""
+def _join(pairs: Sequence[Pair | None], rows: Sequence[int]) -> Pair:
+    """One pair for stacked weights of so many rows each. None: nothing is added to that weight."""
     there = [pair for pair in pairs if pair is not None]
     first = there[0]
     if len(pairs) == 1:
@@ -110,35 +110,26 @@ def _join(pairs: Sequence[Pair | None], sizes: Sequence[int]) -> Pair:
         pair.alpha == first.alpha and torch.equal(pair.down, first.down) for pair in there
     ):
         return Pair(first.down, torch.cat([pair.up for pair in there]), first.alpha)
-    rank = sum(pair.rank for pair in there)
-    up = first.up.new_zeros(sum(sizes), rank)
-    row = column = 0
-    for pair, size in zip(pairs, sizes):
-        if pair is not None:
-            up[row : row + size, column : column + pair.rank] = pair.up * (pair.scale / first.scale)
-            column += pair.rank
-        row += size
-    return Pair(torch.cat([pair.down for pair in there]), up, first.scale * rank)
+    blocks = [
+        first.up.new_zeros(count, 0) if pair is None else pair.up * (pair.scale / first.scale)
+        for pair, count in zip(pairs, rows)
+    ]
+    down = torch.cat([pair.down for pair in there])
+    return Pair(down, torch.block_diag(*blocks), first.scale * len(down))
 
 
-def _split(pair: Pair, sizes: Sequence[int]) -> list[Pair | None]:
-    """Pairs for weights of `sizes` rows that share A, without the rows of A that a weight's part of B does not use: so
-    a pair that `_join` stacked comes apart again. None: nothing is added to that weight."""
-    if len(sizes) == 1:
+def _split(pair: Pair, rows: Sequence[int]) -> list[Pair | None]:
+    """Pairs for weights of so many rows each that share A, without the rows of A that a weight's part of B does not
+    use: so a pair that `_join` stacked comes apart again. None: nothing is added to that weight."""
+    if len(rows) == 1:
         return [pair]
     parts: list[Pair | None] = []
-    for up in pair.up.split(list(sizes)):
+    for up in pair.up.split(list(rows)):
         used = up.any(0)
-        part = Pair(pair.down, up, pair.alpha)
-        if not used.all():
-            part = Pair(pair.down[used], up[:, used], pair.scale * int(used.sum()))
-        parts.append(part if used.any() else None)
-    if not any(parts):  # B is zero, as when training starts
-        return [Pair(pair.down, up, pair.alpha) for up in pair.up.split(list(sizes))]
+        if used.all() or not pair.up.any():  # B is zero when training starts
+            parts.append(Pair(pair.down, up, pair.alpha))
+        elif used.any():
+            parts.append(Pair(pair.down[used], up[:, used], pair.scale * int(used.sum())))
+        else:
+            parts.append(None)
     return parts
-
-
-def _zero_filled(tensors: Sequence[Tensor | None], sizes: Sequence[int], dim: int) -> list[Tensor]:
-    like = next(tensor for tensor in tensors if tensor is not None)
-    shapes = [(*like.shape[:dim], size, *like.shape[dim + 1 :]) for size in sizes]
-    return [like.new_zeros(shape) if tensor is None else tensor for tensor, shape in zip(tensors, shapes)]

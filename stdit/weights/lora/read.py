@@ -12,22 +12,21 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from stdit.errors import StditError, nearest_name
+from stdit.models.config import TransformerConfig
 from stdit.weights.families import family_of, table_of
 from stdit.weights.keymap import Shape, Table
+from stdit.weights.lora.adapters import Adapter, Pair, to_native
 from stdit.weights.tensor_files import TensorFiles, open_file, read_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stdit.models.config import TransformerConfig
-    from stdit.weights.lora.adapters import Adapter, Pair
 
 FILES = {
     "common": "pytorch_lora_weights.safetensors",  # which diffusers looks for in a folder
@@ -83,11 +82,8 @@ class LoraFile:
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        return {
-            module: self.files.entries[parts["down"]].shape[0]
-            for module, parts in self.modules.items()
-            if "down" in parts
-        }
+        shapes = self.files.shapes
+        return {module: shapes[parts["down"]][0] for module, parts in self.modules.items() if "down" in parts}
 
     def alpha(self, module: str) -> float:
         """The alpha of a module, for alpha / rank."""
@@ -144,12 +140,10 @@ def open_adapter(path: str | os.PathLike[str], partly: bool = False) -> LoraFile
             f"{files.path}: holds an adapter for a model other than the transformer ({others[0]}). Split the file so "
             f"that it has the transformer's tensors only; {_PARTLY}."
         )
-    files = TensorFiles(files.path, {n: e for n, e in files.entries.items() if n not in others}, files.metadata)
-    while (inner := files.without_prefix(_PREFIXES)) is not files:
-        files = inner
-    joined = False
-    if (inner := files.without_prefix(_JOINED)) is not files:
-        files, joined = inner, True
+    files = replace(files, entries={name: entry for name, entry in files.entries.items() if name not in others})
+    dotted = files.without_prefix(_PREFIXES)
+    files = dotted.without_prefix(_JOINED)
+    joined = files.prefix != dotted.prefix
     modules: dict[str, dict[str, str]] = {}
     for name in files.entries:
         if not (found := _NAME.fullmatch(name)):
@@ -169,7 +163,7 @@ def open_adapter(path: str | os.PathLike[str], partly: bool = False) -> LoraFile
         for part, other in {"down": "up", "up": "down", "alpha": "down", "up_bias": "up"}.items():
             if part in parts and other not in parts:
                 raise StditError(f"{files.path}: {files.prefix}{parts[part]} has no lora_{other} beside it.")
-        if "down" in parts and min(len(files.shapes[parts["down"]]), len(files.shapes[parts["up"]])) < 2:
+        if "down" in parts and any(len(files.entries[parts[part]].shape) < 2 for part in ("down", "up")):
             raise StditError(f"{files.path}: {files.prefix}{parts['down']} and its lora_up must be matrices.")
     return LoraFile(files, modules, joined, _settings(files), others)
 
@@ -182,8 +176,6 @@ def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly
     Raises StditError that names the file and the tensor if anything is unknown, missing, misshaped, not finite, or of a
     kind that stdit does not read. No tensor is read before all names and shapes are checked.
     """
-    from stdit.weights.lora.adapters import Adapter, Pair, to_native
-
     found = open_adapter(path, partly)
     table, names = fitted(found, config, partly)
     left_out = [*found.others, *(module for module in found.modules if module not in names)]
@@ -193,20 +185,24 @@ def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly
             f"{_kinds(left_out)}.",
             stacklevel=2,
         )
+
+    def tensor(name: str) -> Tensor:
+        stored = found.files.read(name)
+        return stored.float() if stored.itemsize == 1 else stored  # torch computes little in fp8
+
     pairs: dict[str, Pair] = {}
     differences: dict[str, Tensor] = {}
     for module, name in names.items():
         parts = found.modules[module]
         if "down" in parts:
-            shape = table.foreign_shapes[name]
-            down = _tensor(found, parts["down"]).reshape(-1, *shape[1:])
-            pairs[name] = Pair(down, _tensor(found, parts["up"]).flatten(1), found.alpha(module))
+            down = tensor(parts["down"]).reshape(-1, *table.foreign_shapes[name][1:])
+            pairs[name] = Pair(down, tensor(parts["up"]).flatten(1), found.alpha(module))
         if "diff" in parts:
-            differences[name] = _tensor(found, parts["diff"])
+            differences[name] = tensor(parts["diff"])
         if "diff_b" in parts:
-            differences[_bias(name)] = _tensor(found, parts["diff_b"])
+            differences[_bias(name)] = tensor(parts["diff_b"])
         if "up_bias" in parts:
-            differences[_bias(name)] = _tensor(found, parts["up_bias"]) * pairs[name].scale
+            differences[_bias(name)] = tensor(parts["up_bias"]) * pairs[name].scale
     return to_native(Adapter(pairs, differences), table)
 
 
@@ -249,17 +245,12 @@ def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> 
 
     partly: unknown names are left out, unless all are unknown.
     """
-    best: tuple[Table, dict[str, str]] | None = None
+    tables = []
     for dialect in ("original", "diffusers"):
-        try:
-            table = table_of(config, dialect)
-        except StditError:  # diffusers has no class for this model
-            continue
-        names = found.resolve(table)
-        if best is None or len(names) > len(best[1]):
-            best = table, names
-    assert best is not None
-    table, names = best
+        with suppress(StditError):  # the dialect has no such model
+            tables.append(table_of(config, dialect))
+    table = max(tables, key=lambda table: len(found.resolve(table)))
+    names = found.resolve(table)
     unknown = [module for module in found.modules if module not in names]
     if unknown and not (partly and names):
         known = [name.removesuffix(".weight") for name in table.foreign_shapes]
@@ -271,7 +262,7 @@ def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> 
             f"{f'; {_PARTLY}' if names else ''}."
         )
     for module, name in names.items():
-        _check_shapes(found, module, found.modules[module], name, table.foreign_shapes)
+        _check_shapes(found, module, name, table.foreign_shapes)
     return table, names
 
 
@@ -281,35 +272,29 @@ def _kinds(modules: Iterable[str]) -> str:
     return ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
 
 
-def _check_shapes(
-    found: LoraFile, module: str, parts: Mapping[str, str], name: str, shapes: Mapping[str, Shape]
-) -> None:
+def _check_shapes(found: LoraFile, module: str, name: str, shapes: dict[str, Shape]) -> None:
     """Checks the shape and dtype of every tensor of a module against its weight."""
-    shape = shapes[name]
-    rank = found.ranks.get(module, 0)
-    columns = math.prod(shape[1:])
-    ones = (1,) * (len(shape) - 2)
-    wanted: dict[str, list[Shape]] = {"alpha": [(), (1,)], "diff": [shape]}
-    wanted |= {"down": [(rank, *shape[1:]), (rank, columns), (rank, columns, *ones)]}
-    wanted |= {"up": [(shape[0], rank), (shape[0], rank, *ones)]}
+    shape, rank, parts = shapes[name], found.ranks.get(module, 0), found.modules[module]
+    columns, ones = math.prod(shape[1:]), (1,) * (len(shape) - 2)
+    wanted: dict[str, list[Shape]] = {
+        "alpha": [(), (1,)],
+        "diff": [shape],
+        "down": [(rank, *shape[1:]), (rank, columns), (rank, columns, *ones)],
+        "up": [(shape[0], rank), (shape[0], rank, *ones)],
+    }
     for part in ("diff_b", "up_bias"):
         if part in parts and not (name.endswith(".weight") and _bias(name) in shapes):
             raise StditError(f"{found.files.path}: {parts[part]} changes a bias, and {name} has none.")
         wanted[part] = [shapes.get(_bias(name), ())]
     for part, tensor in parts.items():
         entry = found.files.entries[tensor]
-        if tuple(entry.shape) not in wanted[part] or (part in ("down", "up") and (rank < 1 or len(shape) < 2)):
+        if entry.shape not in wanted[part] or (part in ("down", "up") and (rank < 1 or len(shape) < 2)):
             raise StditError(
-                f"{found.files.path}: {tensor} is {tuple(entry.shape)}; for {name}, which is {shape}, it should be "
+                f"{found.files.path}: {tensor} is {entry.shape}; for {name}, which is {shape}, it should be "
                 f"{' or '.join(map(str, dict.fromkeys(wanted[part])))}. Is it for a model of another size?"
             )
         if part != "alpha" and not entry.dtype.startswith(("float", "bfloat")):
             raise StditError(f"{found.files.path}: {tensor} is {entry.dtype}, not floating point.")
-
-
-def _tensor(found: LoraFile, name: str) -> Tensor:
-    tensor = found.files.read(name)
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch computes little in fp8
 
 
 def _bias(weight: str) -> str:

@@ -19,21 +19,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from stdit.errors import StditError
 from stdit.files import publish, publish_text
+from stdit.models.config import TransformerConfig
 from stdit.weights.families import table_of
 from stdit.weights.lora.adapters import Adapter, Pair, to_foreign
 from stdit.weights.tensor_files import write_tensors
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stdit.models.config import TransformerConfig
-
 LAYOUTS = ("common", "original", "kohya", "diffusers", "peft")
 ALIASES = {"comfyui": "common", "diffusion-pipe": "common"}
+_PREFIXES = {"diffusers": "transformer.", "peft": "base_model.model.", "kohya": "lora_unet_"}
 
 
 def write_adapter(
@@ -48,56 +47,45 @@ def write_adapter(
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join((*LAYOUTS, *ALIASES))}.")
     path, plain = Path(path), layout in ("diffusers", "peft")
     there = to_foreign(adapter, table_of(config, "diffusers" if plain else "original"))
-    modules = {name.removesuffix(".weight"): pair for name, pair in there.pairs.items()}
+    if plain and there.differences:
+        raise StditError(
+            f"{path}: the adapter adds a whole tensor to {next(iter(there.differences))}, which diffusers' LoRA "
+            "files cannot hold: write layout 'common'."
+        )
+
+    def start(name: str) -> str:
+        module = re.sub(r"\.(weight|bias)$", "", name)
+        prefix = _PREFIXES.get(layout, "diffusion_model.")
+        return prefix + (module.replace(".", "_") if layout == "kohya" else module)
+
     tensors: dict[str, Tensor] = {}
+    down, up = ("lora_down", "lora_up") if layout in ("original", "kohya") else ("lora_A", "lora_B")
+    for name, pair in there.pairs.items():
+        module, written = start(name), _unscaled(pair) if layout == "common" else pair
+        tensors[f"{module}.{down}.weight"] = written.down
+        kernel = (1,) * (written.down.ndim - 2)  # of size 1 if A is a convolution
+        tensors[f"{module}.{up}.weight"] = written.up.reshape(*written.up.shape, *kernel)
+        if layout in ("original", "kohya"):
+            tensors[f"{module}.alpha"] = pair.up.new_tensor(pair.alpha)
+    for name, difference in there.differences.items():
+        tensors[f"{start(name)}.{'diff_b' if name.endswith('.bias') else 'diff'}"] = difference
     metadata = {"format": "pt"}
     if plain:
-        if there.differences:
-            raise StditError(
-                f"{path}: the adapter adds a whole tensor to {next(iter(there.differences))}, which diffusers' LoRA "
-                "files cannot hold: write layout 'common'."
-            )
-        prefix, settings = "base_model.model", _peft_settings(modules)
+        settings = _peft_settings({name.removesuffix(".weight"): pair for name, pair in there.pairs.items()})
         if layout == "peft":
             text = json.dumps({"peft_type": "LORA", **settings}, indent=2, sort_keys=True)
             publish_text(path.parent / "adapter_config.json", text + "\n")
         else:
-            prefix, settings = "transformer", {f"transformer.{key}": value for key, value in settings.items()}
+            settings = {f"transformer.{key}": value for key, value in settings.items()}
             metadata["lora_adapter_metadata"] = json.dumps(settings, indent=2, sort_keys=True)
-        for module, pair in modules.items():
-            tensors[f"{prefix}.{module}.lora_A.weight"] = pair.down
-            tensors[f"{prefix}.{module}.lora_B.weight"] = _as_kernel(pair)
-    else:
-        for module, pair in modules.items():
-            start = _start(module, layout)
-            if layout == "common":
-                tensors[f"{start}.lora_A.weight"] = pair.down
-                tensors[f"{start}.lora_B.weight"] = _as_kernel(_unscaled(pair))
-                continue
-            tensors[f"{start}.lora_down.weight"] = pair.down
-            tensors[f"{start}.lora_up.weight"] = _as_kernel(pair)
-            tensors[f"{start}.alpha"] = pair.up.new_tensor(pair.alpha)
-        for name, difference in there.differences.items():
-            ending = "diff_b" if name.endswith(".bias") else "diff"
-            tensors[f"{_start(re.sub(r'[.](weight|bias)$', '', name), layout)}.{ending}"] = difference
-    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with publish(path) as part:
-        write_tensors(part, entries, tensors.__getitem__, metadata)
-
-
-def _start(module: str, layout: str) -> str:
-    return f"lora_unet_{module.replace('.', '_')}" if layout == "kohya" else f"diffusion_model.{module}"
+        write_tensors(part, tensors, tensors.__getitem__, metadata)
 
 
 def _unscaled(pair: Pair) -> Pair:
     """Multiplies alpha / rank into B: exactly if it is a power of two, else rounded in fp32 for any dtype of B."""
     up = pair.up if math.frexp(pair.scale)[0] == 0.5 or pair.up.dtype.itemsize > 2 else pair.up.float()
     return replace(pair, up=up * pair.scale, alpha=float(pair.rank))
-
-
-def _as_kernel(pair: Pair) -> Tensor:
-    """B, with a kernel of size 1 if A is a convolution."""
-    return pair.up.reshape(*pair.up.shape, *(1,) * (pair.down.ndim - 2))
 
 
 def _peft_settings(modules: Mapping[str, Pair]) -> dict[str, Any]:
