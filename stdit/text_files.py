@@ -13,7 +13,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,56 +60,57 @@ def unicode_form(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _encoding(first: bytes, where: str) -> str:
-    for mark, encoding in MARKS.items():
-        if first.startswith(mark):
-            return encoding
-    if len(first) >= 4 and first.count(0) * 3 >= len(first):
+@contextmanager
+def _decoding(first: bytes, where: str) -> Iterator[dict[str, Any]]:
+    """Yields the encoding of a file with these first bytes, as options of `open` and `bytes.decode`."""
+    encoding = next((encoding for mark, encoding in MARKS.items() if first.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and len(first) >= 4 and first.count(0) * 3 >= len(first):
         raise StditError(f"{where} is UTF-16 or UTF-32 without a byte order mark, or not text. Save it as UTF-8.")
-    return "utf-8"
+    try:
+        yield {"encoding": encoding, "errors": "surrogateescape" if encoding.startswith("utf-8") else "strict"}
+    except UnicodeDecodeError as error:
+        raise StditError(f"{where} is not {encoding.upper()} ({error.reason}). Save it as UTF-8.") from error
 
 
 def decode_text(content: bytes, where: str) -> str:
     """Decodes the content of a file. Raises StditError if it contradicts its byte order mark."""
-    encoding = _encoding(content[:1024], where)
-    try:
-        return content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
-    except UnicodeDecodeError as error:
-        raise StditError(f"{where} is not {encoding.upper()} ({error.reason}). Save it as UTF-8.") from error
+    with _decoding(content[:1024], where) as options:
+        return content.decode(**options)
 
 
 def read_text(path: str | Path) -> str:
     """Reads a whole file, such as a config. Raises StditError for a fault in any line, or OSError."""
     text = decode_text(Path(path).read_bytes(), str(path))
-    for number, line in enumerate(split_lines(text), 1):
-        if fault := fault_in(line):
-            raise StditError(f"{path}, line {number} {fault}.")
+    split_lines(text, str(path))
     return text
 
 
 def read_lines(path: str | Path) -> list[str]:
     """Reads the lines of a file. Raises StditError for a fault in any of them, or OSError."""
-    lines = split_lines(read_text(path))
+    lines = split_lines(read_text(path), str(path))
     if len(lines) == 1 and "\r" in lines[0]:
         raise StditError(f"{path}: its lines end in CR alone. Save it with the line ends of Unix or Windows.")
     return lines if lines[-1] else lines[:-1]
 
 
-def split_lines(text: str) -> list[str]:
-    """The lines of a text, without line ends and without byte order marks (of concatenated files)."""
-    return [line.removesuffix("\r").lstrip("\ufeff") for line in text.split("\n")]
+def split_lines(text: str, where: str) -> list[str]:
+    """The lines of a text, without line ends and without byte order marks (of concatenated files).
+
+    Raises StditError for a fault in any of them.
+    """
+    lines = [line.removesuffix("\r").lstrip("\ufeff") for line in text.split("\n")]
+    for number, line in enumerate(lines, 1):
+        if fault := fault_in(line):
+            raise StditError(f"{where}, line {number} {fault}.")
+    return lines
 
 
 def _raw_lines(path: Path, newline: str) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as file:
-        encoding = _encoding(file.read(1024), str(path))
-    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-    with open(path, encoding=encoding, errors=errors, newline=newline) as file:
-        try:
-            for number, line in enumerate(file, 1):
-                yield number, line.lstrip("\ufeff")
-        except UnicodeDecodeError as error:
-            raise StditError(f"{path} is not {encoding.upper()} ({error.reason}). Save it as UTF-8.") from error
+        first = file.read(1024)
+    with _decoding(first, str(path)) as options, open(path, newline=newline, **options) as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.lstrip("\ufeff")
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -154,10 +156,10 @@ def json_rows(path: Path) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:
                 yield Row(number, {}, f"is not JSON: {error}")
                 continue
-            if not isinstance(row, dict):
-                yield Row(number, {}, f"is {shortened(row)}, not an object {{…}}; a JSONL file has one per line")
-            else:
+            if isinstance(row, dict):
                 yield Row(number, row)
+            else:
+                yield Row(number, {}, f"is {shortened(row)}, not an object {{…}}; a JSONL file has one per line")
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -169,9 +171,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def csv_rows(
-    path: Path,
-    enough: Callable[[Sequence[str]], bool],
-    is_row: Callable[[dict[str, str]], bool],
+    path: Path, enough: Callable[[Sequence[str]], bool], is_row: Callable[[dict[str, str]], bool]
 ) -> tuple[list[str], Iterator[Row]]:
     """Reads the column names and the rows of a CSV file. Quoted fields may have any number of lines and any length.
 
@@ -180,8 +180,8 @@ def csv_rows(
         its quotation mark was never closed, and StditError names its line.
     """
     lines = _raw_lines(path, "")
-    delimiter, first, header = _header(path, lines, enough)
-    return header, _csv_rows(path, lines, delimiter, first, header, is_row)
+    delimiter, line, header = _header(path, lines, enough)
+    return header, _csv_rows(path, lines, delimiter, line + 1, header, is_row)
 
 
 def _header(
@@ -208,26 +208,26 @@ def _csv_rows(
     path: Path,
     lines: Iterator[tuple[int, str]],
     delimiter: str,
-    line: int,
+    first: int,
     header: list[str],
     is_row: Callable[[dict[str, str]], bool],
 ) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    options: dict[str, Any] = {"delimiter": delimiter, "skipinitialspace": True}
     held: list[str] = []  # the lines of the current row
 
     def feed() -> Iterator[str]:
-        nonlocal line
-        for number, text in lines:
-            line = number
+        for _, text in lines:
             held.append(text)
-            yield text.replace("\0", _NUL)
+            yield text
 
-    reader = csv.reader(feed(), strict=True, **options)
+    def parsed(texts: Iterable[str], strict: bool = False) -> Any:
+        plain = (text.replace("\0", _NUL) for text in texts)
+        return csv.reader(plain, delimiter=delimiter, skipinitialspace=True, strict=strict)
+
+    reader = parsed(feed(), strict=True)
     while True:
         held.clear()
-        start = line + 1
-        fault = ""
+        start, fault = first + reader.line_num, ""
         try:
             cells = next(reader)
         except StopIteration:
@@ -235,26 +235,21 @@ def _csv_rows(
         except csv.Error as error:
             if len(held) != 1 or "unexpected end" in str(error):
                 raise _open_quote(path, start) from error
-            cells = next(csv.reader(_again(held), **options))
+            cells = next(parsed(held))
             fault = 'has a quotation mark inside a field: quote the whole field, and double the mark, ""'
         if any("\0" in text for text in held):
             cells = [cell.replace(_NUL, "\0") for cell in cells]
         for text in held[1:]:
-            if is_row(dict(zip(header, next(csv.reader(_again([text]), **options), [])))):
+            if is_row(dict(zip(header, next(parsed([text]), [])))):
                 raise _open_quote(path, start)
         if not any(cell.strip() for cell in cells):
             continue  # a spreadsheet's empty rows
         row = dict(zip(header, cells))
-        if any(cell.strip() for cell in cells[len(header) :]) and not fault:
-            fault = f"has more fields than the first line ({len(cells)}, not {len(header)})"
-            fault += f'. A text with "{delimiter}" in it goes into "quotation marks"'
-        elif len(cells) < len(header) and not fault:
-            fault = f"has fewer fields than the first line ({len(cells)}, not {len(header)})"
+        extra = any(cell.strip() for cell in cells[len(header) :])
+        if not fault and (extra or len(cells) < len(header)):
+            fault = f"has {'more' if extra else 'fewer'} fields than the first line ({len(cells)}, not {len(header)})"
+            fault += f'. A text with "{delimiter}" in it goes into "quotation marks"' if extra else ""
         yield Row(start, row, fault)
-
-
-def _again(lines: list[str]) -> list[str]:
-    return [line.replace("\0", _NUL) for line in lines]
 
 
 def _open_quote(path: Path, line: int) -> StditError:

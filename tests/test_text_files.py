@@ -26,7 +26,7 @@ def rows_of(path, text, is_row=lambda _: False):
 @pytest.mark.parametrize("separator", SEPARATORS)
 def test_a_line_ends_at_line_feeds_alone(tmp_path, separator):
     text = f"first{separator}half"
-    assert split_lines(f"{text}\r\nsecond\n") == [text, "second", ""]
+    assert split_lines(f"{text}\r\nsecond\n", "a text") == [text, "second", ""]
     (tmp_path / "p.txt").write_bytes(f"{text}\nsecond\n".encode())
     assert read_lines(tmp_path / "p.txt") == [text, "second"]
     (tmp_path / "t.jsonl").write_bytes((json.dumps({"a": text}, ensure_ascii=False) + "\n").encode())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,6 @@ from stdit.text_files import Row, csv_rows, decode_text, fault_in, json_rows, sh
 # The first of these columns that has a value is used. Case and surrounding spaces are ignored.
 CAPTION_NAMES = ("captions", "caption", "text", "texts", "prompt", "prompts")
 FILE_NAMES = ("file", "path", "file_name", "filename", "video")
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 _NAME_THEM = "--file-column and --caption-column name the columns of the file and its caption."
 
@@ -34,16 +34,11 @@ class Caption:
 
 @dataclass
 class Captions:
-    """The captions of a folder.
-
-    texts: by file, relative to the folder.
-    faults: files whose captions cannot be used.
-    rows: (place, fault) of table rows that name no file.
-    """
+    """The captions of a folder's files, by name relative to the folder."""
 
     texts: dict[str, list[Caption]] = field(default_factory=dict)
-    faults: dict[str, Fault] = field(default_factory=dict)
-    rows: list[tuple[str, str]] = field(default_factory=list)
+    faults: dict[str, Fault] = field(default_factory=dict)  # of files whose captions cannot be used
+    rows: list[tuple[str, str]] = field(default_factory=list)  # (place, fault) of table rows that name no file
 
 
 class Names:
@@ -59,28 +54,22 @@ class Names:
         """The matching names; several if they differ only in Unicode form. A tar member matches if its tar does."""
         if name in self.all:
             return [name]
+        tar_ends = [found.end() - 1 for found in re.finditer("[.]tar/", name)]
         if name.isascii():
-            return [name] if any(name[: i + 4] in self.all for i in _tar_ends(name)) else []
+            return [name] if any(name[:end] in self.all for end in tar_ends) else []
         if found := self.by_form.get(unicode_form(name)):
             return found
-        return [tar + name[i + 4 :] for i in _tar_ends(name) for tar in self.find(name[: i + 4])]
+        return [tar + name[end:] for end in tar_ends for tar in self.find(name[:end])]
 
 
-def _tar_ends(name: str) -> Iterator[int]:
-    at = name.find(".tar/")
-    while at >= 0:
-        yield at
-        at = name.find(".tar/", at + 1)
-
-
-def captions_of(row: dict[str, Any], column: str | None = None) -> list[Caption]:
+def captions_of(row: dict[str, Any], column: str | None = None, is_csv: bool = False) -> list[Caption]:
     """The captions in the first of CAPTION_NAMES (or in `column`) that has any: a text, {text, weight}, or a list of
-    these. A plain text has the row's weight.
+    these. A plain text has the row's weight. is_csv: a list is written as JSON.
 
     Raises StditError for anything else; its message is a predicate, to follow the row's place.
     """
     for name in columns_in(row, (column,) if column else CAPTION_NAMES):
-        value = row[name]
+        value = _csv_cell(row[name]) if is_csv else row[name]
         found = []
         for caption in value if isinstance(value, list) else [value]:
             weight = next((row[key] for key in columns_in(row, ("weight",))), None)
@@ -126,8 +115,8 @@ def _columns_in(row: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
     return [name for name in found if name is not None]
 
 
-def caption_cell(text: str) -> Any:
-    """Parses a CSV field: a JSON list of captions, or a text. Raises StditError for a list that is not JSON."""
+def _csv_cell(text: str) -> Any:
+    """A JSON list of captions, or a text."""
     if text.lstrip().startswith(('["', "[{")):
         try:
             return json.loads(text)
@@ -136,45 +125,30 @@ def caption_cell(text: str) -> Any:
     return text
 
 
-def sidecar_captions(content: bytes, name: str, column: str | None = None) -> tuple[list[Caption], Fault | None]:
-    """The captions in a file beside a clip, or why it has none.
+def sidecar_captions(content: bytes, name: str, column: str | None = None) -> tuple[list[Caption], str]:
+    """The captions in a file beside a clip, and why there are none, if so. Raises StditError if they cannot be used.
 
     `.txt`: one caption per line. `.json`: an object as in `captions_of`, a list, or a text.
     """
+    text = decode_text(content, name)
+    if name.lower().endswith(".txt"):
+        return [Caption(line.strip()) for line in split_lines(text, name) if line.strip()], f"{name} is empty."
     try:
-        text = decode_text(content, name)
-        if name.lower().endswith(".txt"):
-            return _text_captions(text, name)
-        try:
-            row = json.loads(text.lstrip("\ufeff"))
-        except (ValueError, RecursionError) as error:
-            raise StditError(f"{name} is not JSON ({fault_in(text) or error}).") from error
-        if isinstance(row, str | list):
-            row = {column or "caption": row}
-        if not isinstance(row, dict):
-            return [], ("no_caption", f"{name} is {shortened(row)}, which is not a caption.")
-        try:
-            captions = captions_of(row, column)
-        except StditError as error:
-            raise StditError(f"{name} {error}.") from error
+        row = json.loads(text.lstrip("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise StditError(f"{name} is not JSON ({fault_in(text) or error}).") from error
+    if isinstance(row, str | list):
+        row = {column or "caption": row}
+    if not isinstance(row, dict):
+        return [], f"{name} is {shortened(row)}, which is not a caption."
+    try:
+        captions = captions_of(row, column)
     except StditError as error:
-        return [], ("bad_caption", str(error))
-    if captions:
-        return captions, None
+        raise StditError(f"{name} {error}.") from error
     if there := columns_in(row, (column,) if column else CAPTION_NAMES):
-        return [], ("no_caption", f"{name} has nothing in {' and '.join(there)}.")
+        return captions, f"{name} has nothing in {' and '.join(there)}."
     asked = column or ", ".join(CAPTION_NAMES)
-    message = f"{name} has no caption: its keys are {_listed(row)}, not {asked}. --caption-column names another."
-    return [], ("no_caption", message)
-
-
-def _text_captions(text: str, name: str) -> tuple[list[Caption], Fault | None]:
-    lines = split_lines(text)
-    for number, line in enumerate(lines, 1):
-        if fault := fault_in(line):
-            return [], ("bad_caption", f"{name}, line {number} {fault}.")
-    captions = [Caption(line.strip()) for line in lines if line.strip()]
-    return captions, None if captions else ("no_caption", f"{name} is empty.")
+    return [], f"{name} has no caption: its keys are {_listed(row)}, not {asked}. --caption-column names another."
 
 
 def _listed(row: Iterable[str]) -> str:
@@ -196,20 +170,17 @@ def read_captions(
     """
     if not path.is_file():
         raise StditError(f"{path}: no such captions file.")
-    reader = _Table(path, folder, names, file_column, caption_column)
+    table = _Table(path, folder, names, file_column, caption_column)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        header, rows = csv_rows(path, reader.enough, reader.is_row)
-        reader.check(header, "the first line")
-        reader.cells = True
-    elif suffix == ".jsonl":
-        rows = json_rows(path)
-    elif suffix == ".parquet":
-        reader.unit = "row"
-        rows = reader.parquet()
-    else:
-        raise StditError(f"{path}: captions must be a .csv, .jsonl, .tsv or .parquet file, or files beside the videos.")
-    return reader.read(rows)
+        header, rows = csv_rows(path, table.enough, table.is_row)
+        table.check(header, "the first line")
+        return table.read(rows, is_csv=True)
+    if suffix == ".jsonl":
+        return table.read(json_rows(path))
+    if suffix == ".parquet":
+        return table.read(table.parquet(), unit="row")
+    raise StditError(f"{path}: captions must be a .csv, .jsonl, .tsv or .parquet file, or files beside the videos.")
 
 
 class _Table:
@@ -218,18 +189,16 @@ class _Table:
         self.file_names = (file_column,) if file_column else FILE_NAMES
         self.caption_names = (caption_column,) if caption_column else CAPTION_NAMES
         self.caption_column = caption_column
-        self.cells, self.unit = False, "line"
-        self.beside = None if is_remote(folder) or os.path.samefile(path.parent, folder) else path.parent
+        inside = is_remote(folder) or os.path.samefile(path.parent, folder)
+        self.bases = [folder] if inside else [folder, str(path.parent)]  # what a row's file may be relative to
 
-    def enough(self, columns: Sequence[str]) -> bool:
+    def enough(self, columns: Collection[str]) -> bool:
         return bool(columns_in(columns, self.file_names) and columns_in(columns, self.caption_names))
 
-    def check(self, columns: Sequence[str], where: str) -> None:
+    def check(self, columns: Collection[str], where: str) -> None:
         if not self.enough(columns):
-            wanted = f"{self.file_names[0]} and {self.caption_column or 'caption'}"
-            raise StditError(
-                f"{self.path}: {where} must name the columns {wanted}, it has {_listed(columns)}. {_NAME_THEM}"
-            )
+            wanted = f"{self.file_names[0]} and {self.caption_column or 'caption'}, it has {_listed(columns)}"
+            raise StditError(f"{self.path}: {where} must name the columns {wanted}. {_NAME_THEM}")
         used = {*self.file_names, *self.caption_names, "weight"}
         counts = Counter(column.strip().lower() for column in columns)
         if twice := [name for name in used if counts[name.strip().lower()] > 1]:
@@ -244,39 +213,36 @@ class _Table:
                 columns = file.schema_arrow.names
                 self.check(columns, "the schema")
                 wanted = columns_in(columns, (*self.file_names, *self.caption_names, "weight"))
-                number = 0
-                for batch in file.iter_batches(4096, columns=wanted):
-                    for values in batch.to_pylist():
-                        yield Row(number, values)
-                        number += 1
+                batches = file.iter_batches(4096, columns=wanted)
+                for number, values in enumerate(row for batch in batches for row in batch.to_pylist()):
+                    yield Row(number, values)
         except (pa.ArrowException, OSError) as error:
             raise StditError(f"{self.path} cannot be read as Parquet: {error}") from error
 
     def is_row(self, values: dict[str, str]) -> bool:
         """Whether a line inside a quoted field is itself a row that names a file in the folder."""
         columns = columns_in(values, self.file_names)
-        if not columns or not self.enough(list(values)):
+        if not columns or not self.enough(values):
             return False
         return any(self.names.find(place) for place in self._places(values[columns[0]]))
 
-    def read(self, rows: Iterable[Row]) -> Captions:
+    def read(self, rows: Iterable[Row], unit: str = "line", is_csv: bool = False) -> Captions:
         found, enough = Captions(), False
-        first: tuple[str, list[str]] | None = None  # the first row's place and columns
+        first: Row | None = None
         for row in rows:
-            where = f"{self.path}, {self.unit} {row.line}"
-            first = first or (where, list(row.values))
-            enough = enough or self.enough(list(row.values))
+            where = f"{self.path}, {unit} {row.line}"
+            first = first or row
+            enough = enough or self.enough(row.values)
             name = next((row.values[key] for key in columns_in(row.values, self.file_names)), None)
-            fault = row.fault or ("" if isinstance(name, str) and name.strip() else "names no file")
             if not isinstance(name, str) or not name.strip():
-                found.rows.append((where, fault))
+                found.rows.append((where, row.fault or "names no file"))
                 continue
             if wrong := fault_in(name):
                 found.rows.append((where, f"names a file that {wrong}"))
                 continue
-            captions = []
+            fault, captions = row.fault, []
             try:
-                captions = [] if fault else captions_of(self._decoded(row.values), self.caption_column)
+                captions = [] if fault else captions_of(row.values, self.caption_column, is_csv)
             except StditError as error:
                 fault = str(error)
             files = self._files(name)
@@ -290,22 +256,14 @@ class _Table:
         if first and not found.texts:  # no row can be used, or all name files elsewhere
             faults = [message for _, message in found.faults.values()] + [f"{at} {what}." for at, what in found.rows]
             if faults:
-                more = "" if enough else f" Its columns are {_listed(first[1])}. {_NAME_THEM}"
+                more = "" if enough else f" Its columns are {_listed(first.values)}. {_NAME_THEM}"
                 raise StditError(faults[0] + more)
         if first and found.texts and not enough:
-            self.check(first[1], first[0].rpartition(", ")[2])
+            self.check(first.values, f"{unit} {first.line}")
         return found
 
-    def _decoded(self, values: dict[str, Any]) -> dict[str, Any]:
-        if not self.cells:
-            return values
-        for column in columns_in(values, self.caption_names):
-            values[column] = caption_cell(values[column])
-        return values
-
     def _files(self, name: str) -> list[str]:
-        """The file that a row names, relative to the folder; several if they differ only in Unicode form; none if it
-        is elsewhere."""
+        """The file that a row names; several if they differ only in Unicode form; none if it is elsewhere."""
         if name in self.names.all:
             return [name]
         places = list(dict.fromkeys(self._places(name)))
@@ -319,13 +277,7 @@ class _Table:
     def _places(self, name: str) -> list[str]:
         if is_remote(self.folder):
             return [posixpath.normpath(path.removeprefix(self.folder + "/")) for path in (name, name.strip())]
-        places = []
-        for path in (name, name.strip()):
-            path = path if os.sep == "\\" else path.replace("\\", "/")
-            if os.path.isabs(path):
-                places.append(os.path.relpath(path, self.folder))
-            else:
-                places.append(os.path.normpath(path))
-                if self.beside:
-                    places.append(os.path.relpath(self.beside / path, self.folder))
-        return [place.replace(os.sep, "/") for place in places]
+        if os.sep == "/":
+            name = name.replace("\\", "/")
+        paths = [os.path.join(base, path) for path in (name, name.strip()) for base in self.bases]
+        return [os.path.relpath(path, self.folder).replace(os.sep, "/") for path in paths]

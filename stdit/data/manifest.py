@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stdit.data.captions import CAPTION_NAMES, Caption, caption_cell, captions_of, columns_in
+from stdit.data.captions import CAPTION_NAMES, Caption, captions_of, columns_in
 from stdit.data.remote.paths import beside, is_remote, join
 from stdit.data.remote.storage import STORAGE
 from stdit.errors import StditError, error_context, nearest_name
@@ -326,10 +326,7 @@ def _table(path: Path, is_csv: bool) -> pa.Table:
         if row.fault:
             raise StditError(f"{where} {row.fault}.")
         try:
-            values = dict(row.values)
-            for name in columns_in(values, CAPTION_NAMES) if is_csv else ():
-                values[name] = caption_cell(values[name])
-            captions = captions_of(values)
+            captions = captions_of(row.values, is_csv=is_csv)
         except StditError as error:
             left_out.append(f"{where} {error}.")
             continue

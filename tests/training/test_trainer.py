@@ -400,7 +400,7 @@ def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
     from stdit.data.load.cache import Cache
     from stdit.data.manifest import read_manifest
     from stdit.data.plan.buckets import assign
-    from stdit.data.remote.retries import StorageError
+    from stdit.data.remote.failures import StorageError
     from stdit.prepare.encode import encode_manifest, text_identity, vae_identity
     from stdit.text.encoders import TextEncoder
     from stdit.text.loading import load_text_encoder

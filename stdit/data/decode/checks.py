@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import av
 
@@ -20,19 +19,13 @@ from stdit.files import sha256_of
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one read.
+    """Limits of one read."""
 
-    bytes: of a local file.
-    pixels: of one frame.
-    frames, packets: decoded.
-    seconds: CPU time of the reading thread, checked between packets.
-    """
-
-    bytes: int = 1 << 40
-    pixels: int = 8192 * 8192
-    frames: int = 100_000
-    packets: int = 2_000_000
-    seconds: float = 60.0
+    bytes: int = 1 << 40  # of a local file
+    pixels: int = 8192 * 8192  # of one frame
+    frames: int = 100_000  # decoded
+    packets: int = 2_000_000  # decoded
+    seconds: float = 60.0  # CPU time of the reading thread, checked between packets
 
 
 LIMITS = Limits()
@@ -51,9 +44,6 @@ class VideoError(StditError):
         super().__init__(f"{path}: {message}")
         self.path, self.reason, self.message = path, reason, message
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.reason, self.message)
-
 
 def error_text(error: BaseException) -> str:
     """The message without error number and file name."""
@@ -69,9 +59,13 @@ _STORAGE_ERRORS = {getattr(errno, name) for name in _STORAGE_NAMES.split() if ha
 
 
 @contextmanager
-def as_video_errors(path: str) -> Iterator[None]:
-    """Turns any exception of a decoder into a VideoError: one bad clip must not end a run."""
+def reading(path: str, limits: Limits = LIMITS) -> Iterator[None]:
+    """Raises VideoError unless the file can be read, and turns any exception of a decoder into a VideoError.
+
+    One bad clip must not end a run.
+    """
     try:
+        _check_file(path, limits)
         yield
     except Exception as error:
         if (failed := _storage_error(path, error)) is not None:
@@ -95,28 +89,27 @@ def _storage_error(path: str, error: BaseException | None) -> OSError | None:
 def _read_error(path: str) -> OSError | None:
     """The error of reading the whole file, if any: FFmpeg also reports "Input/output error" for damaged files."""
     try:
-        with open_bytes(path) as file:
-            while file.read(1 << 20):
-                pass
+        file_sha256(path)
     except OSError as error:
         return error
     return None
 
 
-def check_file(path: str, limits: Limits = LIMITS) -> None:
+def _check_file(path: str, limits: Limits) -> None:
     """Raises VideoError unless the file is a readable, non-empty regular file within the size limit."""
     member, file = split_member(path), file_of(path)
     try:
         status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block
-            raise VideoError(path, "unreadable", "is not a regular file.")
-        size = status.st_size
-        with open(file, "rb"):
-            pass
+        is_regular, size = stat.S_ISREG(status.st_mode), status.st_size
+        if is_regular:  # opening a pipe would block
+            with open(file, "rb"):
+                pass
     except FileNotFoundError as error:
         raise VideoError(path, "missing", "no such file.") from error
     except (OSError, ValueError) as error:
         raise VideoError(path, "unreadable", f"cannot be opened ({error_text(error)}).") from error
+    if not is_regular:
+        raise VideoError(path, "unreadable", "is not a regular file.")
     if member is not None:
         if member.offset + member.size > size:
             raise VideoError(path, "damaged", f"extends beyond the end of its tar ({size} bytes). Scan again.")
@@ -127,20 +120,37 @@ def check_file(path: str, limits: Limits = LIMITS) -> None:
         raise VideoError(path, "too_large", f"has {size} bytes; the limit is {limits.bytes} bytes.")
 
 
+@contextmanager
+def unchanged(path: str, sha256: str | None) -> Iterator[None]:
+    """Raises VideoError "changed" unless the file has this sha256 (None: any), or if it is modified meanwhile."""
+    if sha256 is None:
+        yield
+        return
+    before = _version(path)
+    check_content(path, sha256)
+    yield
+    if _version(path) != before:
+        raise VideoError(path, "changed", f"{CHANGED}: it was modified while it was being read. Scan again.")
+
+
 def check_content(path: str, sha256: str) -> None:
     """Raises VideoError "changed" unless the file has this sha256 (hex).
 
     A file is hashed once, and again if its size or time changes.
     """
-    status = os.stat(file_of(path))
-    found = _cached_sha256(path, status.st_size, status.st_mtime_ns)
+    found = _cached_sha256(path, _version(path))
     if found != sha256:
         message = f"{CHANGED} (sha256 {found}, the manifest has {sha256}). Scan again: stdit data scan."
         raise VideoError(path, "changed", message)
 
 
+def _version(path: str) -> tuple[int, int, int]:
+    status = os.stat(file_of(path))
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 @lru_cache(maxsize=1 << 16)
-def _cached_sha256(path: str, size: int, time: int) -> str:
+def _cached_sha256(path: str, version: tuple[int, int, int]) -> str:
     return file_sha256(path)
 
 

@@ -16,14 +16,11 @@ def _suffixes(text: str) -> frozenset[str]:
 
 _RAW_SUFFIXES = _suffixes(".dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw")
 _UNREAD_SUFFIXES = _suffixes(".pfm .exr .hdr .psd .psb .ico .cur .svg .dds .xcf")  # listed so that a scan names them
-IMAGE_SUFFIXES = (
-    _suffixes(
-        ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .avif .avifs .heic .heif .hif .heics .heifs .jp2 "
-        ".j2k .j2c .jpc .jpf .jpx .jxl .pbm .pgm .ppm .pnm .tga .qoi"
-    )
-    | _UNREAD_SUFFIXES
-    | _RAW_SUFFIXES
+_READ_SUFFIXES = _suffixes(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .tif .tiff .avif .avifs .heic .heif .hif .heics .heifs .jp2 "
+    ".j2k .j2c .jpc .jpf .jpx .jxl .pbm .pgm .ppm .pnm .tga .qoi"
 )
+IMAGE_SUFFIXES = _READ_SUFFIXES | _UNREAD_SUFFIXES | _RAW_SUFFIXES
 VIDEO_SUFFIXES = _suffixes(
     ".mp4 .m4v .mov .qt .mkv .webm .avi .3gp .3g2 .mpg .mpeg .mpe .m1v .m2v .mp4v .ts .m2ts .m2t .mts .vob .ogv .ogm "
     ".flv .f4v .wmv .asf .gif .mxf .mj2 .divx .y4m .ivf .h264 .264 .h265 .265 .hevc .nut .rm .rmvb .dv"
@@ -36,21 +33,12 @@ OTHER_SUFFIXES = _suffixes(
     ".wav .mp3 .m4a .aac .flac .opus .sqlite .db .lock .part"
 )
 
-# Read by Pillow: still and animated pictures. FFmpeg reads the rest, except for NOT_READ.
+# Still and animated pictures, and Pillow's names for them. FFmpeg reads the rest, except for NOT_READ.
 STILL = {
-    "png": "PNG",
-    "jpeg": "JPEG",
-    "webp": "WEBP",
-    "avif": "AVIF",
-    "heif": "HEIF",
-    "jxl": "JXL",
-    "jpeg2000": "JPEG2000",
-    "tiff": "TIFF",
-    "bmp": "BMP",
-    "netpbm": "PPM",
-    "tga": "TGA",
-    "qoi": "QOI",
+    name: name.upper()
+    for name in ["png", "jpeg", "webp", "avif", "heif", "jxl", "jpeg2000", "tiff", "bmp", "tga", "qoi"]
 }
+STILL["netpbm"] = "PPM"
 MOVING = {"animated webp": "WEBP", "animated avif": "AVIF"}
 NOT_READ = {
     "heif sequence": "a HEIF image sequence",
@@ -64,55 +52,41 @@ NOT_READ = {
     "dds": "a DirectDraw texture",
     "xcf": "a GIMP file",
 }
-_NOT_READ_SUFFIXES = dict.fromkeys(_RAW_SUFFIXES, "raw") | {
-    ".svg": "svg",
-    ".dds": "dds",
-    ".xcf": "xcf",
-    ".pfm": "pfm",
-}
+_NOT_READ_SUFFIXES = dict.fromkeys(_RAW_SUFFIXES, "raw") | {f".{name}": name for name in ("svg", "dds", "xcf", "pfm")}
 
-_BEGINNINGS = (
-    (b"\x89PNG\r\n\x1a\n", "png"),
-    (b"\xff\xd8\xff", "jpeg"),
-    (b"II*\0", "tiff"),
-    (b"MM\0*", "tiff"),
-    (b"II+\0", "tiff"),
-    (b"MM\0+", "tiff"),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", "jpeg2000"),
-    (b"\xff\x4f\xff\x51", "jpeg2000"),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", "jxl"),
-    (b"\xff\x0a", "jxl"),
-    (b"qoif", "qoi"),
-    (b"\x76\x2f\x31\x01", "exr"),
-    (b"#?RADIANCE", "hdr"),
-    (b"#?RGBE", "hdr"),
-    (b"8BPS", "psd"),
-    (b"DDS ", "dds"),
-    (b"gimp xcf", "xcf"),
-    (b"FUJIFILMCCD-RAW", "raw"),
-    (b"\0\0\1\0", "icon"),
-    (b"GIF87a", "video"),
-    (b"GIF89a", "video"),
-    (b"\x1aE\xdf\xa3", "video"),  # Matroska, WebM
-    (b"FLV\1", "video"),
-    (b"OggS", "video"),
-    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "video"),  # ASF
-    (b"\0\0\1\xba", "video"),  # MPEG program stream
-    (b"\0\0\1\xb3", "video"),  # MPEG video
-    (b"DKIF", "video"),
-    (b"YUV4MPEG2", "video"),
-    (b"\x06\x0e\x2b\x34\x02\x05\x01\x01", "video"),  # MXF
-    (b".RMF", "video"),
-)
+_BEGINNINGS = {
+    "png": (b"\x89PNG\r\n\x1a\n",),
+    "jpeg": (b"\xff\xd8\xff",),
+    "tiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "jpeg2000": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+    "jxl": (b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a"),
+    "qoi": (b"qoif",),
+    "exr": (b"\x76\x2f\x31\x01",),
+    "hdr": (b"#?RADIANCE", b"#?RGBE"),
+    "psd": (b"8BPS",),
+    "dds": (b"DDS ",),
+    "xcf": (b"gimp xcf",),
+    "raw": (b"FUJIFILMCCD-RAW",),
+    "icon": (b"\0\0\1\0",),
+    "video": (
+        b"GIF87a", b"GIF89a", b"FLV\1", b"OggS", b"DKIF", b"YUV4MPEG2", b".RMF",
+        b"\x1aE\xdf\xa3",  # Matroska, WebM
+        b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF
+        b"\0\0\1\xba",  # MPEG program stream
+        b"\0\0\1\xb3",  # MPEG video
+        b"\x06\x0e\x2b\x34\x02\x05\x01\x01",  # MXF
+    ),
+}  # fmt: skip
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _SOUND = {b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B "}
 _BOXES = {b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # possible first boxes of a QuickTime file
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # sizes of a bitmap's second header
 
 
 def content_of(head: bytes) -> str | None:
-    """The format of a file with these first `HEAD` bytes: a key of the tables above, "video", or None if unknown."""
-    for beginning, name in _BEGINNINGS:
-        if head.startswith(beginning):
+    """The format of a file with these first `HEAD` bytes: "video" or a key of STILL, MOVING or NOT_READ, if known."""
+    for name, beginnings in _BEGINNINGS.items():
+        if head.startswith(beginnings):
             return "raw" if name == "tiff" and head[8:10] == b"CR" else name
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "animated webp" if head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2 else "webp"
@@ -122,7 +96,7 @@ def content_of(head: bytes) -> str | None:
         return _of_brands(head)
     if head[4:8] in _BOXES:
         return "video"
-    if head[:2] == b"BM" and head[6:10] == bytes(4) and head[14:18] in _BMP_HEADERS:
+    if head[:2] == b"BM" and head[6:10] == bytes(4) and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
         return "bmp"
     if re.match(rb"P[1-6]\s", head):
         return "netpbm"
@@ -131,9 +105,6 @@ def content_of(head: bytes) -> str | None:
     if any(len(head) > at + 192 and head[at] == head[at + step] == 0x47 for at, step in ((0, 188), (4, 192))):
         return "video"  # MPEG transport stream
     return None
-
-
-_BMP_HEADERS = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 108, 124)}
 
 
 def _of_brands(head: bytes) -> str | None:

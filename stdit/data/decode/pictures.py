@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import av
 import numpy as np
+import PIL
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from stdit.data.decode import hdr
 from stdit.data.decode.checks import Limits, VideoError, error_text
@@ -20,24 +21,20 @@ from stdit.data.decode.source import Source
 from stdit.data.remote.paths import open_bytes
 from stdit.errors import StditError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 # Pillow plugins, from `stdit[pictures]`
 _PLUGINS = {"heif": ("HEIC or HEIF", "pillow_heif"), "jxl": ("JPEG XL", "pillow_jxl")}
 _ORIENTATION, _SUBFILE, _BITS, _PHOTOMETRIC, _DNG = 0x0112, 254, 258, 262, 50706  # tags of TIFF and EXIF
 _REDUCED, _MASK = 1, 4  # bits of _SUBFILE: the page is a smaller copy, or a mask, of another
 _PAGES = 100  # of a TIFF that are checked
+# how to transpose a picture, by EXIF's orientation
+_TURNS = {exif: Image.Transpose(turn) for exif, turn in {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.items()}
 _TOO_SHORT, _DEFAULT_DURATION = 10, 100  # ms: browsers show a frame of at most the first for the second
 
 
 def content_of_path(path: str) -> str | None:
     """As `formats.content_of_file`. Raises VideoError for formats that are not read."""
-    try:
-        with open_bytes(path) as file:
-            content = content_of_file(file, path)
-    except OSError as error:
-        raise VideoError(path, "unreadable", f"cannot be read ({error_text(error)}).") from error
+    with open_bytes(path) as file:
+        content = content_of_file(file, path)
     if content in NOT_READ:
         message = f"is {NOT_READ[content]}, which is not supported: save it as PNG, JPEG, TIFF or WebP."
         raise VideoError(path, "unsupported", message)
@@ -47,40 +44,32 @@ def content_of_path(path: str) -> str | None:
 
 
 @contextmanager
-def open_picture(path: str, content: str, limits: Limits) -> Iterator[Image]:
-    """Opens a picture. Any error of Pillow, also while the context is open, becomes a VideoError."""
-    import PIL.Image
-    from PIL import UnidentifiedImageError
-
+def open_picture(path: str, content: str, limits: Limits) -> Iterator[Image.Image]:
+    """Opens a picture. Any error of Pillow, while the context is open too, becomes a VideoError."""
     name = {**STILL, **MOVING}[content]
     _prepare_plugin(path, content)
     try:
         # only the detected format: some of Pillow's formats start programs
-        with open_bytes(path) as file, PIL.Image.open(file, formats=[name]) as image:
+        with open_bytes(path) as file, Image.open(file, formats=[name]) as image:
             if image.width * image.height > limits.pixels:
-                raise VideoError(
-                    path, "too_large", f"is {image.width}x{image.height}; the limit is {limits.pixels} pixels."
-                )
+                message = f"is {image.width}x{image.height}; the limit is {limits.pixels} pixels."
+                raise VideoError(path, "too_large", message)
             yield image
-    except StditError:
+    except (StditError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         message = f"is damaged {name}, or a kind of it that Pillow {PIL.__version__} does not read."
         raise VideoError(path, "not_media", message) from error
-    except MemoryError:
-        raise
     except Exception as error:  # a dozen libraries, each with its own
         raise VideoError(path, "damaged", f"cannot be decoded ({error_text(error)}).") from error
 
 
 def _prepare_plugin(path: str, content: str) -> None:
     if "avif" in content:
-        try:
+        with suppress(ImportError):
             from PIL import AvifImagePlugin
 
             AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one per core exceeds a worker's address space
-        except ImportError:
-            pass
     if content in _PLUGINS:
         name, module = _PLUGINS[content]
         try:
@@ -103,15 +92,15 @@ def decode_image(path: str, content: str, limits: Limits) -> np.ndarray:
         return rgb
 
 
-def displayed_rgb(path: str, image: Image) -> np.ndarray:
+def displayed_rgb(path: str, image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of an opened picture's current frame: upright, on white, in sRGB.
 
     16-bit integers are scaled by their range. 32-bit integers and floats are refused: their white level is unknown.
     """
-    from PIL import Image as Images
-
     image.load()
-    orientation = _orientation(image)
+    turn = None
+    with suppress(Exception):  # damaged EXIF must not cost the picture
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     icc = image.info.get("icc_profile")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         image = _from_16_bits(image)
@@ -119,36 +108,19 @@ def displayed_rgb(path: str, image: Image) -> np.ndarray:
         kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
         message = f"is a picture of {kind}, whose white level is unknown: save it with 8 or 16 bits."
         raise VideoError(path, "unsupported", message)
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-    alpha = None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    elif image.mode in ("P", "PA"):
-        image = image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+    if not image.has_transparency_data:
+        return np.array(_in_srgb(image, icc))
+    image = image.convert("RGBA")
     rgb = _in_srgb(image, icc)
-    if alpha is not None:
-        rgb.putalpha(alpha)
-        rgb = Images.alpha_composite(Images.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
-    return np.array(rgb)
+    rgb.putalpha(image.getchannel("A"))
+    white = Image.new("RGBA", rgb.size, "white")
+    return np.array(Image.alpha_composite(white, rgb).convert("RGB"))
 
 
-# EXIF's orientations as members of PIL.Image.Transpose
-_TURNS: dict[int, Any] = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
-
-
-def _orientation(image: Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF must not cost the picture
-        return 1
-
-
-def _from_16_bits(image: Image) -> Image:
-    """8-bit grey, scaled by the bit depth that the file declares. In TIFF, 0 may be white."""
-    from PIL import Image as Images
-
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Grey of 8 bits, scaled by the depth that the file declares. In TIFF, 0 may be white."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS, (16,))[0] if image.format == "TIFF" else 16
     most = (1 << bits) - 1 if 8 < bits <= 16 else 0xFFFF
@@ -159,31 +131,28 @@ def _from_16_bits(image: Image) -> Image:
         grey = 255 - grey
     if isinstance(transparent, int):
         grey[values == transparent] = 255  # on white
-    return Images.fromarray(grey)
+    return Image.fromarray(grey)
 
 
-def _in_srgb(image: Image, icc: bytes | None) -> Image:
+def _in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
     """Converts to sRGB by the picture's own colour profile, if it has a usable one."""
-    from PIL import ImageCms
-
-    if image.mode not in ("L", "LA", "CMYK", "LAB"):
+    if image.mode not in ("L", "CMYK", "LAB"):
         image = image.convert("RGB")
-    if image.mode == "LA":
-        image = image.convert("L")
-    space = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}[image.mode]
+    lab = image.mode == "LAB"
+    space = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}.get(image.mode)
     try:
-        if image.mode == "LAB":
+        if lab:
             profile: Any = ImageCms.createProfile("LAB")
         else:
             profile = ImageCms.ImageCmsProfile(BytesIO(icc)).profile if icc else None
-        if image.mode == "LAB" or (profile and profile.xcolor_space.strip() == space and not _is_srgb(profile)):
-            intent = ImageCms.Intent.PERCEPTUAL if image.mode == "LAB" else profile.rendering_intent
+        if lab or (profile and profile.xcolor_space.strip() == space and not _is_srgb(profile)):
+            intent = ImageCms.Intent.PERCEPTUAL if lab else profile.rendering_intent
             source = ImageCms.ImageCmsProfile(profile)
             shown = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), intent, "RGB")
             assert shown is not None
             return shown
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        if image.mode == "LAB":
+        if lab:
             raise
     return image.convert("RGB")
 
@@ -192,7 +161,7 @@ def _is_srgb(profile: Any) -> bool:
     return str(profile.profile_description or "").startswith(("sRGB IEC61966", "sRGB built-in"))
 
 
-def _seek_only_page(path: str, image: Image) -> None:
+def _seek_only_page(path: str, image: Image.Image) -> None:
     """Seeks to a TIFF's only page, not counting smaller copies and masks. Raises VideoError if there are several."""
     if _DNG in image.tag_v2:  # type: ignore[attr-defined]
         message = f"is {NOT_READ['raw']}, which is not supported: save it as PNG, JPEG or TIFF."
@@ -212,17 +181,16 @@ def _transfer(path: str, content: str) -> int | None:
     """The transfer characteristics (ITU-T H.273) declared by an AVIF, HEIF or PNG."""
     with open_bytes(path) as file:
         if content in ("avif", "heif"):
-            head = file.read(1 << 16)
-            at = head.find(b"colrnclx")
-            return int.from_bytes(head[at + 10 : at + 12], "big") if at >= 0 else None
-        found = png_chunk(file, b"cICP") if content == "png" else None
-        return found[1] if found and len(found) > 1 else None
+            _, _, found = file.read(1 << 16).partition(b"colrnclx")
+            return int.from_bytes(found[2:4], "big") if found else None
+        found = (content == "png" and png_chunk(file, b"cICP")) or b""
+        return found[1] if len(found) > 1 else None
 
 
 class PictureSource(Source):
     """An animated picture (WebP, AVIF), composed by Pillow, with the frame times that browsers use."""
 
-    def __init__(self, path: str, content: str, image: Image, limits: Limits) -> None:
+    def __init__(self, path: str, content: str, image: Image.Image, limits: Limits) -> None:
         super().__init__(path, limits, content.split()[-1], None)
         self.image = image
 
@@ -230,8 +198,7 @@ class PictureSource(Source):
         time = 0
         for number in range(getattr(self.image, "n_frames", 1)):
             self.check_time()
-            if number >= self.limits.frames:
-                raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
+            self.check_count(number + 1)
             try:
                 self.image.seek(number)
                 rgb = displayed_rgb(self.path, self.image)
@@ -246,6 +213,3 @@ class PictureSource(Source):
             frame.pts, frame.time_base, frame.duration = time, Fraction(1, 1000), duration
             yield time / 1000, frame
             time += duration
-
-    def probe(self, verify_pixels: int):  # type: ignore[no-untyped-def]
-        return super().probe(sys.maxsize)  # durations are known only after decoding

@@ -11,6 +11,7 @@ import av.filter
 import numpy as np
 from av.video.format import VideoFormat
 from av.video.reformatter import Colorspace, VideoReformatter
+from PIL import Image
 
 from stdit.data.decode import hdr
 
@@ -129,7 +130,8 @@ def deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
             yield frame
             continue
         if graph is None or kind != (frame.width, frame.height, frame.format.name):
-            yield from _drained(graph)
+            if graph is not None:
+                yield from _filtered(graph, None)
             kind = (frame.width, frame.height, frame.format.name)
             graph = av.filter.Graph()
             source = graph.add_buffer(
@@ -137,18 +139,14 @@ def deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
             )
             graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
             graph.configure()
-        graph.vpush(frame)
-        yield from _finished(graph)
-    yield from _drained(graph)
-
-
-def _drained(graph: av.filter.Graph | None) -> Iterator[av.VideoFrame]:
+        yield from _filtered(graph, frame)
     if graph is not None:
-        graph.vpush(None)
-        yield from _finished(graph)
+        yield from _filtered(graph, None)
 
 
-def _finished(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+def _filtered(graph: av.filter.Graph, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
+    """The frames that are ready once the graph has this one; None is its end."""
+    graph.vpush(frame)
     while True:
         try:
             yield graph.vpull()
@@ -158,8 +156,6 @@ def _finished(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
 
 def cover(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -> np.ndarray:
     """Scales a picture to cover a (width, height) and crops the surplus."""
-    from PIL import Image
-
     wanted = covering_size((frame.shape[1], frame.shape[0]), size)
     if wanted != (frame.shape[1], frame.shape[0]):
         frame = np.array(Image.fromarray(frame).resize(wanted, Image.Resampling.BICUBIC))

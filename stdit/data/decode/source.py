@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
@@ -14,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 
 from stdit.data.decode.checks import Limits, VideoError, error_text
 from stdit.data.decode.frame_skipping import SampleTimes, needed_packets
-from stdit.data.decode.pixels import deinterlaced, displayed_size, to_rgb
+from stdit.data.decode.pixels import deinterlaced, displayed_size, to_rgb, within
 
 # Decoders that also decode a WebM file's alpha channel; FFmpeg's own do not.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -22,26 +23,18 @@ _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 @dataclass(frozen=True)
 class Probe:
-    """A file as a player shows it.
+    """A file as a player shows it. Times are in seconds after the stream's own start."""
 
-    width, height: after rotation, with square pixels.
-    frames: that can be decoded.
-    start: time of the first frame after the stream's own start (almost always 0).
-    end: when the last frame ends.
-    verified: whether all frames were decoded.
-    damage: where decoding stopped, if it did.
-    """
-
-    width: int
+    width: int  # after rotation, with square pixels
     height: int
     fps: float
-    frames: int
-    start: float
-    end: float
+    frames: int  # that can be decoded
+    start: float  # of the first frame (almost always 0)
+    end: float  # of the last frame
     codec: str
     image: bool = False
-    verified: bool = True
-    damage: str | None = None
+    verified: bool = True  # all frames were decoded
+    damage: str | None = None  # where decoding stopped, if it did
 
     @property
     def duration(self) -> float:
@@ -52,6 +45,7 @@ class Source:
     """Frames of one opened file. Times are seconds after the stream's own start."""
 
     timed = True  # whether frames have timestamps
+    wanted: SampleTimes | None = None  # frames that are not the nearest to one of these times may be skipped
     probing = False  # whether packet times are recorded, to count frames
 
     def __init__(self, path: str, limits: Limits, codec: str, rate: Fraction | None) -> None:
@@ -59,7 +53,8 @@ class Source:
         self.deadline = time.thread_time() + limits.seconds  # CPU time: other work may occupy the core
         self.period = float(1 / rate) if rate else 1 / 25  # nominal, until timestamps say otherwise
         self.pixel_aspect = 1.0
-        self.reformatter = VideoReformatter()
+        self._reformatter = VideoReformatter()
+        self._small: tuple[int, int] | None = None
 
     def frames(self) -> Generator[tuple[float, av.VideoFrame], None, None]:
         """Yields (time, frame) in order; raises VideoError "damaged" where decoding fails."""
@@ -69,128 +64,103 @@ class Source:
         """Makes `frames` begin at the last keyframe before `start`; returns False if the container cannot seek."""
         return False
 
+    def remaining_times(self, last: float) -> tuple[list[float], str | None]:
+        """Times of the frames after `last`, without decoding them, and the damage that stopped reading, if any."""
+        raise NotImplementedError
+
     def check_time(self) -> None:
         if time.thread_time() > self.deadline:
             raise VideoError(self.path, "timeout", f"took longer than {self.limits.seconds:g} s to read.")
 
+    def check_count(self, frames: int) -> None:
+        if frames > self.limits.frames:
+            raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
+
     def check_size(self, width: int, height: int) -> None:
         if width * height > self.limits.pixels:
-            raise VideoError(
-                self.path, "too_large", f"has frames of {width}x{height}; the limit is {self.limits.pixels} pixels."
-            )
+            message = f"has frames of {width}x{height}; the limit is {self.limits.pixels} pixels."
+            raise VideoError(self.path, "too_large", message)
 
-    def skip_except(self, times: SampleTimes) -> None:
-        """Allows skipping frames that are not the nearest to one of these times."""
+    def rgb(self, frame: av.VideoFrame, size: tuple[int, int] | None, crop: tuple[float, float]) -> np.ndarray:
+        """As `pixels.to_rgb`."""
+        return to_rgb(frame, self.pixel_aspect, size, crop, self._reformatter)
 
-    def remaining_times(self, last: float) -> tuple[list[float], str | None]:
-        """Times of the frames after `last`, without decoding them, and the damage that stopped reading, if any."""
-        return [], None
+    def small_rgb(self, frame: av.VideoFrame, short_side: int) -> np.ndarray:
+        """(H, W, 3) uint8, scaled down, never up, to at most this shorter side: the first frame's size for all."""
+        self._small = self._small or within(displayed_size(frame, self.pixel_aspect), short_side)
+        return self.rgb(frame, self._small, (0.5, 0.5))
 
-    def read(
-        self,
-        count: int,
-        size: tuple[int, int] | None,
-        fps: float | None,
-        start: float,
-        crop: tuple[float, float],
-        allocate: Callable[[tuple[int, ...]], np.ndarray],
-        seek: bool,
-    ) -> np.ndarray | None:
-        """As `video.read_frames`; None if seeking did not land before `start`."""
+    def nearest(self, count: int, fps: float | None, start: float, seek: bool) -> Iterator[av.VideoFrame]:
+        """Yields `count` frames: those nearest to start, start + 1/fps, …, or (fps None) all from `start` on.
+
+        seek: to `start` before decoding; yields none if that does not land before it. Raises VideoError.
+        """
         if seek and not self.seek(start):
-            return None
+            return
         if fps is not None and self.timed:
-            self.skip_except(SampleTimes(start, fps, count))
-        out, taken = np.empty(0), 0
-        previous: tuple[float, av.VideoFrame] | None = None
-        converted: np.ndarray | None = None
-
-        def take_previous() -> None:
-            nonlocal converted, out, taken, size
-            assert previous is not None
-            if converted is None:
-                converted = to_rgb(previous[1], self.pixel_aspect, size, crop, self.reformatter)
-            if taken == 0:
-                out = allocate((count, *converted.shape))
-                size = converted.shape[1], converted.shape[0]
-            out[taken] = converted
-            taken += 1
-
-        def wanted() -> float:
-            return start + taken / fps if fps is not None else start
-
+            self.wanted = SampleTimes(start, fps, count)
+        taken, last, shown = 0, 0.0, None
+        damage: VideoError | None = None
         try:
             for now, frame in self.frames():
-                if seek and previous is None and (frame.pts is None or now > start):
-                    return None
-                if fps is None:  # every frame from `start` on
-                    if now >= start - 1e-6:
-                        previous, converted = (now, frame), None
-                        take_previous()
-                elif previous is not None:
-                    while taken < count and wanted() <= (previous[0] + now) / 2 + 1e-9:
-                        take_previous()
+                if seek and shown is None and (frame.pts is None or now > start):
+                    return
+                if fps is None and now >= start - 1e-6:
+                    yield frame
+                    taken += 1
+                elif fps is not None and shown is not None:
+                    while taken < count and start + taken / fps <= (last + now) / 2 + 1e-9:
+                        yield shown
+                        taken += 1
                 if taken == count:
-                    return out
-                previous, converted = (now, frame), None
+                    return
+                last, shown = now, frame
         except VideoError as error:
             # frames before the damage are good, and the last one still counts for half its period
             if error.reason not in ("damaged", "undecodable"):
                 raise
-            damage: VideoError | None = error
-        else:
-            damage = None
-        if previous is None and seek:  # nothing can be decoded from there on
-            return None
-        if previous is None:
-            raise damage or VideoError(self.path, "no_frames", "has a video stream without a single frame.")
+            damage = error
+        if shown is None:  # if after seeking, reading from the beginning may find some
+            if seek:
+                return
+            raise damage or self._no_frames()
         # the last frame may also stand for times up to half its duration, or half a requested period, later
-        tolerance = max(self.period, _seconds(previous[1].duration, previous[1].time_base), 1 / (fps or 1e9)) / 2
-        while fps is not None and taken < count and wanted() <= previous[0] + tolerance + 1e-3:
-            take_previous()
-        if taken == count:
-            return out
-        if damage is not None:
+        tolerance = max(self.period, _duration(shown), 1 / (fps or 1e9)) / 2
+        while fps is not None and taken < count and start + taken / fps <= last + tolerance + 1e-3:
+            yield shown
+            taken += 1
+        if damage is not None and taken < count:
             raise damage
-        rate = "" if fps is None else f" at {fps:g} fps"
-        raise VideoError(
-            self.path,
-            "too_short",
-            f"its last frame is at {previous[0]:.3f} s, too early for {count} frames{rate} from {start:.3f} s.",
-        )
+        if taken < count:
+            rate = "" if fps is None else f" at {fps:g} fps"
+            message = f"its last frame is at {last:.3f} s, too early for {count} frames{rate} from {start:.3f} s."
+            raise VideoError(self.path, "too_short", message)
 
     def probe(self, verify_pixels: int) -> Probe:
         """As `video.probe`."""
         self.probing = True
         times: list[float] = []
         shown: tuple[int, int] | None = None
-        last_duration, budget, damage, verified = 0.0, verify_pixels, None, True
-        frames = self.frames()
-        try:
-            for now, frame in frames:
-                shown = shown or displayed_size(frame, self.pixel_aspect)
-                times.append(now)
-                last_duration = _seconds(frame.duration, frame.time_base)
-                budget -= frame.width * frame.height
-                if budget <= 0:
-                    verified = False
-                    break
-        except VideoError as error:
-            if error.reason != "damaged":
-                raise
-            damage = error.message
-        finally:
-            frames.close()
-        if not times or shown is None:
-            raise VideoError(self.path, "no_frames", "has a video stream without a single frame.")
+        last_duration, damage, verified = 0.0, None, True
+        with closing(self.frames()) as frames:
+            try:
+                for now, frame in frames:
+                    shown = shown or displayed_size(frame, self.pixel_aspect)
+                    times.append(now)
+                    last_duration = _duration(frame)
+                    verify_pixels -= frame.width * frame.height
+                    if verify_pixels <= 0:
+                        verified = False
+                        break
+            except VideoError as error:
+                if error.reason != "damaged":
+                    raise
+                damage = error.message
+        if shown is None:
+            raise self._no_frames()
         if not verified:
             more, damage = self.remaining_times(times[-1])
             times += more
-        return self._describe(times, shown, last_duration, verified, damage)
-
-    def _describe(
-        self, times: list[float], shown: tuple[int, int], last_duration: float, verified: bool, damage: str | None
-    ) -> Probe:
         first, last, count = times[0], times[-1], len(times)
         measured = (count - 1) / (last - first) if count > 1 and last > first else 1 / self.period
         declared = float(self.declared_rate or 0)
@@ -200,12 +170,15 @@ class Source:
             last_duration = 1 / fps
         return Probe(*shown, fps, count, first, last + last_duration, self.codec, False, verified, damage)
 
+    def _no_frames(self) -> VideoError:
+        return VideoError(self.path, "no_frames", "has a video stream without a single frame.")
+
 
 class VideoSource(Source):
     """The first video stream of a container, decoded by FFmpeg."""
 
     def __init__(self, path: str, container: av.container.InputContainer, limits: Limits) -> None:
-        streams = [s for s in container.streams.video if not _is_cover_art(s)]
+        streams = [s for s in container.streams.video if not s.disposition & type(s.disposition).attached_pic]
         if not streams:
             raise VideoError(path, "no_video", "has no video stream.")
         self.container, self.stream = container, streams[0]
@@ -222,7 +195,6 @@ class VideoSource(Source):
         ratio = float(self.stream.sample_aspect_ratio or 1)
         self.pixel_aspect = ratio if 0.1 <= ratio <= 10 else 1.0
         self.packet_times = list[float]()  # filled while probing
-        self.wanted: SampleTimes | None = None  # None: decode all frames
         # AVI stores no presentation times, and those that FFmpeg invents for reordered frames are not monotonic
         self.timed = container.format.name != "avi"
         tags = {name.lower(): value for name, value in self.stream.metadata.items()}
@@ -233,9 +205,6 @@ class VideoSource(Source):
         for context in (codec, self.decoder):
             if context is not None:
                 context.thread_count = 1  # workers run in parallel; one thread each keeps memory and results constant
-
-    def skip_except(self, times: SampleTimes) -> None:
-        self.wanted = times if self.codec == "h264" else None
 
     def remaining_times(self, last: float) -> tuple[list[float], str | None]:
         damage = None
@@ -273,7 +242,7 @@ class VideoSource(Source):
         if not self.timed:
             return False
         try:
-            offset = int((start + self.origin) / float(self.stream.time_base or Fraction(1, 1000)))
+            offset = int((start + self.origin) / (self.tick or 0.001))
             self.container.seek(offset, stream=self.stream, backward=True)
         except av.FFmpegError:
             return False
@@ -285,16 +254,16 @@ class VideoSource(Source):
         decoded, is_progressive, skipping = 0, False, False
         codec = self.stream.codec_context
         try:
-            for packet, needed in needed_packets(self.packets(), self.wanted, self.tick, self.origin):
+            wanted = self.wanted if self.codec == "h264" else None
+            for packet, needed in needed_packets(self.packets(), wanted, self.tick, self.origin):
                 if skipping != (is_progressive and not needed):
                     skipping = not skipping
                     codec.skip_frame = "NONREF" if skipping else "DEFAULT"
                 for frame in packet.decode() if self.decoder is None else self.decoder.decode(packet):
                     self.check_size(frame.width, frame.height)
-                    decoded += 1
                     is_progressive = not frame.interlaced_frame  # deinterlacing needs the neighbours in time
-                    if decoded > self.limits.frames:
-                        raise VideoError(self.path, "too_long", f"more than {self.limits.frames} frames to decode.")
+                    decoded += 1
+                    self.check_count(decoded)
                     yield frame
         except av.FFmpegError as error:
             if isinstance(error, MemoryError):
@@ -306,9 +275,5 @@ class VideoSource(Source):
             raise VideoError(self.path, "unreadable", f"reading failed ({error_text(error)}).") from error
 
 
-def _seconds(value: int | None, time_base: Fraction | None) -> float:
-    return float((value or 0) * (time_base or 0))
-
-
-def _is_cover_art(stream: av.VideoStream) -> bool:
-    return bool(stream.disposition & type(stream.disposition).attached_pic)
+def _duration(frame: av.VideoFrame) -> float:
+    return float((frame.duration or 0) * (frame.time_base or 0))

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import av
 import numpy as np
 
-from stdit.data.decode.checks import (
-    CHANGED,
-    LIMITS,
-    Limits,
-    VideoError,
-    as_video_errors,
-    check_content,
-    check_file,
-    error_text,
-)
+from stdit.data.decode.checks import LIMITS, Limits, VideoError, error_text, reading, unchanged
 from stdit.data.decode.formats import MOVING, STILL
 from stdit.data.decode.pictures import PictureSource, content_of_path, decode_image, open_picture
 from stdit.data.decode.pixels import cover
 from stdit.data.decode.source import Probe, Source, VideoSource
-from stdit.data.remote.paths import file_of, open_bytes, split_member
+from stdit.data.remote.paths import open_bytes, split_member
 
 # Pure containers only: playlists and scripts (HLS, concat, …) could open other files.
 _FORMATS = (
@@ -43,14 +34,14 @@ def probe(path: str, verify_pixels: int = VERIFY_PIXELS, limits: Limits = LIMITS
 
     Raises VideoError if no frame can be decoded. A file damaged further in is described up to the damage.
     """
-    with as_video_errors(path):
-        check_file(path, limits)
+    with reading(path, limits):
         content = content_of_path(path)
         if content in STILL:
             frame = decode_image(path, content, limits)
             return Probe(frame.shape[1], frame.shape[0], 1.0, 1, 0.0, 0.0, content, image=True)
-        with _opened(path, content, limits) as source:
-            return source.probe(verify_pixels)
+        with open_source(path, content, limits) as source:
+            # an animated picture tells its frames' durations only as it is decoded
+            return source.probe(sys.maxsize if content in MOVING else verify_pixels)
 
 
 def _new_frames(shape: tuple[int, ...]) -> np.ndarray:
@@ -81,68 +72,48 @@ def read_frames(
     """
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1.")
-    with as_video_errors(path):
-        check_file(path, limits)
-        if sha256 is None:
-            return _read_frames(path, count, size, fps, start, crop, limits, allocate)
-        before = os.stat(file_of(path))
-        check_content(path, sha256)
-        frames = _read_frames(path, count, size, fps, start, crop, limits, allocate)
-        after = os.stat(file_of(path))
-        if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
-            raise VideoError(path, "changed", f"{CHANGED}: it was modified while it was being read. Scan again.")
-        return frames
-
-
-def _read_frames(
-    path: str,
-    count: int,
-    size: tuple[int, int] | None,
-    fps: float | None,
-    start: float,
-    crop: tuple[float, float],
-    limits: Limits,
-    allocate: Callable[[tuple[int, ...]], np.ndarray],
-) -> np.ndarray:
-    content = content_of_path(path)
-    if content in STILL:
-        if count > 1:
-            raise VideoError(path, "too_short", f"is an image, but {count} frames are needed.")
-        frame = decode_image(path, content, limits)
-        frame = frame if size is None else cover(frame, size, crop)
-        out = allocate((1, *frame.shape))
-        out[0] = frame
-        return out
-    for seek in (True, False) if fps is not None and start > 1.0 else (False,):  # seeking may land too late
-        with _opened(path, content, limits) as source:
-            frames = source.read(count, size, fps, start, crop, allocate, seek)
-            if frames is not None:
-                return frames
+    with reading(path, limits), unchanged(path, sha256):
+        content = content_of_path(path)
+        if content in STILL:
+            if count > 1:
+                raise VideoError(path, "too_short", f"is an image, but {count} frames are needed.")
+            picture = decode_image(path, content, limits)
+            picture = picture if size is None else cover(picture, size, crop)
+            out = allocate((1, *picture.shape))
+            out[0] = picture
+            return out
+        for seek in (True, False) if fps is not None and start > 1.0 else (False,):  # seeking may land too late
+            with open_source(path, content, limits) as source:
+                taken, shown = 0, None
+                for frame in source.nearest(count, fps, start, seek):
+                    if frame is not shown:
+                        shown, rgb = frame, source.rgb(frame, size, crop)
+                    if taken == 0:
+                        out = allocate((count, *rgb.shape))
+                        size = rgb.shape[1], rgb.shape[0]
+                    out[taken] = rgb
+                    taken += 1
+                if taken:
+                    return out
     raise AssertionError("reading from the beginning returns frames or raises")
 
 
 @contextmanager
-def open_source(path: str, limits: Limits) -> Iterator[Source]:
-    """Opens a file to iterate over its frames; a still picture has one."""
-    with _opened(path, content_of_path(path), limits) as source:
-        yield source
-
-
-@contextmanager
-def _opened(path: str, content: str | None, limits: Limits) -> Iterator[Source]:
-    if content in MOVING or content in STILL:
+def open_source(path: str, content: str | None, limits: Limits) -> Iterator[Source]:
+    """Opens a file to iterate over its frames. content: of `content_of_path`; not a still picture."""
+    if content in MOVING:
         with open_picture(path, content, limits) as picture:
             yield PictureSource(path, content, picture, limits)
         return
     options = {"format_whitelist": _FORMATS}
-    part = open_bytes(path) if split_member(path) else None
-    try:
-        if part is None:
-            options["protocol_whitelist"] = "file"
-        container = av.open(part or f"file:{path}", mode="r", options=options, **OPEN_OPTIONS)
-    except (av.FFmpegError, ValueError) as error:
-        if part is not None:
-            part.close()
-        raise VideoError(path, "not_media", f"is not a video file that can be opened ({error_text(error)}).") from error
-    with part or nullcontext(), container:
+    with ExitStack() as opened:
+        try:
+            if split_member(path) is not None:
+                file: Any = opened.enter_context(open_bytes(path))
+            else:
+                file, options["protocol_whitelist"] = f"file:{path}", "file"
+            container = opened.enter_context(av.open(file, mode="r", options=options, **OPEN_OPTIONS))
+        except (av.FFmpegError, ValueError) as error:
+            message = f"is not a video file that can be opened ({error_text(error)})."
+            raise VideoError(path, "not_media", message) from error
         yield VideoSource(path, container, limits)

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from stdit.data.config import DataConfig
 from stdit.data.remote.paths import is_remote, join
-from stdit.data.remote.storage import STORAGE, Storage
+from stdit.data.remote.storage import STORAGE, Storage, in_parallel
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
@@ -140,7 +140,7 @@ class Cache:
     def reload(self) -> None:
         """Reads the index again."""
         names = [name for name in self.storage.names(self.folder) if name.endswith(".parquet") and name[0] != "."]
-        contents = self.storage.read_all([join(self.folder, name) for name in names])
+        contents = in_parallel(self.storage.read, [join(self.folder, name) for name in names])
         parts = [_index_part(join(self.folder, name), content) for name, content in zip(names, contents)]
         self._complete = {name.removesuffix(".parquet") for name in names}
         self.index = pa.concat_tables(parts) if parts else _INDEX.empty_table()

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from stdit.data.decode.checks import CHANGED, VideoError, check_content
 from stdit.data.manifest import Clip, Manifest
+from stdit.data.remote.failures import FILE_REASONS, StorageError
 from stdit.data.remote.paths import file_of, is_remote, split_member
-from stdit.data.remote.retries import FILE_REASONS, StorageError
 from stdit.data.remote.storage import STORAGE, Storage
 from stdit.errors import StditError
 

@@ -184,7 +184,7 @@ class Loader:
                         raise
                     raise OSError(error.message) from error  # a problem of the disk, to be retried
 
-            return self.storage.retried_on_os_error(clip.path, read)
+            return self.storage.retried(clip.path, read, retry_on=OSError)
 
     def _latents(self, item: Item, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
         assert self.cache is not None

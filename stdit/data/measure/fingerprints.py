@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 FRAMES, CELLS, BITS = 8, 8, 1024
 FAINT = 4.0  # grey levels (root mean square) below which a scene or motion has little weight
@@ -27,8 +28,6 @@ LISTS, NEIGHBOURS = 32, 2  # sorted lists of `find_repeats`, and following entri
 
 def fingerprint(grey: Sequence[np.ndarray]) -> str:
     """The fingerprint of 8 frames (H, W) float32 in grey levels: 1024 bits as hexadecimal digits."""
-    from PIL import Image
-
     cells = [Image.fromarray(frame).resize((CELLS, CELLS), Image.Resampling.BOX) for frame in grey]
     frames = np.stack([np.asarray(image, np.float64) for image in cells])  # (8, 8, 8)
     scene = frames.mean(0)

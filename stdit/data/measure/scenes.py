@@ -8,12 +8,13 @@ rotation and damage are handled as everywhere else.
 from __future__ import annotations
 
 import importlib.util
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, repeat
 
 import numpy as np
 
-from stdit.data.decode.checks import LIMITS, Limits, VideoError, as_video_errors, check_file
-from stdit.data.decode.pixels import displayed_size, to_rgb, within
+from stdit.data.decode.checks import LIMITS, Limits, VideoError, reading
+from stdit.data.decode.pictures import content_of_path
 from stdit.data.decode.video import open_source
 from stdit.errors import StditError
 
@@ -43,32 +44,28 @@ def find_scenes(path: str, end: float, fps: float, limits: Limits = LIMITS) -> l
 
     cv2.setNumThreads(1)
     detector = AdaptiveDetector(min_scene_len=1)
-    # The detector finds no cut within its window of either end: pad the video by that many frames.
     padding = detector.window_width
-    times, cuts, size, bgr, count = list[float](), set[int](), None, None, 0
+    times, cuts = list[float](), set[int]()
 
-    def detect(picture: np.ndarray) -> None:
-        nonlocal count
-        cuts.update(found.frame_num - padding for found in detector.process_frame(FrameTimecode(count, fps), picture))
-        count += 1
-
-    with as_video_errors(path):
-        check_file(path, limits)
+    def pictures() -> Iterator[np.ndarray]:
+        """The frames, the first and the last `padding` times more: the detector finds no cut in its window of them."""
+        bgr = None
         try:
-            with open_source(path, limits) as source:
+            with open_source(path, content_of_path(path), limits) as source:
                 for now, frame in source.frames():
-                    size = size or within(displayed_size(frame, source.pixel_aspect), SHORT_SIDE)
-                    rgb = to_rgb(frame, source.pixel_aspect, size, (0.5, 0.5), source.reformatter)
-                    bgr = np.ascontiguousarray(rgb[..., ::-1])
-                    for _ in range(1 if times else 1 + padding):
-                        detect(bgr)
+                    bgr = np.ascontiguousarray(source.small_rgb(frame, SHORT_SIDE)[..., ::-1])
+                    yield from repeat(bgr, 1 if times else 1 + padding)
                     times.append(now)
         except VideoError as error:
             if error.reason != "damaged":
                 raise
         if bgr is not None:
-            for _ in range(padding):
-                detect(bgr)
+            yield from repeat(bgr, padding)
+
+    with reading(path, limits):
+        for number, picture in enumerate(pictures()):
+            found = detector.process_frame(FrameTimecode(number, fps), picture)
+            cuts.update(cut.frame_num - padding for cut in found)
     cuts &= set(range(1, len(times)))
     if not cuts:
         return []

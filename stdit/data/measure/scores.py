@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stdit.data.decode.checks import LIMITS, Limits, VideoError, as_video_errors, check_file
+from stdit.data.decode.checks import LIMITS, Limits, VideoError, reading
 from stdit.data.decode.formats import STILL as STILL_PICTURES
 from stdit.data.decode.pictures import content_of_path, decode_image
-from stdit.data.decode.pixels import cover, displayed_size, to_rgb, within
+from stdit.data.decode.pixels import cover, within
 from stdit.data.decode.source import Source
 from stdit.data.decode.video import open_source
 from stdit.data.measure.fingerprints import FRAMES, fingerprint
@@ -59,8 +59,7 @@ def score(path: str, start: float, end: float, frames: int, limits: Limits = LIM
 
     Raises VideoError if no frame from `start` to `end` can be decoded.
     """
-    with as_video_errors(path):
-        check_file(path, limits)
+    with reading(path, limits):
         runs = sample_runs(path, start, end, frames, limits)
         if frames > 1 and all(len(run.times) == 1 for run in runs):
             raise VideoError(path, "damaged", "has no two consecutive frames that can be decoded.")
@@ -120,14 +119,14 @@ def sample_runs(path: str, start: float, end: float, frames: int, limits: Limits
     # half a frame before the first of each place, so that inexact times do not matter
     firsts = [max(start - 1e-6, middle - (CONSECUTIVE + 1) / 2 * period) for middle in middles]
     for seek in (True, False):  # seeking may land behind the clip
-        with open_source(path, limits) as source:
+        with open_source(path, content, limits) as source:
             if runs := list(_read_runs(source, firsts, end, seek)):
                 return runs
     raise VideoError(path, "no_frames", f"has no frame from {start:.3f} s to {end:.3f} s.")
 
 
 def _read_runs(source: Source, firsts: Sequence[float], end: float, seek: bool) -> Iterator[FrameRun]:
-    frames, now, size, found = source.frames(), -math.inf, None, False
+    frames, now, found = source.frames(), -math.inf, False
     for first in firsts:
         if seek and first - max(now, 0.0) > SEEK_FROM and source.seek(first):
             frames = source.frames()
@@ -137,10 +136,8 @@ def _read_runs(source: Source, firsts: Sequence[float], end: float, seek: bool) 
                 if now >= end:
                     break
                 if now >= first:
-                    size = size or within(displayed_size(frame, source.pixel_aspect), SHORT_SIDE)
-                    rgb = to_rgb(frame, source.pixel_aspect, size, (0.5, 0.5), source.reformatter)
                     times.append(now)
-                    grey.append(_grey(rgb))
+                    grey.append(_grey(source.small_rgb(frame, SHORT_SIDE)))
                 if len(times) == CONSECUTIVE:
                     break
         except VideoError as error:

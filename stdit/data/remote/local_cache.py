@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,30 +25,25 @@ STALE = 3600.0  # seconds after which an unfinished file counts as left by a dea
 
 class LocalCache:
     def __init__(self, folder: str | Path | None = None, limit: int | None = None) -> None:
-        self._folder, self._limit = folder, limit
+        self._given_folder, self._given_limit = folder, limit
         self._lock = threading.Lock()
         self._allowance = -1.0
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        if self._folder is None:
-            home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-            self._folder = os.environ.get("STDIT_LOCAL") or os.path.join(home, "stdit", "remote")
-        return Path(self._folder)
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return Path(self._given_folder or os.environ.get("STDIT_LOCAL") or os.path.join(home, "stdit", "remote"))
 
-    @property
+    @cached_property
     def limit(self) -> int:
         """The folder's size limit in bytes."""
-        if self._limit is None:
-            text = os.environ.get("STDIT_LOCAL_GB", "32")
-            try:
-                limit = int(float(text) * 1e9)
-            except (ValueError, OverflowError):
-                limit = 0
-            if limit <= 0:
-                raise StditError(f"STDIT_LOCAL_GB is {text!r}; it must be a positive number of gigabytes.")
-            self._limit = limit
-        return self._limit
+        if self._given_limit is not None:
+            return self._given_limit
+        text = os.environ.get("STDIT_LOCAL_GB", "32")
+        with suppress(ValueError, OverflowError):
+            if (limit := int(float(text) * 1e9)) > 0:
+                return limit
+        raise StditError(f"STDIT_LOCAL_GB is {text!r}; it must be a positive number of gigabytes.")
 
     def pin(self, name: str) -> BinaryIO | None:
         """Opens a file, marks it as just used, and keeps it in the folder until closed; None if it is not there."""

@@ -7,46 +7,76 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import random
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stdit.data.remote.failures import StorageError, describe, failure_kind
 from stdit.data.remote.local_cache import LocalCache
 from stdit.data.remote.paths import Member, is_remote, name_of, split_member
-from stdit.data.remote.retries import TRIES, Retrier, StorageError, describe
 from stdit.files import Journal, journal, publish, writing
 
+TRIES = 8  # per request, with pauses of 0.5, 1, 2, … seconds: about a minute in all
+LONGEST_PAUSE = 30.0
 TIMEOUT = 60.0  # seconds per request of at most BLOCK bytes
 BLOCK = 8 << 20
+_FINAL = {  # messages by reason
+    "missing": "no such file.",
+    "denied": "access denied ({error}). Are the credentials set, and valid for this bucket?",
+    "wrong": "cannot be read ({error}). Is the URL right?",
+    "unreachable": "{tries} tries failed, the last with: {error}. Is the storage reachable?",
+}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 
-class Storage(Retrier):
+class Storage:
     """Reads and writes whole files, local or remote, by path. Thread-safe.
 
-    folder, limit: of the local cache (see `LocalCache`).
+    tries: per request.
+    pause: seconds before a request's first retry; doubles with each further one.
     timeout: seconds that a request of BLOCK bytes may take.
     """
 
     def __init__(
-        self,
-        folder: str | Path | None = None,
-        limit: int | None = None,
-        tries: int = TRIES,
-        pause: float = 0.5,
-        timeout: float = TIMEOUT,
+        self, local_cache: LocalCache | None = None, tries: int = TRIES, pause: float = 0.5, timeout: float = TIMEOUT
     ) -> None:
-        super().__init__(tries, pause)
-        self.local_cache = LocalCache(folder, limit)
-        self.timeout = timeout
+        self.local_cache = local_cache or LocalCache()
+        self.tries, self.pause, self.timeout = tries, pause, timeout
+        self.retries = 0  # so far, of all requests
+        self._lock = threading.Lock()
         self._info = lru_cache(maxsize=1 << 16)(self._ask_info)
+
+    def retried(self, path: str, request: Callable[[], Result], retry_on: type[Exception] = Exception) -> Result:
+        """The request's result. Raises StorageError when it fails for good, and exceptions of other types unchanged."""
+        for number in range(1, self.tries + 1):
+            try:
+                return request()
+            except StorageError:
+                raise
+            except retry_on as error:
+                kind, text = failure_kind(error), describe(error)
+                if kind == "passing" and number == self.tries:
+                    kind = "unreachable"
+                if kind != "passing":
+                    raise StorageError(path, kind, _FINAL[kind].format(error=text, tries=number)) from error
+                pause = min(LONGEST_PAUSE, self.pause * 2 ** (number - 1)) * random.uniform(0.75, 1.25)
+                with self._lock:
+                    self.retries += 1
+                log.warning("%s: try %d of %d failed (%s); next in %.1f s", path, number, self.tries, text, pause)
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
 
     @contextmanager
     def local(self, path: str) -> Iterator[str]:
@@ -69,13 +99,12 @@ class Storage(Retrier):
                     if pinned is None:
                         self._fetch(path, member, cached)
                         pinned = cache.pin(cached)
-            if pinned is not None:
-                break  # else another process has already dropped it to make room
-        else:
-            message = f"its copies in {cache.folder} are dropped at once: raise STDIT_LOCAL_GB."
-            raise StorageError(path, "unreachable", message)
-        with pinned:
-            yield str(cache.folder / cached)
+            if pinned is not None:  # else another process has already dropped it to make room
+                with pinned:
+                    yield str(cache.folder / cached)
+                return
+        message = f"its copies in {cache.folder} are dropped at once: raise STDIT_LOCAL_GB."
+        raise StorageError(path, "unreachable", message)
 
     def read(self, path: str) -> bytes:
         """A file's content."""
@@ -84,8 +113,7 @@ class Storage(Retrier):
                 return Path(path.removeprefix("file://")).read_bytes()
             except FileNotFoundError as error:
                 raise StorageError(path, "missing", "no such file.") from error
-        system, name = self._system(path)
-        return self.retried(path, lambda: system.cat_file(name, **self._timeout_for(system)))
+        return self._bytes(path)
 
     def head(self, path: str, size: int) -> bytes:
         """A file's first `size` bytes; b"" if it is not a regular file."""
@@ -95,12 +123,7 @@ class Storage(Retrier):
                 return b""
             with open(path, "rb") as file:
                 return file.read(size)
-        system, name = self._system(path)
-        return self.retried(path, lambda: system.cat_file(name, start=0, end=size, **self._timeout_for(system)))[:size]
-
-    def read_all(self, paths: Sequence[str]) -> list[bytes]:
-        """The contents of many files, read in parallel."""
-        return in_parallel(self.read, paths)
+        return self._bytes(path, start=0, end=size)[:size]
 
     def write(self, path: str, content: bytes) -> None:
         """Writes a file atomically."""
@@ -145,12 +168,9 @@ class Storage(Retrier):
             return
         here = self.local_cache.folder / "journals" / (hashlib.sha256(path.encode()).hexdigest()[:32] + ".jsonl")
         if not here.exists():
-            try:
+            before = b""
+            with _may_be_missing():
                 before = self.read(path)
-            except StorageError as error:
-                if error.reason != "missing":
-                    raise
-                before = b""
             with publish(here) as part:
                 part.write_bytes(before)
         self.write(path, here.read_bytes())
@@ -180,13 +200,10 @@ class Storage(Retrier):
             except OSError as error:  # a failing disk is not an empty folder
                 raise StorageError(folder, "unreachable", f"cannot be listed ({error.strerror}).") from error
         system, name = self._system(folder)
-        try:
-            system.invalidate_cache()
+        found: list[str] = []
+        system.invalidate_cache()
+        with _may_be_missing():
             found = self.retried(folder, lambda: system.ls(name, detail=False))
-        except StorageError as error:
-            if error.reason == "missing":
-                return []
-            raise
         return sorted(entry.rstrip("/").rpartition("/")[2] for entry in found)
 
     def find(self, folder: str) -> dict[str, list[Any] | None]:
@@ -220,11 +237,8 @@ class Storage(Retrier):
         """
         url = system.unstrip_protocol(folder)
         found = []
-        try:
+        with nullcontext() if missing else _may_be_missing():
             found = self.retried(url, partial(system.ls, folder, detail=True))
-        except StorageError as error:
-            if missing or error.reason != "missing":
-                raise
         if not found or any(info["type"] == "directory" and info["name"].rstrip("/") == folder for info in found):
             every = self.retried(url, partial(system.find, folder, detail=True)).values()
             found += [info for info in every if info["name"].startswith(f"{folder}//")]
@@ -233,6 +247,11 @@ class Storage(Retrier):
     def state(self, url: str) -> list[Any]:
         """Identifies the current version of a remote file; JSON-serialisable."""
         return _state(self._info(url))
+
+    def _bytes(self, path: str, **span: int) -> bytes:
+        """A remote file's bytes, or those from `start` to `end`."""
+        system, name = self._system(path)
+        return self.retried(path, lambda: system.cat_file(name, **span, **self._timeout_for(system)))
 
     def _ask_info(self, path: str) -> dict[str, Any]:
         system, name = self._system(path)
@@ -265,11 +284,9 @@ class Storage(Retrier):
         return {"timeout": self.timeout * max(1, size / BLOCK)} if system.async_impl else {}
 
     def _cached_name(self, path: str, member: Member | None, suffix: str) -> str:
-        state = _state(self._info(member.tar if member else path))
-        text = json.dumps([path, state])
-        return hashlib.sha256(text.encode()).hexdigest()[:32] + (
-            suffix.lower() if suffix[1:].isalnum() and len(suffix) < 16 else ""
-        )
+        state = self.state(member.tar if member else path)
+        name = hashlib.sha256(json.dumps([path, state]).encode()).hexdigest()[:32]
+        return name + (suffix.lower() if suffix[1:].isalnum() and len(suffix) < 16 else "")
 
     def _fetch(self, path: str, member: Member | None, copy: str) -> None:
         """Downloads into the local cache in blocks, so that a broken connection costs only one block."""
@@ -279,14 +296,14 @@ class Storage(Retrier):
         if size is not None and size > self.local_cache.limit:
             message = f"has {size} bytes; STDIT_LOCAL_GB allows {self.local_cache.limit}. Raise it."
             raise StorageError(path, "too_large", message)
-        system, name = self._system(url)
         with self.local_cache.add(copy, size or 0) as file:
             if size is None:
-                file.write(self.retried(path, lambda: system.cat_file(name, **self._timeout_for(system))))
-            while size is not None and file.tell() < size:
+                file.write(self._bytes(path))
+                return
+            while file.tell() < size:
                 first = start + file.tell()
                 file.write(self._block(path, url, first, min(first + BLOCK, start + size), info))
-            if size is not None and size > BLOCK:
+            if size > BLOCK:
                 self._check_same(path, url, info)
 
     def _block(self, path: str, url: str, first: int, end: int, info: dict[str, Any]) -> bytes:
@@ -307,6 +324,15 @@ class Storage(Retrier):
         if _state(self._ask_info(url)) != _state(info):
             self._info.cache_clear()
             raise StorageError(path, "changed", "was modified while it was being read.")
+
+
+@contextmanager
+def _may_be_missing() -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        if error.reason != "missing":
+            raise
 
 
 def _is_chain(path: str) -> bool:

@@ -12,8 +12,8 @@ from urllib.parse import unquote
 from stdit.data.captions import Caption, Fault, Names, sidecar_captions
 from stdit.data.decode.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
 from stdit.data.manifest import Skipped
+from stdit.data.remote.failures import StorageError
 from stdit.data.remote.paths import is_remote, join, name_of
-from stdit.data.remote.retries import StorageError
 from stdit.data.remote.storage import STORAGE, in_parallel
 from stdit.errors import StditError
 from stdit.files import is_utf8
@@ -207,15 +207,15 @@ def first_captions(
     files: Sequence[tuple[Callable[[], bytes], str]], column: str | None
 ) -> tuple[list[Caption], Fault | None]:
     """The captions of the first file that has any, or why there are none. files: (function that reads it, name)."""
-    faults: list[Fault] = []
+    empty = []
     for read, name in files:
         try:
-            captions, fault = sidecar_captions(read(), name, column)
+            captions, why_none = sidecar_captions(read(), name, column)
         except StorageError:
             raise
         except StditError as error:
             return [], ("bad_caption", str(error))
-        if captions or (fault and fault[0] == "bad_caption"):
-            return captions, fault
-        faults += [fault] if fault else []
-    return [], ("no_caption", " ".join(message for _, message in faults)) if faults else None
+        if captions:
+            return captions, None
+        empty.append(why_none)
+    return [], ("no_caption", " ".join(empty)) if empty else None

@@ -6,12 +6,12 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from stdit.data.decode.checks import Limits, VideoError
 from stdit.data.measure.scenes import MIN_FRAMES
-from stdit.data.remote.retries import StorageError
+from stdit.data.remote.failures import StorageError
 from stdit.data.remote.storage import STORAGE
 from stdit.data.workers.child import GRACE
 from stdit.data.workers.pool import Worker
@@ -142,11 +142,11 @@ def probe_files(
 def _probe(
     worker: Worker, path: str, options: ScanOptions, timeout: float, open_local: OpenLocal, known: ProbeResult | None
 ) -> ProbeResult:
-    limits = asdict(Limits(seconds=timeout))
+    limits = Limits(seconds=timeout)
     try:
         with open_local(path) as local:
             if known is None:
-                answer, _ = worker.call("probe", local, timeout, verify_pixels=options.verify_pixels, limits=limits)
+                answer = worker.call("probe", local, timeout, limits, verify_pixels=options.verify_pixels)
                 known = ProbeResult(path, **answer)
             return _complete(worker, local, options, timeout, known)
     except VideoError as error:
@@ -162,17 +162,15 @@ def _complete(worker: Worker, local: str, options: ScanOptions, timeout: float, 
     probe = result.probe
     if probe is not None and options.needs_scenes(result):
         seconds = timeout + probe["end"] - probe["start"]  # all frames are decoded
-        limits = asdict(Limits(frames=SCENE_FRAMES, seconds=seconds))
-        answer, _ = worker.call("scenes", local, seconds + GRACE, end=probe["end"], fps=probe["fps"], limits=limits)
-        if "reason" in answer:
-            raise VideoError(result.path, answer["reason"], answer["message"])
+        limits = Limits(frames=SCENE_FRAMES, seconds=seconds)
+        answer = worker.call("scenes", local, seconds + GRACE, limits, end=probe["end"], fps=probe["fps"])
         result = replace(result, scenes=answer["scenes"])
     scores = dict(result.scores)
-    limits = asdict(Limits(seconds=timeout))
+    limits = Limits(seconds=timeout)
     for span in options.spans_to_score(result):
         where: dict[str, Any] = {"start": span.start, "end": span.end, "frames": span.frames}
         try:
-            scores[span.key], _ = worker.call("score", local, timeout, limits=limits, **where)
+            scores[span.key] = worker.call("score", local, timeout, limits, **where)
         except VideoError as error:
             scores[span.key] = {"reason": error.reason, "message": error.message}
     return replace(result, scores=scores)

@@ -24,8 +24,8 @@ from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write
 from stdit.data.measure.fingerprints import find_repeats
 from stdit.data.measure.scenes import MIN_FRAMES, check_available
 from stdit.data.measure.scores import SCORES
+from stdit.data.remote.failures import StorageError
 from stdit.data.remote.paths import beside, is_remote
-from stdit.data.remote.retries import StorageError
 from stdit.data.remote.storage import STORAGE
 from stdit.data.scan.listing import File, Folder
 from stdit.data.scan.probing import OpenLocal, ProbeResult, ScanOptions, Span, probe_files

@@ -60,19 +60,16 @@ class Reader:
             worker = self._idle.pop()
         except IndexError:
             worker = Worker()
+        arguments = {"count": count, "size": size, "fps": fps, "start": start, "crop": crop, "sha256": sha256}
+        memory = MEMORY + count * size[0] * size[1] * 3
+        seconds = limits.seconds + GRACE
+        if sha256 is not None:  # the whole file is hashed first
+            with suppress(OSError):
+                seconds += os.stat(file_of(path)).st_size / HASH_RATE
         try:
-            arguments = {"count": count, "size": size, "fps": fps, "start": start, "crop": crop, "sha256": sha256}
-            more = MEMORY + count * size[0] * size[1] * 3
-            seconds = limits.seconds + GRACE
-            if sha256 is not None:  # the whole file is hashed first
-                with suppress(OSError):
-                    seconds += os.stat(file_of(path)).st_size / HASH_RATE
-            answer, frames = worker.call("read", path, seconds, more, limits=asdict(limits), **arguments)
+            return worker.call("read", path, seconds, limits, memory, **arguments)["frames"]
         finally:
             self._idle.append(worker)
-        if frames is None:
-            raise VideoError(path, answer["reason"], answer["message"])
-        return frames
 
     def close(self) -> None:
         while self._idle:
@@ -89,15 +86,16 @@ class Worker:
         self._process: _Process | None = None
 
     def call(
-        self, task: str, path: str, seconds: float, memory: int = MEMORY, **arguments: Any
-    ) -> tuple[dict[str, Any], np.ndarray | None]:
-        """A task's answer (see `child._TASKS`), and its frames (T, H, W, 3) uint8, if any.
+        self, task: str, path: str, seconds: float, limits: Limits = LIMITS, memory: int = MEMORY, **arguments: Any
+    ) -> dict[str, Any]:
+        """The answer of a task (see `child._answer`); "frames" are (T, H, W, 3) uint8.
 
-        Raises VideoError: "timeout" after `seconds`, "crashed" if two processes died of it. A second process tries
-        because the system may have killed the first (out of memory, or the run is being ended), and because a disk that
-        did not respond may recover.
+        Raises VideoError: the task's own, "timeout" after `seconds`, or "crashed" if two processes died of it. A second
+        process tries because the system may have killed the first (out of memory, or the run is being ended), and
+        because a disk that did not respond may recover.
         """
-        request = {"task": task, "seconds": seconds, "memory": memory, "path": path, **arguments}
+        request = {"task": task, "seconds": seconds, "memory": memory, "path": path, "limits": asdict(limits)}
+        request |= arguments
         status = 0
         for last in (False, True):
             if self._process is None or self._process.popen.poll() is not None:
@@ -114,6 +112,8 @@ class Worker:
                 self.close()
                 raise
             if answer is not None:
+                if "error" in answer:
+                    raise VideoError(path, **answer["error"])
                 return answer
             status = self._process.popen.wait()
         name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -165,26 +165,20 @@ class _Process:
             )
         self.end = weakref.finalize(self, _end, self.popen)
         # read by a thread, so that a process that hangs or cannot be killed does not block the caller
-        self.answers: queue.SimpleQueue[tuple[dict[str, Any], np.ndarray | None] | None] = queue.SimpleQueue()
-        listening = threading.Thread(
-            target=_listen, args=(self.popen.stdout, self.memory, self.answers), name="stdit-reader", daemon=True
-        )
-        listening.start()
-        try:
-            started = self.answers.get(timeout=START)
-        except queue.Empty:
-            started = None
-        if started is None:
-            self.end()
-            raise StditError(
-                "the decoder's process does not start. To see why, run: python -m stdit.data.workers.child"
-            )
+        self.answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        heard = (self.popen.stdout, self.memory, self.answers)
+        threading.Thread(target=_listen, args=heard, name="stdit-reader", daemon=True).start()
+        with suppress(queue.Empty):
+            if self.answers.get(timeout=START) is not None:
+                return
+        self.end()
+        raise StditError("the decoder's process does not start. To see why, run: python -m stdit.data.workers.child")
 
-    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None] | None:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The answer, or None if the process died. Raises queue.Empty on timeout.
 
-        The time limit counts CPU time of the process if the system reports it, so that other work on the machine costs
-        no clip. A process that waits for its file counts as hung once the limit has passed.
+        The limit is CPU time if the system reports it, so that other work on the machine costs no clip. A process that
+        waits for its file counts as hung once the limit has passed.
         """
         assert self.popen.stdin is not None
         try:
@@ -221,11 +215,9 @@ def _cpu_seconds(pid: int) -> float | None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     assert process.stdin is not None
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):  # it is stuck in the kernel, on a disk that does not respond
         process.stdin.close()
         process.wait(timeout=1)
-    except (OSError, subprocess.TimeoutExpired):
-        pass  # it is stuck in the kernel, on a disk that does not respond
 
 
 def _listen(stdout: IO[bytes], memory: IO[bytes] | None, answers: queue.SimpleQueue) -> None:
@@ -235,15 +227,14 @@ def _listen(stdout: IO[bytes], memory: IO[bytes] | None, answers: queue.SimpleQu
             if not line.endswith(b"\n"):
                 break
             answer = json.loads(line)
-            frames = None
             if shape := answer.pop("shape", None):
                 if memory is None:
                     frames = np.frombuffer(stdout.read(math.prod(shape)), np.uint8)
                 else:
                     with mmap.mmap(memory.fileno(), math.prod(shape)) as shared:
                         frames = np.array(np.frombuffer(shared, np.uint8))
-                frames = frames.reshape(shape)
-            answers.put((answer, frames))
+                answer["frames"] = frames.reshape(shape)
+            answers.put(answer)
     answers.put(None)
 
 

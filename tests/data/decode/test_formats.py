@@ -115,3 +115,4 @@ def test_a_pipe_is_named_and_waits_for_nobody(folder, tmp_path):
         os.mkfifo(tmp_path / name)
     found = scan(tmp_path, uncaptioned=True, workers=1)
     assert len(found.manifest) == 1 and {s.file: s.reason for s in found.skipped} == {"pipe.mp4": "unreadable"}
+    assert found.skipped[0].message == "is not a regular file."

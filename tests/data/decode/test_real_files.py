@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stdit.data.decode.checks import VideoError
+from stdit.data.decode.checks import Limits, VideoError
 from stdit.data.decode.video import probe, read_frames
 from stdit.data.scan.probing import ScanOptions, probe_files
 from stdit.data.workers.pool import Reader, Worker
@@ -66,6 +66,6 @@ def test_a_read_of_a_long_4k_file_stays_under_a_gigabyte(videos):
     """Of address space, Python and FFmpeg included; from the beginning and from the middle."""
     path = str(videos / "mixed/long_4k_av1.mp4")
     for start in (0.0, 200.0):
-        arguments = {"count": 16, "size": (128, 72), "fps": 30.0, "start": start, "limits": {"seconds": 300.0}}
-        _, frames = Worker().call("read", path, 300.0, 1 << 30, **arguments)
-        assert frames is not None and frames.shape == (16, 72, 128, 3)
+        arguments = {"count": 16, "size": (128, 72), "fps": 30.0, "start": start}
+        frames = Worker().call("read", path, 300.0, Limits(seconds=300.0), 1 << 30, **arguments)["frames"]
+        assert frames.shape == (16, 72, 128, 3)

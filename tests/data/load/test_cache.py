@@ -14,7 +14,7 @@ import torch
 
 from stdit.data.config import DataConfig
 from stdit.data.load.cache import Cache, CacheMissing, latent_key, latent_settings, text_key
-from stdit.data.remote.retries import StorageError
+from stdit.data.remote.failures import StorageError
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 

@@ -20,7 +20,7 @@ from stdit.data.load.clip_files import check_files
 from stdit.data.load.loader import Loader, choose_caption
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign
-from stdit.data.remote.retries import StorageError
+from stdit.data.remote.failures import StorageError
 from stdit.data.remote.storage import Storage
 from stdit.errors import StditError
 from stdit.pixels import to_video

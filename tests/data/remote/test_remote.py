@@ -33,9 +33,9 @@ from stdit.data.manifest import read_manifest
 from stdit.data.plan.buckets import assign
 from stdit.data.plan.split import PlanItem
 from stdit.data.remote import storage as storage_module
+from stdit.data.remote.failures import StorageError
 from stdit.data.remote.local_cache import LocalCache
 from stdit.data.remote.paths import Member, join, split_member
-from stdit.data.remote.retries import StorageError
 from stdit.data.remote.storage import STORAGE
 from stdit.data.scan.scan import scan
 from stdit.errors import StditError
@@ -202,7 +202,7 @@ def test_a_scan_loses_nothing(uploaded, store, tmp_path, caplog, capsys):
     found = read_manifest(tmp_path / "m.parquet")
     assert by_content(found) == by_content(here.manifest) and len(found) == 6
     assert not Proxy.faults and store.retries == counted() == 6
-    assert len([record for record in caplog.records if record.name == "stdit.data.remote.retries"]) == 6
+    assert len([record for record in caplog.records if record.name == "stdit.data.remote.storage"]) == 6
     assert all(clip.path.startswith("s3://bucket/videos/") for clip in found)
     server_asked = len(Proxy.seen)
     again = scan("s3://bucket/videos", out=tmp_path / "m.parquet", workers=1)

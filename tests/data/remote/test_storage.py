@@ -15,9 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from stdit import files as files_module
 from stdit.data.remote import storage as storage_module
+from stdit.data.remote.failures import StorageError
+from stdit.data.remote.local_cache import LocalCache
 from stdit.data.remote.paths import Member, open_bytes, split_member
-from stdit.data.remote.retries import StorageError
-from stdit.data.remote.storage import Storage
+from stdit.data.remote.storage import Storage, in_parallel
 from stdit.errors import StditError
 
 
@@ -55,8 +56,8 @@ def files(tmp_path, monkeypatch):
     return lambda name, content: Flaky().pipe_file(f"/{name}", content)
 
 
-def storage(tmp_path, **options):
-    return Storage(tmp_path / "copies", **{"limit": 1 << 20, "pause": 0.0, **options})
+def storage(tmp_path, limit=1 << 20, **options):
+    return Storage(LocalCache(tmp_path / "copies", limit), **{"pause": 0.0, **options})
 
 
 def copies(tmp_path):
@@ -265,7 +266,7 @@ def test_written_files_are_listed_and_read(tmp_path, files):
         for name in ("b", "a", "deeper/c"):
             store.write(f"{root}/{name}", name.encode())
         assert store.names(root) == ["a", "b", "deeper"]
-        assert store.read_all([f"{root}/a", f"{root}/deeper/c"]) == [b"a", b"deeper/c"]
+        assert in_parallel(store.read, [f"{root}/a", f"{root}/deeper/c"]) == [b"a", b"deeper/c"]
         with pytest.raises(StorageError, match="nowhere: no such file"):
             store.read(f"{root}/nowhere")
     store.write("flaky://cache/.hidden/d", b"")

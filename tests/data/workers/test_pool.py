@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 
@@ -193,7 +192,7 @@ def test_a_file_that_hangs_is_read_once_more(folder, monkeypatch):
     monkeypatch.setattr(pool, "_start", counted)
     worker = Worker()
     arguments = {"count": 5, "size": (16, 16), "fps": 8.0, "start": 0.0, "crop": (0.5, 0.5), "sha256": None}
-    _, frames = worker.call("read", str(hanging), 2.0, limits=asdict(Limits()), **arguments)
+    frames = worker.call("read", str(hanging), 2.0, **arguments)["frames"]
     worker.close()
     assert np.array_equal(frames, read_frames(str(folder / "good.mp4"), 5, (16, 16), 8.0)) and len(starts) == 2
 
@@ -233,17 +232,17 @@ def test_time_is_counted_while_a_process_has_a_core(folder, monkeypatch, compute
     """Of each 0.02 s that it may take, the reading process has `computes` seconds of a core: some, none, too many."""
     worker, path, seconds = Worker(), str(folder / "slow.mp4"), itertools.count(0.0, computes)
     arguments = {"count": 3, "size": (8, 8), "fps": 8.0, "start": 0.0, "crop": (0.5, 0.5), "sha256": None}
-    worker.call("read", str(folder / "good.mp4"), 60.0, limits=asdict(Limits()), **arguments)  # it has started
+    worker.call("read", str(folder / "good.mp4"), 60.0, **arguments)  # it has started
     monkeypatch.setattr(pool, "_cpu_seconds", lambda pid: next(seconds))
     monkeypatch.setattr(pool, "PATIENCE", 10**6)
     monkeypatch.setattr(pool, "IDLE", 1e-9)
     try:
         if reason is None:
-            _, frames = worker.call("read", path, 0.02, limits=asdict(Limits()), **arguments)
+            frames = worker.call("read", path, 0.02, **arguments)["frames"]
             assert frames.shape == (3, 8, 8, 3) and next(seconds) > 4 * computes
         else:
             with pytest.raises(VideoError, match="longer than") as error:
-                worker.call("read", path, 0.02, limits=asdict(Limits()), **arguments)
+                worker.call("read", path, 0.02, **arguments)
             assert error.value.reason == reason
     finally:
         worker.close()
