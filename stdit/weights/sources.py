@@ -63,11 +63,7 @@ def holds(kind: str, path: str | os.PathLike[str], trust_pickle: bool = False) -
 
 
 def find(
-    kind: str,
-    path: str | os.PathLike[str],
-    trust_pickle: bool = False,
-    strict: bool = True,
-    heads: int | None = None,
+    kind: str, path: str | os.PathLike[str], trust_pickle: bool = False, strict: bool = True, heads: int | None = None
 ) -> Source:
     """Opens a transformer or VAE without reading a tensor.
 

@@ -288,31 +288,32 @@ def open_index(path: Path) -> TensorFiles:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise StditError(f"{path}: has no weight_map.")
-    shards: dict[str, TensorFiles] = {}
+    shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or Path(shard).name != shard or "\\" in shard:
             raise StditError(
                 f"{path}: puts {name} in {shard!r}, which is not the name of a file beside the index. Files elsewhere "
                 "are not opened: download the index again from a source that you trust."
             )
-        if shard not in shards:
-            file = path.parent / shard
-            if file.suffix != ".safetensors":
-                raise StditError(f"{path}: puts {name} in {shard}, which is not a safetensors file.")
-            if not file.is_file():
-                count = sum(other == shard for other in weight_map.values())
-                raise StditError(
-                    f"{file}: this shard is missing; {path.name} puts {count} tensors in it, such as {name}. "
-                    f"Download it.{unfinished(path.parent)}"
-                )
-            shards[shard] = open_safetensors(file)
-        if name not in shards[shard].entries:
-            raise StditError(f"{shards[shard].path}: has no tensor {name}, which {path.name} puts there.")
-    for files in shards.values():
-        if surplus := [name for name in files.entries if name not in weight_map]:
-            raise StditError(f"{files.path}: holds {surplus[0]}, which {path.name} does not name.")
-    entries = {name: shards[shard].entries[name] for name, shard in weight_map.items()}
-    metadata = {key: value for files in shards.values() for key, value in files.metadata.items()}
+        shards.setdefault(shard, []).append(name)
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
+    for shard, names in shards.items():
+        file = path.parent / shard
+        if file.suffix != ".safetensors":
+            raise StditError(f"{path}: puts {names[0]} in {shard}, which is not a safetensors file.")
+        if not file.is_file():
+            raise StditError(
+                f"{file}: this shard is missing; {path.name} puts {len(names)} tensors in it, such as {names[0]}. "
+                f"Download it.{unfinished(path.parent)}"
+            )
+        found = open_safetensors(file)
+        if absent := [name for name in names if name not in found.entries]:
+            raise StditError(f"{file}: has no tensor {absent[0]}, which {path.name} puts there.")
+        if surplus := [name for name in found.entries if name not in weight_map]:
+            raise StditError(f"{file}: holds {surplus[0]}, which {path.name} does not name.")
+        entries |= {name: found.entries[name] for name in names}
+        metadata |= found.metadata
     return TensorFiles(path, entries, metadata)
 
 
