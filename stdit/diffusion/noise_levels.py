@@ -55,19 +55,15 @@ Levels = TypeVar("Levels", Tensor, np.ndarray)
 
 
 def shift_noise_level(t: Levels, shift: float | Levels) -> Levels:
-    """Moves noise levels towards 1 for clips with many tokens (Esser et al. 2024, eq. 23).
-
-    t: (…,) in [0, 1].
-    shift: above 0; 1 leaves t unchanged.
-    """
+    """Moves noise levels t (…,) in [0, 1] towards 1, for clips with many tokens (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def shift_by_tokens(tokens: int, base: int) -> float:
     """The shift √(tokens / base), which keeps the uncertainty about a constant clip equal at both token counts.
 
-    This is section 5.3.2 of Esser et al. 2024 (eq. 23 with m = tokens, n = base), applied to spacetime tokens. Flux
-    interpolates log(shift) linearly between two counts instead; the square root needs one constant.
+    Section 5.3.2 of Esser et al. 2024 (eq. 23 with m = tokens, n = base), for spacetime tokens. (Flux interpolates
+    log(shift) linearly between two counts instead.)
     """
     return math.sqrt(tokens / base)
 
@@ -78,27 +74,10 @@ def _strata(count: int, seed: int, epoch: int, step: int) -> tuple[int, ...]:
 
 
 def stratified_uniform(positions: Sequence[int], count: int, *, seed: int, epoch: int, step: int) -> Tensor:
-    """A number in (0, 1) for each position: over all `count` positions of a step, one in each of `count` equal strata.
-
-    Keyed by (seed, epoch, step, position), so every rank draws the same. Returns (len(positions),) fp64.
-    """
+    """A number in (0, 1), fp64, for each position: over all `count` of a step, one in each of as many equal strata."""
     strata = _strata(count, seed, epoch, step)
     jitter = [keyed_uniform(seed, "noise level", epoch, step, position) + 2.0**-54 for position in positions]  # never 0
     return torch.tensor([(strata[p] + j) / count for p, j in zip(positions, jitter)], dtype=torch.float64)
-
-
-def levels_from_uniform(u: Tensor, config: NoiseLevelConfig) -> Tensor:
-    """The quantiles u (…,), fp64 in (0, 1), of the unshifted distribution."""
-    if config.distribution == "uniform":
-        return u
-    return torch.sigmoid(config.mean + config.std * torch.special.ndtri(u))
-
-
-def uniform_from_levels(t: Tensor, config: NoiseLevelConfig) -> Tensor:
-    """The inverse of `levels_from_uniform`: the probability below each level, in [0, 1]."""
-    if config.distribution == "uniform":
-        return t
-    return torch.special.ndtr((torch.logit(t) - config.mean) / config.std)
 
 
 def noise_levels(
@@ -112,21 +91,20 @@ def noise_levels(
     step: int,
     shifts: Sequence[float] | None = None,
 ) -> Tensor:
-    """The noise levels of clips of a step, (len(positions),) fp64 in (0, 1) and in config.range.
+    """The noise levels, fp64 in (0, 1) and in config.range, of the clips at these positions of a step of `count` clips.
 
-    positions: of the clips in the global step.
-    count: number of clips in the global step.
-    tokens: of each clip.
     shifts: of each clip, in place of those that config and tokens give.
     """
     u = stratified_uniform(positions, count, seed=seed, epoch=epoch, step=step)
-    static = 1.0 if config.shift is None else config.shift
+    uniform, mean, std = config.distribution == "uniform", config.mean, config.std
     if shifts is None:
+        static = 1.0 if config.shift is None else config.shift
         shifts = [static * (shift_by_tokens(n, config.shift_tokens) if config.shift_tokens else 1.0) for n in tokens]
     moves = torch.tensor(shifts, dtype=torch.float64)
     low, high = config.range or (0.0, 1.0)
     if (low, high) != (0.0, 1.0):  # draw between the quantiles of the ends
         ends = [shift_noise_level(torch.full_like(moves, t), 1 / moves).clamp(0, 1) for t in (low, high)]
-        first, last = (uniform_from_levels(t, config) for t in ends)
+        first, last = ends if uniform else [torch.special.ndtr((torch.logit(t) - mean) / std) for t in ends]
         u = first + u * (last - first)
-    return shift_noise_level(levels_from_uniform(u, config), moves).clamp(low, high)
+    t = u if uniform else torch.sigmoid(mean + std * torch.special.ndtri(u))
+    return shift_noise_level(t, moves).clamp(low, high)

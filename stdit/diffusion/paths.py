@@ -72,7 +72,7 @@ def open_sora_shift(shape: VideoShape) -> float:
 class DdpmPath:
     """The discrete diffusion of Ho et al. (2020), variance-preserving, over 1000 indices.
 
-    betas: (1000,) fp32, one for each index.
+    betas: (1000,) fp32.
     prediction: "epsilon", or "v_prediction" (Salimans & Ho 2022).
     """
 
@@ -84,7 +84,7 @@ class DdpmPath:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> DdpmPath:
-        """From a diffusers scheduler's config, checked by `check_scheduler`."""
+        """From a diffusers scheduler's config that `check_scheduler` has passed."""
         start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
         if (trained := config.get("trained_betas")) is not None:
             right = isinstance(trained, list | tuple) and all(type(beta) in (int, float) for beta in trained)
@@ -105,7 +105,7 @@ class DdpmPath:
         return torch.cumprod(1 - self.betas, 0).double()
 
     def index(self, t: Tensor) -> Tensor:
-        """t = index / 1000 to int64 indices."""
+        """The int64 indices of t = index / 1000."""
         return (t.double() * INDICES).round().long()
 
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

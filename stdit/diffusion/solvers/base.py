@@ -13,9 +13,41 @@ input and into the finished latents; the sample may hold anything there, because
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Generator, Tensor
+
+from stdit.shapes import LatentShape, VideoShape
+
+Config = Mapping[str, Any]  # of a scheduler, as diffusers writes it
+CALLERS = {
+    "": "not known; sigma_max tells whether a flow is solved in Cosmos-Predict2's coordinates",
+    "plain": "as the scheduler's own set_timesteps does it",
+    "ltx": "LTX-Video: evenly spaced levels",
+    "ltx condition": "LTX-Video's LTXConditionPipeline: linear, then quadratic levels",
+    "cosmos2": "Cosmos-Predict2: σ = t/(1 − t)",
+    "cosmos2.5": "Cosmos-Predict2.5: the same, and the network is told the levels themselves",
+}
+
+
+def caller_of(config: Config) -> str:
+    """The pipeline whose way of calling its scheduler is meant, a key of CALLERS."""
+    caller = str(config.get("_caller", ""))
+    assert caller in CALLERS, caller
+    return caller
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a solver's levels depend on besides the scheduler's config, as `make_solver` takes it."""
+
+    steps: int
+    shift: float | None
+    shape: VideoShape | None
+    latent: LatentShape | None
+    where: str
 
 
 class Solver(ABC):

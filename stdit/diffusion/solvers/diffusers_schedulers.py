@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Generator, Tensor
 
-from stdit.diffusion.paths import DdpmPath, EdmPath
-from stdit.diffusion.solvers.base import Solver
+from stdit.diffusion.solvers.base import Config, Schedule, Solver
 from stdit.errors import StditError
 
 
@@ -27,14 +26,12 @@ def import_diffusers(module: str, needed_by: str, where: str) -> Any:
 class DiffusersSolver(Solver):
     """Drives a scheduler of diffusers as its pipelines do.
 
-    config: of the scheduler, checked by `check_scheduler`; `_class_name` names its class.
-    path: of the weights. An EDM's sample is σ_d·x_0 + σ·ε and starts at σ_max, as in Cosmos' pipeline.
-    steps: number of steps.
-    where: names the config in errors.
+    The config's `_class_name` names the class. An EDM's sample is σ_d·x_0 + σ·ε and starts at σ_max, as in Cosmos'
+    pipeline.
     """
 
-    def __init__(self, config: Mapping[str, Any], path: DdpmPath | EdmPath, steps: int, where: str) -> None:
-        name = config["_class_name"]
+    def __init__(self, config: Config, schedule: Schedule) -> None:
+        name, steps, where = config["_class_name"], schedule.steps, schedule.where
         scheduler_class = getattr(import_diffusers("diffusers", name, where), name)
         options = _options(scheduler_class, config, where)
         try:
@@ -44,10 +41,11 @@ class DiffusersSolver(Solver):
             raise StditError(f"{where}: diffusers' {name} refuses {options} with {steps} steps: {error}") from error
         if hasattr(self.scheduler, "set_begin_index"):  # all but DDIM count their steps
             self.scheduler.set_begin_index(0)
-        if isinstance(path, EdmPath):
+        if name == "EDMEulerScheduler":
             sigmas = self.scheduler.sigmas[:-1].double()
             self.levels = (sigmas / (sigmas + 1)).tolist()
-            self.start_scale, self.end_scale = float(self.scheduler.config.sigma_max), path.sigma_data
+            self.start_scale = float(self.scheduler.config.sigma_max)
+            self.end_scale = float(self.scheduler.config.sigma_data)
         else:
             self.levels = (self.scheduler.timesteps.double() / 1000).tolist()
             self.start_scale, self.end_scale = float(self.scheduler.init_noise_sigma), 1.0
@@ -71,7 +69,7 @@ class DiffusersSolver(Solver):
         return x / self.end_scale
 
 
-def _options(scheduler_class: Any, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _options(scheduler_class: Any, config: Config, where: str) -> dict[str, Any]:
     """The options of the class that a config has, each of the type that the class expects."""
     kept = {}
     for option in inspect.signature(scheduler_class).parameters.values():

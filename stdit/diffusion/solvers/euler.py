@@ -1,7 +1,7 @@
 """Euler steps of rectified flows, as diffusers' FlowMatchEulerDiscreteScheduler and the pipelines around it take them.
 
-Kept by hand: native models are sampled without diffusers, training needs the same shifts, and three pipelines feed
-this scheduler in ways of their own. Quirks are reproduced (diffusers 0.42,
+Kept by hand: native models are sampled without diffusers, training needs the same shifts, three pipelines feed this
+scheduler in ways of their own, and no library has Open-Sora's. Quirks are reproduced (diffusers 0.42,
 `schedulers/scheduling_flow_match_euler_discrete.py`), since weights are published and judged with them:
 
 - A static shift is applied twice: once to the table of 1000 levels, whose ends are then spaced evenly, and once more to
@@ -12,62 +12,108 @@ this scheduler in ways of their own. Quirks are reproduced (diffusers 0.42,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from torch import Generator, Tensor
 
 from stdit.diffusion.noise_levels import shift_noise_level
-from stdit.diffusion.solvers.base import Solver
+from stdit.diffusion.paths import open_sora_shift
+from stdit.diffusion.solvers.base import Config, Schedule, Solver, caller_of
+from stdit.diffusion.solvers.diffusers_schedulers import import_diffusers
 from stdit.errors import StditError
 
 
 class Euler(Solver):
-    """x ← x + (σ_{i+1} − σ_i)·v, v = ε − x_0. sigmas: σ_0 … σ_steps, as fp32 holds them."""
+    """x ← x + (σ_{i+1} − σ_i)·v, v = ε − x_0.
 
-    def __init__(self, sigmas: Sequence[float]) -> None:
-        self.sigmas = list(sigmas)
-        # diffusers' timesteps are fp32(σ)·1000 in fp32; the division turns them back into noise levels.
-        self.levels = [float(np.float32(sigma) * np.float32(1000)) / 1000 for sigma in self.sigmas[:-1]]
+    The levels are shifted, stretched to `shift_terminal`, replaced by Karras' between their ends (or sigma_min and
+    sigma_max) under use_karras_sigmas, and followed by 0.
 
-    def step(self, index: int, output: Tensor, x: Tensor, generators: Sequence[Generator] = ()) -> Tensor:
-        return x + (self.sigmas[index + 1] - self.sigmas[index]) * output
-
-
-class LtxConditionEuler(Solver):
-    """Euler as LTXConditionPipeline runs it (LTX-Video 0.9.5 and later).
-
-    The pipeline passes levels and not sigmas to its scheduler. So a static shift and shift_terminal move where steps
-    end, at the next lower sigma, but not where they begin.
-
-    levels: (steps,) where steps begin.
-    shift, terminal: the scheduler's shift and shift_terminal.
+    sigmas: σ_0 … σ_steps, as fp32 holds them.
+    lengths: of the steps.
     """
 
-    def __init__(self, levels: np.ndarray, shift: float, terminal: float | None = None) -> None:
-        levels = levels.astype(np.float32) * np.float32(1000) / np.float32(1000)  # through timesteps and back
-        self.levels = levels.tolist()
-        sigmas = stretched(shift_noise_level(levels, shift), terminal)
+    sigmas: list[float]
+    lengths: list[float]
+
+    def __init__(self, config: Config, schedule: Schedule) -> None:
+        shift = float(config.get("shift", 1.0)) if schedule.shift is None else schedule.shift
+        dynamic = config.get("use_dynamic_shifting")
+        if dynamic and schedule.shift is None:
+            if schedule.latent is None:
+                raise StditError("a scheduler with use_dynamic_shifting needs the clip's latent shape.")
+            shift = dynamic_shift(math.prod(schedule.latent.sizes), config)
+        if dynamic or caller_of(config) == "ltx":  # as LTX-Video's pipelines pass them: 1, …, 1/steps
+            levels = np.linspace(1.0, 1 / schedule.steps, schedule.steps).astype(np.float32)
+        else:
+            levels = _table_levels(schedule.steps, shift)
+        sigmas = _stretched(shift_noise_level(levels, shift), config)
+        if config.get("use_karras_sigmas"):
+            low, high = config.get("sigma_min", float(sigmas[-1])), config.get("sigma_max", float(sigmas[0]))
+            sigmas = karras_sigmas(len(sigmas), low, high)
         self.sigmas = [*sigmas.astype(np.float32).tolist(), 0.0]
-        self.ends = [max(sigma for sigma in self.sigmas if sigma < max(level - 1e-6, 1e-9)) for level in self.levels]
+        # diffusers' timesteps are fp32(σ)·1000 in fp32; the division turns them back into noise levels.
+        self.levels = [float(np.float32(sigma) * np.float32(1000)) / 1000 for sigma in self.sigmas[:-1]]
+        self.lengths = [end - start for start, end in pairwise(self.sigmas)]
 
     def step(self, index: int, output: Tensor, x: Tensor, generators: Sequence[Generator] = ()) -> Tensor:
-        return x + (self.ends[index] - self.levels[index]) * output
+        return x + self.lengths[index] * output
+
+
+class LtxConditionEuler(Euler):
+    """As LTXConditionPipeline runs it (LTX-Video 0.9.5 and later).
+
+    The pipeline passes levels and not sigmas to its scheduler. So a static shift and shift_terminal move where steps
+    end, at the next lower sigma, but not where they begin. A shift of ours moves where they begin as well.
+    """
+
+    def __init__(self, config: Config, schedule: Schedule) -> None:
+        if option := next((key for key in ("use_dynamic_shifting", "use_karras_sigmas") if config.get(key)), ""):
+            raise StditError(f"{option}: LTXConditionPipeline gives its scheduler levels of its own. Set it to false.")
+        module = import_diffusers(
+            "diffusers.pipelines.ltx.pipeline_ltx_condition", "LTXConditionPipeline's schedule", schedule.where
+        )
+        levels = module.linear_quadratic_schedule(schedule.steps).double().numpy()
+        shift = float(config.get("shift", 1.0))
+        if schedule.shift is not None:
+            levels, shift = shift_noise_level(levels, schedule.shift), 1.0
+        levels = levels.astype(np.float32) * np.float32(1000) / np.float32(1000)  # through timesteps and back
+        self.levels = levels.tolist()
+        sigmas = _stretched(shift_noise_level(levels, shift), config)
+        self.sigmas = [*sigmas.astype(np.float32).tolist(), 0.0]
+        ends = (max(sigma for sigma in self.sigmas if sigma < max(level - 1e-6, 1e-9)) for level in self.levels)
+        self.lengths = [end - level for level, end in zip(self.levels, ends)]
+
+
+class OpenSoraEuler(Euler):
+    """Open-Sora 1.2's RFLOW: over 1, (S−1)/S, …, 1/S, shifted once; the network's output is x_0 − ε."""
+
+    def __init__(self, config: Config, schedule: Schedule) -> None:
+        shift = 1.0 if schedule.shift is None else schedule.shift
+        if schedule.shift is None and config.get("use_timestep_transform", False):
+            if schedule.shape is None:
+                raise StditError("Open-Sora's noise levels need the clip's shape in pixels.")
+            shift = open_sora_shift(schedule.shape)
+        times = np.array([1 - i / schedule.steps for i in range(schedule.steps)], dtype=np.float32)
+        self.levels = [min(float(t), 1.0) for t in shift_noise_level(times, shift)]  # rounding may pass 1
+        self.sigmas = [*self.levels, 0.0]
+        self.lengths = [start - end for start, end in pairwise(self.sigmas)]
 
 
 class CosmosEuler(Solver):
     """Euler in the coordinates x_0 + σ·ε of Karras et al. (2022), as Cosmos-Predict2's pipelines run flow weights.
 
-    sigmas: (steps,) falling.
-    to_zero: end at σ = 0; otherwise at the last of `sigmas`, where the last step stands still, as in released folders.
-    start_scale: deviation of the first sample.
+    It ends at the last σ above 0, where the last step stands still, as in released folders; or at 0 if the config's
+    final_sigmas_type is "zero".
     """
 
-    def __init__(self, sigmas: np.ndarray, to_zero: bool, start_scale: float) -> None:
-        sigmas = sigmas.astype(np.float32)
-        self.start_scale = start_scale
-        self.sigmas = [*sigmas.tolist(), 0.0 if to_zero else float(sigmas[-1])]
+    def __init__(self, config: Config, schedule: Schedule) -> None:
+        config = {"sigma_min": 0.002, "sigma_max": 80.0, "final_sigmas_type": "sigma_min", **config}  # its pipelines'
+        sigmas = karras_sigmas(schedule.steps, config["sigma_min"], config["sigma_max"]).astype(np.float32)
+        self.start_scale = config["sigma_max"]
+        self.sigmas = [*sigmas.tolist(), 0.0 if config["final_sigmas_type"] == "zero" else float(sigmas[-1])]
         self.levels = (sigmas / (sigmas + 1)).tolist()  # in fp32, as in diffusers: 1 − t is off by 2e-6 at σ = 80
 
     def start(self, noise: Tensor) -> Tensor:
@@ -81,37 +127,32 @@ class CosmosEuler(Solver):
         return x + (self.sigmas[index + 1] - self.sigmas[index]) / self.sigmas[index] * (x - x0)
 
 
-def table_levels(steps: int, shift: float) -> np.ndarray:
+def flow_euler(config: Config, schedule: Schedule) -> Solver:
+    """The solver of a FlowMatchEulerDiscreteScheduler, as the pipeline around it runs it."""
+    if config.get("use_karras_sigmas") and in_cosmos_coordinates(config):
+        return CosmosEuler(config, schedule)
+    return (LtxConditionEuler if caller_of(config) == "ltx condition" else Euler)(config, schedule)
+
+
+def in_cosmos_coordinates(config: Config) -> bool:
+    """Whether a flow is solved in σ = t/(1 − t). Without a caller, sigma_max tells: a flow's own levels end at 1."""
+    caller = caller_of(config)
+    return caller in ("cosmos2", "cosmos2.5") or (not caller and config.get("sigma_max", 0.0) > 1)
+
+
+def _table_levels(steps: int, shift: float) -> np.ndarray:
     """(steps,) fp64 that diffusers' flow Euler starts from: evenly between the ends of its shifted table.
 
-    shift: static. It is applied once more to the result (10 steps, shift 3: the last σ is 0.009 where the formula
-    gives 0.25).
+    The static shift is applied once more to the result (10 steps, shift 3: the last σ is 0.009, not 0.25).
     """
     ends = np.array([1000, 1], dtype=np.float32) / np.float32(1000)
     ends = shift_noise_level(ends, shift).astype(np.float32).astype(np.float64)
     return np.linspace(ends[0], ends[1], steps)
 
 
-def even_levels(steps: int) -> np.ndarray:
-    """(steps,) fp32 as LTX-Video's pipelines pass them to their scheduler: 1, …, 1/steps evenly."""
-    return np.linspace(1.0, 1 / steps, steps).astype(np.float32)
-
-
-def euler_sigmas(levels: np.ndarray, shift: float, config: Mapping[str, Any]) -> list[float]:
-    """σ_0 … σ_steps of diffusers' flow Euler, as fp32 holds them.
-
-    The levels are shifted, stretched to `shift_terminal`, replaced by Karras' between their ends (or sigma_min and
-    sigma_max) under use_karras_sigmas, and followed by 0.
-    """
-    sigmas = stretched(shift_noise_level(levels, shift), config.get("shift_terminal"))
-    if config.get("use_karras_sigmas"):
-        low, high = config.get("sigma_min", float(sigmas[-1])), config.get("sigma_max", float(sigmas[0]))
-        sigmas = karras_sigmas(len(sigmas), low, high)
-    return [*sigmas.astype(np.float32).tolist(), 0.0]
-
-
-def stretched(sigmas: np.ndarray, terminal: float | None) -> np.ndarray:
-    """(steps,) from 1 downwards, stretched so that the last is `terminal`; unchanged without one."""
+def _stretched(sigmas: np.ndarray, config: Config) -> np.ndarray:
+    """(steps,) from 1 downwards, stretched so that the last is the config's shift_terminal, if it has one."""
+    terminal = config.get("shift_terminal")
     if not terminal:
         return sigmas
     if len(sigmas) == 1:
@@ -126,7 +167,7 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     return (high + np.linspace(0, 1, steps) * (low - high)) ** rho
 
 
-def dynamic_shift(positions: int, config: Mapping[str, Any]) -> float:
+def dynamic_shift(positions: int, config: Config) -> float:
     """The shift of a clip of T'·H'·W' latent positions under `use_dynamic_shifting`.
 
     Between base_image_seq_len and max_image_seq_len, and beyond, log(shift) goes linearly from base_shift to max_shift

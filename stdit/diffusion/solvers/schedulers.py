@@ -1,77 +1,41 @@
-"""From a scheduler's config, as diffusers writes it, to the path of the weights and to their solver.
+"""The configs of schedulers, as diffusers writes them: made, read, checked; the path of the weights; the solver.
 
 Every option of a scheduler is obeyed or refused by name; keys that diffusers ignores are ignored. Some pipelines of
-diffusers call their scheduler in a way of their own: `_caller` in a config, a key of CALLERS, says which is meant.
-Paths are read without diffusers.
+diffusers call their scheduler in a way of their own: `_caller` in a config, a key of `base.CALLERS`, says which is
+meant. Paths are read without diffusers.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from stdit.diffusion.noise_levels import shift_noise_level
-from stdit.diffusion.paths import DdpmPath, EdmPath, FlowPath, Path, open_sora_shift
-from stdit.diffusion.solvers.base import Solver
-from stdit.diffusion.solvers.diffusers_schedulers import DiffusersSolver, import_diffusers
-from stdit.diffusion.solvers.euler import (
-    CosmosEuler,
-    Euler,
-    LtxConditionEuler,
-    dynamic_shift,
-    euler_sigmas,
-    even_levels,
-    karras_sigmas,
-    table_levels,
-)
-from stdit.diffusion.solvers.open_sora import OpenSora
-from stdit.diffusion.solvers.unipc import UniPC, unipc_karras_levels, unipc_levels
+from stdit.diffusion import paths
+from stdit.diffusion.paths import DdpmPath, EdmPath, FlowPath
+from stdit.diffusion.solvers.base import Config, Schedule, Solver
+from stdit.diffusion.solvers.diffusers_schedulers import DiffusersSolver
+from stdit.diffusion.solvers.euler import OpenSoraEuler, flow_euler, in_cosmos_coordinates
+from stdit.diffusion.solvers.unipc import UniPC
 from stdit.errors import StditError, nearest_name
+from stdit.files import publish_text
 from stdit.shapes import LatentShape, VideoShape
-
-Config = Mapping[str, Any]
-CALLERS = {
-    "": "not known; sigma_max tells whether a flow is solved in Cosmos-Predict2's coordinates",
-    "plain": "as the scheduler's own set_timesteps does it",
-    "ltx": "LTX-Video: evenly spaced levels",
-    "ltx condition": "LTX-Video's LTXConditionPipeline: linear, then quadratic levels",
-    "cosmos2": "Cosmos-Predict2: σ = t/(1 − t)",
-    "cosmos2.5": "Cosmos-Predict2.5: the same, and the network is told the levels themselves",
-}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What a solver's levels depend on besides the scheduler's config.
-
-    steps: number of steps.
-    shift: replaces the config's.
-    shape, latent: the clip's, in pixels and latents; needed where the levels depend on them.
-    where: names the config in errors.
-    """
-
-    steps: int
-    shift: float | None
-    shape: VideoShape | None
-    latent: LatentShape | None
-    where: str
 
 
 @dataclass(frozen=True)
 class Scheduler:
     """How one scheduler's config is read.
 
-    path: of the weights.
-    solver: makes the solver.
     allowed: options, and the values that are obeyed. A key left out of a file means the first of them.
     numbers: options that are numbers, and the range of each: more than `low`, less than `high`.
     absent: the meaning of keys of `allowed` left out of a file, if not the first value.
-    shift: the option that holds the static shift, if there is one.
+    shift: the option that holds the static shift; "" if there is none.
     """
 
-    path: Callable[[Config], Path]
+    path: Callable[[Config], paths.Path]
     solver: Callable[[Config, Schedule], Solver]
     allowed: Mapping[str, tuple[Any, ...]]
     numbers: Mapping[str, tuple[float, float]]
@@ -79,82 +43,13 @@ class Scheduler:
     shift: str = ""
 
 
-def _caller(config: Config) -> str:
-    caller = str(config.get("_caller", ""))
-    assert caller in CALLERS, caller
-    return caller
-
-
-def _in_cosmos_coordinates(config: Config) -> bool:
-    """Whether a flow is solved in σ = t/(1 − t). If the caller is not known, sigma_max tells: a flow's own levels end
-    at 1."""
-    caller = _caller(config)
-    return caller in ("cosmos2", "cosmos2.5") or (not caller and config.get("sigma_max", 0.0) > 1)
-
-
-def _euler(config: Config, schedule: Schedule) -> Solver:
-    steps, caller = schedule.steps, _caller(config)
-    if config.get("use_karras_sigmas") and _in_cosmos_coordinates(config):
-        config = {"sigma_min": 0.002, "sigma_max": 80.0, "final_sigmas_type": "sigma_min", **config}  # its pipelines'
-        sigmas = karras_sigmas(steps, config["sigma_min"], config["sigma_max"])
-        return CosmosEuler(sigmas, config["final_sigmas_type"] == "zero", config["sigma_max"])
-    if caller == "ltx condition":
-        return _ltx_condition(config, schedule)
-    shift = float(config.get("shift", 1.0)) if schedule.shift is None else schedule.shift
-    if config.get("use_dynamic_shifting") and schedule.shift is None:
-        if schedule.latent is None:
-            raise StditError("a scheduler with use_dynamic_shifting needs the clip's latent shape.")
-        latent = schedule.latent
-        shift = dynamic_shift(latent.frames * latent.height * latent.width, config)
-    even = config.get("use_dynamic_shifting") or caller == "ltx"
-    return Euler(euler_sigmas(even_levels(steps) if even else table_levels(steps, shift), shift, config))
-
-
-def _ltx_condition(config: Config, schedule: Schedule) -> Solver:
-    if option := next((key for key in ("use_dynamic_shifting", "use_karras_sigmas") if config.get(key)), ""):
-        raise StditError(f"{option}: LTXConditionPipeline gives its scheduler levels of its own. Set it to false.")
-    module = import_diffusers(
-        "diffusers.pipelines.ltx.pipeline_ltx_condition", "LTXConditionPipeline's schedule", schedule.where
-    )
-    levels, shift = module.linear_quadratic_schedule(schedule.steps).double().numpy(), float(config.get("shift", 1.0))
-    if schedule.shift is not None:  # ours moves where steps begin as well
-        levels, shift = shift_noise_level(levels, schedule.shift), 1.0
-    return LtxConditionEuler(levels, shift, config.get("shift_terminal"))
-
-
-def _unipc(config: Config, schedule: Schedule) -> Solver:
-    if config.get("use_karras_sigmas"):
-        levels, sigmas = unipc_karras_levels(schedule.steps, config["sigma_min"], config["sigma_max"])
-        if _caller(config) != "cosmos2.5":
-            levels = [int(level * 1000) / 1000 for level in levels]
-    else:
-        shift = float(config.get("flow_shift", 1.0)) if schedule.shift is None else schedule.shift
-        levels, sigmas = unipc_levels(schedule.steps, shift)
-    return UniPC(levels, sigmas, int(config.get("solver_order", 2)), config.get("disable_corrector") or ())
-
-
 def _edm_path(config: Config) -> EdmPath:
     sign = 1 if config.get("prediction_type", "epsilon") == "epsilon" else -1
     return EdmPath(float(config.get("sigma_data", 0.5)), sign)
 
 
-def _diffusers(config: Config, schedule: Schedule) -> Solver:
-    path = SCHEDULERS[config["_class_name"]].path(config)
-    assert isinstance(path, DdpmPath | EdmPath)
-    return DiffusersSolver(config, path, schedule.steps, schedule.where)
-
-
 def _open_sora_path(config: Config) -> FlowPath:
     return FlowPath(reverse=True, by_shape=bool(config.get("use_timestep_transform", False)))
-
-
-def _open_sora(config: Config, schedule: Schedule) -> Solver:
-    shift = 1.0 if schedule.shift is None else schedule.shift
-    if schedule.shift is None and config.get("use_timestep_transform", False):
-        if schedule.shape is None:
-            raise StditError("Open-Sora's noise levels need the clip's shape in pixels.")
-        shift = open_sora_shift(schedule.shape)
-    return OpenSora(schedule.steps, shift)
 
 
 _POSITIVE, _ANY = (0.0, 1e9), (-1e9, 1e9)
@@ -171,7 +66,7 @@ _BETAS = {"beta_start": (0.0, 1.0), "beta_end": (0.0, 1.0)}
 SCHEDULERS: dict[str, Scheduler] = {
     "FlowMatchEulerDiscreteScheduler": Scheduler(
         lambda config: FlowPath(),
-        _euler,
+        flow_euler,
         {
             **_FLOW, "use_dynamic_shifting": (False, True), "time_shift_type": ("exponential", "linear"),
             "invert_sigmas": (False,), "stochastic_sampling": (False,), "final_sigmas_type": ("zero", "sigma_min"),
@@ -185,7 +80,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     ),
     "UniPCMultistepScheduler": Scheduler(
         lambda config: FlowPath(),
-        _unipc,
+        UniPC,
         {
             **_FLOW, "prediction_type": ("flow_prediction",), "use_flow_sigmas": (True,), "predict_x0": (True,),
             "final_sigmas_type": ("zero",), "lower_order_final": (True,), "solver_order": (2, 1, 3),
@@ -199,22 +94,22 @@ SCHEDULERS: dict[str, Scheduler] = {
     ),
     "DPMSolverMultistepScheduler": Scheduler(
         DdpmPath.of,
-        _diffusers,
+        DiffusersSolver,
         # with another variance_type, diffusers would keep three channels of the network's
         {**_DDPM, "use_flow_sigmas": (False,), "use_dynamic_shifting": (False,), "variance_type": (None,)},
         _BETAS,
     ),
-    "DDIMScheduler": Scheduler(DdpmPath.of, _diffusers, _DDPM, _BETAS),
-    "EulerAncestralDiscreteScheduler": Scheduler(DdpmPath.of, _diffusers, _DDPM, _BETAS),
+    "DDIMScheduler": Scheduler(DdpmPath.of, DiffusersSolver, _DDPM, _BETAS),
+    "EulerAncestralDiscreteScheduler": Scheduler(DdpmPath.of, DiffusersSolver, _DDPM, _BETAS),
     "EDMEulerScheduler": Scheduler(
         _edm_path,
-        _diffusers,
+        DiffusersSolver,
         {"prediction_type": ("epsilon", "v_prediction")},
         {"sigma_min": _POSITIVE, "sigma_max": _POSITIVE, "sigma_data": _POSITIVE, "rho": _POSITIVE},
     ),
     "RFLOW": Scheduler(
         _open_sora_path,
-        _open_sora,
+        OpenSoraEuler,
         {"use_timestep_transform": (False, True), "use_discrete_timesteps": (False,), "num_timesteps": (1000,)},
         {},
     ),
@@ -230,14 +125,12 @@ _KNOWN |= {
 }  # fmt: skip
 
 
-def _without_nulls(config: Config) -> dict[str, Any]:
-    """diffusers takes options that are null as if they were absent."""
-    return {key: value for key, value in config.items() if value is not None}
+def check_scheduler(config: Config, where: str = "scheduler") -> Config:
+    """The config without its nulls, which are as if absent. Raises StditError if it asks for what is not reproduced.
 
-
-def check_scheduler(config: Config, where: str = "scheduler") -> None:
-    """Raises StditError if a scheduler config asks for something that is not reproduced; `where` names the config."""
-    config = _without_nulls(config)
+    where: names the config in errors.
+    """
+    config = {key: value for key, value in config.items() if value is not None}
     name = str(config.get("_class_name", ""))
     if name not in SCHEDULERS:
         raise StditError(
@@ -262,13 +155,13 @@ def check_scheduler(config: Config, where: str = "scheduler") -> None:
             raise StditError(f"{where}: {name} with {key} = {value!r}; it must be between {low:g} and {high:g}.")
     limits = [config.get(key) for key in ("sigma_min", "sigma_max")]
     karras = config.get("use_karras_sigmas")
-    if scheduler.solver is _unipc and karras and None in limits:
+    if scheduler.solver is UniPC and karras and None in limits:
         raise StditError(f"{where}: {name} with use_karras_sigmas needs sigma_min and sigma_max.")
-    own = scheduler.solver is _euler and not _in_cosmos_coordinates(config)
+    own = scheduler.solver is flow_euler and not in_cosmos_coordinates(config)
     if own and karras and any(limit is not None and limit > 1 for limit in limits):
         raise StditError(f"{where}: {name} with use_karras_sigmas takes sigma_min and sigma_max up to 1: {limits}.")
     steps = config.get("disable_corrector", [])
-    if scheduler.solver is _unipc and not (isinstance(steps, list) and all(type(n) is int for n in steps)):
+    if scheduler.solver is UniPC and not (isinstance(steps, list) and all(type(n) is int for n in steps)):
         raise StditError(f"{where}: {name} with disable_corrector = {steps!r}; it must be a list of steps.")
     for key, value in config.items():
         if key.startswith("_") or key in _KNOWN or value is False:
@@ -277,12 +170,13 @@ def check_scheduler(config: Config, where: str = "scheduler") -> None:
         warnings.warn(
             f"{where}: {name} has no option {key}: {value!r} is ignored, as by diffusers.{hint}", stacklevel=2
         )
+    return config
 
 
-def path_of(config: Config, where: str = "scheduler") -> Path:
+def path_of(config: Config, where: str = "scheduler") -> paths.Path:
     """The path of the weights beside this scheduler config."""
-    check_scheduler(config, where)
-    return SCHEDULERS[config["_class_name"]].path(_without_nulls(config))
+    config = check_scheduler(config, where)
+    return SCHEDULERS[config["_class_name"]].path(config)
 
 
 def make_solver(
@@ -294,13 +188,15 @@ def make_solver(
     shape: VideoShape | None = None,
     latent: LatentShape | None = None,
 ) -> Solver:
-    """The solver that a scheduler config names. See `Schedule` for the arguments.
+    """The solver that a scheduler config names.
 
-    shift replaces the config's static shift, or the one that the config computes for the clip.
+    shift: replaces the config's static shift, or the one that the config computes for the clip.
+    where: names the config in errors.
+    shape, latent: the clip's, in pixels and latents; needed where the levels depend on them.
     """
-    path = path_of(config, where)
-    config = _without_nulls(config)
+    config = check_scheduler(config, where)
     name = config["_class_name"]
+    path = SCHEDULERS[name].path(config)
     if not 1 <= steps <= 1000:
         raise StditError(f"steps must be between 1 and 1000, not {steps}.")
     if shift is not None and shift <= 0:
@@ -308,3 +204,89 @@ def make_solver(
     if shift is not None and (path.name != "flow" or config.get("use_karras_sigmas")):
         raise StditError(f"{where}: {name} knows no shift of the noise levels; leave shift out.")
     return SCHEDULERS[name].solver(config, Schedule(steps, shift, shape, latent, where))
+
+
+def euler_config(shift: float = 1.0) -> dict[str, Any]:
+    """A scheduler config that diffusers reads as its flow Euler with a static shift."""
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": float(shift)}
+
+
+def unipc_config(shift: float = 1.0) -> dict[str, Any]:
+    """A scheduler config that diffusers reads as UniPC for flows, as Wan's model folders have it."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": float(shift),
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "final_sigmas_type": "zero",
+    }
+
+
+def named_config(name: str, config: Config) -> dict[str, Any]:
+    """The config of a solver by its short name, with the static shift or the betas of the model's config.
+
+    An empty config only checks the name: "euler" or "unipc" for flows; "dpm++", "ddim" or "ancestral" for DDPMs.
+    """
+    flows = {"euler": euler_config, "unipc": unipc_config}
+    names = {
+        "dpm++": "DPMSolverMultistepScheduler",
+        "ddim": "DDIMScheduler",
+        "ancestral": "EulerAncestralDiscreteScheduler",
+    }
+    if name not in flows and name not in names:
+        known = (*flows, *names)
+        raise StditError(f"solver {name!r} is not known: {', '.join(known)}.{nearest_name(name, known)}")
+    if config and path_of(config).name != ("flow" if name in flows else "ddpm"):
+        raise StditError(f"solver {name!r} is for other weights: this model's scheduler is {config['_class_name']}.")
+    if name in flows:
+        return flows[name](static_shift(config))
+    kept = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    made = {"_class_name": names[name], **{key: config[key] for key in kept if key in config}}
+    return made | ({"clip_sample": False} if name == "ddim" else {})
+
+
+def with_static_shift(config: Config, shift: float | None) -> dict[str, Any]:
+    """A scheduler config with this static shift, which also replaces one by the clip's size.
+
+    Unchanged if shift is None or the scheduler uses no shift.
+    """
+    scheduler, dynamic = SCHEDULERS[config["_class_name"]], bool(config.get("use_dynamic_shifting"))
+    if shift is None or not scheduler.shift or config.get("use_karras_sigmas"):
+        return dict(config)
+    if not dynamic and static_shift(config) == shift:
+        return dict(config)
+    return {**config, scheduler.shift: float(shift)} | ({"use_dynamic_shifting": False} if dynamic else {})
+
+
+def static_shift(config: Config) -> float:
+    """The shift that a scheduler config holds for all clips alike; 1 if it holds none."""
+    scheduler = SCHEDULERS.get(config.get("_class_name", ""))
+    return float(config.get(scheduler.shift, 1.0)) if scheduler and scheduler.shift else 1.0
+
+
+def read_scheduler(folder: str | Path, pipeline: str = "", caller: str = "") -> dict[str, Any]:
+    """The config in a model folder's scheduler/, checked.
+
+    pipeline: the class that model_index.json names, which calls its scheduler as `base.CALLERS[caller]` says.
+    """
+    path = Path(folder) / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise StditError(f"{path} does not exist. A model folder's scheduler/ holds it.") from None
+    except ValueError as error:
+        raise StditError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise StditError(f"{path} holds {type(config).__name__}; it must be a JSON object.")
+    config |= ({"_pipeline": pipeline} if pipeline else {}) | ({"_caller": caller} if caller else {})
+    check_scheduler(config, str(path))
+    return config
+
+
+def write_scheduler(config: Config, folder: str | Path) -> None:
+    """Writes scheduler_config.json as diffusers reads it."""
+    kept = {key: value for key, value in config.items() if key not in ("_pipeline", "_caller")}
+    publish_text(Path(folder) / "scheduler_config.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")

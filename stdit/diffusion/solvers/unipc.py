@@ -8,13 +8,13 @@ integers (999, 964, …) while it integrates over the levels themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Generator, Tensor
 
 from stdit.diffusion.noise_levels import shift_noise_level
-from stdit.diffusion.solvers.base import Solver
+from stdit.diffusion.solvers.base import Config, Schedule, Solver, caller_of
 from stdit.diffusion.solvers.euler import karras_sigmas
 
 
@@ -22,19 +22,28 @@ class UniPC(Solver):
     """UniPC on data predictions (Zhao et al. 2023, with B(h) = e^h − 1) over diffusers' flow levels.
 
     With λ = log((1 − σ)/σ) and h = λ_{i+1} − λ_i, the predictor of order p extrapolates x_0 through the last p
-    predictions. The corrector then redoes the step just taken with the prediction at its end.
+    predictions. The corrector then redoes the step just taken with the prediction at its end, unless the config's
+    disable_corrector names that step.
 
-    levels: (steps,) told to the network.
     sigmas: σ_0 … σ_steps.
-    order: 1 to 3.
-    disable_corrector: steps that are not corrected.
     """
 
-    def __init__(
-        self, levels: Sequence[float], sigmas: Sequence[float], order: int = 2, disable_corrector: Iterable[int] = ()
-    ) -> None:
-        self.levels, self.sigmas = list(levels), list(sigmas)
-        self.order, self.disable_corrector = order, set(disable_corrector)
+    def __init__(self, config: Config, schedule: Schedule) -> None:
+        by_karras = config.get("use_karras_sigmas")
+        if by_karras:  # as Cosmos-Predict2.5's pipelines take them: t = σ/(σ + 1) of Karras' σ
+            karras = karras_sigmas(schedule.steps, config["sigma_min"], config["sigma_max"])
+            told = sigmas = (karras / (karras + 1)).astype(np.float32)
+        else:  # as WanPipeline takes them
+            shift = float(config.get("flow_shift", 1.0)) if schedule.shift is None else schedule.shift
+            told = shift_noise_level(np.linspace(1, 1 / 1000, schedule.steps + 1)[:-1], shift)
+            if abs(told[0] - 1) < 1e-6:
+                told[0] -= 1e-6  # λ is −∞ at σ = 1
+            sigmas = told.astype(np.float32)
+        self.sigmas = [*sigmas.tolist(), 0.0]
+        exact = by_karras and caller_of(config) == "cosmos2.5"
+        self.levels = told.tolist() if exact else [int(level * 1000) / 1000 for level in told.tolist()]
+        self.order = int(config.get("solver_order", 2))
+        self.disable_corrector = set(config.get("disable_corrector") or ())
         self.clean: list[Tensor] = []  # the last `order` predictions of x_0, newest last
         self.before: Tensor | None = None  # the sample the last predictor step started from
         self.last_order = 0
@@ -88,19 +97,3 @@ def _weights(ratios: list[float], h: float) -> list[float]:
         phi = phi / -h - 1 / factorial
     matrix = np.array([[r**power for r in ratios] for power in range(len(ratios))])
     return np.linalg.solve(matrix, np.array(right)).tolist()
-
-
-def unipc_levels(steps: int, shift: float) -> tuple[list[float], list[float]]:
-    """(levels, σ_0 … σ_steps) of diffusers' UniPC for flows, as WanPipeline takes them."""
-    sigmas = shift_noise_level(np.linspace(1, 1 / 1000, steps + 1)[:-1], shift)
-    if abs(sigmas[0] - 1) < 1e-6:
-        sigmas[0] -= 1e-6  # λ is −∞ at σ = 1
-    levels = [int(sigma * 1000) / 1000 for sigma in sigmas]
-    return levels, [*sigmas.astype(np.float32).tolist(), 0.0]
-
-
-def unipc_karras_levels(steps: int, sigma_min: float, sigma_max: float) -> tuple[list[float], list[float]]:
-    """The same as Cosmos-Predict2.5's pipelines take them: t = σ/(σ + 1) of Karras' σ, not truncated."""
-    sigmas = karras_sigmas(steps, sigma_min, sigma_max)
-    levels = (sigmas / (sigmas + 1)).astype(np.float32).tolist()
-    return levels, [*levels, 0.0]

@@ -30,7 +30,7 @@ class PipelineKind:
     shape: the released weights' WIDTHxHEIGHTxFRAMES; None: images of the size that they were trained at.
     by_channels: the format of releases whose latents have another number of channels.
     text: how the pipeline brings a prompt to its text encoder.
-    caller: how the pipeline calls its scheduler, a key of `stdit.diffusion.solvers.schedulers.CALLERS`.
+    caller: how the pipeline calls its scheduler, a key of `stdit.diffusion.solvers.base.CALLERS`.
     negative_follows: the negative prompt is brought to each prompt's length, with the encoder's output at padding.
     known_noise: at noise level t the network sees known tokens with noise of this factor times t².
     guides_beyond: guidance s is cond + s · (cond − uncond), not uncond + s · (cond − uncond).
