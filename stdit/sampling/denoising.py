@@ -40,59 +40,51 @@ class ClipBatch:
     indices: Sequence[int]
 
 
-def denoise(
-    transformer: STDiT | Experts,
-    solver: Solver,
-    kind: PipelineKind,
-    request: SampleRequest,
-    batch: ClipBatch,
-    report: Callable[[int], None],
-) -> list[Tensor | StditError]:
-    """Each clip's normalised latents (C, T', H', W') fp32, or an error if they became infinite or NaN.
+@dataclass(frozen=True)
+class Denoiser:
+    """Samples the clips of a request, pack by pack. kind: of the family's pipeline."""
 
-    kind: of the family's pipeline.
-    report: is called with the number of steps done.
-    """
-    x = solver.start(batch.noise)
-    failures: dict[int, StditError] = {}
-    report(0)
-    for index, t in enumerate(solver.levels):
-        tokens = _known_tokens(batch, kind.known_noise * t**2, request.seed, index)
-        seen = _with_known(solver.network_input(index, x), tokens)
-        output = _guided_output(transformer, kind, request, batch, seen, t)
-        keys = batch.indices if solver.draws else ()
-        x = solver.step(index, output, x, [keyed_generator(request.seed, "sample step", key, index) for key in keys])
-        for clip, finite in enumerate(torch.isfinite(x).flatten(1).all(1).tolist()):
-            if not finite and clip not in failures:
-                failures[clip] = _not_finite(index + 1, t, transformer.dtype)
-        if len(failures) == len(x):
-            break
-        report(index + 1)
-    finished = _with_known(solver.finish(x), tokens)
-    return [failures.get(clip, latents) for clip, latents in enumerate(finished)]
+    transformer: STDiT | Experts
+    kind: PipelineKind
+    request: SampleRequest
 
+    def denoise(self, solver: Solver, batch: ClipBatch, report: Callable[[int], None]) -> list[Tensor | StditError]:
+        """Each clip's normalised latents (C, T', H', W') fp32, or an error if they became infinite or NaN.
 
-def _guided_output(
-    transformer: STDiT | Experts,
-    kind: PipelineKind,
-    request: SampleRequest,
-    batch: ClipBatch,
-    x: list[Tensor],
-    t: float,
-) -> Tensor:
-    """The network's output for clips x at noise level t, without variances: (B, C, T', H', W') fp32."""
-    config = transformer.config
-    levels = [_levels(known, clip.shape[1], t, config) for known, clip in zip(batch.known, x)]
-    copies = 2 if request.guided else 1  # under guidance, two segments of one pack for each clip
-    pack = pack_inputs(x * copies, levels * copies, config.patch, [*batch.conditions] * copies)
-    output = torch.stack(unpack_clips(transformer(pack, batch.text), pack, config.patch))
-    output = output[:, : batch.noise.shape[1]].float()
-    if not request.guided:
-        return output
-    high, low = request.scales
-    is_low = isinstance(transformer, Experts) and transformer.at(t) is transformer.low
-    conditional, unconditional = output.chunk(2)
-    return guide(conditional, unconditional, low if is_low else high, kind.guides_beyond)
+        report: is called with the number of steps done.
+        """
+        seed = self.request.seed
+        x = solver.start(batch.noise)
+        failures: dict[int, StditError] = {}
+        report(0)
+        for index, t in enumerate(solver.levels):
+            tokens = _known_tokens(batch, self.kind.known_noise * t**2, seed, index)
+            output = self._guided_output(batch, _with_known(solver.network_input(index, x), tokens), t)
+            keys = batch.indices if solver.draws else ()
+            x = solver.step(index, output, x, [keyed_generator(seed, "sample step", key, index) for key in keys])
+            for clip, finite in enumerate(torch.isfinite(x).flatten(1).all(1).tolist()):
+                if not finite and clip not in failures:
+                    failures[clip] = _not_finite(index + 1, t, self.transformer.dtype)
+            if len(failures) == len(x):
+                break
+            report(index + 1)
+        finished = _with_known(solver.finish(x), tokens)
+        return [failures.get(clip, latents) for clip, latents in enumerate(finished)]
+
+    def _guided_output(self, batch: ClipBatch, x: list[Tensor], t: float) -> Tensor:
+        """The network's output for clips x at noise level t, without variances: (B, C, T', H', W') fp32."""
+        transformer, config = self.transformer, self.transformer.config
+        levels = [_levels(known, clip.shape[1], t, config) for known, clip in zip(batch.known, x)]
+        copies = 2 if self.request.guided else 1  # under guidance, two segments of one pack for each clip
+        pack = pack_inputs(x * copies, levels * copies, config.patch, [*batch.conditions] * copies)
+        output = torch.stack(unpack_clips(transformer(pack, batch.text), pack, config.patch))
+        output = output[:, : batch.noise.shape[1]].float()
+        if not self.request.guided:
+            return output
+        high, low = self.request.scales
+        is_low = isinstance(transformer, Experts) and transformer.at(t) is transformer.low
+        conditional, unconditional = output.chunk(2)
+        return guide(conditional, unconditional, low if is_low else high, self.kind.guides_beyond)
 
 
 def _levels(known: KnownFrames, frames: int, t: float, config: TransformerConfig) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,10 +47,9 @@ class KnownFramesEncoder:
     """Turns a user's frames into `KnownFrames`, in the way that the transformer's config asks for."""
 
     def __init__(self, config: TransformerConfig, vae: AnyVAE, image_encoder: ImageEncoder | None) -> None:
-        if bool(config.image_text_dim) != (image_encoder is not None) or (
-            image_encoder is not None and image_encoder.dim != config.image_text_dim
-        ):
-            found = "none" if image_encoder is None else f"one of width {image_encoder.dim}"
+        width = 0 if image_encoder is None else image_encoder.dim
+        if width != config.image_text_dim:
+            found = f"one of width {width}" if width else "none"
             raise StditError(
                 f"the transformer takes image tokens of width {config.image_text_dim}, the image encoder is {found}."
             )
@@ -58,17 +57,13 @@ class KnownFramesEncoder:
 
     @torch.no_grad()
     def encode(self, known: KnownPixels | None, shape: VideoShape) -> KnownFrames:
-        """The known frames of a clip of this shape.
-
-        Raises StditError for frames that do not fit the shape or these weights.
-        """
+        """The known frames of a clip. Raises StditError for those that do not fit its shape or these weights."""
         channels = self.config.image_channels
-        latent = shape.latent(self.vae.config.stride)
+        mask = torch.zeros(1, *shape.latent(self.vae.config.stride).sizes)
         if known is None:
             if channels > 1:
                 raise StditError("these weights begin with a picture: give known={'image': …} (--image FILE).")
-            empty = torch.zeros(1, latent.frames, latent.height, latent.width)
-            return KnownFrames(image=empty) if channels else KnownFrames()
+            return KnownFrames(image=mask) if channels else KnownFrames()
         first, last = self._checked(known, shape)
         if channels > 1:
             return self._as_channels(first, last, shape)
@@ -77,7 +72,6 @@ class KnownFramesEncoder:
         tokens = self.vae.encode(to_video(first)[None].to(next(self.vae.parameters())))[0].float()
         if not channels:
             return KnownFrames(tokens)
-        mask = torch.zeros(1, latent.frames, latent.height, latent.width)
         mask[:, : tokens.shape[1]] = 1
         return KnownFrames(tokens, mask)
 
@@ -145,15 +139,7 @@ def _checked_frames(value: Any, name: str, shape: VideoShape) -> Tensor:
     return frames
 
 
-class Encodes(Protocol):
-    """A VAE: (B, 3, T, H, W) in [−1, 1] to normalised latents (B, z, T', H', W')."""
-
-    @property
-    def config(self) -> Any: ...
-    def encode(self, video: Tensor) -> Tensor: ...
-
-
-def mask_and_latents(vae: Encodes, video: Tensor, is_known: Tensor) -> Tensor:
+def mask_and_latents(vae: AnyVAE, video: Tensor, is_known: Tensor) -> Tensor:
     """Known frames as channels beside the noise (diffusers' WanImageToVideoPipeline).
 
     video: (3, T, H, W) in [−1, 1]; its unknown frames are set to grey, in place.

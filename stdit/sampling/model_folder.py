@@ -8,13 +8,14 @@ a model folder too (see base_weights.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
+from typing_extensions import Self
 
 from stdit import settings
 from stdit.diffusion.solvers import read_scheduler, write_scheduler
@@ -84,54 +85,99 @@ class FolderSettings:
         return VideoShape.parse(self.shapes[0])
 
 
-@dataclass
-class ModelParts:
-    """A model folder in memory. index: its model_index.json, which names the pipeline class."""
+@dataclass(eq=False, repr=False)
+class ModelFolder:
+    """A model folder in memory: a transformer, a VAE, a text encoder and a scheduler's config.
+
+    settings: the folder's stdit.json.
+    image_encoder: for weights that see its tokens (Wan 2.1 I2V).
+    index: the folder's model_index.json. Its `_class_name` is the diffusers pipeline to sample as; by default the one
+        that the scheduler's config is for.
+    """
 
     transformer: STDiT | Experts
     vae: AnyVAE
     text_encoder: TextEncoder
-    scheduler: dict[str, Any]
-    settings: FolderSettings
+    scheduler: Mapping[str, Any]
+    settings: FolderSettings = field(default_factory=FolderSettings)
     image_encoder: ImageEncoder | None = None
-    index: dict[str, Any] = field(default_factory=lambda: {"_class_name": "WanPipeline"})
+    index: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def text_padding(self) -> int:
+        """The number of positions that texts are zero-padded to; 0 for no padding."""
+        padding = self.settings.text_padding
+        return self.transformer.config.text_padding if padding is None else padding
 
-def load_parts(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> ModelParts:
-    """Reads a model folder; an adapter's with the parts that it was trained over, and the adapter merged.
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Self:
+        """Reads a model folder; an adapter's with the parts that it was trained over, and the adapter merged.
 
-    dtype: of the transformer and the encoders; None keeps the stored ones.
-    """
-    base = BaseWeights.read(folder)
-    path = Path(base.transformer) / "model_index.json"
-    if not (path.is_file() or base.pipeline):
-        raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
-    index = read_json(path) if path.is_file() else {"_class_name": base.pipeline}
-    name = str(index.get("_class_name"))
-    known = pipelines()
-    kind = known.get(name)
-    if kind is None:
-        runs = [name for name, kind in known.items() if not kind.refused]
-        raise StditError(f"{path}: {name} is not supported.{nearest_name(name, runs)} Supported: {', '.join(runs)}.")
-    if kind.refused:
-        raise StditError(f"{path}: {name} is not supported: {kind.refused}.")
-    base.check(folder)
-    transformer = load_transformer(base.transformer, dtype=dtype, device=device).eval()
-    if base.pipeline:
-        add_loras(transformer, [(folder, 1.0)])
-    vae = load_vae(base.vae, device=device).eval()
-    text_encoder = load_text_encoder(base.text_encoder, treatment_of(base.text_encoder), dtype=dtype, device=device)
-    image_encoder = None
-    if (path.parent / "image_encoder").is_dir():
-        from stdit.text.images import load_image_encoder
+        dtype: of the transformer and the encoders; None keeps the stored ones.
+        """
+        folder = Path(folder)
+        base = BaseWeights.read(folder)
+        path = Path(base.transformer) / "model_index.json"
+        if not (path.is_file() or base.pipeline):
+            raise StditError(f"{folder} is not a model folder: it has no model_index.json.")
+        index = read_json(path) if path.is_file() else {"_class_name": base.pipeline}
+        name = str(index.get("_class_name"))
+        known = pipelines()
+        kind = known.get(name)
+        if kind is None:
+            runs = [name for name, kind in known.items() if not kind.refused]
+            hint = nearest_name(name, runs)
+            raise StditError(f"{path}: {name} is not supported.{hint} Supported: {', '.join(runs)}.")
+        if kind.refused:
+            raise StditError(f"{path}: {name} is not supported: {kind.refused}.")
+        base.check(folder)
+        transformer = load_transformer(base.transformer, dtype=dtype, device=device).eval()
+        if base.pipeline:
+            add_loras(transformer, [(folder, 1.0)])
+        vae = load_vae(base.vae, device=device).eval()
+        words = base.text_encoder
+        text_encoder = load_text_encoder(words, treatment_of(words), dtype=dtype, device=device)
+        image_encoder = None
+        if (path.parent / "image_encoder").is_dir():
+            from stdit.text.images import load_image_encoder
 
-        image_encoder = load_image_encoder(path.parent, dtype, device)
-    settings = FolderSettings.read(folder, _released(kind, transformer, vae))
-    if kind.gathered and not (folder / "scheduler").is_dir():
-        scheduler = family_of(transformer.config).scheduler(transformer.config)
-    else:
-        scheduler = read_scheduler(folder / "scheduler", name, kind.caller)
-    return ModelParts(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
+            image_encoder = load_image_encoder(path.parent, dtype, device)
+        settings = FolderSettings.read(folder, _released(kind, transformer, vae))
+        if kind.gathered and not (folder / "scheduler").is_dir():
+            scheduler = family_of(transformer.config).scheduler(transformer.config)
+        else:
+            scheduler = read_scheduler(folder / "scheduler", name, kind.caller)
+        return cls(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a model folder, which diffusers' pipeline of its class and `load` open."""
+        folder = Path(folder)
+        experts = isinstance(self.transformer, Experts)
+        save_transformer(self.transformer, folder if experts else folder / "transformer")
+        save_vae(self.vae, folder / "vae")
+        self.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
+        write_scheduler(self.scheduler, folder / "scheduler")
+        replace(self.settings, text_padding=self.text_padding).write(folder)
+        transformer = class_of(self.transformer.config)
+        vae = ["diffusers", self.vae.config.name] if isinstance(self.vae, DiffusersVAE) else class_of(self.vae.config)
+        index = {name: value for name, value in self.index.items() if name != "_name_or_path"}
+        if (kind := pipelines().get(index["_class_name"])) is not None and kind.experts:
+            index = {"expand_timesteps": False} | index
+            index["boundary_ratio"] = self.transformer.boundary if isinstance(self.transformer, Experts) else None
+            index["transformer_2"] = transformer if experts else [None, None]
+        index |= {
+            "_diffusers_version": DIFFUSERS_VERSION,
+            "scheduler": ["diffusers", self.scheduler["_class_name"]],
+            "text_encoder": ["transformers", type(self.text_encoder.encoder).__name__],
+            "tokenizer": ["transformers", self.text_encoder.tokenizer_class],
+            "transformer": transformer,
+            "vae": vae,
+        }
+        if self.image_encoder is not None:
+            self.image_encoder.save(folder / "image_encoder", folder / "image_processor")
+            index["image_encoder"] = ["transformers", type(self.image_encoder.encoder).__name__]
+            index["image_processor"] = ["transformers", type(self.image_encoder.processor).__name__]
+        publish_text(folder / "model_index.json", json.dumps(dict(sorted(index.items())), indent=2) + "\n")
 
 
 def add_loras(
@@ -170,33 +216,3 @@ def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> 
         return FolderSettings(kind.fps, (kind.shape,))
     side = transformer.config.position_base * transformer.config.patch[1] * vae.config.stride[1]
     return FolderSettings(kind.fps, (f"{side}x{side}x1",))
-
-
-def save_parts(parts: ModelParts, folder: Path) -> None:
-    """Writes a model folder, which diffusers' pipeline of its class and `load_parts` open."""
-    experts = isinstance(parts.transformer, Experts)
-    save_transformer(parts.transformer, folder if experts else folder / "transformer")
-    save_vae(parts.vae, folder / "vae")
-    parts.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
-    write_scheduler(parts.scheduler, folder / "scheduler")
-    parts.settings.write(folder)
-    transformer = class_of(parts.transformer.config)
-    vae = ["diffusers", parts.vae.config.name] if isinstance(parts.vae, DiffusersVAE) else class_of(parts.vae.config)
-    index = {name: value for name, value in parts.index.items() if name != "_name_or_path"}
-    if (kind := pipelines().get(index["_class_name"])) is not None and kind.experts:
-        index = {"expand_timesteps": False} | index
-        index["boundary_ratio"] = parts.transformer.boundary if isinstance(parts.transformer, Experts) else None
-        index["transformer_2"] = transformer if experts else [None, None]
-    index |= {
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "scheduler": ["diffusers", parts.scheduler["_class_name"]],
-        "text_encoder": ["transformers", type(parts.text_encoder.encoder).__name__],
-        "tokenizer": ["transformers", parts.text_encoder.tokenizer_class],
-        "transformer": transformer,
-        "vae": vae,
-    }
-    if parts.image_encoder is not None:
-        parts.image_encoder.save(folder / "image_encoder", folder / "image_processor")
-        index["image_encoder"] = ["transformers", type(parts.image_encoder.encoder).__name__]
-        index["image_processor"] = ["transformers", type(parts.image_encoder.processor).__name__]
-    publish_text(folder / "model_index.json", json.dumps(dict(sorted(index.items())), indent=2) + "\n")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,62 +19,37 @@ from stdit.keyed import keyed_generator
 from stdit.machine import require_memory
 from stdit.models.experts import Experts
 from stdit.models.packing import pack_texts
-from stdit.models.transformer import STDiT
 from stdit.pixels import to_pixels
-from stdit.sampling.denoising import ClipBatch, denoise
-from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder
-from stdit.sampling.model_folder import FolderSettings, ModelParts, add_loras, load_parts, save_parts
+from stdit.sampling.denoising import ClipBatch, Denoiser
+from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder, KnownPixels
+from stdit.sampling.model_folder import FolderSettings, ModelFolder, add_loras
 from stdit.sampling.request import SampleRequest
 from stdit.shapes import LatentShape, VideoShape
-from stdit.text.encoders import TextEncoder
-from stdit.text.images import ImageEncoder
-from stdit.vae.families.open_sora import AnyVAE
 from stdit.weights.families import guided_by_null_text, pipelines
 from stdit.weights.families.record import PipelineKind
 
 __all__ = ["FolderSettings", "Pipeline", "SampleRequest"]
 
 
-class Pipeline:
-    """A model folder in memory: a transformer, a VAE, a text encoder and a scheduler's config.
+@dataclass(eq=False, repr=False)
+class Pipeline(ModelFolder):
+    """A model folder in memory, with the parts of `ModelFolder`, that samples frames."""
 
-    settings: the folder's stdit.json.
-    image_encoder: for weights that see its tokens (Wan 2.1 I2V).
-    index: the folder's model_index.json. Its `_class_name` is the diffusers pipeline to sample as; by default the one
-        that the scheduler's config is for.
-    """
-
-    def __init__(
-        self,
-        transformer: STDiT | Experts,
-        vae: AnyVAE,
-        text_encoder: TextEncoder,
-        scheduler: Mapping[str, Any],
-        settings: FolderSettings | None = None,
-        image_encoder: ImageEncoder | None = None,
-        index: Mapping[str, Any] | None = None,
-    ) -> None:
-        config, z = transformer.config, vae.config.z_dim
+    def __post_init__(self) -> None:
+        config, z = self.transformer.config, self.vae.config.z_dim
         if config.out_channels not in (z, 2 * z) or config.latent_channels != z:
             raise StditError(
                 f"the transformer takes {config.latent_channels} and gives {config.out_channels} channels, "
                 f"the VAE's latents have {z}."
             )
-        if config.text_dim != text_encoder.dim:
+        if config.text_dim != self.text_encoder.dim:
             raise StditError(
-                f"the transformer takes texts of width {config.text_dim}, the text encoder gives {text_encoder.dim}."
+                f"the transformer takes texts of width {config.text_dim}, the text encoder gives "
+                f"{self.text_encoder.dim}."
             )
-        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
-        self.image_encoder, self.scheduler, self.settings = image_encoder, dict(scheduler), settings or FolderSettings()
-        self.index = dict(index or {"_class_name": scheduler.get("_pipeline", "WanPipeline")})
+        self.index = self.index or {"_class_name": self.scheduler.get("_pipeline", "WanPipeline")}
         self._kind = pipelines().get(self.index["_class_name"], PipelineKind(self.settings.fps))
-        self.known_frames = KnownFramesEncoder(config, vae, image_encoder)
-
-    @property
-    def text_padding(self) -> int:
-        """The number of positions that texts are zero-padded to; 0 for no padding."""
-        padding = self.settings.text_padding
-        return self.transformer.config.text_padding if padding is None else padding
+        self.known_frames = KnownFramesEncoder(config, self.vae, self.image_encoder)
 
     @property
     def multiple(self) -> tuple[int, int]:
@@ -103,16 +77,32 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        steps: int = 30,
+        guidance: float = 5.0,
+        guidance_2: float | None = None,
+        negative_prompt: str = "",
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        noise: Tensor | None = None,
+        known: KnownPixels | Sequence[KnownPixels | None] | None = None,
+        solver: str | Mapping[str, Any] | None = None,
+        shift: float | None = None,
+        tokens_per_pack: int = 65_536,
         progress: Callable[[int, int], None] | None = None,
-        **options: Any,
     ) -> np.ndarray | list[np.ndarray]:
         """Frames for a prompt, uint8 (T, H, W, 3), or a list of them for a list of prompts.
 
-        options: the fields of `SampleRequest`, such as size=(832, 480), frames=81, steps=30, guidance=5.0, seed=0.
-            A model that does not know fps takes only its own, or None.
-        progress: called with (steps done, steps in all).
+        The options are explained at `SampleRequest`. A model that does not know fps takes only its own, or None.
+        progress is called with (steps done, steps in all).
         """
-        request = SampleRequest.of([prompt] if isinstance(prompt, str) else list(prompt), options)
+        request = SampleRequest(
+            [prompt] if isinstance(prompt, str) else list(prompt), size=size, frames=frames, fps=fps, steps=steps,
+            guidance=guidance, guidance_2=guidance_2, negative_prompt=negative_prompt, seed=seed, indices=indices,
+            noise=noise, known=known, solver=solver, shift=shift, tokens_per_pack=tokens_per_pack,
+        )  # fmt: skip
         if request.fps not in (None, self.settings.fps) and not self.knows_fps:
             raise StditError(
                 f"fps {request.fps:g}: this model makes clips of {self.settings.fps:g} frames per second, and knows no "
@@ -150,14 +140,19 @@ class Pipeline:
         texts = self.encode_texts(request.prompts)
         negatives = self._negatives(request.negative_prompt, texts) if request.guided else []
 
+        denoiser = Denoiser(self.transformer, self._kind, request)
         per_pack = max(1, request.tokens_per_pack // tokens)
         starts = range(0, len(texts), per_pack)
         for number, start in enumerate(starts):
             clips = slice(start, start + per_pack)
             text = pack_texts([*texts[clips], *negatives[clips]], self.text_padding)
             batch = ClipBatch(noise[clips], known[clips], conditions[clips], text, request.clip_indices[clips])
-            report = partial(_report, progress, number * request.steps, len(starts) * request.steps)
-            yield from denoise(self.transformer, self._solver(request, shape), self._kind, request, batch, report)
+
+            def report(steps: int, before: int = number * request.steps) -> None:
+                if progress is not None:
+                    progress(before + steps, len(starts) * request.steps)
+
+            yield from denoiser.denoise(self._solver(request, shape), batch, report)
 
     def shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> VideoShape:
         """The shape to sample, defaults filled in. Raises StditError if strides and patch do not divide it."""
@@ -195,7 +190,7 @@ class Pipeline:
     def _noise(self, request: SampleRequest, latent: LatentShape) -> Tensor:
         """The first noise (clips, C, T', H', W'), fp32."""
         noise, indices = request.noise, request.clip_indices
-        shape = (self.vae.config.z_dim, latent.frames, latent.height, latent.width)
+        shape = (self.vae.config.z_dim, *latent.sizes)
         if noise is None:
             generators = (keyed_generator(request.seed, "sample", index) for index in indices)
             return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
@@ -275,21 +270,3 @@ class Pipeline:
         partly: leave out, with a warning, tensors for layers that the transformer lacks. Otherwise they are an error.
         """
         add_loras(self.transformer, loras, loras_2, partly)
-
-    @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:
-        """Loads a model folder. dtype: of the transformer and the encoders; None keeps the stored ones."""
-        return cls(**vars(load_parts(Path(folder), dtype, device)))
-
-    def save(self, folder: str | Path) -> None:
-        """Writes a model folder that diffusers' pipeline of the same class and `Pipeline.load` open."""
-        parts = ModelParts(
-            self.transformer, self.vae, self.text_encoder, self.scheduler,
-            replace(self.settings, text_padding=self.text_padding), self.image_encoder, self.index,
-        )  # fmt: skip
-        save_parts(parts, Path(folder))
-
-
-def _report(progress: Callable[[int, int], None] | None, before: int, total: int, steps: int) -> None:
-    if progress is not None:
-        progress(before + steps, total)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from stdit.diffusion.guidance import needs_unconditional
-from stdit.errors import StditError, nearest_name
+from stdit.errors import StditError
 from stdit.sampling.known_frames import KnownPixels
 
 
@@ -70,15 +70,6 @@ class SampleRequest:
                 "unconditional prediction, for either expert (as in diffusers). Raise guidance above 1, or set "
                 "guidance_2 to 1."
             )
-
-    @classmethod
-    def of(cls, prompts: Sequence[str], options: Mapping[str, Any]) -> SampleRequest:
-        """From options by name. Raises StditError for an unknown one."""
-        names = [field.name for field in fields(cls) if field.name != "prompts"]
-        for name in options:
-            if name not in names:
-                raise StditError(f"{name} is not an option of sampling: {', '.join(names)}.{nearest_name(name, names)}")
-        return cls(prompts, **options)
 
     @property
     def scales(self) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from transformers import T5Config, T5EncoderModel
 import stdit
 from stdit.cli.main import app, run_command
 from stdit.cli.sample.command import sample
-from stdit.sampling.model_folder import load_parts
+from stdit.sampling.model_folder import ModelFolder
 from stdit.sampling.pipeline import Pipeline, SampleRequest
 from stdit.text.small import build_word_tokenizer
 from stdit.weights.families import family_of
@@ -90,7 +90,7 @@ def test_latents_are_those_of_open_soras_own_loop(name, folder):
 
 
 def test_the_folder_is_sampled_by_one_command_and_goes_back(folder, tmp_path, capsys):
-    parts = load_parts(folder, None, "cpu")
+    parts = ModelFolder.load(folder)
     assert parts.text_encoder.tokenize([PROMPT + " <b>x</b>"]) == parts.text_encoder.tokenize([PROMPT.lower() + " x"])
     assert parts.text_encoder.max_length == 300
     assert (parts.scheduler["_class_name"], parts.settings.fps) == ("RFLOW", 24)

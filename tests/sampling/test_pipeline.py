@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import diffusers
 import numpy as np
@@ -233,7 +234,6 @@ def test_defaults_come_from_the_folder(ours, theirs, tmp_path):
         ({"size": (50, 32)}, "48x32 or 64x32"),
         ({"frames": 7}, "nearest are 5 and 9"),
         ({"fps": 30}, "8 frames per second"),
-        ({"negative": "a"}, "negative is not an option of sampling.*'negative_prompt'"),
         ({"noise": torch.zeros(1, 4, 2, 4, 6)}, "noise has shape"),
         ({"known": {"picture": None}}, "known must be"),
         ({"known": {"image": np.zeros((32, 32, 3), np.uint8)}}, "32x32, the clip 48x32"),
@@ -252,6 +252,15 @@ def test_defaults_come_from_the_folder(ours, theirs, tmp_path):
 def test_errors_say_what_is_wrong(ours, settings, message):
     with pytest.raises(StditError, match=message):
         ours(CAPTIONS[0], **settings)
+
+
+def test_the_call_lists_every_option_of_a_request(ours):
+    listed = inspect.signature(Pipeline.__call__).parameters
+    options = {field.name: (field.type, field.default) for field in fields(SampleRequest) if field.name != "prompts"}
+    assert {name: (listed[name].annotation, listed[name].default) for name in options} == options
+    assert listed.keys() - options.keys() == {"self", "prompt", "progress"}
+    with pytest.raises(TypeError, match="'negative'"):
+        ours(CAPTIONS[0], negative="a")
 
 
 def test_folders_that_cannot_be_loaded(folder, tmp_path):

@@ -21,7 +21,7 @@ from stdit.errors import StditError
 from stdit.evaluation import report
 from stdit.models.config import TransformerConfig
 from stdit.models.transformer import STDiT
-from stdit.sampling.model_folder import load_parts
+from stdit.sampling.model_folder import ModelFolder
 from stdit.sampling.pipeline import Pipeline
 from stdit.text.encoders import TextEncoder
 from stdit.text.small import build_word_tokenizer, small_umt5
@@ -251,7 +251,7 @@ def test_what_was_put_together_from_downloads_comes_back_whole(tiny: Path, tmp_p
 
     weights = {name: p.detach() + 1 for name, p in objective.module.named_parameters()}
     write_model(parts, weights, ALONE, tmp_path / "model")
-    found = load_parts(tmp_path / "model", None, "cpu")
+    found = ModelFolder.load(tmp_path / "model")
     assert found.scheduler == objective.scheduler and found.settings.fps == parts.config.data.fps
     same = "vae/model.safetensors"
     assert (tmp_path / "model" / same).read_bytes() == (init / same).read_bytes()
@@ -304,7 +304,7 @@ def test_training_finds_the_texts_that_encode_wrote(
     cache = parts.loader.text_cache
     assert cache is not None and cache.settings["max_length"] == length
     caption = parts.loader.fetch(parts.plan.step(0)[:1], 0)[0].caption
-    (wanted,) = load_parts(init, torch.float32, "cpu").text_encoder.encode([caption])
+    (wanted,) = ModelFolder.load(init, torch.float32).text_encoder.encode([caption])
     objective, key = parts.objective, StepKey(0, 0, 0, 4)
     assert all(p.is_meta for p in objective.text_encoder.encoder.parameters())  # nothing needs its weights
     text = objective._text(["", caption], parts.loader.fetch(parts.plan.step(0)[:1], 0) * 2)
