@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,22 +28,9 @@ LONGEST_SIDE = 1280  # of frames passed to the model's processor, which scales t
 REFUSALS = 3  # give up if the model fails on so many clips before any success
 
 
-class MakesCaptions(Protocol):
-    """Makes captions from frames: the interface of `Captioner`."""
-
-    def frames(self, wanted: int) -> int: ...
-    def caption(self, clips: Sequence[np.ndarray], fps: Sequence[float]) -> list[str]: ...
-
-
 @dataclass(frozen=True)
 class CaptionResult:
-    """The result of a call.
-
-    manifest: with the new captions.
-    captioned: the number of clips captioned now.
-    reused: clips that an earlier call had captioned.
-    failures: clips that could not be captioned.
-    """
+    """The manifest with the new captions; how many clips were captioned now, and how many by an earlier call."""
 
     manifest: Manifest
     captioned: int
@@ -52,12 +39,11 @@ class CaptionResult:
 
 
 class _ShownClip(NamedTuple):
-    """Frames (T, H, W, 3) of a clip and their fps, or the reason why there are none."""
+    """Frames (T, H, W, 3) of a clip, and their fps."""
 
     row: Clip
-    frames: np.ndarray | None
+    frames: np.ndarray
     fps: float
-    failure: Skipped | None = None
 
 
 def caption_identity(folder: str | Path, captioner: Captioner, frames: int) -> str:
@@ -69,7 +55,7 @@ def caption_identity(folder: str | Path, captioner: Captioner, frames: int) -> s
 
 def caption_manifest(
     manifest: Manifest,
-    captioner: MakesCaptions,
+    captioner: Captioner,
     out: str | Path,
     *,
     maker: str,
@@ -92,12 +78,9 @@ def caption_manifest(
     maker: identifies what makes the captions, as `caption_identity` does.
     frames: shown per clip, evenly spaced.
     batch: clips per call of the model.
-    weight: of the new captions.
     replace: the new captions replace the old ones, instead of joining them.
-    workers: clips read at the same time.
-    timeout: seconds for reading a clip.
-    on_start: is called with the number of clips to caption.
-    on_clips: is called with the number of clips just done.
+    workers, timeout: how many clips are read at the same time, and how many seconds each may take.
+    on_start, on_clips: are called with the number of clips to caption, and of clips just done.
     """
     if not 0 < weight < float("inf"):
         raise StditError(f"a caption's weight is positive, not {weight}.")
@@ -109,10 +92,9 @@ def caption_manifest(
         on_start(sum(map(len, todo)))
         show = partial(_show, manifest, count=captioner.frames(frames), limits=Limits(seconds=timeout))
         for shown in read_ahead(show, todo, workers, ahead=2):
-            failures += [clip.failure for clip in shown if clip.failure]
+            failures += [clip for clip in shown if isinstance(clip, Skipped)]
             new = []
-            readable = [clip for clip in shown if clip.frames is not None]
-            for clip, text in _captioned(captioner, readable):
+            for clip, text in _captioned(captioner, [clip for clip in shown if isinstance(clip, _ShownClip)]):
                 if isinstance(text, Skipped):
                     failures.append(text)
                     refused += text.reason == "refused"
@@ -142,7 +124,7 @@ def _batches(manifest: Manifest, texts: dict[str, str], batch: int) -> list[list
     return [rows for rows in batches if rows]
 
 
-def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _ShownClip:
+def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _ShownClip | Skipped:
     """`count` frames of a clip (or all, if it has fewer), each from the middle of an equal part of its duration."""
     clip = manifest[row]
     count = min(count, clip.frames)
@@ -156,15 +138,15 @@ def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _ShownCli
         with local_file(clip) as path:
             return _ShownClip(clip, READER(path, count, size, fps, first, limits=limits), fps)
     except VideoError as error:
-        return _ShownClip(clip, None, fps, Skipped(clip.path, error.reason, error.message))
+        return Skipped(clip.path, error.reason, error.message)
 
 
-def _captioned(captioner: MakesCaptions, shown: list[_ShownClip]) -> Iterator[tuple[_ShownClip, str | Skipped]]:
+def _captioned(captioner: Captioner, shown: list[_ShownClip]) -> Iterator[tuple[_ShownClip, str | Skipped]]:
     """Each clip with its caption or its failure. A batch that the model fails on is tried clip by clip."""
     if not shown:
         return
     try:
-        texts = captioner.caption([clip.frames for clip in shown if clip.frames is not None], [c.fps for c in shown])
+        texts = captioner.caption([clip.frames for clip in shown], [clip.fps for clip in shown])
     except Refused as error:
         if len(shown) > 1:
             for clip in shown:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -26,22 +26,14 @@ from stdit.text.places import find_text_encoder
 from stdit.weights.families import treatment_of
 from stdit.weights.identity import folder_identity, tokenizer_identity
 
+if TYPE_CHECKING:
+    from stdit.text.encoders import TextEncoder
+    from stdit.vae.families.open_sora import AnyVAE
+
 CLIPS_PER_SHARD = 64
 TEXTS_PER_SHARD = 1024
 BATCH = 4
 PRECISION = torch.float32  # of the encoders, whatever dtype the cache stores
-
-
-class Vae(Protocol):
-    """Encodes (B, 3, T, H, W) in [−1, 1] to normalised latents (B, C, T', H', W')."""
-
-    def encode(self, video: Tensor) -> Tensor: ...
-
-
-class TextEncoder(Protocol):
-    """Encodes texts to embeddings (L, D)."""
-
-    def encode(self, texts: list[str]) -> Sequence[Tensor]: ...
 
 
 class _Item(NamedTuple):
@@ -52,10 +44,8 @@ class _Item(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """The result of a call.
+    """How many clips and texts were encoded, and how many clips were there already.
 
-    clips, texts: the numbers encoded now.
-    reused: clips that the cache had already.
     failures: (clip id, reason) of clips that failed.
     """
 
@@ -91,7 +81,7 @@ def encode_manifest(
     manifest: Manifest,
     assignment: Assignment,
     config: DataConfig,
-    vae: Vae,
+    vae: AnyVAE,
     text_encoder: TextEncoder | None,
     out: str | Path,
     *,
@@ -118,11 +108,8 @@ def encode_manifest(
     out: the cache's folder.
     vae_id, text_id: identify the encoders' weights, as `vae_identity` and `text_identity` do.
     batch: clips or texts in one forward.
-    clips_per_shard: at most.
-    rank, ranks: this process's, and how many share the work.
     retry_failed: tries shards with failed clips again.
-    on_start: is called with the number of clips to encode.
-    on_clips: is called with the number of clips just done.
+    on_start, on_clips: are called with the number of clips to encode, and of clips just done.
     """
     cut = cuts(config)
     cache = Cache.create(out, latent_settings(config, vae_id), write_settings=rank == 0)
@@ -146,18 +133,17 @@ def encode_manifest(
         failed: dict[str, str] = {}
         for _ in range(0, len(items), batch):
             got = next(examples)
-            good = [example for example in got if example.failure is None]
-            found = {example.clip_id: example.failure for example in got if example.failure is not None}
-            for example, latents in zip(good, _encode(vae, good, device)):
-                if torch.isfinite(stored := latents.to(dtype)).all():
-                    tensors[key(example)] = stored
-                else:
-                    path = manifest[example.row].path
-                    found[example.clip_id] = f"{path}: the VAE's latents are not finite in {dtype}."
+            latents = _encode(vae, [example for example in got if example.failure is None], device)
             for example in got:
-                if failure := found.get(example.clip_id):
-                    failed[key(example)] = failure
-                    failures.append((example.clip_id, failure))
+                if (failure := example.failure) is None:
+                    stored = next(latents).to(dtype)
+                    if torch.isfinite(stored).all():
+                        tensors[key(example)] = stored
+                        continue
+                    path = manifest[example.row].path
+                    failure = f"{path}: the VAE's latents are not finite in {dtype}."
+                failed[key(example)] = failure
+                failures.append((example.clip_id, failure))
             on_clips(len(got))
         cache.write_shard(name, tensors, failed)
     new = 0
@@ -169,13 +155,13 @@ def encode_manifest(
     return EncodeResult(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
 
 
-def _encode(vae: Vae, examples: Sequence[Example], device: str | torch.device) -> list[Tensor]:
+@torch.no_grad()
+def _encode(vae: AnyVAE, examples: Sequence[Example], device: str | torch.device) -> Iterator[Tensor]:
+    """The latents (C, T', H', W') of each example."""
     if not examples:
-        return []
+        return iter(())
     video = torch.stack([example.video for example in examples]).to(device)  # (B, 3, T, H, W)
-    with torch.no_grad():
-        latents = vae.encode(video)  # (B, C, T', H', W')
-    return list(latents.cpu())
+    return iter(vae.encode(video).cpu())
 
 
 def _shards(

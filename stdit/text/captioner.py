@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from stdit.errors import StditError
-from stdit.text.pretrained import LOCAL, check_files, load_weights
+from stdit.text.pretrained import load_weights, read_part
 
 PROMPT = "Describe what can be seen, in one paragraph."  # for chat models
 
@@ -41,6 +41,9 @@ class Captioner:
     def __init__(self, model: Any, processor: Any, prompt: str | None = None, max_new_tokens: int = 128) -> None:
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
         self.template = getattr(processor, "chat_template", None)
+        self.takes_video = getattr(processor, "video_processor", None) is not None
+        # of frames that GIT for videos has positions for; 0 if any number is possible
+        self.fixed_number = int(getattr(model.config, "num_image_with_embedding", None) or 0)
         self.prompt = PROMPT if prompt is None and self.template else prompt or None
         if self.prompt and model.config.model_type == "vision-encoder-decoder":
             raise StditError(f"--prompt {prompt!r}: a vision-encoder-decoder takes none. Leave it out.")
@@ -49,35 +52,16 @@ class Captioner:
             tokenizer.pad_token = tokenizer.eos_token
         if not model.config.is_encoder_decoder:
             tokenizer.padding_side = "left"  # the caption continues from the last position
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "typical_p",
-            "max_length",
-        ):  # unused or conflicting
-            setattr(model.generation_config, name, None)
+        for unused in ("temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"):  # or conflicting
+            setattr(model.generation_config, unused, None)
 
     def frames(self, wanted: int) -> int:
         """How many frames of a clip the model takes if `wanted` are available."""
-        return self._fixed_frames or (wanted if self._video or self.template else 1)
-
-    @property
-    def _fixed_frames(self) -> int:
-        """The number of frames that GIT for videos has positions for; 0 if any number is possible."""
-        return int(getattr(self.model.config, "num_image_with_embedding", None) or 0)
-
-    @property
-    def _video(self) -> bool:
-        return getattr(self.processor, "video_processor", None) is not None
+        return self.fixed_number or (wanted if self.takes_video or self.template else 1)
 
     @torch.inference_mode()
     def caption(self, clips: Sequence[np.ndarray], fps: Sequence[float]) -> list[str]:
-        """A caption for each clip.
-
-        clips: (T, H, W, 3) uint8 of any sizes; either all have one frame or none has.
-        fps: of these frames.
+        """A caption for each clip, (T, H, W, 3) uint8 of any sizes; either all have one frame or none has.
 
         Raises Refused for clips that the model or its processor fails on.
         """
@@ -92,9 +76,9 @@ class Captioner:
 
     def _inputs(self, clips: Sequence[np.ndarray], fps: Sequence[float]) -> Any:
         shown: dict[str, Any] = {}
-        if self._fixed_frames:
-            clips = [clip[np.linspace(0, len(clip) - 1, self._fixed_frames).round().astype(int)] for clip in clips]
-        video = self._video and len(clips[0]) > 1
+        if self.fixed_number:
+            clips = [clip[np.linspace(0, len(clip) - 1, self.fixed_number).round().astype(int)] for clip in clips]
+        video = self.takes_video and len(clips[0]) > 1
         if video:
             shown["videos"] = list(clips)
             shown["do_sample_frames"] = False
@@ -120,8 +104,8 @@ class Captioner:
         if self.model.config.model_type == "git" and self.prompt:  # the caption continues it: no end token
             for name in ("input_ids", "attention_mask"):
                 inputs[name] = inputs[name][:, :-1]
-        if self._fixed_frames:
-            inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(clips), self._fixed_frames))
+        if self.fixed_number:
+            inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (len(clips), self.fixed_number))
         return inputs
 
     def _texts(self, made: torch.Tensor, given: torch.Tensor | None) -> list[str]:
@@ -157,11 +141,7 @@ def load_captioner(
             f"{folder} is not a folder. Models are read from local folders, nothing is downloaded: download one first "
             "(hf download NAME --local-dir FOLDER) and give that folder."
         )
-    check_files(folder)
-    try:
-        config = AutoConfig.from_pretrained(str(folder), **LOCAL)
-    except (OSError, ValueError) as error:
-        raise StditError(f"{folder}: transformers cannot read config.json there: {error}") from error
+    config = read_part(AutoConfig, folder, "config.json")
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise StditError(
             f"{folder / 'config.json'}: model_type {config.model_type!r} is no image- or video-to-text model of "
@@ -173,16 +153,8 @@ def load_captioner(
 
 
 def _load_processor(folder: Path) -> Any:
-    try:
-        processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
-        if not isinstance(processor, ProcessorMixin):
-            image_processor = AutoImageProcessor.from_pretrained(str(folder), **LOCAL)
-            processor = _Pair(image_processor, AutoTokenizer.from_pretrained(str(folder), **LOCAL))
-    except ImportError as error:
-        raise StditError(f"{folder}: its processor needs a package that is not here: {error}") from error
-    except Exception as error:  # transformers has no error type of its own for this
-        raise StditError(
-            f"{folder}: transformers cannot read a processor there: {error} Beside config.json there must be "
-            f"preprocessor_config.json or processor_config.json, and a tokenizer."
-        ) from error
-    return processor
+    remedy = " Beside config.json there must be preprocessor_config.json or processor_config.json, and a tokenizer."
+    processor = read_part(AutoProcessor, folder, "a processor", remedy)
+    if isinstance(processor, ProcessorMixin):
+        return processor
+    return _Pair(*(read_part(kind, folder, "a processor", remedy) for kind in (AutoImageProcessor, AutoTokenizer)))

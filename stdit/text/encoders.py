@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stdit.errors import StditError
 from stdit.text.cleaning import clean_prompt, lower_prompt, strip_caption
 from stdit.text.places import Treatment
-from stdit.text.pretrained import no_bars
+from stdit.text.pretrained import quiet
 
 CLEANERS: dict[str, Callable[[str], str]] = {
     "mend": clean_prompt,
@@ -25,13 +25,13 @@ CLEANERS: dict[str, Callable[[str], str]] = {
     "strip": strip_caption,
     "none": str,
 }
+REASON_SYSTEM = "You are a helpful assistant who will provide prompts to an image generator."
 
 
 class TextEncoder(nn.Module):
     """An encoder and its tokenizer. Trains like any module; has no dropout.
 
-    max_length: texts are truncated to this many tokens, including the end token; None: the treatment's.
-    treatment: how texts are prepared.
+    max_length: in place of the treatment's.
     load: reads the weights on first use; until then `encoder` is on the meta device. Such an encoder does not train.
     """
 
@@ -79,7 +79,7 @@ class TextEncoder(nn.Module):
         return super()._apply(fn, recurse)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts to token ids after cleaning, including the end token, without padding."""
+        """The token ids of cleaned texts, including the end token, without padding."""
         if not texts:
             return []
         cleaned = [CLEANERS[self.treatment.clean](text) for text in texts]
@@ -122,8 +122,48 @@ class TextEncoder(nn.Module):
     def save(self, text_encoder: str | Path, tokenizer: str | Path) -> None:
         """Writes both folders of a model folder, in transformers' layout."""
         self.ready()
-        with no_bars():
+        with quiet():
             self.encoder.save_pretrained(text_encoder)
         self.tokenizer.save_pretrained(tokenizer)
         config = Path(tokenizer) / "tokenizer_config.json"
         config.write_text(config.read_text().replace('"TokenizersBackend"', f'"{self.tokenizer_class}"'))
+
+
+class ReasonEncoder(TextEncoder):
+    """Cosmos-Reason1, a Qwen2.5-VL: the text encoder of Cosmos-Predict2.5, used as in diffusers 0.42.
+
+    There (`pipelines/cosmos/pipeline_cosmos2_5_predict.py`, `_get_prompt_embeds`) a text is the user's part of a chat,
+    uncleaned and padded to max_length; the transformer sees the padding's embeddings too. These are the hidden states
+    after every layer, each normalised over its width, one beside the other.
+    """
+
+    @property
+    def dim(self) -> int:
+        config = self.encoder.config.get_text_config()
+        return int(config.hidden_size * config.num_hidden_layers)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return chat_ids(self.tokenizer, texts, self.max_length) if texts else []
+
+    def _hidden(self, ids: Tensor, seen: Tensor) -> Tensor:
+        model = self.encoder.model.language_model  # type: ignore[union-attr]
+        layers = model(ids, output_hidden_states=True, use_cache=False).hidden_states[1:]  # the last one after its norm
+        return torch.cat([(x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + 1e-8) for x in layers], dim=-1)
+
+
+def chat_ids(tokenizer: Any, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+    """The ids of chats with Cosmos-Reason1 about texts, cut or padded to max_length; None leaves them whole."""
+    if tokenizer.chat_template is None:
+        raise StditError(
+            "the tokenizer has no chat template, which Cosmos-Reason1 needs: get chat_template.jinja, or the "
+            "chat_template of tokenizer_config.json, from the source of its weights."
+        )
+
+    def says(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    chats = [[says("system", REASON_SYSTEM), says("user", text)] for text in texts]
+    cut = {} if max_length is None else {"truncation": True, "padding": "max_length", "max_length": max_length}
+    return tokenizer.apply_chat_template(
+        chats, add_generation_prompt=False, add_vision_id=False, return_dict=True, **cut
+    )["input_ids"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from stdit.errors import StditError
-from stdit.text.pretrained import LOCAL, check_files, load_weights, said
+from stdit.text.pretrained import load_weights, read_part
 
 
 class ImageEncoder(nn.Module):
@@ -47,9 +47,4 @@ def load_image_encoder(
     place = folder / "image_processor"
     if not place.is_dir():
         raise StditError(f"{folder}: this model folder has no image_processor/. Download that folder too.")
-    check_files(place)
-    try:
-        processor = CLIPImageProcessor.from_pretrained(str(place), **LOCAL)
-    except Exception as error:  # of any type, if its JSON is another program's
-        raise StditError(f"{place}: transformers cannot read it: {said(error)}") from error
-    return ImageEncoder(encoder, processor).to(device)
+    return ImageEncoder(encoder, read_part(CLIPImageProcessor, place, "it")).to(device)

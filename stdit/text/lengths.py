@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stdit.text.encoders import CLEANERS, TextEncoder
+from stdit.text.encoders import CLEANERS, ReasonEncoder, TextEncoder, chat_ids
 from stdit.text.loading import load_tokenizer
 from stdit.text.places import Treatment, find_text_encoder
 from stdit.text.small import build_word_tokenizer
@@ -78,7 +78,7 @@ class TextLimit:
 
     @classmethod
     def of_encoder(cls, encoder: TextEncoder, max_length: int | None = None) -> TextLimit:
-        chat = encoder.encoder.config.model_type == "qwen2_5_vl"
+        chat = isinstance(encoder, ReasonEncoder)
         return cls(encoder.tokenizer, encoder.treatment, max_length or encoder.max_length, chat)
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -117,11 +117,7 @@ class TextLimit:
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if self.chat:
-            from stdit.text.reason import chats
-
-            return self.tokenizer.apply_chat_template(
-                chats(texts), add_generation_prompt=False, add_vision_id=False, return_dict=True
-            )["input_ids"]
+            return chat_ids(self.tokenizer, texts)
         return self.tokenizer(list(map(self._cleaned, texts)), add_special_tokens=True, verbose=False).input_ids
 
     def _dropped(self, text: str, ids: list[int]) -> str:

@@ -11,43 +11,37 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from stdit.errors import StditError
-from stdit.text.encoders import TextEncoder
+from stdit.text.encoders import ReasonEncoder, TextEncoder
 from stdit.text.places import Treatment, find_text_encoder
-from stdit.text.pretrained import LOCAL, check_files, check_weights, load_weights, said
-from stdit.text.reason import ReasonEncoder
+from stdit.text.pretrained import check_weights, load_weights, read_part, said
 
 ENCODERS = {  # transformers' classes by the model_type in config.json
     "umt5": "UMT5EncoderModel",
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",  # Cosmos-Reason1, see stdit/text/reason.py
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",  # Cosmos-Reason1
 }
 
 
 def load_text_encoder(
     folder: str | Path,
     treatment: Treatment,
-    tokenizer: str | Path | None = None,
     *,
     max_length: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     deferred: bool = False,
 ) -> TextEncoder:
-    """A T5, mT5 or UMT5 encoder, or Cosmos-Reason1 (a Qwen2.5-VL), from a local folder.
+    """A T5, mT5 or UMT5 encoder, or Cosmos-Reason1 (a Qwen2.5-VL), from a model folder or one that transformers reads.
 
-    folder: a model folder with text_encoder/ and tokenizer/, or a folder that transformers reads.
     treatment: how texts are brought to it; of a model folder see `stdit.weights.families.treatment_of`.
-    tokenizer: its folder; by default the encoder's own, or the one beside it.
-    max_length: replaces the treatment's.
     dtype: None keeps the stored one.
     deferred: read no weights until they are needed (see `TextEncoder`).
     """
-    folder, words = find_text_encoder(folder, tokenizer)
-    config, kind = _encoder_config(folder), TextEncoder
+    folder, words = find_text_encoder(folder)
+    config = _encoder_config(folder)
+    kind = ReasonEncoder if config.model_type == "qwen2_5_vl" else TextEncoder
     model_class = getattr(transformers, ENCODERS[config.model_type])
-    if config.model_type == "qwen2_5_vl":
-        kind = ReasonEncoder
 
     def load() -> PreTrainedModel:
         return load_weights(model_class, folder, "the text encoder", config=config, dtype=dtype or "auto")
@@ -64,21 +58,12 @@ def load_text_encoder(
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """A tokenizer from a local folder, of the class that transformers' AutoTokenizer chooses.
-
-    Raises StditError if its vocabulary is missing: transformers would continue with a made-up one.
-    """
+    """A tokenizer from a local folder. Raises StditError without a vocabulary: transformers would make one up."""
     folder = Path(folder)
-    check_files(folder)
     if not (folder / "tokenizer.json").is_file() and (models := sorted(folder.glob("*.model"))):
         _check_sentencepiece(models[0])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCAL)
-    except Exception as error:  # transformers and tokenizers have no error type of their own for this
-        raise StditError(
-            f"{folder}: transformers cannot read a tokenizer there ({said(error)[:200]}). Is it whole, with "
-            f"tokenizer.json or else spiece.model? Download the folder again."
-        ) from error
+    remedy = " Is it whole, with tokenizer.json or else spiece.model? Download the folder again."
+    tokenizer = read_part(AutoTokenizer, folder, "a tokenizer", remedy)
     names = dict(type(tokenizer).vocab_files_names)
     whole = names.pop("tokenizer_file", "tokenizer.json")
     missing = [name for name in names.values() if not (folder / name).is_file()]
@@ -109,13 +94,9 @@ def _check_sentencepiece(vocabulary: Path) -> None:
 
 
 def _encoder_config(folder: Path) -> Any:
-    check_files(folder)
     if not (folder / "config.json").is_file():
         raise StditError(f"{folder}: holds no config.json, which says what encoder it is. Download the folder again.")
-    try:
-        config = AutoConfig.from_pretrained(str(folder), **LOCAL)
-    except Exception as error:  # of any type, if config.json is another program's
-        raise StditError(f"{folder}: transformers cannot read config.json there: {said(error)}") from error
+    config = read_part(AutoConfig, folder, "config.json")
     if config.model_type not in ENCODERS:
         raise StditError(
             f"{folder / 'config.json'}: model_type {config.model_type!r} is no text encoder known here "

@@ -33,11 +33,10 @@ class TextPlaces(NamedTuple):
     tokenizer: Path
 
 
-def find_text_encoder(folder: str | Path, tokenizer: str | Path | None = None) -> TextPlaces:
-    """The folders of a model folder with text_encoder/ and tokenizer/, or of a folder that transformers reads.
+def find_text_encoder(folder: str | Path) -> TextPlaces:
+    """Those of a model folder with text_encoder/ and tokenizer/, or of a folder that transformers reads.
 
-    tokenizer: its folder; by default the encoder's own, or the one beside it.
-    Raises StditError if a folder is missing.
+    Its tokenizer lies in it or beside it. Raises StditError if one is missing.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -45,9 +44,8 @@ def find_text_encoder(folder: str | Path, tokenizer: str | Path | None = None) -
             f"{folder} is not a folder. Text encoders are read from local folders, nothing is downloaded: "
             "download it first (hf download NAME --local-dir FOLDER) and give that folder."
         )
-    encoder = folder
     if (folder / "text_encoder").is_dir():
-        encoder, tokenizer = folder / "text_encoder", tokenizer or folder / "tokenizer"
+        encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
     elif not (folder / "config.json").is_file() and (
         (folder / "model_index.json").is_file() or any((folder / part).is_dir() for part in _PARTS)
     ):
@@ -55,13 +53,12 @@ def find_text_encoder(folder: str | Path, tokenizer: str | Path | None = None) -
             f"{folder}: this model folder has no text_encoder/. Download that folder too (hf download NAME "
             f"--include 'text_encoder/*' --local-dir {folder}), or set text.path to a folder that has one."
         )
-    if tokenizer is None:
-        places = (encoder, encoder.parent / "tokenizer")
-        found = (place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES))
-        tokenizer = next(found, encoder.parent / "tokenizer")
-    if not Path(tokenizer).is_dir():
+    else:
+        inside = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        encoder, tokenizer = folder, folder if inside else folder.parent / "tokenizer"
+    if not tokenizer.is_dir():
         raise StditError(
             f"{encoder}: no tokenizer in it or beside it ({tokenizer} is not there). Download that folder too "
-            f"(hf download NAME --include 'tokenizer/*' --local-dir {Path(tokenizer).parent})."
+            f"(hf download NAME --include 'tokenizer/*' --local-dir {tokenizer.parent})."
         )
-    return TextPlaces(encoder, Path(tokenizer))
+    return TextPlaces(encoder, tokenizer)

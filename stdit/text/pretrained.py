@@ -19,19 +19,13 @@ _CHECKED = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
 
 def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
-    """`kind.from_pretrained(folder, …)` in evaluation mode.
-
-    kind: a model class of transformers, or an Auto class.
-    what: names the model in errors.
-
-    Raises StditError if the folder or weights are missing, or if shapes do not fit.
-    """
+    """`kind.from_pretrained(folder, …)` in evaluation mode. Raises StditError, which calls the model `what`."""
     if not folder.is_dir():
         raise StditError(f"{folder}: no such folder; {what} is read from there.")
     check_files(folder)
     check_weights(folder, what)
     try:
-        with no_bars(), _quiet():
+        with quiet():
             model, info = kind.from_pretrained(
                 str(folder), **LOCAL, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
                 **settings,
@@ -47,6 +41,17 @@ def load_weights(kind: Any, folder: Path, what: str, **settings: Any) -> Any:
             f"{folder}: {what}'s weights do not fit its config.json: {first}. Is that file of another model?"
         )
     return model.eval()
+
+
+def read_part(kind: Any, folder: Path, what: str, remedy: str = "") -> Any:
+    """`kind.from_pretrained(folder)` of a config, tokenizer or processor. Raises StditError."""
+    check_files(folder)
+    try:
+        return kind.from_pretrained(str(folder), **LOCAL)
+    except ImportError as error:
+        raise StditError(f"{folder}: reading {what} there needs a package that is not here: {said(error)}") from error
+    except Exception as error:  # of any type: transformers and tokenizers have none of their own for this
+        raise StditError(f"{folder}: transformers cannot read {what} there ({said(error)[:200]}).{remedy}") from error
 
 
 def check_files(folder: Path) -> None:
@@ -86,29 +91,20 @@ def check_weights(folder: Path, what: str) -> None:
             ) from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' table of mismatches; our error lists them."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 def said(error: BaseException) -> str:
     """An error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
-def no_bars() -> Iterator[None]:
-    """Hides transformers' progress bars, which look like the command's own."""
-    shown = logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """Hides transformers' progress bars, which look like the command's own, and its warnings, which our errors say."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        logging.set_verbosity(level)
+        if bars:
             logging.enable_progress_bar()

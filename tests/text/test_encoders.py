@@ -27,9 +27,9 @@ from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.weights.families import treatment_of
 
 
-def load_text_encoder(folder, tokenizer=None, **options):
+def load_text_encoder(folder, **options):
     """With the treatment of the folder's pipeline, as every command loads it."""
-    return loading.load_text_encoder(folder, treatment_of(folder), tokenizer, **options)
+    return loading.load_text_encoder(folder, treatment_of(folder), **options)
 
 
 CAPTIONS = ["A red circle moves left, slowly.", "a blue square moves right", "A small green triangle moves up"]
@@ -103,9 +103,10 @@ def test_reason_is_asked_as_cosmos_pipeline_asks_it(side, tmp_path):
     kept = type(model).from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(kept[key], tensor) for key, tensor in model.state_dict().items())
     tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path / "no chat")
+    shutil.rmtree(tmp_path / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(StditError, match="no chat template"):
-        load_text_encoder(tmp_path / "text_encoder", tmp_path / "no chat").encode(["a"])
+        load_text_encoder(tmp_path).encode(["a"])
 
 
 def test_trains_and_padding_gets_no_gradient(encoder):
