@@ -39,16 +39,13 @@ class DiskError(StditError):
 
 
 def disk_trouble(error: BaseException) -> str:
-    """Describes a full disk, a quota or a limit on files, with its remedy; '' for any other error.
-
-    Libraries wrap such errors in their own (safetensors: "os error 28"), so the text is searched too.
-    """
+    """Describes a full disk, a quota or a limit on files, with its remedy; '' for any other error."""
     number = getattr(error, "errno", None)
     if number in _TROUBLES:
         return _TROUBLES[number][1]
     if isinstance(error, OSError) and isinstance(number, int):
         return ""
-    text = str(error).lower()
+    text = str(error).lower()  # libraries wrap such errors in their own (safetensors: "os error 28")
     for code, (words, message) in _TROUBLES.items():
         if words.lower() in text or f"os error {code})" in text:
             return message
@@ -100,17 +97,12 @@ def no_empty_folders(*places: Path) -> Iterator[None]:
 
 
 def local_path(what: str, given: str | Path) -> Path:
-    """A path on this machine to write to, with ~ expanded. Raises StditError for a URL and for what is no path.
-
-    what: the setting or option that the path comes from, for the error.
-    """
+    """A path on this machine to write to, with ~ expanded. Raises StditError, which names `what`, for any other."""
     text = str(given).removeprefix("file://")
     if not text.strip() or "\0" in text or not is_utf8(text):
         raise StditError(f"{what} is {text!r}: it must be a path{', in UTF-8' if text.strip() else ''}.")
     if "://" in text:
-        raise StditError(
-            f"{what} is {text}: a URL. This is written to a path on this machine only; copy it afterwards."
-        )
+        raise StditError(f"{what} is {text}: a URL. Only a path on this machine can be written to; copy it afterwards.")
     return Path(text).expanduser()
 
 
@@ -120,7 +112,7 @@ def is_utf8(path: str) -> bool:
 
 
 def local_folder(what: str, given: str | Path) -> Path:
-    """`local_path` of a folder to write to. Raises StditError if a file has its name or it cannot be made."""
+    """`local_path` of a folder to write to. Raises StditError if it cannot be made."""
     path = local_path(what, given)
     _check_place(path)
     return path
@@ -226,7 +218,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder and its contents, read-only folders too, or a link. It need not exist."""
+    """Removes a folder, read-only parts too, or a link. It need not exist."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     if not path.is_dir():
@@ -271,14 +263,10 @@ def copy_folder(source: Path, target: Path) -> None:
 
 def within(path: str | Path, folder: str | Path) -> bool:
     """Whether a path is the folder or lies within it, regardless of links and letter case."""
-    try:
-        there = os.stat(folder)
-    except OSError:
-        return False
     real = Path(os.path.realpath(path))
     for place in (real, *real.parents):
-        with suppress(OSError):
-            if os.path.samestat(os.stat(place), there):
+        with suppress(OSError):  # one of them is not there
+            if os.path.samefile(place, folder):
                 return True
     return False
 

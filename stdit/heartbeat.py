@@ -16,8 +16,7 @@ class Heartbeat:
     """Prints nothing until it is started, so nothing when stdit is used as a library. Only rank 0 prints."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._stop: threading.Event | None = None  # ends the thread that prints
+        self._stop = threading.Event()  # ends the thread that prints
         self._thread: threading.Thread | None = None
         self._name = self._doing = ""
         self._begun = self._spoke = 0.0
@@ -30,25 +29,23 @@ class Heartbeat:
         self._name, self._doing, self._muted = name, "loading libraries", 0
         self._begun = time.monotonic()
         self._say(f"{name}: starting …")
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(self._stop,), name="stdit-heartbeat", daemon=True)
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="stdit-heartbeat", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         thread, self._thread = self._thread, None
-        if thread is not None and self._stop is not None:
+        if thread is not None:
             self._stop.set()
             thread.join()
 
     def doing(self, what: str) -> None:
         """Sets what the next line says."""
-        with self._lock:
-            self._doing = what
+        self._doing = what
 
     def spoke(self) -> None:
         """Restarts the 10 s, after something else was printed."""
-        with self._lock:
-            self._spoke = time.monotonic()
+        self._spoke = time.monotonic()
 
     @contextmanager
     def muted(self) -> Iterator[None]:
@@ -60,16 +57,14 @@ class Heartbeat:
             self._muted -= 1
             self.spoke()
 
-    def _run(self, stop: threading.Event) -> None:
-        while not stop.wait(0.5):
+    def _run(self) -> None:
+        while not self._stop.wait(0.5):
             self.beat()
 
     def beat(self) -> None:
         """Prints a line if nothing was printed for 10 s."""
-        with self._lock:
-            doing, due = self._doing, time.monotonic() - self._spoke >= SILENCE
-        if due and not self._muted:
-            self._say(f"{self._name}: {doing} … {time.monotonic() - self._begun:.0f} s")
+        if time.monotonic() - self._spoke >= SILENCE and not self._muted:
+            self._say(f"{self._name}: {self._doing} … {time.monotonic() - self._begun:.0f} s")
 
     def _say(self, line: str) -> None:
         self.spoke()

@@ -6,7 +6,6 @@ without locks (ENOLCK), and does not say who holds a lock.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -14,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stdit.errors import StditError
@@ -34,34 +33,31 @@ def locked(folder: str | Path, what: str, remedy: str, keep: bool = False) -> It
     disks that are mounted with locks share it between machines. Where a disk or system (Windows) has no locks, this
     prints a warning and continues without one.
 
-    what: the command that takes the lock, for other processes' messages.
-    remedy: what to do if the folder is in use, for the error.
+    what, remedy: for messages: the command that takes the lock, and what to do if the folder is in use.
     keep: leave the file there at the end.
     """
     path = make_folder(folder) / NAME
-    descriptor = _lock(path)
+    descriptor = _lock(path, remedy)
     if descriptor is None:
         print(f"{folder}: this disk has no file locks. Make sure that only one command writes there.", file=sys.stderr)
         yield
         return
-    if descriptor < 0:
-        raise StditError(f"{folder}: is in use by {_holder(path)}. {remedy}")
     try:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"what": what, "host": socket.gethostname(), "pid": os.getpid(), "since": now}
-        with contextlib.suppress(OSError):  # disk full, or another user's file: the lock holds nevertheless
+        with suppress(OSError):  # disk full, or another user's file: the lock holds nevertheless
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(holder).encode())
         yield
     finally:
         if not keep:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 path.unlink()
         os.close(descriptor)
 
 
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock until it is closed; -1 if another process has it, None if there are no locks."""
+def _lock(path: Path, remedy: str) -> int | None:
+    """A descriptor that holds the lock until it is closed; None if there are no locks."""
     try:
         import fcntl
     except ImportError:
@@ -79,7 +75,7 @@ def _lock(path: Path) -> int | None:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # not removed by the last holder
                     return descriptor
         except OSError as error:
@@ -91,7 +87,7 @@ def _lock(path: Path) -> int | None:
                 raise
         os.close(descriptor)
         if time.monotonic() > end:
-            return -1
+            raise StditError(f"{path.parent}: is in use by {_holder(path)}. {remedy}")
         if not told:
             print(f"{path.parent}: is in use by {_holder(path)}; waiting {WAIT:g} s for its end.", file=sys.stderr)
             HEARTBEAT.doing(f"waiting for {path.parent}")

@@ -58,19 +58,13 @@ class SettingsOf:
 
 
 def read(kind: type[Kind], raw: Any, where: str) -> Kind:
-    """An instance of the dataclass `kind` from the values that YAML or JSON gave. Raises StditError.
-
-    where: the file, for errors.
-    """
+    """An instance of the dataclass `kind` from the values that the file `where` gave. Raises StditError."""
     found: Kind = _validate(kind, kind, raw, where, "")
     return found
 
 
 def check(settings: Any, where: str, key: str = "") -> None:
-    """Raises StditError where a field of an instance that Python made has a value which `read` refuses.
-
-    key: where the instance stands in a config, for errors.
-    """
+    """Raises StditError if an instance that Python made, `key` of a config, has a value that `read` refuses."""
     kind = type(settings)
     _validate(Annotated[dict[str, Any], SettingsOf(kind)], kind, dataclasses.asdict(settings), where, key)
 
