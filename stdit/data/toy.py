@@ -13,13 +13,11 @@ even at 64 × 64. Twelve of the 72 combinations of colour, shape and direction a
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import json
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from stdit.data.decode.write import write_video
+from stdit.data.read_ahead import read_ahead
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish, publish_text
 from stdit.keyed import keyed_seed, keyed_uniform
@@ -102,14 +101,8 @@ class ToySpec:
 @cache
 def all_specs(held_out: bool) -> tuple[ToySpec, ...]:
     """Every moving spec of the training set (360), or of the held-out set (72), in a fixed order."""
-    specs = (
-        ToySpec(colour, shape, size, direction, background)
-        for colour in COLOURS
-        for shape in SHAPES
-        for direction in DIRECTIONS
-        for size in SIZES
-        for background in BACKGROUNDS
-    )
+    every = itertools.product(COLOURS, SHAPES, DIRECTIONS, SIZES, BACKGROUNDS)
+    specs = (ToySpec(colour, shape, size, direction, ground) for colour, shape, direction, size, ground in every)
     return tuple(spec for spec in specs if spec.held_out == held_out)
 
 
@@ -134,29 +127,20 @@ def _shuffled(specs: tuple[ToySpec, ...], seed: int) -> tuple[ToySpec, ...]:
 
 @dataclass(frozen=True)
 class Jitter:
-    """A clip's deviation from its spec.
-
-    start, end, across: positions, as shares of the frame.
-    size: relative.
-    colour: in units of 255.
-    """
+    """A clip's deviation from its spec. start, end, across: positions, as shares of the frame."""
 
     start: float = 0.0
     end: float = 0.0
     across: float = 0.0
-    size: float = 0.0
-    colour: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    size: float = 0.0  # relative
+    colour: tuple[float, float, float] = (0.0, 0.0, 0.0)  # in units of 255
 
     @classmethod
     def keyed(cls, seed: int) -> Jitter:
-        draw = np.random.default_rng(seed).uniform(-1, 1, 7).tolist()
-        return cls(
-            draw[0] * 0.04,
-            draw[1] * 0.04,
-            draw[2] * 0.10,
-            draw[3] * 0.05,
-            (draw[4] * 0.03, draw[5] * 0.03, draw[6] * 0.03),
-        )
+        most = [0.04, 0.04, 0.10, 0.05, 0.03, 0.03, 0.03]
+        draw = (np.random.default_rng(seed).uniform(-1, 1, 7) * most).tolist()
+        start, end, across, size, red, green, blue = draw
+        return cls(start, end, across, size, (red, green, blue))
 
 
 def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter | None = None) -> np.ndarray:
@@ -270,7 +254,7 @@ def toy_file(settings: ToySettings, part: str, index: int) -> ToyFile:
 
 
 def make_toy(
-    folder: str | Path, settings: ToySettings | None = None, progress: Callable[[int, int], None] | None = None
+    folder: str | Path, settings: ToySettings | None = None, progress: Callable[[int, int], None] = lambda *_: None
 ) -> dict[str, int | bool]:
     """Renders the toy set into a folder, or completes it.
 
@@ -281,31 +265,16 @@ def make_toy(
     """
     folder, settings = Path(folder), settings or ToySettings()
     _claim(folder, settings)
-    parts = {"train": settings.clips, "held_out": settings.held_out}
-    files = {part: [toy_file(settings, part, index) for index in range(count)] for part, count in parts.items()}
-    missing = [
-        (folder / part / file.name, file)
-        for part in parts
-        for file in files[part]
-        if not (folder / part / file.name).exists()
-    ]
-    for part in parts:
-        rows = io.StringIO()
-        csv.writer(rows, lineterminator="\n").writerows(
-            [("path", "caption"), *((file.name, file.spec.caption) for file in files[part])]
-        )
-        publish_text(folder / part / "captions.csv", rows.getvalue())
+    missing: list[tuple[Path, ToyFile]] = []
+    for part, count in (("train", settings.clips), ("held_out", settings.held_out)):
+        files = [toy_file(settings, part, index) for index in range(count)]
+        missing += [(path, file) for file in files if not (path := folder / part / file.name).exists()]
+        rows = [f"{file.name},{file.spec.caption}\n" for file in files]
+        publish_text(folder / part / "captions.csv", "".join(["path,caption\n", *rows]))
     # threads suffice: numpy and the encoder release the GIL most of the time
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        jobs = [pool.submit(_write, path, file) for path, file in missing]
-        try:
-            for done, job in enumerate(as_completed(jobs), 1):
-                job.result()
-                if progress:
-                    progress(done, len(missing))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    jobs = read_ahead(lambda job: _write(*job), ([job] for job in missing), os.cpu_count() or 1, ahead=100)
+    for done, _ in enumerate(jobs, 1):
+        progress(done, len(missing))
     _write_settings(folder, settings, complete=True)
     return {"train": settings.clips, "held_out": settings.held_out, "rendered": len(missing)}
 
@@ -319,11 +288,11 @@ def _claim(folder: Path, settings: ToySettings) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise StditError(f"{path} is damaged ({error}). Delete the folder or choose another.") from error
         wanted = json.loads(json.dumps(asdict(settings)))
+        grown = [name for name in ("clips", "held_out") if (found.get(name) or 0) < wanted[name]]
         differing = [
             f"{name} is {found.get(name)} there, {wanted[name]} here"
             for name in wanted
-            if found.get(name) != wanted[name]
-            and not (name in ("clips", "held_out") and (found.get(name) or 0) < wanted[name])
+            if found.get(name) != wanted[name] and name not in grown
         ]
         if differing:
             raise StditError(

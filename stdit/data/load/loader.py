@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,9 +17,10 @@ from stdit.data.decode.checks import Limits, VideoError
 from stdit.data.decode.video import read_frames
 from stdit.data.load.cache import Cache, latent_key, text_key
 from stdit.data.load.clip_files import local_file
-from stdit.data.load.read_ahead import read_ahead
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment, slack
+from stdit.data.plan.split import PlanItem
+from stdit.data.read_ahead import read_ahead
 from stdit.data.remote.storage import STORAGE, Storage
 from stdit.data.workers.pool import READER
 from stdit.errors import StditError
@@ -29,41 +29,22 @@ from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 
 
-class Item(Protocol):
-    """The fields of the planner's PlanItem that the loader uses."""
-
-    @property
-    def row(self) -> int: ...
-    @property
-    def occurrence(self) -> int: ...
-    @property
-    def bucket(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Example:
-    """One clip, cut to its shape.
-
-    weight: 1; or 0 for a clip that could not be read, whose tensors are zeros.
-    frames: (T, H, W, 3) uint8; None if latents come from the cache.
-    latents: (C, T', H', W') normalised fp32, from the cache.
-    text: (L, D) embedding of the caption, from the text cache.
-    failure: why the clip could not be read.
-    reason: the same in one word (see `VideoError`); "not_encoded" if the cache records a failure.
-    """
+    """One clip, cut to its shape."""
 
     clip_id: str
     row: int
     occurrence: int
     epoch: int
     shape: VideoShape
-    weight: float
+    weight: float  # 1; or 0 for a clip that could not be read, whose tensors are zeros
     caption: str
-    frames: Tensor | None = None
-    latents: Tensor | None = None
-    text: Tensor | None = None
-    failure: str | None = None
-    reason: str | None = None
+    frames: Tensor | None = None  # (T, H, W, 3) uint8; None if latents come from the cache
+    latents: Tensor | None = None  # (C, T', H', W') normalised fp32, from the cache
+    text: Tensor | None = None  # (L, D) embedding of the caption, from the text cache
+    failure: str | None = None  # why the clip could not be read
+    reason: str | None = None  # the same in one word (see `VideoError`); "not_encoded" if the cache has a failure
 
     @property
     def video(self) -> Tensor:
@@ -111,20 +92,20 @@ class Loader:
             self._check_policies(cache)
             self.positions = [self._positions(cache, stage) for stage in assignment.stages]
 
-    def fetch(self, items: Sequence[Item], epoch: int) -> list[Example]:
+    def fetch(self, items: Sequence[PlanItem], epoch: int) -> list[Example]:
         """The examples of one batch, in order."""
         return [self._example(item, epoch) for item in items]
 
-    def iterate(self, batches: Iterable[Sequence[Item]], epoch: int) -> Generator[list[Example], None, None]:
+    def iterate(self, batches: Iterable[Sequence[PlanItem]], epoch: int) -> Generator[list[Example], None, None]:
         """The examples of each batch, in order. The workers read `config.prefetch` batches ahead."""
         return self.iterate_epochs((epoch, batch) for batch in batches)
 
-    def iterate_epochs(self, batches: Iterable[tuple[int, Sequence[Item]]]) -> Generator[list[Example], None, None]:
+    def iterate_epochs(self, batches: Iterable[tuple[int, Sequence[PlanItem]]]) -> Generator[list[Example], None, None]:
         """As `iterate`, for batches of (epoch, items)."""
         reads = ([(item, epoch) for item in items] for epoch, items in batches)
         return read_ahead(lambda read: self._example(*read), reads, self.workers, self.config.prefetch)
 
-    def _example(self, item: Item, epoch: int) -> Example:
+    def _example(self, item: PlanItem, epoch: int) -> Example:
         clip = self.manifest[item.row]
         shape = self.assignment.shapes[item.bucket]
         key = (epoch, clip.id, item.occurrence)
@@ -141,15 +122,13 @@ class Loader:
                 failure, reason = str(error), error.reason
                 frames = torch.zeros(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
         if self.pin:
-            frames, latents, text = (
-                None if tensor is None else tensor.pin_memory() for tensor in (frames, latents, text)
-            )
+            frames, latents, text = (t if t is None else t.pin_memory() for t in (frames, latents, text))
         weight = 0.0 if failure else 1.0
         return Example(
             clip.id, item.row, item.occurrence, epoch, shape, weight, caption, frames, latents, text, failure, reason
         )
 
-    def _read(self, item: Item, clip: Clip, key: tuple[int, str, int]) -> np.ndarray:
+    def _read(self, item: PlanItem, clip: Clip, key: tuple[int, str, int]) -> np.ndarray:
         """A clip's frames (T, H, W, 3), cut and mirrored as keyed."""
         bucket, frames = self._kept.get(item.row, (-1, None))
         if frames is None or bucket != item.bucket:  # kept frames may be of an earlier stage's bucket
@@ -186,7 +165,7 @@ class Loader:
 
             return self.storage.retried(clip.path, read, retry_on=OSError)
 
-    def _latents(self, item: Item, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
+    def _latents(self, item: PlanItem, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
         assert self.cache is not None
         cut = int(keyed_uniform(self.seed, "cut", *key) * self.config.crops)
         stages = zip(self.assignment.stages, self.positions)

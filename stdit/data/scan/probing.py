@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 
 from stdit.data.decode.checks import Limits, VideoError
 from stdit.data.measure.scenes import MIN_FRAMES
+from stdit.data.read_ahead import read_ahead
 from stdit.data.remote.failures import StorageError
 from stdit.data.remote.storage import STORAGE
 from stdit.data.workers.child import GRACE
@@ -35,20 +34,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What probing found in one file.
-
-    probe: the fields of a `Probe`, or None with a reason and a message.
-    sha256: None if the file could not be read.
-    scenes: of `scenes.find_scenes`; None: not searched for.
-    scores: by `Span.key`, the result of `scores.score`, or a reason and a message.
-    """
+    """What probing found in one file."""
 
     path: str
-    probe: dict[str, Any] | None
-    sha256: str | None
+    probe: dict[str, Any] | None  # the fields of a `Probe`, or None with a reason and a message
+    sha256: str | None  # None if the file could not be read
     reason: str | None = None
     message: str | None = None
-    scenes: list[tuple[float, float, int, float]] | None = None
+    scenes: list[tuple[float, float, int, float]] | None = None  # of `find_scenes`; None: not searched for
+    # by `Span.key`, the result of `scores.score`, or a reason and a message
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -102,41 +96,24 @@ def probe_files(
 
     Raises StorageError where storage stays unreachable.
     """
-    results: list[ProbeResult | None] = [None] * len(paths)
-    jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for index in range(len(paths)):
-        jobs.put(index)
-    stop = threading.Event()
-    failures: list[BaseException] = []
+    idle = [Worker() for _ in range(max(1, min(workers, len(paths))))]  # one per thread
 
-    def work() -> None:
-        worker = Worker()
+    def probe(path: str) -> ProbeResult:
+        worker = idle.pop()
         try:
-            while not stop.is_set():
-                try:
-                    index = jobs.get_nowait()
-                except queue.Empty:
-                    return
-                path = paths[index]
-                results[index] = result = _probe(worker, path, options, timeout, open_local, (known or {}).get(path))
-                on_done(result)
-        except BaseException as error:
-            failures.append(error)
-            stop.set()
+            result = _probe(worker, path, options, timeout, open_local, (known or {}).get(path))
         finally:
-            worker.close()
+            idle.append(worker)
+        on_done(result)
+        return result
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(workers, len(paths))))]
-    for thread in threads:
-        thread.start()
+    results = read_ahead(probe, ([path] for path in paths), len(idle), ahead=len(paths), closing=0.0)
     try:
-        for thread in threads:
-            thread.join()
+        return [result for (result,) in results]
     finally:
-        stop.set()
-    if failures:
-        raise failures[0]
-    return [result for result in results if result is not None]
+        results.close()
+        for worker in idle:
+            worker.close()
 
 
 def _probe(
