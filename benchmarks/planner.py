@@ -224,7 +224,7 @@ def large_run(clips: int, ranks: int) -> dict[str, Any]:
     config = DataConfig(shapes=[str(shape) for shape in shapes], fps=16.0)
     times = {}
     begun, start = time.perf_counter(), time.process_time()  # CPU time is independent of other load
-    assignment = assign_columns(**table, shapes=shapes, config=config)
+    assignment = assign_columns(table, shapes, config)
     times["buckets"] = time.process_time() - start
     plan = Plan(assignment.bucket, tokens, COST, PlanConfig(1.1 * ranks), seed=0, names=shapes)
     plan.items(0)

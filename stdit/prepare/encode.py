@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,6 +20,7 @@ from stdit.data.load.clip_files import local_file
 from stdit.data.load.loader import Example, Loader
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment
+from stdit.data.plan.split import PlanItem
 from stdit.errors import StditError
 from stdit.files import part_folder
 from stdit.text.places import find_text_encoder
@@ -34,12 +35,6 @@ CLIPS_PER_SHARD = 64
 TEXTS_PER_SHARD = 1024
 BATCH = 4
 PRECISION = torch.float32  # of the encoders, whatever dtype the cache stores
-
-
-class _Item(NamedTuple):
-    row: int
-    occurrence: int
-    bucket: int
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def _encode(vae: AnyVAE, examples: Sequence[Example], device: str | torch.device
 
 def _shards(
     cache: Cache, manifest: Manifest, assignment: Assignment, crops: int, clips_per_shard: int, retry_failed: bool
-) -> Iterator[tuple[str, list[_Item]]]:
+) -> Iterator[tuple[str, list[PlanItem]]]:
     """(name, clips to encode) of every shard; no clips if it exists. A shard's name follows from its clips."""
     for bucket, shape in enumerate(assignment.shapes):
         rows = assignment.rows(bucket)
@@ -187,7 +182,7 @@ def _shards(
                 ]
                 if failed:  # in this shard, which is written again, or in one made from a smaller manifest
                     todo |= np.isin(there, failed + [p for p in there if p >= 0 and cache.shard(p) == name])
-                yield name, [_Item(int(row), cut, bucket) for row in rows[part][todo]]
+                yield name, [PlanItem(int(row), cut, bucket) for row in rows[part][todo]]
 
 
 def _is_back(failure: str, clip: Clip) -> bool:

@@ -240,7 +240,7 @@ def _stages(data: DataConfig, assignment: Assignment, plan_of: Callable[[int], P
 
 
 def _sources(clips: Manifest, sources: dict[str, float], plan: Plan) -> list[dict[str, Any]]:
-    from stdit.data.plan.sources import source_of
+    from stdit.data.plan.filters import source_of
 
     if not sources:
         return []

@@ -1,2 +1,1 @@
-"""A manifest to global steps and packs: shape buckets, filters, sources, the plan, its split over ranks. Reads no
-file."""
+"""A manifest to global steps and packs: shape buckets, filters, the plan, its split over ranks. Reads no file."""

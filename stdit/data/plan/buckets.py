@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -17,6 +17,7 @@ from stdit.data.plan.filters import outside_bounds, redundant_copies
 from stdit.shapes import VideoShape
 
 NO_REASON = -1
+COLUMNS = ("frames", "fps", "width", "height", "start", "end")  # of a manifest, by which clips are assigned
 
 
 class Reason(IntEnum):
@@ -53,19 +54,13 @@ class Reason(IntEnum):
 
 @dataclass(frozen=True)
 class Assignment:
-    """The shape of every row.
+    """The shape of every row."""
 
-    bucket: (rows,) int32 index into shapes; −1 for a clip that has none.
-    reason: (rows,) int8 `Reason`, or NO_REASON for a clip that has a shape.
-    lost: (rows,) float32 share of the frame's area that is cropped; 0 for a clip that has no shape.
-    earlier: the earlier stages of a curriculum, of which this is the last; all have the same shapes.
-    """
-
-    bucket: np.ndarray
+    bucket: np.ndarray  # (rows,) int32 index into shapes; −1 for a clip that has none
     shapes: tuple[VideoShape, ...]
-    reason: np.ndarray
-    lost: np.ndarray
-    earlier: tuple[Assignment, ...] = ()
+    reason: np.ndarray  # (rows,) int8 `Reason`, or NO_REASON for a clip that has a shape
+    lost: np.ndarray  # (rows,) float32 share of the frame's area that is cropped; 0 for a clip that has no shape
+    earlier: tuple[Assignment, ...] = ()  # stages of a curriculum, of which this is the last; all have the same shapes
 
     @property
     def stages(self) -> tuple[Assignment, ...]:
@@ -104,12 +99,6 @@ def slack(start: Any, end: Any, source_fps: Any, frames: int, fps: float) -> Any
     return (end - start) - 0.5 / source_fps - (frames - 1) / fps + 1e-6
 
 
-def lost_area(aspect: np.ndarray, shape: VideoShape) -> np.ndarray:
-    """The share of the area that is cropped from frames of an aspect ratio (width/height) to get the shape's."""
-    ratio = aspect * shape.height / shape.width
-    return 1 - np.minimum(ratio, 1 / ratio)
-
-
 def assign(manifest: Manifest, config: DataConfig) -> Assignment:
     """Assigns each clip to exactly one shape or to a reason, in each stage of a curriculum. Filters take precedence.
 
@@ -117,100 +106,65 @@ def assign(manifest: Manifest, config: DataConfig) -> Assignment:
     to shapes of one frame, videos to the others. Nothing is looped, and nothing is upscaled unless `config.upscale`.
     """
     config.check()
-    columns = {name: manifest.column(name) for name in ("frames", "fps", "width", "height", "start", "end")}
-    found = assign_columns(**columns, shapes=config.video_shapes(), config=config)
+    columns = {name: manifest.column(name) for name in COLUMNS}
+    found = assign_columns(columns, config.video_shapes(), config)
     reason = np.full(len(manifest), NO_REASON, np.int8)
     for name, rows in outside_bounds(manifest, config.filter).items():
         reason[rows & (reason == NO_REASON)] = Reason[name.upper()]
     if not config.repeats:
         shaped = np.logical_or.reduce([stage.bucket >= 0 for stage in found.stages])
         reason[redundant_copies(manifest, shaped & (reason == NO_REASON))] = Reason.REPEAT
-    stages = [_exclude(stage, reason) for stage in found.stages]
+    out, stages = reason != NO_REASON, []
+    for stage in found.stages:
+        bucket, lost = np.where(out, -1, stage.bucket), np.where(out, 0, stage.lost)
+        stages.append(Assignment(bucket, stage.shapes, np.where(out, reason, stage.reason), lost))
     return replace(stages[-1], earlier=tuple(stages[:-1]))
 
 
-def _exclude(stage: Assignment, reason: np.ndarray) -> Assignment:
-    """A stage without the clips that have a filter's reason (rows,)."""
-    out = reason != NO_REASON
-    bucket, lost = np.where(out, -1, stage.bucket), np.where(out, 0, stage.lost)
-    return Assignment(bucket, stage.shapes, np.where(out, reason, stage.reason), lost)
-
-
-def assign_columns(
-    frames: np.ndarray,
-    fps: np.ndarray,
-    width: np.ndarray,
-    height: np.ndarray,
-    start: np.ndarray,
-    end: np.ndarray,
-    shapes: Sequence[VideoShape],
-    config: DataConfig,
-) -> Assignment:
-    """As `assign`, without filters, on columns of (rows,) each."""
-    # Clips of the same size that are long enough for the same shapes are assigned alike, so each such profile is
-    # decided once. Ten million clips of a few thousand sizes cost two sorts, whatever the number of shapes.
-    lengths = sorted({shape.frames for shape in shapes})
-    fits = np.zeros(len(frames), np.int64)  # the number of lengths that fit, shortest first
+def assign_columns(columns: Mapping[str, np.ndarray], shapes: Sequence[VideoShape], config: DataConfig) -> Assignment:
+    """As `assign`, without filters. columns: by the names in COLUMNS, (rows,) each."""
+    # Clips of the same size that are long enough for the same shapes are assigned alike, so one row of each such kind
+    # is assigned. Ten million clips of a few thousand sizes cost two sorts, whatever the number of shapes.
+    image, rows = columns["frames"] == 1, len(columns["frames"])
+    lengths = {shape.frames for shape in shapes}
+    fits = np.zeros(rows, np.int64)  # the number of lengths that fit
     for length in lengths:
-        fits += slack(start, end, fps, length, config.fps) >= 0
-    image = frames == 1
-    fast = image | (fps >= 0.9 * config.fps) | config.repeat_frames
-    sizes, size_of = np.unique((width.astype(np.int64) << 32) | height.astype(np.int64), return_inverse=True)
-    codes, code_of = np.unique(((size_of * (len(lengths) + 1) + fits) * 2 + image) * 2 + fast, return_inverse=True)
-    size, fits = np.divmod(codes // 4, len(lengths) + 1)
-    profiles = _Profiles(
-        image=codes // 2 % 2 == 1,
-        fast=codes % 2 == 1,
-        fits=fits,
-        width=sizes[size] >> 32,
-        height=sizes[size] & 0xFFFFFFFF,
-    )
+        fits += slack(columns["start"], columns["end"], columns["fps"], length, config.fps) >= 0
+    fast = columns["fps"] >= 0.9 * config.fps
+    size = (columns["width"].astype(np.int64) << 32) | columns["height"].astype(np.int64)
+    _, size = np.unique(size, return_inverse=True)
+    kinds, kind = np.unique(((size * (len(lengths) + 1) + fits) * 2 + image) * 2 + fast, return_inverse=True)
+    row = np.empty(len(kinds), np.int64)
+    row[kind] = np.arange(rows)  # one of each kind
+    few = {name: column[row] for name, column in columns.items()}
     stages = []
     for stage in config.stages or [Stage()]:
-        allowed = [number for number, shape in enumerate(shapes) if stage.allows(shape)]
-        found = _assign_profiles(profiles, shapes, allowed, lengths, config)
-        stages.append(Assignment(found.bucket[code_of], found.shapes, found.reason[code_of], found.lost[code_of]))
+        found = _assign_stage(few, shapes, stage, config)
+        stages.append(Assignment(found.bucket[kind], found.shapes, found.reason[kind], found.lost[kind]))
     return replace(stages[-1], earlier=tuple(stages[:-1]))
 
 
-@dataclass(frozen=True)
-class _Profiles:
-    """Everything about clips that decides their shape; (profiles,) each.
-
-    image: whether it is an image.
-    fast: whether it has enough frames per second.
-    fits: how many lengths it is long enough for.
-    """
-
-    image: np.ndarray
-    fast: np.ndarray
-    fits: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-
-
-def _assign_profiles(
-    profiles: _Profiles,
-    shapes: Sequence[VideoShape],
-    allowed: Sequence[int],
-    lengths: Sequence[int],
-    config: DataConfig,
+def _assign_stage(
+    columns: Mapping[str, np.ndarray], shapes: Sequence[VideoShape], stage: Stage, config: DataConfig
 ) -> Assignment:
-    """An assignment whose rows are profiles."""
-    aspect = profiles.width / profiles.height
+    frames, fps, width, height, start, end = (columns[name] for name in COLUMNS)
+    image, aspect = frames == 1, width / height
     bucket = np.full(len(aspect), -1, np.int32)
     lost = np.zeros(len(aspect), np.float32)
     reason = np.full(len(aspect), Reason.KIND, np.int8)  # of the shape that got furthest
     best = np.full(len(aspect), np.inf)  # distance of the chosen aspect ratio
     # From best to worst by the later criteria, so that only a nearer aspect ratio replaces a choice.
-    for index in sorted(allowed, key=lambda i: (-shapes[i].frames, -shapes[i].height * shapes[i].width, i)):
+    for index in sorted(range(len(shapes)), key=lambda i: (-shapes[i].frames, -shapes[i].height * shapes[i].width, i)):
         shape = shapes[index]
-        cost = lost_area(aspect, shape)
+        if not stage.allows(shape):
+            continue
+        ratio = aspect * shape.height / shape.width
+        cost = 1 - np.minimum(ratio, 1 / ratio)  # the share of the area that is cropped
         conditions = {
-            Reason.KIND: profiles.image == shape.is_image,
-            Reason.FPS: profiles.fast,
-            Reason.SHORT: profiles.image | (profiles.fits > lengths.index(shape.frames)),
-            Reason.SMALL: ((profiles.width >= shape.width) & (profiles.height >= shape.height)) | config.upscale,
+            Reason.KIND: image == shape.is_image,
+            Reason.FPS: image | (fps >= 0.9 * config.fps) | config.repeat_frames,
+            Reason.SHORT: image | (slack(start, end, fps, shape.frames, config.fps) >= 0),
+            Reason.SMALL: ((width >= shape.width) & (height >= shape.height)) | config.upscale,
             Reason.ASPECT: cost <= config.max_crop + 1e-9,
         }
         fits = np.ones(len(aspect), bool)

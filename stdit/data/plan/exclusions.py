@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from stdit.data.config import DataConfig
 from stdit.data.manifest import Manifest
-from stdit.data.plan.buckets import Assignment, Reason, assign_columns, slack
+from stdit.data.plan.buckets import COLUMNS, Assignment, Reason, assign_columns, slack
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
 MOST = 0.9  # share of the clips that a suggestion should include
-COLUMNS = ("frames", "fps", "width", "height", "start", "end")
+
+Columns = dict[str, np.ndarray]
+TokensOf = Callable[[VideoShape], int]
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """The clips excluded for one reason.
+    """The clips excluded for one reason."""
 
-    reason: a `Reason`'s key.
-    found: their lengths or sizes.
-    remedy: a setting or shape that would include `takes` of them; None if there is none.
-    """
-
-    reason: str
+    reason: str  # a `Reason`'s key
     clips: int
-    found: str = ""
-    remedy: str | None = None
+    found: str = ""  # their lengths or sizes
+    remedy: str | None = None  # a setting or shape that would include `takes` of them
     takes: int = 0
 
     @property
@@ -45,7 +42,7 @@ class Exclusion:
 
 
 def explain_exclusions(
-    manifest: Manifest, assignment: Assignment, config: DataConfig, tokens: Callable[[VideoShape], int]
+    manifest: Manifest, assignment: Assignment, config: DataConfig, tokens: TokensOf
 ) -> list[Exclusion]:
     """The exclusions of a stage, in the order of `Reason`.
 
@@ -61,11 +58,7 @@ def explain_exclusions(
 
 
 def _explain(
-    reason: Reason,
-    clips: dict[str, np.ndarray],
-    shapes: tuple[VideoShape, ...],
-    config: DataConfig,
-    tokens: Callable[[VideoShape], int],
+    reason: Reason, clips: Columns, shapes: Sequence[VideoShape], config: DataConfig, tokens: TokensOf
 ) -> Exclusion:
     width, height = clips["width"], clips["height"]
     exclusion = Exclusion(reason.key, len(width))
@@ -83,12 +76,11 @@ def _explain(
         count = len(clips["frames"])
         found = f"{count:,} {'image' if mostly_images else 'video'}{'s' if count > 1 else ''}"
         frames = [1] if mostly_images else _lengths(clips, config, shapes, tokens)
-        candidates = [VideoShape(n, shape.height, shape.width) for n in frames for shape in shapes]
+        candidates = [replace(shape, frames=n) for n in frames for shape in shapes]
     elif reason == Reason.SHORT:
         found = f"{_range(_frames(clips, config.fps))} frames at {config.fps:g} fps"
-        videos = [shape for shape in shapes if not shape.is_image]
         frames = _lengths(clips, config, shapes, tokens)
-        candidates = [VideoShape(n, shape.height, shape.width) for n in frames for shape in videos]
+        candidates = [replace(shape, frames=n) for n in frames for shape in shapes if not shape.is_image]
     elif reason == Reason.SMALL:
         order = np.argsort(width.astype(np.int64) * height, kind="stable")
         ends = [f"{width[row]}x{height[row]}" for row in order[[0, -1]]]
@@ -115,27 +107,22 @@ def _explain(
 
 
 def _range(values: np.ndarray) -> str:
-    low, high = float(values.min()), float(values.max())
-    return f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g}–{high:.4g}"
+    low, high = (f"{float(end):.4g}" for end in (values.min(), values.max()))
+    return low if low == high else f"{low}–{high}"
 
 
-def _frames(clips: dict[str, np.ndarray], fps: float) -> np.ndarray:
+def _frames(clips: Columns, fps: float) -> np.ndarray:
     """(clips,) the most frames at `fps` that fit into each."""
     room = slack(clips["start"], clips["end"], clips["fps"], 1, fps)
     return np.where(clips["frames"] == 1, 1, np.maximum(0, np.floor(room * fps + 1e-9)) + 1).astype(np.int64)
 
 
-def _lengths(
-    clips: dict[str, np.ndarray],
-    config: DataConfig,
-    shapes: tuple[VideoShape, ...],
-    tokens: Callable[[VideoShape], int],
-) -> list[int]:
+def _lengths(clips: Columns, config: DataConfig, shapes: Sequence[VideoShape], tokens: TokensOf) -> list[int]:
     """The most frames, legal for the model, that fit into most of the clips, or else into any."""
     frames = _frames(clips, config.fps)
     for most in (int(np.quantile(frames, 1 - MOST, method="lower")), int(frames.max())):
         for n in range(most, max(1, most - 64), -1):
-            if _legal([VideoShape(n, shapes[0].height, shapes[0].width)], shapes, tokens):
+            if _legal([replace(shapes[0], frames=n)], shapes, tokens):
                 return [n]
     return []
 
@@ -145,9 +132,7 @@ def _sized(shape: VideoShape, width: float, height: float, multiple: int, rounde
     return VideoShape(shape.frames, sides[1], sides[0])
 
 
-def _legal(
-    candidates: Iterable[VideoShape], shapes: tuple[VideoShape, ...], tokens: Callable[[VideoShape], int]
-) -> list[VideoShape]:
+def _legal(candidates: Iterable[VideoShape], shapes: Sequence[VideoShape], tokens: TokensOf) -> list[VideoShape]:
     legal = []
     for shape in dict.fromkeys(candidates):
         try:
@@ -158,16 +143,14 @@ def _legal(
     return legal
 
 
-def _best(
-    clips: dict[str, np.ndarray], candidates: list[VideoShape], config: DataConfig
-) -> tuple[VideoShape | None, int]:
+def _best(clips: Columns, candidates: Sequence[VideoShape], config: DataConfig) -> tuple[VideoShape | None, int]:
     if not candidates:
         return None, 0
-    shape = candidates[int(np.argmax(_taken(clips, tuple(candidates), config)))]
-    takes = int(_taken(clips, (shape,), config).sum())
+    shape = candidates[int(np.argmax(_taken(clips, candidates, config)))]
+    takes = int(_taken(clips, [shape], config).sum())
     return (shape, takes) if takes else (None, 0)
 
 
-def _taken(clips: dict[str, np.ndarray], shapes: tuple[VideoShape, ...], config: DataConfig) -> np.ndarray:
+def _taken(clips: Columns, shapes: Sequence[VideoShape], config: DataConfig) -> np.ndarray:
     """(shapes,) how many clips are assigned to each."""
-    return assign_columns(**clips, shapes=shapes, config=replace(config, stages=[])).counts
+    return assign_columns(clips, shapes, replace(config, stages=[])).counts

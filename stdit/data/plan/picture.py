@@ -25,38 +25,27 @@ MICRO_STEPS_SHOWN = 12  # and the rest of the last step
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures of some steps of a plan, dealt to ranks. Lists have one entry per step.
-
-    work: forward FLOPs.
-    fullest: tokens of the fullest pack.
-    total_balance: mean work / Σ of the slowest rank's work, over all these steps.
-    best_balance: upper bound of it, given that a clip cannot be divided among ranks.
-    indivisible: number of steps whose largest clip exceeds a rank's share of the step.
-    """
+    """Measures of some steps of a plan, dealt to ranks. Lists have one entry per step."""
 
     steps: list[int]
     clips: list[int]
     tokens: list[int]
-    work: list[int]
+    work: list[int]  # forward FLOPs
     micro_steps: list[int]
-    fullest: list[int]
+    fullest: list[int]  # tokens of the fullest pack
     balance: list[float]
-    total_balance: float
-    best_balance: float
-    indivisible: int
+    total_balance: float = 0.0  # mean work / Σ of the slowest rank's work, over all these steps
+    best_balance: float = 0.0  # upper bound of it, given that a clip cannot be divided among ranks
+    indivisible: int = 0  # steps whose largest clip exceeds a rank's share of the step
 
 
 def measure_plan(
-    plan: Plan,
-    ranks: int,
-    token_bound: int,
-    most: int = 200,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    plan: Plan, ranks: int, token_bound: int, most: int = 200, track: Callable[[Sequence[int]], Iterable[int]] = iter
 ) -> Measures:
     """Deals up to `most` steps, evenly spread over the epoch (0: all). track: wraps the steps in a progress bar."""
     count = min(most or plan.num_steps, plan.num_steps)
     steps = [i * plan.num_steps // count for i in range(count)]
-    measures = Measures(steps, [], [], [], [], [], [], 0.0, 0.0, 0)
+    measures = Measures(steps, [], [], [], [], [], [])
     ideal = slowest = fastest = 0.0
     indivisible = 0
     for index in track(steps):
@@ -88,7 +77,6 @@ def draw_plan(
 ) -> None:
     """Writes a PNG: the shapes to scale, packs on the first ranks as a timeline, balance over the steps."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     present = [b for b in np.argsort(plan.tokens, kind="stable").tolist() if plan.counts[b]]
@@ -104,14 +92,10 @@ def draw_plan(
             break
 
     figure = Figure(figsize=(14, 11), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     top, middle, bottom = figure.subplots(3, 1, height_ratios=[3.2, 4, 2.2])
     epoch = f"{_count(plan.num_items, 'clip')} in {_count(plan.num_steps, 'step')} per epoch"
-    figure.suptitle(
-        f"Plan: {epoch} on {_count(ranks, 'rank')}; balance {measures.total_balance:.3f}",
-        fontsize=15,
-        fontweight="bold",
-    )
+    title = f"Plan: {epoch} on {_count(ranks, 'rank')}; balance {measures.total_balance:.3f}"
+    figure.suptitle(title, fontsize=15, fontweight="bold")
     _draw_shapes(top, plan, shapes, present, colours)
     _draw_packs(middle, splits, ranks, colours, work_unit)
     _draw_balance(bottom, measures, token_bound, plan.num_steps)
@@ -168,19 +152,13 @@ def _draw_packs(
             width = max(micro.sums()[1]) / scale
             for row in range(rows):
                 axes.add_patch(Rectangle((x, row - 0.4), width, 0.8, fc="#f3f3f3", ec="#a0a0a0", hatch="////", lw=0))
-                bars, left = [], x
+                ranges, colour, left = [], [], x
                 for b, items in itertools.groupby(micro[row], key=lambda item: item.bucket):
-                    length = sum(item.work for item in items) / scale
-                    bars.append((left, length, colours[b]))
-                    left += length
-                if bars:
-                    axes.broken_barh(
-                        [(start, length) for start, length, _ in bars],
-                        (row - 0.4, 0.8),
-                        facecolors=[colour for *_, colour in bars],
-                        edgecolors="white",
-                        linewidths=0.25,
-                    )
+                    ranges.append((left, sum(item.work for item in items) / scale))
+                    colour.append(colours[b])
+                    left = sum(ranges[-1])
+                if ranges:
+                    axes.broken_barh(ranges, (row - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidths=0.25)
             x += width
             axes.axvline(x, color="black", lw=0.7, alpha=0.6)
         axes.axvline(x, color="black", lw=2.2)
@@ -191,9 +169,8 @@ def _draw_packs(
     axes.set_xlabel(f"work, {prefix}{work_unit} forward")
     axes.spines[["top", "right"]].set_visible(False)
     some = f" (the first {rows} of {ranks} ranks)" if rows < ranks else ""
-    axes.set_title(
-        f"Packs{some}: thick lines end a step, thin lines a micro-step; hatched: idle", loc="left", fontsize=12
-    )
+    title = f"Packs{some}: thick lines end a step, thin lines a micro-step; hatched: idle"
+    axes.set_title(title, loc="left", fontsize=12)
 
 
 def _draw_balance(axes: Axes, measures: Measures, token_bound: int, num_steps: int) -> None:
@@ -211,12 +188,9 @@ def _draw_balance(axes: Axes, measures: Measures, token_bound: int, num_steps: i
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", ncols=2, fontsize=9)
-    axes.set_title(
-        f"Balance over steps: mean {measures.total_balance:.3f}, least {min(measures.balance):.3f}; "
-        f"micro-steps per step {np.mean(measures.micro_steps):.1f}",
-        loc="left",
-        fontsize=12,
-    )
+    balance = f"mean {measures.total_balance:.3f}, least {min(measures.balance):.3f}"
+    micro_steps = f"micro-steps per step {np.mean(measures.micro_steps):.1f}"
+    axes.set_title(f"Balance over steps: {balance}; {micro_steps}", loc="left", fontsize=12)
 
 
 def _prefix(work: float) -> tuple[float, str]:

@@ -58,7 +58,7 @@ class Plan:
         self.cost = (int(cost[0]), int(cost[1]))
         self.bucket = np.ascontiguousarray(bucket, dtype=np.int32)  # (rows,)
         self.tokens = [int(n) for n in tokens]
-        self.names = [str(name) for name in names] if names is not None else [f"bucket {b}" for b in range(len(tokens))]
+        self.names = list(map(str, names or [f"bucket {b}" for b in range(len(tokens))]))
         self.work = [self.cost[0] * n + self.cost[1] * n * n for n in self.tokens]
         self.weights = None if weights is None else np.ascontiguousarray(weights, dtype=np.float64)
         self._check()
@@ -80,14 +80,8 @@ class Plan:
         self.total_work = sum(int(count) * work for count, work in zip(self.counts, self.work))
         self.work_per_step = self._work_per_step()
         steps = max(1, (2 * self.total_work + self.work_per_step) // (2 * self.work_per_step))  # to the nearest
-        self.num_steps = min(steps, len(self.rows))
-
-    def __len__(self) -> int:
-        return self.num_steps
-
-    @property
-    def num_items(self) -> int:
-        return len(self.rows)
+        self.num_items = len(self.rows)
+        self.num_steps = min(steps, self.num_items)
 
     def step(self, index: int) -> list[PlanItem]:
         """A step's items, in an order unrelated to their buckets."""
@@ -95,26 +89,22 @@ class Plan:
 
     def items(self, index: int) -> StepItems:
         """The same as arrays: a step may have 100,000 items, of which a rank needs only a few."""
-        if not 0 <= index < self.num_steps:
-            raise IndexError(f"step {index} of an epoch of {self.num_steps}")
         order, ends = self._steps
         items = order[ends[index] : ends[index + 1]]
         rows = self.rows[items]
         occurrences = np.zeros(len(items), np.int32) if self._occurrence is None else self._occurrence[items]
         return StepItems(rows, occurrences, self.bucket[rows], np.arange(len(items)), self.tokens, self.work)
 
-    def token_bound(self, group_size: int = 1) -> int:
-        """The most tokens in a pack of a group of ranks. Raises StditError if a clip has more."""
-        largest = max((n, b) for b, n in enumerate(self.tokens) if self._present[b])
-        if self.config.tokens_per_pack is None:
-            return max(2 * largest[0], 16384 * group_size)
-        bound = self.config.tokens_per_pack * group_size
-        if largest[0] > bound:
+    def token_bound(self) -> int:
+        """The most tokens in a pack. Raises StditError if a clip has more."""
+        most, bucket = max((n, b) for b, n in enumerate(self.tokens) if self._present[b])
+        bound = self.config.tokens_per_pack
+        if bound is None:
+            return max(2 * most, 16384)
+        if most > bound:
             raise StditError(
-                f"a clip of {self.names[largest[1]]} has {largest[0]} tokens, but a pack has at most {bound} "
-                f"(plan.tokens_per_pack {self.config.tokens_per_pack} × {group_size} ranks per group). Raise "
-                f"plan.tokens_per_pack to {-(-largest[0] // group_size)} if memory allows, "
-                f"or remove the shape from data.shapes."
+                f"a clip of {self.names[bucket]} has {most} tokens, but a pack has at most {bound}. Raise "
+                f"plan.tokens_per_pack to {most} if memory allows, or remove the shape from data.shapes."
             )
         return bound
 
@@ -135,25 +125,23 @@ class Plan:
             raise StditError(f"tokens are {self.tokens} for buckets {self.names}; each bucket needs a number ≥ 1.")
         if len(self.bucket) and self.bucket.max() >= len(self.tokens):
             raise StditError(f"a row has bucket {self.bucket.max()}, but there are only {len(self.tokens)} buckets.")
-        if self.weights is not None and len(self.weights) != len(self.bucket):
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.bucket):
             raise StditError(f"there are {len(self.weights)} weights for {len(self.bucket)} manifest rows.")
-        if self.weights is not None and not (self.weights > 0).all():
+        if not (self.weights > 0).all():
             raise StditError(f"a row has the weight {self.weights.min()}; it must be positive.")
-        if self.weights is not None and self.weights.sum() > MOST_CLIPS:
-            raise StditError(
-                f"data.sources make an epoch of {self.weights.sum():.3g} clips; it can have at most {MOST_CLIPS:,}."
-            )
+        if (clips := self.weights.sum()) > MOST_CLIPS:
+            raise StditError(f"data.sources make an epoch of {clips:.3g} clips; it can have at most {MOST_CLIPS:,}.")
 
     def _work_per_step(self) -> int:
-        if self.config.work_per_step is not None:
-            wanted, name = int(self.config.work_per_step), "plan.work_per_step"
-        else:
+        name, wanted = "plan.work_per_step", self.config.work_per_step
+        if wanted is None:
             largest = max(work for work, present in zip(self.work, self._present) if present)
-            wanted = round(self.config.largest_clips_per_step * largest)
-            name = "plan.largest_clips_per_step"
+            name, wanted = "plan.largest_clips_per_step", round(self.config.largest_clips_per_step * largest)
         if wanted < 1:
             raise StditError(f"{name} makes steps of {wanted} FLOPs; it must be positive.")
-        return wanted
+        return int(wanted)
 
     @cached_property
     def _steps(self) -> tuple[np.ndarray, np.ndarray]:
@@ -181,10 +169,7 @@ class Plan:
 
 
 def _occurrences(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """(items,) how often an epoch contains each item.
-
-    Weights are rounded down or up, so that over epochs all items of a weight come equally often.
-    """
+    """(items,) how often an epoch contains each: over epochs, equally often for equal weights."""
     times = np.floor(weights).astype(np.int64)
     fractions = weights - times
     for fraction in np.unique(fractions[fractions > 0]).tolist():
@@ -196,13 +181,10 @@ def _occurrences(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def _shuffle(count: int, key: int) -> np.ndarray:
-    """A keyed permutation of 0 … count−1: argsort of splitmix64 (Steele et al. 2014), which has no ties.
-
-    numpy's permutations may change between versions.
-    """
+    """A keyed permutation of 0 … count−1 by splitmix64 (Steele et al. 2014); numpy's own may change by version."""
     with np.errstate(over="ignore"):
         z = np.uint64(key) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-    return np.argsort(z)
+    return np.argsort(z)  # there are no ties

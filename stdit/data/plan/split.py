@@ -7,8 +7,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,20 +22,14 @@ MANY = 256  # mean clips per kind above which all clips of a kind are dealt at o
 
 
 class PlanItem(NamedTuple):
-    """One clip's place in the plan.
+    """One clip's place in the plan."""
 
-    row: of the manifest.
-    occurrence: 0, 1, … if the epoch contains the clip several times.
-    work: forward FLOPs.
-    position: in the global step; the same for any number of ranks, and unrelated to the bucket.
-    """
-
-    row: int
-    occurrence: int
+    row: int  # of the manifest
+    occurrence: int  # 0, 1, … if the epoch contains the clip several times
     bucket: int
-    tokens: int
-    work: int
-    position: int
+    tokens: int = 0
+    work: int = 0  # forward FLOPs
+    position: int = 0  # in the global step; the same for any number of ranks, and unrelated to the bucket
 
 
 @dataclass(frozen=True)
@@ -53,15 +46,6 @@ class StepItems:
     def __len__(self) -> int:
         return len(self.row)
 
-    @classmethod
-    def of(cls, items: Sequence[PlanItem]) -> StepItems:
-        row, occurrence, bucket, position = (
-            np.array([getattr(item, name) for item in items]) for name in ("row", "occurrence", "bucket", "position")
-        )
-        costs = {item.bucket: (item.tokens, item.work) for item in items}
-        tokens, work = zip(*(costs.get(b, (0, 0)) for b in range(max(costs) + 1)))
-        return cls(row, occurrence, bucket, position, tokens, work)
-
     def take(self, which: np.ndarray | slice = slice(None)) -> list[PlanItem]:
         buckets = self.bucket[which].tolist()
         tokens, work = ([costs[b] for b in buckets] for costs in (self.tokens, self.work))
@@ -70,49 +54,34 @@ class StepItems:
         return list(map(partial(tuple.__new__, PlanItem), fields))
 
 
-class MicroStepPacks(Sequence[list[PlanItem]]):
+class MicroStepPacks:
     """One micro-step: the pack of each group, created when accessed.
 
-    items: of the step.
     which: (n,) indices of the micro-step's items, largest first.
     group: (n,) the group of each.
-    groups: how many there are.
     """
 
     def __init__(self, items: StepItems, which: np.ndarray, group: np.ndarray, groups: int) -> None:
         self._items = items
         self._which = which[np.argsort(group, kind="stable")]
-        self._ends = np.cumsum(np.bincount(group, minlength=groups)).tolist()
+        ends = np.cumsum(np.bincount(group, minlength=groups)).tolist()
+        self._bounds = list(zip([0, *ends], ends))  # of each group, in `_which`
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._bounds)
 
-    @overload
-    def __getitem__(self, index: int) -> list[PlanItem]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[PlanItem]]: ...
-    def __getitem__(self, index: int | slice) -> list[PlanItem] | list[list[PlanItem]]:
-        if isinstance(index, slice):
-            return [self[g] for g in range(*index.indices(len(self)))]
-        g = range(len(self))[index]
-        return self._items.take(self._which[self._ends[g - 1] if g else 0 : self._ends[g]])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
+    def __getitem__(self, group: int) -> list[PlanItem]:
+        return self._items.take(self._which[slice(*self._bounds[group])])
 
     def sums(self) -> tuple[list[int], list[int]]:
         """(tokens, work) of each group."""
         bucket = self._items.bucket[self._which].tolist()
-        ends = [0, *self._ends]
-        parts = [bucket[a:b] for a, b in pairwise(ends)]
+        parts = [bucket[first:end] for first, end in self._bounds]
         tokens, work = self._items.tokens, self._items.work
         return [sum(tokens[b] for b in part) for part in parts], [sum(work[b] for b in part) for part in parts]
 
 
-Split = Sequence[Sequence[Sequence[PlanItem]]]  # a step's packs, by micro-step and group
-
-
-def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -> list[MicroStepPacks]:
+def split(items: StepItems, groups: int, token_bound: int) -> list[MicroStepPacks]:
     """Deals a step to groups of ranks. Returns its micro-steps, each with a pack per group.
 
     In every micro-step all groups have nearly the same work, and at most `token_bound` tokens. All groups have the same
@@ -124,9 +93,6 @@ def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -
     to the same work, with small clips closing the gaps. The rest goes on to the next micro-step. The last micro-step is
     placed where dealing all remaining clips at once gives the best balance.
     """
-    if groups < 1:
-        raise StditError(f"a step cannot be split over {groups} groups.")
-    items = step if isinstance(step, StepItems) else StepItems.of(step)
     tokens = np.array(items.tokens)[items.bucket]
     order = np.lexsort((items.occurrence, items.row, items.bucket, -tokens))  # by kind, largest first
     if tokens[order[0]] > token_bound:
@@ -135,36 +101,27 @@ def split(step: StepItems | Sequence[PlanItem], groups: int, token_bound: int) -
             f"plan.tokens_per_pack."
         )
     ordered = items.bucket[order]
-    ends = [*np.flatnonzero(np.diff(ordered)) + 1, len(order)]
-    buckets = [int(ordered[end - 1]) for end in ends]
-    counts = [int(b - a) for a, b in zip([0, *ends], ends)]
+    begins = [0, *np.flatnonzero(np.diff(ordered)) + 1]
+    buckets = ordered[begins].tolist()
+    counts = np.diff([*begins, len(order)]).tolist()
     # work beyond 64 bits is dealt in coarser units
     shift = max(0, sum(n * items.work[b] for n, b in zip(counts, buckets)).bit_length() - 61)
     kinds = [ClipKind(items.tokens[b], max(1, items.work[b] >> shift), n) for b, n in zip(buckets, counts)]
-    dealt = _best_deals(kinds, groups, token_bound)
 
-    begins = [0, *ends[:-1]]
     micro_steps = []
-    for deal in dealt:
-        which = [order[begin : begin + len(places)] for begin, places in zip(begins, deal.places)]
-        begins = [begin + len(places) for begin, places in zip(begins, deal.places)]
+    for deal in _best_deals(kinds, groups, token_bound):
+        ends = [begin + len(places) for begin, places in zip(begins, deal.places)]
+        which = np.concatenate([order[begin:end] for begin, end in zip(begins, ends)])
         group = np.concatenate([np.asarray(places, np.int64) for places in deal.places])
-        micro_steps.append(MicroStepPacks(items, np.concatenate(which), group, groups))
+        micro_steps.append(MicroStepPacks(items, which, group, groups))
+        begins = ends
     return micro_steps
 
 
-def balance(*splits: Split) -> float:
+def balance(*splits: Sequence[MicroStepPacks]) -> float:
     """Mean work per group divided by Σ over micro-steps of the largest group's work; 1 is perfect. Over all steps."""
-    total = slowest = 0.0
-    for micro in (micro for split in splits for micro in split):
-        work = (
-            micro.sums()[1]
-            if isinstance(micro, MicroStepPacks)
-            else [sum(item.work for item in pack) for pack in micro]
-        )
-        total += sum(work) / len(work)
-        slowest += max(work)
-    return total / slowest
+    works = [micro.sums()[1] for packs in splits for micro in packs]
+    return sum(sum(work) / len(work) for work in works) / sum(map(max, works))
 
 
 class ClipKind(NamedTuple):
@@ -176,14 +133,10 @@ class ClipKind(NamedTuple):
 
 
 class Deal(NamedTuple):
-    """How a micro-step is dealt.
+    """How a micro-step is dealt."""
 
-    places: by kind, the group of each clip that was dealt.
-    work: of each group.
-    """
-
-    places: list[Sequence[int] | np.ndarray]
-    work: Sequence[int]
+    places: list[Sequence[int] | np.ndarray]  # by kind, the group of each clip that was dealt
+    work: Sequence[int]  # of each group
 
     def remaining(self, kinds: Iterable[ClipKind]) -> list[ClipKind]:
         return [kind._replace(clips=kind.clips - len(places)) for kind, places in zip(kinds, self.places)]
@@ -240,7 +193,6 @@ def _even_micro_step(kinds: list[ClipKind], groups: int, token_bound: int) -> De
 def _deal(kinds: Sequence[ClipKind], groups: int, token_bound: int, height: int | None = None) -> Deal | None:
     """Longest processing time first: deals each clip to the group with the least work that has room for its tokens.
 
-    kinds: largest first.
     height: the most work per group; clips that do not fit remain. None: all clips must fit, or None is returned.
     """
     clips = sum(kind.clips for kind in kinds)

@@ -16,8 +16,8 @@ from stdit.data.load.clip_files import check_files
 from stdit.data.load.loader import Loader, embedding
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.plan.buckets import Assignment, assign
+from stdit.data.plan.filters import source_weights
 from stdit.data.plan.planner import Plan
-from stdit.data.plan.sources import source_weights
 from stdit.errors import StditError, error_context
 from stdit.heartbeat import HEARTBEAT
 from stdit.prepare.encode import check_texts, text_identity, vae_identity

@@ -67,7 +67,7 @@ def by_hand(clip, config):
 )
 def test_assignment_is_the_rule(clips, shapes, upscale, max_crop):
     config = DataConfig(shapes=shapes, fps=8.0, upscale=upscale, max_crop=max_crop)
-    found = assign_columns(**columns(clips), shapes=config.video_shapes(), config=config)
+    found = assign_columns(columns(clips), config.video_shapes(), config)
     assert found.bucket.tolist() == [by_hand(clip, config) for clip in clips]
     assert ((found.bucket < 0) == (found.reason >= 0)).all()
     assert found.counts.sum() + sum(found.reasons.values()) == len(clips)
@@ -91,14 +91,14 @@ def test_assignment_is_the_rule(clips, shapes, upscale, max_crop):
 )
 def test_reasons(clip, shapes, reason):
     config = DataConfig(shapes=shapes, fps=16.0)
-    found = assign_columns(**columns([clip]), shapes=config.video_shapes(), config=config)
+    found = assign_columns(columns([clip]), config.video_shapes(), config)
     assert found.reasons == ({} if reason is None else {reason: 1})
     assert found.reason[0] == (NO_REASON if reason is None else Reason[reason.upper()])
 
 
 def test_frame_repeats_and_upscaling_when_asked():
     config = DataConfig(shapes=["64x64x17"], fps=16.0, repeat_frames=True, upscale=True)
-    found = assign_columns(**columns([(40, 8.0, 32, 32)]), shapes=config.video_shapes(), config=config)
+    found = assign_columns(columns([(40, 8.0, 32, 32)]), config.video_shapes(), config)
     assert found.bucket.tolist() == [0]
 
 
@@ -199,7 +199,7 @@ def test_stages_take_the_best_shape_within_their_limits():
     stages = [Stage(epochs=2, area="64x64", frames=9), Stage(epochs=1, area="64x64"), Stage()]
     config = DataConfig(shapes=shapes, stages=stages, fps=8.0)
     clips = [(40, 8.0, 200, 200), (12, 8.0, 200, 200), (1, 1.0, 200, 200), (40, 8.0, 70, 70), (40, 8.0, 20, 20)]
-    found = assign_columns(**columns(clips), shapes=config.video_shapes(), config=config)
+    found = assign_columns(columns(clips), config.video_shapes(), config)
     picked = [[shapes[b] if b >= 0 else None for b in stage.bucket] for stage in found.stages]
     assert picked == [
         ["64x64x9", "64x64x9", "64x64", "64x64x9", None],
@@ -208,7 +208,7 @@ def test_stages_take_the_best_shape_within_their_limits():
     ]
     for number, stage in enumerate(stages):  # each as if it were the only one
         alone = DataConfig(shapes=[s for s in shapes if stage.allows(VideoShape.parse(s))], fps=8.0)
-        by_itself = assign_columns(**columns(clips), shapes=alone.video_shapes(), config=alone)
+        by_itself = assign_columns(columns(clips), alone.video_shapes(), alone)
         assert [alone.shapes[b] if b >= 0 else None for b in by_itself.bucket] == picked[number]
         assert by_itself.reasons == found.stages[number].reasons
     assert [config.stage_of(epoch) for epoch in range(6)] == [0, 0, 1, 2, 2, 2]
@@ -228,6 +228,6 @@ def test_stages_take_the_best_shape_within_their_limits():
 def test_the_crop_loss_of_a_bucket_is_its_clips_mean():
     config = DataConfig(shapes=["64x64x17", "96x64x17"], fps=8.0)
     clips = [(40, 8.0, 64, 64), (40, 8.0, 100, 80), (40, 8.0, 120, 80)]
-    found = assign_columns(**columns(clips), shapes=config.video_shapes(), config=config)
+    found = assign_columns(columns(clips), config.video_shapes(), config)
     assert found.bucket.tolist() == [0, 1, 1]
     assert found.crop_losses == pytest.approx([0, (1 - 1.25 / 1.5) / 2])

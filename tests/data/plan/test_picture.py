@@ -25,7 +25,7 @@ def test_measures_are_those_of_the_steps():
     measures = measure_plan(plan, 3, bound, most=0)
     assert measures.steps == list(range(plan.num_steps))
     assert sum(measures.clips) == 300 and sum(measures.work) == plan.total_work
-    splits = [split(plan.step(i), 3, bound) for i in measures.steps]
+    splits = [split(plan.items(i), 3, bound) for i in measures.steps]
     assert measures.balance == pytest.approx([balance(packs) for packs in splits])
     assert measures.total_balance == pytest.approx(balance(*splits))
     assert measures.micro_steps == [len(packs) for packs in splits]

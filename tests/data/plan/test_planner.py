@@ -3,6 +3,7 @@ from __future__ import annotations
 import heapq
 import runpy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from stdit.data.config import PlanConfig
 from stdit.data.plan.planner import Plan, _shuffle
-from stdit.data.plan.split import ClipKind, PlanItem, _deal_clips, _deal_kinds, balance, fill, split
+from stdit.data.plan.split import ClipKind, MicroStepPacks, StepItems, _deal_clips, _deal_kinds, balance, fill, split
 from stdit.errors import StditError
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "planner.py"))
@@ -74,14 +75,17 @@ def test_split_drops_nothing_and_keeps_the_bound(bucket, groups, room, clips):
     bound = int(room * max(TOKENS[b] for b in bucket if b >= 0))
     for index in range(min(plan.num_steps, 3)):
         step = plan.step(index)
-        packs = split(step, groups, bound)
+        items = plan.items(index)
+        packs = split(items, groups, bound)
         assert Counter(item for micro in packs for pack in micro for item in pack) == Counter(step)
         assert all(len(micro) == groups and any(micro) for micro in packs)
         assert all(sum(item.tokens for item in pack) <= bound for micro in packs for pack in micro)
         for pack in (pack for micro in packs for pack in micro):
             assert pack == sorted(pack, key=lambda i: (-i.tokens, i.bucket, i.row))
         assert 0 < balance(packs) <= 1 + 1e-12
-        assert packs == split(list(reversed(step)), groups, bound)
+        names = ("row", "occurrence", "bucket", "position")
+        backward = replace(items, **{name: getattr(items, name)[::-1] for name in names})
+        assert list(map(list, packs)) == list(map(list, split(backward, groups, bound)))
 
 
 def test_steps_are_the_same_for_any_number_of_groups():
@@ -90,7 +94,7 @@ def test_steps_are_the_same_for_any_number_of_groups():
     for index in range(plan.num_steps):
         step = identity(plan.step(index))
         for groups in (1, 2, 8, 64):
-            packs = split(plan.step(index), groups, 4 * max(tokens))
+            packs = split(plan.items(index), groups, 4 * max(tokens))
             assert identity(item for micro in packs for pack in micro for item in pack) == step
 
 
@@ -167,18 +171,21 @@ def test_balance_on_the_synthetic_trace(groups, least, clips, per_group, bound, 
 
 
 def test_balance_of_a_known_split():
-    def item(work):
-        return PlanItem(0, 0, 0, 1, work, 0)
+    def micro_step(*packs):
+        works = [work for pack in packs for work in pack]
+        each = np.arange(len(works))  # a bucket per clip
+        group = np.repeat(np.arange(len(packs)), [len(pack) for pack in packs])
+        return MicroStepPacks(StepItems(each, each, each, each, [1] * len(works), works), each, group, len(packs))
 
-    packs = [[[item(6)], [item(1), item(1)]], [[item(2)], []]]
+    packs = [micro_step([6], [1, 1]), micro_step([2], [])]
     assert balance(packs) == pytest.approx(((6 + 2) / 2 + 2 / 2) / (6 + 2))
-    assert balance(packs, [[[item(4)], [item(4)]]]) == pytest.approx((4 + 1 + 4) / (6 + 2 + 4))
+    assert balance(packs, [micro_step([4], [4])]) == pytest.approx((4 + 1 + 4) / (6 + 2 + 4))
 
 
 def test_one_clip_and_more_groups_than_clips():
     plan = make([3])
     assert plan.num_steps == 1 and len(plan.step(0)) == 1
-    packs = split(plan.step(0), 4, 1000)
+    packs = split(plan.items(0), 4, 1000)
     assert len(packs) == 1 and sorted(map(len, packs[0])) == [0, 0, 0, 1]
     with pytest.raises(IndexError):
         plan.step(1)
@@ -195,11 +202,8 @@ def test_a_clip_over_the_bound_names_bucket_tokens_and_remedy():
     plan = make([0, 2, 4], config=config, names=["a", "b", "c", "d", "832x480x81"])
     with pytest.raises(StditError, match=r"832x480x81 has 4096 tokens.*1000.*tokens_per_pack to 4096"):
         plan.token_bound()
-    with pytest.raises(StditError, match=r"to 2048"):
-        plan.token_bound(group_size=2)
-    assert plan.token_bound(group_size=5) == 5000
     with pytest.raises(StditError, match="4096 tokens"):
-        split(plan.step(0), 2, 1000)
+        split(plan.items(0), 2, 1000)
     assert make([0, 2], config=config).token_bound() == 1000  # no clip is in the large bucket
     assert make([4]).token_bound() == 16384
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stdit.data.manifest import Clip, Manifest, clip_id
-from stdit.data.plan.sources import source_of, source_weights
+from stdit.data.plan.filters import source_of, source_weights
 from stdit.errors import StditError
 
 PATHS = ["talks/a.mp4", "talks/b_1.mp4", "talks/b11.mp4", "walks/100%.mp4", "s3://b/walks/x.mp4", "back\\slash.mp4"]

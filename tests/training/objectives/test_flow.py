@@ -45,7 +45,7 @@ def prepared(parts: RunComponents, groups: int, bound: int) -> list:
     """Batches of the plan's first step, all groups' and micro-steps'."""
     items = parts.plan.step(0)
     key = StepKey(0, 0, 0, len(items))
-    packs = itertools.chain.from_iterable(split(items, groups, bound))
+    packs = itertools.chain.from_iterable(split(parts.plan.items(0), groups, bound))
     return [parts.objective.prepare(parts.loader.fetch(pack, 0), pack, key) for pack in packs]
 
 
@@ -290,7 +290,7 @@ def test_every_path_has_its_own_noise_target_and_loss(parts: RunComponents, sche
     assert len(kinds) == 2
     assert found == pytest.approx(expected, rel=1e-4)
 
-    packs = list(itertools.chain.from_iterable(split(items, 2, 100)))
+    packs = list(itertools.chain.from_iterable(split(parts.plan.items(0), 2, 100)))
     assert len(packs) > 2
     with torch.no_grad():
         total = sum(

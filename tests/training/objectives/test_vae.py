@@ -53,7 +53,7 @@ def batches(parts: RunComponents, groups: int = 1, bound: int = 10**9, done: int
     """Of the plan's first step, all groups' and micro-steps'."""
     items = parts.plan.step(0)
     key = StepKey(0, 0, 0, len(items), done)
-    packs = itertools.chain.from_iterable(split(items, groups, bound))
+    packs = itertools.chain.from_iterable(split(parts.plan.items(0), groups, bound))
     return [parts.objective.prepare(parts.loader.fetch(pack, 0), pack, key) for pack in packs]
 
 
