@@ -186,8 +186,7 @@ class DataConfig:
     def fixed(self) -> DataConfig:
         """The same without FILTERS, and with every clip cut from its first frame and centre, without the cache.
 
-        Evaluation assigns held-out clips with it, so that no filter leaves one out. `stdit data encode` takes only the
-        cuts from it (for `crops: 1`): it assigns clips with the filters on.
+        Evaluation assigns held-out clips with it. `stdit data encode` takes only the cuts from it (for `crops: 1`).
         """
         unfiltered: dict[str, Any] = {name: getattr(DataConfig(), name) for name in FILTERS}
         return replace(self, **unfiltered, start="first", crop="centre", mirror=False, cache=None, keep_gb=0.0)

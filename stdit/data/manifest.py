@@ -59,15 +59,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Clip:
-    """One row.
-
-    path: ready to be opened.
-    state: of the file when it was scanned (size, time, …; see `listing.File`), as JSON; "" if unknown. Not part of the
-        clip's identity.
-    """
+    """One row."""
 
     id: str
-    path: str
+    path: str  # ready to be opened
     captions: tuple[Caption, ...]
     frames: int
     fps: float
@@ -76,6 +71,7 @@ class Clip:
     start: float
     end: float
     sha256: str
+    # of the file when it was scanned (see `listing.File`), as JSON; "" if unknown. Not part of the clip's identity
     state: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -118,13 +114,10 @@ class Manifest:
         return self.table.num_rows
 
     def __getitem__(self, row: int) -> Clip:
-        if not 0 <= row < len(self):
-            raise IndexError(f"{self.source} has {len(self)} clips; there is no row {row}.")
-        values = {name: column[int(row)].as_py() for name, column in self._columns}
+        values = {name: column[int(row)].as_py() for name, column in self._columns.items()}
         values["captions"] = tuple(Caption(c["text"], c["weight"]) for c in values["captions"])
         values["path"] = self._resolve(values["path"])
-        if self._states is not None:
-            values["state"] = self._states[int(row)].as_py() or ""
+        values["state"] = values.get("state") or ""
         return Clip(**values)
 
     def __iter__(self) -> Iterator[Clip]:
@@ -140,14 +133,12 @@ class Manifest:
         return self.table.column(name).to_numpy()
 
     @cached_property
-    def _columns(self) -> list[tuple[str, pa.ChunkedArray]]:
+    def _columns(self) -> dict[str, pa.ChunkedArray]:
         """A clip's columns. Cached: looking them up for each clip would take longer than reading its latents."""
-        return [(name, self.table.column(name)) for name in SCHEMA.names]
-
-    @cached_property
-    def _states(self) -> pa.ChunkedArray | None:
-        found = self.table.column(STATE) if STATE in self.table.column_names else None
-        return found if found is not None and pa.types.is_string(found.type) else None
+        columns = {name: self.table.column(name) for name in SCHEMA.names}
+        if STATE in self.table.column_names and pa.types.is_string(self.table.schema.field(STATE).type):
+            columns["state"] = self.table.column(STATE)
+        return columns
 
     @cached_property
     def ids(self) -> pa.ChunkedArray:
@@ -191,9 +182,8 @@ def _checked(table: pa.Table, source: str) -> pa.Table:
             f"{source} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
             f"`stdit data scan FOLDER --out MANIFEST` writes complete ones."
         )
-    extra = [name for name in table.column_names if name not in SCHEMA.names]
-    arrays = []
-    for field in SCHEMA:
+    table = table.select([*SCHEMA.names, *(name for name in table.column_names if name not in SCHEMA.names)])
+    for index, field in enumerate(SCHEMA):
         try:
             column = table.column(field.name).cast(field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -201,23 +191,19 @@ def _checked(table: pa.Table, source: str) -> pa.Table:
         if column.null_count:
             row = int(np.flatnonzero(column.is_null().to_numpy())[0])
             raise StditError(f"{source}: row {row} has no {field.name}.")
-        arrays.append(column)
-    checked = pa.table(arrays, schema=SCHEMA)
-    for name in extra:
-        checked = checked.append_column(name, table.column(name))
-    ids = checked.column("id")
+        table = table.set_column(index, field, column)
+    ids = table.column("id")
     if len(pc.unique(ids)) != len(ids):
-        counts = pc.value_counts(ids)
-        twice = next(c["values"].as_py() for c in counts if c["counts"].as_py() > 1)
-        rows = [i for i, value in enumerate(ids.to_pylist()) if value == twice]
-        raise StditError(f"{source}: rows {rows[0]} and {rows[1]} have the same id {twice}. Remove one of them.")
-    _check_captions(checked.column("captions"), source)
+        first = pc.index_in(ids, value_set=ids).to_numpy()
+        row = int(np.flatnonzero(first != np.arange(len(ids)))[0])
+        raise StditError(f"{source}: rows {first[row]} and {row} have the same id {ids[row]}. Remove one of them.")
+    _check_captions(table.column("captions"), source)
     for name in ("frames", "fps", "width", "height"):
-        values = checked.column(name).to_numpy()
+        values = table.column(name).to_numpy()
         bad = np.flatnonzero(~(values > 0) | ~np.isfinite(values))
         if len(bad):
             raise StditError(f"{source}: row {bad[0]} has {name} {values[bad[0]]}; it must be positive.")
-    return checked
+    return table
 
 
 def _with_captions(table: pa.Table, source: str) -> pa.Table:

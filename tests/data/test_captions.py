@@ -25,7 +25,7 @@ def read(folder, name, content, files=("a.mp4", "b.mp4", "c.mp4"), **columns):
         (folder / file).touch()
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    return read_captions(path, str(folder), Folder(str(folder)).names, **columns)
+    return read_captions(path, str(folder), Names(Folder(str(folder))), **columns)
 
 
 def texts(found):
@@ -162,7 +162,7 @@ def test_unicode_forms_that_look_alike_are_one_name(tmp_path, there, named):
     sub.mkdir()
     (sub / there).touch()
     (sub / f"{named[:-4]}.TXT").write_text("a beetle")
-    assert Folder(str(sub)).sidecars([there])[0] == {there: [Caption("a beetle")]}
+    assert Folder(str(sub)).sidecars([there]).texts == {there: [Caption("a beetle")]}
 
 
 def test_names_that_differ_in_form_alone_are_told_apart_or_named(tmp_path):
@@ -176,7 +176,7 @@ def test_names_that_differ_in_form_alone_are_told_apart_or_named(tmp_path):
     sub.mkdir()
     for name in (*both, NFD[:-4] + ".txt"):
         (sub / name).write_text("a beetle")
-    assert set(Folder(str(sub)).sidecars(both)[0]) == {NFD}  # the other's caption is not taken
+    assert set(Folder(str(sub)).sidecars(both).texts) == {NFD}  # the other's caption is not taken
 
 
 def test_names_in_a_table_are_of_the_folder_or_beside_the_table(tmp_path):
@@ -188,7 +188,7 @@ def test_names_in_a_table_are_of_the_folder_or_beside_the_table(tmp_path):
     table = tmp_path / "all.csv"
     names = ["a.mp4", f"{tmp_path}/part/b.mp4", "part/.hidden.mp4", "other.mp4", "part\\gone.mp4"]
     table.write_text("file,caption\n" + "".join(f"{name},x\n" for name in names))
-    found = read_captions(table, str(part), Folder(str(part)).names)
+    found = read_captions(table, str(part), Names(Folder(str(part))))
     assert set(found.texts) == {"a.mp4", "b.mp4", ".hidden.mp4", "part/gone.mp4"}
 
 
@@ -222,11 +222,11 @@ def test_captions_beside_a_clip(tmp_path, files, wanted):
             (tmp_path / name).symlink_to(tmp_path / "nowhere")
         else:
             (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    captions, faults = Folder(str(tmp_path)).sidecars(["UP.MP4"])
-    if "UP.MP4" in captions:
-        assert captions == {"UP.MP4": [Caption(wanted)]} and not faults
+    found = Folder(str(tmp_path)).sidecars(["UP.MP4"])
+    if "UP.MP4" in found.texts:
+        assert found.texts == {"UP.MP4": [Caption(wanted)]} and not found.faults
     else:
-        assert " ".join(faults["UP.MP4"]).startswith(wanted)
+        assert " ".join(found.faults["UP.MP4"]).startswith(wanted)
 
 
 def test_a_scan_names_what_is_wrong_and_keeps_the_rest(tmp_path):

@@ -15,26 +15,25 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from stdit.data.config import DataConfig
 from stdit.data.remote.paths import is_remote, join
 from stdit.data.remote.storage import STORAGE, Storage, in_parallel
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
-
-if TYPE_CHECKING:
-    import torch
 
 FORMAT = 1
 TEXT_FORMAT = 2  # 1 did not record how texts were prepared
@@ -120,19 +119,9 @@ class Cache:
             return cls(folder, settings, storage)
         kind, others = settings["kind"], []
         for name in storage.names(root):
-            if not name.startswith(f"{kind}-") or "settings.json" not in storage.names(join(root, name)):
-                continue
-            content, other = storage.read(join(join(root, name), "settings.json")), None
-            with suppress(ValueError):
-                other = json.loads(content)
-            if not isinstance(other, dict):
-                others.append(f"{name}: its settings.json is damaged")
-                continue
-            names = sorted({*settings, *other})
-            differs = [
-                f"{n} {other.get(n)} there, {settings.get(n)} wanted" for n in names if other.get(n) != settings.get(n)
-            ]
-            others.append(f"{name}: {'; '.join(differs)}")
+            place = join(root, name)
+            if name.startswith(f"{kind}-") and "settings.json" in storage.names(place):
+                others.append(f"{name}: {_difference(storage.read(join(place, 'settings.json')), settings)}")
         held = "holds no " + kind if not others else f"holds other {kind}:\n  " + "\n  ".join(others)
         advice = f"`stdit data encode MANIFEST --config CFG --out {root}` adds the missing ones."
         raise CacheMissing(f"cache {root} {held}.\n{advice}", others=bool(others))
@@ -187,7 +176,7 @@ class Cache:
     def key(self, position: int) -> str:
         return self.index.column("key")[int(position)].as_py()
 
-    def tensor(self, position: int) -> torch.Tensor:
+    def tensor(self, position: int) -> Tensor:
         """The tensor at an index position, in fp32 (a view of the file if stored as fp32)."""
         name, key = self.shard(position), self.key(position)
         path = join(self.folder, f"{name}.safetensors")
@@ -202,8 +191,6 @@ class Cache:
             return shard.get_tensor(key).float()
 
     def _open_shard(self, name: str, path: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -212,21 +199,27 @@ class Cache:
                 f"Remove {name}.parquet beside it and run `stdit data encode` again."
             ) from error
 
-    def write_shard(self, name: str, tensors: Mapping[str, torch.Tensor], failures: Mapping[str, str]) -> None:
+    def write_shard(self, name: str, tensors: Mapping[str, Tensor], failures: Mapping[str, str]) -> None:
         """Writes a shard: first the tensors, then their index, which makes them count."""
-        from safetensors.torch import save
-
         _remove_parts(self.folder, name)
-        metadata = {"stdit_cache": str(FORMAT)}
-        content = save({k: t.contiguous() for k, t in tensors.items()}, metadata)
+        content = save({k: t.contiguous() for k, t in tensors.items()}, {"stdit_cache": str(FORMAT)})
         self.storage.write(join(self.folder, f"{name}.safetensors"), content)
         keys = [*tensors, *failures]
-        columns = [keys, [name] * len(keys), [None] * len(tensors) + list(failures.values())]
-        table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _INDEX)], schema=_INDEX)
+        columns = {"key": keys, "shard": [name] * len(keys), "failure": [None] * len(tensors) + [*failures.values()]}
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer)
+        pq.write_table(pa.table(columns, schema=_INDEX), buffer)
         self.storage.write(join(self.folder, f"{name}.parquet"), buffer.getvalue().to_pybytes())
         self._complete.add(name)
+
+
+def _difference(content: bytes, wanted: Mapping[str, Any]) -> str:
+    """How the settings in a settings.json differ from those wanted."""
+    try:
+        there = json.loads(content)
+        names = [name for name in sorted({*wanted, *there.keys()}) if there.get(name) != wanted.get(name)]
+    except (ValueError, AttributeError):
+        return "its settings.json is damaged"
+    return "; ".join(f"{name} {there.get(name)} there, {wanted.get(name)} wanted" for name in names)
 
 
 def _index_part(path: str, content: bytes) -> pa.Table:

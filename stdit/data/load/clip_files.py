@@ -19,8 +19,8 @@ from stdit.errors import StditError
 def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
     """A local path to a clip's file while the context is open.
 
-    Problems of this file, also that it is not the one that was scanned, raise VideoError. Problems of the storage,
-    which may concern all clips, raise StorageError.
+    Problems of this file raise VideoError, also if it is not the one that was scanned. Problems of the storage, which
+    may concern all clips, raise StorageError.
     """
     try:
         with storage.local(clip.path) as path:
@@ -46,10 +46,7 @@ def check_files(manifest: Manifest) -> None:
 
 
 def _is_as_scanned(clip: Clip, storage: Storage) -> bool:
-    """Whether a file's size and time, or its state in remote storage, are the same as when it was scanned.
-
-    Raises VideoError if its size differs.
-    """
+    """Whether a file's size and time are the same as when it was scanned. Raises VideoError if its size differs."""
     member = split_member(clip.path)
     file = member.tar if member else clip.path.removeprefix("file://")
     try:

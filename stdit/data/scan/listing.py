@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 from urllib.parse import unquote
 
-from stdit.data.captions import Caption, Fault, Names, sidecar_captions
+from stdit.data.captions import Caption, Captions, Fault, sidecar_captions
 from stdit.data.decode.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
 from stdit.data.manifest import Skipped
 from stdit.data.remote.failures import StorageError
@@ -25,21 +25,14 @@ CAPTION_BYTES = 16 << 20  # the largest caption file that is read
 
 @dataclass(frozen=True)
 class File:
-    """A file to scan.
+    """A file to scan."""
 
-    name: relative to the scanned folder; for a tar member, the tar's name and then its own.
-    state: changes when the file does; None for a local file that does not exist.
-    captions: a tar member's own.
-    caption_fault: why a tar member has no captions.
-    refused: reason and message why a tar member cannot be read.
-    """
-
-    name: str
+    name: str  # relative to the scanned folder; for a tar member, the tar's name and then its own
     path: str
-    state: list[Any] | None
-    captions: tuple[Caption, ...] = ()
-    caption_fault: Fault | None = None
-    refused: tuple[str, str] | None = None
+    state: list[Any] | None  # changes when the file does; None for a local file that does not exist
+    captions: tuple[Caption, ...] = ()  # a tar member's own
+    caption_fault: Fault | None = None  # why a tar member has no captions
+    refused: tuple[str, str] | None = None  # reason and message why a tar member cannot be read
 
 
 class Folder:
@@ -54,14 +47,12 @@ class Folder:
             self._states = STORAGE.find(self.root)
             if self.root.startswith(("http://", "https://")):
                 self._unquote()
-            return
-        if not is_utf8(os.path.abspath(self.root)):
-            raise StditError(
-                f"{os.path.abspath(self.root)!r} is not UTF-8, so a manifest cannot hold it. Rename the folder."
-            )
-        if not os.path.isdir(self.root):
+        elif not is_utf8(place := os.path.abspath(self.root)):
+            raise StditError(f"{place!r} is not UTF-8, so a manifest cannot hold it. Rename the folder.")
+        elif not os.path.isdir(self.root):
             raise StditError(f"{root} is not a folder.")
-        self._walk()
+        else:
+            self._walk()
 
     def _walk(self) -> None:
         """Lists a local folder. Links to folders are followed last, and no folder is visited twice."""
@@ -97,7 +88,7 @@ class Folder:
     def __contains__(self, name: str) -> bool:
         return name in self._states
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._states)
 
     def path(self, name: str) -> str:
@@ -105,9 +96,9 @@ class Folder:
 
     def files(self, names: list[str]) -> list[File]:
         """The files of these names. In parallel, since a web server needs a request for each."""
-        return in_parallel(self.file, names)
+        return in_parallel(self._file, names)
 
-    def file(self, name: str) -> File:
+    def _file(self, name: str) -> File:
         path = self.path(name)
         try:
             if is_remote(path):
@@ -132,10 +123,6 @@ class Folder:
             if isinstance(error, StorageError) and error.reason == "unreachable":
                 raise
             return False
-
-    @cached_property
-    def names(self) -> Names:
-        return Names(self._states)
 
     def captions_file(self) -> str | None:
         tables = [name for name in ("captions.csv", "captions.jsonl") if name in self]
@@ -174,24 +161,22 @@ class Folder:
                     found.append(files)
         return found
 
-    def sidecars(
-        self, names: list[str], column: str | None = None
-    ) -> tuple[dict[str, list[Caption]], dict[str, Fault]]:
-        """The captions in files beside the clips (see `captions_beside`), and why the others have none."""
+    def sidecars(self, names: list[str], column: str | None = None) -> Captions:
+        """The captions in files beside the clips (see `captions_beside`)."""
         names = [name for name in names if self.captions_beside(name)]
 
         def read(name: str) -> tuple[list[Caption], Fault | None]:
-            readers = [(partial(self._read_caption, files), files[0]) for files in self.captions_beside(name)]
-            return first_captions(readers, column)
+            files = self.captions_beside(name)
+            return first_captions({same[0]: partial(self._read_caption, same) for same in files}, column)
 
         found = dict(zip(names, in_parallel(read, names)))
-        captions = {name: captions for name, (captions, _) in found.items() if captions}
-        return captions, {name: fault for name, (_, fault) in found.items() if fault}
+        texts = {name: captions for name, (captions, _) in found.items() if captions}
+        return Captions(texts, {name: fault for name, (_, fault) in found.items() if fault})
 
     def _read_caption(self, files: list[str]) -> bytes:
         if len(files) > 1:
             raise StditError(f"{' and '.join(map(ascii, files))} cannot be told apart. Remove one.")
-        file = self.file(files[0])
+        file = self._file(files[0])
         if file.state and file.state[0] is not None and int(file.state[0]) > CAPTION_BYTES:
             raise StditError(f"{files[0]} has {file.state[0]} bytes; a caption file has at most {CAPTION_BYTES}.")
         try:
@@ -203,12 +188,10 @@ class Folder:
             raise StditError(f"{files[0]} cannot be read ({why.rstrip('.')}).") from error
 
 
-def first_captions(
-    files: Sequence[tuple[Callable[[], bytes], str]], column: str | None
-) -> tuple[list[Caption], Fault | None]:
-    """The captions of the first file that has any, or why there are none. files: (function that reads it, name)."""
+def first_captions(files: dict[str, Callable[[], bytes]], column: str | None) -> tuple[list[Caption], Fault | None]:
+    """The captions of the first file that has any, or why there are none. files: functions that read them, by name."""
     empty = []
-    for read, name in files:
+    for name, read in files.items():
         try:
             captions, why_none = sidecar_captions(read(), name, column)
         except StorageError:

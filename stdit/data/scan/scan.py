@@ -9,7 +9,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,22 +39,14 @@ FLASHES_NAMED = 5  # in a message
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan's result.
-
-    manifest: the clips.
-    skipped: files, or parts of them, that did not become clips.
-    damaged: files that are used up to a damage (file, what happened).
-    ignored: how many files of other types there are, by suffix.
-    repeats: clips that look like others; they are kept.
-    reused: files unchanged since an earlier scan and not probed again.
-    """
+    """A scan's result."""
 
     manifest: Manifest
-    skipped: tuple[Skipped, ...]
-    damaged: tuple[Skipped, ...]
-    ignored: dict[str, int]
-    repeats: tuple[Skipped, ...] = ()
-    reused: int = 0
+    skipped: list[Skipped]  # files, or parts of them, that did not become clips
+    damaged: list[Skipped]  # files that are used up to a damage
+    ignored: dict[str, int]  # how many files of other types there are, by suffix
+    repeats: list[Skipped]  # clips that look like others; they are kept
+    reused: int  # files unchanged since an earlier scan and not probed again
 
 
 def scan(
@@ -107,7 +99,7 @@ def scan(
             f"--allow-uncaptioned scans without captions."
         )
     if table is None:
-        captioned = Captions(*source.sidecars(names, caption_column))
+        captioned = source.sidecars(names, caption_column)
     options = ScanOptions(VERIFY_PIXELS if verify else 0, scenes, scores)
     with open_scan_log(None if out is None else _log_path(out), options, caption_column) as scan_log:
         probe = partial(probe_files, workers=workers or _available_cores(), options=options, timeout=timeout)
@@ -117,53 +109,53 @@ def scan(
             scanner.probe_tar(tar)
     scanner.skipped += source.unreadable
     scanner.skipped += [Skipped(row, "bad_row", f"{fault}.") for row, fault in captioned.rows]
-    clips = scanner.clips(captioned, uncaptioned)
-    manifest = Manifest.of(clips, "." if is_remote(source.root) else source.root)
+    manifest = Manifest.of(scanner.clips(captioned, uncaptioned), "." if is_remote(source.root) else source.root)
     repeats: list[Skipped] = []
     if scores:
-        manifest = with_scores(manifest, [scanner.scores[clip.id] for clip in clips])
+        manifest = with_scores(manifest, [scanner.scores[clip] for clip in manifest.ids.to_pylist()])
         repeats = scanner.repeats(manifest)
-    skipped = tuple(sorted(scanner.skipped, key=lambda s: s.file))
-    result = Scan(manifest, skipped, tuple(scanner.damaged), ignored, tuple(repeats), scanner.reused)
+    skipped = sorted(scanner.skipped, key=lambda s: s.file)
     if out is not None:
         if len(manifest):
             write_manifest(manifest, out)
-        lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in result.skipped]
+        lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in skipped]
         STORAGE.write(skipped_path(out), "".join(lines).encode())
-    return result
+    return Scan(manifest, skipped, scanner.damaged, ignored, repeats, scanner.reused)
 
 
+@dataclass
 class _Scanner:
-    """Probes files and collects their results, then makes clips of them."""
+    """Probes files and collects their results, then makes clips of them. names, scores: by clip id."""
 
-    def __init__(
-        self,
-        scan_log: ScanLog,
-        probe: Callable[..., list[ProbeResult]],
-        on_start: Callable[[int], None],
-        on_file: Callable[[str], None],
-    ) -> None:
-        self.scan_log, self.probe, self.on_start, self.on_file = scan_log, probe, on_start, on_file
-        self.files: list[tuple[File, ProbeResult]] = []
-        self.skipped: list[Skipped] = []
-        self.damaged: list[Skipped] = []
-        self.reused = 0
-        self.names: dict[str, str] = {}  # by clip id
-        self.scores: dict[str, dict[str, Any]] = {}  # by clip id
+    scan_log: ScanLog
+    probe: Callable[..., list[ProbeResult]]
+    on_start: Callable[[int], None]
+    on_file: Callable[[str], None]
+    files: list[tuple[File, ProbeResult]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    damaged: list[Skipped] = field(default_factory=list)
+    reused: int = 0
+    names: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def skip(self, file: str, reason: str, message: str) -> None:
+        self.skipped.append(Skipped(file, reason, message))
 
     def probe_files(self, files: list[File], open_local: OpenLocal = STORAGE.local) -> None:
         """Probes files, as far as the scan log does not know them."""
+        usable = []
         for file in files:
             if not is_utf8(file.name):
                 name = file.name.encode("utf-8", "replace").decode()
-                self.skipped.append(Skipped(name, "name", "has a name that is not UTF-8. Rename it."))
+                self.skip(name, "name", "has a name that is not UTF-8. Rename it.")
             elif file.refused:
-                self.skipped.append(Skipped(file.name, *file.refused))
-        files = [file for file in files if is_utf8(file.name) and not file.refused]
-        self.on_start(len(self.files) + len(files))
-        known = {file.path: result for file in files if (result := self.scan_log.lookup(file))}
-        new = {file.path: file for file in files if not self.scan_log.options.is_complete(known.get(file.path))}
-        for file in files:
+                self.skip(file.name, *file.refused)
+            else:
+                usable.append(file)
+        self.on_start(len(self.files) + len(usable))
+        known = {file.path: result for file in usable if (result := self.scan_log.lookup(file))}
+        new = {file.path: file for file in usable if not self.scan_log.options.is_complete(known.get(file.path))}
+        for file in usable:
             if file.path not in new:
                 self.on_file(file.path)
 
@@ -172,8 +164,8 @@ class _Scanner:
             self.on_file(result.path)
 
         results = known | dict(zip(new, self.probe(list(new), on_done=done, open_local=open_local, known=known)))
-        self.files += [(file, results[file.path]) for file in files]
-        self.reused += len(files) - len(new)
+        self.files += [(file, results[file.path]) for file in usable]
+        self.reused += len(usable) - len(new)
 
     def probe_tar(self, tar: File) -> None:
         """Probes the members of a tar. A remote tar that has changed is fetched whole."""
@@ -191,11 +183,11 @@ class _Scanner:
                     log.record_members(tar, members, damage)
                     self.probe_files(members, lambda path: nullcontext(local + path.removeprefix(tar.path)))
         except (tarfile.TarError, OSError) as error:
-            self.skipped.append(Skipped(tar.name, "not_media", f"cannot be read as a tar ({error})."))
+            self.skip(tar.name, "not_media", f"cannot be read as a tar ({error}).")
         except StorageError as error:
             if error.reason == "unreachable":
                 raise
-            self.skipped.append(Skipped(tar.name, error.video_reason, error.message))
+            self.skip(tar.name, error.video_reason, error.message)
         else:
             if damage:
                 self.damaged.append(Skipped(tar.name, "damaged", f"{damage} The files before that are used."))
@@ -203,47 +195,43 @@ class _Scanner:
     def clips(self, captioned: Captions, uncaptioned: bool) -> list[Clip]:
         """The clips of all files. What does not become a clip is added to `skipped`."""
         clips: dict[str, Clip] = {}
+        options = self.scan_log.options
         captions_of = _CaptionLookup(captioned, [file.name for file, _ in self.files])
         for file, result in self.files:
             captions, fault = captions_of(file)
             if result.probe is None or result.sha256 is None:
-                reason, message = result.reason or "undecodable", result.message or "cannot be read."
-                self.skipped.append(Skipped(file.name, reason, message))
+                self.skip(file.name, result.reason or "undecodable", result.message or "cannot be read.")
                 continue
             reason, message = fault or ("no_caption", "has no caption.")
             if reason == "bad_caption" and uncaptioned:
                 self.damaged.append(Skipped(file.name, reason, f"{message} The clip is kept without that."))
             elif reason == "bad_caption" or not (captions or uncaptioned):
-                self.skipped.append(Skipped(file.name, reason, message))
+                self.skip(file.name, reason, message)
                 continue
             if damage := result.probe["damage"]:
                 self.damaged.append(Skipped(file.name, "damaged", f"{damage} The frames before that are used."))
-            spans, flashes = self.scan_log.options.spans(result), self.scan_log.options.flashes(result)
-            if flashes:
-                self.skipped.append(Skipped(file.name, "short_scene", _describe_flashes(flashes, bool(spans))))
+            spans = options.spans(result)
+            if flashes := options.flashes(result):
+                self.skip(file.name, "short_scene", _describe_flashes(flashes, bool(spans)))
             for span in spans:
-                clip = replace(_clip(result, span, captions), state=json.dumps(file.state) if file.state else "")
+                clip = _clip(file, result.probe, result.sha256, span, captions)
                 name = file.name if len(spans) == 1 else f"{file.name} from {span.start:.2f} s"
                 scores = result.scores.get(span.key, {})
-                if clip.id in clips:
-                    first = clips[clip.id]
-                    merged = tuple(dict.fromkeys((*first.captions, *clip.captions)))
-                    clips[clip.id] = replace(first, captions=merged)
+                if first := clips.get(clip.id):
+                    clips[clip.id] = replace(first, captions=tuple(dict.fromkeys((*first.captions, *captions))))
                     message = f"has the same content as {self.names[clip.id]}; its captions are added there."
-                    self.skipped.append(Skipped(name, "duplicate", message))
-                elif self.scan_log.options.scores and "reason" in scores:
-                    self.skipped.append(Skipped(name, scores["reason"], scores["message"]))
+                    self.skip(name, "duplicate", message)
+                elif options.scores and "reason" in scores:
+                    self.skip(name, scores["reason"], scores["message"])
                 else:
                     clips[clip.id], self.names[clip.id], self.scores[clip.id] = clip, name, scores
         return list(clips.values())
 
     def repeats(self, manifest: Manifest) -> list[Skipped]:
         """The clips of a manifest with scores that repeat others."""
-        ids, repeats = manifest.ids.to_pylist(), manifest.table.column("repeats").to_pylist()
+        pairs = zip(manifest.ids.to_pylist(), manifest.table.column("repeats").to_pylist())
         return [
-            Skipped(self.names[clip], "repeat", f"looks like {self.names[first]}.")
-            for clip, first in zip(ids, repeats)
-            if first
+            Skipped(self.names[clip], "repeat", f"looks like {self.names[first]}.") for clip, first in pairs if first
         ]
 
 
@@ -269,11 +257,8 @@ def _available_cores() -> int:
 
 
 def _read_table(path: str, source: Folder, file_column: str | None, caption_column: str | None) -> Captions:
-    columns = (file_column, caption_column)
-    if not is_remote(path):
-        return read_captions(Path(path), source.root, source.names, *columns)
-    with error_context(path), STORAGE.local(path) as local:
-        return read_captions(Path(local), source.root, source.names, *columns)
+    with error_context(path) if is_remote(path) else nullcontext(), STORAGE.local(path) as local:
+        return read_captions(Path(local), source.root, Names(source), file_column, caption_column)
 
 
 class _CaptionLookup:
@@ -315,21 +300,12 @@ def _sort_names(
     return sorted(files), sorted(tars), dict(suffixes.most_common())
 
 
-def _clip(result: ProbeResult, span: Span, captions: tuple[Caption, ...]) -> Clip:
-    probe, sha256 = result.probe, result.sha256
-    assert probe is not None and sha256 is not None
+def _clip(file: File, probe: Mapping[str, Any], sha256: str, span: Span, captions: tuple[Caption, ...]) -> Clip:
     return Clip(
-        id=clip_id(sha256, span.start, span.end),
-        path=absolute(result.path),
-        captions=captions,
-        frames=span.frames,
-        fps=span.fps,
-        width=probe["width"],
-        height=probe["height"],
-        start=span.start,
-        end=span.end,
-        sha256=sha256,
-    )
+        clip_id(sha256, span.start, span.end), absolute(file.path), captions, sha256=sha256,
+        frames=span.frames, fps=span.fps, width=probe["width"], height=probe["height"], start=span.start, end=span.end,
+        state=json.dumps(file.state) if file.state else "",
+    )  # fmt: skip
 
 
 def with_scores(manifest: Manifest, scores: Sequence[Mapping[str, Any]]) -> Manifest:

@@ -20,26 +20,19 @@ from stdit.data.scan.probing import ProbeResult, ScanOptions
 FORMAT = 2  # raise it when probes, scenes or tar members come out differently: scans then probe all files again
 TRANSIENT = ("timeout", "crashed", "missing", "unreadable", "unreachable", "unsupported")  # may not recur, so not kept
 
+Line = dict[str, Any]
+
 
 class ScanLog:
-    """Results by path, each with the file's state (size, time) at the time of its probe.
-
-    lines: of an earlier scan's log.
-    add: appends lines to the log.
-    caption_column: the key of captions in the .json files of tars.
-    """
+    """Results by path, each with the file's state (size, time) at the time of its probe. add: appends to the log."""
 
     def __init__(
-        self,
-        options: ScanOptions,
-        lines: list[dict[str, Any]],
-        add: Callable[[list[dict[str, Any]]], None],
-        caption_column: str | None = None,
+        self, options: ScanOptions, earlier: list[Line], add: Callable[[list[Line]], None], caption_column: str | None
     ) -> None:
         self.options, self.add, self.caption_column = options, add, caption_column
         self.tar_reading = [tars.FORMAT, caption_column]  # tar members logged with another value are read again
-        self.known = {line["path"]: line for line in lines}
-        self.used: dict[str, dict[str, Any]] = {}
+        self.known = {line["path"]: line for line in earlier}
+        self.used: dict[str, Line] = {}
 
     def lookup(self, file: File) -> ProbeResult | None:
         """The logged result of an unchanged file; it may lack scenes or scores."""
@@ -70,19 +63,14 @@ class ScanLog:
         return members, line["damage"]
 
     def record_members(self, tar: File, members: list[File], damage: str | None) -> None:
-        rows = [
-            (
-                file.name.removeprefix(f"{tar.name}/"),
-                file.path.removeprefix(tar.path),
-                [astuple(caption) for caption in file.captions],
-                file.caption_fault,
-                file.refused,
-            )
-            for file in members
-        ]
+        rows = []
+        for file in members:
+            name, place = file.name.removeprefix(f"{tar.name}/"), file.path.removeprefix(tar.path)
+            captions = [astuple(caption) for caption in file.captions]
+            rows.append((name, place, captions, file.caption_fault, file.refused))
         self._record(tar, {"members": rows, "damage": damage, "reading": self.tar_reading})
 
-    def _line(self, file: File) -> dict[str, Any] | None:
+    def _line(self, file: File) -> Line | None:
         line = self.known.get(absolute(file.path))
         if line is None or file.state is None or line["file"] != file.state or line.get("format") != FORMAT:
             return None
@@ -96,7 +84,7 @@ class ScanLog:
 
 
 @contextmanager
-def open_scan_log(path: str | None, options: ScanOptions, caption_column: str | None = None) -> Iterator[ScanLog]:
+def open_scan_log(path: str | None, options: ScanOptions, caption_column: str | None) -> Iterator[ScanLog]:
     """The log at a path (None: not stored). New results are appended at once; at the end, unused lines are removed."""
     if path is None:
         yield ScanLog(options, [], lambda _: None, caption_column)

@@ -27,37 +27,27 @@ _SPARSE = ("sparse", "is stored sparse in the tar, not in one piece. Pack it wit
 
 @dataclass
 class _Entry:
-    """A media or caption file: the position of its bytes, or why they cannot be read.
-
-    rest: its name after the first dot.
-    link: the target of a symbolic link.
-    refused: reason and message.
-    linked: its bytes are another member's.
-    unsure: its name does not tell whether it is media.
-    """
+    """A media or caption file: the position of its bytes, or why they cannot be read."""
 
     name: str
-    rest: str
+    rest: str  # of the name, after the first dot
     offset: int = 0
     size: int = 0
-    link: str | None = None
-    refused: tuple[str, str] | None = None
-    linked: bool = False
-    unsure: bool = False
+    link: str | None = None  # the target of a symbolic link
+    refused: tuple[str, str] | None = None  # reason and message
+    linked: bool = False  # its bytes are another member's
+    unsure: bool = False  # its name does not tell whether it is media
 
 
 @dataclass
 class _Group:
-    """Neighbouring entries with the same key and different rests.
-
-    elsewhere: captions of this key exist, but may belong to another clip.
-    """
+    """Neighbouring entries with the same key and different rests."""
 
     key: str
     media: list[_Entry] = field(default_factory=list)
     texts: list[_Entry] = field(default_factory=list)
     rests: set[str] = field(default_factory=set)
-    elsewhere: bool = False
+    elsewhere: bool = False  # captions of this key exist, but may belong to another clip
 
 
 def tar_members(tar: File, local: str, column: str | None = None) -> tuple[list[File], str | None]:
@@ -72,7 +62,7 @@ def tar_members(tar: File, local: str, column: str | None = None) -> tuple[list[
     tarfile.TarError or OSError if it is not a tar.
     """
     groups: list[_Group] = []
-    files: dict[str, tuple[int, int] | None] = {}  # (offset, size) of regular files, the last of a name; None: sparse
+    files: dict[str, _Entry] = {}  # regular files, the last of a name
     links: dict[str, str] = {}
     damage = None
     with _opened(local) as shard:
@@ -123,27 +113,24 @@ def _opened(local: str) -> tarfile.TarFile:
         raise
 
 
-def _entry(info: tarfile.TarInfo, files: dict[str, tuple[int, int] | None]) -> _Entry | None:
+def _entry(info: tarfile.TarInfo, files: dict[str, _Entry]) -> _Entry | None:
     """A member as an entry, if it may be media or captions. Adds regular files to `files`."""
     name = _inside(info.name)
-    sparse = info.issparse()
-    plain = info.isreg() and not sparse
-    if plain or sparse:
-        files[name] = (info.offset_data, info.size) if plain else None
     base = posixpath.basename(name)
-    suffix = suffix_of(base)
+    suffix, sparse = suffix_of(base), info.issparse()
     unsure = suffix not in CAPTION_SUFFIXES and suffix not in MEDIA
-    if base.startswith(".") or info.isdir() or (unsure and (suffix in OTHER_SUFFIXES or not plain)):
+    refused = _SPARSE if sparse else None
+    entry = _Entry(name, base.partition(".")[2].lower(), info.offset_data, info.size, refused=refused, unsure=unsure)
+    if info.isreg():
+        files[name] = entry
+    if base.startswith(".") or info.isdir() or (unsure and (suffix in OTHER_SUFFIXES or sparse or not info.isreg())):
         return None
-    entry = _Entry(name, base.partition(".")[2].lower(), info.offset_data, info.size, unsure=unsure)
-    if sparse:
-        entry.refused = _SPARSE
-    elif info.islnk():
+    if info.islnk():
         target = _inside(info.linkname)
         _resolve(entry, files, target, f"is a hard link to {target}, which does not come before it in the tar.")
     elif info.issym():
         entry.link = info.linkname
-    elif not plain:
+    elif not info.isreg():
         kind = "a named pipe" if info.isfifo() else "a device" if info.isdev() else f"of type {info.type!r}"
         entry.refused = ("special", f"is {kind} in the tar, not a file.")
     return entry
@@ -154,15 +141,12 @@ def _inside(name: str) -> str:
     return posixpath.normpath("/" + name.lstrip("/"))[1:]
 
 
-def _resolve(entry: _Entry, files: dict[str, tuple[int, int] | None], target: str, missing: str) -> None:
+def _resolve(entry: _Entry, files: dict[str, _Entry], target: str, missing: str) -> None:
     """Gives a link the bytes of its target."""
-    if target not in files:
-        entry.refused = ("link", missing)
-    elif (place := files[target]) is None:
-        entry.refused = _SPARSE
+    if found := files.get(target):
+        entry.offset, entry.size, entry.refused, entry.linked = found.offset, found.size, found.refused, True
     else:
-        entry.offset, entry.size = place
-        entry.linked = True
+        entry.refused = ("link", missing)
 
 
 def _add_to_group(groups: list[_Group], entry: _Entry) -> None:
@@ -175,18 +159,17 @@ def _add_to_group(groups: list[_Group], entry: _Entry) -> None:
     (group.texts if suffix_of(base) in CAPTION_SUFFIXES else group.media).append(entry)
 
 
-def _follow_links(entry: _Entry, links: dict[str, str], files: dict[str, tuple[int, int] | None]) -> None:
+def _follow_links(entry: _Entry, links: dict[str, str], files: dict[str, _Entry]) -> None:
     """Resolves a symbolic link, also through other links in the tar."""
     if entry.link is None:
         return
-    missing = f"is a symbolic link to {entry.link}, which is not a file in the tar."
     name, target = entry.name, entry.link
     for _ in range(MAX_LINKS):
         name = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
         if name.startswith(("/", "../")) or name not in links:
             break
         target = links[name]
-    _resolve(entry, files, name, missing)
+    _resolve(entry, files, name, f"is a symbolic link to {entry.link}, which is not a file in the tar.")
 
 
 def _join_groups(groups: list[_Group]) -> None:
@@ -212,8 +195,7 @@ def _join_groups(groups: list[_Group]) -> None:
 
 def _captions(group: _Group, file: BinaryIO, column: str | None) -> tuple[list[Caption], Fault | None]:
     if group.elsewhere:
-        message = f"the tar has several {group.key}, and no caption is next to this one."
-        return [], ("no_caption", message)
+        return [], ("no_caption", f"the tar has several {group.key}, and no caption is next to this one.")
     size = os.fstat(file.fileno()).st_size
 
     def read(text: _Entry) -> bytes:
@@ -227,4 +209,4 @@ def _captions(group: _Group, file: BinaryIO, column: str | None) -> tuple[list[C
         return file.read(text.size)
 
     texts = sorted(group.texts, key=lambda text: (not text.rest.endswith("txt"), len(text.rest)))
-    return first_captions([(partial(read, text), text.name) for text in texts], column)
+    return first_captions({text.name: partial(read, text) for text in texts}, column)
