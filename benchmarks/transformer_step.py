@@ -27,7 +27,7 @@ from timing import CLOCKS, alternate, interval, matmul_rate, relative, timed
 
 from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT, TransformerConfig, count_parameters, transformer_flops
-from stdit.weights.families import wan
+from stdit.weights.families.wan import FAMILY
 from stdit.weights.keymap import Table
 
 # Latent shapes (T', H', W'); --scale multiplies heights and widths. With a VAE of 4×8×8 they are 128 pixels high.
@@ -67,7 +67,7 @@ class Pair:
 def make_pair(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> Pair:
     """Both models with random weights (a head of zeros has no gradients), each tensor in diffusers' dtype for it."""
     torch.manual_seed(0)
-    settings = {name: value for name, value in wan.config_to_diffusers(config).items() if not name.startswith("_")}
+    settings = {name: value for name, value in FAMILY.written(config, "diffusers").items() if not name.startswith("_")}
     theirs = WanTransformer3DModel(**settings)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -85,7 +85,7 @@ def make_pair(config: TransformerConfig, device: torch.device, dtype: torch.dtyp
                 parameter.data = parameter.data.to(dtype)
     with torch.device("meta"):
         ours = STDiT(config)
-    table = wan.keymap(config, "diffusers").table({n: tuple(t.shape) for n, t in ours.state_dict().items()})
+    table = FAMILY.keymap(config, "diffusers").table({n: tuple(t.shape) for n, t in ours.state_dict().items()})
     state = {name: tensor.clone() for name, tensor in table.to_native(theirs.state_dict().__getitem__)}
     ours.load_state_dict(state, strict=True, assign=True)
     return Pair(ours, theirs, table)

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.config import PRESETS, VaeConfig
-from stdit.weights.families import wan_vae
+from stdit.weights.families.wan_vae import FAMILY
 
 
 def config_of(args: argparse.Namespace) -> VaeConfig:
@@ -48,11 +48,11 @@ def theirs_of(ours: CausalVAE) -> Any:
     """diffusers' VAE, sharing our tensors."""
     from diffusers import AutoencoderKLWan
 
-    values = {k: v for k, v in wan_vae.config_to_diffusers(ours.config).items() if not k.startswith("_")}
+    values = {k: v for k, v in FAMILY.written(ours.config, "diffusers").items() if not k.startswith("_")}
     with torch.device("meta"):
         theirs = AutoencoderKLWan(**values)
     state = ours.state_dict()
-    table = wan_vae.keymap(ours.config, "diffusers").table({name: tuple(t.shape) for name, t in state.items()})
+    table = FAMILY.keymap(ours.config, "diffusers").table({name: tuple(t.shape) for name, t in state.items()})
     theirs.load_state_dict(dict(table.to_foreign(state.__getitem__)), assign=True)
     return theirs.eval().requires_grad_(False)
 

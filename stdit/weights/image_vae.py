@@ -21,7 +21,7 @@ from stdit.files import part_folder
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
 from stdit.vae.layers import Downsample, Upsample
 from stdit.weights.families import on_meta, shapes_of, wan_vae
-from stdit.weights.families.configs import checked_keys
+from stdit.weights.families.configs import check_keys
 from stdit.weights.keymap import Flatten, KeyMap, Rule, Shape
 from stdit.weights.tensor_files import open_folder, read_json
 
@@ -94,7 +94,7 @@ def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None
     if found.get("_class_name") != CLASS:
         raise StditError(f"{place}: {found.get('_class_name')!r} is not an image VAE that stdit inflates; {CLASS} is.")
     known = (*_DEFAULTS, *_ONLY, *_NO_MATTER)
-    checked_keys(found, {name: name for name in known}, (), place)
+    check_keys(found, known, (), place)
     for name, only in _ONLY.items():
         values = found.get(name, only)
         if any(value != only for value in (values if isinstance(values, list) else [values])):
@@ -146,4 +146,4 @@ def _keymap(config: VaeConfig, names: Mapping[str, Shape]) -> KeyMap:
         rules.append(Rule(f"encoder.downsamples.{last}.resample.1.{{leaf}}", f"{down}.downsamplers.0.conv.{{leaf}}"))
         last = (level + 1) * (blocks + 2) - 1
         rules.append(Rule(f"decoder.upsamples.{last}.resample.1.{{leaf}}", f"{up}.upsamplers.0.conv.{{leaf}}"))
-    return KeyMap(*rules, *wan_vae.keymap(replace(config, groups=0), "diffusers").rules)
+    return KeyMap(*rules, *wan_vae.FAMILY.keymap(replace(config, groups=0), "diffusers").rules)

@@ -192,6 +192,13 @@ class KeyMap:
         """Native names that no rule matches."""
         return [n for n in native if n not in self.absent and all(rule.match(n) is None for rule in self.rules)]
 
+    def foreign(self, native: str) -> str:
+        """The foreign name of a native one, the first if there are several; "" if no rule matches it."""
+        for rule in self.rules:
+            if (fields := rule.match(native)) is not None:
+                return _fill(rule.foreign[0], fields)
+        return ""
+
     def table(self, native: Mapping[str, Shape]) -> Table:
         """Applies the rules to a model's tensors. Each tensor takes part exactly once, on both sides."""
         moves: dict[tuple[str, ...], Move] = {}

@@ -21,10 +21,7 @@ def dialect_in(layout: str) -> str:
 
 def describe(config: Any, layout: str) -> dict[str, Any]:
     """The config.json of a config in a layout."""
-    family = family_of(config)
-    diffusers = dialect_in(layout) == "diffusers"
-    described: dict[str, Any] = family.config_to_diffusers(config) if diffusers else family.config_to_original(config)
-    return described
+    return family_of(config).written(config, dialect_in(layout))
 
 
 def check_layout(config: Any, layout: str) -> None:
@@ -43,10 +40,9 @@ def check_layout(config: Any, layout: str) -> None:
         )
 
     native = shapes_of(on_meta(config))
-    built_in = family.built_in(config, layout)
-    if built_in is None:
+    if layout == "comfyui" and not family.comfyui:
         raise StditError(f"layout {layout!r}: ComfyUI has no {family.title}. Write layout 'diffusers' or 'original'.")
-    for name, allowed in built_in.items():
+    for name, allowed in family.built_in(config, layout).items():
         if getattr(config, name) not in allowed:
             refuse(name, " or ".join(map(str, allowed)))
     keymap = family.keymap(config, dialect)

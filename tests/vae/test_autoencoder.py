@@ -12,7 +12,7 @@ from stdit.errors import StditError
 from stdit.shapes import VideoShape
 from stdit.vae.autoencoder import PRESETS, CausalVAE, VaeConfig, measure_latents, preset
 from stdit.vae.streaming import CausalCache
-from stdit.weights.families import wan_vae
+from stdit.weights.families.wan_vae import FAMILY
 
 TINY = VaeConfig(base_dim=4, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), z_dim=3)
 CONFIGS = {
@@ -36,7 +36,7 @@ CONFIGS = {
 def with_diffusers(config: VaeConfig, dtype: torch.dtype = torch.float32):
     """Our VAE and diffusers' with the same weights, all of them random."""
     diffusers = pytest.importorskip("diffusers")
-    values = {k: v for k, v in wan_vae.config_to_diffusers(config).items() if not k.startswith("_")}
+    values = {k: v for k, v in FAMILY.written(config, "diffusers").items() if not k.startswith("_")}
     theirs = diffusers.AutoencoderKLWan(**values).to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def with_diffusers(config: VaeConfig, dtype: torch.dtype = torch.float32):
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * (1.5 / p[0].numel()) ** 0.5)
     ours = CausalVAE(config).to(dtype)
-    table = wan_vae.keymap(config, "diffusers").table({k: tuple(v.shape) for k, v in ours.state_dict().items()})
+    table = FAMILY.keymap(config, "diffusers").table({k: tuple(v.shape) for k, v in ours.state_dict().items()})
     table.check({k: tuple(v.shape) for k, v in theirs.state_dict().items()}, "diffusers")
     ours.load_state_dict(dict(table.to_native(theirs.state_dict().__getitem__)), strict=True)
     return ours, theirs, table

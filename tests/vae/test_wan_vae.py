@@ -11,7 +11,7 @@ import torch
 import stdit
 from stdit.errors import StditError
 from stdit.vae.autoencoder import PRESETS, CausalVAE, VaeConfig
-from stdit.weights.families import wan_vae
+from stdit.weights.families.wan_vae import FAMILY
 
 SMALL = VaeConfig(
     base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), z_dim=3, patch_size=2,
@@ -30,11 +30,11 @@ def test_wan21_equals_diffusers_key_for_key():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         ours, theirs = CausalVAE(PRESETS["wan2.1"]), diffusers.AutoencoderKLWan()
-    table = wan_vae.keymap(ours.config, "diffusers").table(shapes_of(ours))
+    table = FAMILY.keymap(ours.config, "diffusers").table(shapes_of(ours))
     assert not table.differences(shapes_of(theirs))
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 126_892_531
-    assert wan_vae.config_from(dict(theirs.config), shapes_of(theirs)) == PRESETS["wan2.1"]
-    assert wan_vae.config_from({}, shapes_of(theirs)) == PRESETS["wan2.1"]
+    assert FAMILY.config_from(dict(theirs.config), shapes_of(theirs)) == PRESETS["wan2.1"]
+    assert FAMILY.config_from({}, shapes_of(theirs)) == PRESETS["wan2.1"]
 
 
 def test_wan21_has_the_names_of_the_release():
@@ -76,12 +76,12 @@ def test_wan22_equals_diffusers_key_for_key():
     )  # fmt: skip
     with torch.device("meta"):
         ours, theirs = CausalVAE(config), diffusers.AutoencoderKLWan(**values)
-    table = wan_vae.keymap(config, "diffusers").table(shapes_of(ours))
+    table = FAMILY.keymap(config, "diffusers").table(shapes_of(ours))
     assert not table.differences(shapes_of(theirs))
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 704_688_668
     released = dict(theirs.config) | {"clip_output": False}  # a key that the release has and diffusers passes over
     for found in (dict(theirs.config), released, {}):
-        assert wan_vae.config_from(found, shapes_of(theirs)) == config
+        assert FAMILY.config_from(found, shapes_of(theirs)) == config
 
 
 def test_wan22_has_the_names_of_the_release():
@@ -111,17 +111,17 @@ def test_configs_return_from_every_dialect(config):
     with torch.device("meta"):
         ours = shapes_of(CausalVAE(config))
     for dialect, written in [
-        ("diffusers", wan_vae.config_to_diffusers(config)),
-        ("original", wan_vae.config_to_original(config)),
+        ("diffusers", FAMILY.written(config, "diffusers")),
+        ("original", FAMILY.written(config, "original")),
     ]:
-        theirs = wan_vae.keymap(config, dialect).table(ours).foreign_shapes
-        assert wan_vae.dialect_of(theirs) == dialect
-        assert wan_vae.config_from(json.loads(json.dumps(written)), theirs) == config
-        bare = wan_vae.config_from({}, theirs)
+        theirs = FAMILY.keymap(config, dialect).table(ours).foreign_shapes
+        assert FAMILY.dialect_of(theirs) == dialect
+        assert FAMILY.config_from(json.loads(json.dumps(written)), theirs) == config
+        bare = FAMILY.config_from({}, theirs)
         assert dataclasses.replace(bare, latents_mean=None, latents_std=None) == dataclasses.replace(
             config, latents_mean=None, latents_std=None
         )
-    assert wan_vae.config_from(json.loads(json.dumps(dataclasses.asdict(config))), {}) == config
+    assert FAMILY.config_from(json.loads(json.dumps(dataclasses.asdict(config))), {}) == config
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_configs_return_from_every_dialect(config):
     ],
 )
 def test_config_errors(change, words):
-    found = {**wan_vae.config_to_diffusers(PRESETS["wan2.1"]), **change}
+    found = {**FAMILY.written(PRESETS["wan2.1"], "diffusers"), **change}
     with pytest.raises(StditError, match=words):
-        wan_vae.config_from(found, {})
+        FAMILY.config_from(found, {})
 
 
 @pytest.mark.parametrize("config", [SMALL, RESIDUAL], ids=["2.1", "2.2"])

@@ -20,7 +20,7 @@ from stdit.models.config import TransformerConfig
 from stdit.models.transformer import STDiT
 from stdit.text.places import Treatment
 from stdit.weights import families
-from stdit.weights.families.configs import Fields
+from stdit.weights.families.configs import ConfigJson, setting
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-family.md"
 SIZES = {"width": 24, "heads": 2, "depth": 2, "mlp": 32, "text_width": 8}
@@ -104,7 +104,7 @@ def test_the_commands_know_it_and_its_pipeline(tern, release, tmp_path, capsys):
     (found,) = json.loads(capsys.readouterr().out)["models"]
     assert (found["family"], found["dialect"], found["release"]) == ("Tern transformer", "original", None)
     assert found["objective"] == "rectified flow (velocity)"
-    assert families.release_of(tern.config_from({}, {})).name == "Tern 1B"
+    assert families.release_of(tern.FAMILY.config_from({}, {})).name == "Tern 1B"
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "TernPipeline"}))
     assert families.treatment_of(tmp_path) == Treatment(256, "none")
@@ -123,8 +123,8 @@ def test_what_does_not_fit_is_named(tern, release):
 
 
 def test_a_setting_of_0_is_read_and_a_size_of_0_is_refused():
-    fields = Fields("TernModel", {"context_padding": "text_padding"}, {"context_padding": 512, "stride": 2})
-    assert fields.read({"context_padding": 0}, (), "config.json")[0] == {"text_padding": 0}
+    form = ConfigJson("TernModel", {"context_padding": setting("text_padding", 512), "stride": 2})
+    assert form.read({"context_padding": 0}, "config.json") == {"text_padding": 0}
     for wrong in ({"context_padding": -1}, {"stride": 0}):
         with pytest.raises(StditError, match=f"{next(iter(wrong))} is "):
-            fields.read(wrong, (), "config.json")
+            form.read(wrong, "config.json")

@@ -19,7 +19,7 @@ from stdit import locks
 from stdit.cli.main import app, run_command
 from stdit.models.transformer import PRESETS, STDiT, TransformerConfig, count_parameters
 from stdit.vae.autoencoder import CausalVAE, VaeConfig
-from stdit.weights.families import wan
+from stdit.weights.families.wan import FAMILY
 from stdit.weights.lora.adapters import Adapter, Pair
 from stdit.weights.lora.write import write_adapter
 
@@ -126,11 +126,11 @@ def test_inspect_tells_the_release_and_what_lies_beside(tmp_path, capsys):
     config = PRESETS["14B"]
     place = tmp_path / "transformer"
     place.mkdir()
-    (place / "config.json").write_text(json.dumps(wan.config_to_diffusers(config)))
+    (place / "config.json").write_text(json.dumps(FAMILY.written(config, "diffusers")))
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in STDiT(config).state_dict().items()}
     header, stop = {}, 0
-    for name, shape in wan.keymap(config, "diffusers").table(shapes).foreign_shapes.items():
+    for name, shape in FAMILY.keymap(config, "diffusers").table(shapes).foreign_shapes.items():
         start, stop = stop, stop + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(header).encode()

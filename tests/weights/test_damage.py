@@ -19,13 +19,16 @@ from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights.families import allegro, ltx, pixart
 
 SIZES = dict(dim=192, heads=2, layers=2, ffn_dim=768, text_dim=512, in_channels=4, out_channels=4)
-SPACE = dict(position_base=8)
 MODELS = {  # layout, config, a tensor that is not square, in that layout
     "Wan": ("diffusers", TransformerConfig(**SIZES), "blocks.1.ffn.net.0.proj.weight"),
-    "PixArt, fused": ("original", TransformerConfig(**SIZES, **pixart.SETTINGS, **SPACE), "blocks.1.attn.qkv.weight"),
+    "PixArt, fused": (
+        "original",
+        TransformerConfig(**SIZES, **pixart.FAMILY.settings, position_base=8),
+        "blocks.1.attn.qkv.weight",
+    ),
     "Allegro, permuted": (
         "diffusers",
-        TransformerConfig(**SIZES, **allegro.SETTINGS, rope_scale=(2.2, 2.0, 2.0)),
+        TransformerConfig(**SIZES, **allegro.FAMILY.settings, rope_scale=(2.2, 2.0, 2.0)),
         "transformer_blocks.1.ff.net.0.proj.weight",
     ),
 }
@@ -137,7 +140,7 @@ def test_another_familys_tensors_under_this_config(broken):
     place, _ = broken
     config = json.loads((place / "config.json").read_text())
     shapes = dict(dim=48, heads=2, layers=2, ffn_dim=192, in_channels=4, out_channels=4, text_dim=8)
-    stdit.save_transformer(STDiT(TransformerConfig(**shapes, **{**ltx.SETTINGS, "patch": (1, 1, 1)})), place)
+    stdit.save_transformer(STDiT(TransformerConfig(**shapes, **{**ltx.FAMILY.settings, "patch": (1, 1, 1)})), place)
     (place / "config.json").write_text(json.dumps(config))
     refused(place, "these tensors are for the LTX-Video transformer", " is for the ", "Put the config.json of")
 
@@ -145,8 +148,8 @@ def test_another_familys_tensors_under_this_config(broken):
 def test_these_tensors_under_another_familys_config(broken):
     place, _ = broken
     shapes = dict(dim=48, heads=2, layers=2, ffn_dim=192, in_channels=4, out_channels=4, text_dim=8)
-    config = TransformerConfig(**shapes, **{**ltx.SETTINGS, "patch": (1, 1, 1)})
-    (place / "config.json").write_text(json.dumps(ltx.config_to_diffusers(config)))
+    config = TransformerConfig(**shapes, **{**ltx.FAMILY.settings, "patch": (1, 1, 1)})
+    (place / "config.json").write_text(json.dumps(ltx.FAMILY.written(config, "diffusers")))
     refused(place, "these tensors are for", "config.json is for the LTX-Video transformer", "Put the config.json of")
 
 

@@ -180,10 +180,10 @@ def test_ltx_where_the_first_latent_frame_is_one_frame_long(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     known = stdit.load_transformer(tmp_path / "theirs")
     causal = dataclasses.replace(known.config, rotary="inner_causal")
-    for form in (ltx.config_to_original, ltx.config_to_diffusers):
-        assert ltx.config_from(form(causal), {}) == causal
-    released = {k: v for k, v in ltx.config_to_original(causal).items() if k != "_stdit"}
-    assert released["causal_temporal_positioning"] and ltx.config_from(released, {}) == causal
+    for dialect in ("original", "diffusers"):
+        assert ltx.FAMILY.config_from(ltx.FAMILY.written(causal, dialect), {}) == causal
+    released = {k: v for k, v in ltx.FAMILY.written(causal, "original").items() if k != "_stdit"}
+    assert released["causal_temporal_positioning"] and ltx.FAMILY.config_from(released, {}) == causal
     ours = STDiT(causal)
     ours.load_state_dict(known.state_dict())
     latents, t, text, mask = inputs(ours, family, 0, "clip")

@@ -52,7 +52,7 @@ def base_of(name: str) -> TransformerConfig:
     from stdit.weights.families import stdit3
 
     if name == "STDiT3":
-        return stdit3.config_from(stdit3_golden.GOLDEN.config_json(0), {})
+        return stdit3.FAMILY.config_from(stdit3_golden.GOLDEN.config_json(0), {})
     family = FAMILIES[name]
     found = {"_class_name": family.name, **{k: v for k, v in family.build(family.configs[0]).config.items()}}
     found = {k: v for k, v in found.items() if not k.startswith("_") or k == "_class_name"}
@@ -266,7 +266,7 @@ def comfyui_base(name: str) -> TransformerConfig:
     if isinstance(changes, TransformerConfig):
         return changes
     module = {"LTX-Video": ltx, "PixArt": pixart, "Cosmos-Predict": cosmos}[name]
-    return module.config_from({"_class_name": module.FAMILY.classes[0], **changes}, {})
+    return module.FAMILY.config_from({"_class_name": module.FAMILY.classes[0], **changes}, {})
 
 
 @pytest.mark.parametrize("name", COMFYUI)

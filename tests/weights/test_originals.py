@@ -22,6 +22,7 @@ from tensor_files import load_file
 import stdit
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT
+from stdit.weights.families import cosmos
 from stdit.weights.sources import find
 
 ALL = (*pixart_golden.GOLDENS.values(), latte_golden.GOLDEN, stdit3_golden.GOLDEN)
@@ -68,7 +69,7 @@ def test_outputs_and_gradients_are_the_originals(name, number, tmp_path, record_
 @pytest.mark.parametrize("name", GOLDENS)
 def test_released_sizes_lack_no_key_and_have_none_too_many(name):
     golden = GOLDENS[name]
-    family, kept = importlib.import_module(f"stdit.weights.families.{golden.family}"), kept_of(golden)
+    family, kept = importlib.import_module(f"stdit.weights.families.{golden.family}").FAMILY, kept_of(golden)
     shapes = shapes_of(kept["released"])
     config = family.config_from({"model_type": "STDiT3"} if name == "STDiT3" else {}, shapes)
     sides = {"PixArt-α": (64, 2.0), "PixArt-Σ 2K": (128, 4.0), "Latte": (32, 1.0), "STDiT3": (512, 1.0)}
@@ -86,7 +87,7 @@ def test_released_sizes_lack_no_key_and_have_none_too_many(name):
 def test_cosmos_originals_hold_what_their_own_networks_do(name):
     with np.load(cosmos_golden.FILE) as file:
         kept = {key: file[f"{name}.{key}"] for key in ("shapes", "computed", "parameters")}
-    shapes, family = shapes_of(kept["shapes"]), importlib.import_module("stdit.weights.families.cosmos")
+    shapes, family = shapes_of(kept["shapes"]), cosmos.FAMILY
     config = family.config_from({}, shapes)
     assert config == family.config_from(FAMILIES["Cosmos-Predict"].released[name], {})  # as diffusers has it
     with torch.device("meta"):

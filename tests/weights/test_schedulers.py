@@ -14,13 +14,13 @@ from stdit.weights.families import allegro, cosmos, latte, ltx, pixart, stdit3
 from stdit.weights.schedulers import scheduler_of
 
 SIZES = {"dim": 24, "heads": 2, "layers": 1, "ffn_dim": 48}
-COSMOS = cosmos.SETTINGS | {"frequency_dim": 24, "text_embedding": "none"}
+COSMOS = cosmos.FAMILY.settings | {"frequency_dim": 24, "text_embedding": "none"}
 FAMILIES = {
     "Wan": ({"family": "wan"}, "flow", "WanPipeline"),
-    "LTX-Video": (ltx.SETTINGS, "flow", "LTXPipeline"),
-    "PixArt": (pixart.SETTINGS | {"position_base": 8}, "ddpm", "PixArtAlphaPipeline"),
-    "Latte": (latte.SETTINGS | {"position_base": 8}, "ddpm", "LattePipeline"),
-    "Allegro": (allegro.SETTINGS, "ddpm", "AllegroPipeline"),
+    "LTX-Video": (ltx.FAMILY.settings, "flow", "LTXPipeline"),
+    "PixArt": (pixart.FAMILY.settings | {"position_base": 8}, "ddpm", "PixArtAlphaPipeline"),
+    "Latte": (latte.FAMILY.settings | {"position_base": 8}, "ddpm", "LattePipeline"),
+    "Allegro": (allegro.FAMILY.settings, "ddpm", "AllegroPipeline"),
     "Cosmos 1": (
         COSMOS | {"position": "learned", "position_max": (2, 2, 2), "network_time": "log_sigma"},
         "edm", "CosmosTextToWorldPipeline",
@@ -29,7 +29,7 @@ FAMILIES = {
     "Cosmos 2.5": (
         COSMOS | {"text_embedding": "gelu", "text_width": 16}, "flow", "Cosmos2_5_PredictBasePipeline",
     ),
-    "STDiT3": (stdit3.SETTINGS | {"position_base": 8}, "flow", None),
+    "STDiT3": (stdit3.FAMILY.settings | {"position_base": 8}, "flow", None),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from references import FAMILIES, randomise
-from references.base import captioned
+from references.base import captioned, sizes
 from safetensors.torch import save_file
 from tensor_files import load_file
 
@@ -284,6 +284,13 @@ def test_a_lone_allegro_is_not_pixart(tmp_path):
         assert (found.predict(latents, t, text) - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+def test_a_lone_cosmos_tells_its_size_under_diffusers_names_too(tmp_path):
+    config = sizes(2, 18, (5, 5), text_embed_dim=19, adaln_lora_dim=10, max_size=(7, 24, 30))
+    randomise(FAMILIES["Cosmos-Predict"].build(config), 0).save_pretrained(tmp_path / "whole")
+    found = stdit.load_transformer(alone("Cosmos-Predict", config, tmp_path / "alone"))
+    assert found.config == stdit.load_transformer(tmp_path / "whole").config
+
+
 @pytest.mark.parametrize(
     ("name", "heads", "config"),
     [
@@ -323,6 +330,7 @@ def test_a_class_that_does_not_load_is_named_with_what_does(name, word, folder):
 @pytest.mark.parametrize(
     ("tensor", "word"),
     [("double_blocks.0.img_attn.qkv.weight", "HunyuanVideo or Flux"), ("joint_blocks.0.x.weight", "Stable Diffusion 3"),
+     ("transformer_blocks.0.audio_attn1.to_q.weight", "LTX-2"), ("audio_patchify_proj.weight", "LTX-2"),
      ("transformer_blocks.0.attn.add_q_proj.weight", "joint-attention"), ("t5_yproj.weight", "Mochi"),
      ("patch_embed.text_proj.weight", "CogVideoX"), ("input_blocks.0.0.weight", "U-Net")],
 )  # fmt: skip

@@ -15,7 +15,7 @@ import stdit
 from stdit.errors import StditError
 from stdit.models.transformer import PRESETS, STDiT, TransformerConfig, count_parameters
 from stdit.weights import io
-from stdit.weights.families import wan
+from stdit.weights.families.wan import FAMILY
 from stdit.weights.sources import find
 
 diffusers = pytest.importorskip("diffusers")
@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
 def original_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """diffusers' own converter, run backwards by name: what a Wan release would hold."""
     model = stdit.load_transformer(folder)
-    table = wan.keymap(model.config, "original").table({n: tuple(t.shape) for n, t in model.state_dict().items()})
+    table = FAMILY.keymap(model.config, "original").table({n: tuple(t.shape) for n, t in model.state_dict().items()})
     return dict(table.to_foreign(model.state_dict().__getitem__))
 
 
@@ -204,11 +204,11 @@ def test_dtypes_are_kept_or_changed_and_devices_obeyed(folder, tmp_path):
 @pytest.mark.parametrize(("name", "parameters"), [("1.3B", 1.42e9), ("14B", 14.29e9), ("5B", 5.00e9)])
 def test_presets_are_wans_with_no_key_missing_unexpected_or_misshaped(name, parameters):
     config = PRESETS[name]
-    settings = {k: v for k, v in wan.config_to_diffusers(config).items() if not k.startswith("_")}
+    settings = {k: v for k, v in FAMILY.written(config, "diffusers").items() if not k.startswith("_")}
     with torch.device("meta"):
         theirs, ours = diffusers.WanTransformer3DModel(**settings), STDiT(config)
     shapes = {key: tuple(tensor.shape) for key, tensor in theirs.state_dict().items()}
-    table = wan.keymap(config, "diffusers").table({key: tuple(t.shape) for key, t in ours.state_dict().items()})
+    table = FAMILY.keymap(config, "diffusers").table({key: tuple(t.shape) for key, t in ours.state_dict().items()})
     assert not table.differences(shapes) and table.foreign_shapes.keys() == shapes.keys()
     count = sum(p.numel() for p in theirs.parameters())
     assert count == sum(p.numel() for p in ours.parameters()) == count_parameters(config)
@@ -220,12 +220,12 @@ def test_the_releases_own_configs_are_the_presets():
     small = {"dim": 1536, "ffn_dim": 8960, "in_dim": 16, "num_heads": 12, "num_layers": 30, "out_dim": 16}
     large = {"dim": 5120, "ffn_dim": 13824, "in_dim": 16, "num_heads": 40, "num_layers": 40, "out_dim": 16}
     five = {"dim": 3072, "ffn_dim": 14336, "in_dim": 48, "num_heads": 24, "num_layers": 30, "out_dim": 48}
-    assert wan.config_from({**base, **small, "model_type": "t2v"}, {}) == PRESETS["1.3B"]
-    assert wan.config_from({**base, **large, "model_type": "t2v"}, {}) == PRESETS["14B"]
-    assert wan.config_from({**base, **five, "model_type": "ti2v"}, {}) == PRESETS["5B"]
+    assert FAMILY.config_from({**base, **small, "model_type": "t2v"}, {}) == PRESETS["1.3B"]
+    assert FAMILY.config_from({**base, **large, "model_type": "t2v"}, {}) == PRESETS["14B"]
+    assert FAMILY.config_from({**base, **five, "model_type": "ti2v"}, {}) == PRESETS["5B"]
     for config in PRESETS.values():
-        for form in (wan.config_to_diffusers, wan.config_to_original):
-            assert wan.config_from(json.loads(json.dumps(form(config))), {}) == config
+        for dialect in ("diffusers", "original"):
+            assert FAMILY.config_from(json.loads(json.dumps(FAMILY.written(config, dialect))), {}) == config
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_configs_that_cannot_be_are_named(folder, tmp_path, change, message):
 @pytest.mark.parametrize("kind", ["vace", "s2v", "animate"])
 def test_original_variants_are_named(kind):
     with pytest.raises(StditError, match=f"model_type is '{kind}', a variant of Wan not supported yet"):
-        wan.config_from({"_class_name": "WanModel", "model_type": kind, "dim": 1536}, {})
+        FAMILY.config_from({"_class_name": "WanModel", "model_type": kind, "dim": 1536}, {})
 
 
 def test_folders_that_are_not_a_model_say_so(folder, tmp_path):
@@ -322,7 +322,7 @@ def test_folders_that_are_not_a_model_say_so(folder, tmp_path):
 
 def test_a_config_of_other_weights_says_so(folder, tmp_path):
     place = damaged(folder, tmp_path / "bad", lambda tensors: None)
-    (place / "config.json").write_text(json.dumps(wan.config_to_diffusers(PRESETS["1.3B"])))
+    (place / "config.json").write_text(json.dumps(FAMILY.written(PRESETS["1.3B"], "diffusers")))
     with pytest.raises(StditError, match=r"Does this config.json belong to these weights"):
         stdit.load_transformer(place)
     (place / "config.json").write_text("{")

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from stdit.text.places import Treatment
     from stdit.vae.families.diffusers_vae import VaeTraits
 
-KINDS = ("transformer", "vae")
 FAMILIES = {
     "transformer": ["wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"],
     "vae": ["wan_vae", "open_sora_vae"],
 }
+KINDS = tuple(FAMILIES)
 
 
 def families(kind: str) -> list[Family]:
@@ -92,8 +92,8 @@ def diffusers_vaes() -> dict[str, VaeTraits]:
 def class_of(config: Any) -> list[str]:
     """Library and class of a config's model, as model_index.json names them."""
     family = family_of(config)
-    name = family.config_to_diffusers(config)["_class_name"]
-    return ["stdit" if name in family.own_classes else family.library, name]
+    library = "stdit" if family.form(config, "diffusers") == "own" else family.library
+    return [library, family.written(config, "diffusers")["_class_name"]]
 
 
 def release_of(config: TransformerConfig) -> Release | None:

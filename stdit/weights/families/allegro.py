@@ -6,106 +6,57 @@ permuted.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.text.places import Treatment
 from stdit.vae.families.diffusers_vae import VaeTraits
 from stdit.weights.families import configs
-from stdit.weights.families.configs import block_rules, checked_transformer, end_rules
+from stdit.weights.families.configs import ConfigJson, Settings, Tensors, block_rules, end_rules, made, only, setting
 from stdit.weights.families.record import Family, PipelineKind, Release
-from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads
+from stdit.weights.keymap import KeyMap, Rule, half_split_heads
 
-TITLE = "Allegro transformer"
-SETTINGS: dict[str, Any] = {**configs.PIXART_LIKE, "family": "allegro"}
-_OWN = ("text_padding", "rope_theta")
-_BLOCKS = r"transformer_blocks\.(\d+)\."
-_DIFFUSERS = configs.Fields(
+_SCALE = (2.2, 2.0, 2.0)  # of the release: frames, rows, columns
+
+
+def _ours(values: Settings, theirs: Settings, place: object) -> Settings:
+    if theirs["attention_head_dim"] % 6:
+        raise StditError(f"{place}: attention_head_dim {theirs['attention_head_dim']} is not a multiple of 6.")
+    scale, side = tuple(theirs[f"interpolation_scale_{axis}"] for axis in "thw"), theirs["patch_size"]
+    if None in scale:
+        raise StditError(f"{place}: interpolation_scale_t, _h and _w are {scale}; give numbers.")
+    return {**configs.width(theirs, place), "patch": (1, side, side), "rope_scale": tuple(map(float, scale))}
+
+
+_DIFFUSERS = ConfigJson(
     "AllegroTransformer3DModel",
     {
-        "num_layers": "layers",
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
-        "caption_channels": "text_dim",
-    },
-    {
-        "patch_size": 2,
-        "patch_size_t": 1,
-        "num_attention_heads": 24,
-        "attention_head_dim": 96,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 32,
-        "dropout": 0.0,
-        "cross_attention_dim": 2304,
-        "attention_bias": True,
+        **configs.PLAIN_BLOCKS,
+        **configs.width_keys(24, 96, 2304),
+        "num_layers": setting("layers", 32),
+        "in_channels": setting("in_channels", 4),
+        "out_channels": setting("out_channels", 4),
+        "caption_channels": setting("text_dim", 4096),
+        "patch_size": made(lambda config: config.patch[1], 2),
+        "patch_size_t": only(1),  # the reference embeds frame by frame
+        "dropout": only(0.0),
         "sample_height": 90,
         "sample_width": 160,
         "sample_frames": 22,
-        "activation_fn": "gelu-approximate",
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
-        "caption_channels": 4096,
-        "interpolation_scale_h": 2.0,
-        "interpolation_scale_w": 2.0,
-        "interpolation_scale_t": 2.2,
+        "interpolation_scale_t": made(lambda config: config.rope_scale[0], _SCALE[0]),
+        "interpolation_scale_h": made(lambda config: config.rope_scale[1], _SCALE[1]),
+        "interpolation_scale_w": made(lambda config: config.rope_scale[2], _SCALE[2]),
     },
-    {**configs.PLAIN_BLOCKS, "dropout": (0.0,), "patch_size_t": (1,)},  # the reference embeds frame by frame
+    own=("text_padding", "rope_theta"),
+    ours=_ours,
 )
 
 
-def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
-) -> TransformerConfig:
-    """From shapes alone: with the release's positions."""
-    if not found:
-        names = ("pos_embed.proj.weight", "proj_out.weight", "caption_projection.linear_1.weight")
-        values = configs.picture_from_shapes(shapes, place, TITLE, _BLOCKS, names, heads, {2304: 24})
-        values["rope_scale"] = tuple(_DIFFUSERS.defaults[f"interpolation_scale_{axis}"] for axis in "thw")
-        return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
-    values, theirs = _DIFFUSERS.read(found, _OWN, place)
-    values |= configs.checked_width(theirs, place)
-    if theirs["attention_head_dim"] % 6:
-        raise StditError(f"{place}: attention_head_dim {theirs['attention_head_dim']} is not a multiple of 6.")
-    if None in (scale := tuple(theirs[f"interpolation_scale_{axis}"] for axis in "thw")):
-        raise StditError(f"{place}: interpolation_scale_t, _h and _w are {scale}; give numbers.")
-    values |= {"patch": (1, theirs["patch_size"], theirs["patch_size"]), "rope_scale": tuple(map(float, scale))}
-    return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+def _bare(tensors: Tensors, kept: Settings) -> Settings:
+    """With the release's positions."""
+    return tensors.sizes(2, {2304: 24}) | {"rope_scale": _SCALE}
 
 
-def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """As AllegroTransformer3DModel.save_pretrained writes it."""
-    return _DIFFUSERS.write(
-        config,
-        _OWN,
-        **configs.head_fields(config),
-        patch_size=config.patch[1],
-        **{f"interpolation_scale_{axis}": scale for axis, scale in zip("thw", config.rope_scale)},
-    )
-
-
-config_to_original = config_to_diffusers
-
-
-def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]] | None:
-    """ComfyUI has no Allegro."""
-    return None if layout == "comfyui" else {**configs.pixart_built_in(config), "rope_theta": (10000.0,)}
-
-
-def dialect_of(names: Mapping[str, Shape]) -> str:
-    return "diffusers" if {"pos_embed.proj.weight", "adaln_single.linear.weight"} <= set(names) else ""
-
-
-def fits(shapes: Mapping[str, Shape]) -> bool:
-    """Allegro has as many output as input channels; PixArt, with the same names, has twice as many."""
-    head, patch = shapes.get("proj_out.weight", (0,)), shapes.get("pos_embed.proj.weight", (0, 0, 0, 0))
-    return head[0] == math.prod(patch[1:])
-
-
-def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
+def _keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     turned = half_split_heads(config.heads, config.head_dim, parts=3)
     return KeyMap(
         *configs.patch_rules(config),
@@ -117,16 +68,15 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
 
 FAMILY = Family(
     name="allegro",
-    title=TITLE,
-    classes=(_DIFFUSERS.class_name,),
-    settings=SETTINGS,
-    config_from=config_from,
-    config_to_original=config_to_original,
-    config_to_diffusers=config_to_diffusers,
-    dialect_of=dialect_of,
-    keymap=keymap,
-    built_in=built_in,
-    fits=fits,
+    title="Allegro transformer",
+    settings={**configs.PIXART_LIKE, "family": "allegro"},
+    configs={"diffusers": _DIFFUSERS},
+    marks={"diffusers": (r"pos_embed\.proj\.weight", r"adaln_single\.linear\.weight")},
+    fits=configs.as_many_out,
+    blocks=r"transformer_blocks\.(\d+)\.",
+    keymap=_keymap,
+    bare=_bare,
+    built_in=lambda config, layout: {**configs.pixart_built_in(config), "rope_theta": (10000.0,)},
     scheduler=lambda config: {"_class_name": "EulerAncestralDiscreteScheduler", **configs.LINEAR_BETAS},
     pipelines={"AllegroPipeline": PipelineKind(15, "1280x720x88", text=Treatment(512, "lower"))},
     releases=(

@@ -6,9 +6,9 @@ halves of a head, so rows of q and k and of their norms' weights are permuted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from stdit.diffusion.solvers import euler_config, unipc_config
@@ -16,128 +16,85 @@ from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.text.places import Treatment
 from stdit.vae.families.diffusers_vae import VaeTraits
-from stdit.weights.families import configs
-from stdit.weights.families.configs import block_rules, checked_transformer, needed
+from stdit.weights.families.configs import ConfigJson, Settings, Tensors, block_rules, made, only, setting
 from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads, output_order
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TITLE = "Cosmos-Predict transformer"
-_ORIGINAL_CLASS = "CosmosPredict"
-SETTINGS: dict[str, Any] = {
-    "family": "cosmos",
-    "cross_norm": "modulated",
-    "qk_norm": "per_head",
-    "qk_eps": 1e-5,
-    "bias": False,
-    "activation": "gelu",
-    "modulation": "low_rank",
-    "time_scale": 1.0,
-    "rotary": "axes_ntk",
-    "rope_fps": 24.0,
-    "blank_channels": 1,
-}
-_PREDICT25: dict[str, Any] = {"text_embedding": "gelu", "rope_fps": 0.0}  # recognised by its text projection
+_PREDICT25: Settings = {"text_embedding": "gelu", "rope_fps": 0.0}  # recognised by its text projection
 _OWN = ("text_padding", "rope_theta", "image_channels")
-_KEPT = (*_OWN, "heads", "patch", "in_channels", "rope_scale")  # written beside originals
-_BLOCKS = r"(?:transformer_blocks\.|blocks\.(?:block)?)(\d+)\."
 _MAX_SIZE = (128, 240, 240)
-_DIFFUSERS = configs.Fields(
-    "CosmosTransformer3DModel",
-    {
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
-        "num_layers": "layers",
-        "adaln_lora_dim": "modulation_rank",
-        "patch_size": "patch",
-        "rope_scale": "rope_scale",
-    },
-    {
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_attention_heads": 32,
-        "attention_head_dim": 128,
-        "num_layers": 28,
-        "mlp_ratio": 4.0,
-        "text_embed_dim": 1024,
-        "adaln_lora_dim": 256,
-        "max_size": _MAX_SIZE,
-        "patch_size": (1, 2, 2),
-        "rope_scale": (2.0, 1.0, 1.0),
-        "concat_padding_mask": True,
-        "extra_pos_embed_type": "learnable",
-        "use_crossattn_projection": False,
-        "crossattn_proj_in_channels": 1024,
-        "encoder_hidden_states_channels": 1024,
-        "controlnet_block_every_n": None,
-        "img_context_dim_in": None,
-        "img_context_num_tokens": 256,
-        "img_context_dim_out": 2048,
-    },
-    {
-        "extra_pos_embed_type": ("learnable", None),
-        "controlnet_block_every_n": (None,),
-        "img_context_dim_in": (None,),
-    },
-)
 
 
-def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
-) -> TransformerConfig:
-    if not found or found.get("_class_name") == _ORIGINAL_CLASS:
-        values = _values_from_shapes(shapes, configs.described(found, _KEPT, place), place)
-        return checked_transformer(SETTINGS | _network_time(values) | values, shapes, place, _BLOCKS)
-    values, theirs = _DIFFUSERS.read(found, _OWN, place)
-    dim, text = theirs["num_attention_heads"] * theirs["attention_head_dim"], theirs["text_embed_dim"]
-    values |= {"heads": theirs["num_attention_heads"], "dim": dim, "frequency_dim": dim}
-    values |= {"ffn_dim": int(dim * theirs["mlp_ratio"]), "rope_scale": tuple(map(float, theirs["rope_scale"]))}
-    values |= {"text_dim": text, "text_embedding": "none"}
+def _ours(values: Settings, theirs: Settings, place: object) -> Settings:
+    text, dim = theirs["text_embed_dim"], theirs["num_attention_heads"] * theirs["attention_head_dim"]
+    found = {
+        "heads": theirs["num_attention_heads"],
+        "dim": dim,
+        "frequency_dim": dim,
+        "ffn_dim": int(dim * theirs["mlp_ratio"]),
+        "rope_scale": tuple(map(float, theirs["rope_scale"])),
+        "text_dim": text,
+        "text_embedding": "none",
+        "blank_channels": int(theirs["concat_padding_mask"]),
+    }
     if theirs["use_crossattn_projection"]:
         if theirs["encoder_hidden_states_channels"] != text:
             raise StditError(f"{place}: encoder_hidden_states_channels is not text_embed_dim {text}.")
-        values |= {"text_dim": theirs["crossattn_proj_in_channels"], "text_width": text, **_PREDICT25}
+        found |= {"text_dim": theirs["crossattn_proj_in_channels"], "text_width": text, **_PREDICT25}
     if theirs["extra_pos_embed_type"] == "learnable":
         sizes = tuple(size // side for size, side in zip(theirs["max_size"], theirs["patch_size"]))
-        values |= {"position": "learned", "position_max": sizes}
-    values["blank_channels"] = int(theirs["concat_padding_mask"])
-    values.setdefault("image_channels", int(values["in_channels"] == values["out_channels"] + 1))  # a frame mask
-    return checked_transformer(SETTINGS | _network_time(values) | values, shapes, place, _BLOCKS)
+        found |= {"position": "learned", "position_max": sizes}
+    return found
 
 
-def _network_time(values: Mapping[str, Any]) -> dict[str, str]:
-    """1, the only one with learned positions, is an EDM denoiser; 2 and 2.5 are flows."""
-    return {"network_time": "log_sigma" if values.get("position") == "learned" else "level"}
+def _max_size(config: TransformerConfig) -> Shape:
+    learned = tuple(a * b for a, b in zip(config.position_max, config.patch))
+    return learned if config.position == "learned" else _MAX_SIZE
 
 
-def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """As CosmosTransformer3DModel.save_pretrained writes it."""
-    projected = config.text_embedding == "gelu"
-    learned = config.position == "learned"
-    largest = tuple(a * b for a, b in zip(config.position_max, config.patch)) if learned else _MAX_SIZE
-    return _DIFFUSERS.write(
-        config,
-        _OWN,
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        mlp_ratio=config.ffn_dim / config.dim,
-        text_embed_dim=config.context_dim,
-        use_crossattn_projection=projected,
-        crossattn_proj_in_channels=config.text_dim if projected else 1024,
-        encoder_hidden_states_channels=config.context_dim if projected else 1024,
-        extra_pos_embed_type="learnable" if learned else None,
-        max_size=largest,
-        concat_padding_mask=config.blank_channels == 1,
-    )
+_DIFFUSERS = ConfigJson(
+    "CosmosTransformer3DModel",
+    {
+        "in_channels": setting("in_channels", 16),
+        "out_channels": setting("out_channels", 16),
+        "num_attention_heads": made(attrgetter("heads"), 32),
+        "attention_head_dim": made(attrgetter("head_dim"), 128),
+        "num_layers": setting("layers", 28),
+        "mlp_ratio": made(lambda config: config.ffn_dim / config.dim, 4.0),
+        "text_embed_dim": made(attrgetter("context_dim"), 1024),
+        "adaln_lora_dim": setting("modulation_rank", 256),
+        "max_size": made(_max_size, _MAX_SIZE),
+        "patch_size": setting("patch", (1, 2, 2)),
+        "rope_scale": setting("rope_scale", (2.0, 1.0, 1.0)),
+        "concat_padding_mask": made(lambda config: config.blank_channels == 1, True),
+        "extra_pos_embed_type": only("learnable", None, write=lambda c: {"learned": "learnable"}.get(c.position)),
+        "use_crossattn_projection": made(lambda config: config.text_embedding == "gelu", False),
+        "crossattn_proj_in_channels": made(lambda c: c.text_dim if c.text_embedding == "gelu" else 1024, 1024),
+        "encoder_hidden_states_channels": made(lambda c: c.context_dim if c.text_embedding == "gelu" else 1024, 1024),
+        "controlnet_block_every_n": only(None),
+        "img_context_dim_in": only(None),
+        "img_context_num_tokens": 256,
+        "img_context_dim_out": 2048,
+    },
+    own=_OWN,
+    ours=_ours,
+)
 
 
-def config_to_original(config: TransformerConfig) -> dict[str, Any]:
-    return configs.describe(_ORIGINAL_CLASS, config, _KEPT)
+def _finish(values: Settings, shapes: Mapping[str, Shape], place: object) -> Settings:
+    """1, the only one with learned positions, is an EDM denoiser; 2 and 2.5 are flows. From video there is a mask of
+    known frames."""
+    return {
+        "network_time": "log_sigma" if values.get("position") == "learned" else "level",
+        "image_channels": int(values["in_channels"] == values["out_channels"] + 1),
+        **values,
+    }
 
 
-def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
+def _built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
     """ComfyUI knows the released sizes of 1 and 2 only."""
     if layout != "comfyui":
         return {"rope_theta": (10000.0,)} if layout == "diffusers" else {"qk_norm": ("per_head",)}
@@ -160,19 +117,12 @@ def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...
     }
 
 
-def dialect_of(names: Mapping[str, Shape]) -> str:
-    if "x_embedder.proj.1.weight" in names:
-        return "original"
-    return "diffusers" if {"patch_embed.proj.weight", "time_embed.norm.weight"} <= set(names) else ""
-
-
-def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
+def _keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     """Originals with learned positions have Cosmos-Predict1's names."""
     turned = half_split_heads(config.heads, config.head_dim)
     normed = half_split_heads(1, config.head_dim)
     order = output_order(config.patch, config.out_channels, "hwtc")
     text = Rule("text_embedding.0.{leaf}", "crossattn_proj.0.{leaf}")
-    branches = ("self_attn", "cross_attn", "mlp")
     if dialect == "diffusers":
         block = "transformer_blocks.{i}"
         return KeyMap(
@@ -192,53 +142,41 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
             Rule("head.low_rank.{j}.weight", "norm_out.linear_{j}.weight"),
             Rule("head.head.weight", "proj_out.weight", order),
         )
-    common = [
+    if config.position == "learned":
+        block, time, last = "blocks.block{i}.blocks", "affline_norm", "adaLN_modulation"
+        attentions = {"self": f"{block}.0.block.attn", "cross": f"{block}.1.block.attn"}
+        qkv, norm, out = "to_{p}.0", "to_{p}.1", "to_out.0"
+        low_rank = [f"{block}.{k}.adaLN_modulation" for k in range(3)]
+        layer = f"{block}.2.block.layer"
+    else:
+        block, time, last = "blocks.{i}", "t_embedding_norm", "adaln_modulation"
+        attentions = {"self": f"{block}.self_attn", "cross": f"{block}.cross_attn"}
+        qkv, norm, out = "{p}_proj", "{p}_norm", "output_proj"
+        low_rank = [f"{block}.adaln_modulation_{branch}" for branch in ("self_attn", "cross_attn", "mlp")]
+        layer = f"{block}.mlp.layer"
+    rules = [
+        Rule("blocks.{i}.self_attn.{p:q|k}.weight", f"{attentions['self']}.{qkv}.weight", turned),
+        Rule("blocks.{i}.self_attn.norm_{p:q|k}.weight", f"{attentions['self']}.{norm}.weight", normed),
+    ]
+    for ours, theirs in attentions.items():
+        rules += [
+            Rule(f"blocks.{{i}}.{ours}_attn.{{p:q|k|v}}.weight", f"{theirs}.{qkv}.weight"),
+            Rule(f"blocks.{{i}}.{ours}_attn.norm_{{p:q|k}}.weight", f"{theirs}.{norm}.weight"),
+            Rule(f"blocks.{{i}}.{ours}_attn.o.weight", f"{theirs}.{out}.weight"),
+        ]
+    return KeyMap(
+        *rules,
         Rule("patch_embedding.weight", "x_embedder.proj.1.weight"),
+        *(Rule(f"position.{our}", f"extra_pos_embedder.pos_emb_{its}") for our, its in _AXES),
+        Rule("time_embedding.0.weight", f"{time}.weight"),
         Rule("time_projection.0.weight", "t_embedder.1.linear_1.weight"),
         Rule("time_projection.2.weight", "t_embedder.1.linear_2.weight"),
-        Rule("head.head.weight", "final_layer.linear.weight", order),
         text,
-    ]
-    if config.position == "learned":
-        block = "blocks.block{i}.blocks"
-        rules = [
-            *(Rule(f"position.{our}", f"extra_pos_embedder.pos_emb_{its}") for our, its in _AXES),
-            Rule("time_embedding.0.weight", "affline_norm.weight"),
-            *(
-                Rule(f"blocks.{{i}}.low_rank.{k}.{{j}}.weight", f"{block}.{k}.adaLN_modulation.{{j}}.weight")
-                for k in range(3)
-            ),
-            Rule("blocks.{i}.self_attn.{p:q|k}.weight", f"{block}.0.block.attn.to_{{p}}.0.weight", turned),
-            Rule("blocks.{i}.self_attn.norm_{p:q|k}.weight", f"{block}.0.block.attn.to_{{p}}.1.weight", normed),
-        ]
-        for k, branch in enumerate(branches[:2]):
-            rules += [
-                Rule(f"blocks.{{i}}.{branch}.{{p:q|k|v}}.weight", f"{block}.{k}.block.attn.to_{{p}}.0.weight"),
-                Rule(f"blocks.{{i}}.{branch}.norm_{{p:q|k}}.weight", f"{block}.{k}.block.attn.to_{{p}}.1.weight"),
-                Rule(f"blocks.{{i}}.{branch}.o.weight", f"{block}.{k}.block.attn.to_out.0.weight"),
-            ]
-        layer, last = f"{block}.2.block.layer", "final_layer.adaLN_modulation"
-    else:
-        block = "blocks.{i}"
-        rules = [
-            Rule("time_embedding.0.weight", "t_embedding_norm.weight"),
-            *(
-                Rule(f"blocks.{{i}}.low_rank.{k}.{{j}}.weight", f"{block}.adaln_modulation_{branch}.{{j}}.weight")
-                for k, branch in enumerate(branches)
-            ),
-            Rule("blocks.{i}.self_attn.{p:q|k}.weight", f"{block}.self_attn.{{p}}_proj.weight", turned),
-            Rule("blocks.{i}.self_attn.norm_{p:q|k}.weight", f"{block}.self_attn.{{p}}_norm.weight", normed),
-            Rule("blocks.{i}.{a:self|cross}_attn.{p:q|k|v}.weight", f"{block}.{{a}}_attn.{{p}}_proj.weight"),
-            Rule("blocks.{i}.{a:self|cross}_attn.norm_{p:q|k}.weight", f"{block}.{{a}}_attn.{{p}}_norm.weight"),
-            Rule("blocks.{i}.{a:self|cross}_attn.o.weight", f"{block}.{{a}}_attn.output_proj.weight"),
-        ]
-        layer, last = f"{block}.mlp.layer", "final_layer.adaln_modulation"
-    return KeyMap(
-        *common,
-        *rules,
+        *(Rule(f"blocks.{{i}}.low_rank.{k}.{{j}}.weight", f"{name}.{{j}}.weight") for k, name in enumerate(low_rank)),
         Rule("blocks.{i}.ffn.0.weight", f"{layer}1.weight"),
         Rule("blocks.{i}.ffn.2.weight", f"{layer}2.weight"),
-        Rule("head.low_rank.{j}.weight", f"{last}.{{j}}.weight"),
+        Rule("head.low_rank.{j}.weight", f"final_layer.{last}.{{j}}.weight"),
+        Rule("head.head.weight", "final_layer.linear.weight", order),
         ignored=("logvar.{rest}", "accum_{rest}", "pos_embedder.{rest}", "{rest}._extra_state"),
         computed={f"pos_embedder.{name}": make for name, make in _rotary_buffers(config).items()},
     )
@@ -257,71 +195,48 @@ def _rotary_buffers(config: TransformerConfig) -> dict[str, Callable[[], Tensor]
     def exponents(size: int) -> Tensor:
         return torch.arange(0, size, 2).float() / size
 
-    made: dict[str, Callable[[], Tensor]] = {"seq": lambda: torch.arange(max(sizes), dtype=torch.float32)}
+    buffers: dict[str, Callable[[], Tensor]] = {"seq": lambda: torch.arange(max(sizes), dtype=torch.float32)}
     if not learned:
-        made |= {"dim_spatial_range": lambda: exponents(space), "dim_temporal_range": lambda: exponents(time)}
-    return made
+        buffers |= {"dim_spatial_range": lambda: exponents(space), "dim_temporal_range": lambda: exponents(time)}
+    return buffers
 
 
 _AXES = (("frame", "t"), ("row", "h"), ("column", "w"))
 
 
-def _values_from_shapes(shapes: Mapping[str, Shape], known: Mapping[str, Any], place: object) -> dict[str, Any]:
+def _bare(tensors: Tensors, kept: Settings) -> Settings:
     """Patches are (1, 2, 2), rope_scale is each release's."""
-    first = (
-        "blocks.block0.blocks.{}.block.attn.to_{}"
-        if "blocks.block0.blocks.0.block.attn.to_q.0.weight" in shapes
-        else ""
-    )
-    names = {
-        "norm": f"{first.format(0, 'q')}.1.weight" if first else "blocks.0.self_attn.q_norm.weight",
-        "context": f"{first.format(1, 'k')}.0.weight" if first else "blocks.0.cross_attn.k_proj.weight",
-        "mlp": "blocks.block0.blocks.2.block.layer1.weight" if first else "blocks.0.mlp.layer1.weight",
-        "rank": "blocks.block0.blocks.0.adaLN_modulation.1.weight"
-        if first
-        else "blocks.0.adaln_modulation_mlp.1.weight",
-    }
-    dim, features = needed(shapes, "x_embedder.proj.1.weight", 2, place, TITLE)
-    patch = tuple(known.get("patch", (1, 2, 2)))
-    channels = features // math.prod(patch)
-    values: dict[str, Any] = {
-        "dim": dim,
+    dim = tensors.ours("patch_embedding.weight")[0]
+    heads = dim // tensors.ours("blocks.0.self_attn.norm_q.weight", 1)[0]
+    values = tensors.sizes(0, {dim: heads}, tuple(kept.get("patch", (1, 2, 2))))
+    channels = values["in_channels"]  # with the padding mask
+    values |= {
+        "heads": heads,
         "frequency_dim": dim,
-        "heads": dim // needed(shapes, names["norm"], 1, place, TITLE)[0],
-        "layers": configs.count(shapes, _BLOCKS),
-        "ffn_dim": needed(shapes, names["mlp"], 2, place, TITLE)[0],
-        "modulation_rank": needed(shapes, names["rank"], 2, place, TITLE)[0],
-        "patch": patch,
-        "in_channels": channels - 1,
-        "out_channels": needed(shapes, "final_layer.linear.weight", 2, place, TITLE)[0] // math.prod(patch),
-        "text_dim": needed(shapes, names["context"], 2, place, TITLE)[1],
+        "modulation_rank": tensors.ours("blocks.0.low_rank.0.1.weight")[0],
+        "in_channels": kept.get("in_channels", channels - 1),
+        "blank_channels": channels - kept.get("in_channels", channels - 1),
         "text_embedding": "none",
     }
-    if projection := shapes.get("crossattn_proj.0.weight"):
-        values |= {"text_dim": projection[1], "text_width": projection[0], **_PREDICT25}
-    if first:
-        sizes = tuple(shapes.get(f"extra_pos_embedder.pos_emb_{axis}", (0,))[0] for axis in "thw")
-        values |= {"position": "learned", "position_max": sizes}
+    projected = tensors.find("text_embedding.0.weight")
+    if projected:
+        values |= {"text_width": tensors.ours("text_embedding.0.weight")[0], **_PREDICT25}
+    if "block0" in tensors.keymap.foreign("blocks.0.ffn.0.weight") or tensors.find("position.frame"):
+        values |= {"position": "learned"}
+        values["position_max"] = tuple(tensors.ours(f"position.{axis}")[0] for axis in ("frame", "row", "column"))
         values["rope_scale"] = (2.0, 2.0, 2.0) if dim == 5120 else (2.0, 1.0, 1.0)
     elif values["in_channels"] == values["out_channels"]:
         values["rope_scale"] = (1.0, 4.0, 4.0)
     else:
-        large = dim == 5120 and not projection
-        values["rope_scale"] = (20 / 24, 2.0, 2.0) if large else (1.0, 3.0, 3.0)
-    values["image_channels"] = int(values["in_channels"] == values["out_channels"] + 1)
-    blank = channels - known.get("in_channels", channels - 1)
-    return values | dict(known) | {"blank_channels": blank, "in_channels": channels - blank}
+        values["rope_scale"] = (20 / 24, 2.0, 2.0) if dim == 5120 and not projected else (1.0, 3.0, 3.0)
+    return values
 
 
 def _scheduler(config: TransformerConfig) -> dict[str, Any]:
     if config.network_time == "log_sigma":  # 1
         sigmas = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "final_sigmas_type": "sigma_min"}
-        return {
-            "_class_name": "EDMEulerScheduler",
-            **sigmas,
-            "_pipeline": "CosmosTextToWorldPipeline",
-            "_caller": "plain",
-        }
+        edm = {"_class_name": "EDMEulerScheduler", "_pipeline": "CosmosTextToWorldPipeline", "_caller": "plain"}
+        return {**edm, **sigmas}
     if config.text_embedding == "gelu":  # 2.5
         karras = {"use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}
         return {**unipc_config(), **karras, "_pipeline": "Cosmos2_5_PredictBasePipeline", "_caller": "cosmos2.5"}
@@ -335,15 +250,34 @@ _2 = PipelineKind(16, "1280x704x93", text=Treatment(512, "none"), caller="cosmos
 
 FAMILY = Family(
     name="cosmos",
-    title=TITLE,
-    classes=(_DIFFUSERS.class_name, _ORIGINAL_CLASS),
-    settings=SETTINGS,
-    config_from=config_from,
-    config_to_original=config_to_original,
-    config_to_diffusers=config_to_diffusers,
-    dialect_of=dialect_of,
-    keymap=keymap,
-    built_in=built_in,
+    title="Cosmos-Predict transformer",
+    settings={
+        "family": "cosmos",
+        "cross_norm": "modulated",
+        "qk_norm": "per_head",
+        "qk_eps": 1e-5,
+        "bias": False,
+        "activation": "gelu",
+        "modulation": "low_rank",
+        "time_scale": 1.0,
+        "rotary": "axes_ntk",
+        "rope_fps": 24.0,
+        "blank_channels": 1,
+    },
+    configs={
+        "diffusers": _DIFFUSERS,
+        "original": ConfigJson("CosmosPredict", own=(*_OWN, "heads", "patch", "in_channels", "rope_scale"), bare=True),
+    },
+    marks={
+        "original": (r"x_embedder\.proj\.1\.weight",),
+        "diffusers": (r"patch_embed\.proj\.weight", r"time_embed\.norm\.weight"),
+    },
+    blocks=r"(?:transformer_blocks\.|blocks\.(?:block)?)(\d+)\.",
+    keymap=_keymap,
+    bare=_bare,
+    finish=_finish,
+    comfyui=True,
+    built_in=_built_in,
     scheduler=_scheduler,
     pipelines={
         "CosmosTextToWorldPipeline": replace(_2, fps=30, shape="1280x704x121", caller="plain"),

@@ -7,7 +7,7 @@ reads, which add a prefix and hold the VAE too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,130 +17,91 @@ from stdit.models.config import TransformerConfig
 from stdit.text.places import Treatment
 from stdit.vae.families.diffusers_vae import VaeTraits
 from stdit.weights.families import configs
-from stdit.weights.families.configs import Fields, block_rules, checked_transformer, end_rules, needed
+from stdit.weights.families.configs import ConfigJson, Settings, Tensors, block_rules, end_rules, made, only, setting
 from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape, output_order
 
-TITLE = "LTX-Video transformer"
-SETTINGS: dict[str, Any] = {
-    "family": "ltx",
-    "norm": "rms",
-    "cross_norm": "none",
-    "qk_eps": 1e-5,
-    "text_padding": 0,
-    "rotary": "inner",
-    "rope_scale": (20.0, 2048.0, 2048.0),
-    "rope_stride": (8, 32, 32),
-    "rope_fps": 25.0,
-}
-_OWN = ("patch", "rotary", "rope_scale", "rope_stride", "rope_fps", "rope_theta", "text_padding")
-_BLOCKS = r"transformer_blocks\.(\d+)\."
+
+def _sized(patch: Shape, rotary: str, theirs: Settings, place: object) -> Settings:
+    found = {**configs.width(theirs, place), "patch": tuple(patch), "rotary": rotary}
+    volume = math.prod(patch)
+    for name in ("in_channels", "out_channels"):  # theirs count a whole patch
+        if theirs[name] % volume:
+            raise StditError(f"{place}: {name} {theirs[name]} is not a multiple of the {volume} latents of a patch.")
+        found[name] = theirs[name] // volume
+    return found
+
+
+def _from_diffusers(values: Settings, theirs: Settings, place: object) -> Settings:
+    patch = (theirs["patch_size_t"], theirs["patch_size"], theirs["patch_size"])
+    causal = theirs.get("_pipeline") == "LTXConditionPipeline"  # which gives the transformer its positions
+    return _sized(patch, values.get("rotary", "inner_causal" if causal else "inner"), theirs, place)
+
+
+def _from_original(values: Settings, theirs: Settings, place: object) -> Settings:
+    rotary = "inner_causal" if theirs["causal_temporal_positioning"] else "inner"
+    return _sized(values.get("patch", (1, 1, 1)), values.get("rotary", rotary), theirs, place)
+
+
 _COMMON = {
-    "num_attention_heads": 32,
-    "attention_head_dim": 64,
-    "in_channels": 128,
-    "out_channels": 128,
-    "num_layers": 28,
-    "cross_attention_dim": 2048,
-    "caption_channels": 4096,
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
+    **configs.PLAIN_BLOCKS,
+    **configs.width_keys(32, 64, 2048),
+    "num_layers": setting("layers", 28),
+    "caption_channels": setting("text_dim", 4096),
+    "in_channels": made(lambda config: config.in_channels * config.patch_volume, 128),
+    "out_channels": made(lambda config: config.out_channels * config.patch_volume, 128),
 }
-_NAMES = {"num_layers": "layers", "caption_channels": "text_dim"}
-_DIFFUSERS = Fields(
+_DIFFUSERS = ConfigJson(
     "LTXVideoTransformer3DModel",
-    _NAMES,
-    {**_COMMON, "patch_size": 1, "patch_size_t": 1, "qk_norm": "rms_norm_across_heads", "attention_out_bias": True},
-    {**configs.PLAIN_BLOCKS, "qk_norm": ("rms_norm_across_heads",), "attention_out_bias": (True,)},
-)
-_ORIGINAL = Fields(
-    "Transformer3DModel",
-    _NAMES | {"positional_embedding_theta": "rope_theta", "positional_embedding_max_pos": "rope_scale"},
     {
         **_COMMON,
-        "qk_norm": "rms_norm",
-        "standardization_norm": "rms_norm",
-        "adaptive_norm": "single_scale_shift",
-        "positional_embedding_type": "rope",
-        "positional_embedding_theta": 10000.0,
-        "positional_embedding_max_pos": [20.0, 2048.0, 2048.0],
-        "timestep_scale_multiplier": 1000.0,
-        "causal_temporal_positioning": False,
+        "patch_size": made(lambda config: config.patch[1], 1),
+        "patch_size_t": made(lambda config: config.patch[0], 1),
+        "qk_norm": only("rms_norm_across_heads"),
+        "attention_out_bias": only(True),
+    },
+    own=("patch", "rotary", "rope_scale", "rope_stride", "rope_fps", "rope_theta", "text_padding"),
+    ours=_from_diffusers,
+)
+_ORIGINAL = ConfigJson(
+    "Transformer3DModel",
+    {
+        **_COMMON,
+        "positional_embedding_type": only("rope"),
+        "positional_embedding_theta": setting("rope_theta", 10000.0),
+        "positional_embedding_max_pos": setting("rope_scale", [20.0, 2048.0, 2048.0]),
+        "timestep_scale_multiplier": only(1000, default=1000.0),
+        "causal_temporal_positioning": made(lambda config: config.rotary == "inner_causal", False),
+        "qk_norm": only("rms_norm"),
+        "standardization_norm": only("rms_norm"),
+        "adaptive_norm": only("single_scale_shift"),
         # leftovers of the class that it was adapted from
-        "attention_type": "default",
-        "double_self_attention": False,
-        "dropout": 0.0,
+        "attention_type": only("default"),
+        "double_self_attention": only(False),
+        "only_cross_attention": only(False),
+        "dropout": only(0.0),
         "norm_num_groups": 32,
         "num_embeds_ada_norm": 1000,
         "num_vector_embeds": None,
-        "only_cross_attention": False,
         "project_to_2d_pos": True,
         "upcast_attention": False,
         "use_linear_projection": False,
         "use_tpu_flash_attention": False,
         "use_chipmunk_attention": False,
     },
-    {
-        **configs.PLAIN_BLOCKS,
-        "qk_norm": ("rms_norm",),
-        "standardization_norm": ("rms_norm",),
-        "adaptive_norm": ("single_scale_shift",),
-        "positional_embedding_type": ("rope",),
-        "timestep_scale_multiplier": (1000,),
-        "attention_type": ("default",),
-        "double_self_attention": (False,),
-        "only_cross_attention": (False,),
-        "dropout": (0.0,),
-    },
+    own=_DIFFUSERS.own,
+    ours=_from_original,
 )
 
 
-def config_from(
-    found: Mapping[str, Any], shapes: Mapping[str, Shape], place: object = "config.json", heads: int | None = None
-) -> TransformerConfig:
-    if sounds := [name for name in shapes if ".audio_" in name or name.startswith("audio_")]:
-        raise StditError(f"{place}: {sounds[0]} is of LTX-2, which has a second kind of tokens and is not supported.")
-    if not found:
-        return checked_transformer(SETTINGS | _values_from_shapes(shapes, place, heads), shapes, place, _BLOCKS)
-    original = found.get("_class_name") == _ORIGINAL.class_name or "positional_embedding_type" in found
-    values, theirs = (_ORIGINAL if original else _DIFFUSERS).read(found, _OWN, place)
-    if original:
-        values.setdefault("rotary", "inner_causal" if theirs["causal_temporal_positioning"] else "inner")
-        values.setdefault("patch", (1, 1, 1))
-    else:
-        values["patch"] = (theirs["patch_size_t"], theirs["patch_size"], theirs["patch_size"])
-        if found.get("_pipeline") == "LTXConditionPipeline":  # this pipeline gives the transformer its positions
-            values.setdefault("rotary", "inner_causal")
-    values |= configs.checked_width(theirs, place)
-    volume = values["patch"][0] * values["patch"][1] * values["patch"][2]
-    for name in ("in_channels", "out_channels"):  # theirs count a whole patch
-        if theirs[name] % volume:
-            raise StditError(f"{place}: {name} {theirs[name]} is not a multiple of the {volume} latents of a patch.")
-        values[name] = theirs[name] // volume
-    return checked_transformer(SETTINGS | values, shapes, place, _BLOCKS)
+def _bare(tensors: Tensors, kept: Settings) -> Settings:
+    """The releases have 32 heads and patches of one latent. Frame positions are a causal VAE's in every 13B, and in 2B
+    from 0.9.5 on, whose files say so."""
+    values = tensors.sizes(0, {2048: 32, 4096: 32})
+    return {**values, "rotary": "inner_causal" if values["dim"] == 4096 else "inner"}
 
 
-def config_to_diffusers(config: TransformerConfig) -> dict[str, Any]:
-    """As LTXVideoTransformer3DModel.save_pretrained writes it, with our own values under "_stdit"."""
-    return _DIFFUSERS.write(config, _OWN, **_sizes(config), patch_size=config.patch[1], patch_size_t=config.patch[0])
-
-
-def config_to_original(config: TransformerConfig) -> dict[str, Any]:
-    """As the original release has it in transformer/config.json."""
-    causal = config.rotary == "inner_causal"
-    return _ORIGINAL.write(config, _OWN, **_sizes(config), causal_temporal_positioning=causal)
-
-
-def dialect_of(names: Mapping[str, Shape]) -> str:
-    for dialect, first in (("original", "patchify_proj"), ("diffusers", "proj_in")):
-        if f"{first}.weight" in names and "caption_projection.linear_1.weight" in names:
-            return dialect
-    return ""
-
-
-def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
+def _keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     original = dialect == "original"
     order = output_order(config.patch, config.out_channels, "cthw")
     return KeyMap(
@@ -151,8 +112,8 @@ def keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     )
 
 
-def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
-    """ComfyUI reads the other settings from `metadata`."""
+def _built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...]]:
+    """ComfyUI reads the other settings from `_metadata`."""
     fixed: dict[str, tuple[Any, ...]] = {"rope_stride": ((8, 32, 32),), "rope_fps": (25.0,)}
     if layout == "diffusers":
         return {**fixed, "rope_theta": (10000.0,), "rope_scale": ((20.0, 2048.0, 2048.0),)}
@@ -161,35 +122,11 @@ def built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ...
     return {**fixed, "patch": ((1, 1, 1),), "in_channels": (128,), "out_channels": (128,)}
 
 
-def metadata(config: TransformerConfig) -> dict[str, str]:
+def _metadata(config: TransformerConfig) -> dict[str, str]:
     """As in the releases' single files from 0.9.5 on. Only there ComfyUI finds the number of heads and whether frame
     positions are a causal VAE's (causal_temporal_positioning)."""
-    described = {name: value for name, value in config_to_original(config).items() if name != "_stdit"}
+    described = {name: value for name, value in _ORIGINAL.write(config).items() if name != "_stdit"}
     return {"config": json.dumps({"transformer": described}, sort_keys=True)}
-
-
-def _sizes(config: TransformerConfig) -> dict[str, Any]:
-    return {
-        **configs.head_fields(config),
-        "in_channels": config.in_channels * config.patch_volume,
-        "out_channels": config.out_channels * config.patch_volume,
-    }
-
-
-def _values_from_shapes(shapes: Mapping[str, Shape], place: object, heads: int | None) -> dict[str, Any]:
-    """The releases have 32 heads and patches of one latent. Frame positions are a causal VAE's in every 13B, and in 2B
-    from 0.9.5 on, whose files say so."""
-    first = "patchify_proj" if dialect_of(shapes) == "original" else "proj_in"
-    dim, channels = needed(shapes, f"{first}.weight", 2, place, TITLE)
-    return {
-        **configs.width(*configs.checked_heads(heads, dim, {2048: 32, 4096: 32}, place, TITLE)),
-        "rotary": "inner_causal" if dim == 4096 else "inner",
-        "layers": configs.count(shapes, _BLOCKS),
-        "in_channels": channels,
-        "out_channels": needed(shapes, "proj_out.weight", 2, place, TITLE)[0],
-        "patch": (1, 1, 1),
-        "text_dim": needed(shapes, "caption_projection.linear_1.weight", 2, place, TITLE)[1],
-    }
 
 
 def _scheduler(config: TransformerConfig) -> dict[str, Any]:
@@ -198,21 +135,32 @@ def _scheduler(config: TransformerConfig) -> dict[str, Any]:
     return {**euler_config(), **shifts, **dynamic, "_pipeline": "LTXPipeline", "_caller": "ltx"}
 
 
+_TEXT = r"caption_projection\.linear_1\.weight"
 _VAE = "LTX-Video's (128 channels, 8×32×32)"
 _PIPELINE = PipelineKind(25, "704x512x161", text=Treatment(128, "none", sees_padding=True), caller="ltx")
 
 FAMILY = Family(
     name="ltx",
-    title=TITLE,
-    classes=(_DIFFUSERS.class_name, _ORIGINAL.class_name),
-    settings=SETTINGS,
-    config_from=config_from,
-    config_to_original=config_to_original,
-    config_to_diffusers=config_to_diffusers,
-    dialect_of=dialect_of,
-    keymap=keymap,
-    built_in=built_in,
-    metadata=metadata,
+    title="LTX-Video transformer",
+    settings={
+        "family": "ltx",
+        "norm": "rms",
+        "cross_norm": "none",
+        "qk_eps": 1e-5,
+        "text_padding": 0,
+        "rotary": "inner",
+        "rope_scale": (20.0, 2048.0, 2048.0),
+        "rope_stride": (8, 32, 32),
+        "rope_fps": 25.0,
+    },
+    configs={"diffusers": _DIFFUSERS, "original": _ORIGINAL},
+    marks={"original": (r"patchify_proj\.weight", _TEXT), "diffusers": (r"proj_in\.weight", _TEXT)},
+    blocks=r"transformer_blocks\.(\d+)\.",
+    keymap=_keymap,
+    bare=_bare,
+    comfyui=True,
+    built_in=_built_in,
+    metadata=_metadata,
     scheduler=_scheduler,
     pipelines={
         "LTXPipeline": _PIPELINE,

@@ -48,7 +48,4 @@ def _fits(found: LoraFile, family: Family, dialect: str) -> bool:
     """Whether a small model of the family, with as many layers as the file names, has all of the file's names."""
     numbers = re.findall(r"blocks?[._]?(\d{1,3})(?=[._])", "\n".join(found.modules))
     layers = max(map(int, numbers), default=0) + 1
-    sizes = {"dim": 12, "heads": 1, "ffn_dim": 4, "text_dim": 4, "frequency_dim": 12, "in_channels": 1}
-    sizes |= {"layers": layers, "out_channels": 1, "position_base": 1}
-    configs = [TransformerConfig(**{**sizes, **family.settings, **variant}) for variant in family.variants]
-    return any(len(found.resolve(table_of(config, dialect))) == len(found.modules) for config in configs)
+    return any(len(found.resolve(table_of(config, dialect))) == len(found.modules) for config in family.samples(layers))

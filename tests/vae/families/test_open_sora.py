@@ -52,10 +52,10 @@ def test_draws_are_the_generators(vaes):
 
 def test_the_release_lacks_no_tensor_and_has_none_too_many():
     shapes = shapes_of(kept()["vae.released"])
-    config = open_sora_vae.config_from({"micro_frame_size": None, "cal_loss": True}, shapes)
+    config = open_sora_vae.FAMILY.config_from({"micro_frame_size": None, "cal_loss": True}, shapes)
     assert config == OpenSoraConfig() and config.stride == (4, 8, 8) and config.stride.group == 17
     ours = on_meta(config)
-    assert not open_sora_vae.keymap(config, "original").table(our_shapes(ours)).differences(shapes)
+    assert not open_sora_vae.FAMILY.keymap(config, "original").table(our_shapes(ours)).differences(shapes)
     assert sum(parameter.numel() for parameter in ours.parameters()) == int(kept()["vae.parameters"])
 
 

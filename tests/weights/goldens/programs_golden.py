@@ -58,9 +58,9 @@ def model_of(name: str) -> STDiT:
     """The model with weights that its tensors' names make."""
     settings: dict[str, Any] = {}
     if name.startswith("LTX"):
-        settings = {**ltx.SETTINGS, "patch": (1, 1, 1), "out_channels": 128}
+        settings = {**ltx.FAMILY.settings, "patch": (1, 1, 1), "out_channels": 128}
     elif name.startswith("PixArt"):
-        settings = {**pixart.SETTINGS, "position_base": 32, "out_channels": 8}
+        settings = {**pixart.FAMILY.settings, "position_base": 32, "out_channels": 8}
     config = TransformerConfig(**{**settings, **MODELS[name]})
     model = STDiT(config)
     model.load_state_dict(weights({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}))
