@@ -13,6 +13,7 @@ import stdit
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights import io
+from stdit.weights.families import pixart
 from stdit.weights.sources import find
 
 
@@ -103,3 +104,15 @@ def test_a_second_load_is_of_the_file_and_not_of_what_became_of_the_first(tmp_pa
             parameter += 1  # in a private memory map of the file
     again = io.load(source).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
+
+
+def test_fused_weights_of_mixed_dtypes_are_saved_in_the_wider_one(tmp_path):
+    """PixArt's original has q, k and v in one tensor."""
+    sizes = dict(dim=24, heads=2, layers=2, ffn_dim=96, text_dim=8, in_channels=4, out_channels=4, position_base=8)
+    model = STDiT(TransformerConfig(**sizes, **pixart.FAMILY.settings)).bfloat16()
+    model.blocks[0].self_attn.q.float()
+    stdit.save_transformer(model, tmp_path, "original")
+    found = stdit.load_transformer(tmp_path).state_dict()
+    assert found["blocks.0.self_attn.v.weight"].dtype == torch.float32
+    assert found["blocks.1.self_attn.v.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in model.state_dict().items())

@@ -90,6 +90,7 @@ def test_headers_that_lie_take_no_memory(file):
         ({"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 24]}, "first is F32 of shape .* does not fit"),
         ({"dtype": "F32", "shape": [-2, 3], "data_offsets": [0, 24]}, "entry of first is damaged"),
         ({"dtype": "F32", "shape": [2, 3], "data_offsets": [0]}, "entry of first is damaged"),
+        ({"dtype": "F32", "shape": [2.0, 3], "data_offsets": [0, 24]}, "entry of first is damaged"),
         ({"dtype": "F32", "shape": [2, 3]}, "entry of first is damaged"),
         ({"dtype": "F31", "shape": [2, 3], "data_offsets": [0, 24]}, "first has the dtype 'F31'"),
         ({"dtype": "F32", "shape": [2, 3], "data_offsets": [8, 32]}, "overlap"),
