@@ -28,7 +28,7 @@ from stdit.vae.families.open_sora import AnyVAE
 from stdit.weights.expert_folders import EXPERT_NAMES, boundary_of, expert_folders, expert_places
 from stdit.weights.families import family_of, on_meta, table_of
 from stdit.weights.keymap import Read
-from stdit.weights.layouts import check_layout, describe, dialect_in
+from stdit.weights.layouts import check_layout, dialect_in
 from stdit.weights.quantised import is_quantised
 from stdit.weights.sources import PREFIXES, Source, find, other_vae
 from stdit.weights.tensor_files import write_tensors
@@ -195,13 +195,13 @@ def _write(config: Any, like: Mapping[str, Tensor], read: Read, folder: Path, la
 
     like: native tensors of its shapes and dtypes, which may be on the meta device. read: returns a native tensor.
     """
-    dialect = dialect_in(layout)
+    family, dialect = family_of(config), dialect_in(layout)
     check_layout(config, layout)
     table = table_of(config, dialect)
-    described = describe(config, layout)
+    described = family.written(config, dialect)
     metadata = {"format": "pt", "stdit_config": json.dumps(described, sort_keys=True)}
     if dialect == "original":
-        metadata |= family_of(config).metadata(config)
+        metadata |= family.metadata(config)
     stem, prefix = _STEM, ""
     if dialect == "original" and isinstance(config, VaeConfig):
         stem = _VAE_STEMS[config.residual]

@@ -19,11 +19,6 @@ def dialect_in(layout: str) -> str:
     return "diffusers" if layout == "diffusers" else "original"
 
 
-def describe(config: Any, layout: str) -> dict[str, Any]:
-    """The config.json of a config in a layout."""
-    return family_of(config).written(config, dialect_in(layout))
-
-
 def check_layout(config: Any, layout: str) -> None:
     """Raises StditError if a model of this config, written in `layout`, would be read as another network.
 
@@ -48,7 +43,7 @@ def check_layout(config: Any, layout: str) -> None:
     keymap = family.keymap(config, dialect)
     unplaced = keymap.unplaced(native)
     shapes = keymap.table({name: shape for name, shape in native.items() if name not in unplaced}).foreign_shapes
-    written = [describe(config, layout)]
+    written = [family.written(config, dialect)]
     if layout == "comfyui":  # reads the file's metadata, no config.json
         written.append(json.loads(family.metadata(config).get("config", "{}")).get("transformer", {}))
     for found in written:
