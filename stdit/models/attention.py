@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stdit.errors import StditError
-from stdit.models.operators import operator
+from stdit.models.operators import Opaque, operator
 from stdit.models.packing import Segments
 from stdit.models.positions import wide_dtype
 from stdit.models.varlen import BACKWARD, FORWARD, Call, Grads, add_extra_key_grads, merge_extra_keys
@@ -121,13 +121,14 @@ def _chosen(arguments: tuple[Any, ...]) -> tuple[Call, str]:
 
 _attention, _eager_attention = operator(
     "segment_attention",
-    schemas=(
+    forward=Opaque(
+        _forward,
         f"({CALL}) -> (Tensor, Tensor)",
-        f"(Tensor grad, Tensor out, Tensor lse, {CALL}) -> (Tensor, Tensor, Tensor)",
-    ),
-    functions=(_forward, _backward),
-    fakes=(
         lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide_dtype(q))),
+    ),
+    derivative=Opaque(
+        _backward,
+        f"(Tensor grad, Tensor out, Tensor lse, {CALL}) -> (Tensor, Tensor, Tensor)",
         lambda grad, out, lse, *call: tuple(x.new_empty(x.shape) for x in call[:3]),
     ),
     saved=lambda inputs, output: ([*output, *inputs[:-1]], [inputs[-1]]),

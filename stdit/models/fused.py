@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stdit.models.operators import operator
+from stdit.models.operators import Opaque, operator
 from stdit.models.packing import LevelIndex
 from stdit.models.positions import apply_rotary, wide_dtype
 
@@ -108,14 +108,15 @@ def _norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _modulated_norm, _eager_modulated_norm = operator(
     "modulated_norm",
-    schemas=(
+    forward=Opaque(
+        _norm_forward,
         f"(Tensor x, Tensor shift, Tensor scale, float eps, bool rms, {INDEX}) -> (Tensor, Tensor, Tensor)",
+        _norm_fake,
+    ),
+    derivative=Opaque(
+        _norm_backward,
         f"(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor scale, {INDEX}, bool rms)"
         " -> (Tensor, Tensor, Tensor)",
-    ),
-    functions=(_norm_forward, _norm_backward),
-    fakes=(
-        _norm_fake,
         lambda grad, x, mean, rstd, scale, *_: (torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)),
     ),
     saved=_norm_saved,
@@ -146,13 +147,12 @@ def _residual_backward(grad: Tensor, y: Tensor, gate: Tensor, *parts: Tensor) ->
 
 _gated_residual, _eager_gated_residual = operator(
     "gated_residual",
-    schemas=(
-        f"(Tensor x, Tensor y, Tensor gate, {INDEX}) -> Tensor",
-        f"(Tensor grad, Tensor y, Tensor gate, {INDEX}) -> (Tensor, Tensor)",
+    forward=Opaque(
+        _residual_forward, f"(Tensor x, Tensor y, Tensor gate, {INDEX}) -> Tensor", lambda x, *_: torch.empty_like(x)
     ),
-    functions=(_residual_forward, _residual_backward),
-    fakes=(
-        lambda x, *_: torch.empty_like(x),
+    derivative=Opaque(
+        _residual_backward,
+        f"(Tensor grad, Tensor y, Tensor gate, {INDEX}) -> (Tensor, Tensor)",
         lambda grad, y, gate, *_: (torch.empty_like(y), torch.empty_like(gate)),
     ),
     saved=lambda inputs, output: (inputs[1:], []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,24 @@ from torch import Tensor
 from torch.library import custom_op
 
 
+@dataclass(frozen=True)
+class Opaque:
+    """A function, its schema as torch writes it, and a fake of it: uninitialised results of the right shapes."""
+
+    run: Callable
+    schema: str
+    fake: Callable
+
+    def register(self, name: str) -> Any:
+        found = custom_op(f"stdit::{name}", self.run, mutates_args=(), schema=self.schema)
+        found.register_fake(self.fake)
+        return found
+
+
 def operator(
     name: str,
-    schemas: tuple[str, str],
-    functions: tuple[Callable, Callable],
-    fakes: tuple[Callable, Callable],
+    forward: Opaque,
+    derivative: Opaque,
     saved: Callable[[tuple, Any], tuple[Sequence[Tensor], Sequence[Any]]],
     residual: bool = False,
 ) -> tuple[Any, Callable]:
@@ -23,10 +37,8 @@ def operator(
 
     The latter saves a tenth of a millisecond per call. Differentiable once, in its first output.
 
-    schemas, functions, fakes: of the operator and of its derivative. Schemas are written as torch does; fakes return
-        uninitialised results of the right shapes.
-    saved: (inputs, output) to the tensors and then the other values that the derivative takes after the gradient. It
-        returns the gradients of the first inputs.
+    derivative: takes the gradient and what was saved; returns the gradients of the first inputs.
+    saved: (inputs, output) to the tensors, and then the other values, that the derivative takes.
     residual: the first input is added to the rest, so its gradient is that of the output.
     """
 
@@ -44,17 +56,14 @@ def operator(
         found = (grad, *found) if residual else found
         return (*found, *(None,) * (ctx.inputs - len(found)))
 
-    whole, derivative = (
-        custom_op(f"stdit::{name}{suffix}", function, mutates_args=(), schema=schema)
-        for suffix, function, schema in zip(("", "_backward"), functions, schemas)
-    )
-    whole.register_fake(fakes[0])
-    derivative.register_fake(fakes[1])
-    whole.register_autograd(partial(gradients, derivative), setup_context=save)
+    opaque_gradients = partial(gradients, derivative.register(f"{name}_backward"))
+    compiled = forward.register(name)
+    compiled.register_autograd(opaque_gradients, setup_context=save)
+    run = forward.run
 
     class Eager(torch.autograd.Function):
-        forward = staticmethod(functions[0])
+        forward = staticmethod(run)
         setup_context = staticmethod(save)
-        backward = staticmethod(partial(gradients, functions[1]))
+        backward = staticmethod(partial(gradients, derivative.run))
 
-    return whole, Eager.apply
+    return compiled, Eager.apply

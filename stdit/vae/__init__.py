@@ -1,2 +1,1 @@
-"""The causal video VAE in Wan's layout. `families/` has other autoencoders, `training/` the losses. Imports only
-shapes, errors and files."""
+"""The causal video VAE in Wan's layout. `families/` has other autoencoders, `training/` the losses."""

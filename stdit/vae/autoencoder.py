@@ -188,17 +188,17 @@ class CausalVAE(nn.Module):
     def _in_slices(self, side: str, given: Tensor, latent: LatentShape, memory: int | None) -> Tensor:
         """The encoder's moments of clips, concatenated, or the decoder's frames for normalised latents."""
         cut = self._slices(side, (len(given), *latent.sizes), memory)
-        t, *scale = self.config.stride
+        t, h, w = self.config.stride
         lengths = chunk_lengths(latent.frames, cut.latents)
         frames = [1, *(n * t for n in lengths[1:])]
         if side == "encoder":
-            whole = given.new_zeros((len(given), 2 * self.config.z_dim, *latent.sizes))
-            lengths, frames = frames, lengths
+            chunks_in, chunks_out, sizes = frames, lengths, (2 * self.config.z_dim, *latent.sizes)
         else:
-            whole = given.new_zeros((len(given), 3, sum(frames), latent.height * scale[0], latent.width * scale[1]))
+            chunks_in, chunks_out, sizes = lengths, frames, (3, sum(frames), latent.height * h, latent.width * w)
+        whole = given.new_zeros((len(given), *sizes))
         for clips, out in zip(given.split(cut.clips), whole.split(cut.clips)):
             run = self._stream(side, latent.height, latent.width, cut)
-            run.clip(clips.split(lengths, dim=2), out.split(frames, dim=2))
+            run.clip(clips.split(chunks_in, dim=2), out.split(chunks_out, dim=2))
         return whole
 
     def _slices(self, side: str, shape: tuple[int, int, int, int], memory: int | None) -> Slices:
