@@ -23,6 +23,7 @@ from stdit.errors import StditError
 from stdit.text import loading
 from stdit.text.encoders import TextEncoder
 from stdit.text.images import load_image_encoder
+from stdit.text.lengths import TextLimit
 from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.weights.families import treatment_of
 
@@ -107,6 +108,8 @@ def test_reason_is_asked_as_cosmos_pipeline_asks_it(side, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(StditError, match="no chat template"):
         load_text_encoder(tmp_path).encode(["a"])
+    with pytest.raises(StditError, match="no chat template"):
+        TextLimit.of_folder(tmp_path, treatment_of(tmp_path)).count(["a"])
 
 
 def test_trains_and_padding_gets_no_gradient(encoder):
