@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stdit import heartbeat
-from stdit.cli.common.bars import counting_bar, named_bars, tracked
+from stdit.heartbeat import counting_bar, named_bars, tracked
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_its_thread_ends_with_the_command():
 
 def test_bars_without_a_terminal_say_how_far_they_are(clock, capsys, monkeypatch):
     beats = heartbeat.Heartbeat()
-    monkeypatch.setattr("stdit.cli.common.bars.HEARTBEAT", beats)
+    monkeypatch.setattr("stdit.heartbeat.HEARTBEAT", beats)
     beats.start("stdit")
     capsys.readouterr()
     with counting_bar("probing") as (start, done):

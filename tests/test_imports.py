@@ -39,7 +39,7 @@ ROOMS = {
     ],
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},
-        {"failed_clips", "non_finite", "resume", "stop_signal"}, {"trainer", "describe"}, {"run"},
+        {"bad_clips", "resume", "stop_signal"}, {"trainer"}, {"run"},
     ],
     "evaluation": [{"metrics", "run_metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [

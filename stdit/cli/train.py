@@ -27,8 +27,8 @@ def train(
     torchrun --nproc-per-node 2 train.py toy/dit parallel.deepspeed=zero2
     """
     from stdit.training.config import load_config
-    from stdit.training.describe import dry_run as describe
     from stdit.training.engine.parallel import join_world, leave_world
+    from stdit.training.run import dry_run as describe
     from stdit.training.run import run
     from stdit.training.setup.resolve import resolve
 

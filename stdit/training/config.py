@@ -20,8 +20,7 @@ from stdit.shipped import CONFIGS, find_shipped
 from stdit.text_files import read_text, read_yaml, yaml_text
 from stdit.training.engine.checkpoint import CheckpointConfig
 from stdit.training.engine.make import ParallelConfig
-from stdit.training.engine.optimizer import OptimizerConfig
-from stdit.training.engine.schedule import ScheduleConfig
+from stdit.training.engine.optimizer import OptimizerConfig, ScheduleConfig
 from stdit.training.objectives.config import ObjectiveConfig
 from stdit.vae.config import VaeConfig
 
@@ -244,21 +243,18 @@ class RunConfig:
 WITH_OVERRIDES = {"model": ModelSettings, "vae": VaeSettings}  # sections that also take another class's settings
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain lists and mappings, which `from_dict` reads back."""
-    settings = [entry.name for entry in dataclasses.fields(config) if "derived" not in entry.metadata]
-    result: dict[str, Any] = {name: _plain(getattr(config, name)) for name in settings}
-    return result | result.pop("overrides", {})
+    return {section.name: _plain(getattr(config, section.name)) for section in dataclasses.fields(RunConfig)}
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return to_dict(value)
+        own = {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+        return own | own.pop("overrides", {})
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def save_config(config: RunConfig, path: Path) -> None:

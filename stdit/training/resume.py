@@ -1,26 +1,126 @@
-"""Checks that a run goes on with the config and the data it began with, the same on all ranks."""
+"""Checks that a run goes on with the config, the networks and the data it began with, the same on all ranks.
+
+Checkpoints record the settings of the trained networks, since defaults of presets and families may change. Many do not
+show in tensor shapes (heads, eps, rope_theta): a checkpoint would load into another network without an error.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from typing import Any
 
 from stdit.errors import StditError
+from stdit.models.transformer import PRESETS, TransformerConfig
 from stdit.training.config import MAY_DIFFER, RunConfig, differences
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
+from stdit.training.objectives.protocol import Objective
+from stdit.training.objectives.two_experts import TransformerObjective
 from stdit.training.setup.build import RunComponents
-from stdit.training.setup.networks import with_networks
+from stdit.vae.config import VaeConfig
+
+FORMER_HEADS = {"small": 6, "base": 12, "large": 16}  # of presets before their heads became 128 wide
+FOLLOW = ("in_channels", "out_channels", "text_dim", "text_padding")  # from the VAE and the text encoder
+
+Networks = dict[str, dict[str, Any]]
 
 
 def check_config(resumed: Checkpoint, config: RunConfig) -> None:
     """Raises StditError with the settings that may not differ from the checkpoint's and do."""
-    changed = differences(with_networks(resumed.state, config), config, named="frozen" in resumed.state)
+    changed = differences(_with_networks(resumed.state, config), config, named="frozen" in resumed.state)
     if changed:
         free = ", ".join(key.rstrip(".") for key in MAY_DIFFER)
         raise StditError(
             f"{resumed.path} belongs to another config:\n  " + "\n  ".join(changed) + "\n"
             f"Put these back, or choose another run=PATH. Only {free} may change."
         )
+
+
+def _with_networks(state: dict[str, Any], now: RunConfig) -> dict[str, Any]:
+    """The config that a run began with, completed by its network's values of the settings that only `now` sets.
+
+    So a former default of a preset can be restored by name: `model.heads=6`.
+    """
+    then = dict(state["config"])
+    known = state.get("networks") or {}
+    heads = now.model.overrides.get("heads")
+    if (former := _former_heads(state)) and heads in former:
+        known = {"model": {"heads": heads}}
+    for section, given in (("model", now.model.overrides), ("vae", now.vae.overrides)):
+        told = {name: value for name, value in known.get(section, {}).items() if name in given}
+        then[section] = told | then.get(section, {})
+    return then
+
+
+def check_networks(
+    config: RunConfig, objective: Objective, resumed: Checkpoint | None, say: Callable[[str], None]
+) -> Networks:
+    """Returns the networks' settings for checkpoints to record. Raises StditError if a resumed run would train others.
+
+    They are plain values, by section: "vae" or "model"; of two experts, "model" and "low".
+    """
+    found: dict[str, Any] = {"vae": objective.vae.config}
+    if isinstance(objective, TransformerObjective):
+        found = {name: flow.model_config for name, flow in zip(("model", "low"), objective.flows)}
+    now: Networks = _plain({section: asdict(settings) for section, settings in found.items()})
+    if resumed is None:
+        return now
+    then: Networks | None = resumed.state.get("networks")
+    if then is not None:
+        _compare(resumed, then, now, config)
+    elif (former := _former_heads(resumed.state)) and "heads" not in config.model.overrides:
+        before, today = former
+        raise StditError(
+            f"{resumed.path}: an earlier stdit wrote it, without its network's settings, and model.preset="
+            f"{config.model.preset} has {today} heads now; it had {before} in the first versions. Add model.heads="
+            f"{before} if the run began with one of those, else model.heads={today}."
+        )
+    else:
+        say(f"{resumed.path}: an earlier stdit wrote it, without its network's settings: they are not checked.")
+    return now
+
+
+def _former_heads(state: dict[str, Any]) -> tuple[int, int] | None:
+    """The preset's number of heads (then, today), if it has changed and the checkpoint does not record it."""
+    model = state["config"].get("model", {})
+    preset = model.get("preset")
+    if "networks" in state or model.get("init") or "heads" in model or preset not in FORMER_HEADS:
+        return None
+    return FORMER_HEADS[preset], PRESETS[preset].heads
+
+
+def _compare(resumed: Checkpoint, then: Networks, now: Networks, config: RunConfig) -> None:
+    lines, remedies = [], []
+    for section, found in now.items():
+        kind = VaeConfig if section == "vae" else TransformerConfig
+        defaults = _plain({one.name: one.default for one in fields(kind) if one.default is not MISSING})
+        wanted = defaults | then.get(section, {})  # a setting that this version added had its default before
+        fresh = config.vae.path is None if section == "vae" else config.model.init is None
+        for name in sorted(found.keys() | wanted.keys()):
+            today, before = found.get(name), wanted.get(name)
+            if today == before:
+                continue
+            lines.append(f"{section}.{name} is {_word(today)} now, the run began with {_word(before)}")
+            if fresh and name in found and name not in FOLLOW:
+                remedies.append(f"{section}.{name}={_word(before)}")
+    if lines:
+        remedy = f"Add {' '.join(remedies)}"
+        if len(remedies) < len(lines):
+            remedy = "Resume with the stdit that it began with"
+        raise StditError(
+            f"{resumed.path} is of another network: {'; '.join(lines)}. {remedy}, or choose another run=PATH."
+        )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def check_data(components: RunComponents, resumed: Checkpoint | None, world: World) -> None:
@@ -38,10 +138,3 @@ def check_data(components: RunComponents, resumed: Checkpoint | None, world: Wor
             f"{resumed.path} was made with other data: {manifest} has changed since, so its steps would be others. "
             f"Restore the manifest, or choose another run=PATH."
         )
-
-
-def report_lr_jump(resumed: Checkpoint, config: RunConfig, say: Callable[[str], None]) -> None:
-    """Says so if another `schedule.steps` moves the decay and with it the learning rate."""
-    steps_before = resumed.state["config"]["schedule"]["steps"]
-    if jump := config.schedule.jump(steps_before, resumed.step, config.optimizer.lr):
-        say(jump)

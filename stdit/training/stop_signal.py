@@ -13,8 +13,6 @@ from types import FrameType
 from stdit.errors import Interrupted
 from stdit.training.engine.parallel import World
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
 
 class StopSignal:
     """Notes the first signal; the trainer acts on it after the step. A second Ctrl-C stops at once."""
@@ -29,7 +27,8 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:

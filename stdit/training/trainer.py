@@ -17,25 +17,20 @@ from torch import Tensor
 
 from stdit.evaluation.run_metrics import read_metrics
 from stdit.heartbeat import HEARTBEAT
-from stdit.training import non_finite, resume
+from stdit.training import bad_clips, resume
 from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import RunConfig, to_dict
 from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import Checkpoint
-from stdit.training.engine.ema import Ema
 from stdit.training.engine.engine import PRECISIONS, Engine
 from stdit.training.engine.make import make_engine
+from stdit.training.engine.optimizer import Ema
 from stdit.training.engine.parallel import World
-from stdit.training.failed_clips import FailedClips, no_clip_could_be_read
 from stdit.training.objectives.protocol import StepKey, StepResult, Update
 from stdit.training.outputs import export
-from stdit.training.outputs.evaluate import evaluate
-from stdit.training.outputs.metrics import measure_peak
-from stdit.training.outputs.step_log import StepLog
-from stdit.training.outputs.weights import averaged_weights
+from stdit.training.outputs.step_log import StepLog, measure_peak
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.frozen import check_frozen
-from stdit.training.setup.networks import check_networks
 from stdit.training.setup.resolve import ResolvedConfig
 from stdit.training.stop_signal import StopSignal
 
@@ -53,7 +48,7 @@ class Trainer:
         self.step = self.resumed.step if self.resumed else 0  # optimizer steps done
         self.skipped = 0  # steps in a row that were not finite and updated nothing
         self.losses: list[Tensor] = []  # this rank's share of each step's loss since the last line of metrics
-        self.failures = FailedClips(world)
+        self.failures = bad_clips.FailedClips(world)
         self.stop = StopSignal(world)
 
     @property
@@ -65,27 +60,32 @@ class Trainer:
 
     def prepare(self, config: ResolvedConfig) -> None:
         """Builds everything, and loads the last checkpoint if there is one."""
-        _set_deterministic(config.run.deterministic)
+        if config.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
         self.components: RunComponents = build(config, self.world)
-        resumed = self.resumed
+        self.objective, resumed = self.components.objective, self.resumed
         self.components.frozen = check_frozen(config, resumed, self.world, self.say)
-        self.networks = check_networks(config, self.components.objective, resumed, self.say)
+        self.networks = resume.check_networks(config, self.objective, resumed, self.say)
         resume.check_data(self.components, resumed, self.world)
         if resumed is not None:
-            resume.report_lr_jump(resumed, self.config, self.say)
+            steps_before = resumed.state["config"]["schedule"]["steps"]
+            if jump := config.schedule.jump(steps_before, resumed.step, config.optimizer.lr):
+                self.say(jump)
             HEARTBEAT.doing(f"loading {resumed.path}")
-            critic = self.components.objective.critic
-            resumed.load_weights(self.components.objective.module, *([critic.module] if critic else []))
+            critic = self.objective.critic
+            resumed.load_weights(self.objective.module, *([critic.module] if critic else []))
         HEARTBEAT.doing("preparing the optimizer")
         self._make_engines()
         if resumed is not None:
             self._load_state(resumed)
-        self.components.objective.module.train()
+        self.objective.module.train()
 
     def _make_engines(self) -> None:
-        config, critic = self.config, self.components.objective.critic
+        config, critic = self.config, self.objective.critic
         engine_of = partial(make_engine, parallel=config.parallel, precision=config.run.precision, world=self.world)
-        self.engine: Engine = engine_of(self.components.objective.module, config.optimizer)
+        self.engine: Engine = engine_of(self.objective.module, config.optimizer)
         self.critic: Engine | None = None
         if critic is not None:
             self.critic = engine_of(critic.module, critic.optimizer)
@@ -128,7 +128,7 @@ class Trainer:
                 is_last = self.step == config.schedule.steps
                 if is_last or self.step % config.log.every == 0:
                     self._write_metrics(clips, update, result.critic_loss)
-                self.log.show_step(self.step)
+                self.log.progress.advance(self.step)
                 if result.stop or is_last or self.step % config.checkpoint.every == 0:
                     self.save()
                     saved = self.step
@@ -142,13 +142,13 @@ class Trainer:
 
     def accumulate(self, clips: StepClips) -> StepResult:
         """Forward and backward of all micro-steps: leaves the gradient of the step's exact loss in the engine."""
-        objective, critic, device = self.components.objective, self._critic_in_this_step(), self.world.device
+        objective, critic, device = self.objective, self._critic_in_this_step(), self.world.device
         key = self._key(clips, self.step)
         self.failures.note(clips)
         mine = sum(objective.weight(micro.examples, key) for micro in clips.micro_steps)
         weight, *stop = self.world.sum_(torch.tensor([mine, *self.stop.flags], dtype=torch.float64)).tolist()
         if weight == 0:
-            raise no_clip_could_be_read(clips, self.step + 1)
+            raise bad_clips.no_clip_could_be_read(clips, self.step + 1)
         loss, critic_loss = torch.zeros(2, dtype=torch.float64, device=device)
         flops = 0
         for micro in clips.micro_steps:
@@ -174,8 +174,8 @@ class Trainer:
         lr = self.config.optimizer.lr * factor
         norm = self.engine.step(lr)
         if (critic := self._critic_in_this_step()) is not None:
-            assert self.components.objective.critic is not None
-            critic_norm = critic.step(self.components.objective.critic.optimizer.lr * factor)
+            assert self.objective.critic is not None
+            critic_norm = critic.step(self.objective.critic.optimizer.lr * factor)
             norm += 0.0 * critic_norm  # not finite if the critic's is not
         update = Update(norm, lr)
         self.step += 1
@@ -188,7 +188,7 @@ class Trainer:
         return StepKey(self.config.run.seed, clips.epoch, clips.index, clips.num_clips, done)
 
     def _critic_in_this_step(self) -> Engine | None:
-        critic = self.components.objective.critic
+        critic = self.objective.critic
         return self.critic if critic is not None and self.step >= critic.start else None
 
     # ------------------------------------------------------------------------------------------------ around the steps
@@ -196,17 +196,17 @@ class Trainer:
     def _skip(self, clips: StepClips, update: Update) -> None:
         """Names the clips of a step that was not finite. Raises StditError if too many steps in a row were."""
         HEARTBEAT.doing(f"step {self.step} is not finite: running its clips alone")
-        objective, manifest = self.components.objective, self.components.manifest
+        objective, manifest = self.objective, self.components.manifest
         key = self._key(clips, self.step - 1)
-        faults = non_finite.find_clips(clips, key, objective, self.engine, manifest, self.world)
+        faults = bad_clips.find_not_finite(clips, key, objective, self.engine, manifest, self.world)
         self.log.write(
             "skipped", self.step, epoch=clips.epoch, grad_norm=update.norm, in_a_row=self.skipped, clips=faults
         )  # fmt: skip
-        message = f"the gradient's norm is {update.norm}. {non_finite.describe(faults, clips.num_clips)}"
+        message = f"the gradient's norm is {update.norm}. {bad_clips.describe(faults, clips.num_clips)}"
         if self.skipped > self.config.optimizer.max_skipped_steps:
             message += f"\n{self.skipped} steps in a row: stopped"
-            blame_clips = non_finite.is_due_to_clips(faults, clips.num_clips)
-            raise non_finite.diverged(self.folder, self.step, message, blame_clips)
+            blame_clips = bad_clips.are_to_blame(faults, clips.num_clips)
+            raise bad_clips.diverged(self.folder, self.step, message, blame_clips)
         self.say(f"step {self.step} updates nothing: {message}")
 
     def _write_metrics(self, clips: StepClips, update: Update, critic_loss: Tensor | None) -> None:
@@ -216,7 +216,7 @@ class Trainer:
         if sums.failures:
             self.failures.share()
         if self.losses and not math.isfinite(loss):
-            raise non_finite.diverged(self.folder, self.step, f"the loss is {loss}")
+            raise bad_clips.diverged(self.folder, self.step, f"the loss is {loss}")
         self.losses = []
         self.log.write_step(self.step, clips, update, loss, sums, failed=len(self.failures.by_id))
 
@@ -224,10 +224,8 @@ class Trainer:
         HEARTBEAT.doing(f"saving step {self.step}")
         self.failures.share()
         losses = self.world.sum_(torch.stack([loss.cpu() for loss in self.losses])) if self.losses else torch.zeros(0)
-        if not self.world.is_main:  # from here on the sums are rank 0's, as after a resume
-            self.losses = list(torch.zeros_like(losses))
-        else:
-            self.losses = list(losses)
+        # From here on the sums are rank 0's, as after a resume.
+        self.losses = list(losses if self.world.is_main else torch.zeros_like(losses))
         state = {
             "plan": self.components.plan_hash,
             "window": losses.tolist(),
@@ -248,26 +246,23 @@ class Trainer:
         return self.step % settings.every == 0 and 0 < self.step < self.config.schedule.steps
 
     def _is_evaluated(self) -> bool:
-        found = self.world.is_main and any(line["step"] == self.step for line in read_metrics(self.folder, "eval"))
-        return bool(self.world.sum_(torch.tensor(float(found))))
+        return self.world.from_main(lambda: any(x["step"] == self.step for x in read_metrics(self.folder, "eval")))
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, Tensor]:
+        """Returns the weights that were evaluated, on rank 0."""
         HEARTBEAT.doing(f"evaluating step {self.step}")
-        weights = averaged_weights(self.engine, self.ema, self.world)
-        self._evaluate_with(weights)
-
-    def _evaluate_with(self, weights: dict[str, Tensor] | None) -> None:
-        values = self.world.from_main(partial(evaluate, self.components, weights, self.world, self.step))
+        weights = export.averaged_weights(self.engine, self.ema, self.world)
+        values = self.world.from_main(partial(export.evaluate, self.components, weights, self.world, self.step))
         if values:
             self.log.write("eval", self.step, **values)
         if "psnr" in values:
             self.say(f"step {self.step}: PSNR {values['psnr']:.2f} dB")
+        return weights
 
     def _finish(self) -> None:
         """Evaluates the last step, then exports the model folder, which marks the run as finished."""
+        weights = self._evaluate()
         HEARTBEAT.doing("measuring and exporting the model")
-        weights = averaged_weights(self.engine, self.ema, self.world)
-        self._evaluate_with(weights)
         self.world.from_main(partial(export.export, self.components, weights, self.world, self.step))
         self.log.write("end", self.step, model="model")
         self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
@@ -276,10 +271,3 @@ class Trainer:
 def _print(text: str) -> None:
     print(text, flush=True)
     HEARTBEAT.spoke()
-
-
-def _set_deterministic(wanted: bool) -> None:
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False

@@ -15,7 +15,7 @@ from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
-from stdit.training.outputs.metrics import SCHEMA
+from stdit.training.outputs.step_log import SCHEMA
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -33,8 +33,7 @@ from stdit.training.engine.engine import Engine
 from stdit.training.engine.make import make_engine
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import StepKey
-from stdit.training.outputs import evaluate
-from stdit.training.outputs.export import write_model
+from stdit.training.outputs.export import make_pipeline, sample, write_model
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.footprint import build_on_meta, footprint
 from stdit.training.setup.resolve import resolve
@@ -446,10 +445,10 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
         old, new = (stdit.load_transformer(place / name).state_dict() for place in (experts, tmp_path / "model"))
         assert old.keys() == new.keys() and not torch.equal(old["head.head.weight"], new["head.head.weight"]), name
 
-    pipeline, used = evaluate.make_pipeline(parts, weights, ALONE), set()
+    pipeline, used = make_pipeline(parts, weights, ALONE), set()
     for name in ("high", "low"):
         getattr(pipeline.transformer, name).register_forward_hook(lambda *_, name=name: used.add(name))
-    (file,) = evaluate.sample(pipeline, parts, 4)
+    (file,) = sample(pipeline, parts, 4)
     assert used == {"high", "low"} and (tmp_path / file).is_file()
     arguments = {"steps": 4, "guidance": 2, "seed": 3}
     frames = Pipeline.load(tmp_path / "model")("a small red circle", **arguments)

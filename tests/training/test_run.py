@@ -21,7 +21,7 @@ from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import remove_strays
 from stdit.training.engine.parallel import World
 from stdit.training.outputs import export
-from stdit.training.outputs.metrics import MetricsLog
+from stdit.training.outputs.step_log import MetricsLog
 from stdit.training.run import run
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -25,14 +25,13 @@ from stdit.evaluation.run_metrics import read_metrics
 from stdit.training import trainer as trainer_module
 from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import load_config
-from stdit.training.describe import dry_run
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepResult, Update
 from stdit.training.outputs import export
 from stdit.training.outputs.step_log import StepLog
-from stdit.training.run import run
+from stdit.training.run import dry_run, run
 from stdit.training.setup.build import build, open_caches
 from stdit.training.setup.resolve import resolve
 

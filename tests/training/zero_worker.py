@@ -23,7 +23,7 @@ from stdit.training.batches import StepLoader
 from stdit.training.config import RunConfig, load_config
 from stdit.training.engine.parallel import World, join_world, leave_world
 from stdit.training.outputs import export
-from stdit.training.outputs.weights import averaged_weights
+from stdit.training.outputs.export import averaged_weights
 from stdit.training.setup import build
 from stdit.training.setup.resolve import resolve
 from stdit.training.trainer import Trainer
@@ -52,7 +52,7 @@ def main() -> None:
                 settings += ["run.precision=bf16"] * ("bf16" in name)
             if source and world.is_main:
                 shutil.copytree(Path(out) / f"{source[0]}-{optimizer}" / "checkpoints", folder / "checkpoints")
-            world.barrier()
+            world.gather(None)
             train(
                 Path(config).with_name("vae.yaml") if name.startswith("vae") else Path(config), settings, folder, world
             )
@@ -96,7 +96,7 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     feed.close()
     if trainer.config.model.lora is not None:
         weights = averaged_weights(trainer.engine, trainer.ema, world)
-        if weights is not None:
+        if world.is_main:
             export.publish_model(out, steps, partial(export.write_model, trainer.components, weights, world))
     packs = world.gather(micro_steps)
     if world.is_main:

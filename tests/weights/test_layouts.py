@@ -317,8 +317,7 @@ def test_presets_have_heads_that_all_programs_take_from_the_width():
 def test_a_training_whose_model_no_layout_holds_is_refused_before_it_starts(change):
     from stdit.training.config import LoraConfig, from_dict
     from stdit.training.setup.footprint import build_on_meta
-    from stdit.training.setup.initial_weights import check_export
-    from stdit.training.setup.objective import make_transformer
+    from stdit.training.setup.objective import check_export, make_transformer
     from stdit.training.setup.resolve import resolve
 
     config = resolve(from_dict({"run": {"path": "x"}, "model": {"preset": "toy", "layers": 1, **change}}, "test"))

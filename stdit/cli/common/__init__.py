@@ -1,1 +1,1 @@
-"""Shared by several commands: lazy groups, options, output paths, progress bars, tables."""
+"""Shared by several commands: lazy groups, options, output paths, tables."""

@@ -9,11 +9,10 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from stdit.cli.common.bars import counting_bar
 from stdit.cli.common.options import SECONDS, Device, Json, pick_device, when_stopped
 from stdit.cli.common.outputs import out_manifest
 from stdit.errors import error_context
-from stdit.heartbeat import HEARTBEAT
+from stdit.heartbeat import HEARTBEAT, counting_bar
 
 SHOWN = 40  # failures listed; --json has all
 

@@ -11,11 +11,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from stdit.cli.common.bars import counting_bar
 from stdit.cli.common.options import Device, Json, Memory, pick_device, when_stopped
 from stdit.cli.common.outputs import out_store
 from stdit.errors import StditError, error_context
-from stdit.heartbeat import HEARTBEAT
+from stdit.heartbeat import HEARTBEAT, counting_bar
 
 
 @when_stopped("What is encoded is kept: the same command goes on from there.")
@@ -50,8 +49,7 @@ def encode(
     from stdit.data.remote.storage import STORAGE
     from stdit.prepare.encode import PRECISION, encode_manifest, text_identity, vae_identity
     from stdit.training.config import load_config
-    from stdit.training.setup.initial_weights import check_vae
-    from stdit.training.setup.long_captions import LONGER, long_captions
+    from stdit.training.setup.objective import LONGER, check_vae, long_captions
     from stdit.training.setup.resolve import resolve
     from stdit.weights.io import load_vae
 

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from typer import Argument, Option
 
-from stdit.cli.common.bars import tracked
 from stdit.cli.common.options import Json
 from stdit.cli.common.outputs import out_file
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
-from stdit.heartbeat import HEARTBEAT
+from stdit.heartbeat import HEARTBEAT, tracked
 
 if TYPE_CHECKING:
     from stdit.data.config import DataConfig
@@ -60,7 +59,7 @@ def plan(
     from stdit.training.config import load_config
     from stdit.training.setup.build import make_plan
     from stdit.training.setup.footprint import build_on_meta, footprint
-    from stdit.training.setup.long_captions import LONGER, long_captions
+    from stdit.training.setup.objective import LONGER, long_captions
     from stdit.training.setup.resolve import resolve
 
     settings = resolve(load_config(config, overrides or []))

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from stdit.cli.common.bars import counting_bar
 from stdit.cli.common.options import SECONDS, Json, when_stopped
 from stdit.cli.common.outputs import out_manifest
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
-from stdit.heartbeat import HEARTBEAT
+from stdit.heartbeat import HEARTBEAT, counting_bar
 
 if TYPE_CHECKING:
     from stdit.data.manifest import Skipped

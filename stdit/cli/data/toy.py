@@ -9,9 +9,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from stdit.cli.common.bars import named_bars
 from stdit.cli.common.outputs import out_folder
 from stdit.errors import StditError
+from stdit.heartbeat import named_bars
 
 
 def toy(

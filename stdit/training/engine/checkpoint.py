@@ -1,10 +1,10 @@
 """Checkpoints: fp32 masters, moments and averages as safetensors shards that any number of ranks can read.
 
-    checkpoints/step-00000200/manifest.json          format, the run's and the groups' state, parameters' shapes
+    checkpoints/step-00000200/manifest.json           format, state of the run and of parameter groups, shapes
     checkpoints/step-00000200/rank-00000.safetensors  "master/blocks.0.ffn.0.weight@0", "exp_avg/…", "ema/…", …
 
-A tensor's name says which numbers of the flattened parameter it holds: from `@offset` on. A checkpoint is written under
-a name that no reader looks at, synced, and renamed: a killed process leaves the earlier checkpoint and a stray folder.
+A tensor holds the numbers of the flattened parameter from `@offset` on. A checkpoint is written under a hidden name,
+synced, and renamed, so a killed process leaves the earlier checkpoint and a stray folder.
 """
 
 from __future__ import annotations
@@ -27,19 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stdit.errors import StditError
-from stdit.files import (
-    DiskError,
-    disk_trouble,
-    heal_folder,
-    make_folder,
-    publish_folder,
-    remove_folder,
-    sync,
-    writing,
-)
-from stdit.training.engine.ema import Ema
+from stdit.files import DiskError, disk_trouble, heal_folder, make_folder, publish_folder, remove_folder, sync, writing
 from stdit.training.engine.engine import Engine
-from stdit.training.engine.optimizer import group_state
+from stdit.training.engine.optimizer import Ema, group_state
 from stdit.training.engine.parallel import World
 from stdit.weights.tensor_files import open_safetensors, read_json
 
@@ -70,39 +60,34 @@ def save(
 ) -> Path:
     """Publishes `checkpoints/step-N` of a run folder, then removes all but the last `keep`. Called on every rank.
 
-    state: what else the run needs to go on (JSON). critic: of what trains against `engine`'s module.
-    Raises StditError on a full disk; earlier checkpoints are kept.
+    state: what else the run needs to go on, as JSON.
+    critic: the engine of what trains against `engine`'s module.
+    Raises StditError on a full disk, and keeps the earlier checkpoints.
     """
     engines = [engine] if critic is None else [engine, critic]
     folder = folder / "checkpoints"
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
     with _kept_on_errors(folder, temporary):
-        error: Exception | None = None
-        try:
+        with world.together():
             if world.is_main:
                 remove_folder(temporary)
                 make_folder(temporary)
-        except (OSError, StditError) as found:
-            error = found
-        world.all_succeeded(error)
-        try:
+        with world.together():
             if world.is_main or not engine.replicated:
                 shard = temporary / f"rank-{world.rank:05d}.safetensors"
                 make_folder(temporary)  # on a network disk a rank may not see rank 0's yet
-                tensors = dict(_tensors(engine, ema))
-                if critic is not None:
-                    tensors |= dict(_tensors(critic, None))
+                tensors = {key: part for one in engines for key, part in _tensors(one, ema if one is engine else None)}
                 with writing(shard):
                     save_file(tensors, shard)
                     sync(shard)  # by its own rank: another machine's disk cache is not rank 0's
-        except Exception as found:  # safetensors raises its own type on a full disk
-            error = found
-        world.all_succeeded(error)
-        kept = [group for one in engines for group in group_state(one.optimizer)]
-        groups = [{k: _number(k, v) for k, v in group.items()} for group in kept]
+        groups = [
+            {name: _number(name, value) for name, value in group.items()}
+            for one in engines
+            for group in group_state(one.optimizer)
+        ]
         every = [piece for one in engines for pieces in one.pieces for piece in pieces]
         shapes = world.gather({piece.name: piece.shape for piece in every})
-        try:
+        with world.together():
             if world.is_main:
                 parameters = {name: list(shape) for rank in shapes for name, shape in rank.items()}
                 files = 1 if engine.replicated else world.size
@@ -113,9 +98,6 @@ def save(
                 with writing(temporary / "manifest.json"):
                     (temporary / "manifest.json").write_text(json.dumps(about, indent=1))
                 publish_folder(temporary, final)
-        except (OSError, StditError) as found:
-            error = found
-        world.all_succeeded(error)
     if world.is_main and keep > 0:
         for old in published(folder.parent)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -129,11 +111,11 @@ def published(folder: Path) -> list[Path]:
 
 
 def remove_strays(folder: Path) -> None:
-    """Ends what a killed process left half-done: a folder put aside gets its name back, half-written ones go."""
+    """Cleans up after a killed process: a folder put aside gets its name back, half-written ones are removed."""
     for aside in [folder / ".model.old", *(folder / "checkpoints").glob(".step-*.old")]:
         heal_folder(aside.with_name(aside.name[1:-4]))
     for path in [folder / ".tmp-model", *(folder / "checkpoints").glob(".tmp-step-*")]:
-        with suppress(OSError):  # it is in nobody's way
+        with suppress(OSError):  # it does no harm
             remove_folder(path)
 
 
@@ -155,7 +137,7 @@ class Checkpoint:
 
     @cached_property
     def _index(self) -> dict[str, list[tuple[int, int, Path]]]:
-        """Key without offset → (offset, numel, file), one for every shard that has some of it."""
+        """By key without offset: (offset, numel, file) of every shard that has part of it."""
         index: dict[str, list[tuple[int, int, Path]]] = {}
         for rank in range(self.about["shards"]):
             file = self.path / f"rank-{rank:05d}.safetensors"
@@ -171,7 +153,7 @@ class Checkpoint:
         return index
 
     def read(self, key: str, offset: int, numel: int) -> Tensor:
-        """`numel` numbers from `offset` on of e.g. "master/head.head.weight", flattened, whoever wrote them."""
+        """`numel` numbers from `offset` on of a flattened tensor such as "master/head.head.weight"."""
         result: Tensor | None = None
         found = 0
         for begin, length, file in self._index.get(key, []):
@@ -189,7 +171,7 @@ class Checkpoint:
         return result
 
     def weights(self, kind: str = "master") -> dict[str, Tensor]:
-        """All parameters in fp32: kind master, or ema."""
+        """All parameters in fp32. kind: "master" or "ema"."""
         return {
             name: self.read(f"{kind}/{name}", 0, math.prod(shape)).reshape(shape)
             for name, shape in self.about["parameters"].items()
@@ -197,31 +179,28 @@ class Checkpoint:
 
     @torch.no_grad()
     def load_weights(self, *modules: nn.Module) -> None:
-        """Into all modules that train, before their engines are made; strict in names and shapes."""
+        """Into all modules that train, before their engines are made; names and shapes must match."""
         parameters = {name: p for module in modules for name, p in module.named_parameters() if p.requires_grad}
-        shapes = {name: list(p.shape) for name, p in parameters.items()}
-        if shapes != self.about["parameters"]:
-            names = {name for name in shapes.keys() | self.about["parameters"].keys()}
-            wrong = sorted(name for name in names if shapes.get(name) != self.about["parameters"].get(name))
+        found, saved = {name: list(p.shape) for name, p in parameters.items()}, self.about["parameters"]
+        if wrong := sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name)):
             raise StditError(f"{self.path} does not fit the model: {', '.join(wrong[:5])} differ.")
         for name, weight in self.weights().items():
             parameters[name].copy_(weight)
 
     @torch.no_grad()
     def load_state(self, engine: Engine, ema: Ema | None, critic: Engine | None = None) -> None:
-        """Masters, the optimizers' state and averages into the pieces of this rank."""
-        self._load_pieces(engine, ema)
-        groups = engine.optimizer.param_groups
-        if critic is not None:
-            self._load_pieces(critic, None)
-            groups = [*groups, *critic.optimizer.param_groups]
+        """Masters, averages and the optimizers' state, into this rank's pieces."""
+        engines = [engine] if critic is None else [engine, critic]
+        for one in engines:
+            self._load_pieces(one, ema if one is engine else None)
+        groups = [group for one in engines for group in one.optimizer.param_groups]
         for group, kept in zip(groups, self.about.get("groups", [])):
             for name, (value, dtype) in kept.items():
                 group[name] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
 
     def _load_pieces(self, engine: Engine, ema: Ema | None) -> None:
         kinds = {key.split("/", 1)[0] for key in self._index}
-        cut = {kind for kind in kinds if "." not in kind} - {"master", "ema"}  # the optimizer's, cut like the masters
+        cut = {kind for kind in kinds if "." not in kind} - {"master", "ema"}  # the optimizer's, shaped as the masters
         group = engine.optimizer.param_groups[0]
         on_device = bool(group.get("fused") or group.get("capturable"))  # where these keep their step counters
         for index, (flat, pieces) in enumerate(zip(engine.flat_masters, engine.pieces)):
@@ -236,21 +215,18 @@ class Checkpoint:
                     numbers = self.read(f"{kind}/{piece.name}", piece.offset, piece.numel)
                     target.view(-1)[piece.start : piece.start + piece.numel].copy_(numbers)
             for kind in kinds - cut - {"master", "ema"}:
-                if pieces and (value := self._whole(f"{kind}/{pieces[0].name}")) is not None:
-                    kept, _, name = kind.partition(".")
-                    value = value.to(flat.device) if on_device else value
-                    engine.optimizer.state[flat][name] = value.item() if kept == "number" else value
-
-    def _whole(self, key: str) -> Tensor | None:
-        if key not in self._index:
-            return None
-        offset, _, file = self._index[key][0]  # every shard has the same
-        with safe_open(file, "pt") as shard:
-            return shard.get_tensor(f"{key}@{offset}")
+                if not pieces or (key := f"{kind}/{pieces[0].name}") not in self._index:
+                    continue
+                offset, _, file = self._index[key][0]  # every shard has the same
+                with safe_open(file, "pt") as shard:
+                    value = shard.get_tensor(f"{key}@{offset}")
+                value = value.to(flat.device) if on_device else value
+                kept, _, name = kind.partition(".")
+                engine.optimizer.state[flat][name] = value.item() if kept == "number" else value
 
 
 def _number(name: str, value: Any) -> tuple[int | float, str | None]:
-    """A group's number, and as what type of tensor it is kept, if it is one."""
+    """A number that a group keeps, and the dtype if it is a tensor."""
     if isinstance(value, int | float):
         return value, None
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -259,7 +235,7 @@ def _number(name: str, value: Any) -> tuple[int | float, str | None]:
 
 
 def _tensors(engine: Engine, ema: Ema | None) -> Iterator[tuple[str, Tensor]]:
-    """What a rank writes: tensors cut like the masters under their kind, other state whole, once for every piece."""
+    """What a rank writes: of every piece its share of what is shaped as the masters, and all other state whole."""
     for index, (flat, pieces) in enumerate(zip(engine.flat_masters, engine.pieces)):
         cut: dict[str, Tensor] = {"master": flat}
         if ema is not None:
@@ -285,7 +261,7 @@ def _tensors(engine: Engine, ema: Ema | None) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _kept_on_errors(folder: Path, temporary: Path) -> Iterator[None]:
-    """Says of a full disk, or a limit of the system, that earlier checkpoints are kept; nothing half-written stays."""
+    """On a full disk or at a limit of the system: removes what is half-written, and says what is kept."""
     try:
         yield
     except Exception as error:

@@ -40,7 +40,7 @@ class Engine:
     module: nn.Module
     optimizer: torch.optim.Optimizer  # its state is keyed by flat master
     flat_masters: list[Tensor]
-    pieces: list[list[ShardPiece]]  # of each flat master
+    pieces: list[list[ShardPiece]]  # by flat master
     replicated = False  # whether every rank holds all pieces
     differentiable = True  # whether the result of `forward` may be differentiated, outside training
 
@@ -72,16 +72,14 @@ class TorchEngine(Engine):
                 f"`pip install stdit[train]`."
             )
         self.clip = config.clip
-        names = [name for name, p in module.named_parameters() if p.requires_grad]
         self.module = module.to(world.device)
-        masters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        masters = trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._copies: list[nn.Parameter] = []
         if PRECISIONS[precision] is not torch.float32:
-            masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in masters.items()}
+            masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in trained.items()}
             self.module.to(PRECISIONS[precision])
-            trained = dict(self.module.named_parameters())
-            self._copies = [trained[name] for name in names]
-        self.flat_masters = [masters[name] for name in names]
+            self._copies = list(trained.values())
+        self.flat_masters = list(masters.values())
         self.pieces = [[ShardPiece(name, tuple(p.shape), 0, 0, p.numel())] for name, p in masters.items()]
         self.optimizer = make_optimizer(masters, config)
 

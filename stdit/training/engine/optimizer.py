@@ -1,32 +1,30 @@
-"""Torch's AdamW and timm's optimizers by name: which a run can train with, and what they keep."""
+"""What updates the weights: optimizers by name, the learning rate over a run, and the moving average."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from stdit.errors import StditError, nearest_name
-from stdit.training.engine.ema import EmaConfig
+from stdit.settings import Share
 
-# What ZeRO may cut anywhere: optimizers whose update of one number needs no other number of the tensor. Not adan, which
-# counts steps by groups: ZeRO-3 updates the groups one after the other, and each time all would count.
+# Optimizers that ZeRO may cut anywhere: the update of one number needs no other number of its tensor. adan is not among
+# them: it counts steps by group, and ZeRO-3 updates one group after the other, which would count each as a step.
 ELEMENTWISE = {"sgd", "momentum", "nesterov", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "adabelief"}
 ELEMENTWISE |= {"lion", "adopt", "adoptw", "laprop", "rmsprop", "rmsproptf", "adagrad"}
 
-# Optimizers of timm, by how their names start, that a run could not train with or not go on with.
-REFUSED = {
-    "kron": "no checkpoint holds its preconditioners",
-    "adahessian": "it needs second derivatives",
-}
+# Optimizers of timm that a run could not train with or not resume, by the start of their names.
+REFUSED = {"kron": "no checkpoint holds its preconditioners", "adahessian": "it needs second derivatives"}
 
-# Arguments of an optimizer that the config sets itself.
+# Arguments of an optimizer that other settings decide.
 OWN = {
     "lr": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
@@ -37,6 +35,33 @@ OWN = {
     "filter_bias_and_bn": "optimizer.weight_decay, which acts on matrices only",
     "layer_decay": "one optimizer.lr for all layers",
 }
+
+
+@dataclass
+class EmaConfig:
+    """The moving average of the weights, which is what a run exports.
+
+    decay: of the average, per step; 0 keeps no average.
+    warmup: the decay is at most (1 + step) / (warmup + step), so that the first steps count less.
+    """
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    warmup: PositiveInt = 10
+
+
+class Ema:
+    """Averages of `flat_masters`, fp32 tensors that an optimizer updates in place."""
+
+    def __init__(self, flat_masters: Sequence[Tensor], config: EmaConfig) -> None:
+        self.config = config
+        self.flat_masters = [flat.detach() for flat in flat_masters]
+        self.averages = [flat.clone() for flat in self.flat_masters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step number `step` (the first is 1)."""
+        decay = min(self.config.decay, (1 + step) / (self.config.warmup + step))
+        torch._foreach_lerp_(self.averages, self.flat_masters, 1 - decay)
 
 
 @dataclass
@@ -69,23 +94,15 @@ class OptimizerConfig:
                 raise StditError(f"options.{name} has no effect: set {OWN[name]}.")
 
 
-def make_optimizer(
-    parameters: dict[str, nn.Parameter], config: OptimizerConfig, lr: float | None = None
-) -> torch.optim.Optimizer:
-    """Torch's AdamW, or timm's optimizer of that name, over two groups: with weight decay and without."""
+def make_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer, over two groups: with weight decay and without."""
     decayed = [p for name, p in parameters.items() if decays(name, p)]
     plain = [p for name, p in parameters.items() if not decays(name, p)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    lr = config.lr if lr is None else lr
-    if config.name == "adamw":
-        kind: Callable[..., Any] = torch.optim.AdamW
-        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, groups, lr=lr)
-        arguments: dict[str, Any] = {"fused": True}
-    else:
+    kind: Callable[..., Any] = torch.optim.AdamW
+    make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, groups, lr=config.lr, fused=True)
+    if config.name != "adamw":
         import timm.optim
 
         known = [str(name) for name in timm.optim.list_optimizers()]
@@ -95,20 +112,18 @@ def make_optimizer(
             if config.name.startswith(start):
                 raise StditError(f"optimizer.name={config.name} is not supported: {reason}. Try adamw or muon.")
         kind = timm.optim.get_optimizer_class(config.name, bind_defaults=False)
-        make = partial(timm.optim.create_optimizer_v2, groups, opt=config.name, lr=lr)
-        arguments = {}
-    takes = inspect.signature(kind).parameters
+        make = partial(timm.optim.create_optimizer_v2, groups, opt=config.name, lr=config.lr)
+    options, takes = config.options, inspect.signature(kind).parameters
     if "betas" in takes:
-        usual = takes["betas"].default
-        betas = config.options.get("betas", config.betas)
+        usual, betas = takes["betas"].default, options.get("betas", config.betas)
         if usual is not None and (not isinstance(betas, list | tuple) or len(betas) != len(usual)):
             raise StditError(
                 f"optimizer.name={config.name} takes {len(usual)} betas, not {betas}: set optimizer.options.betas, "
                 f"such as {list(usual)}."
             )
-        arguments["betas"] = betas
+        options = options | {"betas": betas}
     try:
-        return make(**(arguments | config.options))
+        return make(**options)
     except Exception as error:  # each checks its arguments in its own way, and some need what is not installed
         raise StditError(f"optimizer.name={config.name} with optimizer.options={config.options}: {error}") from error
 
@@ -119,6 +134,46 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer keeps for a whole group of parameters (timm's lamb and adan: the step), beside its settings."""
+    """What an optimizer keeps for each group of parameters beside its settings: the step, for timm's lamb and adan."""
     settings = optimizer.defaults.keys() | {"params"}
     return [{key: value for key, value in group.items() if key not in settings} for group in optimizer.param_groups]
+
+
+@dataclass
+class ScheduleConfig:
+    """The length of a run and its learning rate.
+
+    A resumed run may have other steps. A decay then ends at the new last step: its whole curve moves, and the learning
+    rate jumps (up, if steps were raised). The run says from what to what. Without decay nothing moves.
+
+    steps: optimizer steps of the whole run.
+    warmup: steps in which the learning rate rises linearly.
+    decay: the curve after the warm-up.
+    final: where the decay ends, as a share of optimizer.lr.
+    """
+
+    steps: PositiveInt = 1000
+    warmup: NonNegativeInt = 0
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    final: Share = 0.0
+
+    def factor(self, step: int) -> float:
+        """The factor on the learning rate in step 0, 1, …; in the last step it is not quite `final` yet."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.decay == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.final + (1 - self.final) * left
+
+    def jump(self, steps_before: int, step: int, lr: float) -> str | None:
+        """Says how a change of `steps` on resume moves the decay and with it the learning rate of `step`; else None."""
+        before, now = (lr * one.factor(step) for one in (replace(self, steps=steps_before), self))
+        if before == now:
+            return None
+        return (
+            f"schedule.steps was {steps_before} and is {self.steps}: the {self.decay} decay ends there now, so the "
+            f"learning rate of step {step} is {now:.3g} where it was {before:.3g}. For a rate that does not jump, "
+            "train on from the exported model: model.init (vae.path) and another run=PATH."
+        )

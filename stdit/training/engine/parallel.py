@@ -1,9 +1,10 @@
-"""Where this process stands among the ranks, and the few collectives that training needs. Without ranks: no-ops."""
+"""Where this process stands among the ranks, and the few collectives that training needs. A single rank needs none."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class World:
-    """rank of size processes; device is this process's own."""
+    """rank: of this process, among `size`. device: of this process alone."""
 
     rank: int
     size: int
@@ -30,16 +31,12 @@ class World:
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> Tensor:
-        """Sums over ranks in place. values lie on any device; fp64 stays exact enough to compare ranks."""
+        """Sums over ranks in place. values: on any device; in fp64 all ranks get the same sums."""
         if self.size > 1:
             on_device = values.to(self.device)
             dist.all_reduce(on_device)
             values.copy_(on_device)
         return values
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""
@@ -58,26 +55,26 @@ class World:
         return values
 
     def from_main(self, find: Callable[[], Found]) -> Found:
-        """What `find` returns on rank 0, which alone runs it; an error of it is raised on every rank."""
+        """What `find` returns on rank 0, which alone runs it; its error is raised on every rank."""
         found: Any = None
-        error: Exception | None = None
-        if self.is_main:
-            try:
+        with self.together():
+            if self.is_main:
                 found = find()
-            except Exception as caught:
-                error = caught
-        self.all_succeeded(error)
         return self.gather(found)[0]
 
-    def all_succeeded(self, error: Exception | None) -> None:
-        """Raises on every rank if any rank has an error, so that none waits for one that is gone."""
-        errors = [
-            str(found) for found in self.gather(None if error is None else f"{type(error).__name__}: {error}") if found
-        ]
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """If the work fails on any rank, raises on every rank, so that none waits for one that is gone."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        errors = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        if errors:
-            raise StditError(f"another rank stopped: {errors[0]}")
+        if first := next(filter(None, errors), None):
+            raise StditError(f"another rank stopped: {first}")
 
 
 def join_world() -> World:
@@ -90,11 +87,9 @@ def join_world() -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        # Rank 0 alone samples and exports while the others wait at a barrier: longer than the usual ten minutes.
-        timeout = timedelta(hours=2)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timeout, rank=rank, world_size=size
-        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # Longer than the usual ten minutes: rank 0 samples and exports alone while the others wait.
+        dist.init_process_group(backend, timeout=timedelta(hours=2), rank=rank, world_size=size)
     return World(rank, size, device)
 
 

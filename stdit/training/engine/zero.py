@@ -11,6 +11,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,18 @@ from stdit.training.engine.optimizer import OptimizerConfig, group_state, make_o
 from stdit.training.engine.parallel import World
 from stdit.weights.tensor_files import read_json
 
-# Keys of a DeepSpeed JSON that the run's config decides.
+# Keys of a DeepSpeed JSON that a section or setting of the run's config decides.
 OURS = {
-    "train_batch_size": "plan",
-    "train_micro_batch_size_per_gpu": "plan",
-    "gradient_accumulation_steps": "plan",
-    "managed_gradient_accumulation": "plan",
-    "gradient_allreduce_op": "plan",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "bf16": "run.precision",
-    "fp16": "run.precision",
-    "data_types": "run.precision",
-    "amp": "run.precision",
-    "torch_autocast": "run.precision",
-    "zero_allow_untested_optimizer": "optimizer.name",
-}
+    "plan": (
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "managed_gradient_accumulation", "gradient_allreduce_op",
+    ),
+    "optimizer.clip": ("gradient_clipping",),
+    "optimizer": ("optimizer",),
+    "schedule": ("scheduler",),
+    "run.precision": ("bf16", "fp16", "data_types", "amp", "torch_autocast"),
+    "optimizer.name": ("zero_allow_untested_optimizer",),
+}  # fmt: skip
 
 
 class DeepSpeedEngine(Engine):
@@ -59,14 +55,13 @@ class DeepSpeedEngine(Engine):
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_allow_untested_optimizer": True,
         }
-        names = {id(p): name for name, p in module.named_parameters()}
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parameters = trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        shapes = {name: tuple(p.shape) for name, p in trained.items()}  # ZeRO-3 empties the parameters
         exact = {}  # fp32 weights: DeepSpeed would make the masters of weights rounded to bf16
         if precision == "bf16":
             exact = {name: p.detach().float().flatten().clone() for name, p in trained.items()}
         # DeepSpeed takes a step with some optimizers when it starts; at lr 0 that changes nothing.
-        client = make_optimizer(trained, config, lr=0.0)
+        client = make_optimizer(trained, replace(config, lr=0.0))
         self.scale = world.size  # the engine averages over ranks, our loss is a sum
         self.stage = stage
         with _quiet():
@@ -79,7 +74,6 @@ class DeepSpeedEngine(Engine):
                 del group[key]
         self.replicated = stage == 0
         self.differentiable = stage < 3  # stage 3 counts forwards and backwards
-        self._parameters = {names[id(p)]: p for p in self.module.parameters() if p.requires_grad}
         self.flat_masters, self.pieces = self._find_pieces(shapes, world)
         with torch.no_grad():
             for flat, pieces in zip(self.flat_masters, self.pieces):
@@ -148,9 +142,9 @@ def _read_json(given: str, precision: str) -> tuple[dict[str, Any], int]:
     with error_context("parallel.deepspeed"):
         path = find_shipped(given, DEEPSPEED, ".json")
         settings = read_json(path)
-    for key, owner in OURS.items():
-        if key in settings:
-            raise StditError(f"{path} sets {key!r}, which the run's config owns ({owner}). Take it out of the JSON.")
+    for owner, keys in OURS.items():
+        if found := next((key for key in keys if key in settings), None):
+            raise StditError(f"{path} sets {found!r}, which the run's config owns ({owner}). Take it out of the JSON.")
     zero = _section(settings, "zero_optimization", path)
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):

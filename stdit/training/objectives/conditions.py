@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,9 +61,10 @@ class Conditions:
             )
 
     @torch.no_grad()
-    def of(self, examples: Sequence[Example], tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    def of(self, examples: Sequence[Example], tasks: Sequence[Task]) -> list[dict[str, Tensor]]:
         """The conditions of each clip, by name."""
-        found: list[dict[str, Any]] = [self._numbers(example) for example in examples]
+        shapes = [example.shape for example in examples]
+        found = [self._numbers(IMAGE_FPS if one.is_image else self.fps, one.width, one.height) for one in shapes]
         if self.gives_latents:
             clips = [self._known(example, task) for example, task in zip(examples, tasks)]
             for conditions, (video, is_known) in zip(found, clips):
@@ -74,26 +75,24 @@ class Conditions:
                 for number, conditions in enumerate(found):
                     conditions["image_text"] = torch.cat(tokens[number * len(seen) : (number + 1) * len(seen)])
         elif self.channels:
-            for conditions, example, task in zip(found, examples, tasks):
-                latent = example.shape.latent(self.vae.config.stride)
+            for conditions, shape, task in zip(found, shapes, tasks):
+                latent = shape.latent(self.vae.config.stride)
                 mask = task.mask(latent.frames)[:, None, None].expand(-1, latent.height, latent.width)
                 conditions["image"] = mask[None].float()
         return found
 
-    def of_empty_clip(self) -> dict[str, Any]:
+    def of_empty_clip(self) -> dict[str, Tensor]:
         """The conditions of a clip of one token and weight 0."""
-        found: dict[str, Any] = {"fps": self.fps, "size": (self.patch[2], self.patch[1])}
-        found["image"] = torch.zeros(self.channels, *self.patch)
-        found["image_text"] = torch.zeros(self.positions or 1, self.width)
-        return {name: self._tensor(found[name]) for name in self.names}
+        images = {
+            "image": torch.zeros(self.channels, *self.patch),
+            "image_text": torch.zeros(self.positions or 1, self.width),
+        }
+        given = {name: image for name, image in images.items() if name in self.names}
+        return self._numbers(self.fps, self.patch[2], self.patch[1]) | given
 
-    def _numbers(self, example: Example) -> dict[str, Any]:
-        shape = example.shape
-        values = {"fps": IMAGE_FPS if shape.is_image else self.fps, "size": (shape.width, shape.height)}
-        return {name: self._tensor(value) for name, value in values.items() if name in self.names}
-
-    def _tensor(self, value: Any) -> Tensor:
-        return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
+    def _numbers(self, fps: float, width: int, height: int) -> dict[str, Tensor]:
+        values = {"fps": fps, "size": (width, height)}
+        return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items() if name in self.names}
 
     def _known(self, example: Example, task: Task) -> tuple[Tensor, Tensor]:
         """The clip (3, T, H, W), and which of its frames are known, (T,)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from stdit.text.encoders import TextEncoder
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.config import ObjectiveConfig
 from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS, clip_weight
-from stdit.training.objectives.protocol import StepKey
+from stdit.training.objectives.protocol import Batch, Objective, StepKey
 from stdit.vae.autoencoder import CausalVAE
 from stdit.weights.families import guided_by_null_text
 
@@ -34,34 +35,15 @@ EMBEDDED_BYTES = 2**34  # and at most, of embeddings: 4096 full ones of a T5-XXL
 
 
 @dataclass
-class FlowBatch:
-    """The input of `FlowModule`.
+class FlowBatch(Batch):
+    """The input of `FlowModule`. If the text encoder trains along, there are token ids in place of embeddings."""
 
-    pack: noisy tokens.
-    target: (N, pt·ph·pw·C) what the network should output.
-    token_weights: (N,) weights of the tokens' errors, 0 for known tokens.
-    clean: (N, pt·ph·pw·C) x_0 if a variance is learned, else None.
-    text: packed embeddings; None if the text encoder trains along.
-    text_ids: the captions' token ids for a text encoder that trains along, else None.
-    """
-
-    pack: TokenPack
-    target: Tensor
-    token_weights: Tensor
-    clean: Tensor | None
+    pack: TokenPack  # noisy tokens
+    target: Tensor  # (N, pt·ph·pw·C) what the network should output
+    token_weights: Tensor  # (N,) of the tokens' errors, 0 for known tokens
+    clean: Tensor | None  # (N, pt·ph·pw·C) x_0, if a variance is learned
     text: TextPack | None
-    text_ids: list[list[int]] | None
-    weight: float
-    flops: int
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        text = {} if self.text is None else {"text embedding": self.text.tokens}
-        return {"latents": self.pack.tokens, **text}
-
-    @property
-    def noise_level(self) -> float | None:
-        return float(self.pack.levels.max())
+    text_ids: list[list[int]] | None  # of each caption
 
 
 class FlowModule(nn.Module):
@@ -99,8 +81,7 @@ class ClipTask(NamedTuple):
     weight: float
 
 
-@dataclass(frozen=True)
-class TrainingClip:
+class TrainingClip(NamedTuple):
     """A clip with its keyed draws. caption: empty if it is dropped."""
 
     example: Example
@@ -112,16 +93,17 @@ class TrainingClip:
 class NoisyClip(NamedTuple):
     """What a clip adds to a pack."""
 
+    x0: Tensor  # (C, T', H', W') clean latents
     latents: Tensor  # (C, T', H', W'), known frames clean
     level: Tensor  # () or (T'/pt,), 0 where known
     target: Tensor  # (n, pt·ph·pw·C)
     token_weights: Tensor  # (n,)
 
 
-class FlowObjective:
+class FlowObjective(Objective):
     """The error of the network's output for unknown tokens, along the path of its scheduler."""
 
-    critic = None
+    module: FlowModule
 
     def __init__(
         self,
@@ -158,7 +140,7 @@ class FlowObjective:
         self.empty_text: Tensor | None = None  # (L, D) of "" from a cache, in its precision
         self.text_padding = text_padding
         self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding, self.path)
-        self.model_config = transformer.config
+        self.model_config, self.cost = transformer.config, cost_coefficients(transformer.config)
         self._ids = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.tokenize([caption])[0])
         largest = (text_padding or 512) * text_encoder.dim * dtype.itemsize
         kept = max(1, min(CAPTIONS_KEPT, EMBEDDED_BYTES // largest))
@@ -167,36 +149,47 @@ class FlowObjective:
     # ------------------------------------------------------------------------------------------------ clips to batches
 
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> FlowBatch:
-        if not examples:
-            return self._empty_batch()
         patch = self.model_config.patch
         clips = self.sorted_clips(examples, items, key)
-        latents = self._latents([clip.example for clip in clips])  # x_0, (C, T', H', W') each
-        levels = self.levels([clip.item for clip in clips], key)
-        levels = self.path.trained_levels(levels, [clip.example.shape for clip in clips])  # t, (clips,)
-        noisy = [self._add_noise(clip, x0, t, key) for clip, x0, t in zip(clips, latents, levels)]
-        conditions = self.conditions.of([clip.example for clip in clips], [clip.drawn.task for clip in clips])
+        captions, beside = [clip.caption for clip in clips] or [""], [clip.example for clip in clips]
+        if clips:
+            levels = self.levels([clip.item for clip in clips], key)
+            levels = self.path.trained_levels(levels, [example.shape for example in beside])  # t, (clips,)
+            latents = self._latents(beside)
+            noisy = [self._add_noise(clip, x0, t, key) for clip, x0, t in zip(clips, latents, levels)]
+            conditions = self.conditions.of(beside, [clip.drawn.task for clip in clips])
+        else:  # one token of weight 0: a rank without clips must run every module that the others run
+            nothing, level = torch.zeros(self.model_config.latent_channels, *patch), torch.tensor(0.5).double()
+            noisy = [NoisyClip(nothing, nothing, level, output_tokens(nothing, patch), torch.zeros(1))]
+            conditions = [self.conditions.of_empty_clip()]
         pack = pack_inputs([clip.latents for clip in noisy], [clip.level for clip in noisy], patch, conditions)
+        pack = pack.to(self.device, self.dtype)
+        inputs = {"latents": pack.tokens}
+        text: TextPack | None = None
+        ids: list[list[int]] | None = None
         if self.train_text:
-            text, ids = None, [self._ids(clip.caption) for clip in clips]
+            ids = [self._ids(caption) for caption in captions]
             text_lengths = tuple(len(row) + (len(row) < self.text_padding) for row in ids)  # padding is one token
         else:
-            text, ids = self._text([clip.caption for clip in clips], [clip.example for clip in clips]), None
+            text = self._text(captions, beside)
             text_lengths = text.segments.lengths
+            inputs["text embedding"] = text.tokens
         return FlowBatch(
-            pack=pack.to(self.device, self.dtype),
+            weight=self.weight(examples, key),
+            flops=3 * transformer_flops(self.model_config, pack.segments.lengths, text_lengths) if clips else 0,
+            inputs=inputs,
+            noise_level=max(float(clip.level.max()) for clip in noisy),
+            pack=pack,
             target=torch.cat([clip.target for clip in noisy]).float().to(self.device),
             token_weights=torch.cat([clip.token_weights for clip in noisy]).to(self.device),
-            clean=self._clean_tokens(latents),
+            clean=self._clean_tokens([clip.x0 for clip in noisy]),
             text=text,
             text_ids=ids,
-            weight=self.weight(examples, key),
-            flops=3 * transformer_flops(self.model_config, pack.segments.lengths, text_lengths),
         )
 
     def sorted_clips(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> list[TrainingClip]:
-        """Draws captions and tasks, and puts equal token counts and text lengths side by side: attention runs those as
-        one call."""
+        """Draws captions and tasks. Sorts, since attention runs equal token counts and text lengths side by side as one
+        call."""
         clips = []
         for example, item in zip(examples, items):
             u = keyed_uniform(key.seed, "caption dropout", key.epoch, example.clip_id, example.occurrence)
@@ -238,27 +231,16 @@ class FlowObjective:
             x[:, : task.known_frames] = x0[:, : task.known_frames]
             level = frame_levels(task.mask(x0.shape[1]), t, self.model_config.patch[0])
         target = output_tokens(self.path.target(x0, noise, t), self.model_config.patch)  # (n, pt·ph·pw·C)
-        weight *= float(LEVEL_WEIGHTS[self.config.flow.level_weight](t))
+        weight *= float(LEVEL_WEIGHTS[self.config.flow.level_weight](t, self.path))
         token_weights = torch.full((len(target),), weight / ((len(target) - known) * target.shape[1]))
         token_weights[:known] = 0  # the first tokens
-        return NoisyClip(x, level, target, token_weights)
+        return NoisyClip(x0, x, level, target, token_weights)
 
     def _clean_tokens(self, latents: Sequence[Tensor]) -> Tensor | None:
         """x_0 as tokens, for the bound of a DDPM's learned variance."""
         if self.path.name != "ddpm" or self.model_config.out_channels <= self.model_config.latent_channels:
             return None
         return torch.cat([output_tokens(x0, self.model_config.patch) for x0 in latents]).to(self.device)
-
-    def _empty_batch(self) -> FlowBatch:
-        """One token of weight 0: a rank without clips must run every module that the others run."""
-        patch = self.model_config.patch
-        clip = torch.zeros(self.model_config.latent_channels, *patch)
-        level = torch.full((), 0.5, dtype=torch.float64)
-        pack = pack_inputs([clip], [level], patch, [self.conditions.of_empty_clip()]).to(self.device, self.dtype)
-        zeros = output_tokens(clip, patch).to(self.device)
-        text, ids = (None, [self._ids("")]) if self.train_text else (self._text([""], [None]), None)
-        weights = torch.zeros(1, device=self.device)
-        return FlowBatch(pack, zeros, weights, zeros, text, ids, weight=0.0, flops=0)
 
     @torch.no_grad()
     def _latents(self, examples: Sequence[Example]) -> list[Tensor]:
@@ -278,10 +260,10 @@ class FlowObjective:
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _text(self, captions: Sequence[str], examples: Sequence[Example | None]) -> TextPack:
-        """Packed embeddings, from the cache or encoded now. examples: None for a caption of no clip."""
+    def _text(self, captions: Sequence[str], examples: Sequence[Example]) -> TextPack:
+        """Packed embeddings, from the cache or encoded now. examples: may be fewer: then of no clip."""
         texts = []
-        for caption, example in zip(captions, examples):
+        for caption, example in zip_longest(captions, examples):
             if example is not None and example.text is not None and caption == example.caption:
                 text = example.text
             elif example is not None and caption != example.caption and guided_by_null_text(self.model_config):
@@ -299,8 +281,9 @@ class FlowObjective:
         return shape.grid(self.vae.config.stride, self.model_config.patch).tokens
 
     @property
-    def cost(self) -> tuple[int, int]:
-        return cost_coefficients(self.model_config)
+    def flows(self) -> list[FlowObjective]:
+        """One for every transformer."""
+        return [self]
 
     def weight(self, examples: Sequence[Example], key: StepKey) -> float:
         return sum((self._draw_task(example, key).weight for example in examples), 0.0)
@@ -312,11 +295,6 @@ class FlowObjective:
                 inner = type(self.text_encoder.encoder)(self.text_encoder.encoder.config)
                 encoder = TextEncoder(inner, self.text_encoder.tokenizer, self.text_encoder.max_length)
             return FlowModule(self.remake(), encoder, self.text_padding, self.path).eval()
-
-    def transformers(self, module: nn.Module) -> list[STDiT]:
-        """The transformers in a module of `fresh`."""
-        assert isinstance(module, FlowModule)
-        return [module.transformer]
 
     def networks(self, module: nn.Module) -> tuple[STDiT, TextEncoder]:
         """What samples with a module of `fresh`: the transformer, and the text encoder, trained or frozen."""

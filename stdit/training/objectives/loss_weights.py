@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.load.loader import Example
+from stdit.diffusion.paths import Path
 
 
 def clip_weight(example: Example, tokens: int, power: float) -> float:
@@ -19,17 +20,16 @@ def clip_weight(example: Example, tokens: int, power: float) -> float:
     return example.weight * tokens**power
 
 
-def uniform(t: Tensor) -> Tensor:
+def uniform(t: Tensor, path: Path) -> Tensor:
     """Every noise level counts alike."""
     return torch.ones_like(t)
 
 
-def cosmap(t: Tensor) -> Tensor:
+def cosmap(t: Tensor, path: Path) -> Tensor:
     """The density of CosMap (Esser et al. 2024, section 3.1): 4/π for t = ½, falling to 2/π at both ends."""
     return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
 
 
-# By name, for `objective.flow.level_weight`: noise levels t in [0, 1] to the factors of a clip's error, of equal shape.
-# t is the path's own level (stdit/diffusion/paths.py). A weight that needs the signal-to-noise ratio must get the path
-# too, in FlowObjective._add_noise. These factors are not part of the sum that the loss is divided by.
-LEVEL_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "cosmap": cosmap}
+# By name, for `objective.flow.level_weight`: from noise levels t in [0, 1] of a path (stdit/diffusion/paths.py) to the
+# factors of a clip's error, of equal shape. They are not part of the sum that the loss is divided by.
+LEVEL_WEIGHTS: dict[str, Callable[[Tensor, Path], Tensor]] = {"uniform": uniform, "cosmap": cosmap}

@@ -23,53 +23,30 @@ from stdit.vae.autoencoder import CausalVAE
 
 @dataclass(frozen=True)
 class StepKey:
-    """The key of a step's random draws.
+    """The key of a step's random draws."""
 
-    seed: the run's.
-    epoch: which epoch.
-    step: which step of the epoch.
-    clips: clips of the step, on all ranks: noise levels are stratified over them.
-    done: optimizer steps before this one, in the whole run.
-    """
-
-    seed: int
+    seed: int  # the run's
     epoch: int
-    step: int
-    clips: int
-    done: int = 0
+    step: int  # of the epoch
+    clips: int  # of the step, on all ranks: noise levels are stratified over them
+    done: int = 0  # optimizer steps before this one, in the whole run
 
 
-class Batch(Protocol):
+@dataclass(kw_only=True)
+class Batch:
     """The input of an objective's module, for one micro-step of one rank."""
 
-    @property
-    def weight(self) -> float:
-        """Σ_c w_c."""
-        ...
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of forward and backward."""
-        ...
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """The tensors made from the clips, by name. `pixels` or `latents` come first and can be leaves of a graph."""
-        ...
-
-    @property
-    def noise_level(self) -> float | None:
-        """The highest of the batch; None for an objective without noise levels."""
-        ...
+    weight: float  # Σ_c w_c
+    flops: int = 0  # of forward and backward
+    inputs: dict[str, Tensor]  # made from the clips; `pixels` or `latents` come first and can be leaves of a graph
+    noise_level: float | None = None  # the highest, if the objective has noise levels
 
 
 @dataclass
 class Critic:
-    """An adversary with its own optimizer.
+    """An adversary with its own optimizer, which trains from the optimizer step `start` on.
 
-    module: takes a batch after the objective's module has, and returns Σ_c w_c · its own loss of c.
-    optimizer: the settings of its optimizer.
-    start: the optimizer step from which it trains.
+    Its module takes a batch after the objective's module has, and returns Σ_c w_c · its own loss of c.
     """
 
     module: nn.Module
@@ -78,38 +55,29 @@ class Critic:
 
 
 class Objective(Protocol):
-    """What a run trains, and its loss."""
+    """What a run trains, and its loss.
 
-    vae: CausalVAE  # or another family's, behind the same methods
+    module: everything that trains. Takes a batch, returns Σ_c w_c · loss_c.
+    vae: a CausalVAE, or another family's behind the same methods.
+    cost: the planner's (linear, quadratic) cost of a clip in its tokens.
+    """
 
-    @property
-    def module(self) -> nn.Module:
-        """Everything that trains. Takes a batch, returns Σ_c w_c · loss_c."""
-        ...
-
-    @property
-    def critic(self) -> Critic | None: ...
+    module: nn.Module
+    vae: CausalVAE
+    cost: tuple[int, int]
+    critic: Critic | None = None
 
     def tokens(self, shape: VideoShape) -> int:
         """Tokens of a clip of this shape: what the planner bounds packs by."""
-        ...
-
-    @property
-    def cost(self) -> tuple[int, int]:
-        """The planner's (linear, quadratic) cost of a clip in its tokens."""
-        ...
 
     def weight(self, examples: Sequence[Example], key: StepKey) -> float:
         """Σ_c w_c of the batch that `prepare` would make, without making its tensors."""
-        ...
 
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> Batch:
         """The batch of a micro-step's clips; there may be none."""
-        ...
 
     def fresh(self) -> nn.Module:
         """A module like `module` on the CPU, without ZeRO, to be filled with trained weights. Frozen ones are there."""
-        ...
 
 
 class StepResult(NamedTuple):

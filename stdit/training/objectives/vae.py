@@ -18,7 +18,7 @@ from stdit.shapes import VideoShape
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.objectives.config import ObjectiveConfig
 from stdit.training.objectives.loss_weights import clip_weight
-from stdit.training.objectives.protocol import Critic, StepKey
+from stdit.training.objectives.protocol import Batch, Critic, Objective, StepKey
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.clips import patchify
 from stdit.vae.training.discriminator import (
@@ -42,24 +42,12 @@ class ShapeGroup(NamedTuple):
 
 
 @dataclass
-class VaeBatch:
-    """The input of `VaeModule`, and after it of `CriticModule`.
-
-    adversarial: whether the discriminator takes part.
-    reconstructions: the groups' videos out of the VAE, once it has run.
-    """
+class VaeBatch(Batch):
+    """The input of `VaeModule`, and after it of `CriticModule`."""
 
     groups: list[ShapeGroup]
-    weight: float
-    flops: int
-    adversarial: bool
-    reconstructions: list[Tensor] = field(default_factory=list)
-
-    noise_level = None
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {"pixels": self.groups[0].video} if self.groups else {}
+    adversarial: bool  # whether the discriminator takes part
+    reconstructions: list[Tensor] = field(default_factory=list)  # the groups' videos out of the VAE, once it has run
 
 
 class CriticModule(nn.Module):
@@ -142,8 +130,10 @@ class VaeModule(nn.Module):
         return value + ((output.float() - leaf.detach()) * gradient).flatten(1).sum(1)
 
 
-class VaeObjective:
+class VaeObjective(Objective):
     """Reconstruction of clips. A clip's tokens are the pixels that it is trained on."""
+
+    cost = (1, 0)
 
     def __init__(
         self,
@@ -169,7 +159,6 @@ class VaeObjective:
                 f"objective.vae.crop is {side}; it must be a multiple of the VAE's stride, {step} pixels. "
                 f"Nearest: {' or '.join(map(str, near))}."
             )
-        self.critic: Critic | None = None
         critic = None
         if (discriminator := settings.discriminator) is not None:
             critic = CriticModule(discriminator)
@@ -191,10 +180,6 @@ class VaeObjective:
             )
         return part.frames * part.height * part.width
 
-    @property
-    def cost(self) -> tuple[int, int]:
-        return 1, 0
-
     def weight(self, examples: Sequence[Example], key: StepKey) -> float:
         return sum(map(self._weight, examples), 0.0)
 
@@ -215,7 +200,8 @@ class VaeObjective:
                 weights=torch.tensor(weights, dtype=torch.float32, device=self.device),
             ))  # fmt: skip
         adversarial = self.critic is not None and key.done >= self.critic.start
-        return VaeBatch(groups, self.weight(examples, key), 0, adversarial)
+        inputs = {"pixels": groups[0].video} if groups else {}
+        return VaeBatch(groups, adversarial, weight=self.weight(examples, key), inputs=inputs)
 
     def _weight(self, example: Example) -> float:
         return clip_weight(example, self.tokens(example.shape), self.config.token_power)

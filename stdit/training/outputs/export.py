@@ -1,47 +1,166 @@
-"""Exports the trained weights as the run's model folder, run/model."""
+"""What comes of a run's averaged weights: samples or a VAE's PSNR while it trains, and its model folder, run/model."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from stdit.data.decode.write import write_video
+from stdit.data.load.loader import Example, Loader
+from stdit.data.manifest import read_manifest
+from stdit.data.plan.buckets import assign
+from stdit.data.plan.split import PlanItem
 from stdit.diffusion.solvers import with_static_shift, write_scheduler
 from stdit.errors import StditError
+from stdit.evaluation.harness import reconstruct
+from stdit.evaluation.metrics import mean_psnr
 from stdit.files import check_copyable, copy_folder, publish_folder, publish_text, remove_folder, within, writing
+from stdit.models.experts import Experts
 from stdit.sampling.base_weights import BaseWeights
 from stdit.sampling.model_folder import FolderSettings
+from stdit.sampling.pipeline import Pipeline
+from stdit.shapes import VideoShape
 from stdit.training.config import RunConfig
+from stdit.training.engine.engine import Engine
+from stdit.training.engine.optimizer import Ema
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.two_experts import TransformerObjective
-from stdit.training.outputs.evaluate import folder_settings, make_pipeline, spread_clips, trained_vae
-from stdit.training.outputs.weights import with_weights
+from stdit.training.objectives.vae import VaeModule
 from stdit.training.setup.build import RunComponents
 from stdit.training.setup.frozen import check_unchanged
-from stdit.training.setup.lora import export_adapters
-from stdit.vae.autoencoder import measure_latents
+from stdit.training.setup.lora import export_adapters, merge_lora
+from stdit.vae.autoencoder import CausalVAE, measure_latents
+from stdit.vae.training.trainable_parts import join_split_kernels
 from stdit.weights.expert_folders import expert_folders
 from stdit.weights.io import save_transformer, save_vae
 from stdit.weights.tensor_files import read_json
 
 FORMAT = 1  # of export.json
 VAE_CLIPS = 256  # to measure the latents' mean and deviation on, at most
+Weights = dict[str, Tensor]  # of all parameters that train, whole and in fp32
 
 
-def export(components: RunComponents, weights: dict[str, Tensor] | None, world: World, step: int) -> None:
-    """Publishes run/model. weights: of `averaged_weights`, so on rank 0."""
-    assert weights is not None
+def averaged_weights(engine: Engine, ema: Ema | None, world: World) -> Weights:
+    """All averaged weights (without an average: the masters) on rank 0's CPU; on other ranks nothing."""
+    weights: Weights = {}
+    for flat, pieces in zip(ema.averages if ema is not None else engine.flat_masters, engine.pieces):
+        numbers = flat.detach().reshape(-1)
+        mine = [(piece, numbers[piece.start : piece.start + piece.numel].cpu()) for piece in pieces]
+        gathered = [mine] if engine.replicated else world.gather_on_main(mine)
+        for piece, part in (pair for rank in gathered or [] for pair in rank):
+            if piece.name not in weights:
+                weights[piece.name] = torch.empty(piece.shape)
+            weights[piece.name].view(-1)[piece.offset : piece.offset + piece.numel] = part
+    return weights if world.is_main else {}
+
+
+@torch.no_grad()
+def with_weights(module: nn.Module, weights: Weights) -> nn.Module:
+    """Fills a module of `Objective.fresh` with all trained weights, and merges adapters and split kernels."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+    merge_lora(module)
+    join_split_kernels(module)
+    return module
+
+
+def evaluate(components: RunComponents, weights: Weights, world: World, step: int) -> dict[str, Any]:
+    """The values of an `eval` line of metrics: psnr, or samples; empty for a transformer without prompts."""
+    if components.config.objective.kind == "vae":
+        return {"psnr": vae_psnr(trained_vae(components, weights, world), components)}
+    if not components.config.eval.prompts:
+        return {}
+    return {"samples": sample(make_pipeline(components, weights, world), components, step)}
+
+
+def trained_vae(components: RunComponents, weights: Weights, world: World) -> CausalVAE:
+    module = with_weights(components.objective.fresh(), weights)
+    assert isinstance(module, VaeModule)
+    return module.vae.to(world.device)
+
+
+def vae_psnr(vae: CausalVAE, components: RunComponents) -> float:
+    """Mean PSNR in dB of reconstructed clips: of eval.manifest (held out) if set, else of training clips."""
+    settings, found = components.config.eval, []
+    for example in spread_clips(components, settings.manifest, settings.clips):  # one at a time in memory
+        assert example.frames is not None
+        frames = [example.frames.numpy()]
+        found.append(mean_psnr(reconstruct(vae, frames), frames))
+    if not found:
+        raise StditError(f"{settings.manifest or components.manifest.source}: no clip to measure could be read.")
+    return sum(found) / len(found)
+
+
+def make_pipeline(components: RunComponents, weights: Weights, world: World) -> Pipeline:
+    """A pipeline with these weights, in the run's precision on this rank's device."""
+    objective = components.objective
+    assert isinstance(objective, TransformerObjective)
+    module = with_weights(objective.fresh(), weights).to(world.device, objective.dtype)
+    transformer, text_encoder = objective.networks(module)
+    scheduler = with_static_shift(objective.scheduler, components.config.objective.flow.noise_levels.shift)
+    return Pipeline(transformer, objective.vae, text_encoder, scheduler, folder_settings(components))
+
+
+def folder_settings(components: RunComponents) -> FolderSettings:
+    """How the exported model folder is sampled by default."""
+    config, shapes = components.config, tuple(map(str, components.sampled_shapes))
+    return FolderSettings(config.data.fps, shapes, config.text.padding, config.objective.flow.noise_levels.shift_tokens)
+
+
+def sample(pipeline: Pipeline, components: RunComponents, step: int) -> list[str]:
+    """Writes the validation prompts' clips to samples/step-N/; returns their paths within the run folder."""
+    settings, run = components.config.eval, Path(components.config.run.path)
+    shape = VideoShape.parse(settings.size) if settings.size else None
+    clips = pipeline(
+        settings.prompts, size=(shape.width, shape.height) if shape else None, frames=settings.frames,
+        steps=settings.steps, guidance=settings.guidance, seed=settings.seed,
+    )  # fmt: skip
+    folder = run / "samples" / f"step-{step:08d}"
+    samples = []
+    for index, (prompt, frames) in enumerate(zip(settings.prompts, clips)):
+        words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:40]
+        path = folder / f"{index:02d}-{words}.mp4"
+        write_video(path, frames, components.config.data.fps)
+        samples.append({"file": str(path.relative_to(run)), "prompt": prompt})
+    publish_text(folder / "samples.json", json.dumps({"step": step, "samples": samples}, indent=1, ensure_ascii=False))
+    return [sample["file"] for sample in samples]
+
+
+def spread_clips(components: RunComponents, manifest_path: str | None, count: int) -> Iterator[Example]:
+    """Up to `count` clips spread over a manifest, or over the run's; each cut to its shape from start and centre."""
+    data = components.config.data.fixed()
+    manifest, assignment = components.manifest, components.assignment
+    if manifest_path is not None:
+        manifest = read_manifest(manifest_path)
+        assignment = assign(manifest, data)
+    rows = [int(row) for row in (assignment.bucket >= 0).nonzero()[0]]
+    rows = rows[:: max(1, len(rows) // count)][:count]
+    loader = Loader(manifest, assignment, data, seed=0)
+    batches = [[PlanItem(row, 0, int(assignment.bucket[row]), 0, 0, 0)] for row in rows]
+    for (example,) in loader.iterate(batches, epoch=0):
+        if example.failure is None:
+            yield example
+
+
+def export(components: RunComponents, weights: Weights, world: World, step: int) -> None:
+    """Publishes run/model, on rank 0."""
     write = write_vae if components.config.objective.kind == "vae" else write_model
     publish_model(Path(components.config.run.path), step, partial(write, components, weights, world))
 
 
-def write_vae(components: RunComponents, weights: dict[str, Tensor], world: World, folder: Path) -> None:
+def write_vae(components: RunComponents, weights: Weights, world: World, folder: Path) -> None:
     """Writes a VAE's folder. If its encoder trained, measures the latents' mean and deviation anew."""
     vae = trained_vae(components, weights, world)
     if components.config.objective.vae.train != "decoder":
@@ -52,7 +171,7 @@ def write_vae(components: RunComponents, weights: dict[str, Tensor], world: Worl
     FolderSettings(components.config.data.fps, tuple(map(str, components.shapes)), None).write(folder)
 
 
-def write_model(components: RunComponents, weights: dict[str, Tensor], world: World, folder: Path) -> None:
+def write_model(components: RunComponents, weights: Weights, world: World, folder: Path) -> None:
     """Writes a model folder: a copy of model.init's with the trained transformers, if all else comes from there too.
 
     A run with adapters writes their files and where the base model is, or if asked the base model with them merged.
@@ -66,12 +185,11 @@ def write_model(components: RunComponents, weights: dict[str, Tensor], world: Wo
     init = _copied_from(config)
     if init is None:
         return make_pipeline(components, weights, world).save(folder)
-    transformers = objective.transformers(with_weights(objective.fresh(), weights))
-    names = _trained_names(config, len(transformers))
+    network, _ = objective.networks(with_weights(objective.fresh(), weights).to(objective.dtype))
+    names = _trained_names(config)
     for path in _copied(init, names):
         copy_folder(path, folder / path.name)
-    for name, transformer in zip(names, transformers):
-        save_transformer(transformer.to(objective.dtype), folder / name)
+    save_transformer(network, folder if isinstance(network, Experts) else folder / names[0])
     index = read_json(init / "model_index.json")
     if config.model.inflate:
         index[names[0]] = ["stdit", "STDiT"]  # so that no other program takes it for an image model
@@ -109,10 +227,10 @@ def _copied_from(config: RunConfig) -> Path | None:
     return init if whole and {config.vae.path, config.text.path} == {str(init)} else None
 
 
-def _trained_names(config: RunConfig, transformers: int) -> list[str]:
+def _trained_names(config: RunConfig) -> list[str]:
     """The names of the exported transformers' folders."""
     names = list(expert_folders("diffusers").values())
-    return names if transformers > 1 else [names[config.model.expert == "low"]]
+    return names if config.model.expert == "both" else [names[config.model.expert == "low"]]
 
 
 def _copied(init: Path, trained: list[str]) -> list[Path]:
@@ -120,17 +238,12 @@ def _copied(init: Path, trained: list[str]) -> list[Path]:
     index = read_json(init / "model_index.json")
     listed = [part for part, value in index.items() if isinstance(value, list) and any(value)]
     parts = listed or ("vae", "text_encoder", "tokenizer", "scheduler")  # a gathered folder's index lists none
-    return [
-        init / part for part in parts if part not in trained and ((init / part).is_dir() or (init / part).is_symlink())
-    ]
+    return [place for part in parts if part not in trained and ((place := init / part).is_dir() or place.is_symlink())]
 
 
 def check_export(config: RunConfig) -> None:
-    """Raises StditError before training for what would make the export fail or destroy something.
-
-    That is a file that cannot be copied (a dangling link), or a run/model that is an input of the run or that no run
-    wrote.
-    """
+    """Raises StditError before training if the export would fail at a file that cannot be copied (a dangling link), or
+    replace a run/model that the run reads or that no run wrote."""
     final = Path(config.run.path) / "model"
     inputs = {"model.init": config.model.init, "vae.path": config.vae.path, "text.path": config.text.path}
     for name, given in inputs.items():
@@ -142,7 +255,7 @@ def check_export(config: RunConfig) -> None:
     adapter_alone = config.model.lora is not None and not config.model.lora.merged
     init = _copied_from(config)
     if config.objective.kind == "flow" and init is not None and not adapter_alone:
-        for path in _copied(init, _trained_names(config, 2 if config.model.expert == "both" else 1)):
+        for path in _copied(init, _trained_names(config)):
             check_copyable(path)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +17,97 @@ from torch import Tensor
 
 import stdit
 from stdit.data.remote.storage import STORAGE
+from stdit.files import publish_text, writing
+from stdit.heartbeat import HEARTBEAT, SILENCE, rich_bars
 from stdit.machine import spin_settings
 from stdit.training.batches import StepClips
 from stdit.training.config import RunConfig
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import StepResult, Update
-from stdit.training.outputs.metrics import MetricsLog
-from stdit.training.outputs.progress import Progress
 from stdit.training.setup.build import RunComponents
+
+SCHEMA = Path(__file__).with_name("metrics_schema.json")
+EVERY = SILENCE - 2  # seconds between lines where there is no terminal: the heartbeat speaks only in long steps
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl of a run folder, and their numbers to TensorBoard.
+
+    step: where the run goes on. Lines of later steps, which a killed process wrote, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            publish_text(path, "".join(line + "\n" for line in kept))
+        self._path, self._file = path, path.open("ab", buffering=0)  # unbuffered, so that close cannot fail
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Appends a line. Numbers that are not finite become null."""
+        for name, value in values.items():
+            values[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        with writing(self._path):
+            content = json.dumps(line).encode() + b"\n"
+            while content:  # a nearly full disk takes a part before it raises
+                content = content[self._file.write(content) :]
+        if self._writer is not None:
+            with writing(self._path.parent / "tensorboard"):
+                for name, value in line.items():
+                    if name not in ("kind", "step", "time") and isinstance(value, int | float):
+                        self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            with writing(self._path.parent / "tensorboard"):
+                self._writer.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Progress:
+    """Steps done, loss, tokens/s, MFU and time left: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, step: int, steps: int, shown: bool) -> None:
+        self.first, self.steps, self.shown = step, steps, shown
+        self.begun = self.spoke = time.monotonic()
+        self.text = ""
+        self.bar: Any = None
+        self._held = ExitStack()
+        if not shown:
+            self._held.enter_context(HEARTBEAT.muted())
+        elif sys.stderr.isatty():
+            self.bar = self._held.enter_context(rich_bars(counts=True, transient=False))
+            self.task = self.bar.add_task("", total=steps, completed=step)
+
+    def show(self, loss: float, tokens_per_second: float, mfu: float | None) -> None:
+        self.text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if mfu is not None:
+            self.text += f"  MFU {100 * mfu:.1f} %"
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=self.text)
+        elif self.shown and self.text and (time.monotonic() - self.spoke > EVERY or step == self.steps):
+            self.spoke = time.monotonic()
+            left = (self.steps - step) * (self.spoke - self.begun) / max(1, step - self.first)
+            print(f"step {step}/{self.steps}  {self.text}  {left / 60:.1f} min left", flush=True)
+            HEARTBEAT.spoke()
+
+    def close(self) -> None:
+        self._held.close()
 
 
 class StepSums(NamedTuple):
@@ -41,11 +128,10 @@ class StepLog:
     """
 
     def __init__(self, config: RunConfig, world: World, step: int, peak: float) -> None:
-        self.config, self.world, self.peak = config, world, peak
+        self.config, self.world, self.peak, self.first_step = config, world, peak, step
         self.metrics: MetricsLog | None = None
         if world.is_main:
             self.metrics = MetricsLog(Path(config.run.path), step, config.log.tensorboard)
-        self.first_step = step
         self.progress = Progress(step, config.schedule.steps, config.log.progress and world.is_main)
         self._reset()
         self._begun = time.perf_counter()
@@ -70,7 +156,7 @@ class StepLog:
         )
 
     def begin_step(self, step: int) -> None:
-        self.progress.begin(step)
+        HEARTBEAT.doing(f"step {step}/{self.config.schedule.steps}")
         self._begun = time.perf_counter()
 
     def clips_are_read(self) -> None:
@@ -81,9 +167,6 @@ class StepLog:
         self.tokens += result.tokens
         self.flops += result.flops
         self.steps += 1
-
-    def show_step(self, step: int) -> None:
-        self.progress.advance(step)
 
     def sum_over_ranks(self, losses: Sequence[Tensor], failures: int, critic_loss: Tensor | None) -> StepSums:
         """losses, failures, critic_loss: this rank's share. All ranks call it together."""
@@ -97,7 +180,7 @@ class StepLog:
         if sums.flops:
             mfu = round(sums.flops / self.seconds / (self.peak * self.world.size), 6)
         critic = {} if sums.critic_loss is None else {"critic_loss": sums.critic_loss}
-        self.progress.show(loss=loss, tokens_per_second=per_second, mfu=mfu)
+        self.progress.show(loss, per_second, mfu)
         self.write(
             "train", step, epoch=clips.epoch, loss=loss, grad_norm=update.norm, lr=update.lr, clips=clips.num_clips,
             failed=failed, storage_retries=int(sums.storage_retries), tokens=int(sums.tokens) // self.steps,
@@ -122,3 +205,23 @@ def _device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     settings = spin_settings()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" + (f" ({settings})" if settings else "")
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of this process's matrix products, the best within `seconds`. MFU is relative to it."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+
+    def once() -> float:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    best, end = once(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, once())
+    return 2 * size**3 / best

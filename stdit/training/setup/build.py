@@ -25,11 +25,9 @@ from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import VideoShape
 from stdit.training.engine.make import check_engine
 from stdit.training.engine.parallel import World
-from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import Objective
-from stdit.training.objectives.two_experts import ExpertsObjective
-from stdit.training.setup.long_captions import LONGER, long_captions
-from stdit.training.setup.objective import make_objective
+from stdit.training.objectives.two_experts import TransformerObjective
+from stdit.training.setup.objective import LONGER, long_captions, make_objective
 from stdit.training.setup.resolve import ResolvedConfig
 
 
@@ -96,7 +94,13 @@ def build(config: ResolvedConfig, world: World) -> RunComponents:
     plan = make_plan(manifest, assignment, objective, config, 0)
     HEARTBEAT.doing("opening the caches")
     cache, text_cache = open_caches(config, world)
-    use_texts(objective, manifest, assignment, text_cache, world)
+    if text_cache is not None:
+        world.from_main(lambda: check_texts(manifest, assignment, text_cache))
+    for flow in objective.flows if isinstance(objective, TransformerObjective) else []:
+        if text_cache is None:
+            flow.text_encoder.ready()
+        else:  # only sampling will need the weights of the text encoder
+            flow.empty_text = embedding(text_cache, "")
     vae = objective.vae.config
     loader = Loader(
         manifest, assignment, config.data, config.run.seed, cache, text_cache, pin=world.device.type == "cuda",
@@ -107,21 +111,6 @@ def build(config: ResolvedConfig, world: World) -> RunComponents:
     return parts
 
 
-def use_texts(
-    objective: Objective, manifest: Manifest, assignment: Assignment, cache: Cache | None, world: World
-) -> None:
-    """Takes the embedding of the empty caption from the cache, so that only sampling needs the weights of the text
-    encoder; without a cache, reads them now. Raises StditError if the cache lacks captions."""
-    flows = [objective.high, objective.low] if isinstance(objective, ExpertsObjective) else [objective]
-    if cache is not None:
-        world.from_main(lambda: check_texts(manifest, assignment, cache))
-    for flow in flows:
-        if isinstance(flow, FlowObjective) and cache is not None:
-            flow.empty_text = embedding(cache, "")
-        elif isinstance(flow, FlowObjective):
-            flow.text_encoder.ready()
-
-
 def check_evaluation(parts: RunComponents) -> None:
     """Raises StditError now for what would fail in the evaluation at the end of a training."""
     settings, objective = parts.config.eval, parts.objective
@@ -129,16 +118,14 @@ def check_evaluation(parts: RunComponents) -> None:
         held_out = assign(read_manifest(settings.manifest), parts.config.data.fixed())
         if not held_out.counts.any():
             raise StditError(f"eval.manifest={settings.manifest}: no clip in it fits any of data.shapes.")
-    if isinstance(objective, ExpertsObjective):
-        objective = objective.high  # the other one's weights are of the same shapes
-    if settings.prompts and isinstance(objective, FlowObjective):
-        shape = parts.sampled_shapes[0]
+    if settings.prompts and isinstance(objective, TransformerObjective):
+        flow, shape = objective.flows[0], parts.sampled_shapes[0]  # another one's weights are of the same shapes
         size = VideoShape.parse(settings.size) if settings.size else shape
         asked = VideoShape(shape.frames if settings.frames is None else settings.frames, size.height, size.width)
         with error_context(f"eval.size={settings.size}, eval.frames={settings.frames}"):
-            objective.tokens(asked)
+            flow.tokens(asked)
         with error_context("eval.prompts"):  # whether such weights can be sampled
-            pipeline = Pipeline(objective.module.transformer, objective.vae, objective.text_encoder, {})
+            pipeline = Pipeline(flow.module.transformer, flow.vae, flow.text_encoder, {})
             pipeline.known_frames.encode(None, asked)
 
 
@@ -153,16 +140,9 @@ def make_plan(
     stage = config.data.stage_of(epoch)
     with error_context(f"data.stages: stage {stage + 1}") if config.data.stages else nullcontext():
         return Plan(
-            assignment.stages[stage].bucket,
-            tokens,
-            objective.cost,
-            config.plan,
-            config.run.seed,
-            epoch,
-            names=assignment.shapes,
-            weights=source_weights(manifest, config.data.sources),
-            source=manifest.hash,
-        )
+            assignment.stages[stage].bucket, tokens, objective.cost, config.plan, config.run.seed, epoch,
+            names=assignment.shapes, weights=source_weights(manifest, config.data.sources), source=manifest.hash,
+        )  # fmt: skip
 
 
 def open_caches(config: ResolvedConfig, world: World) -> tuple[Cache | None, Cache | None]:
@@ -176,9 +156,8 @@ def open_caches(config: ResolvedConfig, world: World) -> tuple[Cache | None, Cac
     assert vae is not None
     latent_id = world.from_main(lambda: vae_identity(vae))
     latents = _open(config.data.cache, latent_settings(config.data, latent_id), world)
-    if text.path is None:
+    if (path := text.path) is None:
         return latents, None
-    path = text.path
     text_id = world.from_main(lambda: text_identity(path, text.padding))
     try:
         return latents, _open(config.data.cache, text_settings(config.data, text_id), world)
@@ -192,20 +171,15 @@ def open_caches(config: ResolvedConfig, world: World) -> tuple[Cache | None, Cac
 
 def _open(place: str, settings: dict[str, Any], world: World) -> Cache:
     """A cache that all ranks see. Raises the error of any rank on all of them: the others would wait forever."""
-    found: Cache | None = None
-    missing: CacheMissing | None = None
-    error: Exception | None = None
-    try:
-        found = Cache.open(place, settings)
-    except CacheMissing as caught:
-        missing = caught
-    except Exception as caught:
-        error = caught
-    world.all_succeeded(error)
-    see = world.gather(found is not None)
+    found: Cache | CacheMissing
+    with world.together():
+        try:
+            found = Cache.open(place, settings)
+        except CacheMissing as missing:
+            found = missing
+    see = world.gather(isinstance(found, Cache))
     if any(see) and not all(see):
         raise StditError(f"rank {see.index(False)} does not see the {settings['kind']} in {place} that others see.")
-    if missing is not None:
-        raise missing
-    assert found is not None
+    if isinstance(found, CacheMissing):
+        raise found
     return found

@@ -26,12 +26,7 @@ from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import Objective, StepKey
 from stdit.training.objectives.vae import VaeObjective
-from stdit.training.setup.initial_weights import (
-    check_export,
-    check_vae,
-    select_trainable,
-)
-from stdit.training.setup.lora import add_lora
+from stdit.training.setup.objective import check_vae, prepared
 from stdit.training.setup.resolve import ResolvedConfig
 from stdit.vae.autoencoder import preset
 from stdit.vae.training.lpips import Lpips
@@ -42,65 +37,47 @@ from stdit.weights.tensor_files import open_safetensors
 
 NOWHERE = torch.device("meta")
 CLIPS = 4  # clips per pack that is measured
-CAPTION_TOKENS = 128  # assumed per caption
+CAPTION_TOKENS = 128  # assumed per caption, if as many fit
 IMAGE_TOKENS = 257  # of CLIP's image encoder (Wan's image-to-video)
 
 
-class _Text:
-    """Stands for a text encoder: captions of CAPTION_TOKENS tokens, or as many as fit."""
+@dataclass
+class _Encoder:
+    """Stands for an encoder of texts or images that makes `length` tokens of each."""
 
-    def __init__(self, dim: int, padding: int) -> None:
-        self.dim, self.length = dim, min(CAPTION_TOKENS, padding or CAPTION_TOKENS)
+    dim: int
+    length: int
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return [[0] * self.length for _ in texts]
 
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        return [torch.zeros(self.length, self.dim) for _ in texts]
-
-
-class _Images:
-    def __init__(self, dim: int, positions: int) -> None:
-        self.dim, self.length = dim, positions // 2 or IMAGE_TOKENS  # positions: of a first and a last image
-
-    def encode(self, frames: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.zeros(self.length, self.dim) for _ in frames]
+    def encode(self, given: Sequence[Any]) -> list[Tensor]:
+        return [torch.zeros(self.length, self.dim) for _ in given]
 
 
 def build_on_meta(config: ResolvedConfig) -> Objective:
     """The objective of the training with its models on the meta device: no weights, but all sizes and costs."""
     if config.vae.path is not None:
         check_vae(config.vae.path)
-    vae, dtype = _vae(config.vae), PRECISIONS[config.run.precision]
+    vae, dtype, settings = _vae(config.vae), PRECISIONS[config.run.precision], config.model
     with NOWHERE:
         if config.objective.kind == "vae":
             lpips = Lpips(None) if config.objective.vae.lpips else None
             return VaeObjective(config.objective, lambda: vae, lpips, device=NOWHERE, dtype=dtype)
-        settings = config.model
         if config.initial is not None:
-            found = config.initial.config
-            model = STDiT(found.inflated() if settings.inflate else found)
-            select_trainable(model, settings)
-            if settings.lora is not None:
-                add_lora(model, settings.lora, config.run.seed)
+            wanted = config.initial.config.inflated() if settings.inflate else config.initial.config
         else:
             follow = {"in_channels": vae.config.z_dim, "out_channels": vae.config.z_dim}
             follow |= {"text_dim": config.text.trained.dim} if config.text.trained else {}
-            model = STDiT(TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow)))
-    check_export(settings, model.config)
-    model.checkpoint_blocks = settings.checkpoint_blocks
-    images = _Images(model.config.image_text_dim, model.config.image_text_positions)
+            wanted = TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow))
+        model = prepared(STDiT(wanted), config)
+    padding, positions = config.text.padding or 0, wanted.image_text_positions  # of a first and a last image
+    images = _Encoder(wanted.image_text_dim, positions // 2 or IMAGE_TOKENS)
+    text = _Encoder(wanted.text_dim, min(CAPTION_TOKENS, padding or CAPTION_TOKENS))
     return FlowObjective(
-        config.objective,
-        model,
-        vae,
-        _Text(model.config.text_dim, config.text.padding or 0),  # type: ignore[arg-type]
-        train_text=False,
-        text_padding=config.text.padding or 0,
-        conditions=Conditions(model.config, vae, config.data.fps, images),
-        device=NOWHERE,
-        dtype=dtype,
-    )
+        config.objective, model, vae, text, train_text=False, text_padding=padding,  # type: ignore[arg-type]
+        conditions=Conditions(wanted, vae, config.data.fps, images), device=NOWHERE, dtype=dtype,
+    )  # fmt: skip
 
 
 def _vae(settings: VaeSettings) -> Any:
@@ -115,20 +92,13 @@ def _vae(settings: VaeSettings) -> Any:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on a rank, without a text encoder that trains along and without the memory of the device's libraries.
+    """Bytes on a rank, without a text encoder that trains along and without the memory of the device's libraries."""
 
-    weights: in the precision of the run.
-    gradients: in fp32.
-    state: masters, moments and the moving average.
-    encoders: the VAE and a frozen text encoder, or LPIPS.
-    activations: the peak of forward and backward of the fullest pack.
-    """
-
-    weights: int
-    gradients: int
-    state: int
-    encoders: int
-    activations: int
+    weights: int  # in the precision of the run
+    gradients: int  # in fp32
+    state: int  # masters, moments and the moving average
+    encoders: int  # the VAE and a frozen text encoder, or LPIPS
+    activations: int  # the peak of forward and backward of the fullest pack
 
     @property
     def total(self) -> int:
@@ -148,21 +118,38 @@ def footprint(
     parameters = list(objective.module.parameters()) * (2 if config.model.expert == "both" else 1)
     theirs = sum(p.numel() for p in parameters if p.requires_grad)
     frozen, trained = sum(p.numel() for p in parameters) - theirs, trained or theirs
-    moved = trained + (sum(p.numel() for p in objective.critic.module.parameters()) if objective.critic else 0)
+    moved = trained + (_numbers(objective.critic.module) if objective.critic else 0)
     stage, size = zero_stage(config.parallel.deepspeed), PRECISIONS[config.run.precision].itemsize
     masters, average = size < 4, config.optimizer.ema.decay > 0
-    encoders = 0
-    if isinstance(objective, FlowObjective):
-        encoders = sum(4 * p.numel() for p in objective.vae.parameters()) + _text_bytes(config, size)
-    elif isinstance(objective, VaeObjective) and objective.lpips is not None:
-        encoders = sum(4 * p.numel() for p in objective.lpips.parameters())
     return Footprint(
         weights=(moved + frozen) * size // (ranks if stage == 3 else 1),
         gradients=moved * 4 // (ranks if stage >= 2 else 1),
         state=(moved * (4 * masters + 8) + trained * 4 * average) // (ranks if stage >= 1 else 1),
-        encoders=encoders,
+        encoders=4 * sum(map(_numbers, _encoders(objective))) + _text_bytes(config, size),
         activations=activations(config, objective, shape, tokens),
     )
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _encoders(objective: Objective) -> list[nn.Module]:
+    """The networks that run on the clips and do not train."""
+    if isinstance(objective, VaeObjective):
+        return [] if objective.lpips is None else [objective.lpips]
+    return [objective.vae]
+
+
+def _text_bytes(config: ResolvedConfig, size: int) -> int:
+    """Bytes of the frozen text encoder in the precision of the run, from the headers of its files."""
+    if config.text.path is None or config.objective.kind == "vae":
+        return 0
+    folder = part_folder(config.text.path, "text_encoder")
+    if not folder.is_dir():
+        raise StditError(f"text.path: {folder}: no such folder.")
+    headers = (open_safetensors(path).entries for path in folder.glob("*.safetensors"))
+    return size * sum(math.prod(entry.shape) for entries in headers for entry in entries.values())
 
 
 def activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> int:
@@ -192,23 +179,21 @@ def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tok
     count = min(max(1, tokens // each), CLIPS)
     critic = objective.critic
     modules = [objective.module, *([critic.module] if critic else [])]
-    frozen = [objective.vae, getattr(objective, "lpips", None)]  # of which views are no activations either
     for module in modules:
         module.to(PRECISIONS[config.run.precision]).train()
         for p in module.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_drop_gradient)  # it goes to the engine's, which is counted
-    examples, items = [], []
-    for number in range(count):
-        frames = torch.empty(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8, device=NOWHERE)
-        latents = None
-        if isinstance(objective, FlowObjective) and config.data.cache is not None:
-            size = shape.latent(objective.vae.config.stride).sizes
-            latents = torch.empty(objective.model_config.latent_channels, *size, device=NOWHERE)
-        examples.append(Example(str(number), number, 0, 0, shape, 1.0, "", frames, latents))
-        items.append(PlanItem(number, 0, 0, each, 1, number))
-    there = [tensor for one in (*modules, *filter(None, frozen)) for tensor in (*one.parameters(), *one.buffers())]
-    with _Peak([*there, *(e.frames for e in examples)]) as peak:
+    frames = torch.empty(count, shape.frames, shape.height, shape.width, 3, dtype=torch.uint8, device=NOWHERE)
+    latents: Sequence[Tensor | None] = [None] * count
+    if isinstance(objective, FlowObjective) and config.data.cache is not None:
+        size = (objective.model_config.latent_channels, *shape.latent(objective.vae.config.stride).sizes)
+        latents = [torch.empty(size, device=NOWHERE) for _ in range(count)]
+    examples = [Example(str(n), n, 0, 0, shape, 1.0, "", frames[n], latents[n]) for n in range(count)]
+    items = [PlanItem(n, 0, 0, each, 1, n) for n in range(count)]
+    networks = [*modules, *_encoders(objective)]  # views of their tensors are no activations either
+    there = [tensor for one in networks for tensor in (*one.parameters(), *one.buffers())]
+    with _Peak([*there, frames]) as peak:
         batch = objective.prepare(examples, items, StepKey(0, 0, 0, count, critic.start if critic else 0))
         encoding, peak.most = peak.most, peak.live
         for module in modules:
@@ -217,10 +202,14 @@ def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tok
     return encoding, training
 
 
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
 class _Peak(TorchDispatchMode):
     """Tracks the bytes of live storages that operators allocate on the meta device."""
 
-    def __init__(self, known: Sequence[Any]) -> None:
+    def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.live = self.most = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
@@ -242,18 +231,3 @@ class _Peak(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.live -= self.sizes.pop(key, 0)
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _text_bytes(config: ResolvedConfig, size: int) -> int:
-    """Bytes of the frozen text encoder in the precision of the run, from the headers of its files."""
-    if config.text.path is None:
-        return 0
-    folder = part_folder(config.text.path, "text_encoder")
-    if not folder.is_dir():
-        raise StditError(f"text.path: {folder}: no such folder.")
-    headers = (open_safetensors(path).entries for path in folder.glob("*.safetensors"))
-    return size * sum(math.prod(entry.shape) for entries in headers for entry in entries.values())

@@ -4,9 +4,8 @@ same."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from stdit.errors import StditError
 from stdit.prepare.encode import text_identity, vae_identity
@@ -17,13 +16,8 @@ from stdit.weights.identity import file_identity, files_identity, folder_identit
 from stdit.weights.sources import transformer_identity
 
 
-@dataclass(frozen=True)
-class Part:
-    """A frozen part of a run.
-
-    content: its SHA-256 (hex), or settings in words.
-    place: the path it was read from.
-    """
+class Part(NamedTuple):
+    """A frozen part of a run: its SHA-256 (hex) or settings in words, and the path it was read from."""
 
     content: str
     place: str
@@ -42,30 +36,29 @@ def frozen_parts(config: ResolvedConfig) -> dict[str, Part]:
         if lpips is not None and lpips.path:
             parts["LPIPS"] = Part(folder_identity(lpips.path), lpips.path)
         return parts
-    if config.text.path:
-        found = text_identity(config.text.path, config.text.padding)
-        place = config.text.path
+    if place := config.text.path:
+        found = text_identity(place, config.text.padding)
         parts["text encoder"] = Part(found.pop("text_encoder"), place)
         parts["tokenizer"] = Part(found.pop("tokenizer"), place)
         parts["treatment of texts"] = Part(", ".join(f"{name} {value}" for name, value in found.items()), place)
     if config.initial is not None:
-        parts |= _initial_parts(config, config.initial)
+        contents = _initial_contents(config, config.initial)
+        parts |= {name: Part(content, str(config.initial.folder)) for name, content in contents.items()}
     return parts
 
 
-def _initial_parts(config: ResolvedConfig, initial: InitialModel) -> dict[str, Part]:
+def _initial_contents(config: ResolvedConfig, initial: InitialModel) -> dict[str, str]:
     levels, init = config.objective.flow.noise_levels, initial.folder
     follows = f"text.padding {config.text.padding}, shift {levels.shift}, range {levels.range}"
     weights, settings = transformer_identity(initial.sources.values())
-    parts = {"transformer": weights, "transformer's config": settings}
-    parts |= {"settings that follow from it": f"{follows}, tasks {config.objective.flow.tasks}"}
+    contents = {"transformer": weights, "transformer's config": settings}
+    contents["settings that follow from it"] = f"{follows}, tasks {config.objective.flow.tasks}"
     if (scheduler := init / "scheduler" / "scheduler_config.json").is_file():
-        parts["scheduler"] = file_identity(scheduler)
+        contents["scheduler"] = file_identity(scheduler)
     if (init / "image_encoder").is_dir():
-        parts["image encoder"] = folder_identity(init / "image_encoder")
-        processor = init / "image_processor"
-        parts["image processor"] = files_identity(sorted(processor.glob("*.json")))
-    return {name: Part(content, str(init)) for name, content in parts.items()}
+        contents["image encoder"] = folder_identity(init / "image_encoder")
+        contents["image processor"] = files_identity(sorted((init / "image_processor").glob("*.json")))
+    return contents
 
 
 def check_frozen(
@@ -77,12 +70,30 @@ def check_frozen(
     """
     parts = world.from_main(lambda: frozen_parts(config))
     if resumed is not None:
-        then = _recorded(resumed.state, config)
+        then, now = resumed.state.get("frozen"), parts
+        if then is None and (base := resumed.state.get("base")) is not None:  # earlier versions recorded one part
+            then = {"VAE" if config.objective.kind == "vae" else "transformer": base}
+            now = {name: part for name, part in parts.items() if name in then}
         if then is None:
             say(f"{resumed.path}: an earlier stdit wrote it, without what its frozen parts are: they are not checked.")
         else:
-            _compare(resumed.path, then, parts, only_known="frozen" not in resumed.state)
+            _compare(resumed.path, then, now)
     return {name: part.content for name, part in parts.items()}
+
+
+def _compare(path: Path, then: dict[str, str], now: dict[str, Part]) -> None:
+    lines = []
+    for name in {**then, **now}:
+        part, wanted = now.get(name), then.get(name)
+        if part is None:
+            lines.append(f"the {name} is gone (the run began with {wanted})")
+        elif part.content != wanted:
+            began = f"the run began with {wanted}" if wanted else "the run began without one"
+            lines.append(f"the {name}, {part.place}, has changed since: {part.content} now, {began}")
+    if lines:
+        raise StditError(
+            f"{path} goes with other weights: {'; '.join(lines)}. Restore them, or choose another run=PATH."
+        )
 
 
 def check_unchanged(config: ResolvedConfig, then: dict[str, str]) -> None:
@@ -93,29 +104,4 @@ def check_unchanged(config: ResolvedConfig, then: dict[str, str]) -> None:
         raise StditError(
             f"{'; '.join(changed)}: has changed while the run trained over it. Restore it and give the same command "
             f"again: it goes on from the last checkpoint."
-        )
-
-
-def _recorded(state: dict[str, Any], config: ResolvedConfig) -> dict[str, str] | None:
-    """The content by part that a checkpoint records; earlier versions recorded one part at most. None: nothing."""
-    if "frozen" in state:
-        return dict(state["frozen"])
-    if state.get("base") is None:
-        return None
-    return {"VAE" if config.objective.kind == "vae" else "transformer": state["base"]}
-
-
-def _compare(path: Path, then: dict[str, str], parts: dict[str, Part], only_known: bool) -> None:
-    names = [name for name in (then if only_known else {**then, **parts})]
-    lines = []
-    for name in names:
-        part, wanted = parts.get(name), then.get(name)
-        if part is None:
-            lines.append(f"the {name} is gone (the run began with {wanted})")
-        elif part.content != wanted:
-            began = f"the run began with {wanted}" if wanted else "the run began without one"
-            lines.append(f"the {name}, {part.place}, has changed since: {part.content} now, {began}")
-    if lines:
-        raise StditError(
-            f"{path} goes with other weights: {'; '.join(lines)}. Restore them, or choose another run=PATH."
         )

@@ -20,8 +20,6 @@ from stdit.weights.lora.adapters import Adapter, Pair, merge
 from stdit.weights.lora.read import FILES
 from stdit.weights.lora.write import write_adapter
 
-_START = "transformer."  # prefix of the transformer's parameters in the objective's module
-
 
 def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:
     """Freezes a model and adds an adapter to each target layer, in fp32.
@@ -56,24 +54,21 @@ def adapter_of(weights: Mapping[str, Tensor], config: LoraConfig, expert: str = 
         if name.startswith(start) and name.endswith(".lora_down.weight"):
             layer = name.removesuffix(".lora_down.weight")
             pair = Pair(down, weights[f"{layer}.lora_up.weight"], config.alpha)
-            pairs[f"{layer.removeprefix(start).removeprefix(_START)}.weight"] = pair
+            pairs[f"{layer.removeprefix(start).removeprefix('transformer.')}.weight"] = pair
     return Adapter(pairs)
 
 
 def export_adapters(
     weights: Mapping[str, Tensor], folder: Path, model: TransformerConfig, config: LoraConfig, expert: str | None
 ) -> None:
-    """Writes the trained adapter into a model folder, or one per expert to `expert_adapter_places`.
+    """Writes the trained adapter into a model folder; those of experts to `expert_adapter_places`.
 
     weights: as for `adapter_of`.
     expert: high, low or both; None for a single transformer.
     """
-    if expert is None:
-        places = {"": folder}
-    elif expert == "both":
-        places = expert_adapter_places(folder)
-    else:
-        places = {"": expert_adapter_places(folder)[expert]}
+    places = {"": folder} if expert is None else expert_adapter_places(folder)
+    if expert in ("high", "low"):
+        places = {"": places[expert]}
     files = {FILES[config.layout]: config.layout}
     if config.layout == "common" and not family_of(model).diffusers_reads_common_lora:
         files = {"lora.safetensors": "common", FILES["diffusers"]: "diffusers"}

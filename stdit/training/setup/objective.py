@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
 
+import pyarrow.compute as pc
 import torch
 
 from stdit.data.manifest import Manifest
-from stdit.errors import StditError, error_context
+from stdit.data.plan.buckets import Assignment
+from stdit.errors import StditError, error_context, nearest_name
 from stdit.machine import require_memory
 from stdit.models.attention import choose_backend
-from stdit.models.transformer import STDiT, TransformerConfig, count_parameters, inflate
+from stdit.models.transformer import TEMPORAL_BLOCKS, STDiT, TransformerConfig, count_parameters, inflate
 from stdit.text.encoders import TextEncoder
+from stdit.text.lengths import LongTexts, TextLimit
 from stdit.text.loading import load_text_encoder
 from stdit.text.small import build_word_tokenizer, small_umt5
+from stdit.training.config import ModelSettings, RunConfig
 from stdit.training.engine.engine import PRECISIONS
 from stdit.training.engine.parallel import World
 from stdit.training.engine.zero import zero_stage
@@ -25,11 +29,6 @@ from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import Objective
 from stdit.training.objectives.two_experts import ExpertsObjective
 from stdit.training.objectives.vae import VaeObjective
-from stdit.training.setup.initial_weights import (
-    check_export,
-    check_vae,
-    select_trainable,
-)
 from stdit.training.setup.lora import add_lora
 from stdit.training.setup.resolve import ResolvedConfig
 from stdit.vae.autoencoder import CausalVAE
@@ -37,26 +36,15 @@ from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.families import treatment_of
 from stdit.weights.image_vae import inflate_image_vae
 from stdit.weights.io import load, load_vae
+from stdit.weights.layouts import check_layout
+
+LONGER = " text.padding says how many are used, the weights how many they know."
 
 
-def make_objective(
-    config: ResolvedConfig, manifest: Manifest, world: World, beside: FlowObjective | None = None
-) -> Objective:
-    """The objective on this rank's device. beside: the other expert's, whose VAE and text encoder are shared."""
-    dtype = PRECISIONS[config.run.precision]
+def make_objective(config: ResolvedConfig, manifest: Manifest, world: World) -> Objective:
+    """The objective on this rank's device."""
     if config.objective.kind == "vae":
-        if world.size > 1 and zero_stage(config.parallel.deepspeed) > 2:
-            raise StditError(
-                "a VAE trains under ZeRO 0 to 2: images and videos run different layers, whose weights stage 3 gathers "
-                "one by one on all ranks together. Use parallel.deepspeed=zero2."
-            )
-        lpips = None
-        if (settings := config.objective.vae.lpips) is not None:
-            from stdit.vae.training.lpips import Lpips
-
-            with error_context("objective.vae.lpips"):
-                lpips = Lpips(settings.path, settings.trust_pickle).to(world.device)
-        return VaeObjective(config.objective, partial(make_vae, config), lpips, device=world.device, dtype=dtype)
+        return make_vae_objective(config, world)
     if not config.vae.path:
         raise StditError("vae.path is not set: the folder of the VAE that makes the latents.")
     if config.model.lora is not None and config.text.path is None:
@@ -65,39 +53,22 @@ def make_objective(
         )
     if config.model.expert == "both":
         return make_experts(config, manifest, world)
-    vae = beside.vae if beside else make_vae(config).to(world.device).eval()
-    text_encoder = beside.text_encoder if beside else make_text_encoder(config, manifest)
-    if config.text.path and not beside:
-        text_encoder.requires_grad_(False).to(world.device, dtype)
-    remake = partial(make_transformer, config, vae.config.z_dim, text_encoder.dim)
-    transformer = remake()
-    transformer.attention_backend = config.model.attention_backend
-    with error_context("model.attention_backend"):
-        choose_backend(config.model.attention_backend, world.device.type, dtype, transformer.config.head_dim)
-    conditions = make_conditions(config, transformer.config, vae, world.device)
-    tasks = [
-        name for name, weight in (config.objective.flow.tasks or {}).items() if weight > 0 and name != "text_to_video"
-    ]
-    conditions.check(tasks)
-    patch = transformer.config.patch
-    if tasks and patch[0] > 1:
+    return make_flow(config, manifest, world)
+
+
+def make_vae_objective(config: ResolvedConfig, world: World) -> VaeObjective:
+    if world.size > 1 and zero_stage(config.parallel.deepspeed) > 2:
         raise StditError(
-            f"objective.flow.tasks: {' and '.join(tasks)} cannot be learned with model.patch={patch}: "
-            f"{patch[0]} latent frames share a token, and the known ones may end within it."
+            "a VAE trains under ZeRO 0 to 2: images and videos run different layers, whose weights stage 3 gathers "
+            "one by one on all ranks together. Use parallel.deepspeed=zero2."
         )
-    return FlowObjective(
-        config.objective,
-        transformer,
-        vae,
-        text_encoder,
-        train_text=config.text.path is None,
-        text_padding=config.text.padding or 0,
-        conditions=conditions,
-        remake=remake if config.initial else None,
-        scheduler=config.initial.scheduler if config.initial else None,
-        device=world.device,
-        dtype=dtype,
-    )
+    lpips, dtype = None, PRECISIONS[config.run.precision]
+    if (settings := config.objective.vae.lpips) is not None:
+        from stdit.vae.training.lpips import Lpips
+
+        with error_context("objective.vae.lpips"):
+            lpips = Lpips(settings.path, settings.trust_pickle).to(world.device)
+    return VaeObjective(config.objective, partial(make_vae, config), lpips, device=world.device, dtype=dtype)
 
 
 def make_experts(config: ResolvedConfig, manifest: Manifest, world: World) -> ExpertsObjective:
@@ -110,14 +81,50 @@ def make_experts(config: ResolvedConfig, manifest: Manifest, world: World) -> Ex
             f"model.expert=both trains a diffusers folder with its own VAE and text encoder; model.init={folder}, "
             f"vae.path={config.vae.path}, text.path={config.text.path}. Train one expert at a time."
         )
-    made: list[FlowObjective] = []
-    experts: tuple[Literal["high", "low"], ...] = ("high", "low")
-    for name in experts:
-        one = replace(config, model=replace(config.model, expert=name))
-        objective = make_objective(one, manifest, world, beside=made[0] if made else None)
-        assert isinstance(objective, FlowObjective)
-        made.append(objective)
-    return ExpertsObjective(made[0], made[1], initial.boundary)
+    high = make_flow(replace(config, model=replace(config.model, expert="high")), manifest, world)
+    low = make_flow(replace(config, model=replace(config.model, expert="low")), manifest, world, beside=high)
+    return ExpertsObjective(high, low, initial.boundary)
+
+
+def make_flow(
+    config: ResolvedConfig, manifest: Manifest, world: World, beside: FlowObjective | None = None
+) -> FlowObjective:
+    """beside: the other expert's, whose VAE and text encoder are shared."""
+    dtype = PRECISIONS[config.run.precision]
+    vae = beside.vae if beside else make_vae(config).to(world.device).eval()
+    text_encoder = beside.text_encoder if beside else make_text_encoder(config, manifest)
+    if config.text.path and not beside:
+        text_encoder.requires_grad_(False).to(world.device, dtype)
+    remake = partial(make_transformer, config, vae.config.z_dim, text_encoder.dim)
+    transformer = remake()
+    transformer.attention_backend = config.model.attention_backend
+    with error_context("model.attention_backend"):
+        choose_backend(config.model.attention_backend, world.device.type, dtype, transformer.config.head_dim)
+    conditions = make_conditions(config, transformer.config, vae, world.device)
+    weights = config.objective.flow.tasks or {}
+    tasks = [name for name, weight in weights.items() if weight > 0 and name != "text_to_video"]
+    conditions.check(tasks)
+    patch = transformer.config.patch
+    if tasks and patch[0] > 1:
+        raise StditError(
+            f"objective.flow.tasks: {' and '.join(tasks)} cannot be learned with model.patch={patch}: "
+            f"{patch[0]} latent frames share a token, and the known ones may end within it."
+        )
+    initial, padding = config.initial, config.text.padding or 0
+    return FlowObjective(
+        config.objective, transformer, vae, text_encoder, train_text=config.text.path is None, text_padding=padding,
+        conditions=conditions, remake=remake if initial else None, scheduler=initial.scheduler if initial else None,
+        device=world.device, dtype=dtype,
+    )  # fmt: skip
+
+
+def check_vae(path: str) -> None:
+    """Raises StditError if nothing is at `vae.path`: a new user may have to train a VAE first."""
+    if not Path(path).expanduser().exists():
+        raise StditError(
+            f"vae.path: {path}: no such file or folder. Train a VAE first (stdit train pretrain_vae), or name the "
+            f"folder of one, such as Wan2.1-T2V-1.3B-Diffusers."
+        )
 
 
 def make_vae(config: ResolvedConfig) -> CausalVAE:
@@ -159,9 +166,23 @@ def make_text_encoder(config: ResolvedConfig, manifest: Manifest) -> TextEncoder
             f"text.path or text.trained must be set: a folder with text_encoder/, or one to train along{init}."
         )
     trained = config.text.trained
-    tokenizer = build_word_tokenizer(caption["text"] for caption in _captions(manifest))
+    texts = (caption["text"] for captions in manifest.table.column("captions") for caption in captions.as_py())
+    tokenizer = build_word_tokenizer(texts)
     encoder = small_umt5(len(tokenizer), trained.dim, trained.layers, trained.heads, seed=config.run.seed)
     return TextEncoder(encoder.train(), tokenizer, max_length=config.text.padding or 512)
+
+
+def long_captions(config: ResolvedConfig, manifest: Manifest, assignment: Assignment) -> LongTexts | None:
+    """Counts the distinct captions of the clips that train which are longer than the positions of the text encoder.
+    None if the run has no text encoder."""
+    text, padding = config.text, config.text.padding or None
+    if config.objective.kind == "vae" or (text.path is None and text.trained is None):
+        return None
+    captions = pc.list_flatten(manifest.table.column("captions").take(assignment.rows()))
+    texts = pc.unique(pc.struct_field(captions, "text")).to_pylist()
+    if text.path:
+        return TextLimit.of_folder(text.path, treatment_of(text.path), padding).among(texts)
+    return TextLimit.of_words(padding or 512).among(texts)
 
 
 def make_transformer(config: ResolvedConfig, channels: int, text_dim: int) -> STDiT:
@@ -179,28 +200,52 @@ def make_transformer(config: ResolvedConfig, channels: int, text_dim: int) -> ST
         with error_context("model"):
             wanted = TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow))
             count = count_parameters(wanted)
-            require_memory(4 * count, "cpu", f"a transformer of {count:,} parameters",
-                           "Choose a smaller model.")  # fmt: skip
+            require_memory(4 * count, "cpu", f"a transformer of {count:,} parameters", "Choose a smaller model.")
             model = STDiT(wanted)
-    else:
-        with error_context("model.init"):
-            source = config.initial.sources[settings.expert]
-            frozen = settings.lora is not None  # then no master is kept of them
-            dtype = PRECISIONS[config.run.precision] if frozen else torch.float32
-            model = load(source, dtype=dtype)
-            for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
-                if getattr(model.config, name) != value:
-                    whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")
-                    raise StditError(
-                        f"{source.files.path}: its {name} is {getattr(model.config, name)}, {whose} {value}."
-                    )
-            model = inflate(model) if settings.inflate else model
-        select_trainable(model, settings)
-        if settings.lora is not None:
-            add_lora(model, settings.lora, config.run.seed)
+        return prepared(model, config)
+    with error_context("model.init"):
+        source = config.initial.sources[settings.expert]
+        frozen = settings.lora is not None  # then no master is kept of them
+        dtype = PRECISIONS[config.run.precision] if frozen else torch.float32
+        model = load(source, dtype=dtype)
+        for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
+            if (found := getattr(model.config, name)) != value:
+                whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")
+                raise StditError(f"{source.files.path}: its {name} is {found}, {whose} {value}.")
+        model = inflate(model) if settings.inflate else model
+    return prepared(model, config)
+
+
+def prepared(model: STDiT, config: RunConfig) -> STDiT:
+    """The model with its adapters, and only what trains unfrozen. Raises StditError if it could not be exported."""
+    settings = config.model
+    select_trainable(model, settings)
+    if settings.lora is not None:
+        add_lora(model, settings.lora, config.run.seed)
     check_export(settings, model.config)
-    model.checkpoint_blocks = config.model.checkpoint_blocks
+    model.checkpoint_blocks = settings.checkpoint_blocks
     return model
+
+
+def check_export(settings: ModelSettings, model: TransformerConfig) -> None:
+    """Raises StditError for a setting that the exported model folder cannot hold."""
+    if settings.lora is None or settings.lora.merged:
+        with error_context("model, as run/model will hold it"), torch.device("cpu"):  # models may be made on meta
+            check_layout(model, "diffusers")
+
+
+def select_trainable(model: STDiT, settings: ModelSettings) -> None:
+    """Freezes all parameters but those that `model.trainable` or `model.freeze` chooses."""
+    patterns = [TEMPORAL_BLOCKS] if settings.freeze else settings.trainable
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise StditError(
+                f"model.trainable: {pattern!r} is no parameter's name.{nearest_name(pattern, parameters)} Patterns are "
+                f"such as 'blocks.*.self_attn.*'."
+            )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not patterns or any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def make_conditions(
@@ -223,8 +268,3 @@ def make_conditions(
             f"which a cache of whole clips does not hold. Set data.cache=null."
         )
     return conditions
-
-
-def _captions(manifest: Manifest) -> Iterable[dict[str, Any]]:
-    for captions in manifest.table.column("captions"):
-        yield from captions.as_py()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,13 @@ from stdit.weights.sources import Source, find
 
 @dataclass(frozen=True)
 class InitialModel:
-    """What the headers at `model.init` say, read once.
-
-    sources: the transformers to start from, by expert; None: the only one.
-    settings: of stdit.json, or Wan's.
-    scheduler: the config of the scheduler beside the weights, or their family's.
-    boundary: the noise level between two experts, if the run needs it.
-    """
+    """What the headers at `model.init` say, read once."""
 
     folder: Path
-    sources: dict[str | None, Source]
-    settings: FolderSettings
-    scheduler: dict[str, Any]
-    boundary: float | None
+    sources: dict[str | None, Source]  # the transformers to start from, by expert; None: the only one
+    settings: FolderSettings  # of stdit.json, or Wan's
+    scheduler: dict[str, Any]  # the config of the scheduler beside the weights, or their family's
+    boundary: float | None  # the noise level between two experts, if the run needs it
 
     @property
     def config(self) -> TransformerConfig:
@@ -43,7 +37,7 @@ class InitialModel:
 class ResolvedConfig(RunConfig):
     """A run's config without open settings. `initial` is None for fresh weights and for a VAE's training."""
 
-    initial: InitialModel | None = field(default=None, metadata={"derived": True})  # no setting
+    initial: InitialModel | None = None
 
 
 def resolve(config: RunConfig) -> ResolvedConfig:
@@ -52,26 +46,33 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     A model folder gives the VAE, the text encoder, the text padding, the shift of the noise levels (which stays open if
     the scheduler has one for every size) and, for one of two experts, their range. Settings that are set stay.
     """
-    initial = None
+    initial: InitialModel | None = None
+    vae, text, flow = config.vae, config.text, config.objective.flow
+    levels, padding, span, task = flow.noise_levels, 512, (0.0, 1.0), "text_to_video"
+    shift, tokens = levels.shift, levels.shift_tokens
     if config.model.init is not None and config.objective.kind == "flow":
         with error_context("model.init"):
             initial = _read(config, Path(config.model.init).expanduser())
-    levels, tasks = config.objective.flow.noise_levels, config.objective.flow.tasks or {_task(initial): 1.0}
-    shift, tokens = _shift(config, initial)
-    span = (0.0, 1.0) if levels.range is None else levels.range
-    if initial is not None and initial.boundary is not None and levels.range is None:
-        span = {"high": (initial.boundary, 1.0), "low": (0.0, initial.boundary)}.get(config.model.expert or "", span)
+        model, folder, settings = initial.config, initial.folder, initial.settings
+        if vae.path is None and (folder / "vae").is_dir():
+            vae = replace(vae, path=str(folder))
+        if text.path is None and text.trained is None and (folder / "text_encoder").is_dir():
+            text = replace(text, path=str(folder))
+        padding = model.text_padding if settings.text_padding is None else settings.text_padding
+        if initial.boundary is not None:
+            spans = {"high": (initial.boundary, 1.0), "low": (0.0, initial.boundary)}
+            span = spans.get(config.model.expert or "", span)
+        if model.image_channels > 1 or model.image_text_positions:  # such weights can do one task alone
+            task = "first_last_to_video" if model.image_text_positions else "image_to_video"
+        if shift is None:
+            if tokens is not None or not initial.scheduler.get("use_dynamic_shifting"):
+                shift = static_shift(initial.scheduler)
+            tokens = settings.shift_tokens if tokens is None else tokens
+    elif shift is None:
+        shift = 1.0
+    span = span if levels.range is None else levels.range
     levels = replace(levels, shift=shift, shift_tokens=tokens, range=span)
-    flow = replace(config.objective.flow, noise_levels=levels, tasks=tasks)
-    vae, text, padding = config.vae, config.text, 512
-    if initial is not None:
-        padding = (
-            initial.config.text_padding if initial.settings.text_padding is None else initial.settings.text_padding
-        )
-        if vae.path is None and (initial.folder / "vae").is_dir():
-            vae = replace(vae, path=str(initial.folder))
-        if text.path is None and text.trained is None and (initial.folder / "text_encoder").is_dir():
-            text = replace(text, path=str(initial.folder))
+    flow = replace(flow, noise_levels=levels, tasks=flow.tasks or {task: 1.0})
     text = replace(text, padding=padding if text.padding is None else text.padding)
     sections = {section.name: getattr(config, section.name) for section in fields(RunConfig)}
     sections |= {"vae": vae, "text": text, "objective": replace(config.objective, flow=flow)}
@@ -98,21 +99,3 @@ def _places(settings: ModelSettings, folder: Path) -> dict[str | None, Path]:
     if settings.expert is None:
         raise StditError(f"{folder}: holds two experts. Set model.expert: high, low or both.")
     return {name: place for name, place in places.items() if settings.expert in (name, "both")}
-
-
-def _task(initial: InitialModel | None) -> str:
-    """The only task that weights can do which are given an image in every call."""
-    if initial is not None and initial.config.image_text_positions:
-        return "first_last_to_video"
-    return "image_to_video" if initial is not None and initial.config.image_channels > 1 else "text_to_video"
-
-
-def _shift(config: RunConfig, initial: InitialModel | None) -> tuple[float | None, int | None]:
-    """`shift` and `shift_tokens` of the noise levels."""
-    levels = config.objective.flow.noise_levels
-    if levels.shift is not None or initial is None:
-        return 1.0 if levels.shift is None else levels.shift, levels.shift_tokens
-    if levels.shift_tokens is None and initial.scheduler.get("use_dynamic_shifting"):
-        return None, initial.settings.shift_tokens
-    tokens = initial.settings.shift_tokens if levels.shift_tokens is None else levels.shift_tokens
-    return static_shift(initial.scheduler), tokens

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from stdit.errors import StditError
 from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import Checkpoint, published, remove_strays
-from stdit.training.engine.ema import Ema, EmaConfig
 from stdit.training.engine.engine import Engine, ShardPiece, TorchEngine
-from stdit.training.engine.optimizer import OptimizerConfig, group_state, make_optimizer
+from stdit.training.engine.optimizer import Ema, EmaConfig, OptimizerConfig, group_state, make_optimizer
 from stdit.training.engine.parallel import World
 
 ALONE = World(0, 1, torch.device("cpu"))

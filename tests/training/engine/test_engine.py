@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.shipped import DEEPSPEED
-from stdit.training.engine.ema import Ema, EmaConfig
 from stdit.training.engine.engine import TorchEngine
 from stdit.training.engine.make import ParallelConfig, make_engine
-from stdit.training.engine.optimizer import OptimizerConfig
+from stdit.training.engine.optimizer import Ema, EmaConfig, OptimizerConfig, ScheduleConfig
 from stdit.training.engine.parallel import World
-from stdit.training.engine.schedule import ScheduleConfig
 from stdit.training.engine.zero import stand_alone, zero_stage
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -24,7 +24,7 @@ from stdit.training.engine.parallel import World
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepKey
-from stdit.training.outputs.evaluate import make_pipeline
+from stdit.training.outputs.export import make_pipeline
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.resolve import resolve
 from stdit.weights.families.ltx import FAMILY

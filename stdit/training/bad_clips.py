@@ -1,4 +1,4 @@
-"""Names the clips that a loss or gradient which is not finite came from."""
+"""Clips that could not be read, and clips whose loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,44 @@ LOSS = "its loss is not finite"
 SHOWN = 8  # clips that a message names; metrics.jsonl has all
 
 
-def find_clips(
+class FailedClips:
+    """Clips that could not be read: they keep their place in the plan with weight 0, and checkpoints name them.
+
+    by_id: the failures of all ranks up to when they last shared them.
+    unshared: how many only this rank knows.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.by_id: dict[str, dict[str, Any]] = {}
+        self.unshared = 0
+
+    def note(self, clips: StepClips) -> None:
+        """Records and prints the failures among a step's clips."""
+        for example in clips.examples:
+            if example.failure and example.clip_id not in self.by_id:
+                about = {"row": example.row, "epoch": example.epoch, "reason": example.reason}
+                self.by_id[example.clip_id] = about | {"failure": example.failure}
+                self.unshared += 1
+                print(f"clip {example.row} left out of training: {example.failure}", flush=True)
+
+    def share(self) -> None:
+        """Gathers the failures of all ranks, on all ranks."""
+        gathered: dict[str, Any] = {}
+        for by_id in self.world.gather(self.by_id):
+            gathered |= by_id
+        self.by_id, self.unshared = dict(sorted(gathered.items())), 0
+
+
+def no_clip_could_be_read(clips: StepClips, step: int) -> StditError:
+    reason = next((example.failure for example in clips.examples if example.failure), "")
+    return StditError(
+        f"step {step}: none of its {clips.num_clips} clips could be read: there is nothing to learn from. {reason} The "
+        f"run can go on from its last checkpoint."
+    )
+
+
+def find_not_finite(
     clips: StepClips, key: StepKey, objective: Objective, engine: Engine, manifest: Manifest, world: World
 ) -> list[dict[str, Any]]:
     """Runs every clip of the step alone and returns the faulty ones of all ranks, with id, path, rank, noise_level
@@ -38,18 +75,37 @@ def find_clips(
         for example, _ in pairs if fault else []:
             if example.latents is not None and not _finite(example.latents):
                 fault = "its latents in the cache are not finite; encode it again"
-            found.append({
-                "id": example.clip_id,
-                "path": manifest[example.row].path,
-                "rank": world.rank,
-                "noise_level": batch.noise_level,
-                "fault": fault,
-            })  # fmt: skip
+            path, level = manifest[example.row].path, batch.noise_level
+            about = {"id": example.clip_id, "path": path, "rank": world.rank, "noise_level": level, "fault": fault}
+            found.append(about)
     return [clip for rank in world.gather(found) for clip in rank]
 
 
+def _fault(batch: Batch, engine: Engine) -> str:
+    """What is not finite in a batch, or ''. Every rank runs the same forwards."""
+    bad = [name for name, tensor in batch.inputs.items() if not _finite(tensor)]
+    leaf = next(iter(batch.inputs.values()), None) if engine.differentiable else None
+    with torch.set_grad_enabled(engine.differentiable):
+        if leaf is not None:
+            leaf.requires_grad_(True)
+        loss = engine.forward(batch)
+    if bad:
+        return f"its {bad[-1]} is not finite" if bad[-1].endswith("embedding") else f"its {bad[-1]} are not finite"
+    if not _finite(loss):
+        return LOSS
+    if leaf is not None and loss.requires_grad:
+        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0]
+        if gradient is not None and not _finite(gradient):
+            return "its loss's gradient is not finite"
+    return ""
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
 def describe(faulty: Sequence[dict[str, Any]], num_clips: int) -> str:
-    """A sentence that names the faulty clips among the `num_clips` of a step."""
+    """A sentence that names the clips that `find_not_finite` found among the `num_clips` of a step."""
     if not faulty:
         return f"Each of its {num_clips} clips alone is finite: their sum is too large."
     lines = []
@@ -60,7 +116,7 @@ def describe(faulty: Sequence[dict[str, Any]], num_clips: int) -> str:
     return f"{len(faulty)} of its {num_clips} clips are not finite:" + "".join(lines) + more
 
 
-def is_due_to_clips(faulty: Sequence[dict[str, Any]], num_clips: int) -> bool:
+def are_to_blame(faulty: Sequence[dict[str, Any]], num_clips: int) -> bool:
     """Whether the clips are to blame and not the training: only some are faulty, or their data are."""
     return 0 < len(faulty) < num_clips or any(clip["fault"] != LOSS for clip in faulty)
 
@@ -76,26 +132,3 @@ def diverged(folder: Path, step: int, message: str, due_to_clips: bool = False) 
         f"step {step}: {message}. {saved}; going on from it would end here again, and a run keeps its settings. "
         f"Start another with run=PATH and {remedy}"
     )
-
-
-def _fault(batch: Batch, engine: Engine) -> str:
-    """What is not finite in a batch, or ''. Every rank runs the same forwards."""
-    bad = [name for name, tensor in batch.inputs.items() if not _finite(tensor)]
-    leaf = next(iter(batch.inputs.values()), None)
-    with torch.set_grad_enabled(engine.differentiable):
-        if engine.differentiable and leaf is not None:
-            leaf.requires_grad_(True)
-        loss = engine.forward(batch)
-    if bad:
-        return f"its {bad[-1]} is not finite" if bad[-1].endswith("embedding") else f"its {bad[-1]} are not finite"
-    if not _finite(loss):
-        return LOSS
-    if leaf is not None and loss.requires_grad and engine.differentiable:
-        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0]
-        if gradient is not None and not _finite(gradient):
-            return "its loss's gradient is not finite"
-    return ""
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
