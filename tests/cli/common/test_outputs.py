@@ -51,7 +51,7 @@ def test_no_name_is_no_place(command, out, capsys):
 @pytest.mark.parametrize("command", [*FOLDERS, *FILES, RUN])
 def test_a_url_that_cannot_be_is_refused(command, out, capsys):
     assert ends(command, out) == (1 if command == RUN else 2)
-    assert f"{out}: a URL. This is written to a path on this machine only" in capsys.readouterr().err
+    assert f"{out}: a URL. Only a path on this machine can be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["file", "file/deep/er", "./file"])
