@@ -43,8 +43,8 @@ ROOMS = {
     ],
     "evaluation": [{"metrics", "run_metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [
-        {"keymap", "tensor_files", "identity", "checksums"}, {"families"},
-        {"expert_folders", "schedulers", "layouts", "quantised", "refused"}, {"sources"}, {"io", "image_vae", "lora"},
+        {"keymap", "tensor_files", "identity"}, {"families"},
+        {"layouts", "quantised", "refused"}, {"sources"}, {"io", "image_vae", "lora"},
     ],
     "vae": [
         {"config", "clips", "tiles"}, {"streaming"}, {"cpu"}, {"layers"}, {"networks"}, {"autoencoder"},

@@ -56,8 +56,7 @@ def inspect(
 
     Example: stdit weights inspect Wan2.1-T2V-1.3B-Diffusers
     """
-    from stdit.weights.lora.info import describe
-    from stdit.weights.lora.read import is_adapter
+    from stdit.weights.lora.read import describe, is_adapter
     from stdit.weights.sources import find
 
     path = path.expanduser()
@@ -83,7 +82,7 @@ def inspect(
 
 def _verify(path: Path, as_json: bool) -> int:
     """Prints a line per file: ok, differs, or nothing to check against."""
-    from stdit.weights.checksums import check, weight_files
+    from stdit.weights.identity import check, weight_files
 
     files = weight_files(path)
     if not path.exists() or not files:
@@ -132,9 +131,9 @@ def convert(
     """
     from stdit.vae.config import VaeConfig
     from stdit.weights import io
-    from stdit.weights.expert_folders import EXPERT_NAMES, expert_folders
     from stdit.weights.layouts import check_layout, dialect_in
     from stdit.weights.lora.read import is_adapter
+    from stdit.weights.sources import EXPERT_NAMES, expert_folders
 
     if is_adapter(source):
         if model is None:
@@ -231,9 +230,8 @@ def _copy(entry: Path, out: Path) -> None:
 
 def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None) -> dict[str, Source]:
     """The models at `path`: transformer (or two experts, high and low) and vae. Raises StditError if there is none."""
-    from stdit.weights.expert_folders import expert_places
     from stdit.weights.families import KINDS, titles
-    from stdit.weights.sources import find, holds, other_vae
+    from stdit.weights.sources import expert_places, find, holds, other_vae
 
     experts = expert_places(path.expanduser())
     there: dict[str, Path] = {}
@@ -264,8 +262,7 @@ def _kind(part: str) -> str:
 def _description(part: str, source: Source) -> dict[str, Any]:
     from stdit.models import transformer
     from stdit.vae import autoencoder
-    from stdit.weights.families import release_of
-    from stdit.weights.schedulers import objective_of
+    from stdit.weights.families import objective_of, release_of
 
     differences = source.table.differences(source.files.shapes)
     entries = source.files.entries.values()

@@ -11,9 +11,8 @@ from stdit.errors import StditError
 from stdit.files import publish_text
 from stdit.heartbeat import HEARTBEAT
 from stdit.prepare.encode import text_identity, vae_identity
-from stdit.weights.expert_folders import expert_places
 from stdit.weights.identity import folder_identity
-from stdit.weights.sources import find, transformer_identity
+from stdit.weights.sources import expert_places, find, transformer_identity
 from stdit.weights.tensor_files import read_json
 
 FORMAT = 1  # of base.json

@@ -29,13 +29,13 @@ from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
 from stdit.vae.families.diffusers_vae import DiffusersVAE
 from stdit.vae.families.open_sora import AnyVAE
-from stdit.weights.expert_folders import expert_adapter_places
 from stdit.weights.families import class_of, family_of, pipelines, treatment_of
 from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.families.record import PipelineKind
 from stdit.weights.io import load_transformer, load_vae, save_transformer, save_vae
 from stdit.weights.lora.adapters import merge
 from stdit.weights.lora.read import read_adapter
+from stdit.weights.sources import expert_adapter_places
 from stdit.weights.tensor_files import read_json
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Hashes of folders of weights by content. Caches and checkpoints name by them what they were made from.
+"""Hashes weights by content: to name what caches and checkpoints were made from, and to compare with published hashes.
 
 The hash of a large file is kept in the user's cache folder (XDG_CACHE_HOME, stdit/sha256) and used as long as the
 file's path, inode, size, mtime and ctime stay the same.
@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from stdit.errors import StditError
 from stdit.files import publish_text, sha256_of
+from stdit.weights.tensor_files import PICKLES
 
 WEIGHTS = frozenset({".safetensors", ".json", ".model", ".txt"})
 TOKENIZER = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken", ".bpe", ".vocab"})
 REMEMBERED = 64 << 20  # bytes: hashes of larger files are kept, since hashing takes seconds
 SETTLED = 10.0  # seconds: a file that changed more recently could change again with the same timestamp
+_HASH = re.compile(r"[0-9a-f]{64}")
+_LISTS = ("SHA256SUMS", "SHA256SUMS.txt", "sha256sums.txt", "checksums.sha256")  # of checksums of a folder's files
 
 
 def folder_identity(path: str | os.PathLike[str]) -> str:
@@ -93,3 +98,72 @@ def _file_hash(path: str, state: tuple[int, ...]) -> str:
         with suppress(OSError, StditError):  # then the file is hashed again next time
             publish_text(memory, found)
     return found
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file, its SHA-256 (found), the published one (wanted; "" if unknown) and where that was read (source)."""
+
+    file: Path
+    found: str
+    wanted: str
+    source: str
+
+    @property
+    def verdict(self) -> str:
+        if not self.wanted:
+            return "nothing to check against"
+        return "ok" if self.found == self.wanted else "differs"
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of weights at a path: the file itself, or all in a folder and below it, except hidden ones."""
+    if not path.is_dir():
+        return [path]
+    kinds = {".safetensors", ".sft", *PICKLES}
+    found = (entry for entry in sorted(path.rglob("*")) if entry.suffix.lower() in kinds and entry.is_file())
+    return [entry for entry in found if not any(p.startswith(".") for p in entry.relative_to(path).parts)]
+
+
+def check(file: Path) -> Checked:
+    """Hashes a file and compares. Raises StditError for a checksum file that is none."""
+    wanted, source = expected(file)
+    if not wanted:
+        return Checked(file, "", "", "")
+    with open(file, "rb") as opened:
+        return Checked(file, sha256_of(opened), wanted, source)
+
+
+def expected(file: Path) -> tuple[str, str]:
+    """A file's published SHA-256 and where it was found; ("", "") if it was not.
+
+    Searched in this order: FILE.sha256 beside it; a list such as SHA256SUMS in its folder; the notes of `hf download
+    --local-dir` (.cache/huggingface/download/FILE.metadata, where a large file's ETag is its hash); the name of the
+    blob in the hub's cache, if the file is a link to it.
+    """
+    beside = file.with_name(f"{file.name}.sha256")
+    if beside.is_file():
+        words = _text(beside).lower().split()
+        if not words or not _HASH.fullmatch(words[0]):
+            raise StditError(f"{beside}: does not begin with a SHA-256 of 64 hexadecimal digits.")
+        return words[0], str(beside)
+    for name in _LISTS:
+        listed = file.with_name(name)
+        for line in _text(listed).splitlines() if listed.is_file() else []:
+            hashed, _, named = line.strip().partition(" ")
+            if named.strip().lstrip("*").removeprefix("./") == file.name and _HASH.fullmatch(hashed.lower()):
+                return hashed.lower(), str(listed)
+    for folder in file.absolute().parents:
+        note = folder / ".cache/huggingface/download" / f"{file.absolute().relative_to(folder)}.metadata"
+        if note.is_file():
+            lines = _text(note).split()
+            if len(lines) > 1 and _HASH.fullmatch(lines[1].strip('"')):
+                return lines[1].strip('"'), f"{note} (the hub's)"
+            break
+    if file.is_symlink() and (blob := file.resolve()).parent.name == "blobs" and _HASH.fullmatch(blob.name):
+        return blob.name, "the blob's name in the hub's cache"
+    return "", ""
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes()[:1_000_000].decode("utf-8", "replace").lstrip("\ufeff")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from stdit.errors import StditError
@@ -25,12 +26,11 @@ from stdit.models.transformer import STDiT
 from stdit.vae.config import VaeConfig
 from stdit.vae.families.diffusers_vae import DiffusersVAE, load_diffusers_vae
 from stdit.vae.families.open_sora import AnyVAE
-from stdit.weights.expert_folders import EXPERT_NAMES, boundary_of, expert_folders, expert_places
 from stdit.weights.families import family_of, on_meta, table_of
 from stdit.weights.keymap import Read
 from stdit.weights.layouts import check_layout, dialect_in
 from stdit.weights.quantised import is_quantised
-from stdit.weights.sources import PREFIXES, Source, find, other_vae
+from stdit.weights.sources import PREFIXES, Source, boundary_of, expert_folders, expert_places, find, other_vae
 from stdit.weights.tensor_files import write_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -57,7 +57,7 @@ def load_transformer(
     Raises StditError that names the file and the tensors if anything is missing, unexpected, misshaped or damaged, and
     the variant if stdit does not run it.
     """
-    if expert not in ("both", *EXPERT_NAMES):
+    if expert not in ("both", "high", "low"):
         raise StditError(f"expert {expert!r} does not exist. Known: both, high, low.")
     places = expert_places(Path(path).expanduser())
     if places is None and expert != "both":
@@ -217,37 +217,25 @@ def _write(config: Any, like: Mapping[str, Tensor], read: Read, folder: Path, la
         name = name.removeprefix(prefix)
         return made[name] if name in made else read_foreign(name)
 
-    shards = _shards({name: tensor.nbytes for name, tensor in foreign.items()}, shard_bytes)
-    names = [f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    names = [f"{stem}.safetensors"] if len(shards) == 1 else names
-    documents = {"config.json": described} if stem == _STEM else {}
-    if len(shards) > 1:
-        documents[f"{stem}.safetensors.index.json"] = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in foreign.values())},
-            "weight_map": {part: name for name, shard in zip(names, shards) for part in shard},
-        }
+    split = split_state_dict_into_shards_factory(
+        foreign,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    documents: dict[str, Any] = {"config.json": described} if stem == _STEM else {}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        documents[f"{stem}.safetensors.index.json"] = index
     stems = _VAE_STEMS if stem in _VAE_STEMS else (stem,)
     stale = re.compile(rf"({'|'.join(map(re.escape, stems))})" + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     with ExitStack() as renames:  # renamed in reverse: the index last, without which shards do not load
         for name, content in reversed(documents.items()):
             part = renames.enter_context(publish(folder / name))
             part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-        for name, shard in zip(names, shards):
+        for name, shard in split.filename_to_tensors.items():
             part = renames.enter_context(publish(folder / name))
             write_tensors(part, {key: foreign[key] for key in shard}, read_part, metadata)
         for entry in [*folder.iterdir()]:  # all is written: remove old files that would mix with the new ones
-            if entry.name in documents or (stale.fullmatch(entry.name) and entry.name not in names):
+            if entry.name in documents or (stale.fullmatch(entry.name) and entry.name not in split.filename_to_tensors):
                 entry.unlink()
-
-
-def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Fills shards in order, each with at most `limit` bytes or one tensor."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards

@@ -1,4 +1,4 @@
-"""Finds a transformer or a VAE on the disk: reads its config, opens its files, compares names. Reads no tensor."""
+"""Finds transformers and VAEs on the disk: reads configs, opens files, compares names. Reads no tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from stdit.errors import StditError
 from stdit.files import part_folder
 from stdit.vae.families.diffusers_vae import VaeFolder
-from stdit.weights.families import class_names, diffusers_vaes, families, on_meta, recognised, shapes_of, titles
+from stdit.weights.families import class_names, diffusers_vaes, families, recognised, table_of, titles
 from stdit.weights.families.record import Family
 from stdit.weights.identity import files_identity, folder_identity
 from stdit.weights.keymap import Table
@@ -23,6 +23,9 @@ from stdit.weights.quantised import scaled
 from stdit.weights.refused import check_known, check_no_adapter
 from stdit.weights.tensor_files import NoWeights, TensorFiles, open_file, open_folder, read_json
 
+EXPERT_NAMES = ("high", "low")  # of Wan 2.2 A14B
+_EXPERT_FOLDERS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}
+_BOUNDARIES = {"text": 0.875, "image": 0.9}  # Wan 2.2 T2V-A14B's and I2V-A14B's, for folders that do not say it
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 PREFIXES = (
     "model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "transformer.", "dit.", "net.",
@@ -96,6 +99,35 @@ def other_vae(path: str | os.PathLike[str]) -> VaeFolder | None:
     return VaeFolder(folder, name, traits)
 
 
+def expert_folders(layout: str) -> dict[str, str]:
+    """The name of each expert's folder in a layout."""
+    return dict(zip(EXPERT_NAMES, _EXPERT_FOLDERS["diffusers" if layout == "diffusers" else "original"]))
+
+
+def expert_places(folder: Path) -> dict[str, Path] | None:
+    """The paths of a folder's two experts; None if it has none."""
+    for names in _EXPERT_FOLDERS.values():
+        if all((folder / name).is_dir() for name in names):
+            return {expert: folder / name for expert, name in zip(EXPERT_NAMES, names)}
+    return None
+
+
+def boundary_of(folder: Path, from_image: bool) -> float:
+    """The noise level between a folder's experts: model_index.json's boundary_ratio, else Wan 2.2's."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return _BOUNDARIES["image" if from_image else "text"]
+    found: Any = read_json(path).get("boundary_ratio")
+    if type(found) not in (int, float) or not 0 < found < 1:
+        raise StditError(f"{path}: boundary_ratio is {found!r}; it must be a noise level between 0 and 1.")
+    return float(found)
+
+
+def expert_adapter_places(folder: Path) -> dict[str, Path]:
+    """The path of each expert's adapter (LoRA) in an exported model folder; an expert that did not train has none."""
+    return {expert: folder / "lora" / name for expert, name in expert_folders("diffusers").items()}
+
+
 def transformer_identity(sources: Iterable[Source]) -> tuple[str, str]:
     """SHA-256 (hex) of the weights of one or more transformers, and SHA-256 of their configs."""
     sources = list(sources)
@@ -124,7 +156,7 @@ def _source(
         names = ", ".join(list(files.entries)[:3]) + (", …" if len(files.entries) > 3 else "")
         known = ", ".join(titles(kind))
         raise StditError(f"{files.path}: of no known family ({known}): its tensors are named {names or '(none)'}.")
-    table = family.keymap(config, dialect).table(shapes_of(on_meta(config)))
+    table = table_of(config, dialect)
     if strict:
         where = f"the config {config_path} is of other weights" if config_path else "these are other weights"
         table.check(files.shapes, files.path, f"The file is damaged, or {where}: get both from the same place again.")

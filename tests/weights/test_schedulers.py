@@ -10,8 +10,7 @@ import pytest
 from stdit.diffusion.solvers import make_solver, path_of, unipc_config, write_scheduler
 from stdit.models.config import TransformerConfig
 from stdit.shapes import LatentShape, VideoShape
-from stdit.weights.families import allegro, cosmos, latte, ltx, pixart, stdit3
-from stdit.weights.schedulers import scheduler_of
+from stdit.weights.families import allegro, cosmos, latte, ltx, pixart, scheduler_of, stdit3
 
 SIZES = {"dim": 24, "heads": 2, "layers": 1, "ffn_dim": 48}
 COSMOS = cosmos.FAMILY.settings | {"frequency_dim": 24, "text_embedding": "none"}

@@ -41,8 +41,8 @@ from stdit.training.setup.frozen import check_unchanged
 from stdit.training.setup.lora import export_adapters, merge_lora
 from stdit.vae.autoencoder import CausalVAE, measure_latents
 from stdit.vae.training.trainable_parts import join_split_kernels
-from stdit.weights.expert_folders import expert_folders
 from stdit.weights.io import save_transformer, save_vae
+from stdit.weights.sources import expert_folders
 from stdit.weights.tensor_files import read_json
 
 FORMAT = 1  # of export.json

@@ -14,11 +14,11 @@ from stdit.keyed import keyed_generator
 from stdit.models.layers import LoraLinear
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.training.config import LoraConfig
-from stdit.weights.expert_folders import expert_adapter_places
 from stdit.weights.families import family_of
 from stdit.weights.lora.adapters import Adapter, Pair, merge
 from stdit.weights.lora.read import FILES
 from stdit.weights.lora.write import write_adapter
+from stdit.weights.sources import expert_adapter_places
 
 
 def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:

@@ -11,9 +11,8 @@ from stdit.errors import StditError, error_context
 from stdit.models.config import TransformerConfig
 from stdit.sampling.model_folder import FolderSettings
 from stdit.training.config import ModelSettings, RunConfig
-from stdit.weights.expert_folders import boundary_of, expert_places
-from stdit.weights.schedulers import scheduler_of
-from stdit.weights.sources import Source, find
+from stdit.weights.families import scheduler_of
+from stdit.weights.sources import Source, boundary_of, expert_places, find
 
 
 @dataclass(frozen=True)

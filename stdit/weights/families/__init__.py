@@ -6,13 +6,16 @@ To add a family, write its file and add its name to FAMILIES; docs/adding-a-fami
 from __future__ import annotations
 
 import importlib
-import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stdit.errors import StditError
 from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import Shape, Table
+from stdit.weights.tensor_files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,14 +75,32 @@ def treatment_of(folder: str | Path) -> Treatment:
     from stdit.text.places import Treatment
 
     folder = Path(folder).expanduser()
-    if not (folder / "text_encoder").is_dir():
-        return Treatment()
-    try:
-        name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return Treatment()
-    kind = pipelines().get(str(name))
+    kind = None
+    if (folder / "text_encoder").is_dir():
+        with suppress(StditError):  # no model_index.json, or a damaged one
+            kind = pipelines().get(_pipeline_class(folder))
     return kind.text if kind else Treatment()
+
+
+def scheduler_of(path: str | os.PathLike[str], config: TransformerConfig) -> dict[str, Any]:
+    """The scheduler config of the model folder at `path`, else the one that the config's family was released with.
+
+    It decides the path of the weights, and so how they are trained and sampled (`stdit.diffusion.solvers.path_of`).
+    """
+    from stdit.diffusion.solvers import read_scheduler
+
+    folder = Path(path).expanduser()
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+        return family_of(config).scheduler(config)
+    if not (folder / "model_index.json").is_file():
+        return read_scheduler(folder / "scheduler")
+    pipeline = _pipeline_class(folder)
+    kind = pipelines().get(pipeline)
+    return read_scheduler(folder / "scheduler", pipeline, kind.caller if kind else "plain")
+
+
+def _pipeline_class(folder: Path) -> str:
+    return str(read_json(folder / "model_index.json").get("_class_name", ""))
 
 
 def diffusers_vaes() -> dict[str, VaeTraits]:
@@ -102,6 +123,18 @@ def release_of(config: TransformerConfig) -> Release | None:
         if all(getattr(config, name) == value for name, value in release.settings.items()):
             return release
     return None
+
+
+def objective_of(config: TransformerConfig) -> str:
+    """The training objective of a config's family, in words."""
+    from stdit.diffusion.solvers import path_of
+
+    learned = config.out_channels == 2 * config.latent_channels
+    return {
+        "flow": "rectified flow (velocity)",
+        "ddpm": "DDPM (noise and learned variance)" if learned else "DDPM (noise)",
+        "edm": "EDM (denoiser, preconditioned)",
+    }[path_of(family_of(config).scheduler(config)).name]
 
 
 def guided_by_null_text(config: TransformerConfig) -> bool:

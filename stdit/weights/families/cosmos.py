@@ -16,7 +16,7 @@ from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.text.places import Treatment
 from stdit.vae.families.diffusers_vae import VaeTraits
-from stdit.weights.families.configs import ConfigJson, Settings, Tensors, block_rules, made, only, setting
+from stdit.weights.families.configs import ConfigJson, Settings, Tensors, made, only, setting
 from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape, half_split_heads, output_order
 
@@ -117,66 +117,61 @@ def _built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ..
     }
 
 
+# Our names, without .weight: those in Cosmos-Predict1's files, in 2's and 2.5's, and diffusers'. Of the blocks:
+_BLOCK_NAMES = {
+    "low_rank.0.{j}": ("0.adaLN_modulation.{j}", "adaln_modulation_self_attn.{j}", "norm1.linear_{j}"),
+    "low_rank.1.{j}": ("1.adaLN_modulation.{j}", "adaln_modulation_cross_attn.{j}", "norm2.linear_{j}"),
+    "low_rank.2.{j}": ("2.adaLN_modulation.{j}", "adaln_modulation_mlp.{j}", "norm3.linear_{j}"),
+    "self_attn.{p:q|k}": ("0.block.attn.to_{p}.0", "self_attn.{p}_proj", "attn1.to_{p}"),
+    "self_attn.v": ("0.block.attn.to_v.0", "self_attn.v_proj", "attn1.to_v"),
+    "self_attn.norm_{p:q|k}": ("0.block.attn.to_{p}.1", "self_attn.{p}_norm", "attn1.norm_{p}"),
+    "self_attn.o": ("0.block.attn.to_out.0", "self_attn.output_proj", "attn1.to_out.0"),
+    "cross_attn.{p:q|k|v}": ("1.block.attn.to_{p}.0", "cross_attn.{p}_proj", "attn2.to_{p}"),
+    "cross_attn.norm_{p:q|k}": ("1.block.attn.to_{p}.1", "cross_attn.{p}_norm", "attn2.norm_{p}"),
+    "cross_attn.o": ("1.block.attn.to_out.0", "cross_attn.output_proj", "attn2.to_out.0"),
+    "ffn.0": ("2.block.layer1", "mlp.layer1", "ff.net.0.proj"),
+    "ffn.2": ("2.block.layer2", "mlp.layer2", "ff.net.2"),
+}
+_BLOCKS = ("blocks.block{i}.blocks", "blocks.{i}", "transformer_blocks.{i}")
+_NAMES = {
+    "patch_embedding": ("x_embedder.proj.1", "x_embedder.proj.1", "patch_embed.proj"),
+    "time_embedding.0": ("affline_norm", "t_embedding_norm", "time_embed.norm"),
+    "time_projection.0": ("t_embedder.1.linear_1", "t_embedder.1.linear_1", "time_embed.t_embedder.linear_1"),
+    "time_projection.2": ("t_embedder.1.linear_2", "t_embedder.1.linear_2", "time_embed.t_embedder.linear_2"),
+    "head.low_rank.{j}": (
+        "final_layer.adaLN_modulation.{j}",
+        "final_layer.adaln_modulation.{j}",
+        "norm_out.linear_{j}",
+    ),
+    "head.head": ("final_layer.linear", "final_layer.linear", "proj_out"),
+    **{
+        f"blocks.{{i}}.{ours}": tuple(f"{block}.{name}" for block, name in zip(_BLOCKS, theirs))
+        for ours, theirs in _BLOCK_NAMES.items()
+    },
+}
+
+
 def _keymap(config: TransformerConfig, dialect: str) -> KeyMap:
     """Originals with learned positions have Cosmos-Predict1's names."""
-    turned = half_split_heads(config.heads, config.head_dim)
-    normed = half_split_heads(1, config.head_dim)
-    order = output_order(config.patch, config.out_channels, "hwtc")
-    text = Rule("text_embedding.0.{leaf}", "crossattn_proj.0.{leaf}")
-    if dialect == "diffusers":
-        block = "transformer_blocks.{i}"
-        return KeyMap(
-            Rule("patch_embedding.weight", "patch_embed.proj.weight"),
-            *(Rule(f"position.{our}", f"learnable_pos_embed.pos_emb_{its}") for our, its in _AXES),
-            Rule("time_embedding.0.weight", "time_embed.norm.weight"),
-            Rule("time_projection.0.weight", "time_embed.t_embedder.linear_1.weight"),
-            Rule("time_projection.2.weight", "time_embed.t_embedder.linear_2.weight"),
-            text,
-            *(
-                Rule(f"blocks.{{i}}.low_rank.{k}.{{j}}.weight", f"{block}.norm{k + 1}.linear_{{j}}.weight")
-                for k in range(3)
-            ),
-            Rule("blocks.{i}.self_attn.{p:q|k}.weight", f"{block}.attn1.to_{{p}}.weight", turned),
-            Rule("blocks.{i}.self_attn.norm_{p:q|k}.weight", f"{block}.attn1.norm_{{p}}.weight", normed),
-            *block_rules(),
-            Rule("head.low_rank.{j}.weight", "norm_out.linear_{j}.weight"),
-            Rule("head.head.weight", "proj_out.weight", order),
-        )
-    if config.position == "learned":
-        block, time, last = "blocks.block{i}.blocks", "affline_norm", "adaLN_modulation"
-        attentions = {"self": f"{block}.0.block.attn", "cross": f"{block}.1.block.attn"}
-        qkv, norm, out = "to_{p}.0", "to_{p}.1", "to_out.0"
-        low_rank = [f"{block}.{k}.adaLN_modulation" for k in range(3)]
-        layer = f"{block}.2.block.layer"
-    else:
-        block, time, last = "blocks.{i}", "t_embedding_norm", "adaln_modulation"
-        attentions = {"self": f"{block}.self_attn", "cross": f"{block}.cross_attn"}
-        qkv, norm, out = "{p}_proj", "{p}_norm", "output_proj"
-        low_rank = [f"{block}.adaln_modulation_{branch}" for branch in ("self_attn", "cross_attn", "mlp")]
-        layer = f"{block}.mlp.layer"
-    rules = [
-        Rule("blocks.{i}.self_attn.{p:q|k}.weight", f"{attentions['self']}.{qkv}.weight", turned),
-        Rule("blocks.{i}.self_attn.norm_{p:q|k}.weight", f"{attentions['self']}.{norm}.weight", normed),
-    ]
-    for ours, theirs in attentions.items():
-        rules += [
-            Rule(f"blocks.{{i}}.{ours}_attn.{{p:q|k|v}}.weight", f"{theirs}.{qkv}.weight"),
-            Rule(f"blocks.{{i}}.{ours}_attn.norm_{{p:q|k}}.weight", f"{theirs}.{norm}.weight"),
-            Rule(f"blocks.{{i}}.{ours}_attn.o.weight", f"{theirs}.{out}.weight"),
-        ]
+    original = dialect == "original"
+    column = (0 if config.position == "learned" else 1) if original else 2
+    transforms = {
+        "blocks.{i}.self_attn.{p:q|k}": half_split_heads(config.heads, config.head_dim),
+        "blocks.{i}.self_attn.norm_{p:q|k}": half_split_heads(1, config.head_dim),
+        "head.head": output_order(config.patch, config.out_channels, "hwtc"),
+    }
+    rules = []
+    for ours, theirs in _NAMES.items():
+        transform = (transforms[ours],) if ours in transforms else ()
+        rules.append(Rule(f"{ours}.weight", f"{theirs[column]}.weight", *transform))
+    positions = "extra_pos_embedder" if original else "learnable_pos_embed"
+    for axis, letter in (("frame", "t"), ("row", "h"), ("column", "w")):
+        rules.append(Rule(f"position.{axis}", f"{positions}.pos_emb_{letter}"))
+    rules.append(Rule("text_embedding.0.{leaf}", "crossattn_proj.0.{leaf}"))
+    if not original:
+        return KeyMap(*rules)
     return KeyMap(
         *rules,
-        Rule("patch_embedding.weight", "x_embedder.proj.1.weight"),
-        *(Rule(f"position.{our}", f"extra_pos_embedder.pos_emb_{its}") for our, its in _AXES),
-        Rule("time_embedding.0.weight", f"{time}.weight"),
-        Rule("time_projection.0.weight", "t_embedder.1.linear_1.weight"),
-        Rule("time_projection.2.weight", "t_embedder.1.linear_2.weight"),
-        text,
-        *(Rule(f"blocks.{{i}}.low_rank.{k}.{{j}}.weight", f"{name}.{{j}}.weight") for k, name in enumerate(low_rank)),
-        Rule("blocks.{i}.ffn.0.weight", f"{layer}1.weight"),
-        Rule("blocks.{i}.ffn.2.weight", f"{layer}2.weight"),
-        Rule("head.low_rank.{j}.weight", f"final_layer.{last}.{{j}}.weight"),
-        Rule("head.head.weight", "final_layer.linear.weight", order),
         ignored=("logvar.{rest}", "accum_{rest}", "pos_embedder.{rest}", "{rest}._extra_state"),
         computed={f"pos_embedder.{name}": make for name, make in _rotary_buffers(config).items()},
     )
@@ -199,9 +194,6 @@ def _rotary_buffers(config: TransformerConfig) -> dict[str, Callable[[], Tensor]
     if not learned:
         buffers |= {"dim_spatial_range": lambda: exponents(space), "dim_temporal_range": lambda: exponents(time)}
     return buffers
-
-
-_AXES = (("frame", "t"), ("row", "h"), ("column", "w"))
 
 
 def _bare(tensors: Tensors, kept: Settings) -> Settings:

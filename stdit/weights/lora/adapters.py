@@ -59,17 +59,8 @@ def merge(model: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> None:
         weight.copy_(total)
 
 
-def to_native(adapter: Adapter, table: Table) -> Adapter:
-    """Renames an adapter from another dialect, whose names the table has, to ours."""
-    return _moved(adapter, table, back=True)
-
-
-def to_foreign(adapter: Adapter, table: Table) -> Adapter:
-    """The inverse of `to_native`."""
-    return _moved(adapter, table, back=False)
-
-
-def _moved(adapter: Adapter, table: Table, back: bool) -> Adapter:
+def converted(adapter: Adapter, table: Table, back: bool = False) -> Adapter:
+    """Renames an adapter from our names to those of a dialect, which the table has. back: the inverse."""
     pairs: dict[str, Pair] = {}
     differences: dict[str, Tensor] = {}
     for move in table.moves:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from stdit.errors import StditError, nearest_name
 from stdit.models.config import TransformerConfig
-from stdit.weights.families import family_of, table_of
+from stdit.weights.families import families, family_of, table_of
+from stdit.weights.families.record import Family
 from stdit.weights.keymap import Shape, Table
-from stdit.weights.lora.adapters import Adapter, Pair, to_native
+from stdit.weights.lora.adapters import Adapter, Pair, converted
 from stdit.weights.tensor_files import TensorFiles, open_file, read_json
 
 FILES = {
@@ -203,7 +205,7 @@ def read_adapter(path: str | os.PathLike[str], config: TransformerConfig, partly
             differences[_bias(name)] = tensor(parts["diff_b"])
         if "up_bias" in parts:
             differences[_bias(name)] = tensor(parts["up_bias"]) * pairs[name].scale
-    return to_native(Adapter(pairs, differences), table)
+    return converted(Adapter(pairs, differences), table, back=True)
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
@@ -299,3 +301,40 @@ def _check_shapes(found: LoraFile, module: str, name: str, shapes: dict[str, Sha
 
 def _bias(weight: str) -> str:
     return weight.removesuffix(".weight") + ".bias"
+
+
+def describe(path: str | os.PathLike[str], config: TransformerConfig | None = None) -> dict[str, Any]:
+    """The families whose names a LoRA file has, its ranks, alphas and adapted layers.
+
+    config: of its model, to check shapes too; without it only names are compared.
+    """
+    found = open_adapter(path, partly=True)
+    if config is not None:
+        fitted(found, config)
+    entries = found.files.entries.values()
+    targets = Counter(re.sub(r"(?<=block)\d+|(?<=[._])\d+(?=[._])", "*", name, count=1) for name in found.modules)
+    return {
+        "kind": "adapter",
+        "path": str(found.files.path),
+        "fits": [
+            f"{family.title} ({dialect} names)"
+            for family in families("transformer")
+            for dialect in ("original", "diffusers")
+            if _fits(found, family, dialect)
+        ],
+        "prefix": found.files.prefix,
+        "ranks": dict(sorted(Counter(found.ranks.values()).items())),
+        "alphas": dict(sorted(Counter(map(found.alpha, found.ranks)).items())),
+        "for_other_models": len(found.others),
+        "differences": sum("diff" in parts or "diff_b" in parts for parts in found.modules.values()),
+        "parameters": sum(math.prod(entry.shape) for entry in entries),
+        "dtypes": dict(Counter(entry.dtype for entry in entries)),
+        "targets": dict(targets),
+    }
+
+
+def _fits(found: LoraFile, family: Family, dialect: str) -> bool:
+    """Whether a small model of the family, with as many layers as the file names, has all of the file's names."""
+    numbers = re.findall(r"blocks?[._]?(\d{1,3})(?=[._])", "\n".join(found.modules))
+    layers = max(map(int, numbers), default=0) + 1
+    return any(len(found.resolve(table_of(config, dialect))) == len(found.modules) for config in family.samples(layers))

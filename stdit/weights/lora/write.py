@@ -27,7 +27,7 @@ from stdit.errors import StditError
 from stdit.files import publish, publish_text
 from stdit.models.config import TransformerConfig
 from stdit.weights.families import table_of
-from stdit.weights.lora.adapters import Adapter, Pair, to_foreign
+from stdit.weights.lora.adapters import Adapter, Pair, converted
 from stdit.weights.tensor_files import write_tensors
 
 LAYOUTS = ("common", "original", "kohya", "diffusers", "peft")
@@ -46,7 +46,7 @@ def write_adapter(
     if layout not in LAYOUTS:
         raise StditError(f"layout {layout!r} does not exist. Known: {', '.join((*LAYOUTS, *ALIASES))}.")
     path, plain = Path(path), layout in ("diffusers", "peft")
-    there = to_foreign(adapter, table_of(config, "diffusers" if plain else "original"))
+    there = converted(adapter, table_of(config, "diffusers" if plain else "original"))
     if plain and there.differences:
         raise StditError(
             f"{path}: the adapter adds a whole tensor to {next(iter(there.differences))}, which diffusers' LoRA "

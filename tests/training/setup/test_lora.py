@@ -36,7 +36,7 @@ from stdit.training.engine.parallel import World
 from stdit.training.run import run
 from stdit.training.setup.lora import adapter_of, add_lora, export_adapters
 from stdit.weights.families import table_of
-from stdit.weights.lora.adapters import Adapter, Pair, merge, to_foreign
+from stdit.weights.lora.adapters import Adapter, Pair, converted, merge
 from stdit.weights.lora.read import read_adapter
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -91,7 +91,7 @@ def test_gradients_are_pefts(name, number, tmp_path):
     gradients = {
         f"{key}.weight": Pair(one.lora_down.weight.grad, one.lora_up.weight.grad, 1.0) for key, one in layers.items()
     }
-    there = to_foreign(Adapter(gradients), table_of(ours.config, "diffusers")).pairs
+    there = converted(Adapter(gradients), table_of(ours.config, "diffusers")).pairs
     parameters = dict(theirs.named_parameters())
     for key, pair in there.items():
         start = f"base_model.model.{key.removesuffix('.weight')}"

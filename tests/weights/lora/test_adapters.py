@@ -20,8 +20,7 @@ import stdit
 from stdit.errors import StditError
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.weights.lora.adapters import Adapter, Pair, merge
-from stdit.weights.lora.info import describe
-from stdit.weights.lora.read import is_adapter, open_adapter, read_adapter
+from stdit.weights.lora.read import describe, is_adapter, open_adapter, read_adapter
 from stdit.weights.lora.write import write_adapter
 
 pytest.importorskip("diffusers")
