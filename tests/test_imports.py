@@ -34,8 +34,8 @@ ROOMS = {
         {"scan"}, {"plan"}, {"load"},
     ],
     "models": [
-        {"config", "positions", "operators"}, {"packing", "varlen"}, {"attention", "fused"}, {"layers"}, {"blocks"},
-        {"variants"}, {"transformer"}, {"experts"},
+        {"config", "positions", "operators"}, {"packing"}, {"attention", "fused"}, {"blocks"}, {"variants"},
+        {"transformer"}, {"experts"},
     ],
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},

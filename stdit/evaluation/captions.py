@@ -33,7 +33,7 @@ from stdit.evaluation.toy import Accuracy
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.models.experts import Experts
-from stdit.models.packing import pack_inputs, pack_texts, unpack_clips
+from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import LatentShape, VideoShape
 
@@ -248,7 +248,7 @@ def caption_losses(
         boundary = pipeline.transformer.boundary if isinstance(pipeline.transformer, Experts) else 0.0
         sides = [[job for job in jobs if bool(settled[job[0]] >= boundary) is high] for high in (True, False)]
         for part in [side[start : start + together] for side in sides for start in range(0, len(side), together)]:
-            pack = pack_inputs(
+            pack = pack_clips(
                 [noisy[level, draw] for level, draw, _ in part],
                 [settled[level] for level, _, _ in part],
                 patch,

@@ -176,12 +176,22 @@ def output_tokens(clip: Tensor, patch: Patch) -> Tensor:
     return patchify(clip, patch).unflatten(1, (len(clip), -1)).transpose(1, 2).flatten(1)
 
 
-def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) -> TokenPack:
+def pack_clips(
+    clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch, conditions: Sequence[Mapping[str, Any]] = ()
+) -> TokenPack:
     """Packs latents (C, T, H, W) of any shapes. Equal noise levels share a row of `levels`.
 
     levels: noise level t of each clip: () for the clip, (T/pt,) per patch frame, or (n,) per token; fp32 or fp64 in
         [0, 1]. On the CPU they spare a wait for a GPU.
+    conditions: what some families take besides, a mapping per clip with the same keys for all clips: `fps`, a number;
+        `size`, (width, height) in pixels; `image`, (C_image, T, H, W), channels concatenated to the clip's;
+        `image_text`, (I, D_image), an image encoder's tokens.
     """
+    assert len(conditions) in (0, len(clips)) and len({frozenset(given) for given in conditions}) <= 1, conditions
+    taken = {name: [given[name] for given in conditions] for name in (conditions[0] if conditions else ())}
+    images, texts = taken.pop("image", None), taken.pop("image_text", None)
+    if images is not None:
+        clips = [torch.cat([clip, image.to(clip)]) for clip, image in zip(clips, images)]
     if not clips or len(clips) != len(levels):
         raise StditError(f"{len(clips)} clips with {len(levels)} noise levels cannot be packed.")
     if len({(clip.ndim, clip.shape[0]) for clip in clips}) > 1 or clips[0].ndim != 4:
@@ -207,6 +217,7 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
         repeats.append(torch.full((level.numel(),), each))
     dtype = torch.float64 if any(entry.dtype == torch.float64 for entry in entries) else torch.float32
     distinct, index = torch.unique(torch.cat([e.to(dtype) for e in entries]), return_inverse=True)
+    rows = {name: torch.stack([torch.as_tensor(v, device=device) for v in values]) for name, values in taken.items()}
     return TokenPack(
         tokens=torch.cat([patchify(clip, patch) for clip in clips]),
         levels=distinct.to(widest(device) if dtype == torch.float64 else dtype).to(device, non_blocking=True),
@@ -214,29 +225,8 @@ def pack_clips(clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch) 
         positions=torch.cat([grid_positions(grid) for grid in grids]).to(device, non_blocking=True),
         segments=Segments.of([grid.tokens for grid in grids], device),
         grids=grids,
+        conditions=ClipConditions(image_text=pack_texts(texts, padding=0) if texts else None, **rows),
     )
-
-
-def pack_inputs(
-    clips: Sequence[Tensor], levels: Sequence[Tensor], patch: Patch, conditions: Sequence[Mapping[str, Any]]
-) -> TokenPack:
-    """`pack_clips` with the conditions that some families take, the same ones for all clips.
-
-    conditions: a mapping per clip, of any of `fps`, a number; `size`, (width, height) in pixels; `image`,
-        (C_image, T, H, W), channels concatenated to the clip's; `image_text`, (I, D_image), an image encoder's tokens.
-    """
-    names = {frozenset(given) for given in conditions}
-    assert len(conditions) == len(clips) and len(names) == 1, f"{len(clips)} clips with conditions {names}"
-    taken = {name: [given[name] for given in conditions] for name in conditions[0]}
-    images = taken.pop("image", None)
-    if images is not None:
-        clips = [torch.cat([clip, image.to(clip)]) for clip, image in zip(clips, images)]
-    pack = pack_clips(clips, levels, patch)
-    if texts := taken.pop("image_text", None):
-        pack.conditions.image_text = pack_texts(texts, padding=0)
-    for name, values in taken.items():
-        setattr(pack.conditions, name, torch.stack([torch.as_tensor(v, device=clips[0].device) for v in values]))
-    return pack
 
 
 def spatial_segments(pack: TokenPack, factor: int = 1) -> Segments:

@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from stdit.errors import StditError, nearest_name
 from stdit.models import variants
-from stdit.models.blocks import Attention, Block, BlockInputs, Head
+from stdit.models.blocks import Attention, Block, BlockInputs, Head, Linear, RMSNorm, without_autocast
 from stdit.models.config import PRESETS, TransformerConfig, cost_coefficients, transformer_flops
-from stdit.models.layers import Linear, RMSNorm, without_autocast
-from stdit.models.packing import LevelIndex, TextPack, TokenPack, pack_inputs, pack_texts, unpack_clips
+from stdit.models.packing import LevelIndex, TextPack, TokenPack, pack_clips, pack_texts, unpack_clips
 from stdit.models.positions import network_time, sinusoids
 
 __all__ = ["CONDITIONS", "PRESETS", "STDiT", "TransformerConfig", "cost_coefficients", "transformer_flops"]
@@ -160,7 +159,7 @@ class STDiT(nn.Module):
         given = self.checked_conditions(conditions, latents, t, text, text_mask)
         texts = list(text) if text_mask is None else [row[keep] for row, keep in zip(text, text_mask.bool())]
         of_clips = [{name: value[index] for name, value in given.items()} for index in range(len(latents))]
-        pack = pack_inputs(list(latents), list(t), self.config.patch, of_clips)
+        pack = pack_clips(list(latents), list(t), self.config.patch, of_clips)
         out = self(pack, pack_texts(texts, padding=0))
         return torch.stack(unpack_clips(out, pack, self.config.patch)).to(latents.dtype)
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stdit.errors import StditError
-from stdit.models.blocks import Block, BlockInputs, Head
+from stdit.models.blocks import Block, BlockInputs, Head, LayerNorm, Linear, LowRank
 from stdit.models.config import TransformerConfig
 from stdit.models.fused import gated_residual, modulated_norm
-from stdit.models.layers import LayerNorm, Linear, LowRank
 from stdit.models.packing import TextPack, TokenPack, spatial_segments, temporal_segments
 from stdit.models.positions import rotary_axes, rotary_table, sinusoids, widest
 

@@ -16,7 +16,7 @@ from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.models.config import TransformerConfig
 from stdit.models.experts import Experts
-from stdit.models.packing import TextPack, pack_inputs, unpack_clips
+from stdit.models.packing import TextPack, pack_clips, unpack_clips
 from stdit.models.transformer import STDiT
 from stdit.sampling.known_frames import KnownFrames, known_level
 from stdit.sampling.request import SampleRequest
@@ -28,7 +28,7 @@ class ClipBatch:
     """Clips that go through the network in one pack.
 
     noise: (B, C, T', H', W') fp32.
-    known, conditions: of each clip; conditions as `pack_inputs` takes them.
+    known, conditions: of each clip; conditions as `pack_clips` takes them.
     text: of the B clips, followed by B negative ones under guidance.
     indices: of the clips in the request's batch, which key their random numbers.
     """
@@ -76,7 +76,7 @@ class Denoiser:
         transformer, config = self.transformer, self.transformer.config
         levels = [_levels(known, clip.shape[1], t, config) for known, clip in zip(batch.known, x)]
         copies = 2 if self.request.guided else 1  # under guidance, two segments of one pack for each clip
-        pack = pack_inputs(x * copies, levels * copies, config.patch, [*batch.conditions] * copies)
+        pack = pack_clips(x * copies, levels * copies, config.patch, [*batch.conditions] * copies)
         output = torch.stack(unpack_clips(transformer(pack, batch.text), pack, config.patch))
         output = output[:, : batch.noise.shape[1]].float()
         if not self.request.guided:

@@ -207,7 +207,7 @@ class Pipeline(ModelFolder):
         return [encoded[id(known)] for known in request.known_of_clips]
 
     def conditions(self, known: KnownFrames, shape: VideoShape, fps: float) -> dict[str, Any]:
-        """A clip's conditions, as `pack_inputs` takes them."""
+        """A clip's conditions, as `pack_clips` takes them."""
         found = {
             "fps": IMAGE_FPS if shape.is_image else fps,
             "size": (shape.width, shape.height),

@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.models.transformer import PRESETS, TransformerConfig
+from stdit.models.config import TransformerConfig
 from stdit.training.config import MAY_DIFFER, RunConfig, differences
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.parallel import World
@@ -21,7 +21,6 @@ from stdit.training.objectives.two_experts import TransformerObjective
 from stdit.training.setup.build import RunComponents
 from stdit.vae.config import VaeConfig
 
-FORMER_HEADS = {"small": 6, "base": 12, "large": 16}  # of presets before their heads became 128 wide
 FOLLOW = ("in_channels", "out_channels", "text_dim", "text_padding")  # from the VAE and the text encoder
 
 Networks = dict[str, dict[str, Any]]
@@ -45,9 +44,6 @@ def _with_networks(state: dict[str, Any], now: RunConfig) -> dict[str, Any]:
     """
     then = dict(state["config"])
     known = state.get("networks") or {}
-    heads = now.model.overrides.get("heads")
-    if (former := _former_heads(state)) and heads in former:
-        known = {"model": {"heads": heads}}
     for section, given in (("model", now.model.overrides), ("vae", now.vae.overrides)):
         told = {name: value for name, value in known.get(section, {}).items() if name in given}
         then[section] = told | then.get(section, {})
@@ -70,25 +66,9 @@ def check_networks(
     then: Networks | None = resumed.state.get("networks")
     if then is not None:
         _compare(resumed, then, now, config)
-    elif (former := _former_heads(resumed.state)) and "heads" not in config.model.overrides:
-        before, today = former
-        raise StditError(
-            f"{resumed.path}: an earlier stdit wrote it, without its network's settings, and model.preset="
-            f"{config.model.preset} has {today} heads now; it had {before} in the first versions. Add model.heads="
-            f"{before} if the run began with one of those, else model.heads={today}."
-        )
     else:
         say(f"{resumed.path}: an earlier stdit wrote it, without its network's settings: they are not checked.")
     return now
-
-
-def _former_heads(state: dict[str, Any]) -> tuple[int, int] | None:
-    """The preset's number of heads (then, today), if it has changed and the checkpoint does not record it."""
-    model = state["config"].get("model", {})
-    preset = model.get("preset")
-    if "networks" in state or model.get("init") or "heads" in model or preset not in FORMER_HEADS:
-        return None
-    return FORMER_HEADS[preset], PRESETS[preset].heads
 
 
 def _compare(resumed: Checkpoint, then: Networks, now: Networks, config: RunConfig) -> None:

@@ -24,7 +24,6 @@ from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.engine import PRECISIONS, Engine
 from stdit.training.engine.make import make_engine
-from stdit.training.engine.optimizer import Ema
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import StepKey, StepResult, Update
 from stdit.training.outputs import export
@@ -80,21 +79,18 @@ class Trainer:
         self._make_engines()
         if resumed is not None:
             self._load_state(resumed)
-        self.objective.module.train()
+        for engine in self.engines:
+            engine.module.train()
 
     def _make_engines(self) -> None:
         config, critic = self.config, self.objective.critic
         engine_of = partial(make_engine, parallel=config.parallel, precision=config.run.precision, world=self.world)
         self.engine: Engine = engine_of(self.objective.module, config.optimizer)
-        self.critic: Engine | None = None
-        if critic is not None:
-            self.critic = engine_of(critic.module, critic.optimizer)
-            critic.module.train()
-        ema = config.optimizer.ema
-        self.ema = Ema(self.engine.flat_masters, ema) if ema.decay > 0 else None
+        self.critic: Engine | None = engine_of(critic.module, critic.optimizer) if critic else None
+        self.engines = [self.engine, *([self.critic] if self.critic else [])]
 
     def _load_state(self, resumed: Checkpoint) -> None:
-        resumed.load_state(self.engine, self.ema, self.critic)
+        resumed.load_state(self.engines)
         self.failures.by_id = dict(resumed.state["failures"])
         self.skipped = resumed.state.get("skipped", 0)
         shares = [loss if self.world.is_main else 0.0 for loss in resumed.state["window"]]
@@ -180,8 +176,8 @@ class Trainer:
         update = Update(norm, lr)
         self.step += 1
         self.skipped = 0 if update.is_finite else self.skipped + 1
-        if update.is_finite and self.ema is not None:
-            self.ema.update(self.step)
+        if update.is_finite and self.engine.ema is not None:
+            self.engine.ema.update(self.step)
         return update
 
     def _key(self, clips: StepClips, done: int) -> StepKey:
@@ -236,7 +232,7 @@ class Trainer:
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoint.keep
-        checkpoint.save(self.folder, self.step, self.engine, self.ema, state, keep, self.world, self.critic)
+        checkpoint.save(self.folder, self.step, self.engines, state, keep, self.world)
 
     def _evaluation_is_due(self) -> bool:
         """Not after the last step, whose evaluation is part of `_finish`."""
@@ -251,7 +247,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, Tensor]:
         """Returns the weights that were evaluated, on rank 0."""
         HEARTBEAT.doing(f"evaluating step {self.step}")
-        weights = export.averaged_weights(self.engine, self.ema, self.world)
+        weights = export.averaged_weights(self.engine, self.world)
         values = self.world.from_main(partial(export.evaluate, self.components, weights, self.world, self.step))
         if values:
             self.log.write("eval", self.step, **values)

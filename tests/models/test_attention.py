@@ -4,12 +4,14 @@ import torch
 from stdit.errors import StditError
 from stdit.models import attention
 from stdit.models.attention import (
+    Call,
     _attention,
+    add_extra_key_grads,
     choose_backend,
+    merge_extra_keys,
     segment_attention,
 )
 from stdit.models.packing import Segments
-from stdit.models.varlen import Call, add_extra_key_grads, merge_extra_keys
 
 MIXES = [  # query and key lengths of the segments
     ([7], [7]),

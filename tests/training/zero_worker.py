@@ -95,7 +95,7 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     trainer.save()
     feed.close()
     if trainer.config.model.lora is not None:
-        weights = averaged_weights(trainer.engine, trainer.ema, world)
+        weights = averaged_weights(trainer.engine, world)
         if world.is_main:
             export.publish_model(out, steps, partial(export.write_model, trainer.components, weights, world))
     packs = world.gather(micro_steps)

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from stdit.errors import StditError
 from stdit.files import DiskError, disk_trouble, heal_folder, make_folder, publish_folder, remove_folder, sync, writing
 from stdit.training.engine.engine import Engine
-from stdit.training.engine.optimizer import Ema, group_state
+from stdit.training.engine.optimizer import group_state
 from stdit.training.engine.parallel import World
 from stdit.weights.tensor_files import open_safetensors, read_json
 
@@ -48,23 +48,13 @@ class CheckpointConfig:
     keep: NonNegativeInt = 2
 
 
-def save(
-    folder: Path,
-    step: int,
-    engine: Engine,
-    ema: Ema | None,
-    state: dict[str, Any],
-    keep: int,
-    world: World,
-    critic: Engine | None = None,
-) -> Path:
+def save(folder: Path, step: int, engines: Sequence[Engine], state: dict[str, Any], keep: int, world: World) -> Path:
     """Publishes `checkpoints/step-N` of a run folder, then removes all but the last `keep`. Called on every rank.
 
     state: what else the run needs to go on, as JSON.
-    critic: the engine of what trains against `engine`'s module.
     Raises StditError on a full disk, and keeps the earlier checkpoints.
     """
-    engines = [engine] if critic is None else [engine, critic]
+    replicated = engines[0].replicated
     folder = folder / "checkpoints"
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
     with _kept_on_errors(folder, temporary):
@@ -73,24 +63,24 @@ def save(
                 remove_folder(temporary)
                 make_folder(temporary)
         with world.together():
-            if world.is_main or not engine.replicated:
+            if world.is_main or not replicated:
                 shard = temporary / f"rank-{world.rank:05d}.safetensors"
                 make_folder(temporary)  # on a network disk a rank may not see rank 0's yet
-                tensors = {key: part for one in engines for key, part in _tensors(one, ema if one is engine else None)}
+                tensors = {key: part for engine in engines for key, part in _tensors(engine)}
                 with writing(shard):
                     save_file(tensors, shard)
                     sync(shard)  # by its own rank: another machine's disk cache is not rank 0's
         groups = [
             {name: _number(name, value) for name, value in group.items()}
-            for one in engines
-            for group in group_state(one.optimizer)
+            for engine in engines
+            for group in group_state(engine.optimizer)
         ]
-        every = [piece for one in engines for pieces in one.pieces for piece in pieces]
-        shapes = world.gather({piece.name: piece.shape for piece in every})
+        all_pieces = [piece for engine in engines for pieces in engine.pieces for piece in pieces]
+        shapes = world.gather({piece.name: piece.shape for piece in all_pieces})
         with world.together():
             if world.is_main:
                 parameters = {name: list(shape) for rank in shapes for name, shape in rank.items()}
-                files = 1 if engine.replicated else world.size
+                files = 1 if replicated else world.size
                 about = {
                     "format": FORMAT, "step": step, "shards": files, "parameters": parameters, "groups": groups,
                     "state": state,
@@ -188,25 +178,24 @@ class Checkpoint:
             parameters[name].copy_(weight)
 
     @torch.no_grad()
-    def load_state(self, engine: Engine, ema: Ema | None, critic: Engine | None = None) -> None:
+    def load_state(self, engines: Sequence[Engine]) -> None:
         """Masters, averages and the optimizers' state, into this rank's pieces."""
-        engines = [engine] if critic is None else [engine, critic]
-        for one in engines:
-            self._load_pieces(one, ema if one is engine else None)
-        groups = [group for one in engines for group in one.optimizer.param_groups]
+        for engine in engines:
+            self._load_pieces(engine)
+        groups = [group for engine in engines for group in engine.optimizer.param_groups]
         for group, kept in zip(groups, self.about.get("groups", [])):
             for name, (value, dtype) in kept.items():
                 group[name] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
 
-    def _load_pieces(self, engine: Engine, ema: Ema | None) -> None:
+    def _load_pieces(self, engine: Engine) -> None:
         kinds = {key.split("/", 1)[0] for key in self._index}
         cut = {kind for kind in kinds if "." not in kind} - {"master", "ema"}  # the optimizer's, shaped as the masters
         group = engine.optimizer.param_groups[0]
         on_device = bool(group.get("fused") or group.get("capturable"))  # where these keep their step counters
         for index, (flat, pieces) in enumerate(zip(engine.flat_masters, engine.pieces)):
             targets = {"master": flat.detach()}
-            if ema is not None:
-                targets["ema"] = ema.averages[index]
+            if engine.ema is not None:
+                targets["ema"] = engine.ema.averages[index]
             for kind in cut:
                 if any(f"{kind}/{piece.name}" in self._index for piece in pieces):
                     targets[kind] = engine.optimizer.state[flat][kind] = torch.zeros_like(flat, requires_grad=False)
@@ -234,12 +223,12 @@ def _number(name: str, value: Any) -> tuple[int | float, str | None]:
     raise StditError(f"the optimizer keeps {name} as {type(value).__name__}, which no checkpoint holds.")
 
 
-def _tensors(engine: Engine, ema: Ema | None) -> Iterator[tuple[str, Tensor]]:
+def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """What a rank writes: of every piece its share of what is shaped as the masters, and all other state whole."""
     for index, (flat, pieces) in enumerate(zip(engine.flat_masters, engine.pieces)):
         cut: dict[str, Tensor] = {"master": flat}
-        if ema is not None:
-            cut["ema"] = ema.averages[index]
+        if engine.ema is not None:
+            cut["ema"] = engine.ema.averages[index]
         whole: dict[str, Tensor] = {}
         for kind, value in engine.optimizer.state.get(flat, {}).items():
             if isinstance(value, Tensor) and value.shape == flat.shape and value.numel() > 1:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.errors import StditError
-from stdit.training.engine.optimizer import OptimizerConfig, make_optimizer
+from stdit.training.engine.optimizer import Ema, OptimizerConfig, make_optimizer
 from stdit.training.engine.parallel import World
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,6 +41,7 @@ class Engine:
     optimizer: torch.optim.Optimizer  # its state is keyed by flat master
     flat_masters: list[Tensor]
     pieces: list[list[ShardPiece]]  # by flat master
+    ema: Ema | None = None  # of the flat masters, set by `make_engine`
     replicated = False  # whether every rank holds all pieces
     differentiable = True  # whether the result of `forward` may be differentiated, outside training
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from stdit.errors import StditError
 from stdit.training.engine.engine import Engine, TorchEngine
-from stdit.training.engine.optimizer import ELEMENTWISE, OptimizerConfig, make_optimizer
+from stdit.training.engine.optimizer import ELEMENTWISE, Ema, OptimizerConfig, make_optimizer
 from stdit.training.engine.parallel import World
 from stdit.training.engine.zero import DeepSpeedEngine, zero_stage
 
@@ -35,9 +35,14 @@ def make_engine(
 ) -> Engine:
     """The engine that the config asks for. module: with its starting weights, in fp32."""
     check_engine(optimizer, parallel, world.device)
+    engine: Engine
     if parallel.deepspeed is None:
-        return TorchEngine(module, optimizer, precision, world)
-    return DeepSpeedEngine(module, optimizer, parallel.deepspeed, precision, world)
+        engine = TorchEngine(module, optimizer, precision, world)
+    else:
+        engine = DeepSpeedEngine(module, optimizer, parallel.deepspeed, precision, world)
+    if optimizer.ema.decay > 0:
+        engine.ema = Ema(engine.flat_masters, optimizer.ema)
+    return engine
 
 
 def check_engine(config: OptimizerConfig, parallel: ParallelConfig, device: torch.device) -> None:

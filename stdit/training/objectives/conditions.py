@@ -24,7 +24,7 @@ class ImageEncoder(Protocol):
 
 
 class Conditions:
-    """Makes the conditions of `pack_inputs` that a transformer's config asks for.
+    """Makes the conditions of `pack_clips` that a transformer's config asks for.
 
     `image` has one of two forms. Beside known tokens (Cosmos-Predict), it is a mask of the known frames. Instead of
     known tokens (Wan's image to video), it is what `mask_and_latents` makes of the clip with its unknown frames grey.

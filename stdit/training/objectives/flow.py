@@ -18,7 +18,7 @@ from stdit.diffusion.paths import Path, token_errors
 from stdit.diffusion.solvers import dynamic_shift, path_of, unipc_config
 from stdit.diffusion.tasks import Task, draw_task, frame_levels
 from stdit.keyed import keyed_generator, keyed_uniform
-from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_inputs, pack_texts
+from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_clips, pack_texts
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
@@ -162,7 +162,7 @@ class FlowObjective(Objective):
             nothing, level = torch.zeros(self.model_config.latent_channels, *patch), torch.tensor(0.5).double()
             noisy = [NoisyClip(nothing, nothing, level, output_tokens(nothing, patch), torch.zeros(1))]
             conditions = [self.conditions.of_empty_clip()]
-        pack = pack_inputs([clip.latents for clip in noisy], [clip.level for clip in noisy], patch, conditions)
+        pack = pack_clips([clip.latents for clip in noisy], [clip.level for clip in noisy], patch, conditions)
         pack = pack.to(self.device, self.dtype)
         inputs = {"latents": pack.tokens}
         text: TextPack | None = None

@@ -15,7 +15,7 @@ from stdit.errors import StditError
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
-from stdit.training.engine.optimizer import OptimizerConfig
+from stdit.training.engine.optimizer import EmaConfig, OptimizerConfig
 from stdit.training.objectives.config import ObjectiveConfig
 from stdit.training.objectives.loss_weights import clip_weight
 from stdit.training.objectives.protocol import Batch, Critic, Objective, StepKey
@@ -162,7 +162,7 @@ class VaeObjective(Objective):
         critic = None
         if (discriminator := settings.discriminator) is not None:
             critic = CriticModule(discriminator)
-            optimizer = OptimizerConfig(lr=discriminator.lr, betas=(0.5, 0.9), weight_decay=0.0)
+            optimizer = OptimizerConfig(lr=discriminator.lr, betas=(0.5, 0.9), weight_decay=0.0, ema=EmaConfig(0))
             self.critic = Critic(critic, optimizer, discriminator.start)
         select_trainable_part(self.vae, settings.train)
         self.module = VaeModule(self.vae, settings, critic, lpips)

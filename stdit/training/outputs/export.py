@@ -32,7 +32,6 @@ from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import VideoShape
 from stdit.training.config import RunConfig
 from stdit.training.engine.engine import Engine
-from stdit.training.engine.optimizer import Ema
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.two_experts import TransformerObjective
 from stdit.training.objectives.vae import VaeModule
@@ -50,10 +49,10 @@ VAE_CLIPS = 256  # to measure the latents' mean and deviation on, at most
 Weights = dict[str, Tensor]  # of all parameters that train, whole and in fp32
 
 
-def averaged_weights(engine: Engine, ema: Ema | None, world: World) -> Weights:
+def averaged_weights(engine: Engine, world: World) -> Weights:
     """All averaged weights (without an average: the masters) on rank 0's CPU; on other ranks nothing."""
     weights: Weights = {}
-    for flat, pieces in zip(ema.averages if ema is not None else engine.flat_masters, engine.pieces):
+    for flat, pieces in zip(engine.ema.averages if engine.ema else engine.flat_masters, engine.pieces):
         numbers = flat.detach().reshape(-1)
         mine = [(piece, numbers[piece.start : piece.start + piece.numel].cpu()) for piece in pieces]
         gathered = [mine] if engine.replicated else world.gather_on_main(mine)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
-from stdit.models.layers import LoraLinear
+from stdit.models.blocks import LoraLinear
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.training.config import LoraConfig
 from stdit.weights.families import family_of

@@ -38,24 +38,26 @@ def options_of(name: str) -> OptimizerConfig:
     return OptimizerConfig(name=name, lr=0.05, options=options)
 
 
-def trained(name: str = "adamw", steps: int = 3, precision: str = "fp32") -> tuple[TorchEngine, Ema]:
+def trained(name: str = "adamw", steps: int = 3, precision: str = "fp32") -> TorchEngine:
     engine = TorchEngine(Model(0), options_of(name), precision, ALONE)
-    ema = Ema(engine.flat_masters, EmaConfig(0.9))
-    go_on(engine, ema, 0, steps)
-    return engine, ema
+    engine.ema = Ema(engine.flat_masters, EmaConfig(0.9))
+    go_on(engine, 0, steps)
+    return engine
 
 
-def go_on(engine: Engine, ema: Ema, begin: int, end: int) -> None:
+def go_on(engine: Engine, begin: int, end: int) -> None:
+    assert engine.ema is not None
     dtype = next(engine.module.parameters()).dtype
     for step in range(begin, end):
         batch = torch.randn(4, 7, generator=torch.Generator().manual_seed(step)).to(dtype)
         engine.backward(batch, 0.25, last=True)
         engine.step(0.05)
-        ema.update(step + 1)
+        engine.ema.update(step + 1)
 
 
-def state_of(engine: Engine, ema: Ema) -> list[Tensor]:
-    found = [*engine.flat_masters, *ema.averages]
+def state_of(engine: Engine) -> list[Tensor]:
+    assert engine.ema is not None
+    found = [*engine.flat_masters, *engine.ema.averages]
     for flat in engine.flat_masters:
         found += [torch.as_tensor(value) for _, value in sorted(engine.optimizer.state[flat].items())]
     found += [torch.as_tensor(value) for group in group_state(engine.optimizer) for value in group.values()]
@@ -65,19 +67,19 @@ def state_of(engine: Engine, ema: Ema) -> list[Tensor]:
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon", "adopt", "adafactor", "lamb", "adan"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path, name: str, precision: str) -> None:
-    engine, ema = trained(name, precision=precision)
-    checkpoint.save(tmp_path, 3, engine, ema, {}, 0, ALONE)
-    go_on(engine, ema, 3, 6)
+    engine = trained(name, precision=precision)
+    checkpoint.save(tmp_path, 3, [engine], {}, 0, ALONE)
+    go_on(engine, 3, 6)
 
     found = Checkpoint.latest(tmp_path)
     assert found is not None and found.step == 3
     module = Model(1)
     found.load_weights(module)
     again = TorchEngine(module, options_of(name), precision, ALONE)
-    average = Ema(again.flat_masters, EmaConfig(0.9))
-    found.load_state(again, average)
-    go_on(again, average, 3, 6)
-    for one, other in zip(state_of(engine, ema), state_of(again, average)):
+    again.ema = Ema(again.flat_masters, EmaConfig(0.9))
+    found.load_state([again])
+    go_on(again, 3, 6)
+    for one, other in zip(state_of(engine), state_of(again)):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
@@ -116,35 +118,35 @@ class ThreadWorld(World):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_any_number_of_ranks_reads_and_writes_the_same_numbers(tmp_path: Path, ranks: int) -> None:
-    engine, ema = trained()
-    checkpoint.save(tmp_path / "one", 3, engine, ema, {}, 0, ALONE)
+    engine = trained()
+    checkpoint.save(tmp_path / "one", 3, [engine], {}, 0, ALONE)
     source = Checkpoint.latest(tmp_path / "one")
     assert source is not None
     jobs = []
     with ThreadPoolExecutor(ranks) as pool:
         for rank in range(ranks):
             part = CutEngine(Model(1), rank, ranks)
-            average = Ema(part.flat_masters, EmaConfig(0.9))
-            source.load_state(part, average)
+            part.ema = Ema(part.flat_masters, EmaConfig(0.9))
+            source.load_state([part])
             world = ThreadWorld(rank, ranks, torch.device("cpu"))
-            jobs.append(pool.submit(checkpoint.save, tmp_path / "many", 3, part, average, {}, 0, world))
+            jobs.append(pool.submit(checkpoint.save, tmp_path / "many", 3, [part], {}, 0, world))
     for job in jobs:
         job.result()
 
     again = Checkpoint.latest(tmp_path / "many")
     assert again is not None and again.about["shards"] == ranks
     restored = TorchEngine(Model(2), OptimizerConfig(lr=0.05), "fp32", ALONE)
-    average = Ema(restored.flat_masters, EmaConfig(0.9))
+    restored.ema = Ema(restored.flat_masters, EmaConfig(0.9))
     again.load_weights(restored.module)
-    again.load_state(restored, average)
-    for one, other in zip(state_of(engine, ema), state_of(restored, average)):
+    again.load_state([restored])
+    for one, other in zip(state_of(engine), state_of(restored)):
         assert torch.equal(one, other)
 
 
 def test_only_whole_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:
-    engine, ema = trained()
+    engine = trained()
     for step in (1, 2, 10):
-        checkpoint.save(tmp_path, step, engine, ema, {"n": step}, 2, ALONE)
+        checkpoint.save(tmp_path, step, [engine], {"n": step}, 2, ALONE)
     assert [path.name for path in published(tmp_path)] == ["step-00000002", "step-00000010"]
     (tmp_path / "checkpoints" / ".tmp-step-00000011").mkdir()
     (tmp_path / "checkpoints" / "step-00000012").mkdir()  # no manifest
@@ -158,8 +160,8 @@ def test_only_whole_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_and_the_earlier_checkpoint_stays(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, ema = trained()
-    checkpoint.save(tmp_path, 1, engine, ema, {}, 1, ALONE)
+    engine = trained()
+    checkpoint.save(tmp_path, 1, [engine], {}, 1, ALONE)
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -169,17 +171,17 @@ def test_a_full_disk_is_said_and_the_earlier_checkpoint_stays(
     else:
         monkeypatch.setattr(checkpoint.json, "dumps", full)
     with pytest.raises(StditError, match=r"no space left on the disk.*earlier ones in \S+ are kept"):
-        checkpoint.save(tmp_path, 2, engine, ema, {}, 1, ALONE)
+        checkpoint.save(tmp_path, 2, [engine], {}, 1, ALONE)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     found = Checkpoint.latest(tmp_path)
     assert found is not None
-    found.load_state(engine, ema)
+    found.load_state([engine])
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    engine, ema = trained()
-    path = checkpoint.save(tmp_path, 1, engine, ema, {}, 0, ALONE)
+    engine = trained()
+    path = checkpoint.save(tmp_path, 1, [engine], {}, 0, ALONE)
     other = Model(0)
     other.b = nn.Linear(3, 6)
     with pytest.raises(StditError, match=r"b\.bias, b\.weight"):

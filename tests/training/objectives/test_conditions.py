@@ -13,7 +13,7 @@ from stdit.data.load.loader import Example
 from stdit.diffusion.tasks import Task
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
-from stdit.models.packing import pack_inputs, pack_texts, unpack_clips
+from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
 from stdit.text.images import ImageEncoder, load_image_encoder
@@ -158,7 +158,7 @@ def test_packed_gradients_are_the_sum_of_each_clips_own(name: str, vae: CausalVA
     texts = [torch.randn(3 + n, 10, generator=generator, dtype=torch.float64) for n in range(len(latents))]
     probes = [torch.randn(weights.out_channels, *z.shape[1:], generator=generator, dtype=z.dtype) for z in latents]
 
-    pack = pack_inputs(latents, levels, weights.patch, given)
+    pack = pack_clips(latents, levels, weights.patch, given)
     found = unpack_clips(model(pack, pack_texts(texts, 0)), pack, weights.patch)
     sum((one * probe).sum() for one, probe in zip(found, probes)).backward()
     packed = {n: p.grad.clone() for n, p in model.named_parameters()}

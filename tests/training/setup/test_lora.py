@@ -20,7 +20,7 @@ from stdit.diffusion.solvers import unipc_config, write_scheduler
 from stdit.errors import StditError
 from stdit.evaluation import report
 from stdit.evaluation.report import write_report
-from stdit.models.layers import LoraLinear
+from stdit.models.blocks import LoraLinear
 from stdit.models.packing import pack_clips, pack_texts
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.sampling.pipeline import Pipeline
