@@ -261,6 +261,22 @@ def copy_folder(source: Path, target: Path) -> None:
                 shutil.copyfile(entry, target / entry.name)
 
 
+def publish_copy(source: Path, folder: Path) -> None:
+    """Publishes a copy of a file or of a folder (see `copy_folder`) in `folder`, under the same name."""
+    if not source.is_dir():
+        with publish(folder / source.name) as part:
+            shutil.copyfile(source, part)
+        return
+    part = folder / f".{source.name}.part"
+    remove_folder(part)
+    try:
+        copy_folder(source, part)
+        publish_folder(part, folder / source.name)
+    finally:
+        with suppress(OSError):
+            remove_folder(part)
+
+
 def within(path: str | Path, folder: str | Path) -> bool:
     """Whether a path is the folder or lies within it, regardless of links and letter case."""
     real = Path(os.path.realpath(path))
@@ -310,6 +326,16 @@ def unpickled(path: str | Path) -> Any:
         return None
 
 
+def whole_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file of lines, without those that a crash cut off; none if there is no file."""
+    found = []
+    # not splitlines(): it also splits at characters that JSON does not escape
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
 Journal = tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], None]]
 
 
@@ -321,11 +347,7 @@ def journal(path: str | Path) -> Iterator[Journal]:
     """
     path = Path(path)
     make_folder(path.parent)
-    found = []
-    # not splitlines(): it also splits at characters that JSON does not escape
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
+    found = whole_objects(path)
     with _creating(path):
         path.touch()
     with open(path, "ab", buffering=0) as file:  # unbuffered, so several threads may add
@@ -340,4 +362,4 @@ def journal(path: str | Path) -> Iterator[Journal]:
         def add(lines: list[dict[str, Any]]) -> None:
             write("".join(json.dumps(line) + "\n" for line in lines).encode())  # ASCII, for file names of any bytes
 
-        yield [line for line in found if isinstance(line, dict)], add
+        yield found, add

@@ -145,9 +145,9 @@ def _lines(hidden: bool) -> Iterator[Report]:
     def progress(what: str, done: int, total: int) -> None:
         now = time.monotonic()
         taken = now - begun.setdefault(what, now)
-        left = f", {_duration(taken * (total - done) / done)} left" if 0 < done < total else ""
+        left = f", {readable_time(taken * (total - done) / done)} left" if 0 < done < total else ""
         HEARTBEAT.doing(f"{what} {done:,}/{total:,}{left}" if total else what)
-        ends[what] = f"{what}: {done:,} of {total:,} in {_duration(taken)}"
+        ends[what] = f"{what}: {done:,} of {total:,} in {readable_time(taken)}"
 
     try:
         yield progress
@@ -159,5 +159,8 @@ def _lines(hidden: bool) -> Iterator[Report]:
                 HEARTBEAT.spoke()
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+def readable_time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 100 or minutes < 60:
+        return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

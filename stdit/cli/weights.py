@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,18 +13,10 @@ from rich.markup import escape
 from rich.text import Text
 from typer import Argument, Option, echo
 
-from stdit.cli.common.outputs import out_path
+from stdit.cli.common.options import out_path
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
-from stdit.files import (
-    check_copyable,
-    copy_folder,
-    no_empty_folders,
-    publish_folder,
-    publish_text,
-    remove_folder,
-    within,
-)
+from stdit.files import check_copyable, no_empty_folders, publish_copy, within
 from stdit.heartbeat import HEARTBEAT
 from stdit.locks import locked
 
@@ -181,7 +172,7 @@ def convert(
             echo(f"{part}: {converted.dialect} → {layout}, {places[part]}", err=True)
         with console.status("copying the other parts"):
             for entry in others:
-                _copy(entry, out)
+                publish_copy(entry, out)
 
 
 def _convert_adapter(source: Path, out: Path, layout: str, model: Path, trust_pickle: bool) -> None:
@@ -212,20 +203,6 @@ def _check_replaceable(source: Path, target: Path) -> None:
     for file in target.rglob("*") if target.is_dir() and not target.is_symlink() else []:
         if not file.is_dir() and not (source / file.relative_to(target)).exists():
             raise StditError(f"{file}: would be lost, as {source} has no such file. Remove it, or choose another OUT.")
-
-
-def _copy(entry: Path, out: Path) -> None:
-    if not entry.is_dir():
-        publish_text(out / entry.name, entry.read_text("utf-8"))
-        return
-    part = out / f".{entry.name}.part"
-    remove_folder(part)
-    try:
-        copy_folder(entry, part)
-        publish_folder(part, out / entry.name)
-    finally:
-        with suppress(OSError):
-            remove_folder(part)
 
 
 def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None) -> dict[str, Source]:

@@ -67,15 +67,11 @@ def binomial_p(right: int, total: int, chance: float) -> float:
     """The exact probability of `right` or more right answers out of `total` by chance alone; 0 < chance < 1."""
     if right == 0:
         return 1.0
-    logs = [
-        math.lgamma(total + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(total - k + 1)
-        + k * math.log(chance)
-        + (total - k) * math.log1p(-chance)
-        for k in range(right, total + 1)
-    ]
-    return min(1.0, math.fsum(math.exp(value) for value in logs))
+    import torch
+
+    counts = torch.arange(right, total + 1, dtype=torch.float64)
+    binomial = torch.distributions.Binomial(total, torch.tensor(chance, dtype=torch.float64))
+    return min(1.0, float(binomial.log_prob(counts).exp().sum()))
 
 
 def wilson_interval(right: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from typing import Any
 from stdit.errors import StditError
 from stdit.evaluation.run_metrics import read_metrics
 from stdit.files import publish_text
+from stdit.heartbeat import readable_time
 
 STEPS_SHOWN = 6  # of the validation samples, spread from the first to the last
 PROMPTS_SHOWN = 8
@@ -42,18 +43,18 @@ def write_report(run: str | Path) -> Path:
     if not run.is_dir():
         raise StditError(f"{run} is not a run folder.")
     lines = read_metrics(run)
-    starts, train, evals = (_of_kind(lines, kind) for kind in ("start", "train", "eval"))
+    starts, train, evals = ([line for line in lines if line.get("kind") == kind] for kind in ("start", "train", "eval"))
     befores = [0, *(line["step"] for line in train)]
     seconds = (max(0, line["step"] - before) * (line.get("step_seconds") or 0) for before, line in zip(befores, train))
     environment = Environment(loader=PackageLoader("stdit.evaluation", "."), autoescape=True, trim_blocks=True)
-    environment.filters.update(probability=_probability, short=_short, duration=_duration)
+    environment.filters.update(probability=_probability, short=_short, duration=readable_time)
     page = environment.get_template("report.html.j2").render(
         title=run.resolve().name,
         start=starts[-1] if starts else {},
         last=train[-1] if train else {},
         measured={key: line[key] for key in _measured(evals) for line in evals if _is_number(line.get(key))},
         seconds=sum(seconds),
-        curves=_curves(lines),
+        curves=_curves(train, evals),
         plan=_embed(run, "plan.png"),
         steps=_samples(run),
         evaluation=_evaluation(run),
@@ -62,10 +63,6 @@ def write_report(run: str | Path) -> Path:
     )
     publish_text(run / "report.html", page)
     return run / "report.html"
-
-
-def _of_kind(lines: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [line for line in lines if line.get("kind", "train") == kind]
 
 
 def _measured(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -85,13 +82,6 @@ def _short(number: float) -> str:
     return f"{number:g}"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _probability(p: float) -> str:
     if p >= 0.001:
         return f"p = {p:.2g}"
@@ -99,9 +89,8 @@ def _probability(p: float) -> str:
     return f"p < 10⁻{str(power).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
-def _curves(lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def _curves(train: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """(name, picture as a data URI) per quantity, in the order of the page."""
-    train, evals = _of_kind(lines, "train"), _of_kind(lines, "eval")
     wanted = [(train, key, *look, False) for key, look in CURVES.items()]
     wanted[1:1] = [(evals, key, "PSNR in dB" if key == "psnr" else key, False, True) for key in _measured(evals)]
     curves = []

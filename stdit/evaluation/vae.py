@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,11 @@ from stdit.data.workers.pool import READER
 from stdit.errors import StditError
 from stdit.evaluation.measures import DEFINITIONS, MEASURES, RATIOS, ClipMeasures, latent_statistics, pooled_statistics
 from stdit.evaluation.metrics import SMALLEST_SSIM, Progress
-from stdit.files import make_folder, part_folder, publish_text
+from stdit.files import journal, make_folder, part_folder, publish_text
 from stdit.keyed import keyed_generator
 from stdit.pixels import to_pixels, to_video
 from stdit.prepare.encode import vae_identity
 from stdit.shapes import VideoShape, first_frames, nearest_frames
-from stdit.text_files import json_lines
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.training.lpips import Lpips
 from stdit.weights.io import load_vae, save_vae, vae_on_meta
@@ -127,13 +125,10 @@ def evaluate_vae(
         "sample": sample, "vae": vae_identity(Path(model).expanduser()),
     }  # fmt: skip
     perceptual = Lpips(lpips, trust_pickle).to(device) if lpips else None
-    record = out / "evaluation-vae.jsonl"
-    header = {"format": FORMAT, "settings": settings}
-    known = _known(record, header)
     measured: list[dict[str, Any]] = []
     rows = min(limit, len(manifest))
-    publish_text(record, "".join(json.dumps(line) + "\n" for line in (header, *known.values())))
-    with record.open("a", encoding="utf-8") as file:
+    with journal(out / "evaluation-vae.jsonl") as (lines, add):
+        known = {line["clip"]["id"]: line["clip"] for line in lines if line.get("settings") == settings}
         for row in range(rows):
             progress("clips", row, rows)
             clip = manifest[row]
@@ -147,8 +142,7 @@ def evaluate_vae(
                 except VideoError as error:
                     failures.append(str(error))
                     continue
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+                add([{"settings": settings, "clip": line}])
             measured.append(line | {"picture": picture and str(picture)})
     progress("clips", rows, rows)
     if not measured:
@@ -176,16 +170,6 @@ def _manifest(place: str) -> tuple[Manifest, list[str]]:
         return read_manifest(place), []
     found = scan(place, uncaptioned=True, verify=False)
     return found.manifest, [f"{join(place, skipped.file)}: {skipped.message}" for skipped in found.skipped]
-
-
-def _known(record: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The lines of an earlier call with the same header, by clip id."""
-    if not record.is_file():
-        return {}
-    lines: list[dict[str, Any]] = []
-    with suppress(StditError):  # a crash may have cut the last line
-        lines.extend(line for _, line in json_lines(record))
-    return {line["id"]: line for line in lines[1:]} if lines[:1] == [header] else {}
 
 
 def _shape_of(clip: Clip, stride: tuple[int, ...], size: tuple[int, int] | None, frames: int, fps: float) -> VideoShape:

@@ -148,10 +148,7 @@ def mask_and_latents(vae: AnyVAE, video: Tensor, is_known: Tensor) -> Tensor:
     """
     video[:, ~is_known] = 0
     latents = vae.encode(video[None])[0].float()  # (z, T', H', W')
-    mask = frame_mask(is_known, vae.config.stride[0])[:, :, None, None]
+    group = vae.config.stride[0]
+    # the first latent frame covers one frame, in all channels
+    mask = torch.cat([is_known[:1].expand(group - 1), is_known]).view(-1, group).T[:, :, None, None]
     return torch.cat([mask.expand(-1, -1, *latents.shape[2:]).to(latents), latents])
-
-
-def frame_mask(is_known: Tensor, group: int) -> Tensor:
-    """Reshapes a mask of frames (T,) to (group, T'). The first latent frame covers one frame, in all channels."""
-    return torch.cat([is_known[:1].expand(group - 1), is_known]).view(-1, group).T

@@ -132,8 +132,6 @@ class ModelFolder:
             raise StditError(f"{path}: {name} is not supported: {kind.refused}.")
         base.check(folder)
         transformer = load_transformer(base.transformer, dtype=dtype, device=device).eval()
-        if base.pipeline:
-            add_loras(transformer, [(folder, 1.0)])
         vae = load_vae(base.vae, device=device).eval()
         words = base.text_encoder
         text_encoder = load_text_encoder(words, treatment_of(words), dtype=dtype, device=device)
@@ -147,7 +145,10 @@ class ModelFolder:
             scheduler = family_of(transformer.config).scheduler(transformer.config)
         else:
             scheduler = read_scheduler(folder / "scheduler", name, kind.caller)
-        return cls(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
+        made = cls(transformer, vae, text_encoder, scheduler, settings, image_encoder, index)
+        if base.pipeline:
+            made.add_loras([(folder, 1.0)])
+        return made
 
     def save(self, folder: str | Path) -> None:
         """Writes a model folder, which diffusers' pipeline of its class and `load` open."""
@@ -179,33 +180,39 @@ class ModelFolder:
             index["image_processor"] = ["transformers", type(self.image_encoder.processor).__name__]
         publish_text(folder / "model_index.json", json.dumps(dict(sorted(index.items())), indent=2) + "\n")
 
+    def add_loras(
+        self,
+        loras: Sequence[tuple[str | Path, float]],
+        loras_2: Sequence[tuple[str | Path, float]] = (),
+        partly: bool = False,
+    ) -> None:
+        """Merges LoRA files, each with its weight, into the transformer: all of them or, on an error, none.
 
-def add_loras(
-    transformer: STDiT | Experts,
-    loras: Sequence[tuple[str | Path, float]],
-    loras_2: Sequence[tuple[str | Path, float]] = (),
-    partly: bool = False,
-) -> None:
-    """Merges LoRA files, each with its weight: all of them or, on an error, none. See `Pipeline.add_loras`."""
-    two = isinstance(transformer, Experts)
-    high, low = (transformer.high, transformer.low) if isinstance(transformer, Experts) else (transformer, transformer)
-    wanted: list[tuple[STDiT, str | Path, float]] = []
-    for path, weight in loras:
-        places = {name: place for name, place in expert_adapter_places(Path(path)).items() if place.is_dir()}
-        if places and not two:
-            raise StditError(
-                f"{path}: holds adapters of two experts (Wan 2.2 A14B); these weights are one transformer."
-            )
-        wanted += [({"high": high, "low": low}[name], place, weight) for name, place in places.items()]
-        if not places:
-            wanted.append((high, path, weight))
-    for path, weight in loras_2:
-        if not two:
-            raise StditError(f"{path}: is for the second of two experts; these weights are one transformer.")
-        wanted.append((low, path, weight))
-    read = [(model, read_adapter(path, model.config, partly), weight) for model, path, weight in wanted]
-    for expert in dict.fromkeys((high, low)):
-        merge(expert, [(adapter, weight) for model, adapter, weight in read if model is expert])
+        Merging is in fp32, rounded once to the transformer's dtype. To undo it, load the folder again.
+
+        loras: for the transformer. Of two experts (Wan 2.2 A14B), for the one for high noise, as diffusers'
+            load_lora_weights does; a model folder with an adapter for each expert goes into both.
+        loras_2: for the low-noise expert.
+        partly: leave out, with a warning, tensors for layers that the transformer lacks. Otherwise they are an error.
+        """
+        model = self.transformer
+        high, low = (model.high, model.low) if isinstance(model, Experts) else (model, None)
+        wanted: list[tuple[STDiT, str | Path, float]] = []
+        for path, weight in loras:
+            places = {name: place for name, place in expert_adapter_places(Path(path)).items() if place.is_dir()}
+            if places and low is None:
+                raise StditError(
+                    f"{path}: holds adapters of two experts (Wan 2.2 A14B); these weights are one transformer."
+                )
+            for name, place in places.items() or [("high", path)]:
+                wanted.append((low if low and name == "low" else high, place, weight))
+        for path, weight in loras_2:
+            if low is None:
+                raise StditError(f"{path}: is for the second of two experts; these weights are one transformer.")
+            wanted.append((low, path, weight))
+        read = [(expert, read_adapter(path, expert.config, partly), weight) for expert, path, weight in wanted]
+        for expert in dict.fromkeys(expert for expert, _, _ in read):
+            merge(expert, [(adapter, weight) for other, adapter, weight in read if other is expert])
 
 
 def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> FolderSettings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from stdit.models.packing import pack_texts
 from stdit.pixels import to_pixels
 from stdit.sampling.denoising import ClipBatch, Denoiser
 from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder, KnownPixels
-from stdit.sampling.model_folder import FolderSettings, ModelFolder, add_loras
+from stdit.sampling.model_folder import FolderSettings, ModelFolder
 from stdit.sampling.request import SampleRequest
 from stdit.shapes import LatentShape, VideoShape
 from stdit.weights.families import guided_by_null_text, pipelines
@@ -253,20 +252,3 @@ class Pipeline(ModelFolder):
             if not torch.isfinite(video).all():
                 raise StditError("the VAE's frames are not finite: the latents are too large for it. Lower guidance?")
             yield to_pixels(video).cpu().numpy()
-
-    def add_loras(
-        self,
-        loras: Sequence[tuple[str | Path, float]],
-        loras_2: Sequence[tuple[str | Path, float]] = (),
-        partly: bool = False,
-    ) -> None:
-        """Merges LoRA files, each with its weight, into the transformer: all of them or, on an error, none.
-
-        Merging is in fp32, rounded once to the transformer's dtype. To undo it, load the folder again.
-
-        loras: for the transformer. Of two experts (Wan 2.2 A14B), for the one for high noise, as diffusers'
-            load_lora_weights does; a model folder with an adapter for each expert goes into both.
-        loras_2: for the low-noise expert.
-        partly: leave out, with a warning, tensors for layers that the transformer lacks. Otherwise they are an error.
-        """
-        add_loras(self.transformer, loras, loras_2, partly)

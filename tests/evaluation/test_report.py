@@ -150,6 +150,6 @@ def test_a_curve_has_the_data(run):
     line = max(re.findall(r'<path d="M ([^"]*)"', svg), key=len)  # 100 corners, x and y
     points = np.array([pair.split()[-2:] for pair in line.split("L")], float)
     assert len(points) > 1 and abs(np.corrcoef(points[:, 0], points[:, 1])[0, 1]) > 0.999
-    few = [{"step": 1, "loss": 1.0}, {"kind": "eval", "step": 1, "psnr": 30.0}]
-    assert [name for name, _ in _curves(few)] == ["PSNR in dB"]  # a line takes two points, a dot one
-    assert _curves([]) == []
+    few = [{"step": 1, "loss": 1.0}], [{"step": 1, "psnr": 30.0}]
+    assert [name for name, _ in _curves(*few)] == ["PSNR in dB"]  # a line takes two points, a dot one
+    assert _curves([], []) == []

@@ -1,15 +1,17 @@
-"""Options that several commands share, with their ranges; and the exit status of Ctrl-C."""
+"""Options that several commands share: their ranges, the paths that name outputs; and the exit status of Ctrl-C."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from typer import BadParameter, Option
 
 from stdit.errors import Interrupted, StditError
+from stdit.files import local_file, local_folder, local_path
 
 Number = float | int
 
@@ -72,6 +74,58 @@ def pick_device(name: str | None, gpu: str = "cuda") -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the kind of device
         raise StditError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return name
+
+
+# For `parser=`: an output that cannot be written is an error before any work. All take paths on this machine;
+# `out_manifest` and `out_store` also take URLs of any fsspec scheme.
+
+
+def out_folder(given: str) -> Path:
+    return _checked(given, local_folder)
+
+
+def out_file(given: str) -> Path:
+    return _checked(given, local_file)
+
+
+def out_path(given: str) -> Path:
+    return out_file(given) if Path(given).is_file() else out_folder(given)
+
+
+def out_manifest(given: str) -> str:
+    return given if _is_url(given) else str(out_file(given))
+
+
+def out_store(given: str) -> str:
+    return given if _is_url(given) else str(out_folder(given))
+
+
+def folder_option(help: str) -> Any:
+    return Option(metavar="FOLDER", parser=out_folder, help=help)
+
+
+class Unwritable(Exception):
+    """A valid path that cannot be written here. Not a ValueError, for which typer would print a message of its own."""
+
+    exit_code = 1
+
+    def format_message(self) -> str:
+        return str(self)
+
+
+def _is_url(given: str) -> bool:
+    return "://" in given and not given.startswith("file://")
+
+
+def _checked(given: str, check: Callable[[str, str | Path], Path]) -> Path:
+    try:
+        path = local_path("it", given)
+    except StditError as error:
+        raise BadParameter(str(error)) from None
+    try:
+        return check("it", path)
+    except StditError as error:
+        raise Unwritable(str(error)) from None
 
 
 @contextmanager

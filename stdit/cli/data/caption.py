@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from stdit.cli.common.options import SECONDS, Device, Json, pick_device, when_stopped
-from stdit.cli.common.outputs import out_manifest
+from stdit.cli.common.options import SECONDS, Device, Json, out_manifest, pick_device, when_stopped
 from stdit.errors import error_context
 from stdit.heartbeat import HEARTBEAT, counting_bar
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
-from stdit.cli.common.options import Device, Json, Memory, pick_device, when_stopped
-from stdit.cli.common.outputs import out_store
+from stdit.cli.common.options import Device, Json, Memory, out_store, pick_device, when_stopped
 from stdit.errors import StditError, error_context
 from stdit.heartbeat import HEARTBEAT, counting_bar
 
@@ -101,7 +100,7 @@ def encode(
             "reused": done.reused,
             "texts": done.texts,
             "retries": STORAGE.retries,
-            "long_captions": found.as_json() if found else None,
+            "long_captions": asdict(found) if found else None,
             "failures": [{"id": clip_id, "failure": failure} for clip_id, failure in done.failures],
             "left_out": assignment.reasons,
         }

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from typer import Argument, Option
 
-from stdit.cli.common.options import Json
-from stdit.cli.common.outputs import out_file
+from stdit.cli.common.options import Json, out_file
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
 from stdit.heartbeat import HEARTBEAT, tracked
@@ -103,7 +102,7 @@ def plan(
         "empty": [str(shape) for b, shape in enumerate(assignment.shapes) if not len(assignment.rows(b))],
         "stages": _stages(settings.data, assignment, partial(make_plan, clips, assignment, objective, settings)),
         "sources": _sources(clips, settings.data.sources, made),
-        "long_captions": long.as_json() if long else None,
+        "long_captions": asdict(long) if long else None,
     }
     if rate is not None:
         found = measured_rate(rate, pixels)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from stdit.cli.common.options import SECONDS, Json, when_stopped
-from stdit.cli.common.outputs import out_manifest
+from stdit.cli.common.options import SECONDS, Json, out_manifest, when_stopped
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
 from stdit.heartbeat import HEARTBEAT, counting_bar

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from stdit.cli.common.outputs import out_folder
+from stdit.cli.common.options import out_folder
 from stdit.errors import StditError
 from stdit.heartbeat import named_bars
 

@@ -8,8 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from stdit.cli.common.options import GUIDANCE, SEED, STEPS, Device, pick_device
-from stdit.cli.common.outputs import folder_option
+from stdit.cli.common.options import GUIDANCE, SEED, STEPS, Device, folder_option, pick_device
 from stdit.cli.common.tables import print_table
 from stdit.heartbeat import HEARTBEAT, named_bars
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Argument, Option
 
-from stdit.cli.common.options import FPS, Device, Memory, pick_device, when_stopped
-from stdit.cli.common.outputs import folder_option
+from stdit.cli.common.options import FPS, Device, Memory, folder_option, pick_device, when_stopped
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
 from stdit.heartbeat import HEARTBEAT, named_bars

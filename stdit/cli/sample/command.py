@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import BadParameter, Option, echo
 
 from stdit import __version__
-from stdit.cli.common.options import FPS, GUIDANCE, SEED, STEPS, Device, Json, Memory, pick_device, when_stopped, within
-from stdit.cli.common.outputs import folder_option
+from stdit.cli.common.options import (
+    FPS,
+    GUIDANCE,
+    SEED,
+    STEPS,
+    Device,
+    Json,
+    Memory,
+    folder_option,
+    pick_device,
+    when_stopped,
+    within,
+)
 from stdit.cli.sample.arguments import parse_lora, parse_ratio, parse_seconds, parse_size, read_prompts
 from stdit.cli.sample.files import ClipFiles, check_text, content_hash, frames_hash
 from stdit.errors import StditError

@@ -120,18 +120,10 @@ class ClipFiles:
                 words.append(f"--dtype={value}")
             elif key == "solver" and isinstance(value, Mapping):
                 continue  # the model folder's own: no option chose it
-            elif key not in _NO_OPTION and value is not None:
-                words += _option_words(option, value)
+            elif key not in _NO_OPTION and value is not None and value is not False:
+                assert isinstance(value, str | int | float), f"{option}: no text is known for {value!r}"
+                words.append(option if value is True else f"{option}={value}")
         return shlex.join(words)
-
-
-def _option_words(option: str, value: Any) -> list[str]:
-    """A flag, a text, a number, or a sequence of these as in --option=0.2,0.9."""
-    if isinstance(value, bool):
-        return [option] if value else []
-    parts = value if isinstance(value, list | tuple) else [value]
-    assert all(isinstance(part, str | int | float) for part in parts), f"{option}: no text is known for {value!r}"
-    return [f"{option}={','.join(map(str, parts))}"]
 
 
 def slug(prompt: str) -> str:

@@ -308,14 +308,14 @@ def test_a_clip_of_a_batch_is_made_again_alone(folder, tmp_path, capsys):
 
 
 def test_the_command_of_a_clip_has_every_option_and_none_is_dropped(tmp_path):
-    options = {"guidance_interval": (0.2, 0.9), "steps": 3, "lora_partly": True, "shift": None, "video": None}
+    options = {"guidance": 0.5, "steps": 3, "seed": 0, "lora_partly": True, "shift": None, "video": None}
     words = shlex.split(ClipFiles(tmp_path, "a b", 0, {**options, "loras": [["x.safetensors", 0.5]]}).command())
     assert words == [
-        "stdit", "sample", "--prompt=a b", "--index=0", "--guidance-interval=0.2,0.9", "--steps=3", "--lora-partly",
+        "stdit", "sample", "--prompt=a b", "--index=0", "--guidance=0.5", "--steps=3", "--seed=0", "--lora-partly",
         "--lora=x.safetensors:0.5", f"--out={tmp_path}",
     ]  # fmt: skip
-    with pytest.raises(AssertionError, match="--guidance-interval"):
-        ClipFiles(tmp_path, "a", 0, {"guidance_interval": {"from": 0.2}, "video": None}).command()
+    with pytest.raises(AssertionError, match="--guidance"):
+        ClipFiles(tmp_path, "a", 0, {"guidance": {"from": 0.2}, "video": None}).command()
 
 
 def test_frames_that_are_not_finite_are_an_error_and_no_black_clip(folder, tmp_path, capsys, monkeypatch):
