@@ -35,7 +35,7 @@ ROOMS = {
     ],
     "models": [
         {"config", "positions", "operators"}, {"packing"}, {"attention", "fused"}, {"blocks"}, {"variants"},
-        {"transformer"}, {"experts"},
+        {"transformer"},
     ],
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},

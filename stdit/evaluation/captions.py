@@ -32,8 +32,8 @@ from stdit.evaluation.metrics import Progress, mean_psnr
 from stdit.evaluation.toy import Accuracy
 from stdit.files import make_folder, publish_text
 from stdit.keyed import keyed_generator
-from stdit.models.experts import Experts
 from stdit.models.packing import pack_clips, pack_texts, unpack_clips
+from stdit.models.transformer import Experts
 from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import LatentShape, VideoShape
 

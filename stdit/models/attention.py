@@ -33,23 +33,15 @@ Grads = tuple[Tensor, Tensor, Tensor]  # gradients of q, k and v
 
 
 class Call(NamedTuple):
-    """The arguments of one attention over segments, in the operator's order.
+    """The arguments of one attention over segments, in the operator's order; see `segment_attention`."""
 
-    q: (N, H, d).
-    k, v: (M, H, d).
-    multiplicity: (M,) fp32 on the CPU, how many identical keys each key represents, or None.
-    q_offsets, k_offsets: (S+1,) int32 on the device of q.
-    q_host, k_host: the same on the CPU, int64.
-    backend: a name of BACKENDS, or "auto".
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    q: Tensor  # (N, H, d)
+    k: Tensor  # (M, H, d)
+    v: Tensor  # (M, H, d)
     multiplicity: Tensor | None
-    q_offsets: Tensor
+    q_offsets: Tensor  # (S+1,) int32 on the device of q
     k_offsets: Tensor
-    q_host: Tensor
+    q_host: Tensor  # (S+1,) int64, the same on the CPU
     k_host: Tensor
     backend: str = "auto"
 
@@ -76,13 +68,10 @@ def segment_attention(
 
     Deterministic if the kernel is; differentiable once. Raises StditError if the backend cannot run these tensors.
 
-    q: (N, H, d).
-    k, v: (M, H, d).
-    q_segments, k_segments: the same number of segments of queries and of keys.
+    q: (N, H, d). k, v: (M, H, d). q_segments, k_segments: the same number of both. Returns (N, H, d).
     multiplicity: (M,) fp32 on the CPU; entry j counts the identical keys that key j represents. Applied exactly: as a
         bias of log n, or by merging log-sum-exps if the kernel takes no bias.
     backend: a name of BACKENDS, or "auto".
-    Returns (N, H, d).
     """
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise StditError(f"q, k and v differ: {[(t.dtype, str(t.device)) for t in (q, k, v)]}.")

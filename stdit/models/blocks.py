@@ -127,36 +127,23 @@ class LoraLinear(Linear):
 
 @dataclass
 class BlockInputs:
-    """What every block of a forward reads besides the tokens x, their modulation and the text.
+    """What every block of a forward reads besides the tokens x, their modulation and the text."""
 
-    c: (K, D) embeddings of the pack's K distinct noise levels.
-    levels: which of the K levels each token has.
-    cos, sin: (N, 1 or H, D_head/2) rotary turns of q and k, None for no turn.
-    segments: the tokens that attend to each other; Wan's are the clips.
-    clips: the tokens that attend to each text.
-    text: the text tokens of each clip, before they are embedded; only its segments and multiplicity are read.
-
-    Only other families, and Wan's image-to-video weights, set the rest:
-    image: embedded image tokens (I, D), which cross-attention sees besides the text.
-    added: (N, D), added to the tokens before the block.
-    order, inverse_order: (N,) token order for self-attention, and the way back, where segments are not contiguous.
-    grids: token grid of each clip, for blocks that compress keys.
-    compressed: segments of the compressed keys.
-    """
-
-    c: Tensor
-    levels: LevelIndex
-    cos: Tensor | None
+    c: Tensor  # (K, D) embeddings of the pack's K distinct noise levels
+    levels: LevelIndex  # which of the K levels each token has
+    cos: Tensor | None  # (N, 1 or H, D_head/2) rotary turns of q and k, None for no turn
     sin: Tensor | None
-    segments: Segments
-    clips: Segments
-    text: TextPack
-    image: TextPack | None = None
-    added: Tensor | None = None
-    order: Tensor | None = None
-    inverse_order: Tensor | None = None
-    grids: tuple[TokenGrid, ...] = ()
-    compressed: Segments | None = None
+    segments: Segments  # the tokens that attend to each other; Wan's are the clips
+    clips: Segments  # the tokens that attend to each text
+    text: TextPack  # before it is embedded; only its segments and multiplicity are read
+
+    # Only other families, and Wan's image-to-video weights, set the rest.
+    image: TextPack | None = None  # embedded image tokens (I, D), which cross-attention sees besides the text
+    added: Tensor | None = None  # (N, D), added to the tokens before the block
+    order: Tensor | None = None  # (N,) token order for self-attention, where segments are not contiguous
+    inverse_order: Tensor | None = None  # (N,) the way back
+    grids: tuple[TokenGrid, ...] = ()  # of each clip, for blocks that compress keys
+    compressed: Segments | None = None  # of the compressed keys
 
 
 class Attention(nn.Module):

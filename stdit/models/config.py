@@ -84,7 +84,6 @@ Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Channels = Annotated[int, Field(ge=1, le=65_536)]
 Scale = Annotated[float, Field(ge=1e-9, le=LARGEST)]
 Epsilon = Annotated[float, Field(gt=0, le=LARGEST)]
-TUPLES = ("patch", "rope_scale", "rope_stride", "position_max", "compressed")
 
 
 @dataclass(frozen=True)
@@ -186,8 +185,9 @@ class TransformerConfig:
     image_text_positions: Count = 0
 
     def __post_init__(self) -> None:
-        for name in TUPLES:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # of YAML and JSON
+                object.__setattr__(self, name, tuple(value))
         check(self, "transformer")
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:

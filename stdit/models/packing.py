@@ -18,16 +18,11 @@ Patch = tuple[int, int, int]
 
 @dataclass
 class Segments:
-    """Where each of S segments begins and ends among packed tokens.
+    """Where each of S segments begins and ends among packed tokens."""
 
-    offsets: (S+1,) int32 on the tokens' device, for kernels.
-    lengths: tokens of each segment, for code on the host.
-    host: (S+1,) int64 offsets on the CPU, for the attention operator: a tensor, so compiled code has no guard on it.
-    """
-
-    offsets: Tensor
-    lengths: tuple[int, ...]
-    host: Tensor
+    offsets: Tensor  # (S+1,) int32 on the tokens' device, for kernels
+    lengths: tuple[int, ...]  # for code on the host
+    host: Tensor  # (S+1,) int64 offsets on the CPU, for operators: a tensor, so compiled code has no guard on it
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
@@ -42,16 +37,11 @@ class Segments:
 
 @dataclass
 class LevelIndex:
-    """Which of K noise levels each of N tokens has. Run r of equal level is tokens run_bounds[r] to run_bounds[r+1].
+    """Which of K noise levels each of N tokens has. Run r of equal level is tokens run_bounds[r] to run_bounds[r+1]."""
 
-    level_of: (N,) int64 on the tokens' device.
-    run_bounds: (R+1,) int64 on the CPU.
-    run_levels: (R,) int64 on the CPU, the level of each run.
-    """
-
-    level_of: Tensor
-    run_bounds: Tensor
-    run_levels: Tensor
+    level_of: Tensor  # (N,) int64 on the tokens' device
+    run_bounds: Tensor  # (R+1,) int64 on the CPU
+    run_levels: Tensor  # (R,) int64 on the CPU, the level of each run
 
     @classmethod
     def of(cls, level_of: Tensor) -> LevelIndex:
@@ -65,16 +55,11 @@ class LevelIndex:
 
 @dataclass
 class ClipConditions:
-    """Conditions of S clips besides their texts, which some families take. None if not given.
+    """Conditions of S clips besides their texts, which some families take. None if not given."""
 
-    fps: (S,) frames per second.
-    size: (S, 2) width and height in pixels.
-    image_text: tokens of an image encoder.
-    """
-
-    fps: Tensor | None = None
-    size: Tensor | None = None
-    image_text: TextPack | None = None
+    fps: Tensor | None = None  # (S,) frames per second
+    size: Tensor | None = None  # (S, 2) width and height in pixels
+    image_text: TextPack | None = None  # tokens of an image encoder
 
     def to(self, device: torch.device | str) -> ClipConditions:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
@@ -82,23 +67,14 @@ class ClipConditions:
 
 @dataclass
 class TokenPack:
-    """The clips of one micro-step on one rank.
+    """The clips of one micro-step on one rank."""
 
-    tokens: (N, C·pt·ph·pw).
-    levels: (K,) distinct noise levels t in [0, 1], fp32 or fp64.
-    level_index: the level of each token.
-    positions: (N, 3) frame, row and column of each token.
-    segments: one per clip.
-    grids: one per clip. Tokens of a segment beyond its grid are condition only: they are not unpacked.
-    conditions: conditions of the clips, for families that take them.
-    """
-
-    tokens: Tensor
-    levels: Tensor
-    level_index: LevelIndex
-    positions: Tensor
-    segments: Segments
-    grids: tuple[TokenGrid, ...]
+    tokens: Tensor  # (N, C·pt·ph·pw)
+    levels: Tensor  # (K,) distinct noise levels t in [0, 1], fp32 or fp64
+    level_index: LevelIndex  # the level of each token
+    positions: Tensor  # (N, 3) frame, row and column of each token
+    segments: Segments  # one per clip
+    grids: tuple[TokenGrid, ...]  # one per clip; tokens of a segment beyond its grid are condition only: not unpacked
     conditions: ClipConditions = field(default_factory=ClipConditions)
 
     @property
@@ -140,16 +116,11 @@ class TokenPack:
 
 @dataclass
 class TextPack:
-    """The text tokens of one micro-step.
+    """The text tokens of one micro-step."""
 
-    tokens: (M, D_text).
-    multiplicity: (M,) fp32 on the CPU, how many equal padding positions each token stands for; None if all are 1.
-    segments: one per clip.
-    """
-
-    tokens: Tensor
-    multiplicity: Tensor | None
-    segments: Segments
+    tokens: Tensor  # (M, D_text)
+    multiplicity: Tensor | None  # (M,) fp32 on the CPU, padding positions that each token stands for; None: 1 each
+    segments: Segments  # one per clip
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextPack:
         tokens = self.tokens.to(device, dtype, non_blocking=True)

@@ -15,9 +15,8 @@ from stdit.diffusion.tasks import frame_levels
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.models.config import TransformerConfig
-from stdit.models.experts import Experts
 from stdit.models.packing import TextPack, pack_clips, unpack_clips
-from stdit.models.transformer import STDiT
+from stdit.models.transformer import Experts, STDiT
 from stdit.sampling.known_frames import KnownFrames, known_level
 from stdit.sampling.request import SampleRequest
 from stdit.weights.families.record import PipelineKind

@@ -21,8 +21,7 @@ from stdit import settings
 from stdit.diffusion.solvers import read_scheduler, write_scheduler
 from stdit.errors import StditError, nearest_name
 from stdit.files import publish_text
-from stdit.models.experts import Experts
-from stdit.models.transformer import STDiT
+from stdit.models.transformer import Experts, STDiT
 from stdit.sampling.base_weights import BaseWeights
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder

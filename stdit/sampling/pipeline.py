@@ -16,8 +16,8 @@ from stdit.diffusion.solvers import Solver, make_solver, named_config, static_sh
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.machine import require_memory
-from stdit.models.experts import Experts
 from stdit.models.packing import pack_texts
+from stdit.models.transformer import Experts
 from stdit.pixels import to_pixels
 from stdit.sampling.denoising import ClipBatch, Denoiser
 from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder, KnownPixels

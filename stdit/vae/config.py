@@ -71,10 +71,9 @@ class VaeConfig:
     family = "wan_vae"
 
     def __post_init__(self) -> None:
-        for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))  # YAML and JSON give lists
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # of YAML and JSON
+                object.__setattr__(self, name, tuple(value))
         if self.latents_mean is not None and not any(self.latents_mean):
             object.__setattr__(self, "latents_mean", None)
         if self.latents_std is not None and all(std == 1 for std in self.latents_std):

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError
 from stdit.files import publish
-from stdit.models.experts import Experts
-from stdit.models.transformer import STDiT
+from stdit.models.transformer import Experts, STDiT
 from stdit.vae.config import VaeConfig
 from stdit.vae.families.diffusers_vae import DiffusersVAE, load_diffusers_vae
 from stdit.vae.families.open_sora import AnyVAE

@@ -10,9 +10,8 @@ import torch
 
 import stdit
 from stdit.errors import StditError
-from stdit.models.experts import Experts
 from stdit.models.packing import pack_clips, pack_texts
-from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.models.transformer import Experts, STDiT, TransformerConfig
 
 CONFIG = TransformerConfig(24, 2, 2, 40, 4, 4, text_dim=16, frequency_dim=32)
 FOLDERS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}

@@ -245,20 +245,20 @@ class FlowObjective(Objective):
     @torch.no_grad()
     def _latents(self, examples: Sequence[Example]) -> list[Tensor]:
         """(C, T', H', W') each, normalised: from the cache, or encoded now, equal shapes together."""
-        latents = [z if (z := example.latents) is None else self._moved(z).float() for example in examples]
+        latents: list[Tensor | None] = [None] * len(examples)
         missing: dict[VideoShape, list[int]] = {}
         for index, example in enumerate(examples):
-            if latents[index] is None:
+            if example.latents is None:
                 missing.setdefault(example.shape, []).append(index)
+            else:
+                latents[index] = example.latents.to(self.device, non_blocking=True).float()
         for indices in missing.values():
-            frames = [examples[i].frames for i in indices]
-            video = torch.stack([to_video(self._moved(clip)) for clip in frames if clip is not None])  # moved as bytes
+            clips = [clip for i in indices if (clip := examples[i].frames) is not None]
+            moved = [clip.to(self.device, non_blocking=True) for clip in clips]  # as bytes
+            video = torch.stack(list(map(to_video, moved)))
             for i, z in zip(indices, self.vae.encode(video.to(next(self.vae.parameters())))):
                 latents[i] = z
         return [z.float() for z in latents if z is not None]
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
 
     def _text(self, captions: Sequence[str], examples: Sequence[Example]) -> TextPack:
         """Packed embeddings, from the cache or encoded now. examples: may be fewer: then of no clip."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
-from stdit.models.experts import Experts
+from stdit.models.transformer import Experts
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.training.objectives.flow import FlowBatch, FlowModule, FlowObjective

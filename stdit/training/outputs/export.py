@@ -25,7 +25,7 @@ from stdit.errors import StditError
 from stdit.evaluation.harness import reconstruct
 from stdit.evaluation.metrics import mean_psnr
 from stdit.files import check_copyable, copy_folder, publish_folder, publish_text, remove_folder, within, writing
-from stdit.models.experts import Experts
+from stdit.models.transformer import Experts
 from stdit.sampling.base_weights import BaseWeights
 from stdit.sampling.model_folder import FolderSettings
 from stdit.sampling.pipeline import Pipeline

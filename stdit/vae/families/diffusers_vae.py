@@ -21,18 +21,12 @@ from stdit.vae.clips import check_latents, check_video, to_clips, to_frames
 
 @dataclass(frozen=True)
 class VaeTraits:
-    """What the config of an autoencoder class of diffusers does not say.
+    """What the config of an autoencoder class of diffusers does not say."""
 
-    used_by: the families that use it, for messages.
-    image: encodes images, so a clip goes through it frame by frame.
-    whole: frames go in whole groups; the first frame has no group of its own.
-    tiled: works only in tiles of `kernel` at every `stride` (frames, rows, columns).
-    """
-
-    used_by: str
-    image: bool = False
-    whole: bool = False
-    tiled: bool = False
+    used_by: str  # the families that use it, for messages
+    image: bool = False  # encodes images, so a clip goes through it frame by frame
+    whole: bool = False  # frames go in whole groups; the first frame has no group of its own
+    tiled: bool = False  # works only in tiles of `kernel` at every `stride` (frames, rows, columns)
 
 
 IMAGE_VAE = VaeTraits("Stable Diffusion's image VAE: PixArt, Latte", image=True)

@@ -27,28 +27,20 @@ FRAMES_AT_ONCE = 4  # in the autoencoder of frames
 
 @dataclass(frozen=True)
 class OpenSoraConfig:
-    """The sizes of an OpenSoraVAE; the defaults are the release's.
+    """The sizes of an OpenSoraVAE; the defaults are the release's."""
 
-    widths: channels of each level of the autoencoder of frames.
-    blocks: residual blocks per level of the autoencoder of frames.
-    filters: channels of the first level of the autoencoder over time.
-    multipliers: channels of each of its levels, in units of `filters`.
-    temporal_blocks: residual blocks per level of it.
-    temporal_downsample: whether frames halve after each of its levels but the last.
-    groups: of its group norms.
-    z_dim: latent channels of both.
-    group: frames that are encoded together.
-    """
-
-    widths: tuple[int, ...] = (128, 256, 512, 512)
-    blocks: int = 2
-    filters: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    temporal_blocks: int = 4
-    temporal_downsample: tuple[bool, ...] = (False, True, True)
-    groups: int = 32
-    z_dim: int = 4
-    group: int = 17
+    # of the autoencoder of frames
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels of each level
+    blocks: int = 2  # residual blocks per level
+    # of the autoencoder over time
+    filters: int = 128  # channels of the first level
+    multipliers: tuple[int, ...] = (1, 2, 2, 4)  # channels of each level, in units of `filters`
+    temporal_blocks: int = 4  # residual blocks per level
+    temporal_downsample: tuple[bool, ...] = (False, True, True)  # whether frames halve after each level but the last
+    groups: int = 32  # of the group norms
+    # of both
+    z_dim: int = 4  # latent channels
+    group: int = 17  # frames that are encoded together
 
     family = "open_sora_vae"
     name = "VideoAutoencoderPipeline"

@@ -25,8 +25,7 @@ from stdit.data.decode.video import probe, read_frames
 from stdit.data.decode.write import write_video
 from stdit.diffusion.solvers import unipc_config
 from stdit.errors import StditError
-from stdit.models.experts import Experts
-from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.models.transformer import Experts, STDiT, TransformerConfig
 from stdit.sampling.pipeline import FolderSettings, Pipeline
 from stdit.text.encoders import TextEncoder
 from stdit.text.small import build_word_tokenizer, small_umt5
