@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stdit.data.decode.checks import VideoError
 from stdit.data.decode.write import contact_sheet, sheet_frames
-from stdit.data.load.clip_files import local_file
+from stdit.data.load.loader import local_file
 from stdit.data.manifest import Clip, Manifest, read_manifest
 from stdit.data.remote.paths import is_remote, join
 from stdit.data.scan.scan import scan

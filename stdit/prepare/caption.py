@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from stdit.data.decode.checks import Limits, VideoError
-from stdit.data.load.clip_files import local_file
+from stdit.data.load.loader import local_file
 from stdit.data.manifest import SCHEMA, Clip, Manifest, Skipped, write_manifest
 from stdit.data.read_ahead import read_ahead
 from stdit.data.remote.paths import beside

@@ -16,8 +16,7 @@ from torch import Tensor
 from stdit.data.config import DataConfig
 from stdit.data.decode.checks import CHANGED, check_content
 from stdit.data.load.cache import Cache, cuts, latent_key, latent_settings, text_key, text_settings
-from stdit.data.load.clip_files import local_file
-from stdit.data.load.loader import Example, Loader
+from stdit.data.load.loader import Example, Loader, local_file
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment
 from stdit.data.plan.split import PlanItem
@@ -116,7 +115,7 @@ def encode_manifest(
     on_start(sum(len(items) for _, items in todo))
     loader = Loader(manifest, assignment, cut, seed=0)
     batches = [items[i : i + batch] for _, items in todo for i in range(0, len(items), batch)]
-    examples = loader.iterate(batches, epoch=0)
+    examples = loader.iterate((0, batch) for batch in batches)
     failures: list[tuple[str, str]] = []
     dtype = getattr(torch, config.cache_dtype)
 

@@ -43,7 +43,7 @@ class StepLoader:
     def __init__(self, plan_of: Callable[[int], Plan], loader: Loader, rank: int, ranks: int, first_step: int) -> None:
         self.plan_of, self.rank, self.ranks = plan_of, rank, ranks
         self._pending: deque[tuple[int, int, int, list[list[PlanItem]]]] = deque()  # steps whose clips are being read
-        self._batches = loader.iterate_epochs(self._packs(first_step))
+        self._batches = loader.iterate(self._packs(first_step))
         self.steps: Iterator[StepClips] = self._read()
 
     def close(self) -> None:

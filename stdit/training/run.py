@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from stdit.data.plan.exclusions import explain_exclusions
+from stdit.data.plan.buckets import explain_exclusions
 from stdit.data.plan.split import balance, split
 from stdit.errors import StditError
 from stdit.evaluation.run_metrics import read_metrics

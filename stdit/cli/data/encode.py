@@ -42,7 +42,7 @@ def encode(
 
     Example: stdit data encode videos/manifest.parquet --config toy/dit --out videos/cache
     """
-    from stdit.data.load.clip_files import check_files
+    from stdit.data.load.loader import check_files
     from stdit.data.manifest import read_manifest
     from stdit.data.plan.buckets import assign
     from stdit.data.remote.storage import STORAGE

@@ -52,8 +52,7 @@ def plan(
     Example: stdit data plan clips.parquet --config toy/dit --world-size 8 --picture plan.png
     """
     from stdit.data.manifest import read_manifest
-    from stdit.data.plan.buckets import assign
-    from stdit.data.plan.exclusions import explain_exclusions
+    from stdit.data.plan.buckets import assign, explain_exclusions
     from stdit.data.plan.picture import draw_plan, measure_plan
     from stdit.training.config import load_config
     from stdit.training.setup.build import make_plan

@@ -14,9 +14,9 @@ import numpy as np
 import PIL
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from stdit.data.decode import hdr
 from stdit.data.decode.checks import Limits, VideoError, error_text
 from stdit.data.decode.formats import IMAGE_SUFFIXES, MOVING, NOT_READ, STILL, content_of_file, png_chunk, suffix_of
+from stdit.data.decode.pixels import HLG, PQ, hdr_to_srgb
 from stdit.data.decode.source import Source
 from stdit.data.remote.paths import open_bytes
 from stdit.errors import StditError
@@ -87,8 +87,8 @@ def decode_image(path: str, content: str, limits: Limits) -> np.ndarray:
         if content == "tiff":
             _seek_only_page(path, image)
         rgb = displayed_rgb(path, image)
-        if (transfer := _transfer(path, content)) in (hdr.PQ, hdr.HLG):
-            rgb = hdr.to_srgb(rgb.astype(np.uint16) * 257, transfer)
+        if (transfer := _transfer(path, content)) in (PQ, HLG):
+            rgb = hdr_to_srgb(rgb.astype(np.uint16) * 257, transfer)
         return rgb
 
 

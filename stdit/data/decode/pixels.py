@@ -1,4 +1,4 @@
-"""Converts frames to RGB pixels: orientation, scaling to cover a size, colour, transparency, deinterlacing."""
+"""Converts frames to RGB pixels: orientation, scaling to cover a size, colour, HDR, transparency, deinterlacing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from av.video.format import VideoFormat
 from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image
 
-from stdit.data.decode import hdr
-
 # SWS_BICUBIC, SWS_ACCURATE_RND and SWS_FULL_CHR_H_INT (without it, every second column of an RGB picture gets its
 # neighbour's colour), as numbers: PyAV names the latter two only from 18 on, which needs Python 3.11
 _SCALING = 0x4 | 0x40000 | 0x2000
+
+PQ, HLG = 16, 18  # transfer characteristics (ITU-T H.273)
+SDR_WHITE = 203.0  # cd/m² of SDR white in an HDR picture (ITU-R BT.2408)
+HDR_PEAK = 1000.0  # cd/m² mapped to sRGB's white; brighter light is clipped
+_BT2020_TO_BT709 = np.array(
+    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
+)  # ITU-R BT.2407
+_CODES = 1 << 16
 
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -65,7 +71,7 @@ def to_rgb(
 
     reformatter: shared by all frames of a read, since it caches swscale's tables.
 
-    HDR (PQ, HLG) becomes sRGB by `hdr.to_srgb`; other transfer functions are kept, as players do. Conversion goes via
+    HDR (PQ, HLG) becomes sRGB by `hdr_to_srgb`; other transfer functions are kept, as players do. Conversion goes via
     planar RGB: same result as "rgb24", but twice as fast for sources with full chroma.
     """
     transpose, flip_x, flip_y = orientation(frame)
@@ -74,13 +80,13 @@ def to_rgb(
     width, height = max(1, round(frame.width * pixel_aspect)), frame.height
     if size is not None:
         width, height = covering_size((width, height), size[::-1] if transpose else size)
-    is_hdr = frame.color_trc in (hdr.PQ, hdr.HLG)
+    is_hdr = frame.color_trc in (PQ, HLG)
     form, colours = "rgb48le" if is_hdr else "gbrp", _colorspace(frame)
     rgb = reformatter.reformat(
         frame, width, height, form, src_colorspace=colours, interpolation=_SCALING, threads=1
     ).to_ndarray()
     if is_hdr:
-        rgb = hdr.to_srgb(rgb, frame.color_trc)
+        rgb = hdr_to_srgb(rgb, frame.color_trc)
     if transpose:
         rgb = rgb.transpose(1, 0, 2)
     if flip_x:
@@ -108,14 +114,14 @@ def _on_white(frame: av.VideoFrame, reformatter: VideoReformatter) -> av.VideoFr
 
     To be called before scaling: colours of transparent pixels must not bleed into their neighbours.
     """
-    is_hdr = frame.color_trc in (hdr.PQ, hdr.HLG)
+    is_hdr = frame.color_trc in (PQ, HLG)
     form = "rgba64le" if is_hdr else "rgba"
     colours = _colorspace(frame)
     shown = reformatter.reformat(frame, format=form, src_colorspace=colours, interpolation=_SCALING, threads=1)
     rgba: Any = shown.to_ndarray()
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     if is_hdr:
-        rgb, alpha = hdr.to_srgb(rgb, frame.color_trc), (alpha >> 8).astype(np.uint8)
+        rgb, alpha = hdr_to_srgb(rgb, frame.color_trc), (alpha >> 8).astype(np.uint8)
     if alpha.min() < 255:
         weight = alpha.astype(np.uint16)
         rgb = ((rgb * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
@@ -160,3 +166,70 @@ def cover(frame: np.ndarray, size: tuple[int, int], crop: tuple[float, float]) -
     if wanted != (frame.shape[1], frame.shape[0]):
         frame = np.array(Image.fromarray(frame).resize(wanted, Image.Resampling.BICUBIC))
     return np.ascontiguousarray(crop_to(frame, size, crop))
+
+
+def hdr_to_srgb(rgb: np.ndarray, transfer: int) -> np.ndarray:
+    """R'G'B' (…, 3) uint16 with BT.2020 primaries and transfer PQ or HLG, to uint8 sRGB.
+
+    White is 203 cd/m². Tones above 93 cd/m² are rolled off by the curve of ITU-R BT.2390, applied to the largest of R,
+    G and B to keep hues. Colours outside sRGB are clipped. HLG is rendered for a 1,000 cd/m² screen (gamma 1.2).
+    """
+    light = _hdr_light(transfer)[rgb]  # (…, 3), 1 is HDR_PEAK
+    if transfer == HLG:
+        light *= (light @ np.array([0.2627, 0.6780, 0.0593], np.float32))[..., None] ** np.float32(0.2)
+    light = np.maximum(light @ _BT2020_TO_BT709.T, 0)
+    largest = light.max(-1, keepdims=True)
+    inputs, scales = _roll_off()
+    light *= np.interp(largest, inputs, scales).astype(np.float32)  # now 1 is SDR_WHITE
+    return _srgb_codes()[(np.minimum(light, 1) * (_CODES - 1) + 0.5).astype(np.uint16)]
+
+
+@lru_cache(maxsize=2)
+def _hdr_light(transfer: int) -> np.ndarray:
+    """(65536,) light by code value, 1 = HDR_PEAK: display light for PQ, scene light for HLG."""
+    code = np.arange(_CODES) / (_CODES - 1)
+    if transfer == PQ:
+        return (pq_to_light(code) / HDR_PEAK).astype(np.float32)
+    a = 0.17883277
+    b, c = 1 - 4 * a, 0.5 - a * np.log(4 * a)
+    return np.where(code <= 0.5, code**2 / 3, (np.exp((code - c) / a) + b) / 12).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _roll_off() -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, factors): factors from light in units of HDR_PEAK to units of SDR_WHITE (BT.2390-11, 5.4.1)."""
+    inputs = np.linspace(0, 1, 4097)
+    most = light_to_pq(SDR_WHITE) / light_to_pq(HDR_PEAK)
+    knee = 1.5 * most - 0.5
+    e = light_to_pq(inputs * HDR_PEAK) / light_to_pq(HDR_PEAK)
+    t = np.maximum(e - knee, 0) / (1 - knee)
+    curve = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) + (3 * t**2 - 2 * t**3) * most
+    out = pq_to_light(np.where(e < knee, e, curve) * light_to_pq(HDR_PEAK)) / SDR_WHITE
+    factors = np.append(HDR_PEAK / SDR_WHITE, out[1:] / inputs[1:])
+    # light beyond HDR_PEAK becomes white: the factor decreases as 1/light
+    beyond = np.geomspace(1.01, 10_000 / HDR_PEAK * 2, 200)
+    return np.append(inputs, beyond), np.append(factors, 1 / beyond)
+
+
+@lru_cache(maxsize=1)
+def _srgb_codes() -> np.ndarray:
+    """(65536,) uint8 sRGB by linear light."""
+    light = np.arange(_CODES) / (_CODES - 1)
+    return np.round(255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)).astype(
+        np.uint8
+    )
+
+
+_M1, _M2, _C1, _C2, _C3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128  # SMPTE ST 2084
+
+
+def pq_to_light(code: np.ndarray) -> np.ndarray:
+    """PQ code in [0, 1] to cd/m²."""
+    power = np.asarray(code) ** (1 / _M2)
+    return 10_000 * (np.maximum(power - _C1, 0) / (_C2 - _C3 * power)) ** (1 / _M1)
+
+
+def light_to_pq(light: np.ndarray | float) -> np.ndarray:
+    """cd/m² to PQ code in [0, 1]."""
+    power = (np.asarray(light) / 10_000) ** _M1
+    return ((_C1 + _C2 * power) / (1 + _C3 * power)) ** _M2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import av
@@ -26,6 +27,7 @@ _FORMATS = (
 # Before PyAV 19, metadata that is not UTF-8 makes opening fail unless it is replaced.
 OPEN_OPTIONS: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
+_NEW_FRAMES = partial(np.empty, dtype=np.uint8)
 VERIFY_PIXELS = 3_000_000_000  # `probe` decodes at most this much: ~10,000 frames of 640×480, ~360 of 4K
 
 
@@ -44,10 +46,6 @@ def probe(path: str, verify_pixels: int = VERIFY_PIXELS, limits: Limits = LIMITS
             return source.probe(sys.maxsize if content in MOVING else verify_pixels)
 
 
-def _new_frames(shape: tuple[int, ...]) -> np.ndarray:
-    return np.empty(shape, np.uint8)
-
-
 def read_frames(
     path: str,
     count: int,
@@ -57,7 +55,7 @@ def read_frames(
     crop: tuple[float, float] = (0.5, 0.5),
     limits: Limits = LIMITS,
     sha256: str | None = None,
-    allocate: Callable[[tuple[int, ...]], np.ndarray] = _new_frames,
+    allocate: Callable[[tuple[int, ...]], np.ndarray] = _NEW_FRAMES,
 ) -> np.ndarray:
     """`count` frames at start, start + 1/fps, …: uint8 RGB (T, H, W, 3), each the source frame nearest in time.
 

@@ -1,9 +1,12 @@
-"""Loads the plan's clips as tensors, from files or from the cache; the same for any number of workers and ranks."""
+"""Loads the plan's clips as tensors, from files or from the cache; the same for any number of workers and ranks.
+Checks that files are those that were scanned."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
@@ -13,14 +16,15 @@ import torch
 from torch import Tensor
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.checks import Limits, VideoError
+from stdit.data.decode.checks import CHANGED, Limits, VideoError, check_content
 from stdit.data.decode.video import read_frames
 from stdit.data.load.cache import Cache, latent_key, text_key
-from stdit.data.load.clip_files import local_file
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment, slack
 from stdit.data.plan.split import PlanItem
 from stdit.data.read_ahead import read_ahead
+from stdit.data.remote.failures import FILE_REASONS, StorageError
+from stdit.data.remote.paths import file_of, is_remote, split_member
 from stdit.data.remote.storage import STORAGE, Storage
 from stdit.data.workers.pool import READER
 from stdit.errors import StditError
@@ -96,12 +100,8 @@ class Loader:
         """The examples of one batch, in order."""
         return [self._example(item, epoch) for item in items]
 
-    def iterate(self, batches: Iterable[Sequence[PlanItem]], epoch: int) -> Generator[list[Example], None, None]:
-        """The examples of each batch, in order. The workers read `config.prefetch` batches ahead."""
-        return self.iterate_epochs((epoch, batch) for batch in batches)
-
-    def iterate_epochs(self, batches: Iterable[tuple[int, Sequence[PlanItem]]]) -> Generator[list[Example], None, None]:
-        """As `iterate`, for batches of (epoch, items)."""
+    def iterate(self, batches: Iterable[tuple[int, Sequence[PlanItem]]]) -> Generator[list[Example], None, None]:
+        """The examples of each batch of (epoch, items), in order. Workers read `config.prefetch` batches ahead."""
         reads = ([(item, epoch) for item in items] for epoch, items in batches)
         return read_ahead(lambda read: self._example(*read), reads, self.workers, self.config.prefetch)
 
@@ -225,3 +225,54 @@ def embedding(cache: Cache, text: str) -> Tensor:
     if position < 0:
         raise StditError(f"{cache.folder} has no embedding of the caption {text!r}. Run `stdit data encode` again.")
     return cache.tensor(position)
+
+
+@contextmanager
+def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
+    """A local path to a clip's file while the context is open.
+
+    Problems of this file raise VideoError, also if it is not the one that was scanned. Problems of the storage, which
+    may concern all clips, raise StorageError.
+    """
+    try:
+        with storage.local(clip.path) as path:
+            if clip.state and not _is_as_scanned(clip, storage):
+                check_content(path, clip.sha256)  # a file that was copied or touched may be the same
+            yield path
+    except VideoError as error:  # it may name a local copy
+        raise VideoError(clip.path, error.reason, error.message) from error
+    except StorageError as error:
+        if error.reason in FILE_REASONS:
+            raise VideoError(clip.path, error.reason, error.message) from error
+        raise
+
+
+def check_files(manifest: Manifest) -> None:
+    """Raises StditError if none of a few clips' files exists: the manifest or the videos were moved."""
+    files = [file_of(manifest[row].path) for row in range(0, len(manifest), max(1, len(manifest) // 8))]
+    if files and not any(is_remote(file) or os.path.lexists(file) for file in files):
+        raise StditError(
+            f"{manifest.source}: its files do not exist, such as {files[0]}. Were it or they moved? Paths in a "
+            "manifest are relative to its own folder: move it back, or scan again."
+        )
+
+
+def _is_as_scanned(clip: Clip, storage: Storage) -> bool:
+    """Whether a file's size and time are the same as when it was scanned. Raises VideoError if its size differs."""
+    file = file_of(clip.path).removeprefix("file://")
+    try:
+        then = json.loads(clip.state)
+    except ValueError:
+        then = None
+    if not isinstance(then, list):
+        return False  # written by another program
+    try:
+        now = storage.state(file) if is_remote(file) else [(found := os.stat(file)).st_size, found.st_mtime_ns]
+    except OSError:
+        return True  # reading it will tell what is wrong
+    # listings have fewer fields
+    same = {field: str(a) == str(b) for field, (a, b) in enumerate(zip(then, now)) if None not in (a, b)}
+    if not same.get(0, True) and split_member(clip.path) is None:
+        message = f"{CHANGED} ({now[0]} bytes, {then[0]} then). Scan again: stdit data scan."
+        raise VideoError(clip.path, "changed", message)
+    return all(same.values())

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stdit.errors import StditError
-
 GOOD_BALANCE = 0.99  # at which `split` stops searching
 WORTH_A_MICRO_STEP = 0.003  # balance that a further micro-step has to gain
 HEIGHTS = (1, 1.15, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 6)  # tried work per group, in units of the largest clip's work
@@ -95,11 +93,7 @@ def split(items: StepItems, groups: int, token_bound: int) -> list[MicroStepPack
     """
     tokens = np.array(items.tokens)[items.bucket]
     order = np.lexsort((items.occurrence, items.row, items.bucket, -tokens))  # by kind, largest first
-    if tokens[order[0]] > token_bound:
-        raise StditError(
-            f"row {items.row[order[0]]} has {tokens[order[0]]} tokens; a pack has at most {token_bound}: raise "
-            f"plan.tokens_per_pack."
-        )
+    assert tokens[order[0]] <= token_bound  # see `Plan.token_bound`
     ordered = items.bucket[order]
     begins = [0, *np.flatnonzero(np.diff(ordered)) + 1]
     buckets = ordered[begins].tolist()

@@ -28,8 +28,16 @@ from stdit.data.remote.failures import StorageError
 from stdit.data.remote.paths import beside, is_remote
 from stdit.data.remote.storage import STORAGE
 from stdit.data.scan.listing import File, Folder
-from stdit.data.scan.probing import OpenLocal, ProbeResult, ScanOptions, Span, probe_files
-from stdit.data.scan.scan_log import ScanLog, absolute, open_scan_log
+from stdit.data.scan.probing import (
+    OpenLocal,
+    ProbeResult,
+    ScanLog,
+    ScanOptions,
+    Span,
+    absolute,
+    open_scan_log,
+    probe_files,
+)
 from stdit.data.scan.tars import COMPRESSED, tar_members
 from stdit.errors import StditError, error_context
 from stdit.files import is_utf8

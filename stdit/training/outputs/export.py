@@ -148,7 +148,7 @@ def spread_clips(components: RunComponents, manifest_path: str | None, count: in
     rows = rows[:: max(1, len(rows) // count)][:count]
     loader = Loader(manifest, assignment, data, seed=0)
     batches = [[PlanItem(row, 0, int(assignment.bucket[row]), 0, 0, 0)] for row in rows]
-    for (example,) in loader.iterate(batches, epoch=0):
+    for (example,) in loader.iterate((0, batch) for batch in batches):
         if example.failure is None:
             yield example
 

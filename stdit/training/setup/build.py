@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from stdit.data.load.cache import Cache, CacheMissing, latent_settings, text_settings
-from stdit.data.load.clip_files import check_files
-from stdit.data.load.loader import Loader, embedding
+from stdit.data.load.loader import Loader, check_files, embedding
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.plan.buckets import Assignment, assign
 from stdit.data.plan.filters import source_weights

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stdit.data.decode import source
-from stdit.data.decode.frame_skipping import SampleTimes, needed_packets
+from stdit.data.decode.source import SampleTimes, needed_packets
 from stdit.data.decode.video import read_frames
 
 

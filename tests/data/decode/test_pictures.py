@@ -11,7 +11,7 @@ from pictures import on_white, save_moving, see_through, write_with_alpha
 from PIL import Image, ImageCms
 
 from stdit.data.decode.checks import Limits, VideoError
-from stdit.data.decode.hdr import light_to_pq
+from stdit.data.decode.pixels import light_to_pq
 from stdit.data.decode.video import probe, read_frames
 
 RED_BLUE = np.zeros((48, 64, 3), np.uint8)

@@ -19,8 +19,7 @@ from stdit.data.decode.checks import VideoError
 from stdit.data.decode.video import read_frames
 from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, latent_key, latent_settings
-from stdit.data.load.clip_files import local_file
-from stdit.data.load.loader import Loader
+from stdit.data.load.loader import Loader, local_file
 from stdit.data.manifest import Manifest, read_manifest
 from stdit.data.plan.buckets import assign
 from stdit.data.scan.scan import scan

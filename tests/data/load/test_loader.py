@@ -16,8 +16,7 @@ from stdit.data.decode.checks import VideoError
 from stdit.data.decode.video import read_frames
 from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, latent_key, latent_settings, text_key, text_settings
-from stdit.data.load.clip_files import check_files
-from stdit.data.load.loader import Loader, choose_caption
+from stdit.data.load.loader import Loader, check_files, choose_caption
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
 from stdit.data.plan.buckets import assign
 from stdit.data.remote.failures import StorageError
@@ -71,7 +70,7 @@ def test_any_number_of_workers_gives_the_same(clips):
     results = []
     for workers in (0, 2, 5):
         loader = Loader(clips, assignment, CONFIG, seed=7, workers=workers)
-        results.append(list(loader.iterate(batches, epoch=1)))
+        results.append(list(loader.iterate((1, batch) for batch in batches)))
     assert [len(batch) for batch in results[0]] == [5, 0, 1, 6]
     for other in results[1:]:
         for left, right in zip(results[0], other):
@@ -153,7 +152,7 @@ def test_first_and_centre_are_the_plain_read(clips):
 
 def test_a_missing_clip_keeps_its_place_with_weight_0(clips):
     loader = Loader(clips, assign(clips, CONFIG), CONFIG, seed=0, workers=2)
-    examples = next(loader.iterate([items(clips)], epoch=0))
+    examples = next(loader.iterate([(0, items(clips))]))
     assert [e.weight for e in examples] == [1, 1, 1, 0]
     assert "3.mp4: no such file" in examples[3].failure and examples[3].reason == "missing"
     assert examples[3].frames.shape == (5, 16, 16, 3) and not examples[3].frames.any()
@@ -268,7 +267,7 @@ def test_a_bug_in_a_worker_is_not_hidden(clips):
 
     loader = Loader(clips, assign(clips, CONFIG), CONFIG, seed=0, workers=2, reader=reader)
     with pytest.raises(RuntimeError, match="a bug"):
-        list(loader.iterate([items(clips)] * 20, epoch=0))
+        list(loader.iterate([(0, items(clips))] * 20))
 
 
 def test_reading_ahead_is_bounded(clips):
@@ -278,9 +277,9 @@ def test_reading_ahead_is_bounded(clips):
     def batches():
         for number in range(20):
             taken.append(number)
-            yield [Item(0, number, 0)]
+            yield 0, [Item(0, number, 0)]
 
-    iterator = Loader(clips, assign(clips, config), config, seed=0, workers=2).iterate(batches(), epoch=0)
+    iterator = Loader(clips, assign(clips, config), config, seed=0, workers=2).iterate(batches())
     next(iterator)
     assert len(taken) <= 3
     iterator.close()

@@ -18,7 +18,7 @@ from stdit.data.manifest import clip_id, read_manifest
 from stdit.data.measure import scenes as module
 from stdit.data.plan.buckets import assign
 from stdit.data.plan.split import PlanItem
-from stdit.data.scan import scan_log
+from stdit.data.scan import probing
 from stdit.data.scan.scan import scan
 from stdit.data.workers.pool import Worker
 from stdit.errors import StditError
@@ -186,7 +186,7 @@ def test_what_an_older_version_found_is_looked_for_again(tmp_path, monkeypatch):
     out = tmp_path / "m.parquet"
     options = {"out": out, "uncaptioned": True, "workers": 1}
     assert scan(tmp_path, **options).reused == 0 and scan(tmp_path, **options).reused == 1
-    monkeypatch.setattr(scan_log, "FORMAT", scan_log.FORMAT + 1)
+    monkeypatch.setattr(probing, "FORMAT", probing.FORMAT + 1)
     assert scan(tmp_path, **options).reused == 0 and scan(tmp_path, **options).reused == 1
     memory = out.with_suffix(".probed.jsonl")
     lines = [json.loads(line) for line in memory.read_text().splitlines()]

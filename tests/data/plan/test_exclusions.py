@@ -9,8 +9,7 @@ import pytest
 
 from stdit.data.config import DataConfig
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
-from stdit.data.plan.buckets import Reason, assign
-from stdit.data.plan.exclusions import explain_exclusions
+from stdit.data.plan.buckets import Reason, assign, explain_exclusions
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 

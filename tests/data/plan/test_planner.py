@@ -202,8 +202,6 @@ def test_a_clip_over_the_bound_names_bucket_tokens_and_remedy():
     plan = make([0, 2, 4], config=config, names=["a", "b", "c", "d", "832x480x81"])
     with pytest.raises(StditError, match=r"832x480x81 has 4096 tokens.*1000.*tokens_per_pack to 4096"):
         plan.token_bound()
-    with pytest.raises(StditError, match="4096 tokens"):
-        split(plan.items(0), 2, 1000)
     assert make([0, 2], config=config).token_bound() == 1000  # no clip is in the large bucket
     assert make([4]).token_bound() == 16384
 
@@ -211,12 +209,6 @@ def test_a_clip_over_the_bound_names_bucket_tokens_and_remedy():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        (dict(cost=(0, 0)), "not both 0"),
-        (dict(tokens=[0, 1]), "≥ 1"),
-        (dict(names=["one"]), "each bucket needs a number"),
-        (dict(bucket=[9]), "only 5 buckets"),
-        (dict(weights=np.ones(3)), "3 weights for"),
-        (dict(weights=np.array([1.0, 0.0])), "must be positive"),
         (dict(weights=np.array([1e12, 1.0])), r"an epoch of 1e\+12 clips"),
         (dict(config=PlanConfig(largest_clips_per_step=0)), "largest_clips_per_step"),
         (dict(config=PlanConfig(work_per_step=-5)), "work_per_step"),

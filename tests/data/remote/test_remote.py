@@ -187,7 +187,7 @@ def examples(manifest, workers=0):
     assignment = assign(manifest, CONFIG)
     items = [PlanItem(row, 0, 0, 0, 0, 0) for row in range(len(manifest))]
     loader = Loader(manifest, assignment, CONFIG, seed=5, workers=workers)
-    return next(loader.iterate([items], epoch=0))
+    return next(loader.iterate([(0, items)]))
 
 
 def by_content(manifest):

@@ -212,12 +212,12 @@ def test_a_crash_keeps_its_place_in_the_batch_and_the_others_are_as_in_process(m
     config = DataConfig(shapes=["16x16x5"], fps=8.0, prefetch=2, verify=True)
     assignment = assign(manifest, config)
     items = [PlanItem(row, n, 0, 0, 0, 0) for n in range(2) for row in range(4)]
-    batches = [items[:3], [], items[3:]]
+    batches = [(0, items[:3]), (0, []), (0, items[3:])]
     alone = Loader(manifest, assignment, config, seed=3, workers=0)
-    wanted = list(alone.iterate(batches, epoch=0))  # the marks are for the other processes
+    wanted = list(alone.iterate(batches))  # the marks are for the other processes
     for workers in (1, 4):
         loader = Loader(manifest, assignment, config, seed=3, workers=workers, reader=Reader())
-        got = list(loader.iterate(batches, epoch=0))
+        got = list(loader.iterate(batches))
         assert [len(batch) for batch in got] == [3, 0, 5]
         for a, b in zip([e for batch in got for e in batch], [e for batch in wanted for e in batch]):
             assert (a.row, a.occurrence, a.caption) == (b.row, b.occurrence, b.caption)
