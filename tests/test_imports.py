@@ -44,7 +44,7 @@ ROOMS = {
     "evaluation": [{"metrics", "run_metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [
         {"keymap", "tensor_files", "identity"}, {"families"},
-        {"layouts", "quantised", "refused"}, {"sources"}, {"io", "image_vae", "lora"},
+        {"quantised", "refused"}, {"sources"}, {"io", "image_vae", "lora"},
     ],
     "vae": [
         {"config", "clips", "tiles"}, {"streaming"}, {"cpu"}, {"layers"}, {"networks"}, {"autoencoder"},

@@ -122,7 +122,6 @@ def convert(
     """
     from stdit.vae.config import VaeConfig
     from stdit.weights import io
-    from stdit.weights.layouts import check_layout, dialect_in
     from stdit.weights.lora.read import is_adapter
     from stdit.weights.sources import EXPERT_NAMES, expert_folders
 
@@ -131,7 +130,7 @@ def convert(
             raise StditError(f"{source}: is an adapter; give its model by --model: the model's sizes are needed.")
         return _convert_adapter(source, out, layout, model, trust_pickle)
     layout = layout or "diffusers"
-    dialect_in(layout)  # raises for an unknown layout
+    io.dialect_in(layout)  # raises for an unknown layout
     import torch
 
     dtypes = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -149,7 +148,7 @@ def convert(
         return out / part if len(found) > 1 and (layout == "diffusers" or not named) else out
 
     for converted in found.values():  # before anything is written: the second may be refused
-        check_layout(converted.config, layout)
+        io.check_layout(converted.config, layout)
     places = {part: place_of(part) for part in found}
     read_from = {file.parent.resolve() for converted in found.values() for file in converted.files.files}
     for part, place in places.items():

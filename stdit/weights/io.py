@@ -12,8 +12,9 @@ import re
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -25,13 +26,13 @@ from stdit.models.transformer import Experts, STDiT
 from stdit.vae.config import VaeConfig
 from stdit.vae.families.diffusers_vae import DiffusersVAE, load_diffusers_vae
 from stdit.vae.families.open_sora import AnyVAE
-from stdit.weights.families import family_of, on_meta, table_of
+from stdit.weights.families import family_of, on_meta, shapes_of, table_of
 from stdit.weights.keymap import Read
-from stdit.weights.layouts import check_layout, dialect_in
 from stdit.weights.quantised import is_quantised
 from stdit.weights.sources import PREFIXES, Source, boundary_of, expert_folders, expert_places, find, other_vae
 from stdit.weights.tensor_files import write_tensors
 
+LAYOUTS = ("diffusers", "original", "comfyui")
 SHARD_BYTES = 5_000_000_000
 _STEM = "diffusion_pytorch_model"
 _VAE_STEMS = ("Wan2.1_VAE", "Wan2.2_VAE")  # original releases keep it beside the transformer
@@ -104,7 +105,7 @@ def save_transformer(
 
     Two experts get a folder each, transformer/ and transformer_2/ or high_noise_model/ and low_noise_model/; the noise
     level between them is written to model_index.json (`Pipeline.save`). Raises StditError, before anything is written,
-    that names a setting which the layout cannot hold (see stdit/weights/layouts.py).
+    that names a setting which the layout cannot hold (see `check_layout`).
 
     The old files stay until all new ones are written beside them; then the new ones are renamed. A process that is
     killed among the renames leaves the old model, the new one, or a folder that does not load: never a mixture.
@@ -182,6 +183,52 @@ def convert(source: Source, folder: str | os.PathLike[str], layout: str, dtype: 
 
     like = dict(table.to_native(lambda name: torch.empty(files.entries[name].shape, dtype=stored(name), device="meta")))
     _write(source.config, like, table.native_reader(read), Path(folder), layout, SHARD_BYTES)
+
+
+def dialect_in(layout: str) -> str:
+    """The dialect of a layout. Raises StditError for an unknown layout."""
+    if layout not in LAYOUTS:
+        raise StditError(f"layout {layout!r} does not exist. Known: {', '.join(LAYOUTS)}.")
+    return "diffusers" if layout == "diffusers" else "original"
+
+
+def check_layout(config: Any, layout: str) -> None:
+    """Raises StditError if a model of this config, written in `layout`, would be read as another network.
+
+    Checked for two readers: stdit, by reading back what it would write, and the layout's own program, by the settings
+    that its code has built in (`Family.built_in`).
+    """
+    family, dialect = family_of(config), dialect_in(layout)
+
+    def refuse(name: str, other: Any) -> NoReturn:
+        advice = "Write layout 'diffusers'." if layout != "diffusers" else f"Leave {name} as it is."
+        raise StditError(
+            f"layout {layout!r} cannot hold {name}={getattr(config, name)}: it gives this {family.title} "
+            f"{name}={other}, so that what is written would be another network. {advice}"
+        )
+
+    native = shapes_of(on_meta(config))
+    if layout == "comfyui" and not family.comfyui:
+        raise StditError(f"layout {layout!r}: ComfyUI has no {family.title}. Write layout 'diffusers' or 'original'.")
+    for name, allowed in family.built_in(config, layout).items():
+        if getattr(config, name) not in allowed:
+            refuse(name, " or ".join(map(str, allowed)))
+    keymap = family.keymap(config, dialect)
+    unplaced = keymap.unplaced(native)
+    shapes = keymap.table({name: shape for name, shape in native.items() if name not in unplaced}).foreign_shapes
+    written = [family.written(config, dialect)]
+    if layout == "comfyui":  # reads the file's metadata, no config.json
+        written.append(json.loads(family.metadata(config).get("config", "{}")).get("transformer", {}))
+    for found in written:
+        try:
+            again = asdict(family.config_from(json.loads(json.dumps(found)), shapes, f"layout {layout!r}"))
+        except StditError as error:
+            raise StditError(f"{error}\nSo layout {layout!r} cannot hold this {family.title}.") from None
+        for name, value in asdict(config).items():
+            if again[name] != value and name not in family.not_written:
+                refuse(name, again[name])
+    if unplaced:
+        raise StditError(f"layout {layout!r} has no place for this {family.title}'s tensor {unplaced[0]}.")
 
 
 def _save(model: nn.Module, folder: Path, layout: str, shard_bytes: int) -> None:

@@ -236,12 +236,12 @@ class Differences:
         lines = []
         if self.missing:
             hint = nearest_name(self.missing[0], self.unexpected).replace("Did you mean", "Is it")
-            lines.append(f"missing: {_list(self.missing)}.{hint}")
+            lines.append(f"missing: {abridged(self.missing)}.{hint}")
         if self.unexpected:
-            lines.append(f"unexpected: {_list(self.unexpected)}.")
+            lines.append(f"unexpected: {abridged(self.unexpected)}.")
         if self.misshaped:
             shapes = [f"{name} is {found}, should be {wanted}" for name, (found, wanted) in self.misshaped.items()]
-            lines.append(f"misshaped: {_list(shapes)}.")
+            lines.append(f"misshaped: {abridged(shapes)}.")
         return "\n".join(lines)
 
 
@@ -297,6 +297,7 @@ class Table:
         return lambda name: moves[name].to_foreign(read)[name]
 
 
-def _list(names: Sequence[str], limit: int = 8) -> str:
+def abridged(names: Sequence[str], limit: int = 8) -> str:
+    """The first `limit` names, and the number of others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -53,15 +53,12 @@ def check_no_adapter(names: Iterable[str], place: object, kind: type[StditError]
 
 def check_known(class_name: Any, names: Iterable[str], place: object) -> None:
     """Raises StditError if the class or the tensors are of a transformer that stdit does not run."""
+    loaded = f"It loads {', '.join(titles('transformer'))}."
     if class_name is not None and class_name not in class_names("transformer"):
         what = next((what for start, what in _CLASSES.items() if str(class_name).startswith(start)), "")
         raise StditError(
-            f"{place}: {class_name!r} is not a model that stdit loads{f' ({what})' if what else ''}. It loads "
-            f"{', '.join(titles('transformer'))}."
+            f"{place}: {class_name!r} is not a model that stdit loads{f' ({what})' if what else ''}. {loaded}"
         )
     for pattern, what in _NAMES.items():
         if found := next((name for name in names if re.match(pattern, name)), None):
-            raise StditError(
-                f"{place}: holds tensors of {what}, such as {found}, which stdit does not load. It loads "
-                f"{', '.join(titles('transformer'))}."
-            )
+            raise StditError(f"{place}: holds tensors of {what}, such as {found}, which stdit does not load. {loaded}")

@@ -178,9 +178,10 @@ def _opened(kind: str, place: Path, trust_pickle: bool) -> TensorFiles:
 
 
 def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> TensorFiles:
+    if kind == "transformer" and (experts := expert_places(folder)):
+        names = " and ".join(f"{place.name}/" for place in experts.values())
+        raise StditError(f"{folder}: holds two models, {names} (Wan 2.2 A14B). Name one of them.")
     if (folder / kind).is_dir():
-        if (folder / f"{kind}_2").is_dir():
-            raise StditError(f"{folder}: holds two models, {kind}/ and {kind}_2/ (Wan 2.2 A14B). Name one of them.")
         return open_folder(folder / kind, trust_pickle)
     if (folder / "base.json").is_file():
         raise StditError(
@@ -192,10 +193,6 @@ def _in_folder(kind: str, folder: Path, trust_pickle: bool) -> TensorFiles:
     if kind == "vae":
         named = any(_VAE.search(entry.name) and entry.is_file() for entry in folder.iterdir())
         return open_folder(folder, trust_pickle, lambda name: bool(_VAE.search(name)) or not named)
-    if (folder / "high_noise_model").is_dir():
-        raise StditError(
-            f"{folder}: holds two models, high_noise_model/ and low_noise_model/ (Wan 2.2). Name one of them."
-        )
     try:
         return open_folder(folder, trust_pickle, lambda name: not (_VAE.search(name) or _OTHERS.search(name)))
     except NoWeights:

@@ -21,7 +21,7 @@ from stdit.vae.config import PRESETS as VAES
 from stdit.vae.config import VaeConfig
 from stdit.vae.families.open_sora import OpenSoraConfig, OpenSoraVAE
 from stdit.weights.families import families, family_of, on_meta
-from stdit.weights.layouts import check_layout
+from stdit.weights.io import check_layout
 
 pytest.importorskip("diffusers")
 

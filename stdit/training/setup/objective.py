@@ -35,8 +35,7 @@ from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.autoencoder import preset as vae_preset
 from stdit.weights.families import treatment_of
 from stdit.weights.image_vae import inflate_image_vae
-from stdit.weights.io import load, load_vae
-from stdit.weights.layouts import check_layout
+from stdit.weights.io import check_layout, load, load_vae
 
 LONGER = " text.padding says how many are used, the weights how many they know."
 

@@ -30,15 +30,6 @@ def _ours(values: Settings, theirs: Settings, place: object) -> Settings:
     }
 
 
-def _pred_sigma(config: TransformerConfig) -> bool:
-    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise StditError(
-            f"{TITLE} has out_channels of once or twice its in_channels {config.in_channels}, not "
-            f"{config.out_channels}."
-        )
-    return config.out_channels != config.in_channels
-
-
 _ORIGINAL = ConfigJson(
     "STDiT3",
     {
@@ -51,7 +42,7 @@ _ORIGINAL = ConfigJson(
         "input_sq_size": setting("position_base", 512),
         "model_max_length": setting("null_text", 300),
         "mlp_ratio": made(lambda config: config.ffn_dim / config.dim, 4.0),
-        "pred_sigma": made(_pred_sigma, True),
+        "pred_sigma": made(lambda config: config.out_channels != config.in_channels, True),
         "qk_norm": made(lambda config: config.qk_norm != "none", True),
         # how it was trained or run
         "class_dropout_prob": 0.1,
@@ -109,7 +100,10 @@ FAMILY = Family(
     blocks=r"(?:spatial|temporal)_blocks\.(\d+)\.",
     keymap=_keymap,
     prepare=_prepare,
-    built_in=lambda config, layout: {"blank_channels": (0,)},
+    built_in=lambda config, layout: {
+        "blank_channels": (0,),
+        "out_channels": (config.in_channels, 2 * config.in_channels),
+    },
     scheduler=lambda config: {
         "_class_name": "RFLOW",
         "use_timestep_transform": True,

@@ -26,7 +26,7 @@ from stdit.errors import StditError, nearest_name
 from stdit.models.config import TransformerConfig
 from stdit.weights.families import families, family_of, table_of
 from stdit.weights.families.record import Family
-from stdit.weights.keymap import Shape, Table
+from stdit.weights.keymap import Shape, Table, abridged
 from stdit.weights.lora.adapters import Adapter, Pair, converted
 from stdit.weights.tensor_files import TensorFiles, open_file, read_json
 
@@ -269,9 +269,8 @@ def fitted(found: LoraFile, config: TransformerConfig, partly: bool = False) -> 
 
 
 def _kinds(modules: Iterable[str]) -> str:
-    """At most eight layer names with * for block numbers, each once, then the number of others."""
-    kinds = list(dict.fromkeys(re.sub(r"(?<=blocks[._])\d+", "*", module) for module in modules))
-    return ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
+    """Layer names with * for block numbers, each once."""
+    return abridged(list(dict.fromkeys(re.sub(r"(?<=blocks[._])\d+", "*", module) for module in modules)))
 
 
 def _check_shapes(found: LoraFile, module: str, name: str, shapes: dict[str, Shape]) -> None:
