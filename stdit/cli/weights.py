@@ -206,7 +206,7 @@ def _check_replaceable(source: Path, target: Path) -> None:
 
 def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None) -> dict[str, Source]:
     """The models at `path`: transformer (or two experts, high and low) and vae. Raises StditError if there is none."""
-    from stdit.weights.families import KINDS, titles
+    from stdit.weights.families import FAMILIES, titles
     from stdit.weights.sources import expert_places, find, holds, other_vae
 
     experts = expert_places(path.expanduser())
@@ -221,7 +221,7 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None) ->
         except StditError as error:
             problems.append(error)
     if not there:
-        known = ", ".join(title for kind in KINDS for title in titles(kind))
+        known = ", ".join(title for kind in FAMILIES for title in titles(kind))
         raise problems[0] if problems else StditError(f"{path}: holds no model of a known family: {known}.")
     for problem in problems:
         echo(f"left out: {problem}", err=True)

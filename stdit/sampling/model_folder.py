@@ -216,8 +216,7 @@ class ModelFolder:
 
 def _released(kind: PipelineKind, transformer: STDiT | Experts, vae: AnyVAE) -> FolderSettings:
     """The defaults of a folder that stdit did not write."""
-    if (other := kind.by_channels.get(vae.config.z_dim)) is not None:
-        return FolderSettings(other.fps, (other.shape,))
+    kind = kind.by_channels.get(vae.config.z_dim, kind)
     if kind.shape is not None:
         return FolderSettings(kind.fps, (kind.shape,))
     side = transformer.config.position_base * transformer.config.patch[1] * vae.config.stride[1]

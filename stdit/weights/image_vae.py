@@ -93,8 +93,7 @@ def _config(found: Mapping[str, Any], temporal_downsample: Sequence[bool] | None
     """Normalises latents as diffusers' pipelines do: (raw − shift) · scaling_factor, or with mean and std."""
     if found.get("_class_name") != CLASS:
         raise StditError(f"{place}: {found.get('_class_name')!r} is not an image VAE that stdit inflates; {CLASS} is.")
-    known = (*_DEFAULTS, *_ONLY, *_NO_MATTER)
-    check_keys(found, known, (), place)
+    check_keys(found, (*_DEFAULTS, *_ONLY, *_NO_MATTER), (), place)
     for name, only in _ONLY.items():
         values = found.get(name, only)
         if any(value != only for value in (values if isinstance(values, list) else [values])):

@@ -25,7 +25,6 @@ from stdit.weights.tensor_files import NoWeights, TensorFiles, open_file, open_f
 
 EXPERT_NAMES = ("high", "low")  # of Wan 2.2 A14B
 _EXPERT_FOLDERS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}
-_BOUNDARIES = {"text": 0.875, "image": 0.9}  # Wan 2.2 T2V-A14B's and I2V-A14B's, for folders that do not say it
 OTHER_MODELS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.")
 PREFIXES = (
     "model.diffusion_model.", "diffusion_model.", "first_stage_model.", "module.", "transformer.", "dit.", "net.",
@@ -116,7 +115,7 @@ def boundary_of(folder: Path, from_image: bool) -> float:
     """The noise level between a folder's experts: model_index.json's boundary_ratio, else Wan 2.2's."""
     path = folder / "model_index.json"
     if not path.is_file():
-        return _BOUNDARIES["image" if from_image else "text"]
+        return 0.9 if from_image else 0.875  # I2V-A14B's, T2V-A14B's
     found: Any = read_json(path).get("boundary_ratio")
     if type(found) not in (int, float) or not 0 < found < 1:
         raise StditError(f"{path}: boundary_ratio is {found!r}; it must be a noise level between 0 and 1.")

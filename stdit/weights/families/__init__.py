@@ -28,7 +28,6 @@ FAMILIES = {
     "transformer": ["wan", "ltx", "pixart", "latte", "allegro", "cosmos", "stdit3"],
     "vae": ["wan_vae", "open_sora_vae"],
 }
-KINDS = tuple(FAMILIES)
 
 
 def families(kind: str) -> list[Family]:

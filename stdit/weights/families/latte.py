@@ -101,10 +101,7 @@ FAMILY = Family(
     },
     releases=(
         Release(
-            "Latte-1",
-            {"dim": 1152, "layers": 28},
-            vae="Stable Diffusion's, of images (4 channels, 8×8)",
-            text="T5-XXL v1.1",
+            "Latte-1", {"dim": 1152, "layers": 28}, "Stable Diffusion's, of images (4 channels, 8×8)", "T5-XXL v1.1"
         ),
     ),
     autoencoders={"AutoencoderKL": IMAGE_VAE},

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
@@ -21,20 +21,13 @@ Config = Any  # TransformerConfig, VaeConfig or OpenSoraConfig
 Shapes = Mapping[str, Shape]
 
 
-class ClipFormat(NamedTuple):
-    """fps, and WIDTHxHEIGHTxFRAMES."""
-
-    fps: float
-    shape: str
-
-
 @dataclass(frozen=True)
 class PipelineKind:
     """What one of diffusers' pipeline classes, or Open-Sora 1.2's code, does around its transformer.
 
     fps: of the released weights.
     shape: the released weights' WIDTHxHEIGHTxFRAMES; None: images of the size that they were trained at.
-    by_channels: the format of releases whose latents have another number of channels.
+    by_channels: of releases whose latents have this other number of channels: their fps and shape.
     text: how the pipeline brings a prompt to its text encoder.
     caller: how the pipeline calls its scheduler, a key of `stdit.diffusion.solvers.base.CALLERS`.
     negative_follows: the negative prompt is brought to each prompt's length, with the encoder's output at padding.
@@ -47,7 +40,7 @@ class PipelineKind:
 
     fps: float
     shape: str | None = None
-    by_channels: Mapping[int, ClipFormat] = field(default_factory=dict)
+    by_channels: Mapping[int, PipelineKind] = field(default_factory=dict)
     text: Treatment = field(default_factory=Treatment)
     caller: str = "plain"
     negative_follows: bool = False

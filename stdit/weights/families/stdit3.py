@@ -104,11 +104,7 @@ FAMILY = Family(
         "blank_channels": (0,),
         "out_channels": (config.in_channels, 2 * config.in_channels),
     },
-    scheduler=lambda config: {
-        "_class_name": "RFLOW",
-        "use_timestep_transform": True,
-        "_pipeline": "OpenSoraPipeline",
-    },
+    scheduler=lambda config: {"_class_name": "RFLOW", "use_timestep_transform": True, "_pipeline": "OpenSoraPipeline"},
     pipelines={"OpenSoraPipeline": PipelineKind(24, "848x480x102", text=Treatment(300, "strip"), gathered=True)},
     releases=(
         Release("STDiT3-XL/2", {"dim": 1152, "layers": 28}, "Open-Sora 1.2's (4 channels, 4×8×8)", "T5-XXL v1.1"),

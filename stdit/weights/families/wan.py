@@ -19,7 +19,7 @@ from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.weights.families import configs
 from stdit.weights.families.configs import ConfigJson, Settings, Tensors, made, setting
-from stdit.weights.families.record import ClipFormat, Family, PipelineKind, Release
+from stdit.weights.families.record import Family, PipelineKind, Release
 from stdit.weights.keymap import KeyMap, Rule, Shape
 
 # Branches of Wan's variants, by the start of a tensor's name in any dialect.
@@ -83,23 +83,18 @@ def _model_type(config: TransformerConfig) -> str:
 
 
 def _from_diffusers(values: Settings, theirs: Settings, place: object) -> Settings:
-    theirs = {**_DEFAULTS, **theirs}
-    heads, head_dim = theirs["num_attention_heads"], theirs["attention_head_dim"]
-    if type(head_dim) is not int or type(heads) is not int:
-        raise StditError(f"{place}: num_attention_heads and attention_head_dim must be whole numbers.")
+    dim = values["heads"] * theirs["attention_head_dim"]
     norm, width = theirs.get("qk_norm", "rms_norm_across_heads"), theirs.get("added_kv_proj_dim")
     if norm not in ("rms_norm_across_heads", None):  # diffusers normalises q and k either way
         raise StditError(f"{place}: qk_norm {norm!r} is not one of Wan's (rms_norm_across_heads).")
-    if width != (heads * head_dim if theirs.get("image_dim") else None):
+    if width != (dim if theirs.get("image_dim") else None):
         raise StditError(
             f"{place}: added_kv_proj_dim is {width!r}; with an image branch (image_dim {theirs.get('image_dim')!r}) it "
-            f"is the model's width {heads * head_dim}, without one it is null."
+            f"is the model's width {dim}, without one it is null."
         )
     return {
-        "dim": heads * head_dim,
-        "heads": heads,
-        "layers": theirs["num_layers"],
-        "ffn_dim": theirs["ffn_dim"],
+        "dim": dim,
+        "ffn_dim": theirs.get("ffn_dim", 13824),
         "qk_norm": values.get("qk_norm", True),
         "out_channels": theirs.get("out_channels", 16) or theirs.get("in_channels", 16),
         "image_text_dim": theirs.get("image_dim") or 0,
@@ -143,11 +138,12 @@ _DIFFUSERS = ConfigJson(
     "WanTransformer3DModel",
     {
         **_COMMON,
-        "num_attention_heads": setting("heads"),
+        "num_layers": setting("layers", 40),  # the class's defaults, Wan 2.1 14B's
+        "num_attention_heads": setting("heads", 40),
         "in_channels": setting("in_channels"),
         "out_channels": setting("out_channels"),
         "rope_max_seq_len": setting("rope_max"),
-        "attention_head_dim": made(attrgetter("head_dim")),
+        "attention_head_dim": made(attrgetter("head_dim"), 128),
         "added_kv_proj_dim": made(lambda config: config.dim if config.image_text_dim else None),
         "qk_norm": made(lambda config: "rms_norm_across_heads"),
         "image_dim": made(lambda config: config.image_text_dim or None),
@@ -156,7 +152,6 @@ _DIFFUSERS = ConfigJson(
     own=_OWN,
     ours=_from_diffusers,
 )
-_DEFAULTS = {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824}  # diffusers'
 
 
 def _bare(tensors: Tensors, kept: Settings) -> Settings:
@@ -255,7 +250,7 @@ def _built_in(config: TransformerConfig, layout: str) -> dict[str, tuple[Any, ..
 _UMT5 = "UMT5-XXL"
 _VAE21, _VAE22 = "Wan 2.1's (16 channels, 4×8×8)", "Wan 2.2's (48 channels, 4×16×16)"
 _14B = {"dim": 5120, "layers": 40}
-_5B = ClipFormat(24, "1280x704x121")
+_5B = PipelineKind(24, "1280x704x121")
 _PIPELINE = PipelineKind(16, "832x480x81", by_channels={48: _5B}, experts=True)
 
 FAMILY = Family(

@@ -17,7 +17,6 @@ from stdit.weights.families.record import Family
 from stdit.weights.keymap import KeyMap, Rule
 
 _FIELDS = [field.name for field in dataclasses.fields(VaeConfig)]
-_OWN_CLASS = "CausalVAE"  # for VAEs that Wan's layout cannot hold; no other program has this class
 _COMMON = {
     "z_dim": setting("z_dim"),
     "dim_mult": setting("dim_mult"),
@@ -169,7 +168,8 @@ FAMILY = Family(
     configs={
         "diffusers": _DIFFUSERS,
         "original": _ORIGINAL,
-        "own": ConfigJson(_OWN_CLASS, {name: setting(name) for name in _FIELDS}, versioned=False),
+        # for VAEs that Wan's layout cannot hold; no other program has this class
+        "own": ConfigJson("CausalVAE", {name: setting(name) for name in _FIELDS}, versioned=False),
     },
     form=_form,
     marks={
