@@ -94,10 +94,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def split_lines(text: str, where: str) -> list[str]:
-    """The lines of a text, without line ends and without byte order marks (of concatenated files).
-
-    Raises StditError for a fault in any of them.
-    """
+    """The lines of a text, without line ends and byte order marks. Raises StditError for a fault in any of them."""
     lines = [line.removesuffix("\r").lstrip("\ufeff") for line in text.split("\n")]
     for number, line in enumerate(lines, 1):
         if fault := fault_in(line):
@@ -114,10 +111,7 @@ def _raw_lines(path: Path, newline: str) -> Iterator[tuple[int, str]]:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Parses YAML in which no key comes twice, and in which 1e-8 is a number, as in YAML 1.2.
-
-    where: how an error starts: "FILE is".
-    """
+    """Parses YAML; no key may come twice, and 1e-8 is a number (YAML 1.2). where: how an error starts: "FILE is"."""
     import yaml
 
     class Loader(yaml.SafeLoader):

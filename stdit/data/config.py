@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -17,17 +16,6 @@ from stdit.shapes import LARGEST, VideoShape, frames_for
 Bounds = tuple[NonNegativeFloat | None, NonNegativeFloat | None]
 Multiple = Annotated[int, Field(ge=1, lt=LARGEST)]
 FILTERS = ("filter", "repeats")  # the settings of DataConfig that leave clips out; by default they leave out none
-
-
-def check_filter(bounds: Mapping[str, Bounds]) -> None:
-    for name, (least, most) in bounds.items():
-        if name not in SCORES:
-            raise StditError(
-                f"data.filter: {name} is not a score.{nearest_name(name, SCORES)} "
-                f"Those that `stdit data scan --scores` writes are {', '.join(SCORES)}."
-            )
-        if least is not None and most is not None and least > most:
-            raise StditError(f"data.filter: {name} [{least:g}, {most:g}] lets nothing through: write [least, most].")
 
 
 @dataclass
@@ -194,7 +182,16 @@ class DataConfig:
     def check(self) -> None:
         """Raises StditError for what no run can be trained with; also for an instance that no file gave."""
         check(self, "the config", "data")
-        check_filter(self.filter)
+        for name, (least, most) in self.filter.items():
+            if name not in SCORES:
+                raise StditError(
+                    f"data.filter: {name} is not a score.{nearest_name(name, SCORES)} "
+                    f"Those that `stdit data scan --scores` writes are {', '.join(SCORES)}."
+                )
+            if least is not None and most is not None and least > most:
+                raise StditError(
+                    f"data.filter: {name} [{least:g}, {most:g}] lets nothing through: write [least, most]."
+                )
         shapes = self.video_shapes()
         for number, stage in enumerate(self.stages, 1):
             if (stage.epochs is None) != (number == len(self.stages)):

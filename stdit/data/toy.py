@@ -138,9 +138,8 @@ class Jitter:
     @classmethod
     def keyed(cls, seed: int) -> Jitter:
         most = [0.04, 0.04, 0.10, 0.05, 0.03, 0.03, 0.03]
-        draw = (np.random.default_rng(seed).uniform(-1, 1, 7) * most).tolist()
-        start, end, across, size, red, green, blue = draw
-        return cls(start, end, across, size, (red, green, blue))
+        start, end, across, size, *colour = (np.random.default_rng(seed).uniform(-1, 1, 7) * most).tolist()
+        return cls(start, end, across, size, tuple(colour))
 
 
 def render(spec: ToySpec, width: int, height: int, frames: int, jitter: Jitter | None = None) -> np.ndarray:

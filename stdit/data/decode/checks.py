@@ -60,10 +60,7 @@ _STORAGE_ERRORS = {getattr(errno, name) for name in _STORAGE_NAMES.split() if ha
 
 @contextmanager
 def reading(path: str, limits: Limits = LIMITS) -> Iterator[None]:
-    """Raises VideoError unless the file can be read, and turns any exception of a decoder into a VideoError.
-
-    One bad clip must not end a run.
-    """
+    """Raises VideoError if the file cannot be read, and for any exception of a decoder: no bad clip ends a run."""
     try:
         _check_file(path, limits)
         yield
@@ -134,10 +131,7 @@ def unchanged(path: str, sha256: str | None) -> Iterator[None]:
 
 
 def check_content(path: str, sha256: str) -> None:
-    """Raises VideoError "changed" unless the file has this sha256 (hex).
-
-    A file is hashed once, and again if its size or time changes.
-    """
+    """Raises VideoError "changed" unless the file has this sha256; hashes it anew only if its size or time changed."""
     found = _cached_sha256(path, _version(path))
     if found != sha256:
         message = f"{CHANGED} (sha256 {found}, the manifest has {sha256}). Scan again: stdit data scan."

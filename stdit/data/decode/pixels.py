@@ -69,10 +69,9 @@ def to_rgb(
 ) -> np.ndarray:
     """(H, W, 3) uint8 as displayed; swscale scales (bicubic, with antialiasing) and converts in one pass.
 
-    reformatter: shared by all frames of a read, since it caches swscale's tables.
-
-    HDR (PQ, HLG) becomes sRGB by `hdr_to_srgb`; other transfer functions are kept, as players do. Conversion goes via
-    planar RGB: same result as "rgb24", but twice as fast for sources with full chroma.
+    All frames of a read share a reformatter, which caches swscale's tables. HDR (PQ, HLG) becomes sRGB by
+    `hdr_to_srgb`; other transfer functions are kept, as players do. Conversion goes via planar RGB: same result as
+    "rgb24", but twice as fast for sources with full chroma.
     """
     transpose, flip_x, flip_y = orientation(frame)
     if _has_alpha(frame.format.name):
@@ -110,10 +109,7 @@ def _has_alpha(name: str) -> bool:
 
 
 def _on_white(frame: av.VideoFrame, reformatter: VideoReformatter) -> av.VideoFrame:
-    """Composites a frame with (not premultiplied) transparency onto white, as RGB.
-
-    To be called before scaling: colours of transparent pixels must not bleed into their neighbours.
-    """
+    """Composites a frame (alpha not premultiplied) onto white, as RGB. Scaling first would bleed hidden colours."""
     is_hdr = frame.color_trc in (PQ, HLG)
     form = "rgba64le" if is_hdr else "rgba"
     colours = _colorspace(frame)

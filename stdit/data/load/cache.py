@@ -47,10 +47,7 @@ def cuts(config: DataConfig) -> DataConfig:
 
 
 def latent_settings(config: DataConfig, vae_identity: str) -> dict[str, Any]:
-    """What determines a latent besides the clip, its shape and the number of the cut.
-
-    The number of cuts is not part of it: more can be added.
-    """
+    """What determines a latent besides the clip, its shape and the number of the cut (more cuts can be added)."""
     cut = cuts(config)
     return {
         "format": FORMAT,
@@ -140,10 +137,7 @@ class Cache:
 
     @cached_property
     def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
-        """(keys,) sorted first 8 bytes of the SHA-256 with which keys begin, and their index positions.
-
-        Finds a key among millions with 16 bytes of memory per key.
-        """
+        """(keys,) sorted first 8 bytes of the SHA-256 with which keys begin, and their positions: 16 bytes per key."""
         prefixes = "".join(pc.utf8_slice_codeunits(self.index.column("key"), 0, 16).to_pylist())
         numbers = np.frombuffer(bytes.fromhex(prefixes), ">u8").astype(np.uint64)
         order = np.argsort(numbers, kind="stable")

@@ -231,8 +231,7 @@ def embedding(cache: Cache, text: str) -> Tensor:
 def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
     """A local path to a clip's file while the context is open.
 
-    Problems of this file raise VideoError, also if it is not the one that was scanned. Problems of the storage, which
-    may concern all clips, raise StorageError.
+    Raises VideoError if this file is the problem, also if it is not the one that was scanned, else StorageError.
     """
     try:
         with storage.local(clip.path) as path:

@@ -55,10 +55,7 @@ class FrameRun(NamedTuple):
 
 
 def score(path: str, start: float, end: float, frames: int, limits: Limits = LIMITS) -> dict[str, float | str | None]:
-    """The scores of a clip by name, and its fingerprint (see `fingerprints`).
-
-    Raises VideoError if no frame from `start` to `end` can be decoded.
-    """
+    """A clip's scores by name, and its fingerprint. Raises VideoError if none of its frames can be decoded."""
     with reading(path, limits):
         runs = sample_runs(path, start, end, frames, limits)
         if frames > 1 and all(len(run.times) == 1 for run in runs):

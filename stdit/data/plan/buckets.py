@@ -208,10 +208,7 @@ class Exclusion:
 def explain_exclusions(
     manifest: Manifest, assignment: Assignment, config: DataConfig, tokens: TokensOf
 ) -> list[Exclusion]:
-    """The exclusions of a stage, in the order of `Reason`.
-
-    tokens: the token count of a shape; raises StditError for a shape that the model cannot take.
-    """
+    """A stage's exclusions. tokens: a shape's token count; raises StditError for one that the model cannot take."""
     found = []
     for reason in Reason:
         rows = np.flatnonzero(assignment.reason == reason)

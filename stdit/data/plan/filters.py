@@ -17,10 +17,7 @@ from stdit.errors import StditError, nearest_name
 
 
 def outside_bounds(manifest: Manifest, bounds: Mapping[str, Bounds]) -> dict[str, np.ndarray]:
-    """(rows,) bool per score: the clips whose score is outside its bounds.
-
-    Images have no motion and no still_frames, so these exclude none of them.
-    """
+    """(rows,) bool per score: the clips whose score is outside its bounds. Images never are for VIDEO_SCORES."""
     out = {}
     for name, (least, most) in bounds.items():
         scores = _score_column(manifest, name).to_numpy()

@@ -55,8 +55,7 @@ class StepItems:
 class MicroStepPacks:
     """One micro-step: the pack of each group, created when accessed.
 
-    which: (n,) indices of the micro-step's items, largest first.
-    group: (n,) the group of each.
+    which, group: (n,) indices of the micro-step's items, largest first, and the group of each.
     """
 
     def __init__(self, items: StepItems, which: np.ndarray, group: np.ndarray, groups: int) -> None:

@@ -44,9 +44,8 @@ log = logging.getLogger(__name__)
 class Storage:
     """Reads and writes whole files, local or remote, by path. Thread-safe.
 
-    tries: per request.
-    pause: seconds before a request's first retry; doubles with each further one.
-    timeout: seconds that a request of BLOCK bytes may take.
+    A request is tried `tries` times: again after `pause` seconds, then after twice as many, and so on. One of BLOCK
+    bytes may take `timeout` seconds.
     """
 
     def __init__(
