@@ -148,7 +148,8 @@ def publish(path: str | Path) -> Iterator[Path]:
     with suppress(FileNotFoundError, NotADirectoryError):  # a name that is too long raises here
         if stat.S_ISDIR(os.stat(path).st_mode):  # replacing it would fail, on some systems with "busy"
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    part = make_folder(path.parent) / part_name(path.name)
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
+    part = make_folder(path.parent) / f".{name}.{secrets.token_hex(4)}.part"
     with _creating(path):
         part.touch()
         part.unlink()
@@ -159,11 +160,6 @@ def publish(path: str | Path) -> Iterator[Path]:
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def part_name(name: str) -> str:
-    """A hidden name for an unfinished file, short enough if `name` is (255 bytes)."""
-    return f".{os.fsdecode(os.fsencode(name)[:200])}.{secrets.token_hex(4)}.part"
 
 
 def publish_text(path: str | Path, text: str) -> None:

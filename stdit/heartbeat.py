@@ -135,10 +135,7 @@ def tracked(items: Sequence[T], what: str) -> Iterator[T]:
 
 @contextmanager
 def _lines(hidden: bool) -> Iterator[Report]:
-    """Without a terminal: the heartbeat reports the progress now and then; at the end, one line per task.
-
-    hidden: no lines at the end.
-    """
+    """Without a terminal: the heartbeat reports progress now and then; at the end, one line per task unless hidden."""
     begun: dict[str, float] = {}
     ends: dict[str, str] = {}
 
@@ -160,7 +157,10 @@ def _lines(hidden: bool) -> Iterator[Report]:
 
 
 def readable_time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 100 or minutes < 60:
-        return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    """Such as "42 s", "7 min", "3 h 05 min" or "12 d 3 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -26,16 +26,11 @@ class Stride(tuple[int, ...]):
         return made
 
 
-def first_frames(stride: tuple[int, ...]) -> int:
-    """Frames in the first latent frame."""
-    return stride.first if isinstance(stride, Stride) else 1
-
-
 def _in_time(stride: int | tuple[int, ...]) -> tuple[int, int, int]:
     """Frames per latent frame, per first latent frame, and per group."""
     if isinstance(stride, int):
         return stride, 1, 0
-    return stride[0], first_frames(stride), stride.group if isinstance(stride, Stride) else 0
+    return (stride[0], stride.first, stride.group) if isinstance(stride, Stride) else (stride[0], 1, 0)
 
 
 @dataclass(frozen=True, order=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -210,14 +212,15 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None) ->
     from stdit.weights.sources import expert_places, find, holds, other_vae
 
     experts = expert_places(path.expanduser())
-    there: dict[str, Path] = {}
+    there: dict[str, Callable[[], Source]] = {}
     problems: list[StditError] = []
     for part, place in {**(experts or {"transformer": path}), "vae": path}.items():
+        kind, given_heads = ("vae", None) if part == "vae" else ("transformer", heads)
         try:
             if part == "vae" and there and other_vae(place):
                 continue  # run by diffusers, so nothing is renamed: see `_parts`
-            if holds(_kind(part), place, trust_pickle):
-                there[part] = place
+            if holds(kind, place, trust_pickle):
+                there[part] = partial(find, kind, place, trust_pickle, strict, given_heads)
         except StditError as error:
             problems.append(error)
     if not there:
@@ -225,14 +228,7 @@ def _sources(path: Path, trust_pickle: bool, strict: bool, heads: int | None) ->
         raise problems[0] if problems else StditError(f"{path}: holds no model of a known family: {known}.")
     for problem in problems:
         echo(f"left out: {problem}", err=True)
-    return {
-        part: find(_kind(part), place, trust_pickle, strict, None if part == "vae" else heads)
-        for part, place in there.items()
-    }
-
-
-def _kind(part: str) -> str:
-    return "vae" if part == "vae" else "transformer"
+    return {part: read() for part, read in there.items()}
 
 
 def _description(part: str, source: Source) -> dict[str, Any]:

@@ -9,11 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def needs_unconditional(scale: float) -> bool:
-    """Whether a guidance scale needs the unconditional prediction: only above 1, as in diffusers' pipelines."""
-    return scale > 1.0
-
-
 def guide(conditional: Tensor, unconditional: Tensor, scale: float, beyond: bool = False) -> Tensor:
     """uncond + scale · (cond − uncond): scale 1 is the conditional prediction.
 

@@ -39,6 +39,9 @@ class Task:
         return torch.arange(latent_frames) < self.known_frames
 
 
+_FIXED = {task.name: task for task in (Task(), Task("image_to_video", 1), Task("first_last_to_video", 1, last=True))}
+
+
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raises StditError unless every key is a task, no weight is negative and one is positive."""
     for name in weights:
@@ -63,12 +66,8 @@ def draw_task(
         u -= weights[name]
         if u < 0:
             break
-    if name == "text_to_video":
-        return Task()
-    if name == "image_to_video":
-        return Task(name, 1)
-    if name == "first_last_to_video":
-        return Task(name, 1, last=True)
+    if name in _FIXED:
+        return _FIXED[name]
     low = min(2, latent_frames - 1)
     pick = keyed_uniform(seed, "known frames", epoch, clip_id, occurrence)
     return Task(name, low + int(pick * (latent_frames - low)))

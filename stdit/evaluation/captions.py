@@ -28,9 +28,10 @@ from stdit.data.plan.buckets import assign
 from stdit.data.plan.split import PlanItem
 from stdit.diffusion.solvers import path_of
 from stdit.errors import StditError
-from stdit.evaluation.metrics import Progress, mean_psnr
+from stdit.evaluation.metrics import mean_psnr
 from stdit.evaluation.toy import Accuracy
 from stdit.files import make_folder, publish_text
+from stdit.heartbeat import Report
 from stdit.keyed import keyed_generator
 from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import Experts
@@ -76,7 +77,7 @@ def evaluate_captions(
     guidance: float = 5.0,
     seed: int = 0,
     device: str = "cpu",
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Measures how the model's loss and samples follow the captions of its training clips.
 
@@ -159,7 +160,7 @@ def evaluate_captions(
 
 @torch.no_grad()
 def read_clips(
-    pipeline: Pipeline, data: DataConfig, limit: int | None, progress: Progress
+    pipeline: Pipeline, data: DataConfig, limit: int | None, progress: Report
 ) -> tuple[list[CaptionedClip], list[str]]:
     """The clips that have a shape and a caption, with their first caption; and the reasons why others failed."""
     if data.fps != pipeline.settings.fps:
@@ -215,7 +216,7 @@ def caption_losses(
     draws: int,
     seed: int,
     tokens_per_pack: int,
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = lambda what, done, total: None,
 ) -> np.ndarray:
     """The mean squared error of the network's output, averaged over the draws: (clips, captions, levels) in fp64.
 
@@ -315,7 +316,7 @@ def _at_level(level: float, losses: np.ndarray, own: Sequence[int]) -> dict[str,
 
 
 def _sample(
-    pipeline: Pipeline, prompted: Sequence[CaptionedClip], steps: int, guidance: float, seed: int, progress: Progress
+    pipeline: Pipeline, prompted: Sequence[CaptionedClip], steps: int, guidance: float, seed: int, progress: Report
 ) -> list[np.ndarray]:
     """A sample of each clip's caption at the clip's shape, (T, H, W, 3) uint8."""
     samples: dict[str, np.ndarray] = {}

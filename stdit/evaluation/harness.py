@@ -17,10 +17,11 @@ from stdit.data.decode.video import probe, read_frames
 from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.toy import Jitter, ToySpec, held_out_prompts, render
 from stdit.errors import StditError
-from stdit.evaluation.metrics import EXACT_PSNR, Progress, mean_psnr, psnr
+from stdit.evaluation.metrics import EXACT_PSNR, mean_psnr, psnr
 from stdit.evaluation.report import SOURCES
 from stdit.evaluation.toy import Accuracy, as_json, read_clip, score_readings
 from stdit.files import make_folder, publish_text
+from stdit.heartbeat import Report
 from stdit.keyed import keyed_seed
 from stdit.pixels import to_pixels, to_video
 from stdit.sampling.pipeline import Pipeline
@@ -40,7 +41,7 @@ def evaluate_toy(
     seed: int = 0,
     held_out: str | Path | None = None,
     device: str = "cpu",
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Measures how often samples of held-out captions show what the captions say, as read from the pixels.
 
@@ -191,7 +192,7 @@ def reconstruct(vae: Any, clips: Sequence[np.ndarray], batch: int = 8) -> list[n
     return rebuilt
 
 
-def _vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[VideoShape], progress: Progress) -> dict:
+def _vae_on_files(pipeline: Pipeline, folder: str | Path, trained: Sequence[VideoShape], progress: Report) -> dict:
     """The VAE's PSNR on held-out files, each at the trained shape of nearest aspect ratio and longest duration."""
     folder = Path(folder)
     folder = folder / "held_out" if (folder / "held_out").is_dir() else folder

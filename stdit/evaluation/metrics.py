@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from stdit.errors import StditError
 
-Progress = Callable[[str, int, int], None]  # (task, done, total)
 EXACT_PSNR = 100.0  # dB: the value of a clip or frame that is reproduced exactly, for means
 SSIM_BORDER = 5  # pixels on each side without a whole 11×11 window
 SMALLEST_SSIM = 2 * SSIM_BORDER + 1  # pixels per side

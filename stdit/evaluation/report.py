@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.errors import StditError
-from stdit.evaluation.run_metrics import read_metrics
-from stdit.files import publish_text
+from stdit.files import publish_text, whole_objects
 from stdit.heartbeat import readable_time
 
 STEPS_SHOWN = 6  # of the validation samples, spread from the first to the last
@@ -33,6 +32,12 @@ CURVES = {  # of the training lines, in the order of the page: name, noisy (also
     "mfu": ("model FLOPs utilisation", True),
 }
 INK, ACCENT = "#808894", "#4585e8"  # legible on a light page and on a dark one
+
+
+def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, of one kind if given. Lines without a step, or cut off by a crash, are left out."""
+    lines = whole_objects(Path(folder) / "metrics.jsonl")
+    return [line for line in lines if isinstance(line.get("step"), int) and kind in (None, line.get("kind"))]
 
 
 def write_report(run: str | Path) -> Path:

@@ -24,12 +24,13 @@ from stdit.data.scan.scan import scan
 from stdit.data.workers.pool import READER
 from stdit.errors import StditError
 from stdit.evaluation.measures import DEFINITIONS, MEASURES, RATIOS, ClipMeasures, latent_statistics, pooled_statistics
-from stdit.evaluation.metrics import SMALLEST_SSIM, Progress
+from stdit.evaluation.metrics import SMALLEST_SSIM
 from stdit.files import journal, make_folder, part_folder, publish_text
+from stdit.heartbeat import Report
 from stdit.keyed import keyed_generator
 from stdit.pixels import to_pixels, to_video
 from stdit.prepare.encode import vae_identity
-from stdit.shapes import VideoShape, first_frames, nearest_frames
+from stdit.shapes import VideoShape, nearest_frames
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.training.lpips import Lpips
 from stdit.weights.io import load_vae, save_vae, vae_on_meta
@@ -93,7 +94,7 @@ def evaluate_vae(
     memory: int | None = None,
     sample: bool = False,
     device: str = "cpu",
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = lambda what, done, total: None,
     trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Measures a VAE in fp32 on the first clips; see `measures.DEFINITIONS`.
@@ -125,10 +126,11 @@ def evaluate_vae(
         "sample": sample, "vae": vae_identity(Path(model).expanduser()),
     }  # fmt: skip
     perceptual = Lpips(lpips, trust_pickle).to(device) if lpips else None
+    measured_as = {"format": FORMAT, "settings": settings}
     measured: list[dict[str, Any]] = []
     rows = min(limit, len(manifest))
     with journal(out / "evaluation-vae.jsonl") as (lines, add):
-        known = {line["clip"]["id"]: line["clip"] for line in lines if line.get("settings") == settings}
+        known = {line["clip"]["id"]: line["clip"] for line in lines if line.get("measured") == measured_as}
         for row in range(rows):
             progress("clips", row, rows)
             clip = manifest[row]
@@ -142,7 +144,7 @@ def evaluate_vae(
                 except VideoError as error:
                     failures.append(str(error))
                     continue
-                add([{"settings": settings, "clip": line}])
+                add([{"measured": measured_as, "clip": line}])
             measured.append(line | {"picture": picture and str(picture)})
     progress("clips", rows, rows)
     if not measured:
@@ -180,7 +182,7 @@ def _shape_of(clip: Clip, stride: tuple[int, ...], size: tuple[int, int] | None,
         raise VideoError(clip.path, "too_small", f"is {clip.width}x{clip.height}, smaller than {wanted}.")
     # as many as `buckets.slack` allows
     there = 1 if clip.image else 1 + math.floor((clip.end - clip.start - 0.5 / clip.fps + 1e-6) * fps)
-    first = first_frames(stride)
+    first = nearest_frames(1, stride)[1]
     if (count := min(there, frames)) < first:
         raise VideoError(clip.path, "too_short", f"gives {count} frames; this VAE takes at least {first}.")
     return VideoShape(nearest_frames(count, stride)[0], height, width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +127,9 @@ def encode_manifest(
         failed: dict[str, str] = {}
         for _ in range(0, len(items), batch):
             got = next(examples)
-            latents = _encode(vae, [example for example in got if example.failure is None], device)
+            videos = [example.video for example in got if example.failure is None]
+            with torch.no_grad():  # (B, C, T', H', W')
+                latents = iter(vae.encode(torch.stack(videos).to(device)).cpu() if videos else ())
             for example in got:
                 if (failure := example.failure) is None:
                     stored = next(latents).to(dtype)
@@ -142,20 +144,10 @@ def encode_manifest(
         cache.write_shard(name, tensors, failed)
     new = 0
     if text_encoder is not None:
-        if text_id is None:
-            raise ValueError("text_id is needed with a text encoder.")
+        assert text_id is not None, "a text encoder has an identity"
         text_cache = Cache.create(out, text_settings(config, text_id), write_settings=rank == 0)
         new = _encode_texts(_texts(manifest, assignment), text_encoder, text_cache, dtype, batch, rank, ranks)
     return EncodeResult(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
-
-
-@torch.no_grad()
-def _encode(vae: AnyVAE, examples: Sequence[Example], device: str | torch.device) -> Iterator[Tensor]:
-    """The latents (C, T', H', W') of each example."""
-    if not examples:
-        return iter(())
-    video = torch.stack([example.video for example in examples]).to(device)  # (B, 3, T, H, W)
-    return iter(vae.encode(video).cpu())
 
 
 def _shards(

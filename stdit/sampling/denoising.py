@@ -23,43 +23,38 @@ from stdit.weights.families.record import PipelineKind
 
 
 @dataclass(frozen=True)
-class ClipBatch:
-    """Clips that go through the network in one pack.
+class Denoiser:
+    """Samples clips of a request that go through the network in one pack.
 
+    kind: of the family's pipeline.
     noise: (B, C, T', H', W') fp32.
-    known, conditions: of each clip; conditions as `pack_clips` takes them.
+    known, conditions: of each clip; conditions as `pack_inputs` takes them.
     text: of the B clips, followed by B negative ones under guidance.
     indices: of the clips in the request's batch, which key their random numbers.
     """
 
+    transformer: STDiT | Experts
+    kind: PipelineKind
+    request: SampleRequest
     noise: Tensor
     known: Sequence[KnownFrames]
     conditions: Sequence[Mapping[str, Any]]
     text: TextPack
     indices: Sequence[int]
 
-
-@dataclass(frozen=True)
-class Denoiser:
-    """Samples the clips of a request, pack by pack. kind: of the family's pipeline."""
-
-    transformer: STDiT | Experts
-    kind: PipelineKind
-    request: SampleRequest
-
-    def denoise(self, solver: Solver, batch: ClipBatch, report: Callable[[int], None]) -> list[Tensor | StditError]:
+    def denoise(self, solver: Solver, report: Callable[[int], None]) -> list[Tensor | StditError]:
         """Each clip's normalised latents (C, T', H', W') fp32, or an error if they became infinite or NaN.
 
         report: is called with the number of steps done.
         """
         seed = self.request.seed
-        x = solver.start(batch.noise)
+        x = solver.start(self.noise)
         failures: dict[int, StditError] = {}
         report(0)
         for index, t in enumerate(solver.levels):
-            tokens = _known_tokens(batch, self.kind.known_noise * t**2, seed, index)
-            output = self._guided_output(batch, _with_known(solver.network_input(index, x), tokens), t)
-            keys = batch.indices if solver.draws else ()
+            tokens = self._known_tokens(self.kind.known_noise * t**2, index)
+            output = self._guided_output(_with_known(solver.network_input(index, x), tokens), t)
+            keys = self.indices if solver.draws else ()
             x = solver.step(index, output, x, [keyed_generator(seed, "sample step", key, index) for key in keys])
             for clip, finite in enumerate(torch.isfinite(x).flatten(1).all(1).tolist()):
                 if not finite and clip not in failures:
@@ -67,23 +62,34 @@ class Denoiser:
             if len(failures) == len(x):
                 break
             report(index + 1)
-        finished = _with_known(solver.finish(x), tokens)
+        finished = _with_known(solver.finish(x), tokens)  # decoded with the known tokens of the last step
         return [failures.get(clip, latents) for clip, latents in enumerate(finished)]
 
-    def _guided_output(self, batch: ClipBatch, x: list[Tensor], t: float) -> Tensor:
+    def _guided_output(self, x: list[Tensor], t: float) -> Tensor:
         """The network's output for clips x at noise level t, without variances: (B, C, T', H', W') fp32."""
         transformer, config = self.transformer, self.transformer.config
-        levels = [_levels(known, clip.shape[1], t, config) for known, clip in zip(batch.known, x)]
+        levels = [_levels(known, clip.shape[1], t, config) for known, clip in zip(self.known, x)]
         copies = 2 if self.request.guided else 1  # under guidance, two segments of one pack for each clip
-        pack = pack_clips(x * copies, levels * copies, config.patch, [*batch.conditions] * copies)
-        output = torch.stack(unpack_clips(transformer(pack, batch.text), pack, config.patch))
-        output = output[:, : batch.noise.shape[1]].float()
+        pack = pack_clips(x * copies, levels * copies, config.patch, [*self.conditions] * copies)
+        output = torch.stack(unpack_clips(transformer(pack, self.text), pack, config.patch))
+        output = output[:, : self.noise.shape[1]].float()
         if not self.request.guided:
             return output
         high, low = self.request.scales
         is_low = isinstance(transformer, Experts) and transformer.at(t) is transformer.low
         conditional, unconditional = output.chunk(2)
         return guide(conditional, unconditional, low if is_low else high, self.kind.guides_beyond)
+
+    def _known_tokens(self, noise: float, step: int) -> list[Tensor | None]:
+        """The known tokens of each clip as the network sees them in a step: with so much noise."""
+        tokens = [known.tokens for known in self.known]
+        if not noise:
+            return tokens
+        generators = [keyed_generator(self.request.seed, "known noise", index, step) for index in self.indices]
+        return [
+            None if clean is None else clean + noise * torch.randn(clean.shape, generator=generator).to(clean)
+            for clean, generator in zip(tokens, generators)
+        ]
 
 
 def _levels(known: KnownFrames, frames: int, t: float, config: TransformerConfig) -> Tensor:
@@ -93,18 +99,6 @@ def _levels(known: KnownFrames, frames: int, t: float, config: TransformerConfig
         return level
     is_known = torch.arange(frames) < known.tokens.shape[1]
     return frame_levels(is_known, level, config.patch[0]).clamp_min(known_level(config))
-
-
-def _known_tokens(batch: ClipBatch, noise: float, seed: int, step: int) -> list[Tensor | None]:
-    """The known tokens of each clip as the network sees them in a step: with so much noise. The last are decoded."""
-    tokens = [known.tokens for known in batch.known]
-    if not noise:
-        return tokens
-    generators = [keyed_generator(seed, "known noise", index, step) for index in batch.indices]
-    return [
-        None if clean is None else clean + noise * torch.randn(clean.shape, generator=generator).to(clean)
-        for clean, generator in zip(tokens, generators)
-    ]
 
 
 def _with_known(x: Tensor, tokens: Sequence[Tensor | None]) -> list[Tensor]:

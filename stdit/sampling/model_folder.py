@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -25,6 +25,7 @@ from stdit.models.transformer import Experts, STDiT
 from stdit.sampling.base_weights import BaseWeights
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
+from stdit.text.images import ImageEncoder, load_image_encoder
 from stdit.text.loading import load_text_encoder
 from stdit.vae.families.diffusers_vae import DiffusersVAE
 from stdit.vae.families.open_sora import AnyVAE
@@ -36,9 +37,6 @@ from stdit.weights.lora.adapters import merge
 from stdit.weights.lora.read import read_adapter
 from stdit.weights.sources import expert_adapter_places
 from stdit.weights.tensor_files import read_json
-
-if TYPE_CHECKING:
-    from stdit.text.images import ImageEncoder
 
 FORMAT = 1  # of stdit.json
 
@@ -75,8 +73,7 @@ class FolderSettings:
         return settings.read(cls, found, str(path))
 
     def write(self, folder: str | Path) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
-        publish_text(Path(folder) / "stdit.json", text)
+        publish_text(Path(folder) / "stdit.json", json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
 
     @property
     def shape(self) -> VideoShape:
@@ -134,11 +131,8 @@ class ModelFolder:
         vae = load_vae(base.vae, device=device).eval()
         words = base.text_encoder
         text_encoder = load_text_encoder(words, treatment_of(words), dtype=dtype, device=device)
-        image_encoder = None
-        if (path.parent / "image_encoder").is_dir():
-            from stdit.text.images import load_image_encoder
-
-            image_encoder = load_image_encoder(path.parent, dtype, device)
+        sees_image = (path.parent / "image_encoder").is_dir()
+        image_encoder = load_image_encoder(path.parent, dtype, device) if sees_image else None
         settings = FolderSettings.read(folder, _released(kind, transformer, vae))
         if kind.gathered and not (folder / "scheduler").is_dir():
             scheduler = family_of(transformer.config).scheduler(transformer.config)

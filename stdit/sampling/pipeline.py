@@ -19,7 +19,7 @@ from stdit.machine import require_memory
 from stdit.models.packing import pack_texts
 from stdit.models.transformer import Experts
 from stdit.pixels import to_pixels
-from stdit.sampling.denoising import ClipBatch, Denoiser
+from stdit.sampling.denoising import Denoiser
 from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder, KnownPixels
 from stdit.sampling.model_folder import FolderSettings, ModelFolder
 from stdit.sampling.request import SampleRequest
@@ -139,19 +139,21 @@ class Pipeline(ModelFolder):
         texts = self.encode_texts(request.prompts)
         negatives = self._negatives(request.negative_prompt, texts) if request.guided else []
 
-        denoiser = Denoiser(self.transformer, self._kind, request)
         per_pack = max(1, request.tokens_per_pack // tokens)
         starts = range(0, len(texts), per_pack)
         for number, start in enumerate(starts):
             clips = slice(start, start + per_pack)
             text = pack_texts([*texts[clips], *negatives[clips]], self.text_padding)
-            batch = ClipBatch(noise[clips], known[clips], conditions[clips], text, request.clip_indices[clips])
+            denoiser = Denoiser(
+                self.transformer, self._kind, request, noise[clips], known[clips], conditions[clips], text,
+                request.clip_indices[clips],
+            )  # fmt: skip
 
             def report(steps: int, before: int = number * request.steps) -> None:
                 if progress is not None:
                     progress(before + steps, len(starts) * request.steps)
 
-            yield from denoiser.denoise(self._solver(request, shape), batch, report)
+            yield from denoiser.denoise(self._solver(request, shape), report)
 
     def shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> VideoShape:
         """The shape to sample, defaults filled in. Raises StditError if strides and patch do not divide it."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from stdit.diffusion.guidance import needs_unconditional
 from stdit.errors import StditError
 from stdit.sampling.known_frames import KnownPixels
 
@@ -64,7 +63,7 @@ class SampleRequest:
         for name, values in (("indices", self.clip_indices), ("known", self.known_of_clips)):
             if len(values) != len(self.prompts):
                 raise StditError(f"{len(values)} {name} for {len(self.prompts)} prompts: give one each.")
-        if needs_unconditional(self.scales[1]) and not self.guided:
+        if self.scales[1] > 1 and not self.guided:
             raise StditError(
                 f"guidance {self.guidance:g} with guidance_2 {self.guidance_2:g}: guidance of 1 or less makes no "
                 "unconditional prediction, for either expert (as in diffusers). Raise guidance above 1, or set "
@@ -78,7 +77,8 @@ class SampleRequest:
 
     @property
     def guided(self) -> bool:
-        return needs_unconditional(self.guidance)
+        """Whether the unconditional prediction is needed, as in diffusers' pipelines."""
+        return self.guidance > 1
 
     @property
     def clip_indices(self) -> Sequence[int]:

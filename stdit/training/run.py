@@ -12,7 +12,7 @@ from pathlib import Path
 from stdit.data.plan.buckets import explain_exclusions
 from stdit.data.plan.split import balance, split
 from stdit.errors import StditError
-from stdit.evaluation.run_metrics import read_metrics
+from stdit.evaluation.report import read_metrics
 from stdit.files import local_folder
 from stdit.heartbeat import HEARTBEAT
 from stdit.locks import NAME, locked

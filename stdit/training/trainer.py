@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stdit.evaluation.run_metrics import read_metrics
+from stdit.evaluation.report import read_metrics
 from stdit.heartbeat import HEARTBEAT
 from stdit.training import bad_clips, resume
 from stdit.training.batches import StepClips, StepLoader

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from stdit.diffusion.guidance import guide, needs_unconditional
+from stdit.diffusion.guidance import guide
+from stdit.sampling.request import SampleRequest
 
 
 def test_guidance():
@@ -11,4 +12,4 @@ def test_guidance():
     assert torch.equal(guide(cond, uncond, 1), cond)
     assert torch.equal(guide(cond, uncond, 0), uncond)
     assert guide(cond, uncond, 4, beyond=True).tolist() == guide(cond, uncond, 5).tolist()  # as Cosmos counts
-    assert needs_unconditional(1.5) and not needs_unconditional(1.0)
+    assert SampleRequest(["a circle"], guidance=1.5).guided and not SampleRequest(["a circle"], guidance=1.0).guided

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stdit.evaluation import report
-from stdit.evaluation.run_metrics import read_metrics
+from stdit.evaluation.report import read_metrics
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.engine.checkpoint import Checkpoint

@@ -22,7 +22,7 @@ from stdit.cli.main import app, run_command
 from stdit.data.load.loader import Loader
 from stdit.data.manifest import read_manifest
 from stdit.errors import StditError
-from stdit.evaluation.run_metrics import read_metrics
+from stdit.evaluation.report import read_metrics
 from stdit.shipped import DEEPSPEED
 from stdit.training import trainer as trainer_module
 from stdit.training.config import load_config

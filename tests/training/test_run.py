@@ -15,7 +15,7 @@ import torch
 
 from stdit import locks
 from stdit.errors import StditError
-from stdit.evaluation.run_metrics import read_metrics
+from stdit.evaluation.report import read_metrics
 from stdit.training.config import load_config
 from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import remove_strays

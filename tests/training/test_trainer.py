@@ -21,7 +21,7 @@ from tiny_runs import ALONE, check_lines, losses, make_quick, same_weights
 
 from stdit.data.load.loader import Loader
 from stdit.errors import Interrupted, StditError
-from stdit.evaluation.run_metrics import read_metrics
+from stdit.evaluation.report import read_metrics
 from stdit.training import trainer as trainer_module
 from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import load_config

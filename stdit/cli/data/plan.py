@@ -18,7 +18,7 @@ from typer import Argument, Option
 from stdit.cli.common.options import Json, out_file
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
-from stdit.heartbeat import HEARTBEAT, tracked
+from stdit.heartbeat import HEARTBEAT, readable_time, tracked
 
 if TYPE_CHECKING:
     from stdit.data.config import DataConfig
@@ -123,7 +123,7 @@ def plan(
 
 def measured_rate(given: str, pixels: bool) -> float:
     """Work per second and rank, forward and backward, from a number or from a run folder's metrics.jsonl."""
-    from stdit.evaluation.run_metrics import read_metrics
+    from stdit.evaluation.report import read_metrics
 
     try:
         rate = float(given)
@@ -281,6 +281,7 @@ def _print_plan(s: dict[str, Any]) -> None:
     work = readable_work(s["work_per_step"], s["work_unit"])
     measured = "all" if s["measured_steps"] == s["steps_per_epoch"] else f"{s['measured_steps']:,}"
     ranks = f"{s['world_size']} rank{'s' * (s['world_size'] > 1)}"
+    times = {per: s[key] for per, key in TIMES.items() if key in s}
     steps = [
         ("steps per epoch", f"{s['steps_per_epoch']:,}"),
         ("clips per step", f"{s['clips_per_step']:,.1f}"),
@@ -292,14 +293,7 @@ def _print_plan(s: dict[str, Any]) -> None:
         ("area lost to cropping", f"{s['crop_loss']:.1%}"),
         ("memory per rank", f"{s['memory_per_rank']['total'] / 2**30:.2f} GiB"),
         *((f"  {name}", f"{size / 2**30:.2f} GiB") for name, size in s["memory_per_rank"].items() if name != "total"),
-        *((f"time {per}", _duration(s[key])) for per, key in TIMES.items() if key in s),
+        *((f"time {per}", f"{t:.3g} s" if t < 100 else readable_time(t)) for per, t in times.items()),
         ("plan", s["hash"][:16]),
     ]
     print_table(f"Plan on {ranks} ({measured} steps measured)", ("", ""), steps, right=(1,))
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"

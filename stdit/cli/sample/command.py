@@ -137,6 +137,7 @@ def sample(
 
     from stdit.data.decode.video import probe, read_frames
     from stdit.diffusion.solvers import named_config
+    from stdit.sampling.base_weights import BaseWeights
     from stdit.sampling.pipeline import Pipeline, SampleRequest
     from stdit.text.lengths import TextLimit
     from stdit.vae.autoencoder import CausalVAE
@@ -172,6 +173,8 @@ def sample(
         "frames": shape.frames, "fps": fps, "steps": steps, "guidance": guidance, "guidance_2": guidance_2,
         "seed": seed, "shift": shift,
     }  # fmt: skip
+    base = BaseWeights.read(model)
+    parts = [model, *map(Path, (base.transformer, base.vae, base.text_encoder))]  # an adapter has its base
     settings = {
         "model": str(model), "negative": negative, "size": f"{shape.width}x{shape.height}", **options,
         "solver": solver or pipeline.scheduler, "image": str(image) if image else None,
@@ -180,7 +183,7 @@ def sample(
         "dtype_option": dtype, "memory": memory,
         "loras": [[str(file), weight] for file, weight in loras],
         "loras_2": [[str(file), weight] for file, weight in loras_2],
-        "model_hash": content_hash(_places(model)),
+        "model_hash": content_hash(parts),
         "lora_hashes": [[content_hash([file]), weight] for file, weight in (*loras, *loras_2)],
         "known_hash": frames_hash(known), "stdit": __version__,
         "lora_partly": lora_partly,
@@ -216,14 +219,6 @@ def sample(
             print(f"{clip.video or clip.image}  {clip.prompt}" + ("" if clip.index in new else "  (was there already)"))
     if failures:
         raise StditError("\n".join(failures.values()))
-
-
-def _places(model: Path) -> list[Path]:
-    """The folders that a model consists of: an adapter's model folder, and those that it builds on."""
-    from stdit.sampling.base_weights import BaseWeights
-
-    base = BaseWeights.read(model)
-    return [model, *(Path(place) for place in (base.transformer, base.vae, base.text_encoder))]
 
 
 def _nearest_size(pipeline: Pipeline, ratio: float | None, resolution: int | None) -> tuple[int, int] | None:

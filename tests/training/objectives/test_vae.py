@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stdit.data.plan.split import split
 from stdit.errors import StditError
-from stdit.evaluation.run_metrics import read_metrics
+from stdit.evaluation.report import read_metrics
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
 from stdit.training.config import load_config
