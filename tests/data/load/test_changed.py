@@ -164,6 +164,10 @@ def test_a_shard_that_was_packed_anew_keeps_the_clips_that_are_the_same(tmp_path
     pack(b=contents["b"], a=contents["a"])
     found = train(manifest)
     assert {one.reason for one in found.values()} <= {"changed", "damaged"} and len(found) == 2
+    for clip in manifest:
+        with pytest.raises(VideoError, match="is not the file that was scanned"):
+            with local_file(replace(clip, path=f"file://{clip.path}")):
+                pass
 
 
 def test_a_file_at_a_url_is_told_by_what_its_storage_says(clips, tmp_path):
