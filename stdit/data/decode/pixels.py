@@ -211,9 +211,8 @@ def _roll_off() -> tuple[np.ndarray, np.ndarray]:
 def _srgb_codes() -> np.ndarray:
     """(65536,) uint8 sRGB by linear light."""
     light = np.arange(_CODES) / (_CODES - 1)
-    return np.round(255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)).astype(
-        np.uint8
-    )
+    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return np.round(255 * encoded).astype(np.uint8)
 
 
 _M1, _M2, _C1, _C2, _C3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128  # SMPTE ST 2084

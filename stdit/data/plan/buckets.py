@@ -262,9 +262,13 @@ def _explain(
         ]  # fmt: skip
     else:
         return exclusion
-    shape, takes = _best(clips, _legal(candidates, shapes, tokens), config)
-    remedy = None if shape is None else f"the shape {shape if shape.frames > 1 else f'{shape.width}x{shape.height}'}"
-    return replace(exclusion, found=found, remedy=remedy, takes=takes)
+    legal = _legal(candidates, shapes, tokens)
+    if not legal:
+        return replace(exclusion, found=found)
+    shape = legal[int(np.argmax(_taken(clips, legal, config)))]
+    takes = int(_taken(clips, [shape], config).sum())
+    name = shape if shape.frames > 1 else f"{shape.width}x{shape.height}"
+    return replace(exclusion, found=found, remedy=f"the shape {name}" if takes else None, takes=takes)
 
 
 def _range(values: np.ndarray) -> str:
@@ -302,14 +306,6 @@ def _legal(candidates: Iterable[VideoShape], shapes: Sequence[VideoShape], token
         except StditError:
             pass
     return legal
-
-
-def _best(clips: Columns, candidates: Sequence[VideoShape], config: DataConfig) -> tuple[VideoShape | None, int]:
-    if not candidates:
-        return None, 0
-    shape = candidates[int(np.argmax(_taken(clips, candidates, config)))]
-    takes = int(_taken(clips, [shape], config).sum())
-    return (shape, takes) if takes else (None, 0)
 
 
 def _taken(clips: Columns, shapes: Sequence[VideoShape], config: DataConfig) -> np.ndarray:
