@@ -27,6 +27,10 @@ class StorageError(StditError):
         return self.reason if self.reason in FILE_REASONS else "unreadable"
 
 
+class FileError(StorageError):
+    """Any reason but unreachable: other files may still be read, so a scan names this one and goes on."""
+
+
 def failure_kind(error: Exception) -> str:
     """missing, denied, wrong (retrying is pointless) or passing."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError):

@@ -20,7 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stdit.data.remote.failures import StorageError, describe, failure_kind
+from stdit.data.remote.failures import FileError, StorageError, describe, failure_kind
 from stdit.data.remote.local_cache import LocalCache
 from stdit.data.remote.paths import Member, is_remote, name_of, split_member
 from stdit.files import Journal, journal, publish, writing
@@ -69,7 +69,8 @@ class Storage:
                 if kind == "passing" and number == self.tries:
                     kind = "unreachable"
                 if kind != "passing":
-                    raise StorageError(path, kind, _FINAL[kind].format(error=text, tries=number)) from error
+                    failure = StorageError if kind == "unreachable" else FileError
+                    raise failure(path, kind, _FINAL[kind].format(error=text, tries=number)) from error
                 pause = min(LONGEST_PAUSE, self.pause * 2 ** (number - 1)) * random.uniform(0.75, 1.25)
                 with self._lock:
                     self.retries += 1
@@ -111,7 +112,7 @@ class Storage:
             try:
                 return Path(path.removeprefix("file://")).read_bytes()
             except FileNotFoundError as error:
-                raise StorageError(path, "missing", "no such file.") from error
+                raise FileError(path, "missing", "no such file.") from error
         return self._bytes(path)
 
     def head(self, path: str, size: int) -> bytes:
@@ -186,7 +187,7 @@ class Storage:
                 raise
             why = "no such bucket or folder" if error.reason == "missing" else describe(error.__cause__ or error)
             message = f"cannot be written ({why}). Choose a writable URL or a local path."
-            raise StorageError(path, error.reason, message) from error
+            raise FileError(path, error.reason, message) from error
 
     def names(self, folder: str) -> list[str]:
         """The sorted names of a folder's entries; empty if there is no such folder."""
@@ -273,7 +274,7 @@ class Storage:
                 name = system._strip_protocol(path)
         except (ImportError, ValueError) as error:
             message = f"cannot be read: {error}. s3:// and https:// need: pip install 'stdit[remote]'."
-            raise StorageError(path, "wrong", message) from error
+            raise FileError(path, "wrong", message) from error
         if s3:
             system.retries = 1
         return system, name
@@ -294,7 +295,7 @@ class Storage:
         start, size = (member.offset, member.size) if member else (0, info.get("size"))
         if size is not None and size > self.local_cache.limit:
             message = f"has {size} bytes; STDIT_LOCAL_GB allows {self.local_cache.limit}. Raise it."
-            raise StorageError(path, "too_large", message)
+            raise FileError(path, "too_large", message)
         with self.local_cache.add(copy, size or 0) as file:
             if size is None:
                 file.write(self._bytes(path))
@@ -322,7 +323,7 @@ class Storage:
     def _check_same(self, path: str, url: str, info: dict[str, Any]) -> None:
         if _state(self._ask_info(url)) != _state(info):
             self._info.cache_clear()
-            raise StorageError(path, "changed", "was modified while it was being read.")
+            raise FileError(path, "changed", "was modified while it was being read.")
 
 
 @contextmanager

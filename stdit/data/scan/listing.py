@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from stdit.data.captions import Caption, Captions, Fault, sidecar_captions
 from stdit.data.decode.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
 from stdit.data.manifest import Skipped
-from stdit.data.remote.failures import StorageError
+from stdit.data.remote.failures import FileError, StorageError
 from stdit.data.remote.paths import is_remote, join, name_of
 from stdit.data.remote.storage import STORAGE, in_parallel
 from stdit.errors import StditError
@@ -105,9 +105,7 @@ class Folder:
                 return File(name, path, self._states.get(name) or STORAGE.state(path))
             status = os.stat(path)
             return File(name, path, [status.st_size, status.st_mtime_ns])
-        except (OSError, StorageError) as error:
-            if isinstance(error, StorageError) and error.reason == "unreachable":
-                raise
+        except (OSError, FileError):
             return File(name, path, None)
 
     def media(self) -> set[str]:
@@ -119,9 +117,7 @@ class Folder:
     def _holds_media(self, name: str) -> bool:
         try:
             return content_of(STORAGE.head(self.path(name), HEAD)) is not None
-        except (OSError, StorageError) as error:
-            if isinstance(error, StorageError) and error.reason == "unreachable":
-                raise
+        except (OSError, FileError):
             return False
 
     def captions_file(self) -> str | None:
@@ -181,10 +177,8 @@ class Folder:
             raise StditError(f"{files[0]} has {file.state[0]} bytes; a caption file has at most {CAPTION_BYTES}.")
         try:
             return STORAGE.read(file.path)
-        except (OSError, StorageError) as error:
-            if isinstance(error, StorageError) and error.reason == "unreachable":
-                raise
-            why = error.message if isinstance(error, StorageError) else str(error.strerror)
+        except (OSError, FileError) as error:
+            why = error.message if isinstance(error, FileError) else str(error.strerror)
             raise StditError(f"{files[0]} cannot be read ({why.rstrip('.')}).") from error
 
 

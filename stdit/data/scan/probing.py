@@ -15,7 +15,7 @@ from stdit.data.manifest import Caption
 from stdit.data.measure.scenes import MIN_FRAMES
 from stdit.data.measure.scores import FORMAT as SCORES_FORMAT
 from stdit.data.read_ahead import read_ahead
-from stdit.data.remote.failures import StorageError
+from stdit.data.remote.failures import FileError
 from stdit.data.remote.paths import is_remote
 from stdit.data.remote.storage import STORAGE
 from stdit.data.scan import tars
@@ -140,9 +140,7 @@ def _probe(
             return _complete(worker, local, options, timeout, known)
     except VideoError as error:
         return ProbeResult(path, None, None, error.reason, error.message)
-    except StorageError as error:
-        if error.reason == "unreachable":
-            raise
+    except FileError as error:
         return ProbeResult(path, None, None, error.video_reason, error.message)
 
 

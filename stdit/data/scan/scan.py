@@ -24,7 +24,7 @@ from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write
 from stdit.data.measure.fingerprints import find_repeats
 from stdit.data.measure.scenes import MIN_FRAMES, check_available
 from stdit.data.measure.scores import SCORES
-from stdit.data.remote.failures import StorageError
+from stdit.data.remote.failures import FileError
 from stdit.data.remote.paths import beside, is_remote
 from stdit.data.remote.storage import STORAGE
 from stdit.data.scan.listing import File, Folder
@@ -192,9 +192,7 @@ class _Scanner:
                     self.probe_files(members, lambda path: nullcontext(local + path.removeprefix(tar.path)))
         except (tarfile.TarError, OSError) as error:
             self.skip(tar.name, "not_media", f"cannot be read as a tar ({error}).")
-        except StorageError as error:
-            if error.reason == "unreachable":
-                raise
+        except FileError as error:
             self.skip(tar.name, error.video_reason, error.message)
         else:
             if damage:
