@@ -155,7 +155,7 @@ def test_a_rank_that_does_not_see_the_folder_yet_makes_it(tmp_path: Path, monkey
     other = tmp_path / "seen by rank 1"
 
     def save(world: World) -> None:
-        checkpoint.save(tmp_path if world.is_main else other, 2, Engine(), None, {}, 1, world)  # type: ignore[arg-type]
+        checkpoint.save(tmp_path if world.is_main else other, 2, [Engine()], {}, 1, world)  # type: ignore[list-item]
 
     assert both(save) == [None, None]
     assert (other / "checkpoints" / ".tmp-step-00000002" / "rank-00001.safetensors").is_file()
