@@ -20,9 +20,13 @@ _STARTS = {  # lower-case first bytes of files that are not what their name says
 
 
 def check_downloaded(path: Path) -> None:
-    """Raises StditError for an empty file, a Git LFS pointer, or another format under a name of weights or config."""
-    with open(path, "rb") as file:
-        start = file.read(256)
+    """Raises StditError for a file that is empty, a Git LFS pointer, of another format than its name says, or cannot be
+    read."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(256)
+    except OSError as error:
+        raise StditError(f"{path}: cannot be read ({error.strerror}).") from error
     if not start:
         raise StditError(f"{path}: is empty. Download it again.")
     for known, what in _STARTS.items():

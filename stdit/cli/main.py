@@ -173,6 +173,8 @@ def _fixable(error: BaseException) -> str:
             return f"{place}{said}"
         if number in (errno.EACCES, errno.EPERM):
             return f"{place}{os.strerror(number)}. Change its permissions, or choose another path."
+        if number in (errno.EIO, errno.ESTALE):
+            return f"{place}{os.strerror(number)}: the disk, or the network behind it, failed. Try again, or check it."
         if number in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             return f"{place}{os.strerror(number)}. Choose another path."
         said = str(seen).splitlines()[0] if str(seen) else ""

@@ -85,6 +85,7 @@ class Wrapped(Exception):
         (Wrapped("Error while serializing: I/O error: No space left on device (os error 28)"), 1, "no space left"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1, "error: /root/x: Permission denied"),
         (FileExistsError(errno.EEXIST, "File exists", "out"), 1, "error: out: File exists. Choose another path."),
+        (OSError(errno.EIO, "Input/output error", "w.pth"), 1, "error: w.pth: Input/output error: the disk"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a.png"), 1, "error: a.png: Is a directory. Choose"),
     ],
 )

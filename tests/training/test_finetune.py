@@ -461,7 +461,7 @@ def test_checkpoints_hold_what_trains(tiny: Path, tmp_path: Path, folder: Any) -
     pattern = "model.trainable=['blocks.1.*']"
     parts = started(tiny, tmp_path, folder("Wan"), pattern)
     engine, _ = train(parts, 1)
-    checkpoint.save(tmp_path, 1, engine, None, {}, 0, ALONE)
+    checkpoint.save(tmp_path, 1, [engine], {}, 0, ALONE)
     found = Checkpoint.latest(tmp_path)
     assert found is not None
     assert {name.split(".")[1:3] == ["blocks", "1"] for name in found.about["parameters"]} == {True}

@@ -212,3 +212,9 @@ def test_identity_follows_content_and_nothing_else(tmp_path):
     assert folder_identity(one) != before
     with pytest.raises(StditError, match="no such"):
         folder_identity(tmp_path / "absent")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file whose reading fails: /proc/self/mem of Linux")
+def test_a_file_whose_reading_fails_is_named() -> None:
+    with pytest.raises(StditError, match=r"^/proc/self/mem: cannot be read \("):
+        open_file(Path("/proc/self/mem"))
