@@ -276,9 +276,12 @@ def _parts(path: Path) -> dict[str, str]:
             continue
         document = path / name / documents.get(name, "config.json")
         config = read_json(document) if document.is_file() else {}
-        names = [config.get("_class_name"), config.get("tokenizer_class"), *(config.get("architectures") or ())]
+        listed = config.get("architectures")
+        names = [config.get("_class_name"), config.get("tokenizer_class")]
+        names += listed if isinstance(listed, list) else []
         shift = config.get("shift") or config.get("flow_shift")
-        found[name] = next(filter(None, names), "unnamed") + (f", shift {shift}" if shift else "")
+        named = next((each for each in names if each and isinstance(each, str)), "unnamed")
+        found[name] = named + (f", shift {shift}" if shift else "")
     return found
 
 

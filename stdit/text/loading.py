@@ -77,6 +77,10 @@ def load_tokenizer(folder: str | Path) -> Any:
         )
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
         raise StditError(f"{folder / whole}: a vocabulary without one word. Download the folder again.")
+    try:  # wrong values of tokenizer_config.json show only in use
+        tokenizer(["a word"], add_special_tokens=True)
+    except Exception as error:  # of any type
+        raise StditError(f"{folder}: this tokenizer reads no text ({said(error)[:200]}).{remedy}") from error
     return tokenizer
 
 

@@ -239,6 +239,14 @@ def test_what_a_broken_download_left_is_named_in_one_line(encoder, tmp_path, fil
     assert "\n" not in str(caught.value) and str(path.parent) in str(caught.value)
 
 
+def test_a_tokenizer_that_loads_but_reads_no_text_is_named(encoder, tmp_path):
+    encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "auto"}))
+    with pytest.raises(StditError, match=r"tokenizer: this tokenizer reads no text \(.*Download the folder again"):
+        load_text_encoder(tmp_path)
+
+
 def test_a_tokenizer_of_another_encoder_is_refused(encoder):
     with pytest.raises(
         StditError,

@@ -144,11 +144,15 @@ def test_inspect_tells_the_release_and_what_lies_beside(tmp_path, capsys):
     )
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder" / "config.json").write_text('{"architectures": ["UMT5EncoderModel"]}')
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": NaN, "architectures": 3}')
     assert run("inspect", tmp_path, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["models"][0]["release"].startswith("Wan 2.1 T2V 14B") and found["models"][0]["parameters"] > 14e9
     assert found["models"][0]["objective"] == "rectified flow (velocity)"
-    assert found["parts"] == {"text_encoder": "UMT5EncoderModel", "scheduler": "UniPCMultistepScheduler, shift 5.0"}
+    assert found["parts"] == {
+        "text_encoder": "UMT5EncoderModel", "tokenizer": "unnamed", "scheduler": "UniPCMultistepScheduler, shift 5.0"
+    }  # fmt: skip
     assert run("inspect", tmp_path) == 0
     assert "trained for" in (output := capsys.readouterr().out) and "UMT5EncoderModel" in output
 
