@@ -6,7 +6,9 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
+from itertools import product
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,6 +23,10 @@ from stdit.settings import Share
 ELEMENTWISE = {"sgd", "momentum", "nesterov", "adam", "adamw", "nadam", "nadamw", "radam", "adamax", "adabelief"}
 ELEMENTWISE |= {"lion", "adopt", "adoptw", "laprop", "rmsprop", "rmsproptf", "adagrad"}
 
+# timm's names of its Muon, and those of them that muon.py can shard: adamuon measures whole updates once more.
+MUON = {"muon", "nmuon", "adamuon", "nadamuon"}
+SHARDED_MUON = {"muon", "nmuon"}
+
 # Optimizers of timm that a run could not train with or not resume, by the start of their names.
 REFUSED = {"kron": "no checkpoint holds its preconditioners", "adahessian": "it needs second derivatives"}
 
@@ -34,6 +40,7 @@ OWN = {
     "model_or_params": "model.trainable, which says what trains",
     "filter_bias_and_bn": "optimizer.weight_decay, which acts on matrices only",
     "layer_decay": "one optimizer.lr for all layers",
+    "adamw_lr": "optimizer.options.fallback_lr_scale, a factor on optimizer.lr",
 }
 
 
@@ -76,7 +83,8 @@ class OptimizerConfig:
     max_skipped_steps: a step whose loss or gradient is not finite updates nothing. After so many in a row, the next
         such step stops the run.
     ema: the moving average of the weights.
-    options: further arguments of the optimizer, by its own names.
+    options: further arguments of the optimizer, by its own names. For Muon also fallback_list: patterns of the names of
+        parameters that its AdamW takes, such as "*.head.head.*", besides what is no matrix.
     """
 
     name: str = "adamw"
@@ -92,14 +100,28 @@ class OptimizerConfig:
         for name in self.options:
             if name in OWN:
                 raise StditError(f"options.{name} has no effect: set {OWN[name]}.")
+        patterns = self.options.get("fallback_list", [])
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise StditError(
+                f"options.fallback_list is {patterns!r}; it must be a list of parameters' names or patterns."
+            )
+        if patterns and self.name not in MUON:
+            raise StditError(f"options.fallback_list is for {', '.join(sorted(MUON))}; optimizer.name is {self.name}.")
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer, over two groups: with weight decay and without."""
-    decayed = [p for name, p in parameters.items() if decays(name, p)]
-    plain = [p for name, p in parameters.items() if not decays(name, p)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    """The optimizer, over groups with weight decay and without; Muon's are either all matrices or `use_fallback`."""
+    groups: list[dict[str, Any]] = []
+    for decayed, matrix in product((True, False), repeat=2):
+        chosen = [
+            p
+            for name, p in parameters.items()
+            if decays(name, p) == decayed and orthogonalised(name, p, config) == matrix
+        ]
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": config.weight_decay if decayed else 0.0})
+            if config.name in MUON:
+                groups[-1]["use_fallback"] = not matrix
     kind: Callable[..., Any] = torch.optim.AdamW
     make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, groups, lr=config.lr, fused=True)
     if config.name != "adamw":
@@ -128,6 +150,23 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig)
         raise StditError(f"optimizer.name={config.name} with optimizer.options={config.options}: {error}") from error
 
 
+def orthogonalised(name: str, parameter: Tensor, config: OptimizerConfig) -> bool:
+    """Whether the optimizer is Muon and takes a parameter as a matrix: by timm's rule, but not what options say."""
+    if config.name not in MUON:
+        return False
+    from timm.optim.muon import _is_suitable_for_muon
+
+    patterns = config.options.get("fallback_list", ())
+    return bool(_is_suitable_for_muon(parameter)) and not any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def shardable(config: OptimizerConfig) -> bool:
+    """Whether ZeRO may shard the optimizer's state."""
+    if config.name in SHARDED_MUON:
+        return config.options.get("algo", "muon") == "muon"
+    return config.name in ELEMENTWISE
+
+
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay acts on a parameter: matrices and kernels, not biases, norms and modulation tables."""
     return parameter.ndim >= 2 and name.endswith("weight")
@@ -135,7 +174,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What an optimizer keeps for each group of parameters beside its settings: the step, for timm's lamb and adan."""
-    settings = optimizer.defaults.keys() | {"params"}
+    settings = optimizer.defaults.keys() | {"params", "use_fallback"}
     return [{key: value for key, value in group.items() if key not in settings} for group in optimizer.param_groups]
 
 

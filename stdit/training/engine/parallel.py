@@ -54,6 +54,17 @@ class World:
         dist.gather_object(value, values, dst=0)
         return values
 
+    def exchange(self, numbers: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sends the first `sent[0]` of the numbers, on `device`, to rank 0, the next `sent[1]` to rank 1, and so on.
+
+        Returns what the ranks sent to this one, `received[0]` numbers of rank 0 first.
+        """
+        if self.size == 1:
+            return numbers
+        result = numbers.new_empty(sum(received))
+        dist.all_to_all_single(result, numbers, received, sent)
+        return result
+
     def from_main(self, find: Callable[[], Found]) -> Found:
         """What `find` returns on rank 0, which alone runs it; its error is raised on every rank."""
         found: Any = None

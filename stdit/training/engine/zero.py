@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from stdit.errors import StditError, error_context
 from stdit.shipped import DEEPSPEED, find_shipped
 from stdit.training.engine.engine import Engine, ShardPiece, nan_if_not_finite
-from stdit.training.engine.optimizer import OptimizerConfig, group_state, make_optimizer
+from stdit.training.engine.optimizer import SHARDED_MUON, OptimizerConfig, group_state, make_optimizer
 from stdit.training.engine.parallel import World
 from stdit.weights.tensor_files import read_json
 
@@ -62,6 +62,11 @@ class DeepSpeedEngine(Engine):
             exact = {name: p.detach().float().flatten().clone() for name, p in trained.items()}
         # DeepSpeed takes a step with some optimizers when it starts; at lr 0 that changes nothing.
         client = make_optimizer(trained, replace(config, lr=0.0))
+        muon = None
+        if stage > 0 and config.name in SHARDED_MUON:
+            from stdit.training.engine.muon import ShardedMuon
+
+            client = muon = ShardedMuon(client.param_groups, world)
         self.scale = world.size  # the engine averages over ranks, our loss is a sum
         self.stage = stage
         with _quiet():
@@ -75,6 +80,8 @@ class DeepSpeedEngine(Engine):
         self.replicated = stage == 0
         self.differentiable = stage < 3  # stage 3 counts forwards and backwards
         self.flat_masters, self.pieces = self._find_pieces(shapes, world)
+        if muon is not None:
+            muon.attach(self.flat_masters, self.pieces)
         with torch.no_grad():
             for flat, pieces in zip(self.flat_masters, self.pieces):
                 for piece in pieces if exact else []:

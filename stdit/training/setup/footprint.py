@@ -21,6 +21,7 @@ from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.training.config import RunConfig, VaeSettings
 from stdit.training.engine.engine import PRECISIONS
+from stdit.training.engine.optimizer import orthogonalised
 from stdit.training.engine.zero import zero_stage
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
@@ -96,7 +97,7 @@ class Footprint:
 
     weights: int  # in the precision of the run
     gradients: int  # in fp32
-    state: int  # masters, moments and the moving average
+    state: int  # masters, moments (two, of Muon's matrices one) and the moving average
     encoders: int  # the VAE and a frozen text encoder, or LPIPS
     activations: int  # the peak of forward and backward of the fullest pack
 
@@ -115,16 +116,20 @@ def footprint(
     tokens: of the fullest pack.
     trained: number of parameters that train, if it is not that of the objective's module.
     """
-    parameters = list(objective.module.parameters()) * (2 if config.model.expert == "both" else 1)
-    theirs = sum(p.numel() for p in parameters if p.requires_grad)
-    frozen, trained = sum(p.numel() for p in parameters) - theirs, trained or theirs
+    parameters = dict(objective.module.named_parameters())
+    sizes = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
+    matrices = sum(n for name, n in sizes.items() if orthogonalised(name, parameters[name], config.optimizer))
+    models = 2 if config.model.expert == "both" else 1
+    frozen, theirs = models * (sum(p.numel() for p in parameters.values()) - sum(sizes.values())), sum(sizes.values())
+    trained = trained or models * theirs
     moved = trained + (_numbers(objective.critic.module) if objective.critic else 0)
+    moments = 2 * moved - trained * matrices // max(1, theirs)  # Muon keeps one of a matrix
     stage, size = zero_stage(config.parallel.deepspeed), PRECISIONS[config.run.precision].itemsize
     masters, average = size < 4, config.optimizer.ema.decay > 0
     return Footprint(
         weights=(moved + frozen) * size // (ranks if stage == 3 else 1),
         gradients=moved * 4 // (ranks if stage >= 2 else 1),
-        state=(moved * (4 * masters + 8) + trained * 4 * average) // (ranks if stage >= 1 else 1),
+        state=4 * (moved * masters + moments + trained * average) // (ranks if stage >= 1 else 1),
         encoders=4 * sum(map(_numbers, _encoders(objective))) + _text_bytes(config, size),
         activations=activations(config, objective, shape, tokens),
     )

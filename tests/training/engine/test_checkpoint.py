@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
+from thread_world import ThreadWorld
 from torch import Tensor, nn
 
 from stdit.errors import StditError
@@ -99,21 +98,6 @@ class CutEngine(Engine):
                 self.pieces[0].append(ShardPiece(name, shape, low - begin, low - rank * each, high - low))
             begin += n
         self.optimizer = make_optimizer({"all.weight": self.flat_masters[0]}, OptimizerConfig())
-
-
-class ThreadWorld(World):
-    """Ranks that are threads of this process."""
-
-    values: ClassVar[dict[int, Any]] = {}
-    barriers: ClassVar[dict[int, threading.Barrier]] = {}
-
-    def gather(self, value: Any) -> list[Any]:
-        barrier = self.barriers.setdefault(self.size, threading.Barrier(self.size))
-        self.values[self.rank] = value
-        barrier.wait(10)
-        found = [self.values[rank] for rank in range(self.size)]
-        barrier.wait(10)
-        return found
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

@@ -107,7 +107,7 @@ def test_timms_optimizers_by_name(name: str) -> None:
         ({"name": "adamw"}, {"train_batch_size": 8}, ["train_batch_size", "plan"]),
         ({"name": "adamw"}, {"bf16": {"enabled": True}}, ["bf16", "run.precision"]),
         ({"name": "adamw"}, {"gradient_clipping": 1.0}, ["gradient_clipping", "optimizer.clip"]),
-        ({"name": "muon"}, {"zero_optimization": {"stage": 2}}, ["muon", "whole matrices"]),
+        ({"name": "lamb"}, {"zero_optimization": {"stage": 2}}, ["lamb", "whole matrices"]),
         ({"name": "adan"}, {"zero_optimization": {"stage": 3}}, ["adan", "groups"]),
         ({"name": "adamw"}, "{", ["ds.json", "not valid JSON"]),
         ({"name": "adamw"}, "[]", ["ds.json", "list"]),

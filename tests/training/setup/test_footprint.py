@@ -12,6 +12,7 @@ from stdit.data.plan.split import PlanItem
 from stdit.models.transformer import STDiT
 from stdit.shapes import VideoShape
 from stdit.training.config import from_dict
+from stdit.training.engine.optimizer import make_optimizer
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepKey
 from stdit.training.setup.footprint import Footprint, activations, build_on_meta, footprint
@@ -89,6 +90,26 @@ def test_state_is_split_as_zero_says():
         assert (both.weights, both.gradients, both.state) == pytest.approx(
             (2 * found.weights, 2 * found.gradients, 2 * found.state), abs=4
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"fallback_list": ["*.ffn.*"]}])
+def test_muon_keeps_what_timms_keeps(options):
+    small = {"model": CONFIG["model"] | {"layers": 1, "dim": 24, "heads": 2, "ffn_dim": 40, "text_padding": 8}}
+    told = {}
+    for name in ("adamw", "muon"):
+        settings = {"name": name, "ema": {"decay": 0}, "options": options if name == "muon" else {}}
+        config = resolve(from_dict(CONFIG | small | {"optimizer": settings}, "test"))
+        objective = build_on_meta(config)
+        assert isinstance(objective, FlowObjective)
+        told[name] = footprint(config, objective, SHAPE, 100, ranks=1).state
+    parameters = dict(STDiT(objective.model_config).named_parameters())
+    optimizer = make_optimizer(parameters, config.optimizer)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert told["muon"] == 4 * sum(value.numel() for value in kept if value.ndim)
+    assert told["muon"] < 0.75 * told["adamw"]
 
 
 def test_what_a_vae_trains_against_is_counted():
