@@ -41,7 +41,7 @@ ROOMS = {
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},
         {"bad_clips", "resume", "stop_signal"}, {"trainer"}, {"run"},
     ],
-    "evaluation": [{"metrics"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
+    "evaluation": [{"metrics", "curves"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [
         {"keymap", "tensor_files", "identity"}, {"families"},
         {"quantised", "refused"}, {"sources"}, {"io", "image_vae", "lora"},

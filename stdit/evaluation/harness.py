@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,8 @@ def evaluate_toy(
     for shape in chosen:
         kind = shape_kind(shape, trained)
         started = time.perf_counter()
-        clips: Any = pipeline(
-            captions, size=(shape.width, shape.height), frames=shape.frames, steps=steps, guidance=guidance, seed=seed,
-            progress=partial(progress, f"{shape} ({kind})"),
-        )  # fmt: skip
+        report = partial(progress, f"{shape} ({kind})")
+        clips = sample_captions(pipeline, captions, shape, steps, guidance, seed, report)
         seconds = time.perf_counter() - started
         scores = _score_shape(pipeline, clips, captions, shape, seed, out)
         sets.append({"shape": str(shape), "kind": kind, "seconds": round(seconds, 2), **scores})
@@ -90,6 +88,38 @@ def evaluate_toy(
     }
     publish_text(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def toy_shares(
+    pipeline: Pipeline, captions: int, shapes: Sequence[VideoShape], steps: int, guidance: float, seed: int
+) -> dict[str, dict[str, float]]:
+    """The shares of samples that show each attribute, and all together, as their held-out captions say: by shape.
+
+    As `evaluate_toy` samples and reads them, without references and files.
+    """
+    prompts, shares = held_out_prompts(captions, seed), dict[str, dict[str, float]]()
+    for shape in shapes:
+        clips = sample_captions(pipeline, prompts, shape, steps, guidance, seed)
+        scores = score_readings(prompts, [read_clip(clip) for clip in clips])
+        shares[str(shape)] = {name: accuracy.share for name, accuracy in scores.items()}
+    return shares
+
+
+def sample_captions(
+    pipeline: Pipeline,
+    captions: Sequence[str],
+    shape: VideoShape,
+    steps: int,
+    guidance: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """A clip for each caption, uint8 (T, H, W, 3), all of one shape and so in few packs."""
+    clips: Any = pipeline(
+        captions, size=(shape.width, shape.height), frames=shape.frames, steps=steps, guidance=guidance, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    return list(clips)
 
 
 def _score_shape(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stdit.errors import StditError
+from stdit.evaluation.curves import draw, panels
 from stdit.files import publish_text, whole_objects
 from stdit.heartbeat import readable_time
 
@@ -24,14 +23,7 @@ SOURCES = {  # of the evaluated clips
     "rendered": "ground truth",
     "shuffled": "ground truth, captions shuffled",
 }
-CURVES = {  # of the training lines, in the order of the page: name, noisy (also show a moving average)
-    "loss": ("loss", True),
-    "grad_norm": ("gradient norm", True),
-    "lr": ("learning rate", False),
-    "tokens_per_second": ("tokens per second", True),
-    "mfu": ("model FLOPs utilisation", True),
-}
-INK, ACCENT = "#808894", "#4585e8"  # legible on a light page and on a dark one
+MEASURED = ("loss", "psnr")  # numbers of the evaluation lines that stand at the top of the page
 
 
 def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -57,9 +49,9 @@ def write_report(run: str | Path) -> Path:
         title=run.resolve().name,
         start=starts[-1] if starts else {},
         last=train[-1] if train else {},
-        measured={key: line[key] for key in _measured(evals) for line in evals if _is_number(line.get(key))},
+        measured={key: line[key] for key in MEASURED for line in evals if isinstance(line.get(key), int | float)},
         seconds=sum(seconds),
-        curves=_curves(train, evals),
+        curves=[(title, _data_uri(draw(title, series), ".svg")) for title, series in panels(train, evals).items()],
         plan=_embed(run, "plan.png"),
         steps=_samples(run),
         evaluation=_evaluation(run),
@@ -68,16 +60,6 @@ def write_report(run: str | Path) -> Path:
     )
     publish_text(run / "report.html", page)
     return run / "report.html"
-
-
-def _measured(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of the numbers in the evaluation lines."""
-    numbers = (key for line in lines for key, value in line.items() if _is_number(value))
-    return [key for key in dict.fromkeys(numbers) if key not in ("step", "time")]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
 
 
 def _short(number: float) -> str:
@@ -92,54 +74,6 @@ def _probability(p: float) -> str:
         return f"p = {p:.2g}"
     power = min(99, math.floor(-math.log10(max(p, 1e-99))))
     return f"p < 10⁻{str(power).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-
-
-def _curves(train: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(name, picture as a data URI) per quantity, in the order of the page."""
-    wanted = [(train, key, *look, False) for key, look in CURVES.items()]
-    wanted[1:1] = [(evals, key, "PSNR in dB" if key == "psnr" else key, False, True) for key in _measured(evals)]
-    curves = []
-    for source, key, name, noisy, dots in wanted:
-        points = {line["step"]: float(line[key]) for line in source if _is_number(line.get(key))}
-        if len(points) >= (1 if dots else 2):
-            curves.append((name, _data_uri(_curve(name, dict(sorted(points.items())), noisy, dots), ".svg")))
-    return curves
-
-
-def _curve(name: str, points: dict[int, float], noisy: bool = False, dots: bool = False) -> bytes:
-    """An SVG of values over steps, on a transparent ground."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    steps, values = list(points), list(points.values())
-    look: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    look |= {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
-    with rc_context(look):
-        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        marker = "o" if dots else ""
-        axes.plot(steps, values, color=ACCENT, linewidth=1, alpha=0.3 if noisy else 1, marker=marker, markersize=4)
-        if noisy:
-            axes.plot(steps, _smooth(values), color=ACCENT, linewidth=1.8)
-        if name in ("loss", "gradient norm") and min(values) > 0 and max(values) > 8 * min(values):
-            axes.set_yscale("log")
-        elif not dots and name not in ("loss", "gradient norm"):
-            axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xlabel("step")
-        axes.grid(True, color=INK, alpha=0.2, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return file.getvalue()
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """A moving average over a fiftieth of the run to both sides."""
-    reach = max(1, len(values) // 50)
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
 
 
 def _samples(run: Path) -> dict[str, Any] | None:

@@ -178,8 +178,25 @@ class TextSettings:
 
 
 @dataclass
+class ToyEval:
+    """Held-out captions of the toy set that a transformer samples, to be read from the pixels.
+
+    captions: how many of the 72.
+    shapes: WIDTHxHEIGHTxFRAMES, all captions at each; empty: the largest shape of the training.
+    """
+
+    captions: Annotated[int, Field(ge=1, le=72)] = 64
+    shapes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for shape in self.shapes:
+            VideoShape.parse(shape)
+
+
+@dataclass
 class EvalSettings:
-    """Validation while training. A transformer samples `prompts`, a VAE reconstructs clips.
+    """Validation while training, with the weights that would be exported then. A transformer samples `prompts`, and has
+    its loss measured on the clips of `manifest`; a VAE reconstructs clips.
 
     every: steps between validations; 0: none.
     prompts: one clip is sampled for each.
@@ -187,9 +204,11 @@ class EvalSettings:
     frames: of the samples; unset: those of the largest shape.
     steps: solver steps per sample.
     guidance: scale of classifier-free guidance.
-    seed: of the samples' noise; any 64-bit integer.
-    manifest: held-out clips for a VAE to reconstruct; unset: clips of the training.
-    clips: how many clips a VAE reconstructs at most.
+    seed: of the noise of samples and of the loss; any 64-bit integer.
+    manifest: held-out clips, for a transformer's loss and a VAE's PSNR. Unset: no such loss, and the VAE reconstructs
+        clips of the training.
+    clips: how many of them at most, spread over the manifest.
+    toy: also samples held-out captions of the toy set, and counts what the clips show right; unset: none.
     """
 
     every: NonNegativeInt = 0
@@ -201,6 +220,12 @@ class EvalSettings:
     seed: int = 0
     manifest: str | None = None
     clips: PositiveInt = 32
+    toy: ToyEval | None = None
+
+    @property
+    def asks_a_transformer(self) -> bool:
+        """Whether there is anything to measure or to sample with a transformer."""
+        return bool(self.prompts or self.manifest or self.toy)
 
     def __post_init__(self) -> None:
         if self.size is not None and not VideoShape.parse(self.size).is_image:

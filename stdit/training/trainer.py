@@ -26,7 +26,7 @@ from stdit.training.engine.engine import PRECISIONS, Engine
 from stdit.training.engine.make import make_engine
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import StepKey, StepResult, Update
-from stdit.training.outputs import export
+from stdit.training.outputs import evaluation, export
 from stdit.training.outputs.step_log import StepLog, measure_peak
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.frozen import check_frozen
@@ -237,7 +237,7 @@ class Trainer:
     def _evaluation_is_due(self) -> bool:
         """Not after the last step, whose evaluation is part of `_finish`."""
         settings = self.config.eval
-        if not settings.every or (self.config.objective.kind == "flow" and not settings.prompts):
+        if not settings.every or (self.config.objective.kind == "flow" and not settings.asks_a_transformer):
             return False
         return self.step % settings.every == 0 and 0 < self.step < self.config.schedule.steps
 
@@ -248,11 +248,11 @@ class Trainer:
         """Returns the weights that were evaluated, on rank 0."""
         HEARTBEAT.doing(f"evaluating step {self.step}")
         weights = export.averaged_weights(self.engine, self.world)
-        values = self.world.from_main(partial(export.evaluate, self.components, weights, self.world, self.step))
+        values = self.world.from_main(partial(evaluation.evaluate, self.components, weights, self.world, self.step))
         if values:
             self.log.write("eval", self.step, **values)
-        if "psnr" in values:
-            self.say(f"step {self.step}: PSNR {values['psnr']:.2f} dB")
+        if told := evaluation.described(values):
+            self.say(f"step {self.step}: {told}")
         return weights
 
     def _finish(self) -> None:

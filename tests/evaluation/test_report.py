@@ -7,14 +7,13 @@ import json
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 
 from stdit.data.decode.write import contact_sheet, write_video
 from stdit.data.toy import ToySpec, held_out_prompts, render
 from stdit.errors import StditError
 from stdit.evaluation.harness import summarise
-from stdit.evaluation.report import _curve, _curves, write_report
+from stdit.evaluation.report import write_report
 from stdit.evaluation.toy import as_json, read_clip, score_readings
 
 
@@ -55,7 +54,7 @@ def run(tmp_path_factory):
         {"kind": "train", "step": step, "loss": 1 / step if step != 20 else None, "lr": 1e-3, "step_seconds": 3.0}
         for step in range(10, 41, 10)
     ]
-    lines.insert(3, {"kind": "eval", "step": 20, "time": 1, "psnr": 31.5, "samples": []})
+    lines.insert(3, {"kind": "eval", "step": 20, "time": 1, "psnr": 31.5, "loss": 0.4321, "samples": []})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
     (run / "config.yaml").write_text("run:\n  path: <b>bold & brave</b>\n")
     prompts = held_out_prompts(3)
@@ -101,7 +100,8 @@ def test_the_report_is_one_whole_file_that_loads_nothing(run):
 
 def test_the_report_says_what_the_run_folder_holds(run):
     page = Page(write_report(run).read_text())
-    for words in ("my-run", "1.76M", "diffusion transformer", "cpu × 2 ranks", "31.5 dB", "30.2 dB", "2 min"):
+    told = ("my-run", "1.76M", "diffusion transformer", "cpu × 2 ranks", "held-out loss 0.4321", "31.5 dB", "30.2 dB")
+    for words in (*told, "2 min"):
         assert words in page.text, words
     assert "learning rate" in page.text and "model FLOPs" not in page.text  # what was not measured has no curve
     steps = re.findall(r"step (\d+)", page.text)
@@ -142,14 +142,3 @@ def test_what_is_missing_is_left_out(run, tmp_path, keep):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(StditError, match="not a run folder"):
         write_report(tmp_path / "nowhere")
-
-
-def test_a_curve_has_the_data(run):
-    values = np.linspace(2, 1, 100)
-    svg = _curve("loss", dict(enumerate(values)), noisy=True).decode()
-    line = max(re.findall(r'<path d="M ([^"]*)"', svg), key=len)  # 100 corners, x and y
-    points = np.array([pair.split()[-2:] for pair in line.split("L")], float)
-    assert len(points) > 1 and abs(np.corrcoef(points[:, 0], points[:, 1])[0, 1]) > 0.999
-    few = [{"step": 1, "loss": 1.0}], [{"step": 1, "psnr": 30.0}]
-    assert [name for name, _ in _curves(*few)] == ["PSNR in dB"]  # a line takes two points, a dot one
-    assert _curves([], []) == []

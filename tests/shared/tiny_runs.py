@@ -40,7 +40,8 @@ def same_weights(one: Path, other: Path) -> bool:
 def check_lines(folder: Path) -> None:
     """Every line of metrics.jsonl against the committed schema (the parts of JSON Schema that it uses)."""
     schema = json.loads(SCHEMA.read_text())
-    kinds = {"integer": int, "number": (int, float), "string": str, "array": list, "null": type(None)}
+    kinds = {"integer": int, "number": (int, float), "string": str, "array": list, "object": dict}
+    kinds["null"] = type(None)
 
     def valid(rule: Any, value: Any) -> bool:
         if rule is True:
@@ -51,6 +52,9 @@ def check_lines(folder: Path) -> None:
         if wanted and not any(
             isinstance(value, kinds[one]) for one in ([wanted] if isinstance(wanted, str) else wanted)
         ):
+            return False
+        inner = rule.get("additionalProperties", True)
+        if isinstance(value, dict) and not all(valid(inner, part) for part in value.values()):
             return False
         return value is None or "minimum" not in rule or value >= rule["minimum"]
 

@@ -161,6 +161,20 @@ def test_a_rank_that_does_not_see_the_folder_yet_makes_it(tmp_path: Path, monkey
     assert (other / "checkpoints" / ".tmp-step-00000002" / "rank-00001.safetensors").is_file()
 
 
+def test_numbers_within_mappings_are_logged_as_the_others(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log.write("eval", 3, loss=0.5, toy={"64x64x17": {"shape": 0.25, "colour": float("nan")}}, samples=["a.mp4"])
+    log.close()
+    (line,) = read_metrics(tmp_path, "eval")
+    assert line["toy"] == {"64x64x17": {"shape": 0.25, "colour": None}}
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert scalars == {"eval/loss": [(3, 0.5)], "eval/toy/64x64x17/shape": [(3, 0.25)]}
+
+
 def test_metrics_on_a_full_disk_name_their_file_and_go_on_later(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0, tensorboard=False)
     log.write("train", 1, loss=0.5)

@@ -337,6 +337,11 @@ def test_the_vae_trains_and_exports_measured_latents(tiny: Path, tmp_path: Path)
     check_lines(tmp_path / "run")
 
 
+def test_a_vae_is_not_asked_for_captions(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(StditError, match=r"eval\.toy samples captions: a VAE knows none"):
+        train(tiny, tmp_path / "run", "eval.toy={captions: 2}", config="vae")
+
+
 def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dry_run(resolve(load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"])), ALONE)
     told = capsys.readouterr().out
@@ -380,6 +385,9 @@ def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
         (["eval.prompts=[a]", "eval.frames=4"], r"eval\.frames=4.*nearest are 3 and 5"),
         (["eval.steps=0"], r"eval\.steps is 0; it must be above 0"),
         (["eval.manifest=nowhere.parquet"], "nowhere.parquet"),
+        (["eval.toy={captions: 73}"], r"eval\.toy\.captions is 73"),
+        (["eval.toy={shapes: [64by64]}"], "64by64"),
+        (["eval.toy={shapes: [50x32x5]}"], r"eval\.toy\.shapes: size 50x32.*48x32"),
         (["model.patch=[2, 2, 2]"], "image_to_video cannot be learned"),
     ],
 )
@@ -423,8 +431,12 @@ def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
         vae_id=vae_identity(tiny / "vae"),
         text_id=text_identity(tmp_path / "text", 32),
     )
+    overrides += [f"eval.manifest={tiny / 'manifest.parquet'}", "eval.clips=5"]
     train(tiny, tmp_path / "fly", *overrides, "schedule.steps=4")
-    train(tiny, tmp_path / "cached", *overrides, "schedule.steps=4", f"data.cache={tmp_path / 'cache'}")
+    with monkeypatch.context() as patched:
+        patched.setattr(Loader, "_decode", None)  # not even for the evaluation
+        patched.setattr(TextEncoder, "encode", None)
+        train(tiny, tmp_path / "cached", *overrides, "schedule.steps=4", f"data.cache={tmp_path / 'cache'}")
     assert "captions are encoded while training" not in capsys.readouterr().out
     other = load_config(tiny / "flow.yaml", [*overrides, f"data.cache={tmp_path / 'cache'}", "text.padding=9"])
     with pytest.raises(StditError, match=r"holds other text:\n.*max_length 32 there, 9 wanted"):
@@ -442,6 +454,8 @@ def test_a_frozen_text_encoder_and_a_cache_train_as_without_them(
     assert all(cache is not None for cache in open_caches(cached, ALONE))
     assert not capsys.readouterr().out
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fly"), rel=1e-5)
+    (here,), (there,) = (read_metrics(tmp_path / name, "eval") for name in ("fly", "cached"))
+    assert there["loss"] == pytest.approx(here["loss"], rel=1e-5)
     found = Checkpoint.latest(tmp_path / "fly")
     assert found is not None and all(name.startswith("transformer.") for name in found.about["parameters"])
     assert (tmp_path / "fly" / "model" / "text_encoder" / "config.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
-from stdit.diffusion.noise_levels import noise_levels
-from stdit.diffusion.paths import Path, token_errors
+from stdit.diffusion.noise_levels import NoiseLevelConfig, noise_levels
+from stdit.diffusion.paths import FlowPath, Path, token_errors
 from stdit.diffusion.solvers import dynamic_shift, path_of, unipc_config
 from stdit.diffusion.tasks import Task, draw_task, frame_levels
 from stdit.keyed import keyed_generator, keyed_uniform
@@ -155,7 +156,7 @@ class FlowObjective(Objective):
         if clips:
             levels = self.levels([clip.item for clip in clips], key)
             levels = self.path.trained_levels(levels, [example.shape for example in beside])  # t, (clips,)
-            latents = self._latents(beside)
+            latents = self.latents(beside)
             noisy = [self._add_noise(clip, x0, t, key) for clip, x0, t in zip(clips, latents, levels)]
             conditions = self.conditions.of(beside, [clip.drawn.task for clip in clips])
         else:  # one token of weight 0: a rank without clips must run every module that the others run
@@ -243,7 +244,7 @@ class FlowObjective(Objective):
         return torch.cat([output_tokens(x0, self.model_config.patch) for x0 in latents]).to(self.device)
 
     @torch.no_grad()
-    def _latents(self, examples: Sequence[Example]) -> list[Tensor]:
+    def latents(self, examples: Sequence[Example]) -> list[Tensor]:
         """(C, T', H', W') each, normalised: from the cache, or encoded now, equal shapes together."""
         latents: list[Tensor | None] = [None] * len(examples)
         missing: dict[VideoShape, list[int]] = {}
@@ -279,6 +280,22 @@ class FlowObjective(Objective):
 
     def tokens(self, shape: VideoShape) -> int:
         return shape.grid(self.vae.config.stride, self.model_config.patch).tokens
+
+    def for_validation(self, levels: NoiseLevelConfig | None) -> FlowObjective:
+        """The same objective, of the same weights, with captions never dropped, noise levels that count alike, and the
+        task text_to_video alone (if it is not trained: the trained ones).
+
+        levels: of the noise. None: those of the training.
+        """
+        other = copy.copy(self)
+        other.config = replace(self.config, flow=replace(self.config.flow, caption_dropout=0.0, level_weight="uniform"))
+        if self.tasks.get("text_to_video"):
+            other.tasks = {"text_to_video": 1.0}
+        if levels is not None:
+            other.noise_levels = levels
+            if isinstance(self.path, FlowPath):
+                other.path = replace(self.path, by_shape=False)
+        return other
 
     @property
     def flows(self) -> list[FlowObjective]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
+from stdit.diffusion.noise_levels import NoiseLevelConfig
 from stdit.models.transformer import Experts
 from stdit.shapes import VideoShape
 from stdit.text.encoders import TextEncoder
@@ -59,6 +61,13 @@ class ExpertsObjective(Objective):
         seen = high if high.weight else low
         weight, flops = high.weight + low.weight, high.flops + low.flops
         return ExpertsBatch(high, low, weight=weight, flops=flops, inputs=seen.inputs, noise_level=seen.noise_level)
+
+    def for_validation(self, levels: NoiseLevelConfig | None) -> ExpertsObjective:
+        """See `FlowObjective.for_validation`."""
+        other = copy.copy(self)
+        other.flows = [flow.for_validation(levels) for flow in self.flows]
+        other.high, other.low = other.flows
+        return other
 
     def fresh(self) -> ExpertsModule:
         return ExpertsModule(self.high.fresh(), self.low.fresh())

@@ -1,40 +1,31 @@
-"""What comes of a run's averaged weights: samples or a VAE's PSNR while it trains, and its model folder, run/model."""
+"""What comes of a run's averaged weights: modules and pipelines that hold them, and its model folder, run/model."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stdit.data.decode.write import write_video
-from stdit.data.load.loader import Example, Loader
-from stdit.data.manifest import read_manifest
-from stdit.data.plan.buckets import assign
-from stdit.data.plan.split import PlanItem
 from stdit.diffusion.solvers import with_static_shift, write_scheduler
 from stdit.errors import StditError
-from stdit.evaluation.harness import reconstruct
-from stdit.evaluation.metrics import mean_psnr
 from stdit.files import check_copyable, copy_folder, publish_folder, publish_text, remove_folder, within, writing
 from stdit.models.transformer import Experts
 from stdit.sampling.base_weights import BaseWeights
 from stdit.sampling.model_folder import FolderSettings
 from stdit.sampling.pipeline import Pipeline
-from stdit.shapes import VideoShape
 from stdit.training.config import RunConfig
 from stdit.training.engine.engine import Engine
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.two_experts import TransformerObjective
 from stdit.training.objectives.vae import VaeModule
+from stdit.training.outputs.spread import spread_clips
 from stdit.training.setup.build import RunComponents
 from stdit.training.setup.frozen import check_unchanged
 from stdit.training.setup.lora import export_adapters, merge_lora
@@ -75,38 +66,23 @@ def with_weights(module: nn.Module, weights: Weights) -> nn.Module:
     return module
 
 
-def evaluate(components: RunComponents, weights: Weights, world: World, step: int) -> dict[str, Any]:
-    """The values of an `eval` line of metrics: psnr, or samples; empty for a transformer without prompts."""
-    if components.config.objective.kind == "vae":
-        return {"psnr": vae_psnr(trained_vae(components, weights, world), components)}
-    if not components.config.eval.prompts:
-        return {}
-    return {"samples": sample(make_pipeline(components, weights, world), components, step)}
-
-
 def trained_vae(components: RunComponents, weights: Weights, world: World) -> CausalVAE:
     module = with_weights(components.objective.fresh(), weights)
     assert isinstance(module, VaeModule)
     return module.vae.to(world.device)
 
 
-def vae_psnr(vae: CausalVAE, components: RunComponents) -> float:
-    """Mean PSNR in dB of reconstructed clips: of eval.manifest (held out) if set, else of training clips."""
-    settings, found = components.config.eval, []
-    for example in spread_clips(components, settings.manifest, settings.clips):  # one at a time in memory
-        assert example.frames is not None
-        frames = [example.frames.numpy()]
-        found.append(mean_psnr(reconstruct(vae, frames), frames))
-    if not found:
-        raise StditError(f"{settings.manifest or components.manifest.source}: no clip to measure could be read.")
-    return sum(found) / len(found)
-
-
-def make_pipeline(components: RunComponents, weights: Weights, world: World) -> Pipeline:
-    """A pipeline with these weights, in the run's precision on this rank's device."""
+def trained_module(components: RunComponents, weights: Weights, world: World) -> nn.Module:
+    """The objective's module with these weights, in the run's precision on this rank's device."""
     objective = components.objective
     assert isinstance(objective, TransformerObjective)
-    module = with_weights(objective.fresh(), weights).to(world.device, objective.dtype)
+    return with_weights(objective.fresh(), weights).to(world.device, objective.dtype)
+
+
+def make_pipeline(components: RunComponents, module: nn.Module) -> Pipeline:
+    """A pipeline of what `trained_module` gave."""
+    objective = components.objective
+    assert isinstance(objective, TransformerObjective)
     transformer, text_encoder = objective.networks(module)
     scheduler = with_static_shift(objective.scheduler, components.config.objective.flow.noise_levels.shift)
     return Pipeline(transformer, objective.vae, text_encoder, scheduler, folder_settings(components))
@@ -116,41 +92,6 @@ def folder_settings(components: RunComponents) -> FolderSettings:
     """How the exported model folder is sampled by default."""
     config, shapes = components.config, tuple(map(str, components.sampled_shapes))
     return FolderSettings(config.data.fps, shapes, config.text.padding, config.objective.flow.noise_levels.shift_tokens)
-
-
-def sample(pipeline: Pipeline, components: RunComponents, step: int) -> list[str]:
-    """Writes the validation prompts' clips to samples/step-N/; returns their paths within the run folder."""
-    settings, run = components.config.eval, Path(components.config.run.path)
-    shape = VideoShape.parse(settings.size) if settings.size else None
-    clips = pipeline(
-        settings.prompts, size=(shape.width, shape.height) if shape else None, frames=settings.frames,
-        steps=settings.steps, guidance=settings.guidance, seed=settings.seed,
-    )  # fmt: skip
-    folder = run / "samples" / f"step-{step:08d}"
-    samples = []
-    for index, (prompt, frames) in enumerate(zip(settings.prompts, clips)):
-        words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:40]
-        path = folder / f"{index:02d}-{words}.mp4"
-        write_video(path, frames, components.config.data.fps)
-        samples.append({"file": str(path.relative_to(run)), "prompt": prompt})
-    publish_text(folder / "samples.json", json.dumps({"step": step, "samples": samples}, indent=1, ensure_ascii=False))
-    return [sample["file"] for sample in samples]
-
-
-def spread_clips(components: RunComponents, manifest_path: str | None, count: int) -> Iterator[Example]:
-    """Up to `count` clips spread over a manifest, or over the run's; each cut to its shape from start and centre."""
-    data = components.config.data.fixed()
-    manifest, assignment = components.manifest, components.assignment
-    if manifest_path is not None:
-        manifest = read_manifest(manifest_path)
-        assignment = assign(manifest, data)
-    rows = [int(row) for row in (assignment.bucket >= 0).nonzero()[0]]
-    rows = rows[:: max(1, len(rows) // count)][:count]
-    loader = Loader(manifest, assignment, data, seed=0)
-    batches = [[PlanItem(row, 0, int(assignment.bucket[row]), 0, 0, 0)] for row in rows]
-    for (example,) in loader.iterate((0, batch) for batch in batches):
-        if example.failure is None:
-            yield example
 
 
 def export(components: RunComponents, weights: Weights, world: World, step: int) -> None:
@@ -163,7 +104,8 @@ def write_vae(components: RunComponents, weights: Weights, world: World, folder:
     """Writes a VAE's folder. If its encoder trained, measures the latents' mean and deviation anew."""
     vae = trained_vae(components, weights, world)
     if components.config.objective.vae.train != "decoder":
-        videos = (example.video[None].to(world.device) for example in spread_clips(components, None, VAE_CLIPS))
+        clips = spread_clips(components, None, VAE_CLIPS)
+        videos = (clip.example.video[None].to(world.device) for clip in clips)
         mean, std = measure_latents(vae, videos)
         vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
     save_vae(vae, folder / "vae")
@@ -183,7 +125,7 @@ def write_model(components: RunComponents, weights: Weights, world: World, folde
             return write_base(components, folder)
     init = _copied_from(config)
     if init is None:
-        return make_pipeline(components, weights, world).save(folder)
+        return make_pipeline(components, trained_module(components, weights, world)).save(folder)
     network, _ = objective.networks(with_weights(objective.fresh(), weights).to(objective.dtype))
     names = _trained_names(config)
     for path in _copied(init, names):

@@ -7,7 +7,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,24 +50,37 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends a line. Numbers that are not finite become null."""
-        for name, value in values.items():
-            values[name] = None if isinstance(value, float) and not math.isfinite(value) else value
-        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **_finite(values)}
         with writing(self._path):
             content = json.dumps(line).encode() + b"\n"
             while content:  # a nearly full disk takes a part before it raises
                 content = content[self._file.write(content) :]
         if self._writer is not None:
             with writing(self._path.parent / "tensorboard"):
-                for name, value in line.items():
-                    if name not in ("kind", "step", "time") and isinstance(value, int | float):
-                        self._writer.add_scalar(f"{kind}/{name}", value, step)
+                for name, value in _numbers(kind, values):
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
         if self._writer is not None:
             with writing(self._path.parent / "tensorboard"):
                 self._writer.close()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that are not finite, also within mappings."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """(name, number) of the finite numbers in a value; those within mappings are named OUTER/INNER."""
+    if isinstance(value, dict):
+        for inner, part in value.items():
+            yield from _numbers(f"{name}/{inner}", part)
+    elif isinstance(value, int | float) and math.isfinite(value):
+        yield name, value
 
 
 def _step_of(line: str) -> float:
@@ -134,10 +147,10 @@ class StepLog:
             self.metrics = MetricsLog(Path(config.run.path), step, config.log.tensorboard)
         self.progress = Progress(step, config.schedule.steps, config.log.progress and world.is_main)
         self._reset()
-        self._begun = time.perf_counter()
+        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
 
     def _reset(self) -> None:
-        self.seconds = self.waiting = 0.0
+        self.seconds = self.waiting = self.cpu_seconds = 0.0
         self.tokens = self.flops = self.steps = 0
 
     def write_start(self, components: RunComponents, say: Callable[[str], None]) -> None:
@@ -157,13 +170,14 @@ class StepLog:
 
     def begin_step(self, step: int) -> None:
         HEARTBEAT.doing(f"step {step}/{self.config.schedule.steps}")
-        self._begun = time.perf_counter()
+        self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
 
     def clips_are_read(self) -> None:
         self.waiting += time.perf_counter() - self._begun
 
     def end_step(self, result: StepResult) -> None:
         self.seconds += time.perf_counter() - self._begun
+        self.cpu_seconds += time.process_time() - self._cpu_begun
         self.tokens += result.tokens
         self.flops += result.flops
         self.steps += 1
@@ -185,6 +199,7 @@ class StepLog:
             "train", step, epoch=clips.epoch, loss=loss, grad_norm=update.norm, lr=update.lr, clips=clips.num_clips,
             failed=failed, storage_retries=int(sums.storage_retries), tokens=int(sums.tokens) // self.steps,
             step_seconds=round(self.seconds / self.steps, 6), wait_seconds=round(self.waiting / self.steps, 6),
+            cpu_seconds=round(self.cpu_seconds / self.steps, 6),
             tokens_per_second=round(per_second, 3), mfu=mfu, **critic,
         )  # fmt: skip
         self._reset()

@@ -117,8 +117,13 @@ def check_evaluation(parts: RunComponents) -> None:
         held_out = assign(read_manifest(settings.manifest), parts.config.data.fixed())
         if not held_out.counts.any():
             raise StditError(f"eval.manifest={settings.manifest}: no clip in it fits any of data.shapes.")
-    if settings.prompts and isinstance(objective, TransformerObjective):
+    if settings.toy is not None and not isinstance(objective, TransformerObjective):
+        raise StditError("eval.toy samples captions: a VAE knows none. Leave it out, or set objective.kind=flow.")
+    if (settings.prompts or settings.toy) and isinstance(objective, TransformerObjective):
         flow, shape = objective.flows[0], parts.sampled_shapes[0]  # another one's weights are of the same shapes
+        for text in settings.toy.shapes if settings.toy else []:
+            with error_context("eval.toy.shapes"):
+                flow.tokens(VideoShape.parse(text))
         size = VideoShape.parse(settings.size) if settings.size else shape
         asked = VideoShape(shape.frames if settings.frames is None else settings.frames, size.height, size.width)
         with error_context(f"eval.size={settings.size}, eval.frames={settings.frames}"):
