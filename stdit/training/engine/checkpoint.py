@@ -231,7 +231,7 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
             cut["ema"] = engine.ema.averages[index]
         whole: dict[str, Tensor] = {}
         for kind, value in engine.optimizer.state.get(flat, {}).items():
-            if isinstance(value, Tensor) and value.shape == flat.shape and value.numel() > 1:
+            if isinstance(value, Tensor) and value.shape == flat.shape and value.ndim:
                 cut[kind] = value
             elif isinstance(value, Tensor):
                 whole[f"tensor.{kind}"] = value
