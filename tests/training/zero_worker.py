@@ -3,8 +3,8 @@
 Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain torch). NAME=JSON=STEPS=OTHER goes on
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
 init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them; with
-lora-bf16, in bf16.
-One that begins with vae takes vae.yaml beside the config.
+lora-bf16, in bf16. One that begins with vae takes vae.yaml beside the config. Optimizers are SGD and AdamW, and Muon
+alone for a NAME with muon.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     world = join_world()
     for engine in engines:
         name, path, steps, *source = engine.split("=")
-        for optimizer in ("sgd", "adamw"):
+        for optimizer in ("muon",) if "muon" in name else ("sgd", "adamw"):
             folder = Path(out) / f"{name}-{optimizer}"
             settings = [f"optimizer.name={optimizer}", f"parallel.deepspeed={path or 'null'}", f"run={folder}"]
             settings += [f"schedule.steps={steps}"] + ["optimizer.lr=0.05"] * (optimizer == "sgd")
@@ -47,7 +47,11 @@ def main() -> None:
             if name.startswith("frozen"):
                 settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
             if name.startswith("lora"):
-                settings += ["model.lora={rank: 3, alpha: 5, merged: true, layout: diffusers}", "text.trained=null"]
+                rank = 4 if "muon" in name else 3  # timm's Muon takes matrices with four rows at least
+                settings += [
+                    f"model.lora={{rank: {rank}, alpha: 5, merged: true, layout: diffusers}}",
+                    "text.trained=null",
+                ]
                 settings += [f"text.path={Path(out) / 'text'}"]
                 settings += ["run.precision=bf16"] * ("bf16" in name)
             if source and world.is_main:
