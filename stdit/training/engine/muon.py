@@ -65,9 +65,10 @@ class ShardedMuon(Muon):
         super().step()
         self.param_groups = groups
         for group in groups:
-            for flat in group["params"]:
-                if not group["use_fallback"] and flat in self._rounds:
-                    self._step_matrices(flat, group)
+            if not group["use_fallback"]:
+                for flat in group["params"]:
+                    if flat in self._rounds:
+                        self._step_matrices(flat, group)
 
     def _step_matrices(self, flat: Tensor, group: dict[str, Any]) -> None:
         gradient, state = flat.grad, self.state[flat]
