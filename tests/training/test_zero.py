@@ -50,6 +50,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("zero")
     config = (tiny / "flow.yaml").read_text().replace("tokens_per_pack: 200", "tokens_per_pack: 100")
     assert "tokens_per_pack: 100" in config
+    config += f"eval: {{manifest: {tiny / 'manifest.parquet'}, clips: 4}}\n"
     (out / "flow.yaml").write_text(config)
     vae = yaml.safe_load((tiny / "vae.yaml").read_text())
     vae["plan"] = {"largest_clips_per_step": 4, "tokens_per_pack": 48 * 32 * 5}
@@ -146,6 +147,13 @@ def test_gradients_losses_and_clips_equal_one_rank(runs: Path, stage: str, optim
     first, second = found["packs"]
     assert all(len(a) == len(b) >= 2 for a, b in zip(first, second))  # the same number of micro-steps, several
     assert any(0 in step for step in first + second)  # and ranks that had nothing to do in one
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_held_out_loss_equals_one_ranks(runs: Path, stage: str) -> None:
+    expected, found, later = (seen(runs, f"{name}-adamw")["evaluated"] for name in ("one", stage, "more"))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5) and found["loss"] != later["loss"]
+    assert found["loss_by_level"] == pytest.approx(expected["loss_by_level"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

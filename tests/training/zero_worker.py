@@ -22,7 +22,7 @@ from stdit.training import trainer as trainer_module
 from stdit.training.batches import StepLoader
 from stdit.training.config import RunConfig, load_config
 from stdit.training.engine.parallel import World, join_world, leave_world
-from stdit.training.outputs import export
+from stdit.training.outputs import evaluation, export
 from stdit.training.outputs.export import averaged_weights
 from stdit.training.setup import build
 from stdit.training.setup.resolve import resolve
@@ -98,13 +98,15 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
         trainer.update()
     trainer.save()
     feed.close()
-    if trainer.config.model.lora is not None:
-        weights = averaged_weights(trainer.engine, world)
-        if world.is_main:
-            export.publish_model(out, steps, partial(export.write_model, trainer.components, weights, world))
+    weights, evaluated = averaged_weights(trainer.engine, world), {}
+    if world.is_main and trainer.config.objective.kind == "flow":
+        evaluated = evaluation.evaluate(trainer.components, weights, world, steps)
+    if trainer.config.model.lora is not None and world.is_main:
+        export.publish_model(out, steps, partial(export.write_model, trainer.components, weights, world))
     packs = world.gather(micro_steps)
     if world.is_main:
-        (out / "seen.json").write_text(json.dumps({"losses": losses, "ids": ids, "packs": packs}))
+        found = {"losses": losses, "ids": ids, "packs": packs, "evaluated": evaluated}
+        (out / "seen.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
