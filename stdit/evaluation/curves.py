@@ -69,7 +69,7 @@ def draw(title: str, series: Sequence[Series]) -> bytes:
     """An SVG of values over steps, on a transparent ground."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
     look: dict[Any, Any] = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     look |= {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
@@ -86,6 +86,9 @@ def draw(title: str, series: Sequence[Series]) -> bytes:
         numbers = [value for one in series for value in one.points.values()]
         if title in LOSSES and min(numbers) > 0 and max(numbers) > 8 * min(numbers):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         elif title.startswith(RIGHT):
             axes.set_ylim(0, 1.03)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -96,7 +99,8 @@ def draw(title: str, series: Sequence[Series]) -> bytes:
         axes.grid(True, color=INK, alpha=0.2, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize="small")
+            columns = 4 if len(series) == 4 else 3
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize="small")
         file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return file.getvalue()
