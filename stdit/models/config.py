@@ -302,31 +302,63 @@ PRESETS = {
 }
 
 
-def transformer_flops(config: TransformerConfig, token_counts: Sequence[int], text_counts: Sequence[int]) -> int:
+def transformer_flops(
+    config: TransformerConfig,
+    token_counts: Sequence[int],
+    text_counts: Sequence[int],
+    kept_counts: Sequence[int] | None = None,
+    routed_blocks: int = 0,
+) -> int:
     """FLOPs (2 per multiply-add) of the matrix products in a forward of clips of n tokens with texts of m tokens.
 
     A training step takes 3 times as many, 4 times with checkpointed blocks. In text_counts padding is one token.
+
+    kept_counts: how many of each clip's tokens do not skip the `routed_blocks` (token routing).
     """
     d = config.dim
-    linear, quadratic = cost_coefficients(config)
+    linear, quadratic = _block_cost(config)
     embedding = {"mlp": config.text_dim + d, "gelu": 0, "none": 0}[config.text_embedding] * 2 * d
-    crosses = config.layers * (1 + (config.attention == "spatial_temporal_text"))
-    text = embedding + 2 * config.text_dim * config.text_width + crosses * 4 * d * config.context_dim
+    crosses = 1 + (config.attention == "spatial_temporal_text")  # of a block
+    text = embedding + 2 * config.text_dim * config.text_width + config.layers * crosses * 4 * d * config.context_dim
+
+    def block(n: int, m: int) -> int:
+        return linear * n + quadratic * n * n + crosses * 4 * d * n * m
+
     return sum(
-        linear * n + quadratic * n * n + text * m + crosses * 4 * d * n * m for n, m in zip(token_counts, text_counts)
+        _ends_cost(config) * n
+        + text * m
+        + (config.layers - routed_blocks) * block(n, m)
+        + routed_blocks * block(kept, m)
+        for n, m, kept in zip(token_counts, text_counts, token_counts if kept_counts is None else kept_counts)
     )
 
 
-def cost_coefficients(config: TransformerConfig) -> tuple[int, int]:
+def cost_coefficients(config: TransformerConfig, share: float = 0.0, routed_blocks: int = 0) -> tuple[int, int]:
     """Forward FLOPs of a clip without its text, per token and per token²; exact integers, for the planner.
 
     Spatial and temporal attention are counted as full attention, which costs more.
+
+    share: of the tokens that skip `routed_blocks` of the blocks (token routing).
     """
+    linear, quadratic = _block_cost(config)
+    whole, stay = config.layers - routed_blocks, 1 - share
+    return (
+        _ends_cost(config) + whole * linear + round(routed_blocks * linear * stay),
+        whole * quadratic + round(routed_blocks * quadratic * stay**2),
+    )
+
+
+def _ends_cost(config: TransformerConfig) -> int:
+    """FLOPs per token of the patch embedding and the head."""
+    return 2 * config.dim * (config.in_channels + config.blank_channels + config.out_channels) * config.patch_volume
+
+
+def _block_cost(config: TransformerConfig) -> tuple[int, int]:
+    """FLOPs of a block (or a pair of them, in space and time) per token and per token²."""
     d = config.dim
-    ends = 2 * d * (config.in_channels + config.blank_channels + config.out_channels) * config.patch_volume
     block, quadratic = 12 * d * d + 4 * d * config.ffn_dim, 4 * d
     if config.attention == "spatial_temporal":
-        block, quadratic = block + 8 * d * d + 4 * d * config.ffn_dim, 2 * quadratic
-    elif config.attention == "spatial_temporal_text":
-        block, quadratic = 2 * block, 2 * quadratic
-    return ends + config.layers * block, config.layers * quadratic
+        return block + 8 * d * d + 4 * d * config.ffn_dim, 2 * quadratic
+    if config.attention == "spatial_temporal_text":
+        return 2 * block, 2 * quadratic
+    return block, quadratic

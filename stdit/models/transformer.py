@@ -22,6 +22,7 @@ from stdit.models.blocks import Attention, Block, BlockInputs, Head, Linear, RMS
 from stdit.models.config import PRESETS, TransformerConfig, cost_coefficients, transformer_flops
 from stdit.models.packing import LevelIndex, TextPack, TokenPack, pack_clips, pack_texts, unpack_clips
 from stdit.models.positions import network_time, sinusoids
+from stdit.models.routing import Routing
 
 __all__ = ["CONDITIONS", "PRESETS", "STDiT", "TransformerConfig", "cost_coefficients", "transformer_flops"]
 
@@ -97,8 +98,11 @@ class STDiT(nn.Module):
             if isinstance(module, Attention):
                 module.backend = name
 
-    def forward(self, pack: TokenPack, text: TextPack) -> Tensor:
-        """Returns (N, pt·ph·pw·C_out) in the activations' dtype; `unpack_clips` cuts it into clips."""
+    def forward(self, pack: TokenPack, text: TextPack, routing: Routing | None = None) -> Tensor:
+        """Returns (N, pt·ph·pw·C_out) in the activations' dtype; `unpack_clips` cuts it into clips.
+
+        routing: while training, which tokens skip some of the blocks.
+        """
         if len(pack.segments.lengths) != len(text.segments.lengths):
             raise StditError(f"{len(pack.segments.lengths)} clips came with {len(text.segments.lengths)} texts.")
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -110,8 +114,14 @@ class STDiT(nn.Module):
         shared = BlockInputs(c, levels, cos, sin, pack.segments, pack.segments, text)
         shared.image = self.img_emb(pack, self.dtype)  # (I, D)
         shared.added = self.position.before_each_block(x, pack)  # (N, D)
-        for block, inputs in zip(self.blocks_in_order(), self.layout(self.config, x, pack, shared)):
-            x = self.maybe_checkpointed(block, x, modulation, y, inputs)  # (N, D)
+        steps = self.layout(self.config, x, pack, shared)
+        steps = steps if routing is None else routing.narrowed(steps, shared)
+        for number, (block, inputs) in enumerate(zip(self.blocks_in_order(), steps)):
+            if routing is not None and number == routing.blocks[0]:
+                before, x = x, x.index_select(0, routing.kept)  # (N, D), (N', D)
+            x = self.maybe_checkpointed(block, x, modulation, y, inputs)  # (N, D), or (N', D) of those that stay
+            if routing is not None and number == routing.blocks[-1]:
+                x = before.index_copy(0, routing.kept, x)  # (N, D)
         return self.head(x, c, modulation, levels)
 
     def embed_levels(self, pack: TokenPack, wide: torch.dtype) -> tuple[Tensor, Tensor, LevelIndex]:

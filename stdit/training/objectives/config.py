@@ -12,6 +12,7 @@ from stdit.diffusion.tasks import check_weights
 from stdit.errors import StditError, nearest_name
 from stdit.settings import Share
 from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS
+from stdit.training.objectives.routing import RoutingConfig
 from stdit.vae.training.losses import VaeLossConfig
 
 
@@ -24,12 +25,14 @@ class FlowConfig:
     tasks: the tasks to draw from, with their weights. Unset: text_to_video; for weights that take an image in every
         call image_to_video, or first_last_to_video (Wan FLF2V).
     level_weight: how much noise levels count in the loss, see LEVEL_WEIGHTS.
+    routing: some tokens skip blocks, so that a step costs less; null for none.
     """
 
     noise_levels: NoiseLevelConfig = field(default_factory=NoiseLevelConfig)
     caption_dropout: Share = 0.1
     tasks: dict[str, NonNegativeFloat] | None = None
     level_weight: str = "uniform"
+    routing: RoutingConfig | None = None
 
     def __post_init__(self) -> None:
         if self.tasks is not None:

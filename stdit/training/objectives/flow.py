@@ -18,8 +18,10 @@ from stdit.diffusion.noise_levels import NoiseLevelConfig, noise_levels
 from stdit.diffusion.paths import FlowPath, Path, token_errors
 from stdit.diffusion.solvers import dynamic_shift, path_of, unipc_config
 from stdit.diffusion.tasks import Task, draw_task, frame_levels
+from stdit.errors import error_context
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_clips, pack_texts
+from stdit.models.routing import Routing
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
@@ -45,6 +47,7 @@ class FlowBatch(Batch):
     clean: Tensor | None  # (N, pt·ph·pw·C) x_0, if a variance is learned
     text: TextPack | None
     text_ids: list[list[int]] | None  # of each caption
+    routing: Routing | None  # the tokens that skip blocks, if any do
 
 
 class FlowModule(nn.Module):
@@ -60,7 +63,7 @@ class FlowModule(nn.Module):
     def forward(self, batch: FlowBatch) -> Tensor:
         """Σ over tokens of weight · error."""
         text = self._text(batch)
-        output = self.transformer(batch.pack, text).float()  # (N, pt·ph·pw·C_out)
+        output = self.transformer(batch.pack, text, batch.routing).float()  # (N, pt·ph·pw·C_out)
         levels = batch.pack.levels[batch.pack.level_of]  # (N,)
         patch_volume = self.transformer.config.patch_volume
         errors = token_errors(self.path, output, batch.target, patch_volume, levels, batch.clean)  # (N,)
@@ -141,7 +144,11 @@ class FlowObjective(Objective):
         self.empty_text: Tensor | None = None  # (L, D) of "" from a cache, in its precision
         self.text_padding = text_padding
         self.module = FlowModule(transformer, text_encoder if train_text else None, text_padding, self.path)
-        self.model_config, self.cost = transformer.config, cost_coefficients(transformer.config)
+        self.model_config, self.routed_blocks, share = transformer.config, range(0), 0.0
+        if (routing := config.flow.routing) is not None:
+            with error_context("objective.flow.routing"):
+                self.routed_blocks, share = routing.blocks(transformer.config), routing.share
+        self.cost = cost_coefficients(transformer.config, share, len(self.routed_blocks))
         self._ids = lru_cache(CAPTIONS_KEPT)(lambda caption: text_encoder.tokenize([caption])[0])
         largest = (text_padding or 512) * text_encoder.dim * dtype.itemsize
         kept = max(1, min(CAPTIONS_KEPT, EMBEDDED_BYTES // largest))
@@ -175,9 +182,12 @@ class FlowObjective(Objective):
             text = self._text(captions, beside)
             text_lengths = text.segments.lengths
             inputs["text embedding"] = text.tokens
+        routing, lengths = self._routing(pack, clips, key), pack.segments.lengths
+        kept = routing.segments.lengths if routing else lengths
+        flops = 3 * transformer_flops(self.model_config, lengths, text_lengths, kept, len(self.routed_blocks))
         return FlowBatch(
             weight=self.weight(examples, key),
-            flops=3 * transformer_flops(self.model_config, pack.segments.lengths, text_lengths) if clips else 0,
+            flops=flops if clips else 0,
             inputs=inputs,
             noise_level=max(float(clip.level.max()) for clip in noisy),
             pack=pack,
@@ -186,6 +196,7 @@ class FlowObjective(Objective):
             clean=self._clean_tokens([clip.x0 for clip in noisy]),
             text=text,
             text_ids=ids,
+            routing=routing,
         )
 
     def sorted_clips(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> list[TrainingClip]:
@@ -237,6 +248,16 @@ class FlowObjective(Objective):
         token_weights[:known] = 0  # the first tokens
         return NoisyClip(x0, x, level, target, token_weights)
 
+    def _routing(self, pack: TokenPack, clips: Sequence[TrainingClip], key: StepKey) -> Routing | None:
+        if (config := self.config.flow.routing) is None or not clips:
+            return None
+        staying = [
+            config.staying(tokens, clip.drawn.known_tokens, clip.example, key)
+            for tokens, clip in zip(pack.segments.lengths, clips)
+        ]
+        stays = torch.cat(staying)
+        return None if stays.all() else Routing.of(pack, stays, self.routed_blocks)
+
     def _clean_tokens(self, latents: Sequence[Tensor]) -> Tensor | None:
         """x_0 as tokens, for the bound of a DDPM's learned variance."""
         if self.path.name != "ddpm" or self.model_config.out_channels <= self.model_config.latent_channels:
@@ -282,13 +303,14 @@ class FlowObjective(Objective):
         return shape.grid(self.vae.config.stride, self.model_config.patch).tokens
 
     def for_validation(self, levels: NoiseLevelConfig | None) -> FlowObjective:
-        """The same objective, of the same weights, with captions never dropped, noise levels that count alike, and the
-        task text_to_video alone (if it is not trained: the trained ones).
+        """The same objective, of the same weights, with captions never dropped, no routing, noise levels that count
+        alike, and the task text_to_video alone (if it is not trained: the trained ones).
 
         levels: of the noise. None: those of the training.
         """
         other = copy.copy(self)
-        other.config = replace(self.config, flow=replace(self.config.flow, caption_dropout=0.0, level_weight="uniform"))
+        flow = replace(self.config.flow, caption_dropout=0.0, level_weight="uniform", routing=None)
+        other.config = replace(self.config, flow=flow)
         if self.tasks.get("text_to_video"):
             other.tasks = {"text_to_video": 1.0}
         if levels is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -160,22 +161,43 @@ def _text_bytes(config: ResolvedConfig, size: int) -> int:
 def activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> int:
     """The peak of encoding, forward and backward of a pack, in bytes, beyond weights and gradients.
 
-    Runs them on meta tensors, which have sizes and no data, for up to CLIPS clips with two and with three blocks. More
-    tokens are taken in proportion; each further block adds as much as the third did.
+    Runs them on meta tensors, which have sizes and no data, for up to CLIPS clips with two blocks, and two that tokens
+    skip. More tokens are taken in proportion; each further block of a kind adds as much as the third one.
     """
-    if not isinstance(objective, FlowObjective) or (layers := objective.model_config.layers) < 4:
+    if not isinstance(objective, FlowObjective):
         return max(_activations(config, objective, shape, tokens))
-    model = objective.module.transformer
+    skipped = len(objective.routed_blocks)
+    whole = objective.model_config.layers - skipped
+    few, few_skipped = min(whole, 2), min(skipped, 2)
+
+    def peaks(whole: int, skipped: int) -> tuple[int, int]:
+        with _fewer_blocks(objective, whole, skipped):
+            return _activations(config, objective, shape, tokens)
+
+    encoding, training = peaks(few, few_skipped)
+    total = training
+    if whole > few:
+        total += (whole - few) * (peaks(few + 1, few_skipped)[1] - training)
+    if skipped > few_skipped:
+        total += (skipped - few_skipped) * (peaks(few, few_skipped + 1)[1] - training)
+    return max(encoding, total)
+
+
+@contextmanager
+def _fewer_blocks(objective: FlowObjective, whole: int, skipped: int) -> Iterator[None]:
+    """Leaves the transformer so many blocks that all tokens run, and so many that routed tokens skip."""
+    model, routed = objective.module.transformer, objective.routed_blocks
     held = {name: blocks for name, blocks in model.named_children() if isinstance(blocks, nn.ModuleList)}
-    found = []
-    for count in (2, 3):
-        for name, blocks in held.items():
-            setattr(model, name, blocks[:count])
-        found.append(_activations(config, objective, shape, tokens))
+    after = min(whole, objective.model_config.layers - routed.stop, 1) if routed else 0
     for name, blocks in held.items():
-        setattr(model, name, blocks)
-    (encoding, two), (_, three) = found
-    return max(encoding, two + (layers - 2) * (three - two))
+        setattr(model, name, blocks[: whole + skipped])
+    objective.routed_blocks = range(whole - after, whole - after + skipped)
+    try:
+        yield
+    finally:
+        objective.routed_blocks = routed
+        for name, blocks in held.items():
+            setattr(model, name, blocks)
 
 
 def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> tuple[int, int]:

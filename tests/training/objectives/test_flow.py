@@ -24,7 +24,7 @@ from stdit.training.engine.parallel import World
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepKey
-from stdit.training.outputs.export import make_pipeline
+from stdit.training.outputs.export import make_pipeline, trained_module
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.resolve import resolve
 from stdit.weights.families.ltx import FAMILY
@@ -171,7 +171,7 @@ def test_a_shift_by_tokens_goes_into_the_model_folder(tiny: Path, tmp_path: Path
     overrides = ["data.workers=0", *(f"objective.flow.noise_levels.{one}" for one in settings)]
     parts = build(resolve(load_config(tiny / "flow.yaml", overrides)), ALONE)
     weights = {name: p.detach() for name, p in parts.objective.module.named_parameters()}
-    make_pipeline(parts, weights, ALONE).save(tmp_path)
+    make_pipeline(parts, trained_module(parts, weights, ALONE)).save(tmp_path)
     assert FolderSettings.read(tmp_path).shift_tokens == 96
     assert UniPCMultistepScheduler.from_pretrained(tmp_path / "scheduler").config.flow_shift == 2.5
 
@@ -309,7 +309,7 @@ def test_what_trained_samples_along_its_own_path(parts: RunComponents, scheduler
     run = copy.copy(parts)
     run.objective = objective = family(parts, scheduler, **changes)
     weights = {name: p.detach() for name, p in objective.module.named_parameters()}
-    pipeline = make_pipeline(run, weights, ALONE)
+    pipeline = make_pipeline(run, trained_module(run, weights, ALONE))
     assert pipeline.scheduler == scheduler
     known = {"image": np.full((32, 32, 3), 128, np.uint8)}
     settings = dict(size=(32, 32), frames=5, steps=3, guidance=3.0)

@@ -51,7 +51,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def test_it_is_the_loss_of_one_training_step_over_these_clips(tiny: Path) -> None:
-    """Which drops no caption, knows no frame and packs all clips together."""
+    """Which drops no caption, knows no frame, routes no token and packs all clips together."""
     shared = ("objective.flow.level_weight=cosmap", "objective.flow.noise_levels.shift=3")
     alike = ("objective.flow.caption_dropout=0", "objective.flow.tasks={text_to_video: 1}")
     other = components(tiny, *shared, *alike)
@@ -61,7 +61,8 @@ def test_it_is_the_loss_of_one_training_step_over_these_clips(tiny: Path) -> Non
     with torch.no_grad():
         expected = float(module(batch)) / batch.weight
 
-    parts = components(tiny, *shared, "objective.flow.caption_dropout=0.9", "eval.clips=1000")
+    routing = "objective.flow.routing={share: 0.5, start: 0, end: 2}"
+    parts = components(tiny, *shared, "objective.flow.caption_dropout=0.9", "eval.clips=1000", routing)
     found = held_out.held_out_loss(module, parts)
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert held_out.held_out_loss(module, parts) == found  # bit for bit

@@ -66,6 +66,25 @@ def test_activations_are_what_a_real_step_allocates(checkpoint, clips):
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("blocks", [{"start": 1, "end": 7}, {"start": 2, "end": 8}, {"start": 0, "end": 8}])
+def test_tokens_that_skip_blocks_need_what_a_real_step_allocates(blocks, checkpoint):
+    changes = {"model": CONFIG["model"] | {"layers": 8}, "objective": {"flow": {"routing": {"share": 0.6} | blocks}}}
+    config = resolve(from_dict(CONFIG | changes, "test"))
+    config.model.checkpoint_blocks = checkpoint
+    tokens = 3 * SHAPE.grid((4, 8, 8), (1, 2, 2)).tokens
+    predicted = activations(config, build_on_meta(config), SHAPE, tokens)
+    real = build_on_meta(config)
+    assert isinstance(real, FlowObjective)
+    real.device = torch.device("cpu")
+    transformer = STDiT(real.model_config)
+    transformer.checkpoint_blocks = checkpoint
+    real.module.transformer = transformer
+    assert predicted == pytest.approx(profiled_peak(real, 3), rel=0.03)
+    config.objective.flow.routing = None
+    assert predicted < 0.97 * activations(config, build_on_meta(config), SHAPE, tokens)
+
+
 def test_checkpointing_and_fewer_tokens_need_less():
     config = resolve(from_dict(CONFIG, "test"))
     whole = activations(config, build_on_meta(config), SHAPE, 10_000)
