@@ -22,14 +22,14 @@ demo:  ## train a small text-to-video model on a CPU and sample it, about 15 min
 demo-full:  ## the same with more clips and steps, about an hour
 demo: DEMO = demo
 demo: CLIPS = 1000
-demo: VAE_STEPS = 460
-demo: DIT_STEPS = 700
+demo: VAE_STEPS = 920
+demo: DIT_STEPS = 1100
 demo: SHAPES = 64x64x17 96x48x17 64x64x25
 demo demo-full: VAE_OPTIONS =
 demo demo-full: DIT_OPTIONS =
 demo-full: DEMO = demo-full
 demo-full: CLIPS = 3000
-demo-full: VAE_STEPS = 1500
+demo-full: VAE_STEPS = 3000
 demo-full: DIT_STEPS = 4000
 demo-full: SHAPES = 64x64x17 80x48x17 48x80x17 64x64x9 80x48x9 48x80x9 96x48x17 64x64x25
 demo demo-full: install

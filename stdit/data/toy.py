@@ -41,7 +41,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "magenta": (215, 60, 195),
 }
 SHAPES = ("circle", "square", "triangle")
-SIZES: dict[str, float] = {"small": 0.34, "large": 0.53}  # width / √(frame area)
+SIZES: dict[str, float] = {"small": 0.44, "large": 0.60}  # width / √(frame area)
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y)
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # upper left and lower right corner
     "black": ((0, 0, 4), (60, 60, 64)),
@@ -201,7 +201,7 @@ class ToySettings:
     seed: int = 0
     shapes: tuple[str, ...] = ("64x64", "80x48", "48x80")  # WIDTHxHEIGHT
     scales: tuple[float, ...] = (1.0, 1.5, 2.0)  # files are this much larger than the shapes
-    seconds: tuple[float, ...] = (1.25, 2.25)  # a little more than 9 and 17 frames at 8 fps
+    seconds: tuple[float, ...] = (1.25, 1.75, 2.25, 2.75)  # a little more than 9, 13, 17 and 21 frames at 8 fps
     fps: tuple[int, ...] = (16, 24, 30)
     image_share: float = 0.1
 

@@ -23,7 +23,7 @@ def toy(
     held_out: Annotated[int, Option(min=0, help="Clips of combinations never trained, in FOLDER/held_out.")] = 48,
     seed: Annotated[int, Option(help="Random seed of the clips.")] = 0,
     shapes: Annotated[str, Option(help="Aspect ratios, as sizes: WIDTHxHEIGHT,…")] = "64x64,80x48,48x80",
-    seconds: Annotated[str, Option(help="Durations: SECONDS,…")] = "1.25,2.25",
+    seconds: Annotated[str, Option(help="Durations: SECONDS,…")] = "1.25,1.75,2.25,2.75",
     images: Annotated[float, Option(min=0, max=1, help="Share of still images among the clips.")] = 0.1,
     as_json: Annotated[bool, Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
-from stdit.errors import StditError
+from stdit.errors import StditError, error_context
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
@@ -159,6 +159,9 @@ class VaeObjective(Objective):
                 f"objective.vae.crop is {side}; it must be a multiple of the VAE's stride, {step} pixels. "
                 f"Nearest: {' or '.join(map(str, near))}."
             )
+        if (count := settings.frames) is not None:
+            with error_context("objective.vae.frames"):
+                VideoShape(count, *self.vae.config.stride[1:]).latent(self.vae.config.stride)
         critic = None
         if (discriminator := settings.discriminator) is not None:
             critic = CriticModule(discriminator)
@@ -208,14 +211,14 @@ class VaeObjective(Objective):
 
     def _part(self, shape: VideoShape) -> VideoShape:
         """The shape of the part that is trained on."""
-        side = self.config.vae.crop
-        return shape if side is None else VideoShape(shape.frames, min(side, shape.height), min(side, shape.width))
+        side, count = self.config.vae.crop or max(shape.height, shape.width), self.config.vae.frames or shape.frames
+        return VideoShape(min(count, shape.frames), min(side, shape.height), min(side, shape.width))
 
     def _crop(self, example: Example, part: VideoShape, key: StepKey) -> Tensor:
-        """A clip's frames, or a keyed crop of them, (T, H, W, 3) uint8."""
+        """A clip, or a keyed part of it, (T, H, W, 3) uint8."""
         frames = example.frames
         assert frames is not None
-        for axis, size in ((1, part.height), (2, part.width)):
+        for axis, size in enumerate((part.frames, part.height, part.width)):
             room = frames.shape[axis] - size
             draw = keyed_uniform(key.seed, f"vae crop {axis}", key.epoch, example.clip_id, example.occurrence)
             frames = frames.narrow(axis, int(draw * (room + 1)), size)

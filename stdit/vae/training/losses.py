@@ -30,6 +30,7 @@ class VaeLossConfig:
     discriminator: settings of the adversarial term; null: none.
     train: the part of the VAE that trains, see `select_trainable_part`.
     crop: train on squares of so many pixels, drawn by key; null: on whole frames.
+    frames: train on so many frames of a longer clip (1 + 4k for a temporal stride of 4), drawn by key; null: on all.
     """
 
     kl: NonNegativeFloat = 1e-6
@@ -39,6 +40,7 @@ class VaeLossConfig:
     discriminator: DiscriminatorConfig | None = None
     train: Part = "all"
     crop: PositiveInt | None = None
+    frames: PositiveInt | None = None
 
 
 def pixel_loss(output: Tensor, video: Tensor) -> Tensor:

@@ -199,6 +199,28 @@ def test_a_vae_trains_on_keyed_squares_of_its_clips(tiny: Path) -> None:
     assert not all(map(torch.equal, once, later))
 
 
+def test_a_vae_trains_on_keyed_frames_of_its_clips(tiny: Path) -> None:
+    parts = build(resolve(load_config(tiny / "vae.yaml", ["data.workers=0", "objective.vae.frames=3"])), ALONE)
+    starts: set[int] = set()
+    for epoch in range(8):
+        for item in parts.plan.step(0):
+            shape = parts.assignment.shapes[item.bucket]
+            assert item.tokens == min(3, shape.frames) * shape.height * shape.width
+            (example,) = parts.loader.fetch([item], 0)
+            ((video, noise, _),) = parts.objective.prepare([example], [item], StepKey(0, epoch, 0, 1)).groups
+            assert noise.shape[2] == (video.shape[2] + 1) // 2
+            windows = example.video.unfold(1, video.shape[2], 1).movedim(-1, 2)  # (3, starts, t, H, W)
+            same = (windows == video[0][:, None]).flatten(2).all(-1).all(0)
+            assert same.any(), "not frames of the clip in a row"
+            starts |= set(same.nonzero().flatten().tolist())
+    assert len(starts) > 1
+
+
+def test_frames_that_the_vaes_stride_does_not_divide_are_named_before_training(tiny: Path) -> None:
+    with pytest.raises(StditError, match=r"objective\.vae\.frames.* 6 frames: .* 1\+2k .* 5 and 7"):
+        build(resolve(load_config(tiny / "vae.yaml", ["objective.vae.frames=6"])), ALONE)
+
+
 def test_attention_runs_on_the_backend_that_is_named(tiny: Path) -> None:
     found = []
     for backend in ("naive", "dense"):
