@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("zero_worker.py")
 STEPS = 20
 STAGES = ("zero1", "zero2", "zero3")
+KINDS = ("frozen", "routed", "lora", "lora-bf16")
 VAE_STEPS = 4
 LIMIT = 1800.0  # seconds for all trainings together, on a machine that is busy with other things
 MUON_STEPS = 3
@@ -74,7 +75,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = found.getsockname()[1]
     engines = [f"{stage}={jsons[stage]}={STEPS}" for stage in STAGES]
     engines += [f"moved={jsons['zero3']}={STEPS + 2}=zero1"]
-    engines += [f"{kind}-{stage}={jsons[stage]}=2" for kind in ("frozen", "lora", "lora-bf16") for stage in STAGES]
+    engines += [f"{kind}-{stage}={jsons[stage]}=2" for kind in KINDS for stage in STAGES]
     engines += [f"lora-moved={jsons['zero1']}=4=lora-zero3"]
     engines += [f"vae-{stage}={jsons[stage]}={VAE_STEPS}" for stage in VAE_STAGES]
     engines += [f"{kind}-{stage}={jsons[stage]}={MUON_STEPS}" for kind, stage in MUON]
@@ -92,7 +93,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         start(out, engines, environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}) for r in (0, 1)
     ]
     alone = [f"one=={STEPS}", f"more=={STEPS + 2}=one", "frozen-one==2", "lora-one==2", "lora-more==4=lora-one"]
-    alone += ["lora-bf16-one==2"]
+    alone += ["lora-bf16-one==2", "routed-one==2"]
     alone += [f"{kind}-one=={MUON_STEPS}" for kind in ("muon", "lora-bf16-muon", "vae-muon")]
     alone += [f"muon-more=={MUON_STEPS + 1}=muon-one"]
     alone += [f"vae-one=={VAE_STEPS}", f"vae-more=={VAE_STEPS + 2}=vae-one"]
@@ -154,6 +155,20 @@ def test_the_held_out_loss_equals_one_ranks(runs: Path, stage: str) -> None:
     expected, found, later = (seen(runs, f"{name}-adamw")["evaluated"] for name in ("one", stage, "more"))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5) and found["loss"] != later["loss"]
     assert found["loss_by_level"] == pytest.approx(expected["loss_by_level"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_routed_tokens_train_as_on_one_rank(runs: Path, stage: str, optimizer: str) -> None:
+    """Also where a rank has no clip, and so no token that skips."""
+    names = ("routed-one", f"routed-{stage}", "one")
+    places = [runs / f"{name}-{optimizer}" / "gradients.safetensors" for name in names]
+    expected, found, unrouted = map(load_file, places)
+    assert expected.keys() == found.keys() == unrouted.keys()
+    assert max(relative(found[name], gradient) for name, gradient in expected.items()) <= 1e-5
+    assert min(relative(unrouted[name], gradient) for name, gradient in expected.items()) > 1e-3
+    one, other = (seen(runs, f"{name}-{optimizer}")["losses"] for name in names[:2])
+    assert other == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

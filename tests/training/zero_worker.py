@@ -4,7 +4,7 @@ Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain 
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
 init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them; with
 lora-bf16, in bf16. One that begins with vae takes vae.yaml beside the config. Optimizers are SGD and AdamW, and Muon
-alone for a NAME with muon.
+alone for a NAME with muon. With routed, tokens skip the second block, and blocks are checkpointed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def main() -> None:
                 settings += ["model.preset=null", f"model.init={Path(out) / 'init'}"]
             if name.startswith("frozen"):
                 settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
+            if name.startswith("routed"):
+                settings += ["objective.flow.routing={start: 1, end: 2}", "model.checkpoint_blocks=true"]
             if name.startswith("lora"):
                 rank = 4 if "muon" in name else 3  # timm's Muon takes matrices with four rows at least
                 settings += [
