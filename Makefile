@@ -22,8 +22,8 @@ demo:  ## train a small text-to-video model on a CPU and sample it, about 15 min
 demo-full:  ## the same with more clips and steps, about an hour
 demo: DEMO = demo
 demo: CLIPS = 1000
-demo: VAE_STEPS = 920
-demo: DIT_STEPS = 1100
+demo: VAE_STEPS = 740
+demo: DIT_STEPS = 800
 demo: SHAPES = 64x64x17 96x48x17 64x64x25
 demo demo-full: VAE_OPTIONS =
 demo demo-full: DIT_OPTIONS =
