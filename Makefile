@@ -18,7 +18,7 @@ docs: install  ## write docs/settings.md, the list of all settings, from the cod
 	python docs/settings.py
 
 # The whole job on moving shapes. Each line is a command of its own and continues where it was interrupted.
-demo:  ## train a small text-to-video model on a CPU and sample it, about 15 minutes
+demo:  ## train a small text-to-video model on a CPU and sample it, 10 to 15 minutes
 demo-full:  ## the same with more clips and steps, about an hour
 demo: DEMO = demo
 demo: CLIPS = 1000

@@ -3,7 +3,8 @@
 The queries of a segment attend only to the keys of the same segment. The operator takes the lengths as tensors, so code
 compiled around it has no guard on them. It chooses a kernel:
 
-  dense   equal segments in one dense call, a view without copies when they lie side by side; any device and dtype
+  dense   equal segments in one dense call, a view without copies when they lie side by side; any device and dtype.
+          On a CPU short ones of other lengths too, padded: a call costs more than the padding
   varlen  torch's variable-length flash kernels; GPU, fp16 and bf16
   flash   flash-attn's variable-length kernels (the extra `flash`); GPU, fp16 and bf16
   naive   softmax(q·k)·v as matrix products; for tests
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,13 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stdit.errors import StditError
+from stdit.models.groups import Group, group_segments, scatter
 from stdit.models.operators import Opaque, operator
 from stdit.models.packing import Segments
 from stdit.models.positions import wide_dtype
 
 BACKENDS = ("varlen", "flash", "dense", "naive")  # "auto" takes the first that can run
 SCORES_AT_ONCE = 1 << 27  # elements; bounds the memory of attention as matrix products
-Slices = tuple[tuple[int, int], ...]  # (start, stop) of rows
+CALL_WORTH = 10_000_000  # multiply-adds of padding that a dense call less is worth on a CPU, forward and backward
 Grads = tuple[Tensor, Tensor, Tensor]  # gradients of q, k and v
 
 
@@ -170,38 +172,42 @@ def _check_segments(call: Call) -> None:
         )
 
 
-# Dense attention: one call for each group of segments with equal lengths.
+# Dense attention: one call for each group of segments of equal lengths, or padded to those of the longest on a CPU.
 
 
 def _dense_forward(call: Call, naive: bool) -> tuple[Tensor, Tensor]:
-    groups, bias = _groups(tuple(call.q_host.tolist()), tuple(call.k_host.tolist())), _bias(call)
+    groups, bias = _groups_of(call, naive), _bias(call)
     outs, lses = [], []
-    for q_slices, k_slices, size in groups:
-        q, k, v = _gather(call.q, q_slices, size), _gather(call.k, k_slices, size), _gather(call.v, k_slices, size)
-        b = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
-        out, lse = _dense_call(q, k, v, b, naive)
+    for queries, keys in groups:
+        q, k, v = queries.gather(call.q), keys.gather(call.k), keys.gather(call.v)
+        out, lse = _dense_call(q, k, v, keys.gather_bias(bias, wide_dtype(call.q)), naive)
         outs.append(out)
         lses.append(lse)
-    slices = [group[0] for group in groups]
-    return _scatter(outs, slices), _scatter(lses, slices)
+    places = [queries for queries, _ in groups]
+    return scatter(outs, places), scatter(lses, places)
 
 
 def _dense_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor, naive: bool) -> Grads:
-    groups, bias = _groups(tuple(call.q_host.tolist()), tuple(call.k_host.tolist())), _bias(call)
+    groups, bias = _groups_of(call, naive), _bias(call)
     parts = []
-    for q_slices, k_slices, size in groups:
-        g, q = _gather(grad, q_slices, size), _gather(call.q, q_slices, size)
-        k, v = _gather(call.k, k_slices, size), _gather(call.v, k_slices, size)
-        b = None if bias is None else _gather(bias, k_slices, size)[:, None, None]
+    for queries, keys in groups:
+        g, q, k, v = queries.gather(grad, padding=0.0), queries.gather(call.q), keys.gather(call.k), keys.gather(call.v)
+        b = keys.gather_bias(bias, wide_dtype(call.q))
         if naive or q.device.type != "cpu":
             parts.append(_written_out_backward(g, q, k, v, b))
         else:
-            o, l = _gather(out, q_slices, size), _gather(lse, q_slices, size)
+            o, l = queries.gather(out), queries.gather(lse, padding=math.inf)  # a padding query's weights are exp(-inf)
             backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             parts.append(backward(g, q, k, v, o, l, 0.0, False, attn_mask=b))
     dq, dk, dv = zip(*parts)
-    q_slices_of, k_slices_of = [group[0] for group in groups], [group[1] for group in groups]
-    return _scatter(dq, q_slices_of), _scatter(dk, k_slices_of), _scatter(dv, k_slices_of)
+    queries_of, keys_of = [group[0] for group in groups], [group[1] for group in groups]
+    return scatter(dq, queries_of), scatter(dk, keys_of), scatter(dv, keys_of)
+
+
+def _groups_of(call: Call, naive: bool) -> tuple[Group, ...]:
+    device, numbers = call.q.device, call.q.shape[1] * call.q.shape[2]
+    worth = CALL_WORTH // numbers if device.type == "cpu" and not naive else 0
+    return group_segments(tuple(call.q_host.tolist()), tuple(call.k_host.tolist()), worth, device)
 
 
 def _bias(call: Call) -> Tensor | None:
@@ -240,45 +246,6 @@ def _written_out_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: T
 def _written_out_scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     scores = q.to(wide_dtype(q)) @ k.to(wide_dtype(q)).mT * q.shape[-1] ** -0.5
     return scores if bias is None else scores + bias
-
-
-@lru_cache(maxsize=256)
-def _groups(q_host: tuple[int, ...], k_host: tuple[int, ...]) -> list[tuple[Slices, Slices, int]]:
-    """Groups segments of equal (Lq, Lk). Returns slices of queries and of keys, neighbours joined, and the number."""
-    groups: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
-    for a, b, c, d in zip(q_host, q_host[1:], k_host, k_host[1:]):
-        groups.setdefault((b - a, d - c), []).append((a, b, c, d))
-
-    def joined(slices: list[tuple[int, int]]) -> Slices:
-        result: list[tuple[int, int]] = []
-        for start, stop in slices:
-            if result and result[-1][1] == start:
-                start = result.pop()[0]
-            result.append((start, stop))
-        return tuple(result)
-
-    return [
-        (joined([(a, b) for a, b, _, _ in g]), joined([(c, d) for _, _, c, d in g]), len(g)) for g in groups.values()
-    ]
-
-
-def _gather(x: Tensor, slices: Slices, size: int) -> Tensor:
-    """Rows of x (N, …) as (size, …, L), heads before length; a view if there is one slice."""
-    rows = x[slices[0][0] : slices[0][1]] if len(slices) == 1 else torch.cat([x[a:b] for a, b in slices])
-    rows = rows.unflatten(0, (size, -1))
-    return rows.transpose(1, 2) if x.ndim > 1 else rows
-
-
-def _scatter(parts: Sequence[Tensor], slices: Sequence[Slices]) -> Tensor:
-    """The inverse of _gather for all groups: (S, H, L, …) each to rows (N, H, …); a view if there is one group."""
-    rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
-    if len(rows) == 1:
-        return rows[0]
-    x = rows[0].new_empty(sum(map(len, rows)), *rows[0].shape[1:])
-    for group, places in zip(rows, slices):
-        for (a, b), some in zip(places, group.split([b - a for a, b in places])):
-            x[a:b] = some
-    return x
 
 
 # Variable-length kernels, for GPUs. They return log-sum-exps (H, N); here these are (N, H). Backward takes merged ones.
