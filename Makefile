@@ -19,7 +19,7 @@ docs: install  ## write docs/settings.md, the list of all settings, from the cod
 
 # The whole job on moving shapes. Each line is a command of its own and continues where it was interrupted.
 demo:  ## train a small text-to-video model on a CPU and sample it, 10 to 15 minutes
-demo-full:  ## the same with more clips and steps, about an hour
+demo-full:  ## the same with more clips and steps
 demo: DEMO = demo
 demo: CLIPS = 1000
 demo: VAE_STEPS = 740

@@ -50,20 +50,23 @@ def profiled_peak(objective: FlowObjective, clips: int) -> int:
     return most
 
 
+def on_cpu(config):
+    """The objective of a config with a transformer that has weights."""
+    real = build_on_meta(config)
+    assert isinstance(real, FlowObjective)
+    real.device = torch.device("cpu")
+    real.module.transformer = STDiT(real.model_config)
+    real.module.transformer.checkpoint_blocks = config.model.checkpoint_blocks
+    return real
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("clips", [3])
 def test_activations_are_what_a_real_step_allocates(checkpoint, clips):
     config = resolve(from_dict(CONFIG, "test"))
     config.model.checkpoint_blocks = checkpoint
     predicted = activations(config, build_on_meta(config), SHAPE, clips * SHAPE.grid((4, 8, 8), (1, 2, 2)).tokens)
-    real = build_on_meta(config)
-    assert isinstance(real, FlowObjective)
-    real.device = torch.device("cpu")
-    transformer = STDiT(real.model_config)
-    transformer.checkpoint_blocks = checkpoint
-    real.module.transformer = transformer
-    measured = profiled_peak(real, clips)
-    assert predicted == pytest.approx(measured, rel=0.03)
+    assert predicted == pytest.approx(profiled_peak(on_cpu(config), clips), rel=0.03)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -74,13 +77,7 @@ def test_tokens_that_skip_blocks_need_what_a_real_step_allocates(blocks, checkpo
     config.model.checkpoint_blocks = checkpoint
     tokens = 3 * SHAPE.grid((4, 8, 8), (1, 2, 2)).tokens
     predicted = activations(config, build_on_meta(config), SHAPE, tokens)
-    real = build_on_meta(config)
-    assert isinstance(real, FlowObjective)
-    real.device = torch.device("cpu")
-    transformer = STDiT(real.model_config)
-    transformer.checkpoint_blocks = checkpoint
-    real.module.transformer = transformer
-    assert predicted == pytest.approx(profiled_peak(real, 3), rel=0.03)
+    assert predicted == pytest.approx(profiled_peak(on_cpu(config), 3), rel=0.03)
     config.objective.flow.routing = None
     assert predicted < 0.97 * activations(config, build_on_meta(config), SHAPE, tokens)
 
