@@ -23,7 +23,7 @@ demo-full:  ## the same with more clips and steps
 demo: DEMO = demo
 demo: CLIPS = 1000
 demo: VAE_STEPS = 740
-demo: DIT_STEPS = 800
+demo: DIT_STEPS = 950
 demo: SHAPES = 64x64x17 96x48x17 64x64x25
 demo demo-full: VAE_OPTIONS =
 demo demo-full: DIT_OPTIONS =
