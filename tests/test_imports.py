@@ -34,8 +34,8 @@ ROOMS = {
         {"scan"}, {"plan"}, {"load"},
     ],
     "models": [
-        {"config", "positions", "operators"}, {"packing"}, {"attention", "fused"}, {"blocks"}, {"variants"},
-        {"transformer"},
+        {"config", "positions", "operators"}, {"sequence"}, {"packing"}, {"attention", "fused"}, {"blocks"},
+        {"variants"}, {"transformer"},
     ],
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},

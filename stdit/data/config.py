@@ -214,8 +214,8 @@ class PlanConfig:
 
     largest_clips_per_step: work of a global step, in clips of the largest shape that has clips.
     work_per_step: work of a global step in forward FLOPs; replaces `largest_clips_per_step`.
-    tokens_per_pack: tokens that one rank holds in a micro-step; unset: those of two of the largest clips, at least
-        16384.
+    tokens_per_pack: tokens of a micro-step on one rank, or on the ranks that share a pack
+        (`parallel.sequence_parallel`); unset: those of two of the largest clips, at least 16384.
     """
 
     largest_clips_per_step: NonNegativeFloat = 16.0

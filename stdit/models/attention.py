@@ -27,6 +27,7 @@ from stdit.models.groups import Group, group_segments, scatter
 from stdit.models.operators import Opaque, operator
 from stdit.models.packing import Segments
 from stdit.models.positions import wide_dtype
+from stdit.models.sequence import gather_heads, gather_tokens
 
 BACKENDS = ("varlen", "flash", "dense", "naive")  # "auto" takes the first that can run
 SCORES_AT_ONCE = 1 << 27  # elements; bounds the memory of attention as matrix products
@@ -71,6 +72,7 @@ def segment_attention(
     Deterministic if the kernel is; differentiable once. Raises StditError if the backend cannot run these tensors.
 
     q: (N, H, d). k, v: (M, H, d). q_segments, k_segments: the same number of both. Returns (N, H, d).
+    A segment may have no queries, where another rank has them.
     multiplicity: (M,) fp32 on the CPU; entry j counts the identical keys that key j represents. Applied exactly: as a
         bias of log n, or by merging log-sum-exps if the kernel takes no bias.
     backend: a name of BACKENDS, or "auto".
@@ -82,6 +84,24 @@ def segment_attention(
     ends = (q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host)
     out, _ = run(q, k, v, multiplicity, *ends, backend)
     return out
+
+
+def shared_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments, backend: str = "auto"
+) -> Tensor:
+    """`segment_attention` of tokens that a group of ranks may share: each rank computes all of them for some heads.
+
+    q, k, v: (n, H, d) of this rank's tokens. Returns (n, H, d).
+    """
+    if (sharing := q_segments.sharing) is None:
+        return segment_attention(q, k, v, q_segments, k_segments, backend=backend)
+    heads, whole = q.shape[1], sharing.whole
+    q, k, v = gather_tokens(sharing.group, sharing.tokens, q, k, v)  # (N, h, d) each
+    if sharing.order is not None:
+        q, k, v = (x[sharing.order] for x in (q, k, v))
+    out = segment_attention(q, k, v, whole, whole, backend=backend) if q.shape[1] else q  # more ranks than heads
+    out = out if sharing.inverse_order is None else out[sharing.inverse_order]
+    return gather_heads(sharing.group, sharing.tokens, heads, out)[0]
 
 
 @lru_cache(maxsize=256)
@@ -125,16 +145,42 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Returns the output (N, H, d) and the log-sum-exp of each query's scores (N, H), fp32 or fp64."""
     call, backend = _chosen(arguments)
     _check_segments(call)
+    call, _ = _without_idle_keys(call)
+    if not len(call.q):
+        return torch.empty_like(call.q), call.q.new_empty(call.q.shape[:2], dtype=wide_dtype(call.q))
     if backend in FORWARD:
         return merge_extra_keys(call, *FORWARD[backend](call))
     return _dense_forward(call, naive=backend == "naive")
 
 
 def _backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Grads:
-    call, backend = _chosen(arguments)
+    whole, backend = _chosen(arguments)
+    call, rows = _without_idle_keys(whole)
+    if not len(call.q):
+        return torch.empty_like(call.q), torch.zeros_like(whole.k), torch.zeros_like(whole.v)
     if backend in BACKWARD:
-        return add_extra_key_grads(call, BACKWARD[backend](call, grad, out, lse), grad, out, lse)
-    return _dense_backward(call, grad, out, lse, naive=backend == "naive")
+        grads = add_extra_key_grads(call, BACKWARD[backend](call, grad, out, lse), grad, out, lse)
+    else:
+        grads = _dense_backward(call, grad, out, lse, naive=backend == "naive")
+    if rows is None:
+        return grads
+    dq, dk, dv = grads
+    return dq, torch.zeros_like(whole.k).index_copy_(0, rows, dk), torch.zeros_like(whole.v).index_copy_(0, rows, dv)
+
+
+def _without_idle_keys(call: Call) -> tuple[Call, Tensor | None]:
+    """The call without the segments that have no queries, and which keys it has; None for all."""
+    asks, lengths = call.q_host.diff() > 0, call.k_host.diff()  # (S,)
+    if bool(asks.all()):
+        return call, None
+    on_host = asks.repeat_interleave(lengths).nonzero().flatten()
+    rows, ends = on_host.to(call.k.device), torch.cat([asks.new_ones(1), asks])
+    k_host = F.pad(lengths[asks].cumsum(0), (1, 0))
+    return call._replace(
+        k=call.k[rows], v=call.v[rows], q_host=call.q_host[ends], k_host=k_host,
+        multiplicity=None if call.multiplicity is None else call.multiplicity[on_host],
+        q_offsets=call.q_host[ends].to(call.q_offsets), k_offsets=k_host.to(call.k_offsets),
+    ), rows  # fmt: skip
 
 
 def _chosen(arguments: tuple[Any, ...]) -> tuple[Call, str]:

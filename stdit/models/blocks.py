@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stdit.models.attention import segment_attention
+from stdit.models.attention import segment_attention, shared_attention
 from stdit.models.config import TransformerConfig
 from stdit.models.fused import gated_residual, modulated_norm, rms_norm_rotary, widen
 from stdit.models.packing import LevelIndex, Segments, TextPack
@@ -183,7 +183,7 @@ class SelfAttention(Attention):
         q = self.split_heads(self.norm_q(q, inputs.cos, inputs.sin))  # (N, H, D_head)
         k = self.split_heads(self.norm_k(k, inputs.cos, inputs.sin))  # (N, H, D_head)
         v = self.split_heads(v)  # (N, H, D_head)
-        out = segment_attention(q, k, v, inputs.segments, key_segments, backend=self.backend)
+        out = shared_attention(q, k, v, inputs.segments, key_segments, self.backend)
         out = self.o(out.flatten(1))  # (N, D)
         return out if inputs.inverse_order is None else out[inputs.inverse_order]
 

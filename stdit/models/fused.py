@@ -191,11 +191,12 @@ def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, factor: Tensor) -> 
     if cos is None or sin is None:
         return x.mul_(factor)
     cos, sin = cos * factor, sin * factor
+    (_, groups, width), half = x.shape, cos.shape[-1]
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # vectorised on CPUs, unlike strided pairs
-        pairs = torch.view_as_complex(x.view(len(x), -1, cos.shape[-1], 2))  # (N, H, D_head/2)
+        pairs = torch.view_as_complex(x.view(len(x), groups * width // (2 * half), half, 2))  # (N, H, D_head/2)
         pairs.mul_(torch.complex(cos, sin))
         return x
-    return apply_rotary(x.view(len(x), -1, 2 * cos.shape[-1]), cos, sin).view_as(x)
+    return apply_rotary(x.view(len(x), groups * width // (2 * half), 2 * half), cos, sin).view_as(x)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stdit.errors import StditError
 from stdit.models.positions import grid_positions, widest
+from stdit.models.sequence import SequenceGroup
 from stdit.shapes import LatentShape, TokenGrid
 
 Patch = tuple[int, int, int]
@@ -23,16 +24,36 @@ class Segments:
     offsets: Tensor  # (S+1,) int32 on the tokens' device, for kernels
     lengths: tuple[int, ...]  # for code on the host
     host: Tensor  # (S+1,) int64 offsets on the CPU, for operators: a tensor, so compiled code has no guard on it
+    sharing: Sharing | None = None  # if the tokens are one rank's part of a pack that a group of ranks shares
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        if not lengths or min(lengths) < 1:
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu", sharing: Sharing | None = None) -> Segments:
+        """sharing: a rank's part of a pack may have none of a segment's tokens."""
+        if not lengths or min(lengths) < (0 if sharing else 1):
             raise StditError(f"segments of lengths {lengths}: there must be at least one, and none may be empty.")
         host = torch.tensor([0, *lengths]).cumsum(0)
-        return cls(host.to(torch.int32).to(device, non_blocking=True), tuple(lengths), host)
+        return cls(host.to(torch.int32).to(device, non_blocking=True), tuple(lengths), host, sharing)
 
     def to(self, device: torch.device | str) -> Segments:
-        return replace(self, offsets=self.offsets.to(device, non_blocking=True))
+        sharing = self.sharing and replace(self.sharing, whole=self.sharing.whole.to(device))
+        return replace(self, offsets=self.offsets.to(device, non_blocking=True), sharing=sharing)
+
+    @property
+    def whole(self) -> Segments:
+        """The segments of the whole pack, of which a rank may hold a part."""
+        return self.sharing.whole if self.sharing else self
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a group of ranks shares a pack."""
+
+    group: SequenceGroup
+    tokens: tuple[int, ...]  # how many each rank holds, in the order of the pack
+    whole: Segments  # of all tokens
+    grids: tuple[TokenGrid, ...]  # of all clips
+    order: Tensor | None = None  # (N,) of all tokens for self-attention, where segments are not contiguous
+    inverse_order: Tensor | None = None  # (N,) the way back
 
 
 @dataclass
@@ -46,11 +67,19 @@ class LevelIndex:
     @classmethod
     def of(cls, level_of: Tensor) -> LevelIndex:
         """The runs in level_of, which is on the CPU."""
-        starts = torch.cat([level_of.new_zeros(1), torch.nonzero(level_of[1:] != level_of[:-1]).flatten() + 1])
+        first = level_of.new_zeros(min(1, len(level_of)))
+        starts = torch.cat([first, torch.nonzero(level_of[1:] != level_of[:-1]).flatten() + 1])
         return cls(level_of, torch.cat([starts, starts.new_tensor([len(level_of)])]), level_of[starts])
 
     def to(self, device: torch.device | str) -> LevelIndex:
         return replace(self, level_of=self.level_of.to(device, non_blocking=True))
+
+    def part(self, start: int, stop: int) -> LevelIndex:
+        """Of the tokens from start to stop; there may be none."""
+        begins, ends = self.run_bounds[:-1].clamp(min=start), self.run_bounds[1:].clamp(max=stop)
+        inside = begins < ends  # (R,)
+        bounds = torch.cat([begins[inside], begins.new_tensor([stop])]) - start
+        return LevelIndex(self.level_of[start:stop], bounds, self.run_levels[inside])
 
 
 @dataclass
@@ -63,6 +92,14 @@ class ClipConditions:
 
     def to(self, device: torch.device | str) -> ClipConditions:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
+
+    def part(self, clips: slice) -> ClipConditions:
+        """Of some clips."""
+        return ClipConditions(
+            fps=None if self.fps is None else self.fps[clips],
+            size=None if self.size is None else self.size[clips],
+            image_text=None if self.image_text is None else self.image_text.part(clips),
+        )
 
 
 @dataclass
@@ -94,6 +131,30 @@ class TokenPack:
             conditions=self.conditions.to(device),
         )
 
+    def part(self, group: SequenceGroup | None) -> PackPart:
+        """The contiguous range of tokens that this rank of a group holds; all of them if there is no group.
+
+        Where a clip is cut, several ranks have a part of it. A rank without a token still has a clip.
+        """
+        if group is None:
+            return PackPart(self, slice(None), slice(None))
+        tokens, ends = group.shares(len(self.tokens)), self.segments.host
+        start = sum(tokens[: group.rank])
+        stop = start + tokens[group.rank]
+        first = min(int(torch.searchsorted(ends, start, right=True)), len(ends) - 1) - 1
+        clips = slice(first, max(first + 1, int(torch.searchsorted(ends, stop))))
+        lengths = ends.clamp(start, stop).diff()[clips].tolist()
+        pack = TokenPack(
+            tokens=self.tokens[start:stop].clone(),  # not a view, which would keep the whole
+            levels=self.levels,
+            level_index=self.level_index.part(start, stop),
+            positions=self.positions[start:stop],
+            segments=Segments.of(lengths, self.tokens.device, Sharing(group, tuple(tokens), self.segments, self.grids)),
+            grids=self.grids[clips],
+            conditions=self.conditions.part(clips),
+        )
+        return PackPart(pack, slice(start, stop), clips)
+
     def per_token(self, values: Tensor) -> Tensor:
         """Repeats values (S, …) of the clips for each of their tokens: (N, …)."""
         lengths = torch.tensor(self.segments.lengths, device=values.device)
@@ -114,6 +175,14 @@ class TokenPack:
         return (pairs // clips).to(device), (pairs % clips).to(device), LevelIndex(of_token, bounds, pair_of)
 
 
+class PackPart(NamedTuple):
+    """A rank's part of a pack: its `tokens` are these of the whole pack's, and belong to its `clips`."""
+
+    pack: TokenPack
+    tokens: slice
+    clips: slice
+
+
 @dataclass
 class TextPack:
     """The text tokens of one micro-step."""
@@ -125,6 +194,14 @@ class TextPack:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextPack:
         tokens = self.tokens.to(device, dtype, non_blocking=True)
         return replace(self, tokens=tokens, segments=self.segments.to(device))
+
+    def part(self, clips: slice) -> TextPack:
+        """The texts of some clips."""
+        if clips == slice(None):
+            return self
+        rows = slice(int(self.segments.host[clips.start]), int(self.segments.host[clips.stop]))
+        counts = None if self.multiplicity is None else self.multiplicity[rows]
+        return TextPack(self.tokens[rows], counts, Segments.of(self.segments.lengths[clips], self.tokens.device))
 
 
 def patchify(latents: Tensor, patch: Patch) -> Tensor:
@@ -202,22 +279,43 @@ def pack_clips(
 
 def spatial_segments(pack: TokenPack, factor: int = 1) -> Segments:
     """Makes a segment of each frame of each clip, or of its squares of factor × factor tokens."""
-    assert pack.segments.lengths == tuple(grid.tokens for grid in pack.grids), "no tokens beside the grid"
-    lengths = [(grid.height // factor) * (grid.width // factor) for grid in pack.grids for _ in range(grid.frames)]
-    return Segments.of(lengths, pack.tokens.device)
+    lengths = [(grid.height // factor) * (grid.width // factor) for grid in _grids(pack) for _ in range(grid.frames)]
+    return _among_ranks(pack, Segments.of(lengths, pack.tokens.device))
 
 
-def temporal_segments(pack: TokenPack) -> tuple[Tensor, Tensor, Segments]:
-    """Makes a segment of each place of a frame through time. Returns the tokens' order (N,), its inverse, segments."""
-    assert pack.segments.lengths == tuple(grid.tokens for grid in pack.grids), "no tokens beside the grid"
+def temporal_segments(pack: TokenPack) -> tuple[Tensor | None, Tensor | None, Segments]:
+    """Makes a segment of each place of a frame through time. Returns the tokens' order (N,), its inverse, segments.
+
+    The order is None if ranks share the pack: none of them can bring its tokens into it, so the segments have it.
+    """
     order, lengths, start = [], [], 0
-    for grid in pack.grids:
+    for grid in _grids(pack):
         places = grid.height * grid.width
         order.append(torch.arange(start, start + grid.tokens).view(grid.frames, places).T.flatten())
         lengths += [grid.frames] * places
         start += grid.tokens
-    there = torch.cat(order).to(pack.tokens.device)
-    return there, torch.argsort(there), Segments.of(lengths, pack.tokens.device)
+    there, segments = torch.cat(order).to(pack.tokens.device), Segments.of(lengths, pack.tokens.device)
+    back = torch.argsort(there)
+    if pack.segments.sharing is None:
+        return there, back, segments
+    return None, None, _among_ranks(pack, segments, there, back)
+
+
+def _grids(pack: TokenPack) -> tuple[TokenGrid, ...]:
+    """Those of all clips, of which a rank may hold a part."""
+    grids = pack.grids if pack.segments.sharing is None else pack.segments.sharing.grids
+    assert pack.segments.whole.lengths == tuple(grid.tokens for grid in grids), "no tokens beside the grid"
+    return grids
+
+
+def _among_ranks(
+    pack: TokenPack, whole: Segments, order: Tensor | None = None, inverse_order: Tensor | None = None
+) -> Segments:
+    """`whole`, which segments all tokens of the pack, as a rank's part if ranks share the pack."""
+    if (sharing := pack.segments.sharing) is None:
+        return whole
+    sharing = replace(sharing, whole=whole, order=order, inverse_order=inverse_order)
+    return replace(pack.segments, sharing=sharing)
 
 
 def unpack_clips(tokens: Tensor, pack: TokenPack, patch: Patch) -> list[Tensor]:

@@ -27,13 +27,19 @@ class Routing:
 
     @classmethod
     def of(cls, pack: TokenPack, stays: Tensor, blocks: range) -> Routing:
-        """stays: (N,) bool on the CPU, true for at least one token of each clip."""
-        device, index = pack.tokens.device, pack.level_index
+        """pack: the whole pack, or a rank's part of it.
+        stays: (N,) bool on the CPU, of the whole pack's tokens; true for at least one token of each clip.
+        """
+        device, index, sharing = pack.tokens.device, pack.level_index, pack.segments.sharing
+        if sharing is not None:
+            whole, parts = Segments.of(_kept(stays, sharing.whole), device), stays.split(sharing.tokens)
+            sharing = replace(sharing, tokens=tuple(int(part.sum()) for part in parts), whole=whole)
+            stays = parts[sharing.group.rank]
         level_of = index.run_levels.repeat_interleave(index.run_bounds.diff())  # (N,), on the host
         return cls(
             blocks=blocks,
             kept=stays.nonzero().flatten().to(device, non_blocking=True),
-            segments=Segments.of([int(clip.sum()) for clip in stays.split(pack.segments.lengths)], device),
+            segments=Segments.of(_kept(stays, pack.segments), device, sharing),
             levels=LevelIndex.of(level_of[stays]).to(device),
         )
 
@@ -53,6 +59,10 @@ class Routing:
         )
         for number, inputs in enumerate(steps):
             yield of_kept if number in self.blocks else inputs
+
+
+def _kept(stays: Tensor, segments: Segments) -> list[int]:
+    return [int(clip.sum()) for clip in stays.split(segments.lengths)]
 
 
 def check_routable(config: TransformerConfig) -> None:

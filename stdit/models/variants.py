@@ -258,7 +258,7 @@ def alternating_attention(config: TransformerConfig, x: Tensor, pack: TokenPack,
     order, inverse_order, segments = temporal_segments(pack)
     spatial = replace(inputs, cos=None, sin=None, segments=spatial_segments(pack))
     temporal = replace(inputs, segments=segments, order=order, inverse_order=inverse_order)
-    if inputs.cos is not None and inputs.sin is not None:
+    if order is not None and inputs.cos is not None and inputs.sin is not None:
         temporal = replace(temporal, cos=inputs.cos[order], sin=inputs.sin[order])
     first = temporal
     if config.position == "space_time":  # sinusoids of the frame, except in clips of one frame (Latte)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stdit.data.load.loader import Example
 from stdit.data.manifest import Manifest
 from stdit.errors import StditError
 from stdit.training.batches import StepClips
@@ -18,6 +20,7 @@ from stdit.training.engine.parallel import World
 from stdit.training.objectives.protocol import Batch, Objective, StepKey
 
 LOSS = "its loss is not finite"
+BY_LOSS = (LOSS, "its loss's gradient is not finite")  # of ranks that share a clip, all may see these
 SHOWN = 8  # clips that a message names; metrics.jsonl has all
 
 
@@ -50,6 +53,23 @@ class FailedClips:
         self.by_id, self.unshared = dict(sorted(gathered.items())), 0
 
 
+def agreed(clips: StepClips, world: World) -> StepClips:
+    """The step's clips, where one that any rank could not read has failed on all: ranks that share it weigh it alike.
+
+    All ranks call it together.
+    """
+    mine = {(example.row, example.occurrence): example for example in clips.examples if example.failure}
+    told = world.gather({key: {"failure": one.failure, "reason": one.reason} for key, one in mine.items()})
+    failed: dict[tuple[int, int], dict[str, Any]] = {key: why for rank in told for key, why in rank.items()}
+
+    def of(example: Example) -> Example:
+        why = failed.get((example.row, example.occurrence))
+        return example if why is None else replace(example, weight=0.0, **why)
+
+    micro_steps = [replace(micro, examples=[of(example) for example in micro.examples]) for micro in clips.micro_steps]
+    return replace(clips, micro_steps=micro_steps)
+
+
 def no_clip_could_be_read(clips: StepClips, step: int) -> StditError:
     reason = next((example.failure for example in clips.examples if example.failure), "")
     return StditError(
@@ -64,40 +84,45 @@ def find_not_finite(
     """Runs every clip of the step alone and returns the faulty ones of all ranks, with id, path, rank, noise_level
     and fault.
 
-    All ranks call it together; each runs as many batches as the busiest one.
+    All ranks call it together; each runs as many batches as the busiest one. Ranks that share packs run the same clips:
+    each clip is named once, and by its data if a rank sees that they are at fault.
     """
     mine = [pair for micro in clips.micro_steps for pair in zip(micro.examples, micro.items)]
-    found = []
+    found: dict[int, dict[str, Any]] = {}  # by position in the step
     for number in range(max(world.gather(len(mine)))):
         pairs = mine[number : number + 1]  # none, if other ranks have more
         batch = objective.prepare([example for example, _ in pairs], [item for _, item in pairs], key)
         fault = _fault(batch, engine)
-        for example, _ in pairs if fault else []:
+        for example, item in pairs if fault else []:
             if example.latents is not None and not _finite(example.latents):
                 fault = "its latents in the cache are not finite; encode it again"
             path, level = manifest[example.row].path, batch.noise_level
             about = {"id": example.clip_id, "path": path, "rank": world.rank, "noise_level": level, "fault": fault}
-            found.append(about)
-    return [clip for rank in world.gather(found) for clip in rank]
+            found[item.position] = about
+    faults: dict[int, dict[str, Any]] = {}
+    for rank in world.gather(found):
+        for position, clip in rank.items():
+            if position not in faults or clip["fault"] not in (*BY_LOSS, faults[position]["fault"]):
+                faults[position] = clip
+    return list(faults.values())
 
 
 def _fault(batch: Batch, engine: Engine) -> str:
-    """What is not finite in a batch, or ''. Every rank runs the same forwards."""
+    """What is not finite in a batch, or ''. Every rank runs the same forwards and backwards."""
     bad = [name for name, tensor in batch.inputs.items() if not _finite(tensor)]
     leaf = next(iter(batch.inputs.values()), None) if engine.differentiable else None
+    gradient: Tensor | None = None
     with torch.set_grad_enabled(engine.differentiable):
         if leaf is not None:
             leaf.requires_grad_(True)
         loss = engine.forward(batch)
+    if leaf is not None and loss.requires_grad:
+        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0]
     if bad:
         return f"its {bad[-1]} is not finite" if bad[-1].endswith("embedding") else f"its {bad[-1]} are not finite"
     if not _finite(loss):
         return LOSS
-    if leaf is not None and loss.requires_grad:
-        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0]
-        if gradient is not None and not _finite(gradient):
-            return "its loss's gradient is not finite"
-    return ""
+    return "" if gradient is None or _finite(gradient) else BY_LOSS[1]
 
 
 def _finite(tensor: Tensor) -> bool:

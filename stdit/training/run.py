@@ -88,10 +88,11 @@ def draw(components: RunComponents, ranks: int, path: Path) -> None:
         return
     from stdit.data.plan.picture import draw_plan, measure_plan
 
-    bound = components.plan.token_bound()
-    measures = measure_plan(components.plan, ranks, bound, most=64)
-    unit = "pixel" if components.config.objective.kind == "vae" else "FLOP"
-    draw_plan(components.plan, components.assignment.shapes, ranks, bound, path, measures, unit)
+    config, bound = components.config, components.plan.token_bound()
+    groups, each = config.parallel.groups(ranks), config.parallel.name_of_group
+    measures = measure_plan(components.plan, groups, bound, most=64)
+    unit = "pixel" if config.objective.kind == "vae" else "FLOP"
+    draw_plan(components.plan, components.assignment.shapes, groups, bound, path, measures, unit, each)
 
 
 def report(trainer: Trainer) -> None:
@@ -111,15 +112,16 @@ def dry_run(config: ResolvedConfig, world: World) -> None:
 def description(components: RunComponents, ranks: int) -> list[str]:
     config, plan = components.config, components.plan
     bound = plan.token_bound()
-    splits = [split(plan.items(i), ranks, bound) for i in range(min(plan.num_steps, 32))]
+    groups, shared = config.parallel.groups(ranks), config.parallel.sequence_parallel
+    splits = [split(plan.items(i), groups, bound) for i in range(min(plan.num_steps, 32))]
     micro_steps = sum(map(len, splits)) / len(splits)
     epochs = config.schedule.steps / plan.num_steps
     lines = [
         f"{config.objective.kind}: {components.parameters:,} parameters that train",
         f"{plan.num_items:,} clips, {plan.num_steps:,} steps per epoch, {config.schedule.steps:,} steps "
         f"({epochs:.3g} epochs), {plan.num_items / plan.num_steps:.4g} clips per step",
-        f"{ranks} rank(s): {micro_steps:.3g} micro-steps per step, packs of at most {bound:,} tokens, balance "
-        f"{balance(*splits):.3f}",
+        f"{ranks} rank(s){f', {shared} to a pack' * (shared > 1)}: {micro_steps:.3g} micro-steps per step, packs of at "
+        f"most {bound:,} tokens, balance {balance(*splits):.3f}",
     ]
     for shape, count, tokens in zip(components.assignment.shapes, components.assignment.counts, plan.tokens):
         lines.append(f"  {shape}: {int(count):,} clips of {tokens:,} tokens")

@@ -47,6 +47,8 @@ class Trainer:
         self.step = self.resumed.step if self.resumed else 0  # optimizer steps done
         self.skipped = 0  # steps in a row that were not finite and updated nothing
         self.losses: list[Tensor] = []  # this rank's share of each step's loss since the last line of metrics
+        self.shared = config.parallel.sequence_parallel  # ranks that share a pack; the first counts its clips
+        self.counts = world.rank % self.shared == 0
         self.failures = bad_clips.FailedClips(world)
         self.stop = StopSignal(world)
 
@@ -105,7 +107,8 @@ class Trainer:
         peak = measure_peak(world.device, PRECISIONS[config.run.precision])
         self.log = StepLog(config, world, self.step, peak)
         self.log.write_start(self.components, self.say)
-        loader = StepLoader(self.components.plan_of, self.components.loader, world.rank, world.size, self.step)
+        group, groups = world.rank // self.shared, config.parallel.groups(world.size)
+        loader = StepLoader(self.components.plan_of, self.components.loader, group, groups, self.step)
         saved = self.step
         with closing(self.log), closing(loader), self.stop.listening():
             if self._evaluation_is_due() and not self._is_evaluated():  # the process was killed between the two
@@ -140,9 +143,12 @@ class Trainer:
         """Forward and backward of all micro-steps: leaves the gradient of the step's exact loss in the engine."""
         objective, critic, device = self.objective, self._critic_in_this_step(), self.world.device
         key = self._key(clips, self.step)
-        self.failures.note(clips)
-        mine = sum(objective.weight(micro.examples, key) for micro in clips.micro_steps)
-        weight, *stop = self.world.sum_(torch.tensor([mine, *self.stop.flags], dtype=torch.float64)).tolist()
+        weight, failed, *stop = self._sum_weights(clips, key)
+        if failed and self.shared > 1:  # maybe not on all ranks of a group
+            clips = bad_clips.agreed(clips, self.world)
+            weight = self._sum_weights(clips, key)[0]
+        if self.counts:
+            self.failures.note(clips)
         if weight == 0:
             raise bad_clips.no_clip_could_be_read(clips, self.step + 1)
         loss, critic_loss = torch.zeros(2, dtype=torch.float64, device=device)
@@ -158,10 +164,16 @@ class Trainer:
         return StepResult(
             loss=loss / weight,
             critic_loss=None if critic is None else critic_loss / weight,
-            tokens=sum(item.tokens for micro in clips.micro_steps for item in micro.items),
+            tokens=self.counts * sum(item.tokens for micro in clips.micro_steps for item in micro.items),
             flops=flops,
             stop=self.stop.of_flags(*stop),
         )
+
+    def _sum_weights(self, clips: StepClips, key: StepKey) -> list[float]:
+        """Σ_c w_c, how many clips failed, and who asked to stop: over all ranks, each pack counted once."""
+        mine = sum(self.objective.weight(micro.examples, key) for micro in clips.micro_steps) if self.counts else 0.0
+        failed = sum(example.failure is not None for example in clips.examples)
+        return self.world.sum_(torch.tensor([mine, failed, *self.stop.flags], dtype=torch.float64)).tolist()
 
     def update(self) -> Update:
         """Steps the optimizer and the average. If the gradient's norm is not finite, which all ranks see alike,

@@ -217,7 +217,7 @@ leave_world()
 
 def test_two_ranks_do_as_one(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Under every ZeRO stage, with a cache that holds nan for two clips: the same steps left out, the same clips
-    named, by the rank that has them, and the same losses as on one rank."""
+    named, by the rank that has them, and the same losses as on one rank. So do two that share every pack."""
     pytest.importorskip("deepspeed")
     config = tiny / "flow.yaml"
     encode = ["data", "encode", str(tiny / "manifest.parquet"), "--config", str(config), "--out", str(tmp_path / "c")]
@@ -243,6 +243,12 @@ def test_two_ranks_do_as_one(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     runs = [
         " ".join([f"run={tmp_path / name}", f"parallel.deepspeed={path}", *common]) for name, path in stages.items()
     ]
+    for name in ("zero2", "zero3"):
+        stages[f"shared-{name}"] = stages[name]
+        runs.append(
+            f"run={tmp_path / f'shared-{name}'} parallel.deepspeed={stages[name]} parallel.sequence_parallel=2 "
+            + " ".join(common)
+        )
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

@@ -4,7 +4,8 @@ Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain 
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
 init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them; with
 lora-bf16, in bf16. One that begins with vae takes vae.yaml beside the config. Optimizers are SGD and AdamW, and Muon
-alone for a NAME with muon. With routed, tokens skip the second block, and blocks are checkpointed.
+alone for a NAME with muon. With routed, tokens skip the second block, and blocks are checkpointed. With shared, two
+ranks share every pack.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> None:
                 settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
             if name.startswith("routed"):
                 settings += ["objective.flow.routing={start: 1, end: 2}", "model.checkpoint_blocks=true"]
+            settings += ["parallel.sequence_parallel=2"] * ("shared" in name)
             if name.startswith("lora"):
                 rank = 4 if "muon" in name else 3  # timm's Muon takes matrices with four rows at least
                 settings += [
@@ -81,13 +83,14 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     trainer.prepare(resolve(trainer.config))
     steps = trainer.config.schedule.steps
     first = trainer.step
-    feed = StepLoader(trainer.components.plan_of, trainer.components.loader, world.rank, world.size, first)
+    group, groups = world.rank // trainer.shared, world.size // trainer.shared
+    feed = StepLoader(trainer.components.plan_of, trainer.components.loader, group, groups, first)
     losses, ids, micro_steps = [], [], []
     for number in range(first, steps):
         step = next(feed.steps)
         loss = trainer.accumulate(step).loss
         losses.append(float(world.sum_(loss)))
-        seen = world.gather([example.clip_id for example in step.examples])
+        seen = world.gather([example.clip_id for example in step.examples] if trainer.counts else [])
         ids.append(sorted(one for rank in seen for one in rank))
         micro_steps.append([len(micro.items) for micro in step.micro_steps])
         if number == first:

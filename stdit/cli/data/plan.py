@@ -61,6 +61,7 @@ def plan(
     from stdit.training.setup.resolve import resolve
 
     settings = resolve(load_config(config, overrides or []))
+    groups, each = settings.parallel.groups(world_size), settings.parallel.name_of_group
     HEARTBEAT.doing(f"reading {manifest}")
     clips = read_manifest(manifest)
     assignment = assign(clips, settings.data)
@@ -81,9 +82,9 @@ def plan(
     pixels = settings.objective.kind == "vae"
     work_unit = "pixel" if pixels else "FLOP"
     bound = made.token_bound()
-    measures = measure_plan(made, world_size, bound, steps, partial(tracked, what="dealing steps"))
+    measures = measure_plan(made, groups, bound, steps, partial(tracked, what="dealing steps"))
     if picture is not None:
-        draw_plan(made, assignment.shapes, world_size, bound, picture, measures, work_unit)
+        draw_plan(made, assignment.shapes, groups, bound, picture, measures, work_unit, each)
     largest = assignment.shapes[max(range(len(made.tokens)), key=lambda b: (made.counts[b] > 0, made.tokens[b]))]
     HEARTBEAT.doing("computing the memory")
     needed = footprint(settings, objective, largest, max(measures.fullest), world_size)
@@ -91,7 +92,7 @@ def plan(
     with suppress(StditError):  # the tokenizer is not available
         long = long_captions(settings, clips, assignment)
     summary: dict[str, Any] = {
-        **summarise(made, stage, measures, world_size, bound),
+        **summarise(made, stage, measures, groups, bound),
         "memory_per_rank": {**asdict(needed), "total": needed.total},
         "hash": made.hash,
         "left_out": [asdict(one) for one in left_out],
@@ -115,7 +116,7 @@ def plan(
     _print_plan(summary)
     if long is not None and long.count:
         console.print(f"{long}{LONGER}", style="yellow", highlight=False, soft_wrap=True, markup=False)
-    for line in advice(summary):
+    for line in advice(summary, each):
         console.print(line, style="yellow", highlight=False, soft_wrap=True)
     if picture is not None:
         print(f"picture: {picture}")
@@ -148,7 +149,7 @@ def measured_rate(given: str, pixels: bool) -> float:
     return rate
 
 
-def summarise(plan: Plan, assignment: Assignment, measures: Measures, ranks: int, bound: int) -> dict[str, Any]:
+def summarise(plan: Plan, assignment: Assignment, measures: Measures, groups: int, bound: int) -> dict[str, Any]:
     """The plan's numbers, as `--json` prints them. Work is in forward FLOPs, or in pixels when training a VAE."""
     count = len(measures.steps)
     return {
@@ -171,7 +172,7 @@ def summarise(plan: Plan, assignment: Assignment, measures: Measures, ranks: int
         "steps_per_epoch": plan.num_steps,
         "work_per_step_wanted": plan.work_per_step,
         "largest_clip_work": max(work for work, clips in zip(plan.work, plan.counts) if clips),
-        "groups": ranks,
+        "groups": groups,
         "tokens_per_pack": bound,
         "measured_steps": count,
         "clips_per_step": sum(measures.clips) / count,
@@ -186,8 +187,8 @@ def summarise(plan: Plan, assignment: Assignment, measures: Measures, ranks: int
     }
 
 
-def advice(summary: dict[str, Any]) -> list[str]:
-    """Suggests how to improve the plan, if it is not good."""
+def advice(summary: dict[str, Any], each: str = "rank") -> list[str]:
+    """Suggests how to improve the plan, if it is not good. each: "group" if ranks share packs."""
     lines, empty = [], summary["empty"]
     if empty:
         more = f" and {len(empty) - SHAPES_NAMED} more" if len(empty) > SHAPES_NAMED else ""
@@ -197,8 +198,8 @@ def advice(summary: dict[str, Any]) -> list[str]:
         )
     if over := summary["steps_with_a_clip_over_a_share"]:
         lines.append(
-            f"{over} of {summary['measured_steps']} steps have a clip with more work than a rank's share of the step: "
-            f"the best possible balance is {summary['balance_best']:.3f}."
+            f"{over} of {summary['measured_steps']} steps have a clip with more work than a {each}'s share of the "
+            f"step: the best possible balance is {summary['balance_best']:.3f}."
         )
     if summary["balance"] >= GOOD or summary["groups"] == 1:
         return lines
@@ -207,13 +208,14 @@ def advice(summary: dict[str, Any]) -> list[str]:
     if in_epoch < 1:
         most = max(1, int(in_epoch * summary["groups"]))
         lines.append(
-            f"a whole epoch has, per rank, the work of {in_epoch:.2g} of the largest clip, which cannot be divided: at "
-            f"most {most} {'ranks have' if most > 1 else 'rank has'} enough to do. Use fewer ranks, or add clips."
+            f"a whole epoch has, per {each}, the work of {in_epoch:.2g} of the largest clip, which cannot be divided: "
+            f"at most {most} {each}{'s have' if most > 1 else ' has'} enough to do. Use fewer ranks, or add clips."
         )
     elif share < 1:
         lines.append(
-            f"a step has, per rank, the work of {share:.2g} of the largest clip, which cannot be divided: raise "
-            f"plan.largest_clips_per_step to {summary['groups']} or more."
+            f"a step has, per {each}, the work of {share:.2g} of the largest clip, which cannot be divided: raise "
+            f"plan.largest_clips_per_step to {summary['groups']} or more, or let more ranks share a transformer's "
+            f"clips (parallel.sequence_parallel)."
         )
     else:
         lines.append(
@@ -281,6 +283,8 @@ def _print_plan(s: dict[str, Any]) -> None:
     work = readable_work(s["work_per_step"], s["work_unit"])
     measured = "all" if s["measured_steps"] == s["steps_per_epoch"] else f"{s['measured_steps']:,}"
     ranks = f"{s['world_size']} rank{'s' * (s['world_size'] > 1)}"
+    if (shared := s["world_size"] // s["groups"]) > 1:
+        ranks += f", {shared} to a pack"
     times = {per: s[key] for per, key in TIMES.items() if key in s}
     steps = [
         ("steps per epoch", f"{s['steps_per_epoch']:,}"),

@@ -1,4 +1,4 @@
-"""Measures a plan on a number of ranks, and draws it."""
+"""Measures a plan on a number of ranks (or of groups of ranks that share packs), and draws it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MICRO_STEPS_SHOWN = 12  # and the rest of the last step
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures of some steps of a plan, dealt to ranks. Lists have one entry per step."""
+    """Measures of some steps of a plan, dealt to groups of ranks. Lists have one entry per step."""
 
     steps: list[int]
     clips: list[int]
@@ -34,13 +34,13 @@ class Measures:
     micro_steps: list[int]
     fullest: list[int]  # tokens of the fullest pack
     balance: list[float]
-    total_balance: float = 0.0  # mean work / Σ of the slowest rank's work, over all these steps
-    best_balance: float = 0.0  # upper bound of it, given that a clip cannot be divided among ranks
-    indivisible: int = 0  # steps whose largest clip exceeds a rank's share of the step
+    total_balance: float = 0.0  # mean work / Σ of the slowest group's work, over all these steps
+    best_balance: float = 0.0  # upper bound of it, given that a clip cannot be divided among groups
+    indivisible: int = 0  # steps whose largest clip exceeds a group's share of the step
 
 
 def measure_plan(
-    plan: Plan, ranks: int, token_bound: int, most: int = 200, track: Callable[[Sequence[int]], Iterable[int]] = iter
+    plan: Plan, groups: int, token_bound: int, most: int = 200, track: Callable[[Sequence[int]], Iterable[int]] = iter
 ) -> Measures:
     """Deals up to `most` steps, evenly spread over the epoch (0: all). track: wraps the steps in a progress bar."""
     count = min(most or plan.num_steps, plan.num_steps)
@@ -50,32 +50,36 @@ def measure_plan(
     indivisible = 0
     for index in track(steps):
         items = plan.items(index)
-        tokens, works = zip(*(micro.sums() for micro in split(items, ranks, token_bound)))  # per micro-step and rank
+        tokens, works = zip(*(micro.sums() for micro in split(items, groups, token_bound)))  # per micro-step and group
         work, slow = sum(map(sum, works)), sum(map(max, works))
         largest = max(plan.work[b] for b in np.unique(items.bucket))
-        ideal += work / ranks
+        ideal += work / groups
         slowest += slow
-        fastest += max(work / ranks, largest)
-        indivisible += largest * ranks > work
+        fastest += max(work / groups, largest)
+        indivisible += largest * groups > work
         measures.clips.append(len(items))
         measures.tokens.append(sum(map(sum, tokens)))
         measures.work.append(work)
         measures.micro_steps.append(len(works))
         measures.fullest.append(max(map(max, tokens)))
-        measures.balance.append(work / ranks / slow)
+        measures.balance.append(work / groups / slow)
     return replace(measures, total_balance=ideal / slowest, best_balance=ideal / fastest, indivisible=indivisible)
 
 
 def draw_plan(
     plan: Plan,
     shapes: Sequence[VideoShape],
-    ranks: int,
+    groups: int,
     token_bound: int,
     path: str | Path,
     measures: Measures,
     work_unit: str = "FLOP",
+    each: str = "rank",
 ) -> None:
-    """Writes a PNG: the shapes to scale, packs on the first ranks as a timeline, balance over the steps."""
+    """Writes a PNG: the shapes to scale, packs on the first groups as a timeline, balance over the steps.
+
+    each: what a group is called: "rank", unless several share a pack.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -87,17 +91,17 @@ def draw_plan(
 
     splits: list[list[MicroStepPacks]] = []
     for index in range(plan.num_steps):
-        splits.append(split(plan.items(index), ranks, token_bound))
+        splits.append(split(plan.items(index), groups, token_bound))
         if sum(map(len, splits)) >= MICRO_STEPS_SHOWN:
             break
 
     figure = Figure(figsize=(14, 11), layout="constrained", facecolor="white")
     top, middle, bottom = figure.subplots(3, 1, height_ratios=[3.2, 4, 2.2])
     epoch = f"{_count(plan.num_items, 'clip')} in {_count(plan.num_steps, 'step')} per epoch"
-    title = f"Plan: {epoch} on {_count(ranks, 'rank')}; balance {measures.total_balance:.3f}"
+    title = f"Plan: {epoch} on {_count(groups, each)}; balance {measures.total_balance:.3f}"
     figure.suptitle(title, fontsize=15, fontweight="bold")
     _draw_shapes(top, plan, shapes, present, colours)
-    _draw_packs(middle, splits, ranks, colours, work_unit)
+    _draw_packs(middle, splits, groups, colours, work_unit, each)
     _draw_balance(bottom, measures, token_bound, plan.num_steps)
     with publish(path) as part:
         figure.savefig(part, dpi=110, format="png")
@@ -138,12 +142,12 @@ def _draw_shapes(
 
 
 def _draw_packs(
-    axes: Axes, splits: list[list[MicroStepPacks]], ranks: int, colours: dict[int, Any], work_unit: str
+    axes: Axes, splits: list[list[MicroStepPacks]], groups: int, colours: dict[int, Any], work_unit: str, each: str
 ) -> None:
-    """A row per rank, work from left to right. A micro-step ends on all ranks when its largest pack does."""
+    """A row per group, work from left to right. A micro-step ends on all of them when its largest pack does."""
     from matplotlib.patches import Rectangle
 
-    rows = min(ranks, RANKS_SHOWN)
+    rows = min(groups, RANKS_SHOWN)
     scale, prefix = _prefix(max(1.0, float(sum(max(micro.sums()[1]) for steps in splits for micro in steps))))
     x = 0.0
     for index, steps in enumerate(splits):
@@ -165,10 +169,10 @@ def _draw_packs(
         axes.text((begin + x) / 2, -0.4 - 0.05 * rows, f"step {index}", ha="center", va="center", fontsize=9)
     axes.set_xlim(0, x)
     axes.set_ylim(rows - 0.4, -0.4 - 0.1 * rows)
-    axes.set_yticks(range(rows), [f"rank {row}" for row in range(rows)])
+    axes.set_yticks(range(rows), [f"{each} {row}" for row in range(rows)])
     axes.set_xlabel(f"work, {prefix}{work_unit} forward")
     axes.spines[["top", "right"]].set_visible(False)
-    some = f" (the first {rows} of {ranks} ranks)" if rows < ranks else ""
+    some = f" (the first {rows} of {groups} {each}s)" if rows < groups else ""
     title = f"Packs{some}: thick lines end a step, thin lines a micro-step; hatched: idle"
     axes.set_title(title, loc="left", fontsize=12)
 

@@ -105,7 +105,8 @@ class Plan:
         if most > bound:
             raise StditError(
                 f"a clip of {self.names[bucket]} has {most} tokens, but a pack has at most {bound}. Raise "
-                f"plan.tokens_per_pack to {most} if memory allows, or remove the shape from data.shapes."
+                f"plan.tokens_per_pack to {most} if memory allows, with more ranks to a pack "
+                f"(parallel.sequence_parallel) if not, or remove the shape from data.shapes."
             )
         return bound
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from pydantic import PositiveInt
 from torch import nn
 
 from stdit.errors import StditError, nearest_name
@@ -20,15 +21,26 @@ class ParallelConfig:
     """How ranks share a run.
 
     deepspeed: a DeepSpeed JSON, or zero1, zero2, zero3 or zero3_offload. Required on more than one rank.
-    sequence_parallel: ranks that share a clip; only 1 is supported so far.
+    sequence_parallel: consecutive ranks that share every pack of a transformer's tokens (Ulysses), for clips that are
+        too large for one; it divides the number of ranks, and had best not exceed the model's heads.
     """
 
     deepspeed: str | None = None
-    sequence_parallel: int = 1
+    sequence_parallel: PositiveInt = 1
 
-    def __post_init__(self) -> None:
-        if self.sequence_parallel != 1:
-            raise StditError(f"sequence_parallel {self.sequence_parallel}: only 1 is supported so far.")
+    def groups(self, ranks: int) -> int:
+        """How many groups of ranks there are, each with its own packs. Raises StditError if ranks are left over."""
+        if ranks % self.sequence_parallel:
+            fitting = [size for size in range(1, ranks + 1) if ranks % size == 0]
+            raise StditError(
+                f"parallel.sequence_parallel={self.sequence_parallel} does not divide {ranks} ranks into groups. "
+                f"Set it to one of {', '.join(map(str, fitting))}, or change the number of ranks."
+            )
+        return ranks // self.sequence_parallel
+
+    @property
+    def name_of_group(self) -> str:
+        return "rank" if self.sequence_parallel == 1 else "group"
 
 
 def make_engine(

@@ -22,6 +22,7 @@ from stdit.errors import error_context
 from stdit.keyed import keyed_generator, keyed_uniform
 from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_clips, pack_texts
 from stdit.models.routing import Routing
+from stdit.models.sequence import SequenceGroup
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
@@ -39,7 +40,10 @@ EMBEDDED_BYTES = 2**34  # and at most, of embeddings: 4096 full ones of a T5-XXL
 
 @dataclass
 class FlowBatch(Batch):
-    """The input of `FlowModule`. If the text encoder trains along, there are token ids in place of embeddings."""
+    """The input of `FlowModule`. If the text encoder trains along, there are token ids in place of embeddings.
+
+    If ranks share packs, N counts the tokens that this rank holds, and the texts are those of its clips.
+    """
 
     pack: TokenPack  # noisy tokens
     target: Tensor  # (N, pt·ph·pw·C) what the network should output
@@ -123,18 +127,20 @@ class FlowObjective(Objective):
         scheduler: Mapping[str, Any] | None = None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        group: SequenceGroup | None = None,
     ) -> None:
         """
         remake: makes the transformer with its starting weights on the CPU. None if all of its weights train.
         scheduler: the config of the scheduler that belongs to the weights. None: Wan's.
         dtype: of the transformer's input.
+        group: the ranks that share every pack, of which `prepare` gives this rank's part. None: none do.
         """
         self.scheduler = dict(scheduler or unipc_config(config.flow.noise_levels.shift or 1.0))
         self.path = path_of(self.scheduler)
         self.noise_levels = config.flow.noise_levels
         if self.noise_levels.distribution == "own":
             self.noise_levels = replace(self.noise_levels, distribution=self.path.distribution)
-        self.config, self.device, self.dtype = config, device, dtype
+        self.config, self.device, self.dtype, self.group = config, device, dtype, group
         self.tasks = config.flow.tasks or {"text_to_video": 1.0}
         self.remake = remake or (lambda: STDiT(self.model_config))
         self.vae = vae.requires_grad_(False)
@@ -171,29 +177,32 @@ class FlowObjective(Objective):
             noisy = [NoisyClip(nothing, nothing, level, output_tokens(nothing, patch), torch.zeros(1))]
             conditions = [self.conditions.of_empty_clip()]
         pack = pack_clips([clip.latents for clip in noisy], [clip.level for clip in noisy], patch, conditions)
-        pack = pack.to(self.device, self.dtype)
+        pack, mine, my_clips = pack.to(self.device, self.dtype).part(self.group)
         inputs = {"latents": pack.tokens}
         text: TextPack | None = None
         ids: list[list[int]] | None = None
         if self.train_text:
             ids = [self._ids(caption) for caption in captions]
             text_lengths = tuple(len(row) + (len(row) < self.text_padding) for row in ids)  # padding is one token
+            ids = ids[my_clips]
         else:
             text = self._text(captions, beside)
             text_lengths = text.segments.lengths
+            text = text.part(my_clips)
             inputs["text embedding"] = text.tokens
-        routing, lengths = self._routing(pack, clips, key), pack.segments.lengths
-        kept = routing.segments.lengths if routing else lengths
+        routing, lengths = self._routing(pack, clips, key), pack.segments.whole.lengths
+        kept = routing.segments.whole.lengths if routing else lengths
         flops = 3 * transformer_flops(self.model_config, lengths, text_lengths, kept, len(self.routed_blocks))
+        clean = self._clean_tokens([clip.x0 for clip in noisy])
         return FlowBatch(
             weight=self.weight(examples, key),
-            flops=flops if clips else 0,
+            flops=flops // (self.group.size if self.group else 1) if clips else 0,
             inputs=inputs,
             noise_level=max(float(clip.level.max()) for clip in noisy),
             pack=pack,
-            target=torch.cat([clip.target for clip in noisy]).float().to(self.device),
-            token_weights=torch.cat([clip.token_weights for clip in noisy]).to(self.device),
-            clean=self._clean_tokens([clip.x0 for clip in noisy]),
+            target=torch.cat([clip.target for clip in noisy])[mine].float().to(self.device),
+            token_weights=torch.cat([clip.token_weights for clip in noisy])[mine].to(self.device),
+            clean=None if clean is None else clean[mine],
             text=text,
             text_ids=ids,
             routing=routing,
@@ -253,7 +262,7 @@ class FlowObjective(Objective):
             return None
         staying = [
             config.staying(tokens, clip.drawn.known_tokens, clip.example, key)
-            for tokens, clip in zip(pack.segments.lengths, clips)
+            for tokens, clip in zip(pack.segments.whole.lengths, clips)
         ]
         stays = torch.cat(staying)
         return None if stays.all() else Routing.of(pack, stays, self.routed_blocks)
@@ -304,11 +313,12 @@ class FlowObjective(Objective):
 
     def for_validation(self, levels: NoiseLevelConfig | None) -> FlowObjective:
         """The same objective, of the same weights, with captions never dropped, no routing, noise levels that count
-        alike, and the task text_to_video alone (if it is not trained: the trained ones).
+        alike, the task text_to_video alone (if it is not trained: the trained ones), and packs that no ranks share.
 
         levels: of the noise. None: those of the training.
         """
         other = copy.copy(self)
+        other.group = None
         flow = replace(self.config.flow, caption_dropout=0.0, level_weight="uniform", routing=None)
         other.config = replace(self.config, flow=flow)
         if self.tasks.get("text_to_video"):

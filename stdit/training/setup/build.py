@@ -76,6 +76,7 @@ def build(config: ResolvedConfig, world: World) -> RunComponents:
     """Reads the data, builds the models with their starting weights (the same on all ranks)."""
     if not config.data.manifest:
         raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
+    config.parallel.groups(world.size)
     check_engine(config.optimizer, config.parallel, world.device)
     HEARTBEAT.doing(f"reading {config.data.manifest}")
     manifest = read_manifest(config.data.manifest)

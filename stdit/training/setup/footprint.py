@@ -162,7 +162,8 @@ def activations(config: RunConfig, objective: Objective, shape: VideoShape, toke
     """The peak of encoding, forward and backward of a pack, in bytes, beyond weights and gradients.
 
     Runs them on meta tensors, which have sizes and no data, for up to CLIPS clips with two blocks, and two that tokens
-    skip. More tokens are taken in proportion; each further block of a kind adds as much as the third one.
+    skip. More tokens are taken in proportion; each further block of a kind adds as much as the third one. Ranks that
+    share the pack each encode it whole, and run forward and backward on an equal share of its tokens.
     """
     if not isinstance(objective, FlowObjective):
         return max(_activations(config, objective, shape, tokens))
@@ -180,7 +181,7 @@ def activations(config: RunConfig, objective: Objective, shape: VideoShape, toke
         total += (whole - few) * (peaks(few + 1, few_skipped)[1] - training)
     if skipped > few_skipped:
         total += (skipped - few_skipped) * (peaks(few, few_skipped + 1)[1] - training)
-    return max(encoding, total)
+    return max(encoding, -(-total // config.parallel.sequence_parallel))
 
 
 @contextmanager

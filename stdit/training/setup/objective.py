@@ -15,6 +15,7 @@ from stdit.data.plan.buckets import Assignment
 from stdit.errors import StditError, error_context, nearest_name
 from stdit.machine import require_memory
 from stdit.models.attention import choose_backend
+from stdit.models.sequence import SequenceGroup, check_shareable
 from stdit.models.transformer import TEMPORAL_BLOCKS, STDiT, TransformerConfig, count_parameters, inflate
 from stdit.text.encoders import TextEncoder
 from stdit.text.lengths import LongTexts, TextLimit
@@ -61,6 +62,11 @@ def make_vae_objective(config: ResolvedConfig, world: World) -> VaeObjective:
             "a VAE trains under ZeRO 0 to 2: images and videos run different layers, whose weights stage 3 gathers "
             "one by one on all ranks together. Use parallel.deepspeed=zero2."
         )
+    if config.parallel.sequence_parallel > 1:
+        raise StditError(
+            f"parallel.sequence_parallel={config.parallel.sequence_parallel} is for transformers: a VAE's clips are no "
+            f"tokens that ranks could share. Leave it out."
+        )
     lpips, dtype = None, PRECISIONS[config.run.precision]
     if (settings := config.objective.vae.lpips) is not None:
         from stdit.vae.training.lpips import Lpips
@@ -88,7 +94,7 @@ def make_experts(config: ResolvedConfig, manifest: Manifest, world: World) -> Ex
 def make_flow(
     config: ResolvedConfig, manifest: Manifest, world: World, beside: FlowObjective | None = None
 ) -> FlowObjective:
-    """beside: the other expert's, whose VAE and text encoder are shared."""
+    """beside: the other expert's, whose VAE, text encoder and group of ranks are shared."""
     dtype = PRECISIONS[config.run.precision]
     vae = beside.vae if beside else make_vae(config).to(world.device).eval()
     text_encoder = beside.text_encoder if beside else make_text_encoder(config, manifest)
@@ -99,6 +105,9 @@ def make_flow(
     transformer.attention_backend = config.model.attention_backend
     with error_context("model.attention_backend"):
         choose_backend(config.model.attention_backend, world.device.type, dtype, transformer.config.head_dim)
+    shared = config.parallel.sequence_parallel
+    if shared > 1:
+        check_shareable(transformer.config)
     conditions = make_conditions(config, transformer.config, vae, world.device)
     weights = config.objective.flow.tasks or {}
     tasks = [name for name, weight in weights.items() if weight > 0 and name != "text_to_video"]
@@ -113,7 +122,7 @@ def make_flow(
     return FlowObjective(
         config.objective, transformer, vae, text_encoder, train_text=config.text.path is None, text_padding=padding,
         conditions=conditions, remake=remake if initial else None, scheduler=initial.scheduler if initial else None,
-        device=world.device, dtype=dtype,
+        device=world.device, dtype=dtype, group=beside.group if beside else SequenceGroup.join(shared),
     )  # fmt: skip
 
 

@@ -98,6 +98,21 @@ def test_the_plan_is_the_same_for_any_world_size(files, capsys):
     assert json.loads(capsys.readouterr().out)["hash"] not in {h for h, _ in hashes}
 
 
+def test_ranks_that_share_packs_are_dealt_clips_as_one(files, capsys):
+    found = []
+    for settings in (["--world-size", "2"], ["--world-size", "4", "parallel.sequence_parallel=2"]):
+        assert plan(files, "--json", "data.cache=latents", *settings) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    apart, shared = found
+    assert (apart["world_size"], shared["world_size"], shared["groups"]) == (2, 4, 2)
+    same = ("groups", "hash", "balance", "balance_best", "fullest_pack", "tokens_per_pack", "micro_steps_per_step")
+    assert [shared[name] for name in same] == [apart[name] for name in same]
+    activations = [one["memory_per_rank"]["activations"] for one in found]
+    assert activations[0] / 2 <= activations[1] < 0.6 * activations[0]
+    assert plan(files, "--world-size", "4", "parallel.sequence_parallel=2") == 0
+    assert "4 ranks, 2 to a pack" in capsys.readouterr().out
+
+
 def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
     assert plan(files, "--world-size", "2") == 0
     text = capsys.readouterr().out
@@ -119,7 +134,7 @@ def test_tables_name_buckets_drops_and_empty_ones(files, capsys):
         (["data.shapes=[65x64x9]"], "Nearest"),
         (["plan.tokens_per_pack=20"], "tokens_per_pack to"),
         (["data.shaps=[64x64]"], "Did you mean 'shapes'"),
-        (["parallel.sequence_parallel=2", "--world-size", "2"], "sequence_parallel 2: only 1 is supported so far"),
+        (["parallel.sequence_parallel=2", "--world-size", "3"], "sequence_parallel=2 does not divide 3 ranks"),
         (["vae.path=/no/such/vae"], "/no/such/vae"),
         (["model.preset=tyo"], "Did you mean 'toy'"),
         (["text.path=/no/such/text"], "/no/such/text"),

@@ -1,0 +1,199 @@
+"""Two ranks that share every pack, under ZeRO 1, 2 and 3, against one rank of plain torch, in fp32.
+
+There are several micro-steps a step, packs of several clips, known tokens, and 3 heads, which 2 ranks do not divide.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import Child, finish_together
+from tensor_files import load_file
+from thread_group import ThreadGroup, run_together
+from thread_world import ThreadWorld
+from tiny_runs import ALONE
+from torch import Tensor
+
+from stdit.errors import StditError
+from stdit.models.transformer import STDiT, TransformerConfig
+from stdit.shipped import DEEPSPEED
+from stdit.text.encoders import TextEncoder
+from stdit.text.small import build_word_tokenizer, small_umt5
+from stdit.training.bad_clips import agreed
+from stdit.training.batches import MicroStep, StepClips
+from stdit.training.config import load_config
+from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.engine.make import ParallelConfig
+from stdit.training.objectives.flow import FlowObjective
+from stdit.training.objectives.protocol import StepKey
+from stdit.training.setup.build import RunComponents, build
+from stdit.training.setup.resolve import resolve
+from stdit.weights.io import save_transformer
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+LIMIT = 900.0  # seconds
+STEPS = 8
+STAGES = ("zero1", "zero2", "zero3")
+OTHERS = [("routed", "zero2"), ("lora", "zero3")]  # and the stage
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders NAME-OPTIMIZER with gradients.safetensors, seen.json and checkpoints."""
+    pytest.importorskip("deepspeed")
+    out = tmp_path_factory.mktemp("shared")
+    config = (tiny / "flow.yaml").read_text()
+    for old, new in (("tokens_per_pack: 200", "tokens_per_pack: 150"), ("heads: 2\n  layers", "heads: 3\n  layers")):
+        assert old in config
+        config = config.replace(old, new)
+    (out / "flow.yaml").write_text(config + f"eval: {{manifest: {tiny / 'manifest.parquet'}, clips: 3}}\n")
+    sizes = dict(dim=24, heads=3, layers=2, ffn_dim=48, frequency_dim=32, in_channels=4, out_channels=4, text_dim=16)
+    save_transformer(STDiT(TransformerConfig.preset("toy", **sizes, text_padding=32)), out / "init")
+    tokenizer = build_word_tokenizer(["a small red circle moves left"])
+    TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer).save(
+        out / "text" / "text_encoder", out / "text" / "tokenizer"
+    )
+    partitioned = json.loads((DEEPSPEED / "zero3.json").read_text())
+    partitioned["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # cuts parameters as small as ours too
+    (out / "zero3.json").write_text(json.dumps(partitioned))
+    jsons = {stage: DEEPSPEED / f"{stage}.json" for stage in STAGES} | {"zero3": out / "zero3.json"}
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    engines = [f"shared-{stage}={jsons[stage]}={STEPS}" for stage in STAGES]
+    engines += [f"{kind}-shared-{stage}={jsons[stage]}=2" for kind, stage in OTHERS]
+    engines += [f"moved={jsons['zero3']}={STEPS + 2}=shared-zero1"]  # each rank has packs of its own again
+    alone = [f"one=={STEPS}", f"more=={STEPS + 2}=one", *(f"{kind}-one==2" for kind, _ in OTHERS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]
+    command = [sys.executable, str(WORKER), str(out / "flow.yaml"), str(out)]
+    children = [Child([*command, *engines], environment | rank) for rank in ranks]
+    finish_together([*children, Child([*command, *alone], environment)], LIMIT)
+    return out
+
+
+def seen(runs: Path, name: str) -> dict[str, Any]:
+    return json.loads((runs / name / "seen.json").read_text())
+
+
+def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys() and len(found) > 20
+    one, other = (torch.cat([parts[name].double().flatten() for name in sorted(parts)]) for parts in (found, expected))
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_losses_weights_and_clips_equal_one_rank(runs: Path, stage: str, optimizer: str) -> None:
+    one, other = runs / f"one-{optimizer}", runs / f"shared-{stage}-{optimizer}"
+    expected, found = (load_file(folder / "gradients.safetensors") for folder in (one, other))
+    for name, gradient in expected.items():
+        assert gradient.any(), name
+        assert relative_of(found[name], gradient) <= 1e-5, name
+    wanted, ours = seen(runs, one.name), seen(runs, other.name)
+    assert ours["ids"] == wanted["ids"] and len(ours["losses"]) == STEPS
+    assert ours["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert ours["losses"][-1] < 0.95 * ours["losses"][0]
+    assert ours["evaluated"]["loss"] == pytest.approx(wanted["evaluated"]["loss"], rel=1e-5)
+    kept = [Checkpoint.latest(folder) for folder in (one, other)]
+    assert kept[0] is not None and kept[1] is not None
+    for kind in ("master", "ema"):
+        assert relative(kept[1].weights(kind), kept[0].weights(kind)) <= 1e-4
+    packs = ours["packs"]
+    assert packs[0] == packs[1] and any(len(step) > 1 for step in packs[0]) and max(map(max, packs[0])) > 1
+
+
+def relative_of(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("kind", "stage"), OTHERS)
+def test_routing_checkpointed_blocks_and_adapters_too(runs: Path, kind: str, stage: str, optimizer: str) -> None:
+    one, other = (runs / f"{name}-{optimizer}" for name in (f"{kind}-one", f"{kind}-shared-{stage}"))
+    assert relative(*(load_file(folder / "gradients.safetensors") for folder in (other, one))) <= 1e-5
+    assert seen(runs, other.name)["losses"] == pytest.approx(seen(runs, one.name)["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_goes_on_with_packs_of_each_ranks_own(runs: Path, optimizer: str) -> None:
+    expected, found = seen(runs, f"more-{optimizer}"), seen(runs, f"moved-{optimizer}")
+    assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny: Path) -> RunComponents:
+    parts = build(resolve(load_config(tiny / "flow.yaml", ["data.workers=0"])), ALONE)
+    with torch.no_grad():
+        for p in parts.objective.module.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return parts
+
+
+@pytest.mark.parametrize("clips", [0, 1, 5])
+def test_shares_of_a_batch_add_up_to_it(parts: RunComponents, clips: int) -> None:
+    """Losses, weights of tokens and FLOPs; of no clips there is one token, and a rank without any."""
+    objective, items = parts.objective, parts.plan.step(0)[:clips]
+    assert isinstance(objective, FlowObjective)
+    examples, key = parts.loader.fetch(items, 0), StepKey(0, 0, 0, max(1, clips))
+    whole = objective.prepare(examples, items, key)
+
+    def work(group: ThreadGroup) -> tuple[Any, float]:
+        batch = shared_by(objective, group).prepare(examples, items, key)
+        with torch.no_grad():
+            return batch, float(objective.module(batch))
+
+    batches, losses = zip(*run_together(2, work))
+    with torch.no_grad():
+        assert sum(losses) == pytest.approx(float(objective.module(whole)), rel=1e-5)
+    assert torch.equal(torch.cat([batch.token_weights for batch in batches]), whole.token_weights)
+    assert torch.equal(torch.cat([batch.pack.tokens for batch in batches]), whole.pack.tokens)
+    assert [batch.weight for batch in batches] == [whole.weight] * 2
+    assert sum(batch.flops for batch in batches) in (whole.flops, whole.flops - 1)
+
+
+def shared_by(objective: FlowObjective, group: ThreadGroup) -> FlowObjective:
+    from copy import copy
+
+    other = copy(objective)
+    other.group = group
+    return other
+
+
+def test_a_clip_that_one_rank_cannot_read_has_failed_on_all(parts: RunComponents) -> None:
+    items = parts.plan.step(0)[:3]
+    examples = parts.loader.fetch(items, 0)
+
+    def work(group: ThreadGroup) -> StepClips:
+        mine = list(examples)
+        if group.rank == 1:
+            mine[2] = replace(mine[2], weight=0.0, failure="the disk is gone", reason="unreadable")
+        step = StepClips(0, 0, 3, [MicroStep(items[:1], mine[:1]), MicroStep(items[1:], mine[1:])])
+        return agreed(step, ThreadWorld(group.rank, 2, torch.device("cpu")))
+
+    for step in run_together(2, work):
+        assert [example.failure for example in step.examples] == [None, None, "the disk is gone"]
+        assert [example.weight for example in step.examples] == [1, 1, 0]
+        assert [len(micro.examples) for micro in step.micro_steps] == [1, 2]
+
+
+def test_ranks_that_are_left_over_are_refused() -> None:
+    assert ParallelConfig(sequence_parallel=4).groups(8) == 2
+    with pytest.raises(StditError, match=r"sequence_parallel=4 does not divide 6 ranks.*one of 1, 2, 3, 6"):
+        ParallelConfig(sequence_parallel=4).groups(6)
+
+
+def test_a_vae_is_refused(tiny: Path) -> None:
+    settings = ["parallel.sequence_parallel=2", "parallel.deepspeed=zero2"]
+    world = replace(ALONE, size=2)
+    with pytest.raises(StditError, match="sequence_parallel=2 is for transformers"):
+        build(resolve(load_config(tiny / "vae.yaml", settings)), world)
