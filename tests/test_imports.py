@@ -30,8 +30,8 @@ STRANGERS = LINES[1]
 # The same inside a part: a room (or a file beside the rooms) imports from its own line and from the lines above.
 ROOMS = {
     "data": [
-        {"remote"}, {"decode"}, {"measure"}, {"workers"}, {"read_ahead"}, {"config", "captions", "manifest", "toy"},
-        {"scan"}, {"plan"}, {"load"},
+        {"remote"}, {"decode"}, {"measure"}, {"workers"}, {"read_ahead"},
+        {"config", "captions", "manifest", "manifests", "parts", "toy"}, {"scan"}, {"plan"}, {"load"},
     ],
     "models": [
         {"config", "positions", "operators"}, {"sequence"}, {"packing"}, {"attention", "fused"}, {"blocks"},

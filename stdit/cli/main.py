@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from stdit import __version__
-from stdit.cli.common.lazy import as_command, lazy_group
+from stdit.cli.common.lazy import WORDS, as_command, lazy_group
 from stdit.errors import Interrupted, StditError
 from stdit.files import disk_trouble
 from stdit.heartbeat import HEARTBEAT
@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str] | typer.Typer] = {
         "caption": ("stdit.cli.data.caption", "Caption a manifest's clips with a local vision-language model."),
         "plan": ("stdit.cli.data.plan", "Show what training will do: buckets, packs, balance, drops, memory."),
         "encode": ("stdit.cli.data.encode", "Encode a manifest's latents and text embeddings; resumable."),
+        "merge": ("stdit.cli.data.merge", "Join what the parts (--part) of a scan, caption or encode have made."),
         "toy": ("stdit.cli.data.toy", "Render the built-in toy clips."),
     }),
     "train": ("stdit.cli.train", "Train a VAE or a diffusion transformer, alone or under torchrun."),
@@ -91,6 +92,7 @@ def run_command(command: Callable[..., Any] | typer.Typer, args: Sequence[str] |
     given = [str(word) for word in (sys.argv[1:] if args is None else args)]
     if (blank := _blank(given)) is not None:
         return _say(f"error: {blank} is empty. Name a file, a folder or a value.\nTry: {prog} --help", 2)
+    WORDS.set((*prog.split(), *given))
     try:
         try:
             result = as_command(command, prog).main(args=args, prog_name=prog, standalone_mode=False)

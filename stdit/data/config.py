@@ -93,12 +93,14 @@ class Stage:
 class DataConfig:
     """Which clips are read, and how they are cut.
 
-    manifest: the manifest file, or its URL.
+    manifest: the manifest file, its URL, or a pattern such as sets/*.parquet; or a list of these, which make one data
+        set. A clip that several have counts once, as the first of them has it.
     shapes: WIDTHxHEIGHTxFRAMES, or WIDTHxHEIGHT for images. Every clip goes to one of them.
     rule: gives the shapes by areas, aspect ratios and durations, in place of `shapes`.
     stages: a curriculum over epochs; empty: all shapes in all epochs.
     sources: how often per epoch the clips of a source come, by a pattern of their paths in the manifest, such as
-        {"talks/*": 0.5}. The first pattern that matches counts; clips that match none come once.
+        {"talks/*": 0.5}. The first pattern that matches counts; clips that match none come once. With several
+        manifests, a path begins with its manifest's folder.
     filter: lowest and highest score of the clips to train on, such as {motion: [2, null], black_bars: [null, 0.1]};
         null: no bound. Needs the columns that `stdit data scan --scores` writes.
     repeats: also takes clips that look like another one that is taken; false needs the same columns.
@@ -123,7 +125,7 @@ class DataConfig:
     keep_gb: decoded clips to keep in memory, in GB, for small data; needs start: first and crop: centre.
     """
 
-    manifest: str = ""
+    manifest: str | list[str] = ""
     shapes: list[str] = field(default_factory=list)
     rule: ShapeRule | None = None
     stages: list[Stage] = field(default_factory=list)

@@ -94,10 +94,15 @@ def clip_id(sha256: str, start: float, end: float) -> str:
 
 
 class Manifest:
-    """Clips as an Arrow table (ten million rows take a few gigabytes); numeric columns can be read as numpy arrays."""
+    """Clips as an Arrow table (ten million rows take a few gigabytes); numeric columns can be read as numpy arrays.
 
-    def __init__(self, table: pa.Table, folder: str | Path = ".", source: str = "manifest") -> None:
-        self.table = _checked(table, source)
+    checked: the table comes from manifests, and need not be checked again.
+    """
+
+    def __init__(
+        self, table: pa.Table, folder: str | Path = ".", source: str = "manifest", checked: bool = False
+    ) -> None:
+        self.table = table if checked else _checked(table, source)
         self.folder = str(folder)
         self.source = source
 
@@ -249,7 +254,7 @@ def read_manifest(path: str | Path) -> Manifest:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         try:
-            table = pq.read_table(path)
+            table = STORAGE.from_disk(str(path), lambda: pq.read_table(path))
         except (pa.ArrowInvalid, OSError) as error:
             raise StditError(f"{path} cannot be read as Parquet: {error}") from error
         version = (table.schema.metadata or {}).get(b"stdit_manifest", b"1")

@@ -23,7 +23,7 @@ from torch import Tensor
 from stdit.data.config import DataConfig
 from stdit.data.decode.write import contact_sheet
 from stdit.data.load.loader import Loader
-from stdit.data.manifest import read_manifest
+from stdit.data.manifests import named, read_manifests
 from stdit.data.plan.buckets import assign
 from stdit.data.plan.split import PlanItem
 from stdit.diffusion.solvers import path_of
@@ -97,7 +97,9 @@ def evaluate_captions(
     clips, failures = read_clips(pipeline, data, limit, progress)
     captions = list(dict.fromkeys(clip.caption for clip in clips))
     if len(captions) < 2:
-        raise StditError(f"{data.manifest} gives {len(captions)} different captions; a comparison needs at least 2.")
+        raise StditError(
+            f"{named(data.manifest)} gives {len(captions)} different captions; a comparison needs at least 2."
+        )
     groups = group_captions(captions, group)
     own = [captions.index(clip.caption) for clip in clips]
     firsts = [own.index(caption) for caption in range(len(captions))]  # the first clip of each caption
@@ -112,7 +114,7 @@ def evaluate_captions(
     nearest = distances.argmin(1)
 
     settings = {
-        "manifest": data.manifest, "group": group, "levels": noise_levels, "draws": draws, "steps": steps,
+        "manifest": named(data.manifest), "group": group, "levels": noise_levels, "draws": draws, "steps": steps,
         "guidance": guidance, "seed": seed,
     }  # fmt: skip
     result: dict[str, Any] = {
@@ -169,11 +171,13 @@ def read_clips(
             "Give the config of the run that trained it."
         )
     data = data.fixed()
-    manifest = read_manifest(data.manifest)
+    manifest = read_manifests(data.manifest)
     assignment = assign(manifest, data)
     rows = [row for row in map(int, np.flatnonzero(assignment.bucket >= 0)) if manifest[row].captions][:limit]
     if not rows:
-        raise StditError(f"{data.manifest}: no clip has a caption and fits one of data.shapes at {data.fps:g} fps.")
+        raise StditError(
+            f"{named(data.manifest)}: no clip has a caption and fits one of data.shapes at {data.fps:g} fps."
+        )
     loader = Loader(manifest, assignment, data, seed=0, workers=0)
     weight = next(pipeline.vae.parameters())
     clips, failures = [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from stdit.data.decode.checks import Limits, VideoError
+from stdit.data.decode.checks import Limits, VideoError, disk_failures
 from stdit.data.load.loader import local_file
 from stdit.data.manifest import SCHEMA, Clip, Manifest, Skipped, write_manifest
+from stdit.data.parts import WHOLE, Part
 from stdit.data.read_ahead import read_ahead
+from stdit.data.remote.failures import DiskFailure
 from stdit.data.remote.paths import beside
 from stdit.data.remote.storage import STORAGE
 from stdit.data.workers.pool import READER
@@ -25,6 +27,7 @@ from stdit.text.captioner import Captioner, Refused
 from stdit.weights.identity import folder_identity
 
 LONGEST_SIDE = 1280  # of frames passed to the model's processor, which scales them further
+JOURNAL = ".captions.jsonl"  # ends the name of the list of captions, beside the manifest
 REFUSALS = 3  # give up if the model fails on so many clips before any success
 
 
@@ -65,6 +68,7 @@ def caption_manifest(
     replace: bool = False,
     workers: int = 2,
     timeout: float = 60.0,
+    part: Part = WHOLE,
     on_start: Callable[[int], None] = lambda _: None,
     on_clips: Callable[[int], None] = lambda _: None,
 ) -> CaptionResult:
@@ -80,15 +84,17 @@ def caption_manifest(
     batch: clips per call of the model.
     replace: the new captions replace the old ones, instead of joining them.
     workers, timeout: how many clips are read at the same time, and how many seconds each may take.
+    part: captions every `part.of`-th batch into a list of its own, and writes no manifest: `merge_captions` does.
     on_start, on_clips: are called with the number of clips to caption, and of clips just done.
     """
-    if not 0 < weight < float("inf"):
-        raise StditError(f"a caption's weight is positive, not {weight}.")
+    _check_weight(weight)
     made, failures, refused = 0, list[Skipped](), 0
-    with STORAGE.journal(beside(out, ".captions.jsonl")) as (lines, add):
-        texts = {line["id"]: line["text"] for line in lines if line.get("maker") == maker}
+    # what is known already: of a part, also what an earlier merge has written
+    earlier = [] if part.is_whole else STORAGE.lines(_journal(out))
+    with STORAGE.journal(_journal(out, part)) as (lines, add):
+        texts = {line["id"]: line["text"] for line in [*earlier, *lines] if line.get("maker") == maker}
         there = len(texts.keys() & set(manifest.ids.to_pylist()))
-        todo = _batches(manifest, texts, batch)
+        todo = _batches(manifest, texts, batch, part)
         on_start(sum(map(len, todo)))
         show = partial(_show, manifest, count=captioner.frames(frames), limits=Limits(seconds=timeout))
         for shown in read_ahead(show, todo, workers, ahead=2):
@@ -106,22 +112,61 @@ def caption_manifest(
             if refused >= REFUSALS and not made + there:
                 break
             on_clips(len(shown))
-    if not made + there:
+    if not made + there and (part.is_whole or refused >= REFUSALS):  # a part may have none but bad clips
         why = f"The first of {len(failures)}: {failures[0].file}: {failures[0].message}" if failures else "It is empty."
         raise StditError(f"no clip of {manifest.source} could be captioned. {why}")
+    if part.is_whole:
+        manifest = _with_captions(manifest, texts, weight, replace)
+        write_manifest(manifest, out)
+    return CaptionResult(manifest, made, there, tuple(failures))
+
+
+def merge_captions(
+    manifest: Manifest,
+    out: str | Path,
+    parts: Sequence[Part],
+    *,
+    maker: str,
+    weight: float = 1.0,
+    replace: bool = False,
+) -> CaptionResult:
+    """Writes the manifest that `caption_manifest` would have written, from the captions of its parts.
+
+    Their captions are added to `….captions.jsonl`. Raises StditError if there are none.
+    """
+    _check_weight(weight)
+    with STORAGE.journal(_journal(out)) as (lines, add):
+        known = {(line.get("maker"), line["id"]) for line in lines}
+        for part in parts:
+            new = [line for line in STORAGE.lines(_journal(out, part)) if (line.get("maker"), line["id"]) not in known]
+            add(new)
+            lines += new
+    texts = {line["id"]: line["text"] for line in lines if line.get("maker") == maker}
+    there = len(texts.keys() & set(manifest.ids.to_pylist()))
+    if not there:
+        raise StditError(f"no clip of {manifest.source} could be captioned, by any part.")
     captioned = _with_captions(manifest, texts, weight, replace)
     write_manifest(captioned, out)
-    return CaptionResult(captioned, made, there, tuple(failures))
+    return CaptionResult(captioned, 0, there, ())
 
 
-def _batches(manifest: Manifest, texts: dict[str, str], batch: int) -> list[list[int]]:
-    """The rows still to caption, images apart from videos. Batches do not depend on what has been captioned."""
+def _check_weight(weight: float) -> None:
+    if not 0 < weight < float("inf"):
+        raise StditError(f"a caption's weight is positive, not {weight}.")
+
+
+def _journal(out: str | Path, part: Part = WHOLE) -> str:
+    return beside(out, JOURNAL) if part.is_whole else part.beside(str(out), JOURNAL)
+
+
+def _batches(manifest: Manifest, texts: dict[str, str], batch: int, part: Part) -> list[list[int]]:
+    """The part's rows still to caption, images apart from videos. Batches do not depend on what has been captioned."""
     ids, image = manifest.ids.to_pylist(), manifest.column("frames") == 1
     batches = []
     for rows in (np.flatnonzero(image), np.flatnonzero(~image)):
-        for first in range(0, len(rows), batch):
-            batches.append([int(row) for row in rows[first : first + batch] if ids[row] not in texts])
-    return [rows for rows in batches if rows]
+        batches += [rows[first : first + batch].tolist() for first in range(0, len(rows), batch)]
+    todo = ([row for row in rows if ids[row] not in texts] for n, rows in enumerate(batches) if part.has_place(n))
+    return [rows for rows in todo if rows]
 
 
 def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _ShownClip | Skipped:
@@ -136,7 +181,12 @@ def _show(manifest: Manifest, row: int, count: int, limits: Limits) -> _ShownCli
     size = (max(1, round(clip.width * scale)), max(1, round(clip.height * scale)))
     try:
         with local_file(clip) as path:
-            return _ShownClip(clip, READER(path, count, size, fps, first, limits=limits), fps)
+
+            def read() -> np.ndarray:
+                with disk_failures():
+                    return READER(path, count, size, fps, first, limits=limits)
+
+            return _ShownClip(clip, STORAGE.retried(clip.path, read, retry_on=DiskFailure), fps)
     except VideoError as error:
         return Skipped(clip.path, error.reason, error.message)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ from torch import Tensor
 from stdit.data.config import DataConfig
 from stdit.data.decode.checks import CHANGED, check_content
 from stdit.data.load.cache import Cache, cuts, latent_key, latent_settings, text_key, text_settings
+from stdit.data.load.index import hash_texts
 from stdit.data.load.loader import Example, Loader, local_file
 from stdit.data.manifest import Clip, Manifest
+from stdit.data.parts import WHOLE, Part
 from stdit.data.plan.buckets import Assignment
 from stdit.data.plan.split import PlanItem
+from stdit.data.remote.paths import join
 from stdit.errors import StditError
 from stdit.files import part_folder
 from stdit.text.places import find_text_encoder
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 CLIPS_PER_SHARD = 64
 TEXTS_PER_SHARD = 1024
+TEXTS_AT_ONCE = 1 << 20  # looked up
 BATCH = 4
 PRECISION = torch.float32  # of the encoders, whatever dtype the cache stores
 
@@ -41,12 +46,14 @@ class EncodeResult:
     """How many clips and texts were encoded, and how many clips were there already.
 
     failures: (clip id, reason) of clips that failed.
+    caches: the names of the folders that were written to.
     """
 
     clips: int
     reused: int
     texts: int
     failures: tuple[tuple[str, str], ...]
+    caches: tuple[str, ...]
 
 
 def vae_identity(path: str | Path) -> str:
@@ -84,8 +91,7 @@ def encode_manifest(
     device: str | torch.device = "cpu",
     batch: int = BATCH,
     clips_per_shard: int = CLIPS_PER_SHARD,
-    rank: int = 0,
-    ranks: int = 1,
+    part: Part = WHOLE,
     retry_failed: bool = False,
     on_start: Callable[[int], None] = lambda _: None,
     on_clips: Callable[[int], None] = lambda _: None,
@@ -94,24 +100,25 @@ def encode_manifest(
 
     Clips start at their first frame and are cropped at the centre, or are cut in `config.crops` ways. A shard is a
     fixed list of clips, which follows from the manifest. It is encoded in fixed batches and published whole. So the
-    same call continues one that was killed, on any number of ranks, and the files are the same, byte for byte. Ranks
-    share the shards. A clip that cannot be read is recorded as failed. If its file had changed, it is tried again once
-    the file is back that was scanned.
+    same call continues one that was killed, in any number of parts, and the files are the same, byte for byte. A clip
+    that cannot be read is recorded as failed. If its file had changed, it is tried again once the file is back that was
+    scanned.
 
     text_encoder: None leaves out the texts.
     out: the cache's folder.
     vae_id, text_id: identify the encoders' weights, as `vae_identity` and `text_identity` do.
     batch: clips or texts in one forward.
+    part: encodes every `part.of`-th shard, and does not merge their indices: `merge_caches` does.
     retry_failed: tries shards with failed clips again.
     on_start, on_clips: are called with the number of clips to encode, and of clips just done.
     """
     cut = cuts(config)
-    cache = Cache.create(out, latent_settings(config, vae_id), write_settings=rank == 0)
+    cache = Cache.create(out, latent_settings(config, vae_id), write_settings=part.number == 1)
     shards = list(_shards(cache, manifest, assignment, config.crops, clips_per_shard, retry_failed))
     wanted = sum(len(assignment.rows(bucket)) for bucket in range(len(assignment.shapes))) * config.crops
     reused = wanted - sum(len(items) for _, items in shards)
-    # Shards are numbered whether done or not, so that the work of other ranks does not change this rank's share.
-    todo = [(name, items) for number, (name, items) in enumerate(shards) if items and number % ranks == rank]
+    # Shards are numbered whether done or not, so that the work of other parts does not change this part's share.
+    todo = [(name, items) for number, (name, items) in enumerate(shards) if items and part.has_place(number)]
     on_start(sum(len(items) for _, items in todo))
     loader = Loader(manifest, assignment, cut, seed=0)
     batches = [items[i : i + batch] for _, items in todo for i in range(0, len(items), batch)]
@@ -142,12 +149,30 @@ def encode_manifest(
                 failures.append((example.clip_id, failure))
             on_clips(len(got))
         cache.write_shard(name, tensors, failed)
-    new = 0
+    caches, new = [cache], 0
     if text_encoder is not None:
         assert text_id is not None, "a text encoder has an identity"
-        text_cache = Cache.create(out, text_settings(config, text_id), write_settings=rank == 0)
-        new = _encode_texts(_texts(manifest, assignment), text_encoder, text_cache, dtype, batch, rank, ranks)
-    return EncodeResult(sum(map(len, batches)) - len(failures), reused, new, tuple(failures))
+        caches.append(Cache.create(out, text_settings(config, text_id), write_settings=part.number == 1))
+        new = _encode_texts(_texts(manifest, assignment), text_encoder, caches[-1], dtype, batch, part)
+    if part.is_whole:
+        for written in caches:
+            written.reload()
+            written.write_index()
+    names = tuple(written.name for written in caches)
+    return EncodeResult(sum(map(len, batches)) - len(failures), reused, new, tuple(failures), names)
+
+
+def merge_caches(out: str | Path, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Merges the indices of the shards that the parts of `encode_manifest` wrote, so that a cache opens at once.
+
+    names: `EncodeResult.caches`. Returns the entries of each, and how many of them are failures.
+    """
+    found = {}
+    for name in names:
+        cache = Cache.of_folder(join(str(out), name))
+        cache.write_index()
+        found[name] = (len(cache), cache.index.num_rows - cache.index.column("failure").null_count)
+    return found
 
 
 def _shards(
@@ -189,32 +214,48 @@ def _is_back(failure: str, clip: Clip) -> bool:
 
 
 def _texts(manifest: Manifest, assignment: Assignment) -> list[str]:
-    captions = pc.list_flatten(manifest.table.column("captions").take(assignment.rows()))
-    return sorted({"", *pc.unique(pc.struct_field(captions, "text")).to_pylist()})
+    return sorted({"", *_captions(manifest, assignment).to_pylist()})
+
+
+def _captions(manifest: Manifest, assignment: Assignment) -> pa.Array:
+    """The distinct captions of the clips that have a shape."""
+    rows = assignment.rows()
+    captions = manifest.table.column("captions")
+    if len(rows) < len(manifest):
+        captions = captions.take(rows)
+    return pc.unique(pc.struct_field(pc.list_flatten(captions), "text"))
 
 
 def check_texts(manifest: Manifest, assignment: Assignment, cache: Cache) -> None:
     """Raises StditError if the cache lacks a caption of a clip that has a shape."""
-    texts = _texts(manifest, assignment)
-    missing = [text for text, at in zip(texts, cache.find([text_key(text) for text in texts])) if at < 0]
+    texts, first = _captions(manifest, assignment), ""
+    missing = int(cache.position(text_key("")) < 0)
+    for begin in range(0, len(texts), TEXTS_AT_ONCE):  # there may be ten million
+        block = texts[begin : begin + TEXTS_AT_ONCE].to_pylist()
+        gone = np.flatnonzero(cache.find(hash_texts(block)) < 0)
+        first = first or (block[gone[0]] if len(gone) else "")
+        missing += len(gone)
     if missing:
+        total = len(texts) + (pc.index(texts, "").as_py() < 0)  # "" always has one
         raise StditError(
-            f"{cache.folder} lacks the embeddings of {len(missing)} of {len(texts)} captions, such as "
-            f"{missing[0][:80]!r}. Run `stdit data encode {manifest.source} --config CFG --out "
+            f"{cache.folder} lacks the embeddings of {missing} of {total} captions, such as "
+            f"{first[:80]!r}. Run `stdit data encode {manifest.source} --config CFG --out "
             f"{cache.folder.rpartition('/')[0]}`."
         )
 
 
 def _encode_texts(
-    texts: list[str], encoder: TextEncoder, cache: Cache, dtype: torch.dtype, batch: int, rank: int, ranks: int
+    texts: list[str], encoder: TextEncoder, cache: Cache, dtype: torch.dtype, batch: int, part: Part
 ) -> int:
     new = 0
-    known = cache.find([text_key(text) for text in texts])
+    known = cache.find(hash_texts(texts))
     for number, first in enumerate(range(0, len(texts), TEXTS_PER_SHARD)):
-        part = slice(first, first + TEXTS_PER_SHARD)
-        name = f"text-{hashlib.sha256(''.join(map(text_key, texts[part])).encode()).hexdigest()[:16]}"
-        todo = [text for text, at in zip(texts[part], known[part]) if at < 0]
-        if number % ranks != rank or cache.has_shard(name) or not todo:
+        if not part.has_place(number):
+            continue
+        there = slice(first, first + TEXTS_PER_SHARD)
+        name = f"text-{hashlib.sha256(''.join(map(text_key, texts[there])).encode()).hexdigest()[:16]}"
+        todo = [text for text, at in zip(texts[there], known[there]) if at < 0]
+        if cache.has_shard(name) or not todo:
             continue
         tensors: dict[str, Tensor] = {}
         for i in range(0, len(todo), batch):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
+from stdit.data.manifests import named
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
 from stdit.training.config import MAY_DIFFER, RunConfig, differences
@@ -105,7 +106,7 @@ def _word(value: Any) -> str:
 
 def check_data(components: RunComponents, resumed: Checkpoint | None, world: World) -> None:
     """Raises StditError if the ranks' plans differ (they would wait for one another), or the checkpoint's does."""
-    manifest, plan = components.config.data.manifest, components.plan_hash
+    manifest, plan = named(components.config.data.manifest), components.plan_hash
     plans = world.gather(plan)
     other = next((rank for rank, found in enumerate(plans) if found != plans[0]), None)
     if other is not None:

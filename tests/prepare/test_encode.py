@@ -18,10 +18,11 @@ from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, CacheMissing, latent_key, latent_settings, text_settings
 from stdit.data.load.loader import embedding
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
+from stdit.data.parts import Part
 from stdit.data.plan.buckets import assign
 from stdit.errors import StditError
 from stdit.pixels import to_video
-from stdit.prepare.encode import check_texts, encode_manifest, text_identity, vae_identity
+from stdit.prepare.encode import check_texts, encode_manifest, merge_caches, text_identity, vae_identity
 from stdit.text.encoders import TextEncoder
 from stdit.text.loading import load_text_encoder
 from stdit.text.small import build_word_tokenizer, small_umt5
@@ -84,11 +85,18 @@ def test_killed_and_continued_gives_the_same_bytes(clips, tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_two_ranks_give_the_same_bytes(clips, tmp_path):
-    encode(clips, tmp_path / "one")
-    done = [encode(clips, tmp_path / "two", rank=rank, ranks=2) for rank in (0, 1)]
-    assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert sum(d.clips for d in done) <= 10
+@pytest.mark.parametrize("of", [2, 3, 20])
+def test_any_number_of_parts_gives_the_same_bytes(clips, tmp_path, of):
+    """Whatever the order, and also if one was killed and done again."""
+    whole = encode(clips, tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        encode(clips, tmp_path / "parts", FakeVae(1), part=Part(2, of))
+    done = [encode(clips, tmp_path / "parts", part=Part(number, of)) for number in range(of, 0, -1)]
+    before = files(tmp_path / "parts")
+    counts = merge_caches(tmp_path / "parts", done[0].caches)
+    assert files(tmp_path / "parts") == files(tmp_path / "one") != before
+    assert sum(d.clips for d in done) <= 10 and {d.caches for d in done} == {whole.caches}
+    assert counts == {whole.caches[0]: (11, 1), whole.caches[1]: (13, 0)}
 
 
 def test_a_grown_manifest_encodes_only_what_is_new(clips, tmp_path):

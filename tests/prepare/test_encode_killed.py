@@ -22,8 +22,10 @@ from stdit.data.config import DataConfig
 from stdit.data.decode.write import write_video
 from stdit.data.load.cache import Cache, latent_settings
 from stdit.data.manifest import Caption, Clip, Manifest, clip_id
+from stdit.data.parts import WHOLE, Part
 from stdit.data.plan.buckets import assign
 from stdit.prepare import encode as encode_module
+from stdit.prepare.encode import merge_caches
 
 CONFIG = DataConfig(shapes=["16x16x5", "32x16x5"], fps=8.0, max_crop=0.7, crops=2, workers=0)
 
@@ -44,10 +46,10 @@ def clips(tmp_path_factory):
     return Manifest.of(rows, folder)
 
 
-def encode(clips, out, rank=0, ranks=1):
+def encode(clips, out, part=WHOLE):
     return encode_module.encode_manifest(
         clips, assign(clips, CONFIG), CONFIG, FakeVae(), FakeText(), out,
-        vae_id="vae", text_id={"text_encoder": "text"}, batch=2, clips_per_shard=2, rank=rank, ranks=ranks,
+        vae_id="vae", text_id={"text_encoder": "text"}, batch=2, clips_per_shard=2, part=part,
     )  # fmt: skip
 
 
@@ -80,25 +82,25 @@ def die_at(moment):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_ten_times_it_ends_in_the_same_bytes(clips, tmp_path, seed):
-    """Continued by changing numbers of ranks, killed between any two moments."""
+    """Continued in changing numbers of parts, killed between any two moments."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     encode(clips, whole)
     drawn = random.Random(seed)
     for _ in range(10):
-        ranks = drawn.choice([1, 2])
-        rank, moment = drawn.randrange(ranks), drawn.randint(1, 7)
+        of = drawn.choice([1, 2])
+        number, moment = drawn.randint(1, of), drawn.randint(1, 7)
         child = os.fork()
         if not child:
             try:
                 die_at(moment)
-                encode(clips, killed, rank, ranks)
+                encode(clips, killed, Part(number, of))
             finally:
-                os._exit(0)  # this rank has nothing left to do
+                os._exit(0)  # this part has nothing left to do
         os.waitpid(child, 0)
     left = contents(killed)
     assert left.keys() != contents(whole).keys()  # killed in the middle
-    encode(clips, killed, 0, 2)
-    encode(clips, killed, 1, 2)
+    encode(clips, killed, Part(1, 2))
+    merge_caches(killed, encode(clips, killed, Part(2, 2)).caches)
     assert contents(killed) == contents(whole)
     keys = Cache.open(killed, latent_settings(CONFIG, "vae")).index.column("key").to_pylist()
     assert len(keys) == len(set(keys)) == 9 * CONFIG.crops
@@ -144,9 +146,10 @@ def command(tmp_path):
 def test_the_command_killed_ten_times_and_on_two_ranks(command, tmp_path):
     command(tmp_path / "whole").finish()
     wanted = contents(tmp_path / "whole")
-    assert len(wanted) == 2 * len(SHAPES) + 1
+    assert len(wanted) == 2 * len(SHAPES) + 2
     ranks = [command(tmp_path / "two", rank, 2) for rank in (0, 1)]
     finish_together(ranks)
+    assert run_command(app, ["data", "merge", str(tmp_path / "two")], "stdit") == 0
     assert contents(tmp_path / "two") == wanted
     out, drawn, killed = tmp_path / "killed", random.Random(0), 0
     out.mkdir()

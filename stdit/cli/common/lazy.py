@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from stdit.heartbeat import HEARTBEAT
+
+WORDS: ContextVar[tuple[str, ...]] = ContextVar("WORDS", default=())  # of the command line that runs, "stdit" first
 
 
 def lazy_group(name: str, help: str, commands: Mapping[str, tuple[str, str] | typer.Typer]) -> typer.Typer:

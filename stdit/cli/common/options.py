@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import BadParameter, Option
+from typer import Argument, BadParameter, Option
 
 from stdit.errors import Interrupted, StditError
 from stdit.files import local_file, local_folder, local_path
@@ -45,6 +46,22 @@ def memory_bytes(text: str) -> int:
     return found
 
 
+PartOf = Annotated[
+    str | None,
+    Option(
+        "--part",
+        metavar="I/N",
+        help="Do part I of N; `stdit data merge` joins the parts. Default: the rank under torchrun, the task of a "
+        "Slurm array, or all.",
+    ),
+]
+Manifests = Annotated[
+    list[str],
+    Argument(
+        metavar="MANIFEST… [KEY=VALUE…]",
+        help="The manifest, its URL or a pattern; or several, as one data set. KEY=VALUE: changes to the config.",
+    ),
+]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, …; default: a GPU if there is one.")]
 Memory = Annotated[
@@ -74,6 +91,17 @@ def pick_device(name: str | None, gpu: str = "cuda") -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the kind of device
         raise StditError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return name
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Manifests, and changes to a config: words such as data.fps=8, after the first, unless a file has that name."""
+    changes = [word for word in words[1:] if re.match(r"[A-Za-z_][\w.]*=", word) and not os.path.exists(word)]
+    return [word for word in words if word not in changes], changes
+
+
+def local_gpu() -> str:
+    """The GPU of this process among those that torchrun started on the machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 # For `parser=`: an output that cannot be written is an error before any work. All take paths on this machine;

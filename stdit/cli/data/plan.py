@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
-from typer import Argument, Option
+from typer import Option
 
-from stdit.cli.common.options import Json, out_file
+from stdit.cli.common.options import Json, Manifests, out_file, split_words
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
 from stdit.heartbeat import HEARTBEAT, readable_time, tracked
@@ -35,9 +35,8 @@ TIMES = {"per step": "seconds_per_step", "per epoch": "seconds_per_epoch"}
 
 
 def plan(
-    manifest: Annotated[str, Argument(help="The manifest, or its URL.")],
+    manifests: Manifests,
     config: Annotated[Path, Option(help="The training's config: a file or a name.")],
-    overrides: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Changes to the config.")] = None,
     world_size: Annotated[int, Option(min=1, max=100_000, help="Ranks of the training.")] = 1,
     steps: Annotated[int, Option(min=0, help="Steps to deal and measure; 0: all.")] = 200,
     epoch: Annotated[int, Option(min=0, help="The epoch to show, if epochs differ (data.stages).")] = 0,
@@ -51,7 +50,7 @@ def plan(
 
     Example: stdit data plan clips.parquet --config toy/dit --world-size 8 --picture plan.png
     """
-    from stdit.data.manifest import read_manifest
+    from stdit.data.manifests import named, read_manifests
     from stdit.data.plan.buckets import assign, explain_exclusions
     from stdit.data.plan.picture import draw_plan, measure_plan
     from stdit.training.config import load_config
@@ -60,10 +59,11 @@ def plan(
     from stdit.training.setup.objective import LONGER, long_captions
     from stdit.training.setup.resolve import resolve
 
-    settings = resolve(load_config(config, overrides or []))
+    places, overrides = split_words(manifests)
+    settings = resolve(load_config(config, overrides))
     groups, each = settings.parallel.groups(world_size), settings.parallel.name_of_group
-    HEARTBEAT.doing(f"reading {manifest}")
-    clips = read_manifest(manifest)
+    HEARTBEAT.doing(f"reading {named(places)}")
+    clips = read_manifests(places)
     assignment = assign(clips, settings.data)
     stage = assignment.stages[settings.data.stage_of(epoch)]
     console = Console(stderr=as_json)

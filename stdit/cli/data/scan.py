@@ -6,17 +6,18 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from stdit.cli.common.options import SECONDS, Json, out_manifest, when_stopped
+from stdit.cli.common.options import SECONDS, Json, PartOf, out_manifest, when_stopped
 from stdit.cli.common.tables import print_table
 from stdit.errors import StditError
 from stdit.heartbeat import HEARTBEAT, counting_bar
 
 if TYPE_CHECKING:
     from stdit.data.manifest import Skipped
+    from stdit.data.scan.scan import Scan
 
 SUFFIXES = 8  # of other files, that are named
 SHOWN = 40  # table rows; the file beside the manifest has all
@@ -58,25 +59,52 @@ def scan(
     ] = False,
     workers: Annotated[int | None, Option(min=1, max=1000, help="Probing processes. Default: one per core.")] = None,
     timeout: Annotated[float, Option(callback=SECONDS, help="Seconds per file.")] = 30.0,
+    part: PartOf = None,
     as_json: Json = False,
 ) -> None:
     """Probe every file of a folder or URL, write the manifest, and list what was skipped and why.
 
+    With --part, many machines share the work: each probes its files, and `stdit data merge` writes the manifest.
+
     Example: stdit data scan videos --out videos/manifest.parquet
     """
+    from stdit.cli.common.parts import finish_part, part_answer, take_part
     from stdit.data.manifest import parquet_path
-    from stdit.data.remote.storage import STORAGE
     from stdit.data.scan.scan import scan as scan_folder
-    from stdit.data.scan.scan import skipped_path
+    from stdit.data.scan.scan import scan_part
 
     parquet_path(out)
+    mine = take_part(part, out, "scan")
     HEARTBEAT.doing(f"listing {folder}")
-    with counting_bar("probing") as (on_start, on_files):
-        result = scan_folder(
-            folder, captions, out, caption_column=caption_column, file_column=file_column,
-            uncaptioned=allow_uncaptioned, verify=not quick, scenes=scenes, scores=scores, workers=workers,
-            timeout=timeout, on_start=on_start, on_file=lambda _: on_files(1),
-        )  # fmt: skip
+    settings: dict[str, Any] = {
+        "folder": folder, "captions": captions, "caption_column": caption_column, "file_column": file_column,
+        "uncaptioned": allow_uncaptioned, "verify": not quick, "scenes": scenes, "scores": scores, "timeout": timeout,
+    }  # fmt: skip
+    with counting_bar("probing", hidden=mine.is_quiet) as (on_start, on_files):
+        calls: dict[str, Any] = {"workers": workers, "on_start": on_start, "on_file": lambda _: on_files(1)}
+        if mine.is_whole:
+            result = scan_folder(out=out, **settings, **calls)
+        else:
+            done = scan_part(out=out, part=mine, **settings, **calls)
+    if mine.is_whole:
+        print_scan(folder, out, result, as_json)
+        return
+    then = finish_part(mine, out, "scan", settings, ("folder", "captions"))
+    if as_json:
+        answer = {"files": done.files, "reused": done.reused, "unusable": [asdict(file) for file in done.unusable]}
+        print(json.dumps(part_answer(mine, answer), ensure_ascii=False))
+        return
+    if done.unusable:
+        _print_files("Cannot be used", done.unusable)
+    known = f", {done.reused} of them known from an earlier scan" if done.reused else ""
+    print(f"part {mine} of {folder}: {_count(done.files, 'file')} probed{known}. {then}")
+
+
+def print_scan(folder: str, out: str, result: Scan, as_json: bool) -> None:
+    """Prints what a scan has found. Raises StditError if that is no clip."""
+    from stdit.data.remote.storage import STORAGE
+    from stdit.data.scan.finding import skipped_path
+
     clips, skipped = len(result.manifest), _count(len(result.skipped), "file")
     if as_json:
         answer: dict[str, object] = {"manifest": out if clips else None, "clips": clips, "hash": result.manifest.hash}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from functools import lru_cache
 
 import av
 
+from stdit.data.remote.failures import DiskFailure, is_disk_failure
 from stdit.data.remote.paths import file_of, open_bytes, split_member
 from stdit.errors import StditError
 from stdit.files import sha256_of
@@ -50,14 +50,6 @@ def error_text(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-# errors of a disk or network rather than of the file
-_STORAGE_NAMES = (
-    "EIO ESTALE ETIMEDOUT ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH "
-    "ENETRESET EREMOTEIO ENOLINK"
-)
-_STORAGE_ERRORS = {getattr(errno, name) for name in _STORAGE_NAMES.split() if hasattr(errno, name)}
-
-
 @contextmanager
 def reading(path: str, limits: Limits = LIMITS) -> Iterator[None]:
     """Raises VideoError if the file cannot be read, and for any exception of a decoder: no bad clip ends a run."""
@@ -74,10 +66,21 @@ def reading(path: str, limits: Limits = LIMITS) -> Iterator[None]:
         raise VideoError(path, "undecodable", f"cannot be decoded ({type(error).__name__}: {error}).") from error
 
 
+@contextmanager
+def disk_failures() -> Iterator[None]:
+    """Raises DiskFailure, which `Storage.retried` tries again, for a VideoError "unreachable"."""
+    try:
+        yield
+    except VideoError as error:
+        if error.reason != "unreachable":
+            raise
+        raise DiskFailure(error.message) from error
+
+
 def _storage_error(path: str, error: BaseException | None) -> OSError | None:
     """The disk or network error that caused an exception, if any."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        if isinstance(error, OSError) and is_disk_failure(error):
             return error if not isinstance(error, av.FFmpegError) else _read_error(path)
         error = error.__cause__
     return None

@@ -3,6 +3,7 @@
     CACHE/latents-0123456789abcdef/settings.json              what made them: VAE identity, fps, dtype, …
                                    832x480x81-….safetensors   one tensor per key
                                    832x480x81-….parquet       its keys; a shard without this file does not count
+                                   index.arrow                 the keys of all shards, for opening fast (see `index`)
     CACHE/text-…/                                          the same for text embeddings
 
 The folder's name is the hash of the settings, so latents of different VAEs never mix. CACHE may be a URL of any fsspec
@@ -16,28 +17,27 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from stdit.data.config import DataConfig
+from stdit.data.load.index import NAME as INDEX
+from stdit.data.load.index import PART, Hashes, hash_keys, read_index, write_index
 from stdit.data.remote.paths import is_remote, join
-from stdit.data.remote.storage import STORAGE, Storage, in_parallel
+from stdit.data.remote.storage import STORAGE, Storage
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
 FORMAT = 1
 TEXT_FORMAT = 2  # 1 did not record how texts were prepared
-_INDEX = pa.schema([("key", pa.string()), ("shard", pa.string()), ("failure", pa.string())])
 _OPEN_SHARDS = 64
 
 
@@ -123,25 +123,35 @@ class Cache:
         advice = f"`stdit data encode MANIFEST --config CFG --out {root}` adds the missing ones."
         raise CacheMissing(f"cache {root} {held}.\n{advice}", others=bool(others))
 
+    @classmethod
+    def of_folder(cls, folder: str, storage: Storage = STORAGE) -> Cache:
+        """Opens a cache by its own folder, whatever its settings."""
+        path = join(folder, "settings.json")
+        try:
+            return cls(folder, dict(json.loads(storage.read(path))), storage)
+        except (ValueError, TypeError) as error:
+            raise StditError(f"{path} is damaged ({error}). Run `stdit data encode` again.") from error
+
+    @property
+    def name(self) -> str:
+        """Of its folder: the kind of tensors, and a hash of the settings."""
+        return self.folder.rstrip("/").rpartition("/")[2]
+
     def reload(self) -> None:
         """Reads the index again."""
-        names = [name for name in self.storage.names(self.folder) if name.endswith(".parquet") and name[0] != "."]
-        contents = in_parallel(self.storage.read, [join(self.folder, name) for name in names])
-        parts = [_index_part(join(self.folder, name), content) for name, content in zip(names, contents)]
-        self._complete = {name.removesuffix(".parquet") for name in names}
-        self.index = pa.concat_tables(parts) if parts else _INDEX.empty_table()
-        failed = pc.is_valid(self.index.column("failure"))
-        if pc.any(failed).as_py():  # last, since a clip that failed may be in a later shard: that one is to be found
-            self.index = pa.concat_tables([self.index.filter(pc.invert(failed)), self.index.filter(failed)])
-        self.__dict__.pop("_by_hash", None)
+        self._index = read_index(self.folder, self.storage)
+        self.index = self._index.table
+        self._complete = set(self._index.shards)
 
-    @cached_property
-    def _by_hash(self) -> tuple[np.ndarray, np.ndarray]:
-        """(keys,) sorted first 8 bytes of the SHA-256 with which keys begin, and their positions: 16 bytes per key."""
-        prefixes = "".join(pc.utf8_slice_codeunits(self.index.column("key"), 0, 16).to_pylist())
-        numbers = np.frombuffer(bytes.fromhex(prefixes), ">u8").astype(np.uint64)
-        order = np.argsort(numbers, kind="stable")
-        return numbers[order], order
+    def write_index(self) -> None:
+        """Merges the shards' indices, as they were read, into one file that opens at once."""
+        _remove_parts(self.folder, INDEX)
+        write_index(self.folder, self._index, self.storage)
+
+    @property
+    def unmerged(self) -> int:
+        """The number of shards that the merged index lacks."""
+        return len(self._index.shards - self._index.merged)
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -149,16 +159,13 @@ class Cache:
     def has_shard(self, name: str) -> bool:
         return name in self._complete
 
-    def find(self, keys: Sequence[str] | pa.Array) -> np.ndarray:
+    def find(self, keys: Sequence[str] | pa.Array | Hashes) -> np.ndarray:
         """(keys,) positions in the index; −1 for keys that are not there."""
-        found = pc.index_in(pa.array(keys, pa.string()), value_set=self.index.column("key"))
-        return found.fill_null(-1).to_numpy(zero_copy_only=False)
+        return self._index.find(keys if isinstance(keys, Hashes) else hash_keys(keys))
 
     def position(self, key: str) -> int:
-        """The index position of a key that begins with a SHA-256 in hex, such as a text's; −1 if it is not there."""
-        (known, order), number = self._by_hash, np.uint64(int(key[:16], 16))
-        low, high = np.searchsorted(known, number, "left"), np.searchsorted(known, number, "right")
-        return next((int(p) for p in order[low:high] if self.key(p) == key), -1)
+        """The index position of a key; −1 if it is not there."""
+        return int(self.find([key])[0])
 
     def failure(self, position: int) -> str | None:
         """Why there is no tensor at an index position, or None."""
@@ -186,7 +193,7 @@ class Cache:
 
     def _open_shard(self, name: str, path: str) -> Any:
         try:
-            return safe_open(path, framework="pt")
+            return self.storage.from_disk(path, lambda: safe_open(path, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise StditError(
                 f"{join(self.folder, name)}.safetensors cannot be read ({error}). "
@@ -196,12 +203,14 @@ class Cache:
     def write_shard(self, name: str, tensors: Mapping[str, Tensor], failures: Mapping[str, str]) -> None:
         """Writes a shard: first the tensors, then their index, which makes them count."""
         _remove_parts(self.folder, name)
+        if name in self._index.merged:  # what the merged index says of it will not hold
+            self.storage.remove(join(self.folder, INDEX))
         content = save({k: t.contiguous() for k, t in tensors.items()}, {"stdit_cache": str(FORMAT)})
         self.storage.write(join(self.folder, f"{name}.safetensors"), content)
         keys = [*tensors, *failures]
         columns = {"key": keys, "shard": [name] * len(keys), "failure": [None] * len(tensors) + [*failures.values()]}
         buffer = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, schema=_INDEX), buffer)
+        pq.write_table(pa.table(columns, schema=PART), buffer)
         self.storage.write(join(self.folder, f"{name}.parquet"), buffer.getvalue().to_pybytes())
         self._complete.add(name)
 
@@ -214,16 +223,6 @@ def _difference(content: bytes, wanted: Mapping[str, Any]) -> str:
     except (ValueError, AttributeError):
         return "its settings.json is damaged"
     return "; ".join(f"{name} {there.get(name)} there, {wanted.get(name)} wanted" for name in names)
-
-
-def _index_part(path: str, content: bytes) -> pa.Table:
-    try:
-        # there may be 100,000 such small files, for which read_table takes five times as long
-        return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False).cast(_INDEX)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise StditError(
-            f"{path} cannot be read as Parquet ({error}). Remove it and run `stdit data encode` again."
-        ) from error
 
 
 def _remove_parts(folder: str, name: str) -> None:

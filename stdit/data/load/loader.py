@@ -8,22 +8,23 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from stdit.data.config import DataConfig
-from stdit.data.decode.checks import CHANGED, Limits, VideoError, check_content
+from stdit.data.decode.checks import CHANGED, Limits, VideoError, check_content, disk_failures, reading
 from stdit.data.decode.video import read_frames
 from stdit.data.load.cache import Cache, latent_key, text_key
+from stdit.data.load.index import ClipIds
 from stdit.data.manifest import Clip, Manifest
 from stdit.data.plan.buckets import Assignment, slack
 from stdit.data.plan.split import PlanItem
 from stdit.data.read_ahead import read_ahead
-from stdit.data.remote.failures import FILE_REASONS, StorageError
+from stdit.data.remote.failures import FILE_REASONS, DiskFailure, StorageError
 from stdit.data.remote.paths import file_of, is_remote, split_member
 from stdit.data.remote.storage import STORAGE, Storage
 from stdit.data.workers.pool import READER
@@ -94,7 +95,8 @@ class Loader:
         self._lock = Lock()
         if cache is not None:
             self._check_policies(cache)
-            self.positions = [self._positions(cache, stage) for stage in assignment.stages]
+            ids = ClipIds(manifest.ids)
+            self.positions = [self._positions(cache, ids, stage) for stage in assignment.stages]
 
     def fetch(self, items: Sequence[PlanItem], epoch: int) -> list[Example]:
         """The examples of one batch, in order."""
@@ -156,14 +158,10 @@ class Loader:
         with local_file(clip, self.storage) as path:
 
             def read() -> np.ndarray:
-                try:
+                with disk_failures():
                     return self.reader(path, shape.frames, size, self.config.fps, start, crop, self.limits, sha256)
-                except VideoError as error:
-                    if error.reason != "unreachable":
-                        raise
-                    raise OSError(error.message) from error  # a problem of the disk, to be retried
 
-            return self.storage.retried(clip.path, read, retry_on=OSError)
+            return self.storage.retried(clip.path, read, retry_on=DiskFailure)
 
     def _latents(self, item: PlanItem, key: tuple[int, str, int]) -> tuple[Tensor, str | None]:
         assert self.cache is not None
@@ -190,16 +188,17 @@ class Loader:
                 "--crops 2."
             )
 
-    def _positions(self, cache: Cache, assignment: Assignment) -> np.ndarray:
+    def _positions(self, cache: Cache, ids: ClipIds, assignment: Assignment) -> np.ndarray:
         """(rows, crops) cache positions of each clip's latents. Raises StditError if a clip with a shape has none."""
         crops = self.config.crops
         positions = np.full((len(self.manifest), crops), -1, np.int64)
-        for index, shape in enumerate(assignment.shapes):
-            rows = np.flatnonzero(assignment.bucket == index)
-            ids = self.manifest.ids.take(rows).combine_chunks()
-            for cut in range(crops):  # in Arrow, not Python: there may be ten million clips
-                keys = pc.binary_join_element_wise(ids, latent_key("", shape, cut if crops > 1 else None), "")
-                positions[rows, cut] = cache.find(keys)
+        order = np.argsort(assignment.bucket, kind="stable")
+        ends = np.searchsorted(assignment.bucket[order], np.arange(len(assignment.shapes) + 1))
+        for shape, first, end in zip(assignment.shapes, ends, ends[1:]):
+            rows = order[first:end]
+            for cut in range(crops):
+                rest = latent_key("", shape, cut if crops > 1 else None).removeprefix("/")
+                positions[rows, cut] = cache.find(ids.keys(rows, rest))
         wanted = assignment.bucket >= 0
         missing = int((positions[wanted] < 0).any(1).sum())
         if missing:
@@ -235,8 +234,8 @@ def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
     """
     try:
         with storage.local(clip.path) as path:
-            if clip.state and not _is_as_scanned(clip, storage):
-                check_content(path, clip.sha256)  # a file that was copied or touched may be the same
+            if clip.state and not _is_as_scanned(clip, storage):  # a file that was copied or touched may be the same
+                storage.retried(clip.path, partial(_check_content, path, clip.sha256), retry_on=DiskFailure)
             yield path
     except VideoError as error:  # it may name a local copy
         raise VideoError(clip.path, error.reason, error.message) from error
@@ -244,6 +243,11 @@ def local_file(clip: Clip, storage: Storage = STORAGE) -> Iterator[str]:
         if error.reason in FILE_REASONS:
             raise VideoError(clip.path, error.reason, error.message) from error
         raise
+
+
+def _check_content(path: str, sha256: str) -> None:
+    with disk_failures(), reading(path):
+        check_content(path, sha256)
 
 
 def check_files(manifest: Manifest) -> None:

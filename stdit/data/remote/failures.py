@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import re
 from typing import Any
 
 from stdit.errors import StditError
 
+# errors of a disk or of the network behind it, rather than of one file
+_DISK_NAMES = (
+    "EIO ESTALE ETIMEDOUT ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH "
+    "ENETRESET EREMOTEIO ENOLINK"
+)
+_DISK_ERRORS = {getattr(errno, name) for name in _DISK_NAMES.split() if hasattr(errno, name)}
 FILE_REASONS = ("missing", "too_large", "changed")  # these concern one file, not the storage
 
 
@@ -29,6 +37,17 @@ class StorageError(StditError):
 
 class FileError(StorageError):
     """Any reason but unreachable: other files may still be read, so a scan names this one and goes on."""
+
+
+class DiskFailure(OSError):
+    """A local disk, or the network behind it, failed: the next try may not."""
+
+
+def is_disk_failure(error: BaseException) -> bool:
+    """Whether an error is one of a disk or network, also as safetensors words it: "… (os error 5)"."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno is not None else found and int(found[1])
+    return number in _DISK_ERRORS
 
 
 def failure_kind(error: Exception) -> str:

@@ -20,10 +20,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stdit.data.remote.failures import FileError, StorageError, describe, failure_kind
+from stdit.data.remote.failures import DiskFailure, FileError, StorageError, describe, failure_kind, is_disk_failure
 from stdit.data.remote.local_cache import LocalCache
 from stdit.data.remote.paths import Member, is_remote, name_of, split_member
-from stdit.files import Journal, journal, publish, writing
+from stdit.files import Journal, journal, publish, whole_objects, writing
 
 TRIES = 8  # per request, with pauses of 0.5, 1, 2, … seconds: about a minute in all
 LONGEST_PAUSE = 30.0
@@ -33,6 +33,7 @@ _FINAL = {  # messages by reason
     "missing": "no such file.",
     "denied": "access denied ({error}). Are the credentials set, and valid for this bucket?",
     "wrong": "cannot be read ({error}). Is the URL right?",
+    "disk": "{tries} tries failed, the last with: {error}. Check the disk; if it is this file alone, move it away.",
     "unreachable": "{tries} tries failed, the last with: {error}. Is the storage reachable?",
 }
 
@@ -70,13 +71,27 @@ class Storage:
                     kind = "unreachable"
                 if kind != "passing":
                     failure = StorageError if kind == "unreachable" else FileError
-                    raise failure(path, kind, _FINAL[kind].format(error=text, tries=number)) from error
+                    why = _FINAL["disk" if kind == "unreachable" and not is_remote(path) else kind]
+                    raise failure(path, kind, why.format(error=text, tries=number)) from error
                 pause = min(LONGEST_PAUSE, self.pause * 2 ** (number - 1)) * random.uniform(0.75, 1.25)
                 with self._lock:
                     self.retries += 1
                 log.warning("%s: try %d of %d failed (%s); next in %.1f s", path, number, self.tries, text, pause)
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
+
+    def from_disk(self, path: str, request: Callable[[], Result]) -> Result:
+        """The result of a request to a local disk. Its failures are tried again; errors of the file pass unchanged."""
+
+        def tried() -> Result:
+            try:
+                return request()
+            except Exception as error:
+                if is_disk_failure(error):
+                    raise DiskFailure(getattr(error, "strerror", None) or str(error)) from error
+                raise
+
+        return self.retried(path, tried, retry_on=DiskFailure)
 
     @contextmanager
     def local(self, path: str) -> Iterator[str]:
@@ -110,19 +125,22 @@ class Storage:
         """A file's content."""
         if not is_remote(path):
             try:
-                return Path(path.removeprefix("file://")).read_bytes()
+                return self.from_disk(path, Path(path.removeprefix("file://")).read_bytes)
             except FileNotFoundError as error:
                 raise FileError(path, "missing", "no such file.") from error
         return self._bytes(path)
+
+    def lines(self, path: str) -> list[dict[str, Any]]:
+        """What a journal holds; nothing if there is none."""
+        with _may_be_missing(), self.local(path) as local:
+            return whole_objects(Path(local))
+        return []
 
     def head(self, path: str, size: int) -> bytes:
         """A file's first `size` bytes; b"" if it is not a regular file."""
         if not is_remote(path):
             path = path.removeprefix("file://")
-            if not os.path.isfile(path):
-                return b""
-            with open(path, "rb") as file:
-                return file.read(size)
+            return self.from_disk(path, lambda: _head(path, size))
         return self._bytes(path, start=0, end=size)[:size]
 
     def write(self, path: str, content: bytes) -> None:
@@ -139,6 +157,15 @@ class Storage:
             except FileNotFoundError:  # another process writing this file removed our part as a leftover
                 if last:
                     raise
+
+    def remove(self, path: str) -> None:
+        """Removes a file; it need not exist."""
+        if not is_remote(path):
+            Path(path.removeprefix("file://")).unlink(missing_ok=True)
+            return
+        system, name = self._system(path)
+        with _may_be_missing():
+            self.retried(path, lambda: system.rm_file(name))
 
     @contextmanager
     def publish(self, path: str) -> Iterator[Path]:
@@ -194,10 +221,10 @@ class Storage:
         if not is_remote(folder):
             folder = folder.removeprefix("file://")
             try:
-                return sorted(os.listdir(folder))
+                return sorted(self.from_disk(folder, lambda: os.listdir(folder)))
             except (FileNotFoundError, NotADirectoryError):
                 return []
-            except OSError as error:  # a failing disk is not an empty folder
+            except OSError as error:
                 raise StorageError(folder, "unreachable", f"cannot be listed ({error.strerror}).") from error
         system, name = self._system(folder)
         found: list[str] = []
@@ -324,6 +351,13 @@ class Storage:
         if _state(self._ask_info(url)) != _state(info):
             self._info.cache_clear()
             raise FileError(path, "changed", "was modified while it was being read.")
+
+
+def _head(path: str, size: int) -> bytes:
+    if not os.path.isfile(path):
+        return b""
+    with open(path, "rb") as file:
+        return file.read(size)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from stdit.data.captions import Caption, Captions, Fault, sidecar_captions
 from stdit.data.decode.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
 from stdit.data.manifest import Skipped
-from stdit.data.remote.failures import FileError, StorageError
+from stdit.data.remote.failures import FileError, StorageError, is_disk_failure
 from stdit.data.remote.paths import is_remote, join, name_of
 from stdit.data.remote.storage import STORAGE, in_parallel
 from stdit.errors import StditError
@@ -52,10 +52,11 @@ class Folder:
         elif not os.path.isdir(self.root):
             raise StditError(f"{root} is not a folder.")
         else:
-            self._walk()
+            STORAGE.from_disk(self.root, self._walk)
 
     def _walk(self) -> None:
         """Lists a local folder. Links to folders are followed last, and no folder is visited twice."""
+        self._states, self.unreadable = {}, []
         starts, visited = [self.root], set[tuple[int, int]]()
         for start in starts:
             for here, folders, names in os.walk(start, onerror=self._keep_unreadable):
@@ -81,6 +82,8 @@ class Folder:
         return os.path.relpath(path, self.root).replace(os.sep, "/")
 
     def _keep_unreadable(self, error: OSError) -> None:
+        if is_disk_failure(error):
+            raise error
         name = self._name(str(error.filename))
         message = f"is a folder that cannot be read ({error.strerror}): nothing in it was scanned."
         self.unreadable.append(Skipped(name, "unreadable", message))
@@ -103,7 +106,7 @@ class Folder:
         try:
             if is_remote(path):
                 return File(name, path, self._states.get(name) or STORAGE.state(path))
-            status = os.stat(path)
+            status = STORAGE.from_disk(path, lambda: os.stat(path))
             return File(name, path, [status.st_size, status.st_mtime_ns])
         except (OSError, FileError):
             return File(name, path, None)

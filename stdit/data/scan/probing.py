@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from stdit.data.decode.checks import Limits, VideoError
+from stdit.data.decode.checks import Limits, VideoError, disk_failures
 from stdit.data.manifest import Caption
 from stdit.data.measure.scenes import MIN_FRAMES
 from stdit.data.measure.scores import FORMAT as SCORES_FORMAT
 from stdit.data.read_ahead import read_ahead
-from stdit.data.remote.failures import FileError
+from stdit.data.remote.failures import DiskFailure, FileError
 from stdit.data.remote.paths import is_remote
 from stdit.data.remote.storage import STORAGE
 from stdit.data.scan import tars
@@ -26,7 +26,7 @@ from stdit.data.workers.pool import Worker
 OpenLocal = Callable[[str], AbstractContextManager[str]]
 SCENE_FRAMES = 2_000_000  # the longest video, in frames, that is searched for scenes
 FORMAT = 2  # raise it when probes, scenes or tar members come out differently: scans then probe all files again
-TRANSIENT = ("timeout", "crashed", "missing", "unreadable", "unreachable", "unsupported")  # may not recur, so not kept
+TRANSIENT = ("timeout", "crashed", "missing", "unreadable", "unsupported")  # may not recur, so not kept
 
 Line = dict[str, Any]
 
@@ -135,8 +135,14 @@ def _probe(
     try:
         with open_local(path) as local:
             if known is None:
-                answer = worker.call("probe", local, timeout, limits, verify_pixels=options.verify_pixels)
-                known = ProbeResult(path, **answer)
+
+                def ask() -> ProbeResult:
+                    answer = worker.call("probe", local, timeout, limits, verify_pixels=options.verify_pixels)
+                    if answer["reason"] == "unreachable":
+                        raise DiskFailure(answer["message"])
+                    return ProbeResult(path, **answer)
+
+                known = STORAGE.retried(path, ask, retry_on=DiskFailure)
             return _complete(worker, local, options, timeout, known)
     except VideoError as error:
         return ProbeResult(path, None, None, error.reason, error.message)
@@ -150,17 +156,30 @@ def _complete(worker: Worker, local: str, options: ScanOptions, timeout: float, 
     if probe is not None and options.needs_scenes(result):
         seconds = timeout + probe["end"] - probe["start"]  # all frames are decoded
         limits = Limits(frames=SCENE_FRAMES, seconds=seconds)
-        answer = worker.call("scenes", local, seconds + GRACE, limits, end=probe["end"], fps=probe["fps"])
+        where: dict[str, Any] = {"end": probe["end"], "fps": probe["fps"]}
+        answer = _call(worker, "scenes", local, seconds + GRACE, limits, where)
         result = replace(result, scenes=answer["scenes"])
     scores = dict(result.scores)
     limits = Limits(seconds=timeout)
     for span in options.spans_to_score(result):
-        where: dict[str, Any] = {"start": span.start, "end": span.end, "frames": span.frames}
+        where = {"start": span.start, "end": span.end, "frames": span.frames}
         try:
-            scores[span.key] = worker.call("score", local, timeout, limits, **where)
+            scores[span.key] = _call(worker, "score", local, timeout, limits, where)
         except VideoError as error:
             scores[span.key] = {"reason": error.reason, "message": error.message}
     return replace(result, scores=scores)
+
+
+def _call(
+    worker: Worker, task: str, local: str, seconds: float, limits: Limits, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The answer of a worker; a disk that fails is asked again."""
+
+    def ask() -> dict[str, Any]:
+        with disk_failures():
+            return worker.call(task, local, seconds, limits, **arguments)
+
+    return STORAGE.retried(local, ask, retry_on=DiskFailure)
 
 
 class ScanLog:
@@ -224,15 +243,22 @@ class ScanLog:
 
 
 @contextmanager
-def open_scan_log(path: str | None, options: ScanOptions, caption_column: str | None) -> Iterator[ScanLog]:
-    """The log at a path (None: not stored). New results are appended at once; at the end, unused lines are removed."""
+def open_scan_log(
+    path: str | None, options: ScanOptions, caption_column: str | None, others: Sequence[str] = ()
+) -> Iterator[ScanLog]:
+    """The log at a path (None: not stored). New results are appended at once; at the end, unused lines are removed.
+
+    others: logs that are only read; what they know of a file gives way to what the log itself knows.
+    """
     if path is None:
         yield ScanLog(options, [], lambda _: None, caption_column)
         return
     with STORAGE.journal(path) as (lines, add):
-        scan_log = ScanLog(options, lines, add, caption_column)
+        known = [line for other in others for line in STORAGE.lines(other)]
+        scan_log = ScanLog(options, known + lines, add, caption_column)
         yield scan_log
-    STORAGE.write(path, "".join(json.dumps(line) + "\n" for line in scan_log.used.values()).encode())
+    used = sorted(scan_log.used.items())  # the same log, whichever file was done first
+    STORAGE.write(path, "".join(json.dumps(line) + "\n" for _, line in used).encode())
 
 
 def absolute(path: str) -> str:

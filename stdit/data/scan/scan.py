@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -17,16 +14,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stdit.data.captions import Captions, Fault, Names, read_captions
-from stdit.data.decode.formats import suffix_of
+from stdit.data.captions import Captions, Fault, Names
 from stdit.data.decode.video import VERIFY_PIXELS
 from stdit.data.manifest import Caption, Clip, Manifest, Skipped, clip_id, write_manifest
 from stdit.data.measure.fingerprints import find_repeats
 from stdit.data.measure.scenes import MIN_FRAMES, check_available
 from stdit.data.measure.scores import SCORES
+from stdit.data.parts import Part
 from stdit.data.remote.failures import FileError
-from stdit.data.remote.paths import beside, is_remote
+from stdit.data.remote.paths import is_remote
 from stdit.data.remote.storage import STORAGE
+from stdit.data.scan.finding import available_cores, find_files, log_path, part_log, skipped_path
 from stdit.data.scan.listing import File, Folder
 from stdit.data.scan.probing import (
     OpenLocal,
@@ -39,7 +37,6 @@ from stdit.data.scan.probing import (
     probe_files,
 )
 from stdit.data.scan.tars import COMPRESSED, tar_members
-from stdit.errors import StditError, error_context
 from stdit.files import is_utf8
 
 FLASHES_NAMED = 5  # in a message
@@ -70,6 +67,7 @@ def scan(
     scores: bool = False,
     workers: int | None = None,
     timeout: float = 30.0,
+    logs: Sequence[str] = (),
     on_start: Callable[[int], None] = lambda _: None,
     on_file: Callable[[str], None] = lambda _: None,
 ) -> Scan:
@@ -89,6 +87,7 @@ def scan(
     scores: add the columns of `with_scores`.
     workers: probing processes; None: one per core.
     timeout: seconds per file, and per scene for scores. Searching for scenes may also take the video's own length.
+    logs: of the parts (see `scan_part`), whose results are used.
     on_start: called with the number of files; called again as tars are opened.
     on_file: called with the path of each file when it is done.
 
@@ -97,24 +96,14 @@ def scan(
     """
     if scenes:
         check_available()
-    source = Folder(str(folder))
-    table = str(captions) if captions is not None else source.captions_file()
-    captioned = Captions() if table is None else _read_table(table, source, file_column, caption_column)
-    names, tars, ignored = _sort_names(source, captioned, table, out)
-    if table is not None and not captioned.texts and not tars and not uncaptioned:
-        raise StditError(
-            f"{table} captions no file in {folder}: names in it are relative to that folder, or to the table's own. "
-            f"--allow-uncaptioned scans without captions."
-        )
-    if table is None:
-        captioned = source.sidecars(names, caption_column)
+    found = find_files(folder, captions, caption_column, file_column, uncaptioned)
+    source = found.folder
+    captioned = source.sidecars(found.names, caption_column) if found.table is None else found.captions
     options = ScanOptions(VERIFY_PIXELS if verify else 0, scenes, scores)
-    with open_scan_log(None if out is None else _log_path(out), options, caption_column) as scan_log:
-        probe = partial(probe_files, workers=workers or _available_cores(), options=options, timeout=timeout)
+    with open_scan_log(None if out is None else log_path(out), options, caption_column, logs) as scan_log:
+        probe = partial(probe_files, workers=workers or available_cores(), options=options, timeout=timeout)
         scanner = _Scanner(scan_log, probe, on_start, on_file)
-        scanner.probe_files(source.files(names))
-        for tar in source.files(tars):
-            scanner.probe_tar(tar)
+        scanner.probe_all(source, found.names, found.tars)
     scanner.skipped += source.unreadable
     scanner.skipped += [Skipped(row, "bad_row", f"{fault}.") for row, fault in captioned.rows]
     manifest = Manifest.of(scanner.clips(captioned, uncaptioned), "." if is_remote(source.root) else source.root)
@@ -128,7 +117,53 @@ def scan(
             write_manifest(manifest, out)
         lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in skipped]
         STORAGE.write(skipped_path(out), "".join(lines).encode())
-    return Scan(manifest, skipped, scanner.damaged, ignored, repeats, scanner.reused)
+    return Scan(manifest, skipped, scanner.damaged, found.count_others(out), repeats, scanner.reused)
+
+
+@dataclass(frozen=True)
+class ScannedPart:
+    """What a part of a scan has done. unusable: files that cannot be read."""
+
+    files: int
+    reused: int
+    unusable: list[Skipped]
+
+
+def scan_part(
+    folder: str | Path,
+    captions: str | Path | None,
+    out: str | Path,
+    part: Part,
+    *,
+    caption_column: str | None = None,
+    file_column: str | None = None,
+    uncaptioned: bool = False,
+    verify: bool = True,
+    scenes: bool = False,
+    scores: bool = False,
+    workers: int | None = None,
+    timeout: float = 30.0,
+    on_start: Callable[[int], None] = lambda _: None,
+    on_file: Callable[[str], None] = lambda _: None,
+) -> ScannedPart:
+    """Probes the files of one part, dealt by their names (a tar is one file), into a log of its own beside `out`.
+
+    `scan` with the parts' `logs` then makes the manifest without probing a file again, but for those that timed out,
+    crashed the decoder or could not be opened, and those that have changed. The other arguments are those of `scan`.
+    """
+    if scenes:
+        check_available()
+    found = find_files(folder, captions, caption_column, file_column, uncaptioned)
+    options = ScanOptions(VERIFY_PIXELS if verify else 0, scenes, scores)
+    with open_scan_log(part_log(out, part), options, caption_column, [log_path(out)]) as scan_log:
+        probe = partial(probe_files, workers=workers or available_cores(), options=options, timeout=timeout)
+        scanner = _Scanner(scan_log, probe, on_start, on_file)
+        names, tars = (list(filter(part.has_name, names)) for names in (found.names, found.tars))
+        scanner.probe_all(found.folder, names, tars)
+    for file, result in scanner.files:
+        if result.probe is None:
+            scanner.skip(file.name, result.reason or "undecodable", result.message or "cannot be read.")
+    return ScannedPart(len(scanner.files), scanner.reused, sorted(scanner.skipped, key=lambda s: s.file))
 
 
 @dataclass
@@ -148,6 +183,12 @@ class _Scanner:
 
     def skip(self, file: str, reason: str, message: str) -> None:
         self.skipped.append(Skipped(file, reason, message))
+
+    def probe_all(self, source: Folder, names: list[str], tars: list[str]) -> None:
+        """Probes files, and the members of tars."""
+        self.probe_files(source.files(names))
+        for tar in source.files(tars):
+            self.probe_tar(tar)
 
     def probe_files(self, files: list[File], open_local: OpenLocal = STORAGE.local) -> None:
         """Probes files, as far as the scan log does not know them."""
@@ -187,7 +228,8 @@ class _Scanner:
                 self.probe_files(members)
             else:
                 with STORAGE.local(tar.path) as local:
-                    members, damage = known or tar_members(tar, local, log.caption_column)
+                    look = partial(tar_members, tar, local, log.caption_column)
+                    members, damage = known or STORAGE.from_disk(tar.path, look)
                     log.record_members(tar, members, damage)
                     self.probe_files(members, lambda path: nullcontext(local + path.removeprefix(tar.path)))
         except (tarfile.TarError, OSError) as error:
@@ -248,25 +290,6 @@ def _describe_flashes(flashes: Sequence[Span], has_clips: bool) -> str:
     return f"has {scenes if has_clips else f'only {scenes}'}, which are left out: {len(flashes)}, at {where} s."
 
 
-def skipped_path(out: str | Path) -> str:
-    """Where `scan` lists the files it skipped."""
-    return beside(out, ".skipped.jsonl")
-
-
-def _log_path(out: str | Path) -> str:
-    return beside(out, ".probed.jsonl")
-
-
-def _available_cores() -> int:
-    """The cores this process may use: on a large machine, a job often has only some."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read_table(path: str, source: Folder, file_column: str | None, caption_column: str | None) -> Captions:
-    with error_context(path) if is_remote(path) else nullcontext(), STORAGE.local(path) as local:
-        return read_captions(Path(local), source.root, Names(source), file_column, caption_column)
-
-
 class _CaptionLookup:
     """Finds a file's captions, or why it has none: in the table or sidecars by its name, else the tar member's own."""
 
@@ -286,24 +309,6 @@ class _CaptionLookup:
             message = f"has no caption; {' and '.join(map(ascii, alike))}, the same but for its Unicode form, has."
             return (), ("no_caption", message)
         return file.captions, file.caption_fault
-
-
-def _sort_names(
-    source: Folder, captioned: Captions, table: str | None, out: str | Path | None
-) -> tuple[list[str], list[str], dict[str, int]]:
-    """Files to probe (media, and whatever the captions name), tars, and the number of other files by suffix."""
-    tars = {name for name in source if name.lower().endswith((".tar", *COMPRESSED))}
-    named = {*captioned.texts, *captioned.faults}
-    in_tars = {name for name in named if any(name[: at.end()] in tars for at in re.finditer(r"\.tar(?=/)", name))}
-    files = named - in_tars - tars | source.media()
-    outputs = [] if out is None else [out, skipped_path(out), _log_path(out)]
-    own = {absolute(str(path)) for path in (table, *outputs) if path is not None}
-    texts: set[str] = set()
-    if table is None:
-        texts = {text for name in files for place in source.captions_beside(name) for text in place}
-    others = (name for name in source if name not in files and name not in tars and name not in texts)
-    suffixes = Counter(suffix_of(name) for name in others if absolute(source.path(name)) not in own)
-    return sorted(files), sorted(tars), dict(suffixes.most_common())
 
 
 def _clip(file: File, probe: Mapping[str, Any], sha256: str, span: Span, captions: tuple[Caption, ...]) -> Clip:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from stdit.data.captions import Caption, Fault
 from stdit.data.decode.formats import HEAD, MEDIA, OTHER_SUFFIXES, content_of, suffix_of
+from stdit.data.remote.failures import is_disk_failure
 from stdit.data.remote.paths import Member
 from stdit.data.scan.listing import CAPTION_BYTES, CAPTION_SUFFIXES, File, first_captions
 from stdit.errors import StditError
@@ -74,6 +75,8 @@ def tar_members(tar: File, local: str, column: str | None = None) -> tuple[list[
                 if entry is not None:
                     _add_to_group(groups, entry)
         except (tarfile.TarError, OSError, ValueError) as error:
+            if is_disk_failure(error):
+                raise
             damage = f"cannot be read to the end ({error})."
         assert shard.fileobj is not None
         shard.fileobj.seek(shard.offset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -14,6 +14,7 @@ import torch
 from stdit.data.load.cache import Cache, CacheMissing, latent_settings, text_settings
 from stdit.data.load.loader import Loader, check_files, embedding
 from stdit.data.manifest import Manifest, read_manifest
+from stdit.data.manifests import named, read_manifests
 from stdit.data.plan.buckets import Assignment, assign
 from stdit.data.plan.filters import source_weights
 from stdit.data.plan.planner import Plan
@@ -28,6 +29,8 @@ from stdit.training.objectives.protocol import Objective
 from stdit.training.objectives.two_experts import TransformerObjective
 from stdit.training.setup.objective import LONGER, long_captions, make_objective
 from stdit.training.setup.resolve import ResolvedConfig
+
+MANY_SHARDS = 1000  # in a cache, beyond which it is worth merging their indices before all ranks read them
 
 
 @dataclass
@@ -78,8 +81,8 @@ def build(config: ResolvedConfig, world: World) -> RunComponents:
         raise StditError("data.manifest is not set: the file that `stdit data scan FOLDER --out MANIFEST` wrote.")
     config.parallel.groups(world.size)
     check_engine(config.optimizer, config.parallel, world.device)
-    HEARTBEAT.doing(f"reading {config.data.manifest}")
-    manifest = read_manifest(config.data.manifest)
+    HEARTBEAT.doing(f"reading {named(config.data.manifest)}")
+    manifest = read_manifests(config.data.manifest)
     if config.data.cache is None:
         check_files(manifest)
     assignment = assign(manifest, config.data)
@@ -178,6 +181,9 @@ def _open(place: str, settings: dict[str, Any], world: World) -> Cache:
     """A cache that all ranks see. Raises the error of any rank on all of them: the others would wait forever."""
     found: Cache | CacheMissing
     with world.together():
+        if world.is_main:
+            _merge_index(place, settings)
+    with world.together():
         try:
             found = Cache.open(place, settings)
         except CacheMissing as missing:
@@ -188,3 +194,12 @@ def _open(place: str, settings: dict[str, Any], world: World) -> Cache:
     if isinstance(found, CacheMissing):
         raise found
     return found
+
+
+def _merge_index(place: str, settings: dict[str, Any]) -> None:
+    """Merges the index of a cache of many shards, if parts of an encoding have left that undone and we may write."""
+    with suppress(CacheMissing):
+        cache = Cache.open(place, settings)
+        if cache.unmerged > MANY_SHARDS:
+            with suppress(OSError, StditError):
+                cache.write_index()

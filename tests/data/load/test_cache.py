@@ -15,6 +15,7 @@ import torch
 from stdit.data.config import DataConfig
 from stdit.data.load.cache import Cache, CacheMissing, latent_key, latent_settings, text_key
 from stdit.data.remote.failures import StorageError
+from stdit.data.remote.storage import Storage
 from stdit.errors import StditError
 from stdit.shapes import VideoShape
 
@@ -123,6 +124,6 @@ def test_a_disk_that_does_not_answer_is_not_a_missing_cache(tmp_path, monkeypatc
     with pytest.raises(CacheMissing):
         Cache.open(tmp_path / "elsewhere", SETTINGS)
     monkeypatch.setattr(os, "listdir", stale)
-    with pytest.raises(StorageError, match="cannot be listed") as caught:
-        Cache.open(tmp_path, SETTINGS)
+    with pytest.raises(StorageError, match=r"3 tries failed, .*Stale file handle.*Check the disk") as caught:
+        Cache.open(tmp_path, SETTINGS, Storage(tries=3, pause=0))
     assert caught.value.reason == "unreachable" and not isinstance(caught.value, CacheMissing)

@@ -322,3 +322,46 @@ def test_the_environment_says_where_and_how_much(tmp_path, monkeypatch):
         for _ in range(2):
             with pytest.raises(StditError, match=f"STDIT_LOCAL_GB is '{wrong}'.*positive"):
                 assert store.local_cache.limit
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        RuntimeError("Error while opening: I/O error: Input/output error (os error 5)"),  # as safetensors says it
+    ],
+)
+def test_a_local_disk_that_fails_is_tried_again(tmp_path, error):
+    store, failures = storage(tmp_path, tries=4), [error] * 3
+
+    def request():
+        if failures:
+            raise failures.pop()
+        return "read"
+
+    assert store.from_disk("a.mp4", request) == "read" and store.retries == 3
+    failures += [error] * 4
+    with pytest.raises(StorageError, match=r"a\.mp4: 4 tries failed, .*(put/output|Stale).*move it away") as found:
+        store.from_disk("a.mp4", request)
+    assert found.value.reason == "unreachable"
+    for other in (
+        FileNotFoundError(errno.ENOENT, "no"),
+        PermissionError(errno.EACCES, "no"),
+        OSError("bad"),
+        KeyError(),
+    ):
+        failures.append(other)
+        with pytest.raises(type(other)):
+            store.from_disk("a.mp4", request)
+        assert not failures
+
+
+def test_a_file_is_removed_wherever_it_is(tmp_path, files):
+    store = storage(tmp_path)
+    files("folder/a", b"1")
+    (tmp_path / "b").write_bytes(b"2")
+    for path in ("flaky://folder/a", str(tmp_path / "b"), f"file://{tmp_path}/b"):
+        store.remove(path)
+        store.remove(path)  # it is gone
+    assert store.names("flaky://folder") == [] and not (tmp_path / "b").exists()
