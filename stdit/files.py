@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -168,14 +168,16 @@ def publish_text(path: str | Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="")
 
 
-def publish_folder(part: Path, path: Path) -> None:
+def publish_folder(part: Path, path: Path, unsynced: Iterable[Path] | None = None) -> None:
     """Replaces the folder `path` by `part`, a folder beside it, and removes the old one.
+
+    unsynced: what in `part` is not on the disk yet; all of it, unless given.
 
     On Linux the two are exchanged atomically, so a reader always finds one of them. Elsewhere a process that is killed
     between two renames leaves the old one aside; `heal_folder` puts it back.
     """
     heal_folder(path)
-    for file in (*part.rglob("*"), part):
+    for file in (*(part.rglob("*") if unsynced is None else unsynced), part):
         sync(file)
     old = part
     if not os.path.lexists(path):

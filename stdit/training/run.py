@@ -17,13 +17,15 @@ from stdit.files import local_folder
 from stdit.heartbeat import HEARTBEAT
 from stdit.locks import NAME, locked
 from stdit.training.config import RunConfig, save_config
-from stdit.training.engine.checkpoint import published, remove_strays
+from stdit.training.engine.agreement import check_shared
+from stdit.training.engine.checkpoint import Checkpoint, DamagedCheckpoint, published, remove_strays
 from stdit.training.engine.parallel import World
-from stdit.training.outputs.export import check_export
+from stdit.training.outputs.export import check_export, exported_step
+from stdit.training.resume import check_config
 from stdit.training.setup.build import RunComponents, build
 from stdit.training.setup.footprint import build_on_meta, footprint
 from stdit.training.setup.resolve import ResolvedConfig, resolve
-from stdit.training.trainer import Trainer
+from stdit.training.trainer import Trainer, say
 
 REPLACED = ("config.yaml", "metrics.jsonl", "report.html", "plan.png", "checkpoints", "model")  # by a run
 
@@ -37,19 +39,35 @@ def run(config: RunConfig, world: World) -> None:
         raise StditError("the run has no folder: add run=PATH, such as run=runs/toy.")
     folder = local_folder("run", config.run.path)
     config = replace(config, run=replace(config.run, path=str(folder)))
+    find_end = partial(_finished_step, config, folder)
     with ExitStack() as held:
-        trainer = Trainer(config, world)
-        if not trainer.is_finished:
+        step = world.from_main(find_end)
+        if step is None:
             world.from_main(lambda: held.enter_context(_lock(folder)))
-            trainer = Trainer(config, world)  # another process may have saved since
-        if trainer.is_finished:
-            trainer.say(
-                f"{folder} is finished after {trainer.step} steps: {folder / 'model'}. Raise schedule.steps to go on."
-            )
-            if world.is_main and not (folder / "report.html").exists():
-                report(trainer)
-            return
-        _train(resolve(config), trainer, world)
+            step = world.from_main(find_end)  # another process may have finished it since
+        if step is None:
+            check_shared(folder, world)
+            world.from_main(partial(remove_strays, folder))
+            _train(resolve(config), Trainer(config, world), world)
+        elif world.is_main:
+            say(f"{folder} is finished after {step} steps: {folder / 'model'}. Raise schedule.steps to go on.")
+            if not (folder / "report.html").exists():
+                report(folder)
+
+
+def _finished_step(config: RunConfig, folder: Path) -> int | None:
+    """The last step, if it is done and its weights, not an earlier end's, are exported. Rank 0's answer counts.
+
+    Raises StditError if the run has another config.
+    """
+    try:
+        latest = Checkpoint.latest(folder)
+    except DamagedCheckpoint:  # `agree` names it
+        return None
+    if latest is None:
+        return None
+    check_config(latest, config)
+    return latest.step if latest.step >= config.schedule.steps and exported_step(folder) == latest.step else None
 
 
 def _lock(folder: Path) -> AbstractContextManager[None]:
@@ -68,7 +86,6 @@ def _train(config: ResolvedConfig, trainer: Trainer, world: World) -> None:
     folder = trainer.folder
 
     def begin() -> None:
-        remove_strays(folder)
         check_export(config)
         save_config(trainer.config, folder / "config.yaml")
 
@@ -79,7 +96,7 @@ def _train(config: ResolvedConfig, trainer: Trainer, world: World) -> None:
     HEARTBEAT.doing("drawing the plan")
     world.from_main(partial(draw, trainer.components, world.size, folder / "plan.png"))
     trainer.train()
-    world.from_main(partial(report, trainer))
+    world.from_main(partial(report, folder))
 
 
 def draw(components: RunComponents, ranks: int, path: Path) -> None:
@@ -95,11 +112,11 @@ def draw(components: RunComponents, ranks: int, path: Path) -> None:
     draw_plan(components.plan, components.assignment.shapes, groups, bound, path, measures, unit, each)
 
 
-def report(trainer: Trainer) -> None:
+def report(folder: Path) -> None:
     from stdit.evaluation.report import write_report
 
     HEARTBEAT.doing("writing the report")
-    trainer.say(f"report: {write_report(trainer.folder)}")
+    say(f"report: {write_report(folder)}")
 
 
 def dry_run(config: ResolvedConfig, world: World) -> None:

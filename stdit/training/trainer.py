@@ -20,11 +20,12 @@ from stdit.heartbeat import HEARTBEAT
 from stdit.training import bad_clips, resume
 from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import RunConfig, to_dict
-from stdit.training.engine import checkpoint
+from stdit.training.engine.agreement import agree
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.engine import PRECISIONS, Engine
 from stdit.training.engine.make import make_engine
 from stdit.training.engine.parallel import World
+from stdit.training.engine.saver import Saver
 from stdit.training.objectives.protocol import StepKey, StepResult, Update
 from stdit.training.outputs import evaluation, export
 from stdit.training.outputs.step_log import StepLog, measure_peak
@@ -40,8 +41,8 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.folder = Path(config.run.path)
-        self.say: Callable[[str], None] = _print if world.is_main else (lambda _: None)
-        self.resumed = Checkpoint.latest(self.folder)
+        self.say: Callable[[str], None] = say if world.is_main else (lambda _: None)
+        self.resumed = agree(self.folder, world, self.say)
         if self.resumed is not None:
             resume.check_config(self.resumed, config)
         self.step = self.resumed.step if self.resumed else 0  # optimizer steps done
@@ -51,11 +52,7 @@ class Trainer:
         self.counts = world.rank % self.shared == 0
         self.failures = bad_clips.FailedClips(world)
         self.stop = StopSignal(world)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last step is done and its weights, not an earlier end's, are exported."""
-        return self.step >= self.config.schedule.steps and export.exported_step(self.folder) == self.step
+        self.saver = Saver(self.folder, config.checkpoint, world)
 
     # ------------------------------------------------------------------------------------------------------ preparing
 
@@ -76,7 +73,7 @@ class Trainer:
                 self.say(jump)
             HEARTBEAT.doing(f"loading {resumed.path}")
             critic = self.objective.critic
-            resumed.load_weights(self.objective.module, *([critic.module] if critic else []))
+            resumed.load_weights(self.objective.module, *([critic.module] if critic else []), world=self.world)
         HEARTBEAT.doing("preparing the optimizer")
         self._make_engines()
         if resumed is not None:
@@ -110,7 +107,7 @@ class Trainer:
         group, groups = world.rank // self.shared, config.parallel.groups(world.size)
         loader = StepLoader(self.components.plan_of, self.components.loader, group, groups, self.step)
         saved = self.step
-        with closing(self.log), closing(loader), self.stop.listening():
+        with closing(self.log), closing(loader), self.stop.listening(), self.saver.finishing():
             if self._evaluation_is_due() and not self._is_evaluated():  # the process was killed between the two
                 self._evaluate()
             while self.step < config.schedule.steps:
@@ -132,6 +129,7 @@ class Trainer:
                     self.save()
                     saved = self.step
                 if result.stop:
+                    self.saver.finish()
                     raise self.stop.interrupted(result.stop, self.step, self.folder)
                 if self._evaluation_is_due():
                     self._evaluate()
@@ -143,13 +141,16 @@ class Trainer:
         """Forward and backward of all micro-steps: leaves the gradient of the step's exact loss in the engine."""
         objective, critic, device = self.objective, self._critic_in_this_step(), self.world.device
         key = self._key(clips, self.step)
-        weight, failed, *stop = self._sum_weights(clips, key)
+        weight, failed, saved, *stop = self._sum_weights(clips, key)
+        if saved == self.world.size:
+            self.saver.go_on()
         if failed and self.shared > 1:  # maybe not on all ranks of a group
             clips = bad_clips.agreed(clips, self.world)
             weight = self._sum_weights(clips, key)[0]
         if self.counts:
             self.failures.note(clips)
         if weight == 0:
+            self.saver.finish()
             raise bad_clips.no_clip_could_be_read(clips, self.step + 1)
         loss, critic_loss = torch.zeros(2, dtype=torch.float64, device=device)
         flops = 0
@@ -170,10 +171,12 @@ class Trainer:
         )
 
     def _sum_weights(self, clips: StepClips, key: StepKey) -> list[float]:
-        """Σ_c w_c, how many clips failed, and who asked to stop: over all ranks, each pack counted once."""
+        """Σ_c w_c, how many clips failed, on how many ranks the saver is ready, and who asked to stop: over all ranks,
+        each pack counted once."""
         mine = sum(self.objective.weight(micro.examples, key) for micro in clips.micro_steps) if self.counts else 0.0
         failed = sum(example.failure is not None for example in clips.examples)
-        return self.world.sum_(torch.tensor([mine, failed, *self.stop.flags], dtype=torch.float64)).tolist()
+        flags = [self.saver.is_ready, *self.stop.flags]
+        return self.world.sum_(torch.tensor([mine, failed, *flags], dtype=torch.float64)).tolist()
 
     def update(self) -> Update:
         """Steps the optimizer and the average. If the gradient's norm is not finite, which all ranks see alike,
@@ -214,6 +217,7 @@ class Trainer:
         if self.skipped > self.config.optimizer.max_skipped_steps:
             message += f"\n{self.skipped} steps in a row: stopped"
             blame_clips = bad_clips.are_to_blame(faults, clips.num_clips)
+            self.saver.finish()
             raise bad_clips.diverged(self.folder, self.step, message, blame_clips)
         self.say(f"step {self.step} updates nothing: {message}")
 
@@ -224,11 +228,13 @@ class Trainer:
         if sums.failures:
             self.failures.share()
         if self.losses and not math.isfinite(loss):
+            self.saver.finish()
             raise bad_clips.diverged(self.folder, self.step, f"the loss is {loss}")
         self.losses = []
         self.log.write_step(self.step, clips, update, loss, sums, failed=len(self.failures.by_id))
 
     def save(self) -> None:
+        """Begins to write a checkpoint of this step; `saver` tells when it is there."""
         HEARTBEAT.doing(f"saving step {self.step}")
         self.failures.share()
         losses = self.world.sum_(torch.stack([loss.cpu() for loss in self.losses])) if self.losses else torch.zeros(0)
@@ -243,8 +249,7 @@ class Trainer:
             "networks": self.networks,
             "config": to_dict(self.config),
         }
-        keep = self.config.checkpoint.keep
-        checkpoint.save(self.folder, self.step, self.engines, state, keep, self.world)
+        self.saver.start(self.step, self.engines, state)
 
     def _evaluation_is_due(self) -> bool:
         """Not after the last step, whose evaluation is part of `_finish`."""
@@ -258,6 +263,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Tensor]:
         """Returns the weights that were evaluated, on rank 0."""
+        self.saver.finish()  # no step publishes the checkpoint meanwhile, and this may take long
         HEARTBEAT.doing(f"evaluating step {self.step}")
         weights = export.averaged_weights(self.engine, self.world)
         values = self.world.from_main(partial(evaluation.evaluate, self.components, weights, self.world, self.step))
@@ -276,6 +282,6 @@ class Trainer:
         self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
 
 
-def _print(text: str) -> None:
+def say(text: str) -> None:
     print(text, flush=True)
     HEARTBEAT.spoke()

@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,14 @@ def _name(dtype: torch.dtype) -> str:
 def write_tensors(
     path: str | os.PathLike[str], like: Mapping[str, Tensor], read: Read, metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, one tensor in memory at a time; equal tensors give equal bytes.
+    """Writes the safetensors file of `tensor_bytes`."""
+    with open(path, "wb") as file:
+        for block in tensor_bytes(like, read, metadata):
+            file.write(block)
+
+
+def tensor_bytes(like: Mapping[str, Tensor], read: Read, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, one tensor in memory at a time; equal tensors give equal bytes.
 
     like: the shape and dtype of each tensor; may be on the meta device. read: returns a tensor by name.
 
@@ -261,12 +268,11 @@ def write_tensors(
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            tensor = read(name).detach().to("cpu").contiguous()
-            assert (tensor.dtype, tensor.shape) == (like[name].dtype, like[name].shape), f"{name}: {tensor.dtype}"
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        tensor = read(name).detach().to("cpu").contiguous()
+        assert (tensor.dtype, tensor.shape) == (like[name].dtype, like[name].shape), f"{name}: {tensor.dtype}"
+        yield tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def open_file(path: Path, trust_pickle: bool = False) -> TensorFiles:

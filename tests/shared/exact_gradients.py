@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import checkpoints
 import torch
 from tensor_files import load_file
 from torch import Tensor, nn
 
-from stdit.training.engine import checkpoint
 from stdit.training.engine.engine import Engine
 from stdit.training.engine.optimizer import EmaConfig, OptimizerConfig
 from stdit.training.engine.parallel import World
@@ -58,7 +58,7 @@ def train(engine: Engine, begin: int, end: int, world: World) -> None:
 
 
 def save(engine: Engine, folder: Path, step: int, world: World) -> None:
-    checkpoint.save(folder, step, [engine], {}, 0, world)
+    checkpoints.save(folder, step, [engine], world)
 
 
 def state_of(folder: Path, step: int) -> dict[str, Tensor]:

@@ -25,6 +25,13 @@ class ThreadWorld(World):
         barrier.wait(60)
         return found
 
+    def gather_on_main(self, value: Any) -> list[Any] | None:
+        found = self.gather(value)
+        return found if self.is_main else None
+
+    def sum_(self, values: Tensor) -> Tensor:
+        return values.copy_(torch.stack(self.gather(values.clone())).sum(0))
+
     def exchange(self, numbers: Tensor, sent: list[int], received: list[int]) -> Tensor:
         parts = [parts[self.rank] for parts in self.gather(numbers.clone().split(sent))]
         assert [len(part) for part in parts] == received

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkpoints import save
 
 import stdit
 from stdit.cli.data.encode import encode
@@ -459,12 +460,10 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
 
 
 def test_checkpoints_hold_what_trains(tiny: Path, tmp_path: Path, folder: Any) -> None:
-    from stdit.training.engine import checkpoint
-
     pattern = "model.trainable=['blocks.1.*']"
     parts = started(tiny, tmp_path, folder("Wan"), pattern)
     engine, _ = train(parts, 1)
-    checkpoint.save(tmp_path, 1, [engine], {}, 0, ALONE)
+    save(tmp_path, 1, [engine], ALONE)
     found = Checkpoint.latest(tmp_path)
     assert found is not None
     assert {name.split(".")[1:3] == ["blocks", "1"] for name in found.about["parameters"]} == {True}

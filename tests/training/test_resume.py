@@ -19,7 +19,7 @@ from stdit.models.config import PRESETS
 from stdit.text.encoders import TextEncoder
 from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.training.config import load_config
-from stdit.training.engine.checkpoint import published
+from stdit.training.engine.checkpoint import checksum, published
 from stdit.training.run import run
 from stdit.vae.config import PRESETS as VAE_PRESETS
 from stdit.weights.io import load_transformer
@@ -66,7 +66,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     place = published(folder)[-1] / "manifest.json"
     about = json.loads(place.read_text())
     change(about["state"])
-    place.write_text(json.dumps(about))
+    place.write_text(json.dumps(about | {"sha256": checksum(about)}))
 
 
 def shards(folder: Path) -> bytes:

@@ -17,7 +17,6 @@ from stdit import locks
 from stdit.errors import StditError
 from stdit.evaluation.report import read_metrics
 from stdit.training.config import load_config
-from stdit.training.engine import checkpoint
 from stdit.training.engine.checkpoint import remove_strays
 from stdit.training.engine.parallel import World
 from stdit.training.outputs import export
@@ -136,29 +135,6 @@ def test_an_export_on_a_full_disk_names_one_file_and_keeps_the_old_one(tmp_path:
     assert export.exported_step(tmp_path) == 3
     export.publish_model(tmp_path, 6, write)
     assert export.exported_step(tmp_path) == 6 and os.listdir(tmp_path) == ["model"]
-
-
-def test_a_rank_that_does_not_see_the_folder_yet_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0's new folder is not there for rank 1, as on a network disk that keeps what it knew."""
-
-    class Engine:
-        replicated, optimizer = False, torch.optim.SGD([torch.zeros(1)])
-        flat_masters, pieces = (), ()
-
-    real = checkpoint.save_file
-
-    def save_file(tensors: Any, path: Path) -> None:
-        real({"a": torch.zeros(1)}, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-    monkeypatch.setattr(checkpoint, "group_state", lambda _: [])
-    other = tmp_path / "seen by rank 1"
-
-    def save(world: World) -> None:
-        checkpoint.save(tmp_path if world.is_main else other, 2, [Engine()], {}, 1, world)  # type: ignore[list-item]
-
-    assert both(save) == [None, None]
-    assert (other / "checkpoints" / ".tmp-step-00000002" / "rank-00001.safetensors").is_file()
 
 
 def test_numbers_within_mappings_are_logged_as_the_others(tmp_path: Path) -> None:

@@ -207,7 +207,8 @@ def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None
             return [value, {"a": {}, "b": {}}]
 
     world = TwoRanks(0, 2, torch.device("cpu"))
-    trainer = trainer_module.Trainer(load_config(tiny / "flow.yaml", [f"run={tmp_path}"]), world)
+    trainer = trainer_module.Trainer(load_config(tiny / "flow.yaml", [f"run={tmp_path}"]), ALONE)
+    trainer.world = trainer.failures.world = world
     trainer.failures.by_id, trainer.failures.unshared = {"a": {}}, 1
     trainer.losses = [torch.tensor(2.0), torch.tensor(3.0)]
     trainer.log = StepLog(trainer.config, world, 0, peak=1.0)
@@ -302,8 +303,10 @@ def test_ranks_with_other_data_are_told_before_they_wait_for_each_other(tiny: Pa
             return [value, value, f"not {value}" if value else value]  # no rank has an error
 
     config = load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"])
+    trainer = trainer_module.Trainer(config, ALONE)
+    trainer.world = Others(0, 3, torch.device("cpu"))
     with pytest.raises(StditError, match=r"rank 2 has other data than rank 0: .*manifest\.parquet"):
-        trainer_module.Trainer(config, Others(0, 3, torch.device("cpu"))).prepare(resolve(config))
+        trainer.prepare(resolve(config))
 
 
 def test_a_clip_that_went_bad_is_named_counted_and_skipped(

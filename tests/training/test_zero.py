@@ -238,7 +238,7 @@ def test_adapters_go_on_under_another_stage(runs: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_hold_the_same_numbers_whoever_wrote_them(runs: Path, stage: str) -> None:
     one, other = (Checkpoint.latest(runs / f"{name}-adamw") for name in ("one", stage))
-    assert one is not None and other is not None and other.about["shards"] == 2
+    assert one is not None and other is not None and len(other.about["shards"]) == 2
     for kind in ("master", "ema", "exp_avg", "exp_avg_sq"):
         expected, found = one.weights(kind), other.weights(kind)
         assert expected.keys() == found.keys()

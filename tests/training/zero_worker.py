@@ -102,6 +102,7 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
         trainer.losses.append(loss)
         trainer.update()
     trainer.save()
+    trainer.saver.finish()
     feed.close()
     weights, evaluated = averaged_weights(trainer.engine, world), {}
     if world.is_main and trainer.config.objective.kind == "flow":
