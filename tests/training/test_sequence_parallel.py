@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from children import Child, finish_together
+from exact_gradients import state_of
 from tensor_files import load_file
 from thread_group import ThreadGroup, run_together
 from thread_world import ThreadWorld
@@ -42,12 +43,13 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 LIMIT = 900.0  # seconds
 STEPS = 8
 STAGES = ("zero1", "zero2", "zero3")
+RESUMED = ("zero2", "zero3")
 OTHERS = [("routed", "zero2"), ("lora", "zero3")]  # and the stage
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders NAME-OPTIMIZER with gradients.safetensors, seen.json and checkpoints."""
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with flow.yaml, a model to fine-tune, its text encoder, and JSONs by the name of their stage."""
     pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp("shared")
     config = (tiny / "flow.yaml").read_text()
@@ -61,23 +63,38 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer).save(
         out / "text" / "text_encoder", out / "text" / "tokenizer"
     )
-    partitioned = json.loads((DEEPSPEED / "zero3.json").read_text())
-    partitioned["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # cuts parameters as small as ours too
-    (out / "zero3.json").write_text(json.dumps(partitioned))
-    jsons = {stage: DEEPSPEED / f"{stage}.json" for stage in STAGES} | {"zero3": out / "zero3.json"}
+    for stage in STAGES:
+        settings = json.loads((DEEPSPEED / f"{stage}.json").read_text())
+        if stage == "zero3":
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # cuts small parameters too
+        (out / f"{stage}.json").write_text(json.dumps(settings))
+    return out
+
+
+def start(out: Path, ranks: int, engines: list[str]) -> list[Child]:
+    """Starts `zero_worker.py` on all ranks."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    engines = [f"shared-{stage}={jsons[stage]}={STEPS}" for stage in STAGES]
-    engines += [f"{kind}-shared-{stage}={jsons[stage]}=2" for kind, stage in OTHERS]
-    engines += [f"moved={jsons['zero3']}={STEPS + 2}=shared-zero1"]  # each rank has packs of its own again
-    alone = [f"one=={STEPS}", f"more=={STEPS + 2}=one", *(f"{kind}-one==2" for kind, _ in OTHERS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]
-    command = [sys.executable, str(WORKER), str(out / "flow.yaml"), str(out)]
-    children = [Child([*command, *engines], environment | rank) for rank in ranks]
-    finish_together([*children, Child([*command, *alone], environment)], LIMIT)
-    return out
+    command = [sys.executable, str(WORKER), str(out / "flow.yaml"), str(out), *engines]
+    if ranks == 1:
+        return [Child(command, environment)]
+    each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} for rank in range(ranks)]
+    return [Child(command, environment | one) for one in each]
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Path:
+    """The folder, with folders NAME-OPTIMIZER that have gradients.safetensors, seen.json and checkpoints."""
+    json_of = {stage: folder / f"{stage}.json" for stage in STAGES}
+    engines = [f"half-shared-{stage}={json_of[stage]}={STEPS}" for stage in STAGES]
+    engines += [f"rest-shared-{stage}={json_of[stage]}={STEPS}=half-shared-{stage}" for stage in RESUMED]
+    engines += [f"{kind}-shared-{stage}={json_of[stage]}=2" for kind, stage in OTHERS]
+    engines += [f"moved={json_of['zero3']}={STEPS + 2}=half-shared-zero1"]  # each rank has packs of its own again
+    alone = [f"one=={STEPS}", f"more=={STEPS + 2}=one", *(f"{kind}-one==2" for kind, _ in OTHERS)]
+    finish_together([*start(folder, 2, engines), *start(folder, 1, alone)], LIMIT)
+    return folder
 
 
 def seen(runs: Path, name: str) -> dict[str, Any]:
@@ -90,14 +107,13 @@ def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_gradients_losses_weights_and_clips_equal_one_rank(runs: Path, stage: str, optimizer: str) -> None:
-    one, other = runs / f"one-{optimizer}", runs / f"shared-{stage}-{optimizer}"
+def check_equals_one_rank(runs: Path, name: str, optimizer: str) -> None:
+    """Gradients before clipping, losses, held-out loss, clips, weights and their average."""
+    one, other = runs / f"one-{optimizer}", runs / f"{name}-{optimizer}"
     expected, found = (load_file(folder / "gradients.safetensors") for folder in (one, other))
-    for name, gradient in expected.items():
-        assert gradient.any(), name
-        assert relative_of(found[name], gradient) <= 1e-5, name
+    for parameter, gradient in expected.items():
+        assert gradient.any(), parameter
+        assert relative_of(found[parameter], gradient) <= 1e-5, parameter
     wanted, ours = seen(runs, one.name), seen(runs, other.name)
     assert ours["ids"] == wanted["ids"] and len(ours["losses"]) == STEPS
     assert ours["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
@@ -107,8 +123,24 @@ def test_gradients_losses_weights_and_clips_equal_one_rank(runs: Path, stage: st
     assert kept[0] is not None and kept[1] is not None
     for kind in ("master", "ema"):
         assert relative(kept[1].weights(kind), kept[0].weights(kind)) <= 1e-4
-    packs = ours["packs"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_that_share_packs_equal_one(runs: Path, stage: str, optimizer: str) -> None:
+    check_equals_one_rank(runs, f"half-shared-{stage}", optimizer)
+    packs = seen(runs, f"half-shared-{stage}-{optimizer}")["packs"]
     assert packs[0] == packs[1] and any(len(step) > 1 for step in packs[0]) and max(map(max, packs[0])) > 1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stage", RESUMED)
+def test_the_same_bits_after_a_resume(runs: Path, stage: str, optimizer: str) -> None:
+    whole, rest = f"half-shared-{stage}-{optimizer}", f"rest-shared-{stage}-{optimizer}"
+    assert seen(runs, rest)["losses"] == seen(runs, whole)["losses"][STEPS // 2 :]
+    expected, found = (state_of(runs / name, STEPS) for name in (whole, rest))
+    assert expected.keys() == found.keys() and len(found) > 50
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def relative_of(found: Tensor, expected: Tensor) -> float:

@@ -4,13 +4,15 @@ Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain 
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
 init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them; with
 lora-bf16, in bf16. One that begins with vae takes vae.yaml beside the config. Optimizers are SGD and AdamW, and Muon
-alone for a NAME with muon. With routed, tokens skip the second block, and blocks are checkpointed. With shared, two
-ranks share every pack.
+alone for a NAME with muon. With routed, tokens skip the second block, and blocks are checkpointed. With shared,
+two ranks share every pack, with shared4 four. With half, it also saves after half of its steps; who goes on from it
+under as many steps goes on from there.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from functools import partial
@@ -49,7 +51,8 @@ def main() -> None:
                 settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
             if name.startswith("routed"):
                 settings += ["objective.flow.routing={start: 1, end: 2}", "model.checkpoint_blocks=true"]
-            settings += ["parallel.sequence_parallel=2"] * ("shared" in name)
+            if shared := re.search(r"shared(\d?)", name):
+                settings += [f"parallel.sequence_parallel={shared[1] or 2}"]
             if name.startswith("lora"):
                 rank = 4 if "muon" in name else 3  # timm's Muon takes matrices with four rows at least
                 settings += [
@@ -59,7 +62,8 @@ def main() -> None:
                 settings += [f"text.path={Path(out) / 'text'}"]
                 settings += ["run.precision=bf16"] * ("bf16" in name)
             if source and world.is_main:
-                shutil.copytree(Path(out) / f"{source[0]}-{optimizer}" / "checkpoints", folder / "checkpoints")
+                places = (Path(out) / f"{source[0]}-{optimizer}" / "checkpoints", folder / "checkpoints")
+                shutil.copytree(*places, ignore=shutil.ignore_patterns(f"step-{int(steps):08d}"))
             world.gather(None)
             train(
                 Path(config).with_name("vae.yaml") if name.startswith("vae") else Path(config), settings, folder, world
@@ -101,6 +105,8 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
                 save_file({name: one.contiguous() for name, one in gradients.items()}, out / "gradients.safetensors")
         trainer.losses.append(loss)
         trainer.update()
+        if "half" in out.name and trainer.step == steps // 2:
+            trainer.save()
     trainer.save()
     trainer.saver.finish()
     feed.close()
