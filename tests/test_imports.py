@@ -29,6 +29,7 @@ LINE_OF = {part: number for number, line in enumerate(LINES) for part in line}
 STRANGERS = LINES[1]
 # The same inside a part: a room (or a file beside the rooms) imports from its own line and from the lines above.
 ROOMS = {
+    "keyed": [{"seeds"}, {"stream"}, {"weights"}],
     "data": [
         {"remote"}, {"decode"}, {"measure"}, {"workers"}, {"read_ahead"},
         {"config", "captions", "manifest", "manifests", "parts", "toy"}, {"scan"}, {"plan"}, {"load"},

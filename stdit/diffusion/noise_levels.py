@@ -19,7 +19,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from stdit.errors import StditError
-from stdit.keyed import keyed_generator, keyed_uniform
+from stdit.keyed import keyed_uniform
+from stdit.keyed.stream import keyed_stream
 from stdit.settings import Share
 
 
@@ -70,7 +71,7 @@ def shift_by_tokens(tokens: int, base: int) -> float:
 
 @lru_cache(maxsize=8)
 def _strata(count: int, seed: int, epoch: int, step: int) -> tuple[int, ...]:
-    return tuple(torch.randperm(count, generator=keyed_generator(seed, "strata", epoch, step)).tolist())
+    return tuple(keyed_stream(seed, "strata", epoch, step).permutation(count).tolist())
 
 
 def stratified_uniform(positions: Sequence[int], count: int, *, seed: int, epoch: int, step: int) -> Tensor:

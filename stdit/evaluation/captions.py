@@ -32,7 +32,7 @@ from stdit.evaluation.metrics import mean_psnr
 from stdit.evaluation.toy import Accuracy
 from stdit.files import make_folder, publish_text
 from stdit.heartbeat import Report
-from stdit.keyed import keyed_generator
+from stdit.keyed.stream import keyed_stream
 from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import Experts
 from stdit.sampling.pipeline import Pipeline
@@ -242,8 +242,8 @@ def caption_losses(
         settled = path.trained_levels(torch.tensor(levels, dtype=torch.float64), [clip.shape] * len(levels))
         for level, t in enumerate(settled):
             for draw in range(draws):
-                generator = keyed_generator(seed, "caption loss", clip.id, level, draw)
-                noise = torch.randn(x0.shape, generator=generator).to(x0)
+                stream = keyed_stream(seed, "caption loss", clip.id, level, draw)
+                noise = stream.normal(0, x0.numel(), x0.device).view(x0.shape).to(x0)
                 noisy[level, draw] = path.noisy(x0, noise, t)
                 target[level, draw] = path.target(x0, noise, t)
         given = pipeline.known_frames.encode(None, clip.shape)  # none are known

@@ -74,8 +74,6 @@ class Compression(nn.Module):
     def __init__(self, dim: int, factor: int) -> None:
         super().__init__()
         self.sr = nn.Conv2d(dim, dim, factor, factor, groups=dim)
-        nn.init.constant_(self.sr.weight, factor**-2)
-        nn.init.zeros_(cast(Tensor, self.sr.bias))
         self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor, grids: Sequence[TokenGrid]) -> Tensor:

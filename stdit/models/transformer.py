@@ -7,6 +7,7 @@ families of open weights need is in variants.py; each agrees with its own refere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any, cast
@@ -17,8 +18,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from stdit.errors import StditError, nearest_name
+from stdit.keyed import random_seed
+from stdit.keyed.weights import ONE, ZERO, Start, StartingWeights
 from stdit.models import variants
-from stdit.models.blocks import Attention, Block, BlockInputs, Head, Linear, RMSNorm, without_autocast
+from stdit.models.blocks import Attention, Block, BlockInputs, Head, LayerNorm, Linear, RMSNorm, without_autocast
 from stdit.models.config import PRESETS, TransformerConfig, cost_coefficients, transformer_flops
 from stdit.models.packing import LevelIndex, TextPack, TokenPack, pack_clips, pack_texts, unpack_clips
 from stdit.models.positions import network_time, sinusoids
@@ -33,10 +36,12 @@ TEMPORAL_BLOCKS = "temporal_blocks.*"  # the parameters that `inflate` adds, as 
 class STDiT(nn.Module):
     """Predicts the velocity (or whatever the weights were trained for) of packed clips.
 
+    seed: of the starting weights (`starting_weights`). None: one from torch's global generator. On the meta device
+        nothing is drawn; after `to_empty`, `initialise` makes the same weights.
     checkpoint_blocks: recompute each block in backward instead of keeping its activations.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, seed: int | None = None) -> None:
         super().__init__()
         self.config = config
         d, f, low_rank = config.dim, config.frequency_dim, config.modulation == "low_rank"
@@ -64,24 +69,39 @@ class STDiT(nn.Module):
         self.temporal_blocks = nn.ModuleList(block(config, cross) for _ in range(temporal))
         self.head = head(config)
         self.checkpoint_blocks = False
-        self.initialise()
+        if not self.head.head.weight.is_meta:
+            self.initialise(random_seed() if seed is None else seed)
 
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Draws Wan's initial weights: Xavier for linear layers, zeros for the head.
+    def initialise(self, seed: int) -> STDiT:
+        """Fills all parameters and buffers with starting weights."""
+        self.starting_weights(seed).fill(self)
+        for buffer in self.buffers():
+            buffer.zero_()
+        return self
+
+    def starting_weights(self, seed: int) -> StartingWeights:
+        """Wan's: Xavier for linear layers, zeros for the head.
 
         Wan draws the text and time embeddings with a standard deviation of 0.02. At Wan's widths that is Xavier's too
         (4096 to 1536: 0.019). At a width of 144 it would shrink texts 40 times, and motion is not learned from them
         (docs/log.md).
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Block | Head) and module.modulation is not None:
-                nn.init.normal_(module.modulation, std=self.config.dim**-0.5)
-        nn.init.zeros_(self.head.head.weight)
+        found: dict[str, Start] = {}
+        for place, module in self.named_modules():
+            for name, _ in module.named_parameters(place, recurse=False):
+                if name.endswith("bias") or module is self.head.head or isinstance(module, variants.ADDED):
+                    found[name] = ZERO
+                elif isinstance(module, nn.Linear):
+                    xavier = math.sqrt(6 / (module.in_features + module.out_features))  # Glorot & Bengio 2010
+                    found[name] = Start("uniform", xavier)
+                elif isinstance(module, Block | Head):  # its modulation
+                    found[name] = Start("normal", self.config.dim**-0.5)
+                elif isinstance(module, nn.Conv2d):  # of `Compression`: the mean of a square
+                    found[name] = Start("constant", 1 / module.weight[0].numel())
+                else:
+                    assert isinstance(module, RMSNorm | LayerNorm), name
+                    found[name] = ONE
+        return StartingWeights(found, "transformer", seed)
 
     @property
     def dtype(self) -> torch.dtype:

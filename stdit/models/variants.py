@@ -237,6 +237,8 @@ class ImageEmbedding(nn.Module):
         return replace(image, tokens=self.proj(tokens))
 
 
+ADDED = (LearnedPositions, ImageEmbedding)  # modules whose own parameters are positions that are added to tokens
+
 Steps = Iterable[BlockInputs]  # what each block reads, in the order of `STDiT.blocks_in_order`
 
 

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from stdit.errors import StditError
+from stdit.keyed.weights import ONE, Start, StartingWeights
 from stdit.text.cleaning import clean_prompt
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
@@ -66,5 +67,21 @@ def small_umt5(vocab_size: int, dim: int, layers: int, heads: int, seed: int = 0
         decoder_start_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return UMT5EncoderModel(config)
+        model = UMT5EncoderModel(config)
+    starting_weights(model, seed).fill(model)
+    return model
+
+
+def starting_weights(model: UMT5EncoderModel, seed: int) -> StartingWeights:
+    """transformers' own distributions, keyed by name."""
+    config = model.config
+    d, inner = config.d_model, config.num_heads * config.d_kv
+    deviations = {
+        "shared": 1.0, "q": (d * config.d_kv) ** -0.5, "k": d**-0.5, "v": d**-0.5, "o": inner**-0.5,
+        "relative_attention_bias": d**-0.5, "wi_0": d**-0.5, "wi_1": d**-0.5, "wo": config.d_ff**-0.5,
+    }  # fmt: skip
+    found: dict[str, Start] = {}
+    for name, _ in model.named_parameters():
+        layer = name.split(".")[-2]
+        found[name] = ONE if layer.endswith("layer_norm") else Start("normal", deviations[layer])
+    return StartingWeights(found, "text encoder", seed)

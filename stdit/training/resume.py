@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
+from stdit import keyed
 from stdit.data.manifests import named
 from stdit.errors import StditError
 from stdit.models.config import TransformerConfig
@@ -102,6 +103,16 @@ def _plain(value: Any) -> Any:
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def check_randomness(resumed: Checkpoint | None) -> None:
+    """Raises StditError if the run began with other noise than this version draws of the same seed."""
+    if resumed is not None and (began := resumed.state.get("randomness", 1)) != keyed.VERSION:
+        raise StditError(
+            f"{resumed.path}: another stdit began this run (randomness {began}, here {keyed.VERSION}), and drew other "
+            f"noise of the same seed: the run would not go on as it began. Resume with that stdit, or start another "
+            f"run=PATH from its weights (model.init, vae.path)."
+        )
 
 
 def check_data(components: RunComponents, resumed: Checkpoint | None, world: World) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stdit import keyed
 from stdit.evaluation.report import read_metrics
 from stdit.heartbeat import HEARTBEAT
 from stdit.training import bad_clips, resume
@@ -62,6 +63,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
+        resume.check_randomness(self.resumed)
         self.components: RunComponents = build(config, self.world)
         self.objective, resumed = self.components.objective, self.resumed
         self.components.frozen = check_frozen(config, resumed, self.world, self.say)
@@ -241,6 +243,7 @@ class Trainer:
         # From here on the sums are rank 0's, as after a resume.
         self.losses = list(losses if self.world.is_main else torch.zeros_like(losses))
         state = {
+            "randomness": keyed.VERSION,
             "plan": self.components.plan_hash,
             "window": losses.tolist(),
             "failures": self.failures.by_id,

@@ -9,12 +9,16 @@ prefix of its latents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from stdit.errors import StditError
+from stdit.keyed import random_seed
+from stdit.keyed.stream import KeyedStream
+from stdit.keyed.weights import ONE, ZERO, Start, StartingWeights
 from stdit.shapes import LatentShape, VideoShape
 from stdit.vae.clips import check_latents, check_video, patchify, unpatchify
 from stdit.vae.config import PRESETS as PRESETS
@@ -28,13 +32,41 @@ from stdit.vae.tiles import Slices, slices, tiles
 START_LOGVAR = -6.0  # of an untrained encoder: with a wider posterior, noise drowns the latents in the first steps
 
 
+@dataclass(frozen=True)
+class PassesTime(Start):
+    """A convolution over three frames that passes the last one on, plus small numbers: (C or 2C, C, 3, 1, 1)."""
+
+    channels: int
+
+    def draw(self, stream: KeyedStream, start: int, stop: int, device: torch.device | str) -> Tensor:
+        place = torch.arange(start, stop, device=device)
+        row, column, frame = place // (3 * self.channels), place // 3 % self.channels, place % 3
+        passes = (frame == 2) & (row % self.channels == column)
+        return super().draw(stream, start, stop, device) + passes
+
+
+@dataclass(frozen=True)
+class ConstantFrom(Start):
+    """The numbers from `first` on are `value`."""
+
+    first: int
+    value: float
+
+    def draw(self, stream: KeyedStream, start: int, stop: int, device: torch.device | str) -> Tensor:
+        drawn = super().draw(stream, start, stop, device)
+        drawn[max(0, self.first - start) :] = self.value
+        return drawn
+
+
 class CausalVAE(nn.Module):
     """Encodes clips to latents and decodes them. Raw latents come from the encoder; a DiT sees normalised ones.
 
+    seed: of the starting weights (`starting_weights`). None: one from torch's global generator. On the meta device
+        nothing is drawn; after `to_empty`, `initialise` makes the same weights.
     memory: bytes that encoding and decoding may take, see `tiles.slices`, unless a call says otherwise.
     """
 
-    def __init__(self, config: VaeConfig):
+    def __init__(self, config: VaeConfig, seed: int | None = None):
         super().__init__()
         self.config = config
         self.memory: int | None = None
@@ -42,31 +74,38 @@ class CausalVAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
-        self.initialise()
+        if not self.conv1.weight.is_meta:
+            self.initialise(random_seed() if seed is None else seed)
 
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Initial weights for training: signals keep their size, residual branches start small, time passes through.
+    def initialise(self, seed: int) -> CausalVAE:
+        """Fills all parameters with starting weights."""
+        self.starting_weights(seed).fill(self)
+        return self
+
+    def starting_weights(self, seed: int) -> StartingWeights:
+        """Weights for training: signals keep their size, residual branches start small, time passes through.
 
         torch's own initialisation shrinks signals layer by layer; docs/log.md compares the two.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d):
-                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-                nn.init.zeros_(module.get_parameter("bias"))
+        small, found = {self.decoder.head[2]: 0.3}, dict[str, Start]()
         for module in self.modules():
             if isinstance(module, ResidualBlock):
-                module.residual[6].get_parameter("weight").mul_(0.3)
+                small[module.residual[6]] = 0.3
             elif isinstance(module, AttentionBlock):
-                module.proj.weight.zero_()  # adds nothing, as in the release
+                small[module.proj] = 0.0  # adds nothing, as in the release
             elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
-                weight = module.time_conv.weight  # (C or 2C, C, 3, 1, 1); the last frame is the present
-                weight.mul_(0.1)
-                for half in weight.split(weight.shape[1]):
-                    half[:, :, 2, 0, 0] += torch.eye(weight.shape[1])
-        self.decoder.head[2].get_parameter("weight").mul_(0.3)
-        self.conv1.weight[self.config.z_dim :].zero_()
-        self.conv1.get_parameter("bias")[self.config.z_dim :].fill_(START_LOGVAR)
+                small[module.time_conv] = 0.1
+        for place, module in self.named_modules():
+            for name, p in module.named_parameters(place, recurse=False):
+                if isinstance(module, nn.Conv2d | nn.Conv3d) and name.endswith("weight"):
+                    std = small.get(module, 1.0) * p[0].numel() ** -0.5
+                    found[name] = PassesTime("normal", std, p.shape[1]) if "time_conv" in name else Start("normal", std)
+                else:
+                    found[name] = ZERO if name.endswith("bias") else ONE
+        drawn = self.conv1.weight[: self.config.z_dim].numel()  # the mean; its log-variance starts as a constant
+        found["conv1.weight"] = ConstantFrom(**vars(found["conv1.weight"]), first=drawn, value=0.0)
+        found["conv1.bias"] = ConstantFrom("constant", 0.0, first=self.config.z_dim, value=START_LOGVAR)
+        return StartingWeights(found, "vae", seed)
 
     def encode(
         self, video: Tensor, sample: bool = False, generator: torch.Generator | None = None, memory: int | None = None

@@ -116,6 +116,24 @@ def test_any_setting_of_a_preset_counts_and_one_that_is_new_had_its_default(
     assert "without its network's settings: they are not checked" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("before", [None, 1, 3])
+def test_a_run_that_began_with_other_noise_is_not_gone_on_with(small: Path, tmp_path: Path, before: int | None) -> None:
+    folder = tmp_path / "run"
+    train(small, folder, 1)
+
+    def change(state: dict[str, Any]) -> None:
+        assert state.pop("randomness") == 2
+        if before is not None:  # the first versions did not record it
+            state["randomness"] = before
+
+    rewrite(folder, change)
+    shard = shards(folder)
+    train(small, folder, 1)  # which is finished, so that nothing is drawn
+    with pytest.raises(StditError, match=rf"step-00000001: .*randomness {before or 1}, here 2.* other noise") as caught:
+        train(small, folder, 2)
+    assert "\n" not in str(caught.value) and shards(folder) == shard
+
+
 @pytest.mark.parametrize("more", [[], ["model.trainable=['blocks.0.*']"], ["model.lora={rank: 2}"]])
 def test_weights_that_a_later_version_reads_otherwise_are_refused(init: Path, tmp_path: Path, more: list[str]) -> None:
     folder = tmp_path / "run"

@@ -19,13 +19,14 @@ from stdit.diffusion.paths import FlowPath, Path, token_errors
 from stdit.diffusion.solvers import dynamic_shift, path_of, unipc_config
 from stdit.diffusion.tasks import Task, draw_task, frame_levels
 from stdit.errors import error_context
-from stdit.keyed import keyed_generator, keyed_uniform
-from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_clips, pack_texts
+from stdit.keyed import keyed_uniform
+from stdit.keyed.stream import keyed_stream
+from stdit.models.packing import TextPack, TokenPack, output_tokens, pack_clips, pack_texts, unpatchify
 from stdit.models.routing import Routing
 from stdit.models.sequence import SequenceGroup
 from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.pixels import to_video
-from stdit.shapes import VideoShape
+from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.config import ObjectiveConfig
@@ -245,8 +246,7 @@ class FlowObjective(Objective):
     def _add_noise(self, clip: TrainingClip, x0: Tensor, t: Tensor, key: StepKey) -> NoisyClip:
         """x0: (C, T', H', W') clean latents. t: () noise level."""
         example, (task, known, weight) = clip.example, clip.drawn
-        generator = keyed_generator(key.seed, "noise", key.epoch, example.clip_id, example.occurrence)
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        noise = self._noise(example, x0, key)
         x, level = self.path.noisy(x0, noise, t), t
         if known:
             x[:, : task.known_frames] = x0[:, : task.known_frames]
@@ -256,6 +256,14 @@ class FlowObjective(Objective):
         token_weights = torch.full((len(target),), weight / ((len(target) - known) * target.shape[1]))
         token_weights[:known] = 0  # the first tokens
         return NoisyClip(x0, x, level, target, token_weights)
+
+    def _noise(self, example: Example, x0: Tensor, key: StepKey) -> Tensor:
+        """Like x0, on its device. Drawn token after token, so that a range of tokens has a range of the stream."""
+        patch = self.model_config.patch
+        grid = LatentShape(*x0.shape[1:]).grid(patch)
+        stream = keyed_stream(key.seed, "noise", key.epoch, example.clip_id, example.occurrence)
+        tokens = stream.normal(0, x0.numel(), x0.device).view(grid.tokens, -1)  # (n, pt·ph·pw·C)
+        return unpatchify(tokens, grid, patch)
 
     def _routing(self, pack: TokenPack, clips: Sequence[TrainingClip], key: StepKey) -> Routing | None:
         if (config := self.config.flow.routing) is None or not clips:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stdit.data.load.loader import Example
 from stdit.errors import StditError
-from stdit.keyed import keyed_generator
+from stdit.keyed.stream import keyed_stream
 from stdit.models.config import TransformerConfig
 from stdit.models.routing import check_routable
 from stdit.training.objectives.protocol import StepKey
@@ -48,7 +48,7 @@ class RoutingConfig:
     def staying(self, tokens: int, known: int, example: Example, key: StepKey) -> Tensor:
         """Whether each of a clip's tokens stays: (tokens,) bool. The first `known` ones do, and at least one."""
         skipping = min(round(self.share * tokens), tokens - known, tokens - 1)
-        generator = keyed_generator(key.seed, "routing", key.epoch, example.clip_id, example.occurrence)
+        stream = keyed_stream(key.seed, "routing", key.epoch, example.clip_id, example.occurrence)
         stays = torch.ones(tokens, dtype=torch.bool)
-        stays[known + torch.randperm(tokens - known, generator=generator)[:skipping]] = False
+        stays[known + stream.permutation(tokens - known)[:skipping]] = False
         return stays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
 from stdit.errors import StditError, error_context
-from stdit.keyed import keyed_generator, keyed_uniform
+from stdit.keyed import keyed_uniform
+from stdit.keyed.stream import keyed_stream
 from stdit.pixels import to_video
 from stdit.shapes import VideoShape
 from stdit.training.engine.optimizer import EmaConfig, OptimizerConfig
@@ -53,9 +55,9 @@ class VaeBatch(Batch):
 class CriticModule(nn.Module):
     """Learns to tell a batch's clips from their reconstructions."""
 
-    def __init__(self, config: DiscriminatorConfig) -> None:
+    def __init__(self, config: DiscriminatorConfig, seed: int | None = None) -> None:
         super().__init__()
-        self.discriminator = Discriminator(config)
+        self.discriminator = Discriminator(config, seed)
 
     def forward(self, batch: VaeBatch) -> Tensor:
         total = zero_touching_all_parameters(self)
@@ -141,11 +143,13 @@ class VaeObjective(Objective):
         remake: Callable[[], CausalVAE],
         lpips: nn.Module | None = None,
         *,
+        seed: int | None = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         """
         remake: makes the VAE with its starting weights, on the CPU.
+        seed: of the discriminator's.
         lpips: the network that config.vae.lpips describes, on the device.
         """
         self.config, self.device, self.dtype = config, device, dtype
@@ -164,7 +168,7 @@ class VaeObjective(Objective):
                 VideoShape(count, *self.vae.config.stride[1:]).latent(self.vae.config.stride)
         critic = None
         if (discriminator := settings.discriminator) is not None:
-            critic = CriticModule(discriminator)
+            critic = CriticModule(discriminator, seed)
             optimizer = OptimizerConfig(lr=discriminator.lr, betas=(0.5, 0.9), weight_decay=0.0, ema=EmaConfig(0))
             self.critic = Critic(critic, optimizer, discriminator.start)
         select_trainable_part(self.vae, settings.train)
@@ -194,12 +198,12 @@ class VaeObjective(Objective):
         for shape, alike in by_shape.items():
             size = (self.vae.config.z_dim, *shape.latent(self.vae.config.stride).sizes)
             keys = [(key.seed, "noise", key.epoch, example.clip_id, example.occurrence) for example in alike]
-            noise = [torch.randn(size, generator=keyed_generator(*parts)) for parts in keys]
+            noise = [keyed_stream(*parts).normal(0, math.prod(size), self.device).view(size) for parts in keys]
             weights = [self._weight(example) for example in alike]
             crops = [self._crop(example, shape, key).to(self.device, non_blocking=True) for example in alike]
             groups.append(ShapeGroup(
                 video=torch.stack(list(map(to_video, crops))).to(self.dtype),
-                noise=torch.stack(noise).to(self.device, self.dtype),
+                noise=torch.stack(noise).to(self.dtype),
                 weights=torch.tensor(weights, dtype=torch.float32, device=self.device),
             ))  # fmt: skip
         adversarial = self.critic is not None and key.done >= self.critic.start

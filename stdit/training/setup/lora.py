@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from stdit.errors import StditError
-from stdit.keyed import keyed_generator
+from stdit.keyed.weights import ZERO, Start, StartingWeights
 from stdit.models.blocks import LoraLinear
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.training.config import LoraConfig
@@ -24,7 +23,7 @@ from stdit.weights.sources import expert_adapter_places
 def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:
     """Freezes a model and adds an adapter to each target layer, in fp32.
 
-    A starts as in peft (Kaiming, uniform), keyed by the layer's name; B at zero, so that the output is unchanged.
+    A starts as in peft (Kaiming, uniform, with a = √5); B at zero, so that the output is unchanged.
     """
     model.requires_grad_(False)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -34,13 +33,14 @@ def add_lora(model: STDiT, config: LoraConfig, seed: int) -> None:
                 f"model.lora.targets: {pattern!r} is no linear layer of this model; they are named "
                 f"{', '.join(list(linears)[:3])}, …, blocks.0.self_attn.q, …, {next(reversed(linears))}."
             )
+    starts: dict[str, Start] = {}
     for name, module in linears.items():
         if any(fnmatchcase(name, pattern) for pattern in config.targets):
             layer = LoraLinear(module, config.rank, config.alpha)
-            generator = keyed_generator(seed, "lora", name)
-            nn.init.kaiming_uniform_(layer.lora_down.weight, a=math.sqrt(5), generator=generator)
-            nn.init.zeros_(layer.lora_up.weight)
             model.set_submodule(name, layer)
+            starts[f"{name}.lora_down.weight"] = Start("uniform", layer.in_features**-0.5)
+            starts[f"{name}.lora_up.weight"] = ZERO
+    StartingWeights(starts, "lora", seed).fill(model)
 
 
 def adapter_of(weights: Mapping[str, Tensor], config: LoraConfig, expert: str = "") -> Adapter:

@@ -73,7 +73,8 @@ def make_vae_objective(config: ResolvedConfig, world: World) -> VaeObjective:
 
         with error_context("objective.vae.lpips"):
             lpips = Lpips(settings.path, settings.trust_pickle).to(world.device)
-    return VaeObjective(config.objective, partial(make_vae, config), lpips, device=world.device, dtype=dtype)
+    remake = partial(make_vae, config)
+    return VaeObjective(config.objective, remake, lpips, seed=config.run.seed, device=world.device, dtype=dtype)
 
 
 def make_experts(config: ResolvedConfig, manifest: Manifest, world: World) -> ExpertsObjective:
@@ -147,7 +148,7 @@ def make_vae(config: ResolvedConfig) -> CausalVAE:
             with torch.device("meta"):
                 numbers = sum(parameter.numel() for parameter in CausalVAE(wanted).parameters())
             require_memory(4 * numbers, "cpu", f"a VAE of {numbers:,} parameters", "Choose a smaller one.")
-            return CausalVAE(wanted)
+            return CausalVAE(wanted, config.run.seed)
     if config.vae.inflate and config.objective.kind != "vae":
         raise StditError("vae.inflate starts a VAE's own training (objective.kind=vae); a DiT takes a trained one.")
     check_vae(config.vae.path)
@@ -209,7 +210,9 @@ def make_transformer(config: ResolvedConfig, channels: int, text_dim: int) -> ST
             wanted = TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow))
             count = count_parameters(wanted)
             require_memory(4 * count, "cpu", f"a transformer of {count:,} parameters", "Choose a smaller model.")
-            model = STDiT(wanted)
+            with torch.device("meta"):  # without torch's own starting weights
+                model = STDiT(wanted)
+            model.to_empty(device="cpu").initialise(config.run.seed)
         return prepared(model, config)
     with error_context("model.init"):
         source = config.initial.sources[settings.expert]

@@ -11,6 +11,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.grad import conv3d_weight
 
+from stdit.keyed import random_seed
+from stdit.keyed.weights import ONE, ZERO, Start, StartingWeights
+
 
 @dataclass
 class DiscriminatorConfig:
@@ -37,7 +40,8 @@ class Discriminator(nn.Module):
     between zeros. The norms are per clip: its logits do not depend on the rest of the batch.
     """
 
-    def __init__(self, config: DiscriminatorConfig):
+    def __init__(self, config: DiscriminatorConfig, seed: int | None = None):
+        """seed: of the starting weights, torch's own for such layers. None: one from torch's global generator."""
         super().__init__()
         widths = [config.dim * min(2**i, 8) for i in range(config.layers)]
         self.layers = nn.Sequential()
@@ -49,6 +53,18 @@ class Discriminator(nn.Module):
             self.layers.append(nn.LeakyReLU(0.2))
         # Not a convolution: with a single output channel its gradient is NaN in bf16 on a CPU (torch 2.15, oneDNN).
         self.head = nn.Linear(widths[-1], 1)
+        if not self.head.weight.is_meta:
+            self.starting_weights(random_seed() if seed is None else seed).fill(self)
+
+    def starting_weights(self, seed: int) -> StartingWeights:
+        found: dict[str, Start] = {}
+        for place, module in self.named_modules():
+            for name, _ in module.named_parameters(place, recurse=False):
+                if isinstance(module, nn.Conv3d | nn.Linear):
+                    found[name] = Start("uniform", module.weight[0].numel() ** -0.5)
+                else:
+                    found[name] = ZERO if name.endswith("bias") else ONE
+        return StartingWeights(found, "discriminator", seed)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(x.to(memory_format=torch.channels_last_3d))  # (B, C, T', H', W')

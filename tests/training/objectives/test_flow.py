@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
+from keyed_noise import clip_noise
 
 from stdit.data.plan.split import split
 from stdit.diffusion.solvers import unipc_config, with_static_shift
 from stdit.diffusion.tasks import draw_task
 from stdit.errors import StditError
-from stdit.keyed import keyed_generator
 from stdit.models.packing import pack_texts, patchify, unpack_clips
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.sampling.pipeline import FolderSettings, SampleRequest
@@ -67,7 +67,7 @@ def test_the_loss_is_the_weighted_mean_over_unknown_tokens(parts: RunComponents)
     kinds = set()
     for example, output in zip(examples, unpack_clips(prediction, batch.pack, (1, 2, 2))):
         x0 = objective.vae.encode(example.video[None])[0]
-        noise = torch.randn(x0.shape, generator=keyed_generator(0, "noise", 0, example.clip_id, 0))
+        noise = clip_noise(x0, 0, example.clip_id)
         tasks = {"text_to_video": 2.0, "image_to_video": 1.0}
         task = draw_task(tasks, x0.shape[1], seed=0, epoch=0, clip_id=example.clip_id)
         kinds.add(task.name)
@@ -281,7 +281,7 @@ def test_every_path_has_its_own_noise_target_and_loss(parts: RunComponents, sche
     expected, kinds, path = 0.0, set(), objective.path
     for example, clip, tokens, level in zip(examples, clips, seen, levels):
         x0 = objective.vae.encode(example.video[None])[0]
-        noise = torch.randn(x0.shape, generator=keyed_generator(0, "noise", 0, example.clip_id, 0))
+        noise = clip_noise(x0, 0, example.clip_id)
         tasks = {"text_to_video": 2.0, "image_to_video": 1.0}
         task = draw_task(tasks, x0.shape[1], seed=0, epoch=0, clip_id=example.clip_id)
         kinds.add(task.name)

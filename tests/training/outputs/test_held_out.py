@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from keyed_noise import clip_noise
 from tiny_runs import ALONE, check_lines, make_quick
 from torch import nn
 
@@ -15,7 +16,6 @@ from stdit.data.load.loader import Example, Loader
 from stdit.data.plan.split import PlanItem
 from stdit.evaluation.harness import evaluate_toy
 from stdit.evaluation.report import read_metrics
-from stdit.keyed import keyed_generator
 from stdit.training.config import load_config
 from stdit.training.objectives.flow import FlowBatch, FlowObjective
 from stdit.training.objectives.protocol import StepKey
@@ -76,7 +76,7 @@ def test_of_a_network_that_says_zero_it_is_the_targets_mean_square(tiny: Path) -
     total, count = 0.0, 0
     for example in examples:
         x0 = parts.objective.vae.encode(example.video[None])[0]
-        noise = torch.randn(x0.shape, generator=keyed_generator(SEED, "noise", 0, example.clip_id, 0))
+        noise = clip_noise(x0, SEED, example.clip_id)
         total, count = total + float((noise - x0).square().sum()), count + x0.numel()
     found = held_out.held_out_loss(parts.objective.fresh(), parts)
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
