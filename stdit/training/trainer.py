@@ -27,6 +27,7 @@ from stdit.training.engine.engine import PRECISIONS, Engine
 from stdit.training.engine.make import make_engine
 from stdit.training.engine.parallel import World
 from stdit.training.engine.saver import Saver
+from stdit.training.engine.start import zeros
 from stdit.training.objectives.protocol import StepKey, StepResult, Update
 from stdit.training.outputs import evaluation, export
 from stdit.training.outputs.step_log import StepLog, measure_peak
@@ -84,14 +85,18 @@ class Trainer:
             engine.module.train()
 
     def _make_engines(self) -> None:
-        config, critic = self.config, self.objective.critic
+        config, critic, numbers = self.config, self.objective.critic, self.objective.numbers
+        if self.resumed is not None and numbers is not None:
+            numbers = zeros  # until the checkpoint is read
         engine_of = partial(make_engine, parallel=config.parallel, precision=config.run.precision, world=self.world)
-        self.engine: Engine = engine_of(self.objective.module, config.optimizer)
+        self.engine: Engine = engine_of(self.objective.module, config.optimizer, numbers=numbers)
         self.critic: Engine | None = engine_of(critic.module, critic.optimizer) if critic else None
         self.engines = [self.engine, *([self.critic] if self.critic else [])]
 
     def _load_state(self, resumed: Checkpoint) -> None:
         resumed.load_state(self.engines)
+        if self.objective.numbers is not None:  # else all weights are there already
+            self.engine.copy_masters()
         self.failures.by_id = dict(resumed.state["failures"])
         self.skipped = resumed.state.get("skipped", 0)
         shares = [loss if self.world.is_main else 0.0 for loss in resumed.state["window"]]

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -165,6 +165,23 @@ def load(source: Source, dtype: torch.dtype | None = None, device: torch.device 
         f"{type(model).__name__}: {left} are neither in the state dict nor made when used"
     )
     return model
+
+
+def part_reader(source: Source) -> Callable[[str, int, int], Tensor]:
+    """A function that reads numbers start to stop of a flattened native tensor, (stop − start,) fp32, and keeps none.
+
+    Raises StditError for values that are not finite.
+    """
+    files = source.files.reopened()
+    moves = {name: move for move in source.table.moves for name in move.native}
+
+    def numbers(name: str, start: int, stop: int) -> Tensor:
+        part = moves[name].to_native(files.read)[name].flatten()[start:stop].to(torch.float32, copy=True)
+        for foreign in moves[name].foreign:
+            files.release(foreign)
+        return part
+
+    return numbers
 
 
 def convert(source: Source, folder: str | os.PathLike[str], layout: str, dtype: torch.dtype | None = None) -> None:

@@ -25,6 +25,7 @@ from stdit.training import trainer as trainer_module
 from stdit.training.batches import StepLoader
 from stdit.training.config import RunConfig, load_config
 from stdit.training.engine.parallel import World, join_world, leave_world
+from stdit.training.engine.start import allocate, fill
 from stdit.training.outputs import evaluation, export
 from stdit.training.outputs.export import averaged_weights
 from stdit.training.setup import build
@@ -74,6 +75,8 @@ def main() -> None:
 def build_random(config: RunConfig, world: World) -> build.RunComponents:
     """Fresh weights are too kind: a head of zeros lets no gradient through to the rest."""
     parts = build.build(config, world)
+    if (numbers := parts.objective.numbers) is not None:
+        fill(parts.objective.module, allocate(parts.objective.module, torch.float32), numbers)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parts.objective.module.parameters():

@@ -203,6 +203,8 @@ class Checkpoint:
     def load_weights(self, *modules: nn.Module, world: World | None = None) -> None:
         """Into all modules that train, before their engines are made; names and shapes must match.
 
+        Those on the meta device are left out: their engine gets masters (`load_state`), and copies them.
+
         world: its ranks call this together; each shard is then read by one of them, and sent to the others one
         parameter at a time.
         """
@@ -211,6 +213,7 @@ class Checkpoint:
         saved = {name: about["shape"] for name, about in self.parameters.items()}
         if wrong := sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name)):
             raise StditError(f"{self.path} does not fit the model: {', '.join(wrong[:5])} differ.")
+        parameters = {name: p for name, p in parameters.items() if not p.is_meta}
         if world is None or world.size == 1:
             direct = {name: p.dtype == torch.float32 and p.is_contiguous() for name, p in parameters.items()}
             whole = {name: p.detach() if direct[name] else torch.empty(p.shape) for name, p in parameters.items()}

@@ -45,6 +45,10 @@ class Engine:
     replicated = False  # whether every rank holds all pieces
     differentiable = True  # whether the result of `forward` may be differentiated, outside training
 
+    def copy_masters(self) -> None:
+        """Writes the masters into the module's weights. All ranks call it together, after they read a checkpoint."""
+        raise NotImplementedError
+
     def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
         """Adds the gradient of scale · module(batch) to the step's, and returns module(batch).
 
@@ -84,6 +88,11 @@ class TorchEngine(Engine):
         self.pieces = [[ShardPiece(name, tuple(p.shape), 0, 0, p.numel())] for name, p in masters.items()]
         self.optimizer = make_optimizer(masters, config)
 
+    @torch.no_grad()
+    def copy_masters(self) -> None:
+        if self._copies:
+            torch._foreach_copy_([copy.data for copy in self._copies], self.flat_masters)
+
     def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
         total = self.module(batch)
         (total * nan_if_not_finite(scale, total)).backward()
@@ -103,8 +112,7 @@ class TorchEngine(Engine):
             if self.clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.flat_masters, self.clip, norm)
             self.optimizer.step()
-            if self._copies:
-                torch._foreach_copy_([copy.data for copy in self._copies], self.flat_masters)
+            self.copy_masters()
         self.optimizer.zero_grad(set_to_none=True)
         return value
 

@@ -13,6 +13,7 @@ from stdit.errors import StditError, nearest_name
 from stdit.training.engine.engine import Engine, TorchEngine
 from stdit.training.engine.optimizer import ELEMENTWISE, SHARDED_MUON, Ema, OptimizerConfig, make_optimizer, shardable
 from stdit.training.engine.parallel import World
+from stdit.training.engine.start import Numbers, allocate, fill
 from stdit.training.engine.zero import DeepSpeedEngine, zero_stage
 
 
@@ -44,9 +45,18 @@ class ParallelConfig:
 
 
 def make_engine(
-    module: nn.Module, optimizer: OptimizerConfig, parallel: ParallelConfig, precision: str, world: World
+    module: nn.Module,
+    optimizer: OptimizerConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    world: World,
+    numbers: Numbers | None = None,
 ) -> Engine:
-    """The engine that the config asks for. module: with its starting weights, in fp32."""
+    """The engine that the config asks for.
+
+    module: with its starting weights, in fp32.
+    numbers: the starting weights of parameters that are on the meta device instead.
+    """
     check_engine(optimizer, parallel, world.device)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     for pattern in optimizer.options.get("fallback_list", []):
@@ -57,9 +67,11 @@ def make_engine(
             )
     engine: Engine
     if parallel.deepspeed is None:
+        if numbers is not None:
+            fill(module, allocate(module, torch.float32), numbers)
         engine = TorchEngine(module, optimizer, precision, world)
     else:
-        engine = DeepSpeedEngine(module, optimizer, parallel.deepspeed, precision, world)
+        engine = DeepSpeedEngine(module, optimizer, parallel.deepspeed, precision, world, numbers)
     if optimizer.ema.decay > 0:
         engine.ema = Ema(engine.flat_masters, optimizer.ema)
     return engine

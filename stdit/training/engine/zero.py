@@ -10,8 +10,9 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError, error_context
 from stdit.shipped import DEEPSPEED, find_shipped
-from stdit.training.engine.engine import Engine, ShardPiece, nan_if_not_finite
+from stdit.training.engine.engine import PRECISIONS, Engine, ShardPiece, nan_if_not_finite
 from stdit.training.engine.optimizer import SHARDED_MUON, OptimizerConfig, group_state, make_optimizer
 from stdit.training.engine.parallel import World
+from stdit.training.engine.start import KeptNumbers, Numbers, allocate, fill, fill_partitions
 from stdit.weights.tensor_files import read_json
 
 # Keys of a DeepSpeed JSON that a section or setting of the run's config decides.
@@ -40,10 +42,21 @@ OURS = {
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO stage 0 to 3. deepspeed_json: a path, or the name of a file in stdit/configs/deepspeed."""
+    """ZeRO stage 0 to 3.
+
+    deepspeed_json: a path, or the name of a file in stdit/configs/deepspeed.
+    numbers: of the parameters that are still on the meta device. They get them in the precision of the run: of stage 3
+        each rank only its own, of the other stages all of them. Masters get their own in fp32.
+    """
 
     def __init__(
-        self, module: nn.Module, config: OptimizerConfig, deepspeed_json: str, precision: str, world: World
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        deepspeed_json: str,
+        precision: str,
+        world: World,
+        numbers: Numbers | None = None,
     ) -> None:
         settings, stage = _read_json(deepspeed_json, precision)
         deepspeed = _import_deepspeed(world)
@@ -55,11 +68,19 @@ class DeepSpeedEngine(Engine):
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_allow_untested_optimizer": True,
         }
-        self._parameters = trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        allocated = allocate(module, PRECISIONS[precision])
+        assert numbers is not None or not allocated, allocated[:3]
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parameters: dict[str, Any] = dict(trained)  # DeepSpeed adds attributes to them
         shapes = {name: tuple(p.shape) for name, p in trained.items()}  # ZeRO-3 empties the parameters
-        exact = {}  # fp32 weights: DeepSpeed would make the masters of weights rounded to bf16
+        # By parameter, its fp32 numbers: DeepSpeed would make the masters of weights rounded to bf16.
+        exact: dict[str, Callable[[int, int], Tensor]] = {}
         if precision == "bf16":
-            exact = {name: p.detach().float().flatten().clone() for name, p in trained.items()}
+            for name, p in trained.items():
+                if numbers is not None and name in allocated:
+                    exact[name] = partial(numbers, name)
+                else:
+                    exact[name] = KeptNumbers.of(p, stage, world).numbers
         # DeepSpeed takes a step with some optimizers when it starts; at lr 0 that changes nothing.
         client = make_optimizer(trained, replace(config, lr=0.0))
         muon = None
@@ -67,9 +88,15 @@ class DeepSpeedEngine(Engine):
             from stdit.training.engine.muon import ShardedMuon
 
             client = muon = ShardedMuon(client.param_groups, world)
-        self.scale = world.size  # the engine averages over ranks, our loss is a sum
+        self._world, self.scale = world, world.size  # the engine averages over ranks, our loss is a sum
         self.stage = stage
         with _quiet():
+            if allocated and numbers is not None:
+                if stage == 3:
+                    _partition(deepspeed, module, settings, PRECISIONS[precision])
+                    fill_partitions(module, allocated, numbers, world)
+                else:
+                    fill(module, allocated, numbers)
             self._deepspeed, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self.module = self._deepspeed.module
         self.optimizer = client
@@ -85,8 +112,8 @@ class DeepSpeedEngine(Engine):
         with torch.no_grad():
             for flat, pieces in zip(self.flat_masters, self.pieces):
                 for piece in pieces if exact else []:
-                    numbers = exact[piece.name][piece.offset : piece.offset + piece.numel]
-                    flat.view(-1)[piece.start : piece.start + piece.numel] = numbers.to(flat)
+                    own = exact[piece.name](piece.offset, piece.offset + piece.numel)
+                    flat.view(-1)[piece.start : piece.start + piece.numel] = own.to(flat)
 
     def _find_pieces(
         self, shapes: dict[str, tuple[int, ...]], world: World
@@ -116,6 +143,22 @@ class DeepSpeedEngine(Engine):
                 pieces[flat].append(ShardPiece(name, shapes[name], offset, start, numel))
         return flat_masters, pieces
 
+    @torch.no_grad()
+    def copy_masters(self) -> None:
+        own: dict[str, list[tuple[ShardPiece, Tensor]]] = {name: [] for name in self._parameters}
+        for flat, pieces in zip(self.flat_masters, self.pieces):
+            for piece in pieces:
+                own[piece.name].append((piece, flat.detach().view(-1)[piece.start : piece.start + piece.numel]))
+        for name, parameter in self._parameters.items():
+            if self.stage == 3:
+                for piece, numbers in own[name]:
+                    parameter.ds_tensor.view(-1)[: piece.numel].copy_(numbers)
+            elif self.stage > 0:
+                whole = torch.zeros(parameter.numel(), dtype=torch.int32)  # as bits: a sum of floats turns -0 into 0
+                for piece, numbers in own[name]:
+                    whole.view(torch.float32)[piece.offset : piece.offset + piece.numel] = numbers
+                parameter.view(-1).copy_(self._world.sum_(whole).view(torch.float32))
+
     def backward(self, batch: Any, scale: float, last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         total = self._deepspeed(batch)
@@ -138,6 +181,15 @@ class DeepSpeedEngine(Engine):
         if not self._deepspeed.was_step_applied():  # it silently skips a step with infinite gradients
             return math.inf
         return float(self._deepspeed.get_global_grad_norm() if norm is None else norm)
+
+
+def _partition(deepspeed: Any, module: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Cuts all parameters for stage 3, one after another: it holds one whole parameter at a time."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for inner in reversed([*module.modules()]):  # those inside others first: DeepSpeed passes over what it has cut
+        if any(True for _ in inner.parameters(recurse=False)):
+            deepspeed.zero.Init(module=inner, config_dict_or_path=settings, dtype=dtype)
 
 
 def zero_stage(path: str | None) -> int:

@@ -28,6 +28,7 @@ from stdit.models.transformer import STDiT, cost_coefficients, transformer_flops
 from stdit.pixels import to_video
 from stdit.shapes import LatentShape, VideoShape
 from stdit.text.encoders import TextEncoder
+from stdit.training.engine.start import Numbers
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.config import ObjectiveConfig
 from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS, clip_weight
@@ -125,6 +126,7 @@ class FlowObjective(Objective):
         text_padding: int,
         conditions: Conditions,
         remake: Callable[[], STDiT] | None = None,
+        numbers: Numbers | None = None,
         scheduler: Mapping[str, Any] | None = None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
@@ -132,6 +134,7 @@ class FlowObjective(Objective):
     ) -> None:
         """
         remake: makes the transformer with its starting weights on the CPU. None if all of its weights train.
+        numbers: the starting weights of a transformer that is on the meta device, by its own names.
         scheduler: the config of the scheduler that belongs to the weights. None: Wan's.
         dtype: of the transformer's input.
         group: the ranks that share every pack, of which `prepare` gives this rank's part. None: none do.
@@ -143,6 +146,8 @@ class FlowObjective(Objective):
             self.noise_levels = replace(self.noise_levels, distribution=self.path.distribution)
         self.config, self.device, self.dtype, self.group = config, device, dtype, group
         self.tasks = config.flow.tasks or {"text_to_video": 1.0}
+        if numbers is not None:
+            self.numbers = lambda name, start, stop: numbers(name.removeprefix("transformer."), start, stop)
         self.remake = remake or (lambda: STDiT(self.model_config))
         self.vae = vae.requires_grad_(False)
         self.conditions = conditions

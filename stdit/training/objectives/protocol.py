@@ -18,6 +18,7 @@ from stdit.data.load.loader import Example
 from stdit.data.plan.split import PlanItem
 from stdit.shapes import VideoShape
 from stdit.training.engine.optimizer import OptimizerConfig
+from stdit.training.engine.start import Numbers
 from stdit.vae.autoencoder import CausalVAE
 
 
@@ -66,6 +67,7 @@ class Objective(Protocol):
     vae: CausalVAE
     cost: tuple[int, int]
     critic: Critic | None = None
+    numbers: Numbers | None = None  # of the module's parameters that are still on the meta device
 
     def tokens(self, shape: VideoShape) -> int:
         """Tokens of a clip of this shape: what the planner bounds packs by."""

@@ -42,8 +42,16 @@ class ExpertsObjective(Objective):
     def __init__(self, high: FlowObjective, low: FlowObjective, boundary: float) -> None:
         self.high, self.low, self.flows, self.boundary = high, low, [high, low], boundary
         self.module = ExpertsModule(high.module, low.module)
+        if high.numbers is not None:
+            self.numbers = self._numbers
         self.vae, self.text_encoder, self.dtype = high.vae, high.text_encoder, high.dtype
         self.model_config, self.scheduler, self.cost = high.model_config, high.scheduler, high.cost
+
+    def _numbers(self, name: str, start: int, stop: int) -> Tensor:
+        expert, _, inner = name.partition(".")
+        numbers = (self.high if expert == "high" else self.low).numbers
+        assert numbers is not None
+        return numbers(inner, start, stop)
 
     def tokens(self, shape: VideoShape) -> int:
         return self.high.tokens(shape)

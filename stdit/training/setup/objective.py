@@ -24,6 +24,7 @@ from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.training.config import ModelSettings, RunConfig
 from stdit.training.engine.engine import PRECISIONS
 from stdit.training.engine.parallel import World
+from stdit.training.engine.start import Numbers
 from stdit.training.engine.zero import zero_stage
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
@@ -34,9 +35,10 @@ from stdit.training.setup.lora import add_lora
 from stdit.training.setup.resolve import ResolvedConfig
 from stdit.vae.autoencoder import CausalVAE
 from stdit.vae.autoencoder import preset as vae_preset
-from stdit.weights.families import treatment_of
+from stdit.weights.families import on_meta, treatment_of
 from stdit.weights.image_vae import inflate_image_vae
-from stdit.weights.io import check_layout, load, load_vae
+from stdit.weights.io import check_layout, load, load_vae, part_reader
+from stdit.weights.sources import Source
 
 LONGER = " text.padding says how many are used, the weights how many they know."
 
@@ -102,7 +104,7 @@ def make_flow(
     if config.text.path and not beside:
         text_encoder.requires_grad_(False).to(world.device, dtype)
     remake = partial(make_transformer, config, vae.config.z_dim, text_encoder.dim)
-    transformer = remake()
+    transformer = remake(outlined=config.parallel.deepspeed is not None)
     transformer.attention_backend = config.model.attention_backend
     with error_context("model.attention_backend"):
         choose_backend(config.model.attention_backend, world.device.type, dtype, transformer.config.head_dim)
@@ -122,8 +124,9 @@ def make_flow(
     initial, padding = config.initial, config.text.padding or 0
     return FlowObjective(
         config.objective, transformer, vae, text_encoder, train_text=config.text.path is None, text_padding=padding,
-        conditions=conditions, remake=remake if initial else None, scheduler=initial.scheduler if initial else None,
-        device=world.device, dtype=dtype, group=beside.group if beside else SequenceGroup.join(shared),
+        conditions=conditions, remake=remake if initial else None, numbers=starting_numbers(config, transformer),
+        scheduler=initial.scheduler if initial else None, device=world.device, dtype=dtype,
+        group=beside.group if beside else SequenceGroup.join(shared),
     )  # fmt: skip
 
 
@@ -194,8 +197,12 @@ def long_captions(config: ResolvedConfig, manifest: Manifest, assignment: Assign
     return TextLimit.of_words(padding or 512).among(texts)
 
 
-def make_transformer(config: ResolvedConfig, channels: int, text_dim: int) -> STDiT:
-    """The preset with its changes, fitted to the VAE and the text encoder; or the model of `model.init`."""
+def make_transformer(config: ResolvedConfig, channels: int, text_dim: int, outlined: bool = False) -> STDiT:
+    """The preset with its changes, fitted to the VAE and the text encoder; or the model of `model.init`.
+
+    outlined: on the meta device, if nothing but its starting weights is to be had there (`starting_numbers`): not with
+        adapters, nor inflated.
+    """
     settings = config.model
     if config.initial is None:
         follow = {"in_channels": channels, "out_channels": channels, "text_dim": text_dim}
@@ -210,21 +217,41 @@ def make_transformer(config: ResolvedConfig, channels: int, text_dim: int) -> ST
             wanted = TransformerConfig.preset(settings.preset or "toy", **(settings.overrides | follow))
             count = count_parameters(wanted)
             require_memory(4 * count, "cpu", f"a transformer of {count:,} parameters", "Choose a smaller model.")
-            with torch.device("meta"):  # without torch's own starting weights
+            with torch.device("meta"):
                 model = STDiT(wanted)
-            model.to_empty(device="cpu").initialise(config.run.seed)
+            if not outlined:
+                model.to_empty(device="cpu").initialise(config.run.seed)
         return prepared(model, config)
     with error_context("model.init"):
         source = config.initial.sources[settings.expert]
         frozen = settings.lora is not None  # then no master is kept of them
         dtype = PRECISIONS[config.run.precision] if frozen else torch.float32
-        model = load(source, dtype=dtype)
+        outlined = outlined and not frozen and not settings.inflate
+        model = outline(source) if outlined else load(source, dtype=dtype)
         for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
             if (found := getattr(model.config, name)) != value:
                 whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")
                 raise StditError(f"{source.files.path}: its {name} is {found}, {whose} {value}.")
         model = inflate(model) if settings.inflate else model
     return prepared(model, config)
+
+
+def outline(source: Source) -> STDiT:
+    """The source's model on the meta device; only its buffers are read."""
+    model, numbers = on_meta(source.config), part_reader(source)
+    for name, buffer in [*model.named_buffers()]:
+        setattr(model, name, numbers(name, 0, buffer.numel()).view(buffer.shape))
+    assert isinstance(model, STDiT)
+    return model
+
+
+def starting_numbers(config: ResolvedConfig, transformer: STDiT) -> Numbers | None:
+    """Draws or reads parts of a transformer that is on the meta device; None if it is not."""
+    if not transformer.head.head.weight.is_meta:
+        return None
+    if config.initial is None:
+        return transformer.starting_weights(config.run.seed).draw
+    return part_reader(config.initial.sources[config.model.expert])
 
 
 def prepared(model: STDiT, config: RunConfig) -> STDiT:
