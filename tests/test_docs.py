@@ -123,7 +123,7 @@ def test_the_tour_names_files_that_are_there_and_short_enough_to_read() -> None:
     text = (ROOT / "docs" / "tour.md").read_text("utf-8")
     rows = re.findall(r"^\| \d+ \| `([\w/.]+)` \| (\d+) \|", text, re.M)
     lengths = [len((ROOT / name).read_text("utf-8").splitlines()) for name, _ in rows]
-    assert len(rows) >= 10 and sum(lengths) <= 2500
+    assert len(rows) >= 10 and sum(lengths) <= 2700
     for (name, stated), length in zip(rows, lengths):
         assert abs(length - int(stated)) <= max(10, length // 5), f"docs/tour.md: {name} has {length} lines by now"
 

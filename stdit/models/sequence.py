@@ -41,6 +41,10 @@ class SequenceGroup:
         """Deals `count` things to the ranks in order, as evenly as possible."""
         return [count * (rank + 1) // self.size - count * rank // self.size for rank in range(self.size)]
 
+    def own(self, count: int) -> range:
+        """Which of `count` things are this rank's."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
     def exchange(self, numbers: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Sends the first `sent[0]` numbers to rank 0 of the group, the next `sent[1]` to rank 1, and so on.
 

@@ -24,6 +24,8 @@ from tiny_runs import ALONE
 from torch import Tensor
 
 from stdit.errors import StditError
+from stdit.keyed.stream import KeyedStream
+from stdit.models.sequence import SequenceGroup
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shipped import DEEPSPEED
 from stdit.text.encoders import TextEncoder
@@ -193,7 +195,28 @@ def test_shares_of_a_batch_add_up_to_it(parts: RunComponents, clips: int) -> Non
     assert sum(batch.flops for batch in batches) in (whole.flops, whole.flops - 1)
 
 
-def shared_by(objective: FlowObjective, group: ThreadGroup) -> FlowObjective:
+def test_noise_is_drawn_for_the_tokens_that_a_rank_holds(parts: RunComponents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token's once, of three ranks; two of a clip that is cut draw its parts."""
+    objective, items = parts.objective, parts.plan.step(0)[:2]
+    assert isinstance(objective, FlowObjective)
+    examples, key = parts.loader.fetch(items, 0), StepKey(0, 0, 0, 2)
+    drawn: list[tuple[int, int, int]] = []
+    normal = KeyedStream.normal
+
+    def counted(self: KeyedStream, start: int, stop: int, device: torch.device) -> Tensor:
+        drawn.append((self.key, start, stop))
+        return normal(self, start, stop, device)
+
+    monkeypatch.setattr(KeyedStream, "normal", counted)
+    for rank in range(3):
+        shared_by(objective, SequenceGroup(rank, 3)).prepare(examples, items, key)
+    features = 4 * objective.model_config.latent_channels  # patches of 1×2×2
+    assert sum(stop - start for _, start, stop in drawn) == features * sum(item.tokens for item in items)
+    places = [(key, number) for key, start, stop in drawn for number in range(start, stop)]
+    assert len(set(places)) == len(places) and len(drawn) > 3
+
+
+def shared_by(objective: FlowObjective, group: ThreadGroup | SequenceGroup) -> FlowObjective:
     from copy import copy
 
     other = copy(objective)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -176,7 +176,8 @@ class FlowObjective(Objective):
             levels = self.levels([clip.item for clip in clips], key)
             levels = self.path.trained_levels(levels, [example.shape for example in beside])  # t, (clips,)
             latents = self.latents(beside)
-            noisy = [self._add_noise(clip, x0, t, key) for clip, x0, t in zip(clips, latents, levels)]
+            held = self._held([clip.item.tokens for clip in clips])
+            noisy = [self._add_noise(*one, key) for one in zip(clips, latents, levels, held)]
             conditions = self.conditions.of(beside, [clip.drawn.task for clip in clips])
         else:  # one token of weight 0: a rank without clips must run every module that the others run
             nothing, level = torch.zeros(self.model_config.latent_channels, *patch), torch.tensor(0.5).double()
@@ -248,10 +249,18 @@ class FlowObjective(Objective):
             seed=key.seed, epoch=key.epoch, step=key.step, shifts=shifts,
         )  # fmt: skip
 
-    def _add_noise(self, clip: TrainingClip, x0: Tensor, t: Tensor, key: StepKey) -> NoisyClip:
-        """x0: (C, T', H', W') clean latents. t: () noise level."""
+    def _held(self, tokens: Sequence[int]) -> list[range]:
+        """Which of each clip's tokens this rank holds; of a pack that ranks share, there may be none."""
+        total = sum(tokens)
+        own = range(total) if self.group is None else self.group.own(total)
+        ends = list(accumulate(tokens))
+        starts = [end - count for end, count in zip(ends, tokens)]
+        return [range(max(own.start, a) - a, min(own.stop, b) - a) for a, b in zip(starts, ends)]
+
+    def _add_noise(self, clip: TrainingClip, x0: Tensor, t: Tensor, held: range, key: StepKey) -> NoisyClip:
+        """x0: (C, T', H', W') clean latents. t: () noise level. held: the tokens that get noise."""
         example, (task, known, weight) = clip.example, clip.drawn
-        noise = self._noise(example, x0, key)
+        noise = self._noise(example, x0, held, key)
         x, level = self.path.noisy(x0, noise, t), t
         if known:
             x[:, : task.known_frames] = x0[:, : task.known_frames]
@@ -262,12 +271,15 @@ class FlowObjective(Objective):
         token_weights[:known] = 0  # the first tokens
         return NoisyClip(x0, x, level, target, token_weights)
 
-    def _noise(self, example: Example, x0: Tensor, key: StepKey) -> Tensor:
-        """Like x0, on its device. Drawn token after token, so that a range of tokens has a range of the stream."""
-        patch = self.model_config.patch
-        grid = LatentShape(*x0.shape[1:]).grid(patch)
+    def _noise(self, example: Example, x0: Tensor, held: range, key: StepKey) -> Tensor:
+        """Like x0, on its device; 0 but for the tokens in `held`, whose numbers are a range of the clip's stream."""
+        patch, grid = self.model_config.patch, LatentShape(*x0.shape[1:]).grid(self.model_config.patch)
+        each = x0.numel() // grid.tokens  # pt·ph·pw·C numbers
         stream = keyed_stream(key.seed, "noise", key.epoch, example.clip_id, example.occurrence)
-        tokens = stream.normal(0, x0.numel(), x0.device).view(grid.tokens, -1)  # (n, pt·ph·pw·C)
+        tokens = x0.new_zeros(grid.tokens, each)
+        if held:
+            numbers = stream.normal(held.start * each, held.stop * each, x0.device)
+            tokens[held.start : held.stop] = numbers.view(-1, each)
         return unpatchify(tokens, grid, patch)
 
     def _routing(self, pack: TokenPack, clips: Sequence[TrainingClip], key: StepKey) -> Routing | None:
