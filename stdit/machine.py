@@ -1,4 +1,4 @@
-"""What the machine allows: OpenMP's idle threads, and memory for what is asked.
+"""What the machine allows: OpenMP's idle threads, and memory for what is asked, or none left.
 
 A training step has thousands of small parallel regions. By default, the threads that finish first spin for milliseconds
 until the others arrive. On a busy machine they thus take the core that the others wait for, and a step becomes 5 to 12
@@ -8,6 +8,7 @@ times slower. With a short spin they sleep instead (benchmarks/busy.py measures 
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 from stdit.errors import StditError
@@ -28,6 +29,15 @@ def shorten_spin() -> None:
 def spin_settings() -> str:
     """The variables in force, for a log line, such as "GOMP_SPINCOUNT=2000"; '' for OpenMP's default."""
     return ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
+
+
+# torch's messages, by device
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the machine or on a GPU."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def require_memory(needed: int, device: str | torch.device, what: str, advice: str) -> None:

@@ -104,7 +104,7 @@ def _plain(value: Any, key: str, where: str, depth: int = 0) -> Any:
 
 def _message(kind: type, found: ValidationError, key: str) -> str:
     """The first of the errors as a sentence: which setting, its value, what it must be."""
-    errors = [(error["type"], error["loc"][1:], error) for error in found.errors(include_url=False)]
+    errors = [(error["type"], _setting(kind, error["loc"][1:]), error) for error in found.errors(include_url=False)]
     what, place, error = errors[0]
     if what == "missing" and isinstance(place[-1], str):
         names = [str(other[-1]) for type_, other, _ in errors if type_ == what and other[:-1] == place[:-1]]
@@ -128,8 +128,21 @@ def _message(kind: type, found: ValidationError, key: str) -> str:
         wanted, remedy = context["expected"], nearest_name(str(value), map(str, parts))
     elif what == "string_type":
         wanted, remedy = "a text", "" if value is None or isinstance(value, list | dict) else " Write it in quotes."
+    for type_, other, next_ in errors[1:]:  # the other types of a union
+        if other == place and next_["loc"] != error["loc"]:
+            wanted += f" or {WANTED.get(type_, next_['msg'].removeprefix('Input should be '))}"
+            context = next_.get("ctx", {}) | context
     numbers = {name: f"{n:,}" if isinstance(n, int) else f"{n:g}" for name, n in context.items() if name in wanted}
     return f"{_key(place, key) or 'the config'} is {value!r}; it must be {wanted.format(**numbers)}.{remedy}"
+
+
+def _setting(kind: type, loc: Sequence[int | str]) -> tuple[int | str, ...]:
+    """The place of a setting, without the type of a union that pydantic adds to it."""
+    for depth in range(len(loc)):
+        here = hint_at(kind, loc[:depth])
+        if not dataclasses.is_dataclass(here) and get_origin(here) not in (dict, list, tuple):
+            return tuple(loc[:depth])
+    return tuple(loc)
 
 
 def _key(place: Sequence[int | str], key: str) -> str:

@@ -40,7 +40,7 @@ ROOMS = {
     ],
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},
-        {"bad_clips", "resume", "stop_signal"}, {"trainer"}, {"run"},
+        {"bad_clips", "out_of_memory", "resume", "stop_signal"}, {"trainer"}, {"run"},
     ],
     "evaluation": [{"metrics", "curves"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [
@@ -51,7 +51,7 @@ ROOMS = {
         {"config", "clips", "tiles"}, {"streaming"}, {"cpu"}, {"layers"}, {"networks"}, {"autoencoder"},
         {"families", "training"},
     ],
-    "cli": [{"common"}, {"data", "eval", "sample", "train", "weights"}, {"main"}],
+    "cli": [{"common"}, {"dry_run"}, {"data", "eval", "sample", "train", "weights"}, {"main"}],
 }  # fmt: skip
 LIGHT = (
     "data/decode",

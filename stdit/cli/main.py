@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from stdit.cli.common.lazy import WORDS, as_command, lazy_group
 from stdit.errors import Interrupted, StditError
 from stdit.files import disk_trouble
 from stdit.heartbeat import HEARTBEAT
-from stdit.machine import shorten_spin
+from stdit.machine import is_out_of_memory, shorten_spin
 
 DATA = """Scan, caption, plan and encode clips; render the built-in toy clips.
 
@@ -162,9 +161,6 @@ def _silence_stdout() -> int:
     return 1
 
 
-_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")  # torch's messages, by device
-
-
 def _fixable(error: BaseException) -> str:
     """The message for a system error that the user can fix, else ''. Looks at its causes, too: libraries wrap."""
     seen: BaseException | None = error
@@ -182,7 +178,7 @@ def _fixable(error: BaseException) -> str:
         said = str(seen).splitlines()[0] if str(seen) else ""
         if isinstance(seen, RuntimeError) and said.startswith("Symlink loop"):  # pathlib's, until Python 3.13
             return f"{said}. Choose another path."
-        if isinstance(seen, MemoryError) or (isinstance(seen, RuntimeError) and _NO_MEMORY.search(str(seen))):
+        if is_out_of_memory(seen):
             return (
                 f"out of memory ({said or 'the machine gives no more'}). Choose smaller sizes, fewer frames or a "
                 "smaller model; for a VAE see --memory."

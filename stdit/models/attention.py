@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,7 @@ def segment_attention(
     k_segments: Segments,
     multiplicity: Tensor | None = None,
     backend: str = "auto",
+    may_be_kept: bool = False,
 ) -> Tensor:
     """Softmax attention of each segment's queries to its own keys, scaled by 1/√d.
 
@@ -76,13 +77,14 @@ def segment_attention(
     multiplicity: (M,) fp32 on the CPU; entry j counts the identical keys that key j represents. Applied exactly: as a
         bias of log n, or by merging log-sum-exps if the kernel takes no bias.
     backend: a name of BACKENDS, or "auto".
+    may_be_kept: whether a block that is recomputed in backward may keep the output (`Recompute`).
     """
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise StditError(f"q, k and v differ: {[(t.dtype, str(t.device)) for t in (q, k, v)]}.")
     only_shapes = torch.compiler.is_compiling() or q.device.type == "meta"
-    run = _attention if only_shapes else _eager_attention
+    run = ATTENTION.compiled if only_shapes else ATTENTION.eager
     ends = (q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host)
-    out, _ = run(q, k, v, multiplicity, *ends, backend)
+    out, _ = (partial(ATTENTION.keeping, run) if may_be_kept else run)(q, k, v, multiplicity, *ends, backend)
     return out
 
 
@@ -94,12 +96,14 @@ def shared_attention(
     q, k, v: (n, H, d) of this rank's tokens. Returns (n, H, d).
     """
     if (sharing := q_segments.sharing) is None:
-        return segment_attention(q, k, v, q_segments, k_segments, backend=backend)
+        return segment_attention(q, k, v, q_segments, k_segments, None, backend, may_be_kept=True)
     heads, whole = q.shape[1], sharing.whole
     q, k, v = gather_tokens(sharing.group, sharing.tokens, q, k, v)  # (N, h, d) each
     if sharing.order is not None:
         q, k, v = (x[sharing.order] for x in (q, k, v))
-    out = segment_attention(q, k, v, whole, whole, backend=backend) if q.shape[1] else q  # more ranks than heads
+    out = q  # without heads, where there are more ranks than heads
+    if q.shape[1]:
+        out = segment_attention(q, k, v, whole, whole, None, backend, may_be_kept=True)
     out = out if sharing.inverse_order is None else out[sharing.inverse_order]
     return gather_heads(sharing.group, sharing.tokens, heads, out)[0]
 
@@ -188,7 +192,7 @@ def _chosen(arguments: tuple[Any, ...]) -> tuple[Call, str]:
     return call, choose_backend(call.backend, call.q.device.type, call.q.dtype, call.q.shape[-1])
 
 
-_attention, _eager_attention = operator(
+ATTENTION = operator(
     "segment_attention",
     forward=Opaque(
         _forward,

@@ -27,13 +27,13 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, index: LevelIndex, e
 
     x: (N, D). shift, scale: (K, D) fp32 or fp64. Returns (N, D) in x's dtype.
     """
-    run = _modulated_norm if torch.compiler.is_compiling() else _eager_modulated_norm
+    run = NORM.compiled if torch.compiler.is_compiling() else NORM.eager
     return run(x, shift, scale, eps, rms, index.level_of, index.run_bounds, index.run_levels)[0]
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, index: LevelIndex) -> Tensor:
     """x + y·gate in fp32 (fp64 for fp64). x, y: (N, D). gate: (K, D). Returns (N, D) in x's dtype."""
-    run = _gated_residual if torch.compiler.is_compiling() else _eager_gated_residual
+    run = RESIDUAL.compiled if torch.compiler.is_compiling() else RESIDUAL.eager
     return run(x, y, gate, index.level_of, index.run_bounds, index.run_levels)
 
 
@@ -106,7 +106,7 @@ def _norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), moment, torch.empty_like(moment)
 
 
-_modulated_norm, _eager_modulated_norm = operator(
+NORM = operator(
     "modulated_norm",
     forward=Opaque(
         _norm_forward,
@@ -145,7 +145,7 @@ def _residual_backward(grad: Tensor, y: Tensor, gate: Tensor, *parts: Tensor) ->
     return dy, dgate
 
 
-_gated_residual, _eager_gated_residual = operator(
+RESIDUAL = operator(
     "gated_residual",
     forward=Opaque(
         _residual_forward, f"(Tensor x, Tensor y, Tensor gate, {INDEX}) -> Tensor", lambda x, *_: torch.empty_like(x)

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from stdit.errors import StditError, nearest_name
 from stdit.keyed import random_seed
@@ -23,6 +22,7 @@ from stdit.keyed.weights import ONE, ZERO, Start, StartingWeights
 from stdit.models import variants
 from stdit.models.blocks import Attention, Block, BlockInputs, Head, LayerNorm, Linear, RMSNorm, without_autocast
 from stdit.models.config import PRESETS, TransformerConfig, cost_coefficients, transformer_flops
+from stdit.models.operators import Recompute
 from stdit.models.packing import LevelIndex, TextPack, TokenPack, pack_clips, pack_texts, unpack_clips
 from stdit.models.positions import network_time, sinusoids
 from stdit.models.routing import Routing
@@ -38,7 +38,7 @@ class STDiT(nn.Module):
 
     seed: of the starting weights (`starting_weights`). None: one from torch's global generator. On the meta device
         nothing is drawn; after `to_empty`, `initialise` makes the same weights.
-    checkpoint_blocks: recompute each block in backward instead of keeping its activations.
+    recompute: which blocks are recomputed in backward instead of keeping their activations.
     """
 
     def __init__(self, config: TransformerConfig, seed: int | None = None) -> None:
@@ -68,7 +68,7 @@ class STDiT(nn.Module):
         cross = config.attention == "spatial_temporal_text"
         self.temporal_blocks = nn.ModuleList(block(config, cross) for _ in range(temporal))
         self.head = head(config)
-        self.checkpoint_blocks = False
+        self.recompute = Recompute()
         if not self.head.head.weight.is_meta:
             self.initialise(random_seed() if seed is None else seed)
 
@@ -139,7 +139,7 @@ class STDiT(nn.Module):
         for number, (block, inputs) in enumerate(zip(self.blocks_in_order(), steps)):
             if routing is not None and number == routing.blocks[0]:
                 before, x = x, x.index_select(0, routing.kept)  # (N, D), (N', D)
-            x = self.maybe_checkpointed(block, x, modulation, y, inputs)  # (N, D), or (N', D) of those that stay
+            x = self.recompute.run(number, block, x, modulation, y, inputs)  # (N, D), or (N', D) of those that stay
             if routing is not None and number == routing.blocks[-1]:
                 x = before.index_copy(0, routing.kept, x)  # (N, D)
         return self.head(x, c, modulation, levels)
@@ -164,11 +164,6 @@ class STDiT(nn.Module):
     def blocks_in_order(self) -> Iterable[nn.Module]:
         """The blocks as they run: each within frames is followed by one over time, if there are any."""
         return chain.from_iterable(zip(self.blocks, self.temporal_blocks)) if self.temporal_blocks else self.blocks
-
-    def maybe_checkpointed(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.checkpoint_blocks and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
-        return block(*inputs)
 
     def predict(
         self, latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, **conditions: Any

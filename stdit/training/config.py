@@ -89,7 +89,6 @@ class ModelSettings:
     freeze: "pretrained" trains only what `inflate` adds.
     trainable: patterns of the names of the parameters to train, such as "blocks.*.self_attn.*"; empty: all.
     lora: trains adapters beside the weights, which all stay as they are in `init`.
-    checkpoint_blocks: recomputes each block in the backward pass, which saves memory.
     attention_backend: auto, or a backend by name.
     overrides: settings of the preset.
     """
@@ -101,7 +100,6 @@ class ModelSettings:
     freeze: Literal["pretrained"] | None = None
     trainable: list[str] = field(default_factory=list)
     lora: LoraConfig | None = None
-    checkpoint_blocks: bool = False
     attention_backend: str = "auto"
     overrides: Annotated[dict[str, Any], SettingsOf(TransformerConfig)] = field(default_factory=dict)
 

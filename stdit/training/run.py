@@ -1,16 +1,13 @@
-"""Runs a training in its run folder, from its first or last saved step to its report; or describes it (`--dry-run`)."""
+"""Runs a training in its run folder, from its first or last saved step to its report."""
 
 from __future__ import annotations
 
-import itertools
 import os
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from stdit.data.plan.buckets import explain_exclusions
-from stdit.data.plan.split import balance, split
 from stdit.errors import StditError
 from stdit.evaluation.report import read_metrics
 from stdit.files import local_folder
@@ -22,8 +19,8 @@ from stdit.training.engine.checkpoint import Checkpoint, DamagedCheckpoint, publ
 from stdit.training.engine.parallel import World
 from stdit.training.outputs.export import check_export, exported_step
 from stdit.training.resume import check_config
-from stdit.training.setup.build import RunComponents, build
-from stdit.training.setup.footprint import build_on_meta, footprint
+from stdit.training.setup.build import RunComponents
+from stdit.training.setup.forecast import unused_shapes_and_clips
 from stdit.training.setup.resolve import ResolvedConfig, resolve
 from stdit.training.trainer import Trainer, say
 
@@ -91,7 +88,8 @@ def _train(config: ResolvedConfig, trainer: Trainer, world: World) -> None:
 
     world.from_main(begin)
     trainer.prepare(config)
-    for line in unused_shapes_and_clips(trainer.components):
+    parts = trainer.components
+    for line in unused_shapes_and_clips(parts.manifest, parts.assignment, config.data, parts.objective.tokens):
         trainer.say(line)
     HEARTBEAT.doing("drawing the plan")
     world.from_main(partial(draw, trainer.components, world.size, folder / "plan.png"))
@@ -117,46 +115,3 @@ def report(folder: Path) -> None:
 
     HEARTBEAT.doing("writing the report")
     say(f"report: {write_report(folder)}")
-
-
-def dry_run(config: ResolvedConfig, world: World) -> None:
-    """Prints the plan, the shapes and the memory that training would take, and trains nothing."""
-    components = build(config, world)
-    if world.is_main:
-        print("\n".join(description(components, world.size)))
-
-
-def description(components: RunComponents, ranks: int) -> list[str]:
-    config, plan = components.config, components.plan
-    bound = plan.token_bound()
-    groups, shared = config.parallel.groups(ranks), config.parallel.sequence_parallel
-    splits = [split(plan.items(i), groups, bound) for i in range(min(plan.num_steps, 32))]
-    micro_steps = sum(map(len, splits)) / len(splits)
-    epochs = config.schedule.steps / plan.num_steps
-    lines = [
-        f"{config.objective.kind}: {components.parameters:,} parameters that train",
-        f"{plan.num_items:,} clips, {plan.num_steps:,} steps per epoch, {config.schedule.steps:,} steps "
-        f"({epochs:.3g} epochs), {plan.num_items / plan.num_steps:.4g} clips per step",
-        f"{ranks} rank(s){f', {shared} to a pack' * (shared > 1)}: {micro_steps:.3g} micro-steps per step, packs of at "
-        f"most {bound:,} tokens, balance {balance(*splits):.3f}",
-    ]
-    for shape, count, tokens in zip(components.assignment.shapes, components.assignment.counts, plan.tokens):
-        lines.append(f"  {shape}: {int(count):,} clips of {tokens:,} tokens")
-    lines += unused_shapes_and_clips(components)
-    fullest = max(max(packs.sums()[0]) for packs in itertools.chain(*splits))
-    outlined, trained = build_on_meta(config), components.parameters
-    found = footprint(config, outlined, components.shapes[0], fullest, ranks, trained)
-    each = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in asdict(found).items())
-    return [*lines, f"memory per rank: {found.total / 2**30:.2f} GiB ({each})"]
-
-
-def unused_shapes_and_clips(components: RunComponents) -> list[str]:
-    """Shapes without clips, and why clips are left out: the signs of a wrong data.shapes or data.fps."""
-    assignment, lines = components.assignment, []
-    if empty := [str(shape) for shape, count in zip(assignment.shapes, assignment.counts) if not count]:
-        lines.append(f"no clip goes to {', '.join(empty)}")
-    tokens = components.objective.tokens
-    for group in explain_exclusions(components.manifest, assignment, components.config.data, tokens):
-        details = f" ({group.details})" if group.details else ""
-        lines.append(f"{group.clips:,} clips left out: {group.text}{details}")
-    return lines

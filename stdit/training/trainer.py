@@ -18,7 +18,7 @@ from torch import Tensor
 from stdit import keyed
 from stdit.evaluation.report import read_metrics
 from stdit.heartbeat import HEARTBEAT
-from stdit.training import bad_clips, resume
+from stdit.training import bad_clips, out_of_memory, resume
 from stdit.training.batches import StepClips, StepLoader
 from stdit.training.config import RunConfig, to_dict
 from stdit.training.engine.agreement import agree
@@ -121,8 +121,9 @@ class Trainer:
                 self.log.begin_step(self.step + 1)
                 clips = next(loader.steps)
                 self.log.clips_are_read()
-                result = self.accumulate(clips)
-                update = self.update()
+                with out_of_memory.explained(self.components.config, world, self.step + 1, clips):
+                    result = self.accumulate(clips)
+                    update = self.update()
                 if update.is_finite:
                     self.losses.append(result.loss)
                 else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from stdit.errors import StditError
 from stdit.models.blocks import BlockInputs
 from stdit.models.config import TransformerConfig, cost_coefficients, transformer_flops
+from stdit.models.operators import Recompute, RecomputeKind
 from stdit.models.packing import LevelIndex, Segments, TextPack, TokenPack, pack_clips, pack_texts
 from stdit.models.routing import Routing, check_routable
 from stdit.models.transformer import STDiT
@@ -117,15 +118,15 @@ def relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().norm() / other.detach().norm())
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "attention"])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_mixed_pack_is_the_plain_loop_over_clips(
-    name: str, dtype: torch.dtype, close: float, checkpoint: bool
+    name: str, dtype: torch.dtype, close: float, recompute: RecomputeKind
 ) -> None:
     model = random_model(CONFIGS[name], dtype)
     pack, text, stay = joined(model.config)
-    model.checkpoint_blocks = checkpoint
+    model.recompute = Recompute.of(recompute)
     found = routed(model, pack, text, stay)
     expected = torch.cat([reference(model, *clip) for clip in zip(*clips_of(model.config))])
     assert relative(found, expected) < close

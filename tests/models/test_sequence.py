@@ -21,6 +21,7 @@ from thread_group import ThreadGroup, run_together
 from torch import Tensor
 
 from stdit.errors import StditError
+from stdit.models.operators import Recompute, RecomputeKind
 from stdit.models.sequence import SequenceGroup, check_shareable, gather_heads, gather_tokens
 
 WORKER = Path(__file__).with_name("sequence_worker.py")
@@ -75,13 +76,13 @@ def test_ranks_compute_what_one_computes(clips: str, ranks: int) -> None:
     assert relative([torch.stack(same).sum(0) for same in zip(*(g for _, g in parts))], grads) <= CLOSE
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "attention"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_other_settings_and_families_too(name: str, checkpoint: bool) -> None:
+def test_other_settings_and_families_too(name: str, recompute: RecomputeKind) -> None:
     """Conditions of each clip, positions added to tokens, modulation by clip, attention within frames and over time;
     blocks computed again in backward."""
     model, pack = random_model(CONFIGS[name]), joined(CONFIGS[name], PACKS["seven clips"])
-    model.checkpoint_blocks = checkpoint
+    model.recompute = Recompute.of(recompute)
     out, grads = of_whole(model, pack)
     check_shareable(model.config)
     parts = run_together(3, lambda group: of_part(model, pack, group))

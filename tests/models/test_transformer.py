@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from stdit.errors import StditError
+from stdit.models.operators import Recompute
 from stdit.models.packing import TextPack, pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import (
     PRESETS,
@@ -93,9 +94,9 @@ def mixture(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("padding", [0, 16])
-@pytest.mark.parametrize("checkpoint_blocks", [False, True])
-def test_a_pack_equals_each_clip_alone(padding, checkpoint_blocks):
-    model = random_model(checkpoint_blocks=checkpoint_blocks)
+@pytest.mark.parametrize("recompute", ["none", "attention"])
+def test_a_pack_equals_each_clip_alone(padding, recompute):
+    model = random_model(recompute=Recompute.of(recompute))
     clips, levels, texts = mixture()
     directions = [torch.randn(3, *clip.shape[1:], dtype=clip.dtype) for clip in clips]
     wanted = [*clips, *texts, *model.parameters()]

@@ -21,6 +21,7 @@ from stdit.data.load.loader import embedding
 from stdit.errors import StditError
 from stdit.evaluation import report
 from stdit.models.config import TransformerConfig
+from stdit.models.operators import Recompute
 from stdit.models.transformer import STDiT
 from stdit.sampling.model_folder import ModelFolder
 from stdit.sampling.pipeline import Pipeline
@@ -248,7 +249,7 @@ def test_what_was_put_together_from_downloads_comes_back_whole(tiny: Path, tmp_p
     assert torch.equal(text.tokens, torch.cat([null[:length] for length in lengths])) and min(lengths) > 1
     shape, outlined = parts.shapes[0], build_on_meta(parts.config)
     assert outlined.tokens(shape) == objective.tokens(shape)
-    assert footprint(parts.config, outlined, shape, 2 * objective.tokens(shape), ranks=1).encoders > 0
+    assert footprint(parts.config, outlined, shape, 2 * objective.tokens(shape), ranks=1).vae > 0
 
     weights = {name: p.detach() + 1 for name, p in objective.module.named_parameters()}
     write_model(parts, weights, ALONE, tmp_path / "model")
@@ -335,7 +336,8 @@ def test_the_plan_tells_the_memory_of_every_family(
     found = footprint(parts.config, objective, shape, 2 * objective.tokens(shape), ranks=1)
     assert found.weights == 4 * sum(p.numel() for p in parts.objective.module.parameters())
     text = sum(p.numel() for p in parts.objective.text_encoder.encoder.parameters())
-    assert found.encoders == 4 * (text + sum(p.numel() for p in parts.objective.vae.parameters()))
+    assert found.text_encoder == 4 * text
+    assert found.vae == 4 * sum(p.numel() for p in parts.objective.vae.parameters())
     assert found.activations > 4 * 2 * objective.tokens(shape) * parts.objective.model_config.dim
 
 
@@ -438,6 +440,12 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
         with torch.no_grad():
             assert float(parts.objective.module(both)) == pytest.approx(float(one.objective.module(alone)), rel=1e-5)
     assert (True, True) in sides
+    gradients = []
+    for kind in ("none", "attention"):
+        for flow in parts.objective.flows:
+            flow.module.transformer.recompute = Recompute.of(kind)
+        gradients.append(torch.autograd.grad(parts.objective.module(both), list(parts.objective.module.parameters())))
+    assert all(map(torch.equal, *gradients))
 
     parts = started(tiny, tmp_path, experts, "model.expert=both", "objective.flow.noise_levels.shift=9",
                     "eval={prompts: [a small red circle], steps: 4, guidance: 2}", f"run={tmp_path}")  # fmt: skip

@@ -31,7 +31,7 @@ from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepResult, Update
 from stdit.training.outputs import export
 from stdit.training.outputs.step_log import StepLog
-from stdit.training.run import dry_run, run
+from stdit.training.run import run
 from stdit.training.setup.build import build, open_caches
 from stdit.training.setup.resolve import resolve
 
@@ -343,17 +343,6 @@ def test_the_vae_trains_and_exports_measured_latents(tiny: Path, tmp_path: Path)
 def test_a_vae_is_not_asked_for_captions(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(StditError, match=r"eval\.toy samples captions: a VAE knows none"):
         train(tiny, tmp_path / "run", "eval.toy={captions: 2}", config="vae")
-
-
-def test_dry_run_trains_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dry_run(resolve(load_config(tiny / "flow.yaml", [f"run={tmp_path / 'run'}"])), ALONE)
-    told = capsys.readouterr().out
-    assert "14 clips, 2 steps per epoch" in told and "48x32x5: " in told and "GiB" in told
-    assert "no clip goes to 48x32x1\n" in told and "left out" not in told
-    dry_run(resolve(load_config(tiny / "flow.yaml", ["data.shapes=[32x32x5,48x32x5,32x32x9]"])), ALONE)
-    told = capsys.readouterr().out
-    assert "no clip goes to 32x32x9\n" in told and " clips left out: an image, but no shape has one frame" in told
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

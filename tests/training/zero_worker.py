@@ -4,9 +4,9 @@ Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain 
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
 init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them; with
 lora-bf16, in bf16. One that begins with vae takes vae.yaml beside the config. Optimizers are SGD and AdamW, and Muon
-alone for a NAME with muon. With routed, tokens skip the second block, and blocks are checkpointed. With shared,
-two ranks share every pack, with shared4 four. With half, it also saves after half of its steps; who goes on from it
-under as many steps goes on from there.
+alone for a NAME with muon. With routed, tokens skip the second block, and blocks are recomputed but for their
+attention; with lora, the first block is recomputed. With shared, two ranks share every pack, with shared4 four. With
+half, it also saves after half of its steps; who goes on from it under as many steps goes on from there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
             if name.startswith("frozen"):
                 settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
             if name.startswith("routed"):
-                settings += ["objective.flow.routing={start: 1, end: 2}", "model.checkpoint_blocks=true"]
+                settings += ["objective.flow.routing={start: 1, end: 2}", "parallel.recompute=attention"]
             if shared := re.search(r"shared(\d?)", name):
                 settings += [f"parallel.sequence_parallel={shared[1] or 2}"]
             if name.startswith("lora"):
@@ -59,6 +59,7 @@ def main() -> None:
                 settings += [
                     f"model.lora={{rank: {rank}, alpha: 5, merged: true, layout: diffusers}}",
                     "text.trained=null",
+                    "parallel.recompute=2",
                 ]
                 settings += [f"text.path={Path(out) / 'text'}"]
                 settings += ["run.precision=bf16"] * ("bf16" in name)

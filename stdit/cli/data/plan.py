@@ -286,6 +286,7 @@ def _print_plan(s: dict[str, Any]) -> None:
     if (shared := s["world_size"] // s["groups"]) > 1:
         ranks += f", {shared} to a pack"
     times = {per: s[key] for per, key in TIMES.items() if key in s}
+    parts = {name: size for name, size in s["memory_per_rank"].items() if name != "total"}
     steps = [
         ("steps per epoch", f"{s['steps_per_epoch']:,}"),
         ("clips per step", f"{s['clips_per_step']:,.1f}"),
@@ -296,7 +297,7 @@ def _print_plan(s: dict[str, Any]) -> None:
         ("balance (mean work / largest)", f"{s['balance']:.4f} (least {s['balance_least']:.4f})"),
         ("area lost to cropping", f"{s['crop_loss']:.1%}"),
         ("memory per rank", f"{s['memory_per_rank']['total'] / 2**30:.2f} GiB"),
-        *((f"  {name}", f"{size / 2**30:.2f} GiB") for name, size in s["memory_per_rank"].items() if name != "total"),
+        *((f"  {name.replace('_', ' ')}", f"{size / 2**30:.2f} GiB") for name, size in parts.items() if size),
         *((f"time {per}", f"{t:.3g} s" if t < 100 else readable_time(t)) for per, t in times.items()),
         ("plan", s["hash"][:16]),
     ]

@@ -10,6 +10,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 from stdit.errors import StditError, nearest_name
+from stdit.models.operators import RecomputeKind
 from stdit.training.engine.engine import Engine, TorchEngine
 from stdit.training.engine.optimizer import ELEMENTWISE, SHARDED_MUON, Ema, OptimizerConfig, make_optimizer, shardable
 from stdit.training.engine.parallel import World
@@ -24,10 +25,14 @@ class ParallelConfig:
     deepspeed: a DeepSpeed JSON, or zero1, zero2, zero3 or zero3_offload. Required on more than one rank.
     sequence_parallel: consecutive ranks that share every pack of a transformer's tokens (Ulysses), for clips that are
         too large for one; it divides the number of ranks, and had best not exceed the model's heads.
+    recompute: what a transformer computes again in backward instead of keeping it, which saves memory: none, all (every
+        block), n (every n-th block), or attention (every block, but for the output of its self-attention, which is
+        kept).
     """
 
     deepspeed: str | None = None
     sequence_parallel: PositiveInt = 1
+    recompute: RecomputeKind | PositiveInt = "none"
 
     def groups(self, ranks: int) -> int:
         """How many groups of ranks there are, each with its own packs. Raises StditError if ranks are left over."""

@@ -11,7 +11,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,42 @@ def _partition(deepspeed: Any, module: nn.Module, settings: dict[str, Any], dtyp
 def zero_stage(path: str | None) -> int:
     """The ZeRO stage of a DeepSpeed JSON; 0 without one."""
     return 0 if path is None else _read_json(path, "fp32")[1]
+
+
+@dataclass(frozen=True)
+class ZeroMemory:
+    """What a DeepSpeed JSON says that decides memory, with DeepSpeed's own defaults (0.19, `zero/config.py`)."""
+
+    stage: int = 0
+    deepspeed: bool = False  # or plain torch
+    bucket: int = 0  # numbers in a buffer of gradients that are being reduced
+    buckets: int = 0  # such buffers
+    live: int = 0  # numbers of gathered weights at most, under stage 3
+    state_on_host: bool = False  # masters, moments, average and gradients (ZeRO-Offload)
+    weights_on_host: bool = False
+
+
+def zero_memory(path: str | None) -> ZeroMemory:
+    """path: `parallel.deepspeed`. Raises StditError if it is no such JSON."""
+    if path is None:
+        return ZeroMemory()
+    settings, stage = _read_json(path, "fp32")
+    zero = settings["zero_optimization"]
+
+    def on_host(name: str) -> bool:
+        return bool(zero.get(name, {}).get("device", "none") == "cpu")
+
+    overlap = stage == 3 if zero.get("overlap_comm") is None else zero["overlap_comm"]
+    contiguous = zero.get("contiguous_gradients", True) or on_host("offload_optimizer")
+    return ZeroMemory(
+        stage=stage,
+        deepspeed=True,
+        bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        buckets=contiguous * (2 if overlap and stage < 3 else 1) if stage else 0,
+        live=int(zero.get("stage3_max_live_parameters", 1e9)) if stage == 3 else 0,
+        state_on_host=on_host("offload_optimizer"),
+        weights_on_host=on_host("offload_param"),
+    )
 
 
 def _read_json(given: str, precision: str) -> tuple[dict[str, Any], int]:

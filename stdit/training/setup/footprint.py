@@ -1,33 +1,28 @@
-"""Estimates memory per rank by running the objective on the meta device."""
+"""Estimates the memory of a rank: the numbers it holds, and the activations of a step on the meta device."""
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from stdit.data.load.loader import Example
-from stdit.data.plan.split import PlanItem
 from stdit.errors import StditError, error_context
 from stdit.files import part_folder
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
-from stdit.training.config import RunConfig, VaeSettings
+from stdit.training.config import VaeSettings
 from stdit.training.engine.engine import PRECISIONS
 from stdit.training.engine.optimizer import orthogonalised
-from stdit.training.engine.zero import zero_stage
+from stdit.training.engine.zero import ZeroMemory, zero_memory
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
-from stdit.training.objectives.protocol import Objective, StepKey
+from stdit.training.objectives.protocol import Objective
 from stdit.training.objectives.vae import VaeObjective
+from stdit.training.setup.activations import NOWHERE, MetaStep, frozen_networks
 from stdit.training.setup.objective import check_vae, prepared
 from stdit.training.setup.resolve import ResolvedConfig
 from stdit.vae.autoencoder import preset
@@ -37,8 +32,6 @@ from stdit.weights.image_vae import image_vae_config
 from stdit.weights.io import vae_on_meta
 from stdit.weights.tensor_files import open_safetensors
 
-NOWHERE = torch.device("meta")
-CLIPS = 4  # clips per pack that is measured
 CAPTION_TOKENS = 128  # assumed per caption, if as many fit
 IMAGE_TOKENS = 257  # of CLIP's image encoder (Wan's image-to-video)
 
@@ -94,12 +87,16 @@ def _vae(settings: VaeSettings) -> Any:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on a rank, without a text encoder that trains along and without the memory of the device's libraries."""
+    """Bytes on a rank's device, when a step has several micro-steps. What the device's libraries take is not in it."""
 
-    weights: int  # in the precision of the run
+    weights: int  # in the precision of the run, frozen ones too
     gradients: int  # in fp32
-    state: int  # masters, moments (two, of Muon's matrices one) and the moving average
-    encoders: int  # the VAE and a frozen text encoder, or LPIPS
+    masters: int  # the fp32 weights that the optimizer updates, if they are not the weights themselves
+    moments: int  # of the optimizer: two, of Muon's matrices one
+    average: int  # the moving average of the weights
+    vae: int  # or LPIPS, if a VAE trains
+    text_encoder: int  # a frozen one
+    buffers: int  # of ZeRO: gradients that are being reduced, and the weights that stage 3 gathers
     activations: int  # the peak of forward and backward of the fullest pack
 
     @property
@@ -107,155 +104,90 @@ class Footprint:
         return sum(asdict(self).values())
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """The numbers that training holds, before ranks share them."""
+
+    trained: int
+    frozen: int  # parameters of the module that do not train
+    moments: int
+    averaged: int
+    vae: int  # or LPIPS; in fp32
+    text_encoder: int  # a frozen one
+    size: int  # bytes of a number in the precision of the run
+
+    @classmethod
+    def of(cls, config: ResolvedConfig, objective: Objective, trained_text: int = 0) -> ModelSizes:
+        """objective: from `build_on_meta`. trained_text: parameters of a text encoder that trains along."""
+        parameters = dict(objective.module.named_parameters())
+        sizes = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
+        matrices = sum(n for name, n in sizes.items() if orthogonalised(name, parameters[name], config.optimizer))
+        models = 2 if config.model.expert == "both" else 1
+        mine, every = sum(sizes.values()), sum(p.numel() for p in parameters.values())
+        averaged = models * mine + trained_text
+        trained = averaged + (_numbers(objective.critic.module) if objective.critic else 0)
+        return cls(
+            trained=trained,
+            frozen=models * (every - mine),
+            moments=2 * trained - models * matrices,  # Muon keeps one of a matrix
+            averaged=averaged if config.optimizer.ema.decay > 0 else 0,
+            vae=sum(map(_numbers, frozen_networks(objective))),
+            text_encoder=_text_numbers(config),
+            size=PRECISIONS[config.run.precision].itemsize,
+        )
+
+    def footprint(self, zero: ZeroMemory, ranks: int, activations: int) -> Footprint:
+        """The memory of one of so many ranks. Sequence parallelism shares out the activations alone."""
+        stage, size, trained = zero.stage, self.size, self.trained
+        state = ranks if stage else 1  # ranks that share masters, moments and average
+        on_device = 0 if zero.state_on_host else 1
+        # in fp32 weights are their own masters, but stages 1 and 2 keep the flat part of a rank as well
+        masters = trained if size < 4 or stage in (1, 2) else 0
+        weights, buffers = (trained + self.frozen) * size, 0
+        if stage == 3:
+            gathered = min(trained + self.frozen, zero.live) * size
+            weights = 0 if zero.weights_on_host else weights // ranks
+            buffers = gathered if ranks > 1 or zero.weights_on_host else 0
+        if zero.buckets and not (stage == 1 and size < 4):  # stage 1 in bf16 reduces its fp32 gradients in place
+            buffers += zero.buckets * zero.bucket * size
+        return Footprint(
+            weights=weights,
+            gradients=on_device * 4 * trained // (ranks if stage >= 2 else 1),
+            masters=on_device * 4 * masters // state,
+            moments=on_device * 4 * self.moments // state,
+            average=on_device * 4 * self.averaged // state,
+            vae=4 * self.vae,
+            text_encoder=size * self.text_encoder,
+            buffers=buffers,
+            activations=activations,
+        )
+
+
 def footprint(
-    config: ResolvedConfig, objective: Objective, shape: VideoShape, tokens: int, ranks: int, trained: int | None = None
+    config: ResolvedConfig, objective: Objective, shape: VideoShape, tokens: int, ranks: int, trained_text: int = 0
 ) -> Footprint:
     """Estimates the memory of a rank.
 
     objective: from `build_on_meta`; it is modified.
     shape: of the clips in the fullest pack, the largest one.
     tokens: of the fullest pack.
-    trained: number of parameters that train, if it is not that of the objective's module.
+    trained_text: parameters of a text encoder that trains along.
     """
-    parameters = dict(objective.module.named_parameters())
-    sizes = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
-    matrices = sum(n for name, n in sizes.items() if orthogonalised(name, parameters[name], config.optimizer))
-    models = 2 if config.model.expert == "both" else 1
-    frozen, theirs = models * (sum(p.numel() for p in parameters.values()) - sum(sizes.values())), sum(sizes.values())
-    trained = trained or models * theirs
-    moved = trained + (_numbers(objective.critic.module) if objective.critic else 0)
-    moments = 2 * moved - trained * matrices // max(1, theirs)  # Muon keeps one of a matrix
-    stage, size = zero_stage(config.parallel.deepspeed), PRECISIONS[config.run.precision].itemsize
-    masters, average = size < 4, config.optimizer.ema.decay > 0
-    return Footprint(
-        weights=(moved + frozen) * size // (ranks if stage == 3 else 1),
-        gradients=moved * 4 // (ranks if stage >= 2 else 1),
-        state=4 * (moved * masters + moments + trained * average) // (ranks if stage >= 1 else 1),
-        encoders=4 * sum(map(_numbers, _encoders(objective))) + _text_bytes(config, size),
-        activations=activations(config, objective, shape, tokens),
-    )
+    peak = MetaStep(config, objective, shape, tokens).peak(group=config.parallel.sequence_parallel)
+    sizes = ModelSizes.of(config, objective, trained_text)
+    return sizes.footprint(zero_memory(config.parallel.deepspeed), ranks, peak)
 
 
 def _numbers(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _encoders(objective: Objective) -> list[nn.Module]:
-    """The networks that run on the clips and do not train."""
-    if isinstance(objective, VaeObjective):
-        return [] if objective.lpips is None else [objective.lpips]
-    return [objective.vae]
-
-
-def _text_bytes(config: ResolvedConfig, size: int) -> int:
-    """Bytes of the frozen text encoder in the precision of the run, from the headers of its files."""
-    if config.text.path is None or config.objective.kind == "vae":
+def _text_numbers(config: ResolvedConfig) -> int:
+    """The numbers in the frozen text encoder, from the headers of its files; 0 if a cache has the embeddings."""
+    if config.text.path is None or config.objective.kind == "vae" or config.data.cache is not None:
         return 0
     folder = part_folder(config.text.path, "text_encoder")
     if not folder.is_dir():
         raise StditError(f"text.path: {folder}: no such folder.")
     headers = (open_safetensors(path).entries for path in folder.glob("*.safetensors"))
-    return size * sum(math.prod(entry.shape) for entries in headers for entry in entries.values())
-
-
-def activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> int:
-    """The peak of encoding, forward and backward of a pack, in bytes, beyond weights and gradients.
-
-    Runs them on meta tensors, which have sizes and no data, for up to CLIPS clips with two blocks, and two that tokens
-    skip. More tokens are taken in proportion; each further block of a kind adds as much as the third one. Ranks that
-    share the pack each encode it whole, and run forward and backward on an equal share of its tokens.
-    """
-    if not isinstance(objective, FlowObjective):
-        return max(_activations(config, objective, shape, tokens))
-    skipped = len(objective.routed_blocks)
-    whole = objective.model_config.layers - skipped
-    few, few_skipped = min(whole, 2), min(skipped, 2)
-
-    def peaks(whole: int, skipped: int) -> tuple[int, int]:
-        with _fewer_blocks(objective, whole, skipped):
-            return _activations(config, objective, shape, tokens)
-
-    encoding, training = peaks(few, few_skipped)
-    total = training
-    if whole > few:
-        total += (whole - few) * (peaks(few + 1, few_skipped)[1] - training)
-    if skipped > few_skipped:
-        total += (skipped - few_skipped) * (peaks(few, few_skipped + 1)[1] - training)
-    return max(encoding, -(-total // config.parallel.sequence_parallel))
-
-
-@contextmanager
-def _fewer_blocks(objective: FlowObjective, whole: int, skipped: int) -> Iterator[None]:
-    """Leaves the transformer so many blocks that all tokens run, and so many that routed tokens skip."""
-    model, routed = objective.module.transformer, objective.routed_blocks
-    held = {name: blocks for name, blocks in model.named_children() if isinstance(blocks, nn.ModuleList)}
-    after = min(whole, objective.model_config.layers - routed.stop, 1) if routed else 0
-    for name, blocks in held.items():
-        setattr(model, name, blocks[: whole + skipped])
-    objective.routed_blocks = range(whole - after, whole - after + skipped)
-    try:
-        yield
-    finally:
-        objective.routed_blocks = routed
-        for name, blocks in held.items():
-            setattr(model, name, blocks)
-
-
-def _activations(config: RunConfig, objective: Objective, shape: VideoShape, tokens: int) -> tuple[int, int]:
-    """The peak of encoding, and the peak of forward and backward."""
-    each = objective.tokens(shape)
-    count = min(max(1, tokens // each), CLIPS)
-    critic = objective.critic
-    modules = [objective.module, *([critic.module] if critic else [])]
-    for module in modules:
-        module.to(PRECISIONS[config.run.precision]).train()
-        for p in module.parameters():
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(_drop_gradient)  # it goes to the engine's, which is counted
-    frames = torch.empty(count, shape.frames, shape.height, shape.width, 3, dtype=torch.uint8, device=NOWHERE)
-    latents: Sequence[Tensor | None] = [None] * count
-    if isinstance(objective, FlowObjective) and config.data.cache is not None:
-        size = (objective.model_config.latent_channels, *shape.latent(objective.vae.config.stride).sizes)
-        latents = [torch.empty(size, device=NOWHERE) for _ in range(count)]
-    examples = [Example(str(n), n, 0, 0, shape, 1.0, "", frames[n], latents[n]) for n in range(count)]
-    items = [PlanItem(n, 0, 0, each, 1, n) for n in range(count)]
-    networks = [*modules, *_encoders(objective)]  # views of their tensors are no activations either
-    there = [tensor for one in networks for tensor in (*one.parameters(), *one.buffers())]
-    with _Peak([*there, frames]) as peak:
-        batch = objective.prepare(examples, items, StepKey(0, 0, 0, count, critic.start if critic else 0))
-        encoding, peak.most = peak.most, peak.live
-        for module in modules:
-            module(batch).backward()
-    encoding, training = (round(most * tokens / (count * each)) for most in (encoding, peak.most))
-    return encoding, training
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-class _Peak(TorchDispatchMode):
-    """Tracks the bytes of live storages that operators allocate on the meta device."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.live = self.most = 0
-        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.device == NOWHERE:
-                self._note(value.untyped_storage())
-        self.most = max(self.most, self.live)
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.live -= self.sizes.pop(key, 0)
+    return sum(math.prod(entry.shape) for entries in headers for entry in entries.values())

@@ -15,6 +15,7 @@ from stdit.data.plan.buckets import Assignment
 from stdit.errors import StditError, error_context, nearest_name
 from stdit.machine import require_memory
 from stdit.models.attention import choose_backend
+from stdit.models.operators import Recompute
 from stdit.models.sequence import SequenceGroup, check_shareable
 from stdit.models.transformer import TEMPORAL_BLOCKS, STDiT, TransformerConfig, count_parameters, inflate
 from stdit.text.encoders import TextEncoder
@@ -261,7 +262,7 @@ def prepared(model: STDiT, config: RunConfig) -> STDiT:
     if settings.lora is not None:
         add_lora(model, settings.lora, config.run.seed)
     check_export(settings, model.config)
-    model.checkpoint_blocks = settings.checkpoint_blocks
+    model.recompute = Recompute.of(config.parallel.recompute)
     return model
 
 

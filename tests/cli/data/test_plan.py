@@ -220,7 +220,7 @@ def test_another_familys_vae_has_its_plan_and_memory(name, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["buckets"][0]["tokens"] == tokens
     memory = found["memory_per_rank"]
-    assert memory["encoders"] == 4 * sum(p.numel() for p in vae.parameters())
+    assert memory["vae"] == 4 * sum(p.numel() for p in vae.parameters())
     assert memory["activations"] > 4 * 9 * 64 * 64 * 3  # the clip itself in fp32, at least
 
 

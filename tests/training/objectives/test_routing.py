@@ -181,12 +181,12 @@ def test_sampling_never_routes(tiny: Path, parts: RunComponents) -> None:
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("checkpoint", ["false", "true"])
+@pytest.mark.parametrize("recompute", ["none", "2"])
 def test_a_run_that_goes_on_is_the_uninterrupted_one(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: str
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: str
 ) -> None:
     make_quick(monkeypatch)
-    settings = [ROUTED, f"model.checkpoint_blocks={checkpoint}", "schedule.decay=constant", "data.workers=0"]
+    settings = [ROUTED, f"parallel.recompute={recompute}", "schedule.decay=constant", "data.workers=0"]
     for name, steps in (("whole", [8]), ("broken", [3, 8])):
         for last in steps:
             overrides = [*settings, f"run={tmp_path / name}", f"schedule.steps={last}"]
