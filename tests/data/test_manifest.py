@@ -119,7 +119,7 @@ def test_what_did_not_change_is_not_probed_again(tmp_path, monkeypatch):
     fresh = scan(tmp_path / "in", uncaptioned=True, workers=1)
     assert again.manifest.hash == fresh.manifest.hash == read_manifest(out).hash != first.manifest.hash
     assert [json.loads(line)["path"].rpartition("/")[2] for line in memory.read_text().splitlines()] == [
-        "d.mp4", "a.mp4", "b.mp4"
+        "a.mp4", "b.mp4", "d.mp4"
     ]  # fmt: skip
 
 

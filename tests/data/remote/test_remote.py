@@ -245,10 +245,10 @@ def test_a_cache_is_written_and_read_through_it_all(server, videos, store, tmp_p
     listed = server[0].list_objects_v2(Bucket="bucket", Prefix="cache/")["Contents"]
     stored = {o["Key"]: server[0].get_object(Bucket="bucket", Key=o["Key"])["Body"].read() for o in listed}
     here = {str(p.relative_to(tmp_path)): p.read_bytes() for p in (tmp_path / "cache").rglob("*") if p.is_file()}
-    assert stored == here and len(here) == 7
+    assert stored == here and len(here) == 8  # three shards of two files, their index, the settings
     assert encode("s3://bucket/cache").reused == 6
 
-    Proxy.faults.extend(TROUBLE)
+    Proxy.faults.extend(TROUBLE[:7])  # the merged index leaves few requests
     before = store.retries
     Proxy.done.clear()
     cache = Cache.open("s3://bucket/cache", latent_settings(CONFIG, "vae"))
@@ -256,7 +256,7 @@ def test_a_cache_is_written_and_read_through_it_all(server, videos, store, tmp_p
     for clip in manifest:
         key = latent_key(clip.id, assignment.shapes[0])
         assert torch.equal(cache.tensor(cache.position(key)), local.tensor(local.position(key)))
-    assert not Proxy.faults and store.retries - before == counted() == 6
+    assert not Proxy.faults and store.retries - before == counted() == 4
     with pytest.raises(StditError, match="vae vae there, other wanted"):
         Cache.open("s3://bucket/cache", latent_settings(CONFIG, "other"))
 
