@@ -48,6 +48,11 @@ class Heartbeat:
         """Sets what the next line says."""
         self._doing = what
 
+    @property
+    def activity(self) -> str:
+        """What `doing` was told last, on any rank; at first nothing."""
+        return self._doing
+
     def spoke(self) -> None:
         """Restarts the 10 s, after something else was printed."""
         self._spoke = time.monotonic()
