@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.errors import StditError
+from stdit.training.engine.clipping import NormLimit
 from stdit.training.engine.optimizer import Ema, OptimizerConfig, make_optimizer
 from stdit.training.engine.parallel import World
 
@@ -39,8 +40,10 @@ class Engine:
 
     module: nn.Module
     optimizer: torch.optim.Optimizer  # its state is keyed by flat master
+    shapes: dict[str, tuple[int, ...]]  # of all parameters that train, in the same order on all ranks
     flat_masters: list[Tensor]
     pieces: list[list[ShardPiece]]  # by flat master
+    limit: NormLimit  # of the gradient
     ema: Ema | None = None  # of the flat masters, set by `make_engine`
     replicated = False  # whether every rank holds all pieces
     differentiable = True  # whether the result of `forward` may be differentiated, outside training
@@ -76,7 +79,7 @@ class TorchEngine(Engine):
                 f"{world.size} ranks need DeepSpeed: set parallel.deepspeed=zero1 (or zero2, zero3) and "
                 f"`pip install stdit[train]`."
             )
-        self.clip = config.clip
+        self.limit = NormLimit(config.clip, config.adaptive_clip)
         self.module = module.to(world.device)
         masters = trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._copies: list[nn.Parameter] = []
@@ -84,6 +87,7 @@ class TorchEngine(Engine):
             masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in trained.items()}
             self.module.to(PRECISIONS[precision])
             self._copies = list(trained.values())
+        self.shapes = {name: tuple(p.shape) for name, p in trained.items()}
         self.flat_masters = list(masters.values())
         self.pieces = [[ShardPiece(name, tuple(p.shape), 0, 0, p.numel())] for name, p in masters.items()]
         self.optimizer = make_optimizer(masters, config)
@@ -109,11 +113,12 @@ class TorchEngine(Engine):
         gradients = [flat.grad for flat in self.flat_masters if flat.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if math.isfinite(value := float(norm)):
-            if self.clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(self.flat_masters, self.clip, norm)
+            if limit := self.limit.value:
+                torch.nn.utils.clip_grads_with_norm_(self.flat_masters, limit, norm)
             self.optimizer.step()
             self.copy_masters()
         self.optimizer.zero_grad(set_to_none=True)
+        self.limit.note(value)
         return value
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError, nearest_name
 from stdit.settings import Share
+from stdit.training.engine.clipping import AdaptiveClipConfig
 
 # Optimizers that ZeRO may cut anywhere: the update of one number needs no other number of its tensor. adan is not among
 # them: it counts steps by group, and ZeRO-3 updates one group after the other, which would count each as a step.
@@ -80,6 +81,7 @@ class OptimizerConfig:
     betas: decay of the first and of the second moment.
     weight_decay: acts on matrices only, not on biases, norms and modulation tables.
     clip: largest global norm of the gradient; 0: no clipping.
+    adaptive_clip: also clips a gradient whose norm is far above those of the last steps; unset: not.
     max_skipped_steps: a step whose loss or gradient is not finite updates nothing. After so many in a row, the next
         such step stops the run.
     ema: the moving average of the weights.
@@ -92,6 +94,7 @@ class OptimizerConfig:
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.01
     clip: NonNegativeFloat = 1.0
+    adaptive_clip: AdaptiveClipConfig | None = None
     max_skipped_steps: NonNegativeInt = 3
     ema: EmaConfig = field(default_factory=EmaConfig)
     options: dict[str, Any] = field(default_factory=dict)

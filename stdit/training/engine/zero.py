@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stdit.errors import StditError, error_context
 from stdit.shipped import DEEPSPEED, find_shipped
+from stdit.training.engine.clipping import NormLimit
 from stdit.training.engine.engine import PRECISIONS, Engine, ShardPiece, nan_if_not_finite
 from stdit.training.engine.optimizer import SHARDED_MUON, OptimizerConfig, group_state, make_optimizer
 from stdit.training.engine.parallel import World
@@ -63,7 +64,7 @@ class DeepSpeedEngine(Engine):
         settings |= {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # the boundary is set by hand: steps differ in their micro-steps
-            "gradient_clipping": config.clip,
+            "gradient_clipping": 0.0,  # `step` sets the limit
             "bf16": {"enabled": precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "zero_allow_untested_optimizer": True,
@@ -72,7 +73,7 @@ class DeepSpeedEngine(Engine):
         assert numbers is not None or not allocated, allocated[:3]
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._parameters: dict[str, Any] = dict(trained)  # DeepSpeed adds attributes to them
-        shapes = {name: tuple(p.shape) for name, p in trained.items()}  # ZeRO-3 empties the parameters
+        self.shapes = {name: tuple(p.shape) for name, p in trained.items()}  # ZeRO-3 empties the parameters
         # By parameter, its fp32 numbers: DeepSpeed would make the masters of weights rounded to bf16.
         exact: dict[str, Callable[[int, int], Tensor]] = {}
         if precision == "bf16":
@@ -90,6 +91,7 @@ class DeepSpeedEngine(Engine):
             client = muon = ShardedMuon(client.param_groups, world)
         self._world, self.scale = world, world.size  # the engine averages over ranks, our loss is a sum
         self.stage = stage
+        self.limit = NormLimit(config.clip, config.adaptive_clip)
         with _quiet():
             if allocated and numbers is not None:
                 if stage == 3:
@@ -106,7 +108,7 @@ class DeepSpeedEngine(Engine):
                 del group[key]
         self.replicated = stage == 0
         self.differentiable = stage < 3  # stage 3 counts forwards and backwards
-        self.flat_masters, self.pieces = self._find_pieces(shapes, world)
+        self.flat_masters, self.pieces = self._find_pieces(self.shapes, world)
         if muon is not None:
             muon.attach(self.flat_masters, self.pieces)
         with torch.no_grad():
@@ -171,16 +173,23 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        limit = self.limit.value
         norm: Any = None
         if self.stage == 0:  # DeepSpeed measures the norm only if it clips
             norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
             if not torch.isfinite(norm):  # the other stages check that themselves
                 self._deepspeed.zero_grad()
                 return float(norm)
+            if limit > 0:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), limit, norm)
+        else:
+            self._deepspeed.optimizer.clip_grad = limit
         self._deepspeed.step()
         if not self._deepspeed.was_step_applied():  # it silently skips a step with infinite gradients
             return math.inf
-        return float(self._deepspeed.get_global_grad_norm() if norm is None else norm)
+        value = float(self._deepspeed.get_global_grad_norm() if norm is None else norm)
+        self.limit.note(value)
+        return value
 
 
 def _partition(deepspeed: Any, module: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
