@@ -44,16 +44,18 @@ def train(
     """
     from stdit.training.config import load_config
     from stdit.training.engine.parallel import join_world, leave_world
+    from stdit.training.engine.watch import watched
     from stdit.training.run import run
 
     asked = {"--world-size": world_size, "--gpu": gpu, "--mfu": mfu, "--json": as_json or None}
     if not dry_run and (name := next((name for name, value in asked.items() if value is not None), None)):
         raise BadParameter(f"{name} goes with --dry-run.")
     settings = load_config(config, overrides or [])
-    world = join_world()
+    world = join_world(settings.parallel.timeout)
     try:
         if not dry_run:
-            run(settings, world)
+            with watched(world, settings.parallel.timeout):
+                run(settings, world)
         elif world.is_main:
             from stdit.cli.dry_run import print_forecast
 

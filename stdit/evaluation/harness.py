@@ -19,7 +19,7 @@ from stdit.data.toy import Jitter, ToySpec, held_out_prompts, render
 from stdit.errors import StditError
 from stdit.evaluation.metrics import EXACT_PSNR, mean_psnr, psnr
 from stdit.evaluation.report import SOURCES
-from stdit.evaluation.toy import Accuracy, as_json, read_clip, score_readings
+from stdit.evaluation.toy import Accuracy, ToyReading, as_json, read_clip, score_readings
 from stdit.files import make_folder, publish_text
 from stdit.heartbeat import Report
 from stdit.keyed import keyed_seed
@@ -28,6 +28,7 @@ from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import VideoShape, nearest_frames, size_for
 
 FORMAT = 1
+TOGETHER = 8  # captions that `toy_shares` samples in one pack
 TRAINED, ASPECT, DURATION = "trained", "untrained aspect ratio", "untrained duration"
 
 
@@ -91,16 +92,31 @@ def evaluate_toy(
 
 
 def toy_shares(
-    pipeline: Pipeline, captions: int, shapes: Sequence[VideoShape], steps: int, guidance: float, seed: int
+    pipeline: Pipeline,
+    captions: int,
+    shapes: Sequence[VideoShape],
+    steps: int,
+    guidance: float,
+    seed: int,
+    share_out: Callable[[Sequence[Any], Callable[[Any], Any]], list[Any]] = lambda items, work: [*map(work, items)],
 ) -> dict[str, dict[str, float]]:
     """The shares of samples that show each attribute, and all together, as their held-out captions say: by shape.
 
-    As `evaluate_toy` samples and reads them, without references and files.
+    As `evaluate_toy` samples and reads them, without references and files, TOGETHER captions at a time.
+
+    share_out: does the work of each item, on whatever rank, and returns all results in the order of items.
     """
     prompts, shares = held_out_prompts(captions, seed), dict[str, dict[str, float]]()
+    groups = [range(len(prompts))[first : first + TOGETHER] for first in range(0, len(prompts), TOGETHER)]
     for shape in shapes:
-        clips = sample_captions(pipeline, prompts, shape, steps, guidance, seed)
-        scores = score_readings(prompts, [read_clip(clip) for clip in clips])
+
+        def read(group: range, shape: VideoShape = shape) -> list[ToyReading]:
+            chosen = [prompts[index] for index in group]
+            clips = sample_captions(pipeline, chosen, shape, steps, guidance, seed, indices=group)
+            return [read_clip(clip) for clip in clips]
+
+        readings = [reading for group in share_out(groups, read) for reading in group]
+        scores = score_readings(prompts, readings)
         shares[str(shape)] = {name: accuracy.share for name, accuracy in scores.items()}
     return shares
 
@@ -113,11 +129,12 @@ def sample_captions(
     guidance: float,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
-    """A clip for each caption, uint8 (T, H, W, 3), all of one shape and so in few packs."""
+    """A clip for each caption, uint8 (T, H, W, 3), all of one shape and so in few packs. indices: key their noise."""
     clips: Any = pipeline(
         captions, size=(shape.width, shape.height), frames=shape.frames, steps=steps, guidance=guidance, seed=seed,
-        progress=progress,
+        progress=progress, indices=indices,
     )  # fmt: skip
     return list(clips)
 

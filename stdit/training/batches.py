@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stdit.data.load.loader import Example, Loader
 from stdit.data.plan.planner import Plan
-from stdit.data.plan.split import PlanItem, split
+from stdit.data.plan.split import PlanItem, balance, split
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,20 @@ class StepClips:
     index: int  # in the epoch
     num_clips: int  # on all ranks
     micro_steps: list[MicroStep]
+    balance: float = 1.0  # of the work that the plan gives the ranks: mean work / Σ of each micro-step's largest
 
     @property
     def examples(self) -> list[Example]:
         return [example for micro in self.micro_steps for example in micro.examples]
+
+
+@dataclass(frozen=True)
+class _PendingStep:
+    epoch: int
+    index: int
+    num_clips: int
+    packs: list[list[PlanItem]]
+    balance: float
 
 
 class StepLoader:
@@ -42,7 +52,7 @@ class StepLoader:
 
     def __init__(self, plan_of: Callable[[int], Plan], loader: Loader, rank: int, ranks: int, first_step: int) -> None:
         self.plan_of, self.rank, self.ranks = plan_of, rank, ranks
-        self._pending: deque[tuple[int, int, int, list[list[PlanItem]]]] = deque()  # steps whose clips are being read
+        self._pending: deque[_PendingStep] = deque()  # steps whose clips are being read
         self._batches = loader.iterate(self._packs(first_step))
         self.steps: Iterator[StepClips] = self._read()
 
@@ -60,13 +70,15 @@ class StepLoader:
             bound = plan.token_bound()
             for index in range(first, plan.num_steps):
                 step = plan.items(index)
-                packs = [groups[self.rank] for groups in split(step, self.ranks, bound)]
-                self._pending.append((epoch, index, len(step), packs))
+                micro_steps = split(step, self.ranks, bound)
+                packs = [groups[self.rank] for groups in micro_steps]
+                self._pending.append(_PendingStep(epoch, index, len(step), packs, balance(micro_steps)))
                 yield from ((epoch, pack) for pack in packs)
             epoch, first = epoch + 1, 0
 
     def _read(self) -> Iterator[StepClips]:
         for first_batch in self._batches:
-            epoch, index, num_clips, packs = self._pending.popleft()
-            examples = [first_batch, *(next(self._batches) for _ in packs[1:])]
-            yield StepClips(epoch, index, num_clips, [MicroStep(*pair) for pair in zip(packs, examples)])
+            step = self._pending.popleft()
+            examples = [first_batch, *(next(self._batches) for _ in step.packs[1:])]
+            micro_steps = [MicroStep(*pair) for pair in zip(step.packs, examples)]
+            yield StepClips(step.epoch, step.index, step.num_clips, micro_steps, step.balance)

@@ -9,11 +9,12 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stdit import keyed
 from stdit.evaluation.report import read_metrics
@@ -25,7 +26,7 @@ from stdit.training.engine.agreement import agree
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.engine.engine import PRECISIONS, Engine
 from stdit.training.engine.make import make_engine
-from stdit.training.engine.parallel import World
+from stdit.training.engine.parallel import SharingStopped, World
 from stdit.training.engine.saver import Saver
 from stdit.training.engine.start import zeros
 from stdit.training.objectives.protocol import StepKey, StepResult, Update
@@ -48,8 +49,10 @@ class Trainer:
         if self.resumed is not None:
             resume.check_config(self.resumed, config)
         self.step = self.resumed.step if self.resumed else 0  # optimizer steps done
+        self.saved = self.step
         self.skipped = 0  # steps in a row that were not finite and updated nothing
         self.losses: list[Tensor] = []  # this rank's share of each step's loss since the last line of metrics
+        self.by_level = torch.zeros(2, 0)  # this rank's errors by noise level and their weights, of the same steps
         self.shared = config.parallel.sequence_parallel  # ranks that share a pack; the first counts its clips
         self.counts = world.rank % self.shared == 0
         self.failures = bad_clips.FailedClips(world)
@@ -77,6 +80,7 @@ class Trainer:
             HEARTBEAT.doing(f"loading {resumed.path}")
             critic = self.objective.critic
             resumed.load_weights(self.objective.module, *([critic.module] if critic else []), world=self.world)
+        self.by_level = torch.zeros(2, len(self.objective.level_names), dtype=torch.float64, device=self.world.device)
         HEARTBEAT.doing("preparing the optimizer")
         self._make_engines()
         if resumed is not None:
@@ -99,8 +103,12 @@ class Trainer:
             self.engine.copy_masters()
         self.failures.by_id = dict(resumed.state["failures"])
         self.skipped = resumed.state.get("skipped", 0)
+        for engine, limit in zip(self.engines, resumed.state.get("limits", [])):
+            engine.limit.load(limit)
         shares = [loss if self.world.is_main else 0.0 for loss in resumed.state["window"]]
         self.losses = [torch.tensor(share, dtype=torch.float64) for share in shares]
+        if self.world.is_main and "by_level" in resumed.state:
+            self.by_level.copy_(torch.tensor(resumed.state["by_level"]).view_as(self.by_level))
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -109,11 +117,10 @@ class Trainer:
         config, world = self.config, self.world
         HEARTBEAT.doing("measuring this machine's rate")
         peak = measure_peak(world.device, PRECISIONS[config.run.precision])
-        self.log = StepLog(config, world, self.step, peak)
+        self.log = StepLog(config, world, self.step, peak, self.objective.level_names)
         self.log.write_start(self.components, self.say)
         group, groups = world.rank // self.shared, config.parallel.groups(world.size)
         loader = StepLoader(self.components.plan_of, self.components.loader, group, groups, self.step)
-        saved = self.step
         with closing(self.log), closing(loader), self.stop.listening(), self.saver.finishing():
             if self._evaluation_is_due() and not self._is_evaluated():  # the process was killed between the two
                 self._evaluate()
@@ -126,6 +133,7 @@ class Trainer:
                     update = self.update()
                 if update.is_finite:
                     self.losses.append(result.loss)
+                    self.by_level += result.by_level
                 else:
                     self._skip(clips, update)
                 self.log.end_step(result)
@@ -135,13 +143,12 @@ class Trainer:
                 self.log.progress.advance(self.step)
                 if result.stop or is_last or self.step % config.checkpoint.every == 0:
                     self.save()
-                    saved = self.step
                 if result.stop:
                     self.saver.finish()
                     raise self.stop.interrupted(result.stop, self.step, self.folder)
                 if self._evaluation_is_due():
                     self._evaluate()
-            if saved != self.step:
+            if self.saved != self.step:
                 self.save()
             self._finish()
 
@@ -161,7 +168,7 @@ class Trainer:
             self.saver.finish()
             raise bad_clips.no_clip_could_be_read(clips, self.step + 1)
         loss, critic_loss = torch.zeros(2, dtype=torch.float64, device=device)
-        flops = 0
+        flops, by_level = 0, torch.zeros(2, len(objective.level_names), device=device)
         for micro in clips.micro_steps:
             batch = objective.prepare(micro.examples, micro.items, key)
             flops += batch.flops
@@ -169,6 +176,8 @@ class Trainer:
             loss += self.engine.backward(batch, 1 / weight, is_last).double()
             if critic is not None:
                 critic_loss += critic.backward(batch, 1 / weight, is_last).double()
+            if batch.by_level is not None:
+                by_level += batch.by_level
             del batch  # before the next one is made
         return StepResult(
             loss=loss / weight,
@@ -176,6 +185,7 @@ class Trainer:
             tokens=self.counts * sum(item.tokens for micro in clips.micro_steps for item in micro.items),
             flops=flops,
             stop=self.stop.of_flags(*stop),
+            by_level=by_level,
         )
 
     def _sum_weights(self, clips: StepClips, key: StepKey) -> list[float]:
@@ -191,12 +201,13 @@ class Trainer:
         weights and average stay as they are."""
         factor = self.config.schedule.factor(self.step)
         lr = self.config.optimizer.lr * factor
+        limit = self.engine.limit.value if self.config.optimizer.adaptive_clip else 0.0
         norm = self.engine.step(lr)
         if (critic := self._critic_in_this_step()) is not None:
             assert self.objective.critic is not None
             critic_norm = critic.step(self.objective.critic.optimizer.lr * factor)
             norm += 0.0 * critic_norm  # not finite if the critic's is not
-        update = Update(norm, lr)
+        update = Update(norm, lr, limit)
         self.step += 1
         self.skipped = 0 if update.is_finite else self.skipped + 1
         if update.is_finite and self.engine.ema is not None:
@@ -231,7 +242,7 @@ class Trainer:
 
     def _write_metrics(self, clips: StepClips, update: Update, critic_loss: Tensor | None) -> None:
         """Writes a line about the steps since the last one. Raises StditError if their loss is not finite."""
-        sums = self.log.sum_over_ranks(self.losses, self.failures.unshared, critic_loss)
+        sums = self.log.sum_over_ranks(self.losses, self.by_level, self.failures.unshared, critic_loss)
         loss = sums.losses / len(self.losses) if self.losses else math.nan
         if sums.failures:
             self.failures.share()
@@ -239,6 +250,7 @@ class Trainer:
             self.saver.finish()
             raise bad_clips.diverged(self.folder, self.step, f"the loss is {loss}")
         self.losses = []
+        self.by_level.zero_()
         self.log.write_step(self.step, clips, update, loss, sums, failed=len(self.failures.by_id))
 
     def save(self) -> None:
@@ -246,19 +258,24 @@ class Trainer:
         HEARTBEAT.doing(f"saving step {self.step}")
         self.failures.share()
         losses = self.world.sum_(torch.stack([loss.cpu() for loss in self.losses])) if self.losses else torch.zeros(0)
+        by_level = self.world.sum_(self.by_level.cpu())
         # From here on the sums are rank 0's, as after a resume.
         self.losses = list(losses if self.world.is_main else torch.zeros_like(losses))
+        self.by_level.copy_(by_level if self.world.is_main else torch.zeros_like(by_level))
         state = {
             "randomness": keyed.VERSION,
             "plan": self.components.plan_hash,
             "window": losses.tolist(),
+            "by_level": by_level.tolist(),
             "failures": self.failures.by_id,
             "skipped": self.skipped,
+            "limits": [engine.limit.state for engine in self.engines],
             "frozen": self.components.frozen,
             "networks": self.networks,
             "config": to_dict(self.config),
         }
         self.saver.start(self.step, self.engines, state)
+        self.saved = self.step
 
     def _evaluation_is_due(self) -> bool:
         """Not after the last step, whose evaluation is part of `_finish`."""
@@ -270,23 +287,34 @@ class Trainer:
     def _is_evaluated(self) -> bool:
         return self.world.from_main(lambda: any(x["step"] == self.step for x in read_metrics(self.folder, "eval")))
 
-    def _evaluate(self) -> dict[str, Tensor]:
-        """Returns the weights that were evaluated, on rank 0."""
+    def _evaluate(self) -> nn.Module:
+        """Returns the module that was evaluated: what trains, with averaged weights."""
         self.saver.finish()  # no step publishes the checkpoint meanwhile, and this may take long
         HEARTBEAT.doing(f"evaluating step {self.step}")
         weights = export.averaged_weights(self.engine, self.world)
-        values = self.world.from_main(partial(evaluation.evaluate, self.components, weights, self.world, self.step))
-        if values:
-            self.log.write("eval", self.step, **values)
+        module = export.trained_module(self.components, weights, self.world)
+        assert module is not None
+        world = replace(self.world, asked_to_stop=lambda: self.stop.received is not None)
+        try:
+            values = evaluation.evaluate(self.components, module, world, self.step)
+        except SharingStopped:  # the same command evaluates again
+            number = self.stop.of_flags(*self.world.sum_(torch.tensor(self.stop.flags, dtype=torch.float64)).tolist())
+            if self.saved != self.step:
+                self.save()
+            self.saver.finish()
+            raise self.stop.interrupted(number, self.step, self.folder) from None
+        self.log.write("eval", self.step, **values)
         if told := evaluation.described(values):
             self.say(f"step {self.step}: {told}")
-        return weights
+        return module
 
     def _finish(self) -> None:
         """Evaluates the last step, then exports the model folder, which marks the run as finished."""
-        weights = self._evaluate()
-        HEARTBEAT.doing("measuring and exporting the model")
-        self.world.from_main(partial(export.export, self.components, weights, self.world, self.step))
+        self.saver.finish()
+        asked = self.config.objective.kind == "vae" or self.config.eval.asks_a_transformer
+        module = self._evaluate() if asked else None
+        HEARTBEAT.doing(f"exporting step {self.step}")
+        export.export(self.components, self.engine, self.world, self.step, module)
         self.log.write("end", self.step, model="model")
         self.say(f"finished after {self.step} steps: {self.folder / 'model'}")
 

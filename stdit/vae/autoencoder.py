@@ -8,9 +8,10 @@ prefix of its latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -310,15 +311,32 @@ def measure_latents(vae: CausalVAE, batches: Iterable[Tensor]) -> tuple[tuple[fl
     batches: clips (B, 3, T, H, W) in [−1, 1]; shapes may differ, and every latent counts once. Measures the mode of
     the posterior, which is what `encode` returns.
     """
-    n, total, squares = 0, torch.zeros(vae.config.z_dim, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for video in batches:
-        mean, _ = vae.moments_in_slices(video)
-        raw = mean.double().cpu().transpose(0, 1).flatten(1)  # (z, B·T'·H'·W')
-        n, total, squares = n + raw.shape[1], total + raw.sum(1), squares + raw.square().sum(1)
+    return mean_and_deviation([latent_sums(vae, video) for video in batches])
+
+
+class LatentSums(NamedTuple):
+    """Of the raw latents of clips, per channel (z,) in fp64."""
+
+    positions: int
+    total: Tensor
+    squares: Tensor
+
+
+@torch.no_grad()
+def latent_sums(vae: CausalVAE, video: Tensor) -> LatentSums:
+    """video: clips (B, 3, T, H, W) in [−1, 1]."""
+    mean, _ = vae.moments_in_slices(video)
+    raw = mean.double().cpu().transpose(0, 1).flatten(1)  # (z, B·T'·H'·W')
+    return LatentSums(raw.shape[1], raw.sum(1), raw.square().sum(1))
+
+
+def mean_and_deviation(sums: Sequence[LatentSums]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of all clips together, per channel. Raises StditError without clips, and for channels that never change."""
+    n = sum(one.positions for one in sums)
     if n < 2:
         raise StditError("there are no clips to measure latents of. Give at least one.")
-    mean = total / n
-    std = (squares / n - mean**2).clamp_min(0).sqrt()
+    mean = torch.stack([one.total for one in sums]).sum(0) / n
+    std = (torch.stack([one.squares for one in sums]).sum(0) / n - mean**2).clamp_min(0).sqrt()
     if not (std > 0).all():
         raise StditError(f"latent channels {torch.nonzero(std <= 0).flatten().tolist()} never change: train the VAE.")
     return tuple(mean.tolist()), tuple(std.tolist())

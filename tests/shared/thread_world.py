@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import torch
@@ -36,3 +38,10 @@ class ThreadWorld(World):
         parts = [parts[self.rank] for parts in self.gather(numbers.clone().split(sent))]
         assert [len(part) for part in parts] == received
         return torch.cat(parts)
+
+
+def on_ranks(ranks: int, work: Callable[[ThreadWorld], Any]) -> list[Any]:
+    """What `work` returns on each rank, or the error that it ends in."""
+    with ThreadPoolExecutor(ranks) as pool:
+        jobs = [pool.submit(work, ThreadWorld(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
+        return [job.exception(300) or job.result() for job in jobs]

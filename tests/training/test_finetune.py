@@ -202,7 +202,7 @@ def test_noise_levels_move_by_the_clips_size_as_ltx_own_trainer_draws_them(
 
     for one, config in ((parts, described), (plain, {**described, "use_dynamic_shifting": False})):
         weights = {name: p.detach() for name, p in one.objective.module.named_parameters()}
-        write_model(one, weights, ALONE, tmp_path / "model")
+        write_model(one, trained_module(one, weights.items(), ALONE), {}, tmp_path / "model")
         assert json.loads((tmp_path / "model" / "scheduler" / "scheduler_config.json").read_text()) == config
         shutil.rmtree(tmp_path / "model")
 
@@ -213,7 +213,7 @@ def test_the_folder_comes_back_with_what_trained_in_its_place(tiny: Path, tmp_pa
     before = stdit.load_transformer(init).state_dict()
     engine, _ = train(parts, 2)
     weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flat_masters, engine.pieces)}
-    write_model(parts, weights, ALONE, tmp_path / "model")
+    write_model(parts, trained_module(parts, weights.items(), ALONE), {}, tmp_path / "model")
     after = stdit.load_transformer(tmp_path / "model").state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     trained = {name for name in after if ".self_attn.q." in name or name.startswith("head.")}
@@ -252,7 +252,7 @@ def test_what_was_put_together_from_downloads_comes_back_whole(tiny: Path, tmp_p
     assert footprint(parts.config, outlined, shape, 2 * objective.tokens(shape), ranks=1).vae > 0
 
     weights = {name: p.detach() + 1 for name, p in objective.module.named_parameters()}
-    write_model(parts, weights, ALONE, tmp_path / "model")
+    write_model(parts, trained_module(parts, weights.items(), ALONE), {}, tmp_path / "model")
     found = ModelFolder.load(tmp_path / "model")
     assert found.scheduler == objective.scheduler and found.settings.fps == parts.config.data.fps
     same = "vae/model.safetensors"
@@ -357,7 +357,7 @@ def test_an_inflated_model_trains_its_new_blocks_alone(tiny: Path, tmp_path: Pat
     assert all(torch.equal(state[name], tensor) for name, tensor in image.state_dict().items())
     weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flat_masters, engine.pieces)}
     assert {name.removeprefix("transformer.") for name in weights} == state.keys() - image.state_dict().keys()
-    write_model(parts, weights, ALONE, tmp_path / "model")
+    write_model(parts, trained_module(parts, weights.items(), ALONE), {}, tmp_path / "model")
     again = stdit.load_transformer(tmp_path / "model")
     with torch.no_grad():
         after = again.predict(latents, t, text, size=size)
@@ -413,7 +413,7 @@ def test_an_expert_trains_at_its_own_noise_levels(
         batch = parts.objective.prepare(parts.loader.fetch(items, 0), items, StepKey(0, 0, step, len(items)))
         assert span[0] <= batch.pack.levels.min() and batch.pack.levels.max() <= span[1]
     weights = {n: p.detach() + 1 for n, p in parts.objective.module.named_parameters()}
-    write_model(parts, weights, ALONE, tmp_path / "model")
+    write_model(parts, trained_module(parts, weights.items(), ALONE), {}, tmp_path / "model")
     kept, new = (stdit.load_transformer(tmp_path / "model" / n).state_dict() for n in (other, name))
     assert all(torch.equal(kept[key], t) for key, t in stdit.load_transformer(init / other).state_dict().items())
     assert all(torch.equal(new[key], mine[key] + 1) for key in mine)
@@ -452,15 +452,15 @@ def test_both_experts_train_each_on_the_clips_of_its_levels(tiny: Path, tmp_path
     engine, losses = train(parts, 4)
     assert losses[-1] < losses[0]
     weights = {piece.name: flat.detach() for flat, (piece,) in zip(engine.flat_masters, engine.pieces)}
-    write_model(parts, weights, ALONE, tmp_path / "model")
+    write_model(parts, trained_module(parts, weights.items(), ALONE), {}, tmp_path / "model")
     for name in ("transformer", "transformer_2"):
         old, new = (stdit.load_transformer(place / name).state_dict() for place in (experts, tmp_path / "model"))
         assert old.keys() == new.keys() and not torch.equal(old["head.head.weight"], new["head.head.weight"]), name
 
-    pipeline, used = make_pipeline(parts, trained_module(parts, weights, ALONE)), set()
+    pipeline, used = make_pipeline(parts, trained_module(parts, weights.items(), ALONE)), set()
     for name in ("high", "low"):
         getattr(pipeline.transformer, name).register_forward_hook(lambda *_, name=name: used.add(name))
-    (file,) = sample(pipeline, parts.config.eval, parts.config.data.fps, parts.config.run.path, 4)
+    (file,) = sample(pipeline, parts.config.eval, parts.config.data.fps, tmp_path, 4, ALONE)
     assert used == {"high", "low"} and (tmp_path / file).is_file()
     arguments = {"steps": 4, "guidance": 2, "seed": 3}
     frames = Pipeline.load(tmp_path / "model")("a small red circle", **arguments)

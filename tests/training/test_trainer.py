@@ -201,23 +201,26 @@ def test_failures_are_counted_over_all_ranks(tiny: Path, tmp_path: Path) -> None
 
     class TwoRanks(World):
         def sum_(self, values: torch.Tensor) -> torch.Tensor:
-            return values.add_(torch.tensor([1.0, 5.0, 7.0, 2.0, 3.0], dtype=torch.float64))
+            return values.add_(torch.tensor([1.0, 0.0, 5.0, 7.0, 2.0, 3.0, 8.0, 0.0, 2.0, 0.0], dtype=torch.float64))
 
         def gather(self, value: Any) -> list[Any]:
-            return [value, {"a": {}, "b": {}}]
+            return [value, {"a": {}, "b": {}} if isinstance(value, dict) else (0.5, 2.0**60)]
 
     world = TwoRanks(0, 2, torch.device("cpu"))
     trainer = trainer_module.Trainer(load_config(tiny / "flow.yaml", [f"run={tmp_path}"]), ALONE)
     trainer.world = trainer.failures.world = world
     trainer.failures.by_id, trainer.failures.unshared = {"a": {}}, 1
     trainer.losses = [torch.tensor(2.0), torch.tensor(3.0)]
-    trainer.log = StepLog(trainer.config, world, 0, peak=1.0)
-    trainer.log.end_step(StepResult(torch.tensor(3.0), None, tokens=10, flops=20, stop=0))
+    trainer.by_level = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    trainer.log = StepLog(trainer.config, world, 0, 1.0, ["0-0.5", "0.5-1"])
+    trainer.log.end_step(StepResult(torch.tensor(3.0), None, 10, 20, 0, torch.zeros(2, 2)))
     trainer._write_metrics(StepClips(0, 0, 4, []), Update(1.0, 0.1), None)
     trainer.log.close()
     (line,) = read_metrics(tmp_path, "train")
     assert (line["failed"], line["loss"], line["tokens"]) == (2, 3.0, 15) and trainer.failures.unshared == 0
     assert line["storage_retries"] == 3
+    assert line["loss_by_level"] == {"0-0.5": 3.0, "0.5-1": None}
+    assert (line["wait_seconds"], line["memory_gib"]) == (0.5, 2.0**30)
 
 
 def test_the_wait_for_data_is_measured_and_logged(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

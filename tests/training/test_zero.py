@@ -151,6 +151,19 @@ def test_gradients_losses_and_clips_equal_one_rank(runs: Path, stage: str, optim
     assert any(0 in step for step in first + second)  # and ranks that had nothing to do in one
 
 
+@pytest.mark.parametrize(("stage", "reductions"), [("zero1", 1), ("zero2", None)])
+def test_what_a_step_sends(runs: Path, stage: str, reductions: int | None) -> None:
+    """On two ranks: an all-reduce of the fp32 gradients, in ZeRO 1 one a step, in ZeRO 2 one in each micro-step; then
+    every rank gets the other's half of the weights. Besides, sums of a few numbers."""
+    found = seen(runs, f"{stage}-adamw")
+    micro_steps = list(map(len, found["packs"][0]))
+    assert len(set(micro_steps)) > 1 and min(micro_steps) > 1
+    for sent, count in zip(found["sent"], micro_steps):
+        expected = 4 * found["numbers"] * ((reductions or count) + 1 / 2)
+        assert expected <= sent <= 1.01 * expected + 2000, (sent / 4 / found["numbers"], count)
+    assert seen(runs, "one-adamw")["sent"] == [0] * STEPS
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_held_out_loss_equals_one_ranks(runs: Path, stage: str) -> None:
     expected, found, later = (seen(runs, f"{name}-adamw")["evaluated"] for name in ("one", stage, "more"))

@@ -15,7 +15,6 @@ import json
 import re
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +25,8 @@ from stdit.training.batches import StepLoader
 from stdit.training.config import RunConfig, load_config
 from stdit.training.engine.parallel import World, join_world, leave_world
 from stdit.training.engine.start import allocate, fill
+from stdit.training.engine.traffic import TRAFFIC
 from stdit.training.outputs import evaluation, export
-from stdit.training.outputs.export import averaged_weights
 from stdit.training.setup import build
 from stdit.training.setup.resolve import resolve
 from stdit.training.trainer import Trainer
@@ -93,10 +92,12 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
     first = trainer.step
     group, groups = world.rank // trainer.shared, world.size // trainer.shared
     feed = StepLoader(trainer.components.plan_of, trainer.components.loader, group, groups, first)
-    losses, ids, micro_steps = [], [], []
+    losses, ids, micro_steps, sent = [], [], [], []
     for number in range(first, steps):
         step = next(feed.steps)
+        TRAFFIC.take()
         loss = trainer.accumulate(step).loss
+        traffic = TRAFFIC.take()
         losses.append(float(world.sum_(loss)))
         seen = world.gather([example.clip_id for example in step.examples] if trainer.counts else [])
         ids.append(sorted(one for rank in seen for one in rank))
@@ -108,20 +109,25 @@ def train(config: Path, overrides: list[str], out: Path, world: World) -> None:
                 out.mkdir(parents=True, exist_ok=True)
                 save_file({name: one.contiguous() for name, one in gradients.items()}, out / "gradients.safetensors")
         trainer.losses.append(loss)
+        TRAFFIC.take()
         trainer.update()
+        sent.append((traffic + TRAFFIC.take()).sent)
         if "half" in out.name and trainer.step == steps // 2:
             trainer.save()
     trainer.save()
     trainer.saver.finish()
     feed.close()
-    weights, evaluated = averaged_weights(trainer.engine, world), {}
-    if world.is_main and trainer.config.objective.kind == "flow":
-        evaluated = evaluation.evaluate(trainer.components, weights, world, steps)
-    if trainer.config.model.lora is not None and world.is_main:
-        export.publish_model(out, steps, partial(export.write_model, trainer.components, weights, world))
+    module, evaluated = None, {}
+    if trainer.config.objective.kind == "flow":
+        module = export.trained_module(trainer.components, export.averaged_weights(trainer.engine, world), world)
+        assert module is not None
+        evaluated = evaluation.evaluate(trainer.components, module, world, steps)
+    if trainer.config.model.lora is not None:
+        export.export(trainer.components, trainer.engine, world, steps, module)
     packs = world.gather(micro_steps)
     if world.is_main:
-        found = {"losses": losses, "ids": ids, "packs": packs, "evaluated": evaluated}
+        found = {"losses": losses, "ids": ids, "packs": packs, "evaluated": evaluated, "sent": sent}
+        found["numbers"] = trainer.components.parameters
         (out / "seen.json").write_text(json.dumps(found))
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Annotated
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from stdit.errors import StditError, nearest_name
 from stdit.models.operators import RecomputeKind
 from stdit.training.engine.engine import Engine, TorchEngine
 from stdit.training.engine.optimizer import ELEMENTWISE, SHARDED_MUON, Ema, OptimizerConfig, make_optimizer, shardable
-from stdit.training.engine.parallel import World
+from stdit.training.engine.parallel import TIMEOUT, World
 from stdit.training.engine.start import Numbers, allocate, fill
 from stdit.training.engine.zero import DeepSpeedEngine, zero_stage
 
@@ -28,11 +29,13 @@ class ParallelConfig:
     recompute: what a transformer computes again in backward instead of keeping it, which saves memory: none, all (every
         block), n (every n-th block), or attention (every block, but for the output of its self-attention, which is
         kept).
+    timeout: minutes that ranks wait for one another: then the run ends with an error that names the rank that hangs.
     """
 
     deepspeed: str | None = None
     sequence_parallel: PositiveInt = 1
     recompute: RecomputeKind | PositiveInt = "none"
+    timeout: Annotated[float, Field(gt=0, le=1440)] = TIMEOUT
 
     def groups(self, ranks: int) -> int:
         """How many groups of ranks there are, each with its own packs. Raises StditError if ranks are left over."""

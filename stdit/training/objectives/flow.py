@@ -31,10 +31,11 @@ from stdit.text.encoders import TextEncoder
 from stdit.training.engine.start import Numbers
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.config import ObjectiveConfig
+from stdit.training.objectives.levels import level_edges, level_names, sums_by_level
 from stdit.training.objectives.loss_weights import LEVEL_WEIGHTS, clip_weight
 from stdit.training.objectives.protocol import Batch, Objective, StepKey
 from stdit.vae.autoencoder import CausalVAE
-from stdit.weights.families import guided_by_null_text
+from stdit.weights.families import guided_by_null_text, on_meta
 
 CAPTIONS_KEPT = 4096  # size of the caches of token ids and embeddings, in captions
 EMBEDDED_BYTES = 2**34  # and at most, of embeddings: 4096 full ones of a T5-XXL in bf16, 167 of Cosmos-Reason1
@@ -54,6 +55,7 @@ class FlowBatch(Batch):
     text: TextPack | None
     text_ids: list[list[int]] | None  # of each caption
     routing: Routing | None  # the tokens that skip blocks, if any do
+    level_edges: list[float]  # of the parts of the noise levels, for `by_level`
 
 
 class FlowModule(nn.Module):
@@ -73,7 +75,9 @@ class FlowModule(nn.Module):
         levels = batch.pack.levels[batch.pack.level_of]  # (N,)
         patch_volume = self.transformer.config.patch_volume
         errors = token_errors(self.path, output, batch.target, patch_volume, levels, batch.clean)  # (N,)
-        return (errors * batch.token_weights).sum()
+        weighted, weights = errors * batch.token_weights, batch.token_weights * batch.target.shape[1]
+        batch.by_level = sums_by_level(torch.stack([weighted.detach(), weights]), levels, batch.level_edges)
+        return weighted.sum()
 
     def _text(self, batch: FlowBatch) -> TextPack:
         if batch.text is not None:
@@ -144,11 +148,12 @@ class FlowObjective(Objective):
         self.noise_levels = config.flow.noise_levels
         if self.noise_levels.distribution == "own":
             self.noise_levels = replace(self.noise_levels, distribution=self.path.distribution)
+        self.level_names = level_names(self.noise_levels)
         self.config, self.device, self.dtype, self.group = config, device, dtype, group
         self.tasks = config.flow.tasks or {"text_to_video": 1.0}
         if numbers is not None:
             self.numbers = lambda name, start, stop: numbers(name.removeprefix("transformer."), start, stop)
-        self.remake = remake or (lambda: STDiT(self.model_config))
+        self.remake = remake
         self.vae = vae.requires_grad_(False)
         self.conditions = conditions
         self.text_encoder = text_encoder
@@ -213,6 +218,7 @@ class FlowObjective(Objective):
             text=text,
             text_ids=ids,
             routing=routing,
+            level_edges=level_edges(self.noise_levels),
         )
 
     def sorted_clips(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> list[TrainingClip]:
@@ -362,13 +368,22 @@ class FlowObjective(Objective):
     def weight(self, examples: Sequence[Example], key: StepKey) -> float:
         return sum((self._draw_task(example, key).weight for example in examples), 0.0)
 
-    def fresh(self) -> FlowModule:
+    def fresh(self, drawn: bool = True) -> FlowModule:
         with torch.random.fork_rng(devices=[]):
             encoder = None
             if self.train_text:
                 inner = type(self.text_encoder.encoder)(self.text_encoder.encoder.config)
                 encoder = TextEncoder(inner, self.text_encoder.tokenizer, self.text_encoder.max_length)
-            return FlowModule(self.remake(), encoder, self.text_padding, self.path).eval()
+            return FlowModule(self._transformer(drawn), encoder, self.text_padding, self.path).eval()
+
+    def _transformer(self, drawn: bool) -> STDiT:
+        if self.remake is not None:
+            return self.remake()
+        if drawn or self.model_config.null_text:  # which is no parameter
+            return STDiT(self.model_config)
+        outlined = on_meta(self.model_config)
+        assert isinstance(outlined, STDiT)
+        return outlined.to(self.dtype).to_empty(device="cpu")
 
     def networks(self, module: nn.Module) -> tuple[STDiT, TextEncoder]:
         """What samples with a module of `fresh`: the transformer, and the text encoder, trained or frozen."""

@@ -41,6 +41,7 @@ class Batch:
     flops: int = 0  # of forward and backward
     inputs: dict[str, Tensor]  # made from the clips; `pixels` or `latents` come first and can be leaves of a graph
     noise_level: float | None = None  # the highest, if the objective has noise levels
+    by_level: Tensor | None = None  # set by the module: the errors and their weights, (2, parts of the noise levels)
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Objective(Protocol):
     cost: tuple[int, int]
     critic: Critic | None = None
     numbers: Numbers | None = None  # of the module's parameters that are still on the meta device
+    level_names: Sequence[str] = ()  # of the parts of the noise levels, if it has any
 
     def tokens(self, shape: VideoShape) -> int:
         """Tokens of a clip of this shape: what the planner bounds packs by."""
@@ -78,18 +80,23 @@ class Objective(Protocol):
     def prepare(self, examples: Sequence[Example], items: Sequence[PlanItem], key: StepKey) -> Batch:
         """The batch of a micro-step's clips; there may be none."""
 
-    def fresh(self) -> nn.Module:
-        """A module like `module` on the CPU, without ZeRO, to be filled with trained weights. Frozen ones are there."""
+    def fresh(self, drawn: bool = True) -> nn.Module:
+        """A module like `module` on the CPU, without ZeRO, to be filled with trained weights. Frozen ones are there.
+
+        drawn: whether those that train have their starting values. If not, they may take less memory: they are in the
+        precision that the module computes in.
+        """
 
 
 class StepResult(NamedTuple):
-    """What a step's forward and backward passes gave. Losses, tokens and flops are this rank's share: they add up."""
+    """What a step's forward and backward passes gave. All but `stop` is this rank's share: it adds up."""
 
     loss: Tensor
     critic_loss: Tensor | None
     tokens: int
     flops: int
     stop: int  # the signal with which a rank was asked to save and stop, or 0
+    by_level: Tensor  # (2, parts of the noise levels): errors, and their weights
 
 
 class Update(NamedTuple):
@@ -97,6 +104,7 @@ class Update(NamedTuple):
 
     norm: float  # of the gradient, before clipping
     lr: float
+    limit: float = 0.0  # that the norm was clipped to, if it follows the norms of the last steps
 
     @property
     def is_finite(self) -> bool:

@@ -30,7 +30,10 @@ class ExpertsModule(nn.Module):
         self.high, self.low = high, low
 
     def forward(self, batch: ExpertsBatch) -> Tensor:
-        return self.high(batch.high) + self.low(batch.low)
+        total = self.high(batch.high) + self.low(batch.low)
+        assert batch.high.by_level is not None and batch.low.by_level is not None
+        batch.by_level = batch.high.by_level + batch.low.by_level
+        return total
 
 
 class ExpertsObjective(Objective):
@@ -46,6 +49,7 @@ class ExpertsObjective(Objective):
             self.numbers = self._numbers
         self.vae, self.text_encoder, self.dtype = high.vae, high.text_encoder, high.dtype
         self.model_config, self.scheduler, self.cost = high.model_config, high.scheduler, high.cost
+        self.level_names = high.level_names
 
     def _numbers(self, name: str, start: int, stop: int) -> Tensor:
         expert, _, inner = name.partition(".")
@@ -77,8 +81,8 @@ class ExpertsObjective(Objective):
         other.high, other.low = other.flows
         return other
 
-    def fresh(self) -> ExpertsModule:
-        return ExpertsModule(self.high.fresh(), self.low.fresh())
+    def fresh(self, drawn: bool = True) -> ExpertsModule:
+        return ExpertsModule(self.high.fresh(drawn), self.low.fresh(drawn))
 
     def networks(self, module: nn.Module) -> tuple[Experts, TextEncoder]:
         assert isinstance(module, ExpertsModule)

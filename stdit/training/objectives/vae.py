@@ -228,7 +228,7 @@ class VaeObjective(Objective):
             frames = frames.narrow(axis, int(draw * (room + 1)), size)
         return frames
 
-    def fresh(self) -> VaeModule:
+    def fresh(self, drawn: bool = True) -> VaeModule:
         with torch.random.fork_rng(devices=[]):
             vae = self.remake()
             select_trainable_part(vae, self.config.vae.train)

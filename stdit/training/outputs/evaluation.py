@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from stdit.data.decode.write import write_video
 from stdit.errors import StditError
 from stdit.evaluation.harness import reconstruct, toy_shares
@@ -16,35 +18,37 @@ from stdit.sampling.pipeline import Pipeline
 from stdit.shapes import VideoShape
 from stdit.training.config import EvalSettings
 from stdit.training.engine.parallel import World
-from stdit.training.outputs.export import Weights, make_pipeline, trained_module, trained_vae
+from stdit.training.objectives.vae import VaeModule
+from stdit.training.outputs.export import make_pipeline
 from stdit.training.outputs.held_out import held_out_loss
-from stdit.training.outputs.spread import spread_clips
+from stdit.training.outputs.spread import SpreadClip, share_clips
 from stdit.training.setup.build import RunComponents
 from stdit.vae.autoencoder import CausalVAE
 
 
-def evaluate(components: RunComponents, weights: Weights, world: World, step: int) -> dict[str, Any]:
-    """The values of an `eval` line of metrics, as `eval` asks for them; empty if it asks a transformer for nothing.
+def evaluate(components: RunComponents, module: nn.Module, world: World, step: int) -> dict[str, Any]:
+    """The values of an `eval` line of metrics, as `eval` asks for them.
 
-    Runs on rank 0, which holds the weights; so the result is the same for any ranks and ZeRO stage.
+    All ranks call it together and share clips and prompts (`World.share_out`). The result is the same for any number
+    of ranks and any ZeRO stage.
+
+    module: of `export.trained_module`.
     """
     settings = components.config.eval
-    if components.config.objective.kind == "vae":
-        return {"psnr": vae_psnr(trained_vae(components, weights, world), components)}
-    if not settings.asks_a_transformer:
-        return {}
-    module = trained_module(components, weights, world)
+    if isinstance(module, VaeModule):
+        return {"psnr": vae_psnr(module.vae, components, world)}
     found: dict[str, Any] = {}
     if settings.manifest is not None:
-        found |= held_out_loss(module, components)
+        found |= held_out_loss(module, components, world)
     pipeline = make_pipeline(components, module)
     if settings.toy is not None:
         shapes = [VideoShape.parse(shape) for shape in settings.toy.shapes] or components.sampled_shapes[:1]
         found["toy"] = toy_shares(
-            pipeline, settings.toy.captions, shapes, settings.steps, settings.guidance, settings.seed
+            pipeline, settings.toy.captions, shapes, settings.steps, settings.guidance, settings.seed, world.share_out
         )
     if settings.prompts:
-        found["samples"] = sample(pipeline, settings, components.config.data.fps, components.config.run.path, step)
+        run, fps = Path(components.config.run.path), components.config.data.fps
+        found["samples"] = sample(pipeline, settings, fps, run, step, world)
     return found
 
 
@@ -57,31 +61,39 @@ def described(values: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def vae_psnr(vae: CausalVAE, components: RunComponents) -> float:
+def vae_psnr(vae: CausalVAE, components: RunComponents, world: World) -> float:
     """Mean PSNR in dB of reconstructed clips: of eval.manifest (held out) if set, else of training clips."""
-    settings, found = components.config.eval, []
-    for clip in spread_clips(components, settings.manifest, settings.clips):
+    settings = components.config.eval
+
+    def measure(clip: SpreadClip) -> float:
         assert clip.example.frames is not None
         frames = [clip.example.frames.numpy()]
-        found.append(mean_psnr(reconstruct(vae, frames), frames))
+        return mean_psnr(reconstruct(vae, frames), frames)
+
+    found = share_clips(components, settings.manifest, settings.clips, world, measure)
     if not found:
         raise StditError(f"{settings.manifest or components.manifest.source}: no clip to measure could be read.")
     return sum(found) / len(found)
 
 
-def sample(pipeline: Pipeline, settings: EvalSettings, fps: float, run: str, step: int) -> list[str]:
+def sample(pipeline: Pipeline, settings: EvalSettings, fps: float, run: Path, step: int, world: World) -> list[str]:
     """Writes the validation prompts' clips to run/samples/step-N/; returns their paths within the run folder."""
     shape = VideoShape.parse(settings.size) if settings.size else None
-    clips = pipeline(
-        settings.prompts, size=(shape.width, shape.height) if shape else None, frames=settings.frames,
-        steps=settings.steps, guidance=settings.guidance, seed=settings.seed,
-    )  # fmt: skip
-    folder = Path(run) / "samples" / f"step-{step:08d}"
-    samples = []
-    for index, (prompt, frames) in enumerate(zip(settings.prompts, clips)):
+    folder = run / "samples" / f"step-{step:08d}"
+
+    def write(index: int) -> dict[str, str]:
+        prompt = settings.prompts[index]
+        (frames,) = pipeline(
+            [prompt], size=(shape.width, shape.height) if shape else None, frames=settings.frames,
+            steps=settings.steps, guidance=settings.guidance, seed=settings.seed, indices=[index],
+        )  # fmt: skip
         words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:40]
         path = folder / f"{index:02d}-{words}.mp4"
         write_video(path, frames, fps)
-        samples.append({"file": str(path.relative_to(run)), "prompt": prompt})
-    publish_text(folder / "samples.json", json.dumps({"step": step, "samples": samples}, indent=1, ensure_ascii=False))
+        return {"file": str(path.relative_to(run)), "prompt": prompt}
+
+    samples = world.share_out(range(len(settings.prompts)), write)
+    if world.is_main:
+        content = {"step": step, "samples": samples}
+        publish_text(folder / "samples.json", json.dumps(content, indent=1, ensure_ascii=False))
     return [sample["file"] for sample in samples]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,11 +25,11 @@ from stdit.training.engine.engine import Engine
 from stdit.training.engine.parallel import World
 from stdit.training.objectives.two_experts import TransformerObjective
 from stdit.training.objectives.vae import VaeModule
-from stdit.training.outputs.spread import spread_clips
+from stdit.training.outputs.spread import share_clips
 from stdit.training.setup.build import RunComponents
 from stdit.training.setup.frozen import check_unchanged
 from stdit.training.setup.lora import export_adapters, merge_lora
-from stdit.vae.autoencoder import CausalVAE, measure_latents
+from stdit.vae.autoencoder import CausalVAE, latent_sums, mean_and_deviation
 from stdit.vae.training.trainable_parts import join_split_kernels
 from stdit.weights.io import save_transformer, save_vae
 from stdit.weights.sources import expert_folders
@@ -37,46 +37,45 @@ from stdit.weights.tensor_files import read_json
 
 FORMAT = 1  # of export.json
 VAE_CLIPS = 256  # to measure the latents' mean and deviation on, at most
-Weights = dict[str, Tensor]  # of all parameters that train, whole and in fp32
+Weights = Iterable[tuple[str, Tensor]]  # all parameters that train by name, whole and in fp32, one at a time
 
 
-def averaged_weights(engine: Engine, world: World) -> Weights:
-    """All averaged weights (without an average: the masters) on rank 0's CPU; on other ranks nothing."""
-    weights: Weights = {}
-    for flat, pieces in zip(engine.ema.averages if engine.ema else engine.flat_masters, engine.pieces):
-        numbers = flat.detach().reshape(-1)
-        mine = [(piece, numbers[piece.start : piece.start + piece.numel].cpu()) for piece in pieces]
-        gathered = [mine] if engine.replicated else world.gather_on_main(mine)
-        for piece, part in (pair for rank in gathered or [] for pair in rank):
-            if piece.name not in weights:
-                weights[piece.name] = torch.empty(piece.shape)
-            weights[piece.name].view(-1)[piece.offset : piece.offset + piece.numel] = part
-    return weights if world.is_main else {}
+def averaged_weights(engine: Engine, world: World) -> Iterator[tuple[str, Tensor]]:
+    """The averaged weights (without an average: the masters) in host memory, on every rank, one parameter at a time.
+
+    All ranks iterate together. Beside its own state, a rank holds one parameter.
+    """
+    flats = engine.ema.averages if engine.ema else engine.flat_masters
+    places = {piece.name: (flat, piece) for flat, pieces in zip(flats, engine.pieces) for piece in pieces}
+    for name, shape in engine.shapes.items():
+        whole = torch.zeros(shape)
+        if name in places:
+            flat, piece = places[name]
+            mine = flat.detach().reshape(-1)[piece.start : piece.start + piece.numel]
+            whole.view(-1)[piece.offset : piece.offset + piece.numel] = mine.to("cpu", torch.float32)
+        yield name, whole if engine.replicated else world.join_(whole)
 
 
-@torch.no_grad()
-def with_weights(module: nn.Module, weights: Weights) -> nn.Module:
-    """Fills a module of `Objective.fresh` with all trained weights, and merges adapters and split kernels."""
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
-    merge_lora(module)
-    join_split_kernels(module)
-    return module
+def trained_module(components: RunComponents, weights: Weights, world: World, wanted: bool = True) -> nn.Module | None:
+    """The objective's module with these weights, on this rank's device: a transformer's in the run's precision, a VAE
+    in fp32. Adapters and split kernels are merged.
 
-
-def trained_vae(components: RunComponents, weights: Weights, world: World) -> CausalVAE:
-    module = with_weights(components.objective.fresh(), weights)
-    assert isinstance(module, VaeModule)
-    return module.vae.to(world.device)
-
-
-def trained_module(components: RunComponents, weights: Weights, world: World) -> nn.Module:
-    """The objective's module with these weights, in the run's precision on this rank's device."""
+    wanted: whether this rank wants it. The others take part in the exchange of weights, and get None.
+    """
+    if not wanted:
+        for _ in weights:
+            pass
+        return None
     objective = components.objective
-    assert isinstance(objective, TransformerObjective)
-    return with_weights(objective.fresh(), weights).to(world.device, objective.dtype)
+    module = objective.fresh(drawn=False)
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, weight in weights:
+            parameters.pop(name).copy_(weight)
+        assert not parameters, parameters.keys()
+        merge_lora(module)
+        join_split_kernels(module)
+    return module.to(world.device, objective.dtype if isinstance(objective, TransformerObjective) else None)
 
 
 def make_pipeline(components: RunComponents, module: nn.Module) -> Pipeline:
@@ -94,39 +93,63 @@ def folder_settings(components: RunComponents) -> FolderSettings:
     return FolderSettings(config.data.fps, shapes, config.text.padding, config.objective.flow.noise_levels.shift_tokens)
 
 
-def export(components: RunComponents, weights: Weights, world: World, step: int) -> None:
-    """Publishes run/model, on rank 0."""
-    write = write_vae if components.config.objective.kind == "vae" else write_model
-    publish_model(Path(components.config.run.path), step, partial(write, components, weights, world))
+def export(components: RunComponents, engine: Engine, world: World, step: int, module: nn.Module | None) -> None:
+    """Publishes run/model. All ranks call it together; rank 0 writes.
+
+    module: of `trained_module` for these weights, if all ranks have made it already.
+    """
+    config, is_vae = components.config, components.config.objective.kind == "vae"
+    lora = None if is_vae else config.model.lora
+    adapters = {} if lora is None else dict(averaged_weights(engine, world))
+    if module is None and (lora is None or lora.merged):
+        wanted = is_vae or world.is_main
+        module = trained_module(components, averaged_weights(engine, world), world, wanted)
+    if is_vae:
+        assert isinstance(module, VaeModule)
+        write = partial(write_vae, components, measured(module.vae, components, world))
+    else:
+        write = partial(write_model, components, module, adapters)
+    world.after_main(lambda: publish_model(Path(config.run.path), step, write))
 
 
-def write_vae(components: RunComponents, weights: Weights, world: World, folder: Path) -> None:
-    """Writes a VAE's folder. If its encoder trained, measures the latents' mean and deviation anew."""
-    vae = trained_vae(components, weights, world)
+def measured(vae: CausalVAE, components: RunComponents, world: World) -> CausalVAE:
+    """The VAE with its latents' mean and deviation measured anew, if its encoder trained."""
     if components.config.objective.vae.train != "decoder":
-        clips = spread_clips(components, None, VAE_CLIPS)
-        videos = (clip.example.video[None].to(world.device) for clip in clips)
-        mean, std = measure_latents(vae, videos)
+        sums = share_clips(
+            components, None, VAE_CLIPS, world,
+            lambda clip: latent_sums(vae, clip.example.video[None].to(world.device)),
+        )  # fmt: skip
+        mean, std = mean_and_deviation(sums)
         vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
+    return vae
+
+
+def write_vae(components: RunComponents, vae: CausalVAE, folder: Path) -> None:
     save_vae(vae, folder / "vae")
     FolderSettings(components.config.data.fps, tuple(map(str, components.shapes)), None).write(folder)
 
 
-def write_model(components: RunComponents, weights: Weights, world: World, folder: Path) -> None:
+def write_model(
+    components: RunComponents, module: nn.Module | None, adapters: Mapping[str, Tensor], folder: Path
+) -> None:
     """Writes a model folder: a copy of model.init's with the trained transformers, if all else comes from there too.
 
     A run with adapters writes their files and where the base model is, or if asked the base model with them merged.
+
+    module: of `trained_module`; None if adapters are written alone.
+    adapters: the weights that trained, if they are adapters.
     """
     config, objective = components.config, components.objective
     assert isinstance(objective, TransformerObjective)
     if (lora := config.model.lora) is not None:
-        export_adapters(weights, folder, objective.model_config, lora, config.model.expert)
+        export_adapters(adapters, folder, objective.model_config, lora, config.model.expert)
         if not lora.merged:
             return write_base(components, folder)
+    assert module is not None
     init = _copied_from(config)
     if init is None:
-        return make_pipeline(components, trained_module(components, weights, world)).save(folder)
-    network, _ = objective.networks(with_weights(objective.fresh(), weights).to(objective.dtype))
+        return make_pipeline(components, module).save(folder)
+    network, _ = objective.networks(module)
     names = _trained_names(config)
     for path in _copied(init, names):
         copy_folder(path, folder / path.name)

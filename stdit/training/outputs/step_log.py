@@ -23,6 +23,7 @@ from stdit.machine import spin_settings
 from stdit.training.batches import StepClips
 from stdit.training.config import RunConfig
 from stdit.training.engine.parallel import World
+from stdit.training.engine.traffic import TRAFFIC, Traffic
 from stdit.training.objectives.protocol import StepResult, Update
 from stdit.training.setup.build import RunComponents
 
@@ -124,14 +125,17 @@ class Progress:
 
 
 class StepSums(NamedTuple):
-    """Sums over all ranks, of the steps since the last line of metrics."""
+    """Of all ranks together, of the steps since the last line of metrics."""
 
     losses: float
     tokens: float
     flops: float
     failures: float  # that the ranks have not shared yet
     storage_retries: float  # since the start
-    critic_loss: float | None = None  # of the last step
+    waiting: float  # the longest of any rank, in seconds
+    memory: float  # the most of any rank, in bytes
+    loss_by_level: dict[str, float]  # nan for parts of the noise levels that no clip had
+    critic_loss: float | None  # of the last step
 
 
 class StepLog:
@@ -140,8 +144,11 @@ class StepLog:
     peak: FLOP/s of one rank's matrix products, which MFU is relative to.
     """
 
-    def __init__(self, config: RunConfig, world: World, step: int, peak: float) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, step: int, peak: float, level_names: Sequence[str] = ()
+    ) -> None:
         self.config, self.world, self.peak, self.first_step = config, world, peak, step
+        self.level_names = level_names
         self.metrics: MetricsLog | None = None
         if world.is_main:
             self.metrics = MetricsLog(Path(config.run.path), step, config.log.tensorboard)
@@ -152,6 +159,7 @@ class StepLog:
     def _reset(self) -> None:
         self.seconds = self.waiting = self.cpu_seconds = 0.0
         self.tokens = self.flops = self.steps = 0
+        self.traffic = Traffic()
 
     def write_start(self, components: RunComponents, say: Callable[[str], None]) -> None:
         plan, ranks, name = components.plan, self.world.size, _device_name(self.world.device)
@@ -170,6 +178,7 @@ class StepLog:
 
     def begin_step(self, step: int) -> None:
         HEARTBEAT.doing(f"step {step}/{self.config.schedule.steps}")
+        TRAFFIC.take()
         self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
 
     def clips_are_read(self) -> None:
@@ -181,26 +190,50 @@ class StepLog:
         self.tokens += result.tokens
         self.flops += result.flops
         self.steps += 1
+        self.traffic += TRAFFIC.take()
 
-    def sum_over_ranks(self, losses: Sequence[Tensor], failures: int, critic_loss: Tensor | None) -> StepSums:
-        """losses, failures, critic_loss: this rank's share. All ranks call it together."""
-        mine = [sum(float(loss) for loss in losses), self.tokens, self.flops, failures, STORAGE.retries]
-        mine += [] if critic_loss is None else [float(critic_loss)]
-        return StepSums(*self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist())
+    def sum_over_ranks(
+        self, losses: Sequence[Tensor], by_level: Tensor, failures: int, critic_loss: Tensor | None
+    ) -> StepSums:
+        """losses, by_level, failures, critic_loss: this rank's share. All ranks call it together.
+
+        by_level: (2, parts of the noise levels): errors, and their weights.
+        """
+        counts = [self.tokens, self.flops, failures, STORAGE.retries]
+        mine = [sum(float(loss) for loss in losses), 0.0 if critic_loss is None else float(critic_loss), *counts]
+        loss, critic, tokens, flops, failed, retries, *levels = self.world.sum_(
+            torch.tensor([*mine, *by_level.flatten().tolist()], dtype=torch.float64)
+        ).tolist()
+        errors, weights = levels[: len(self.level_names)], levels[len(self.level_names) :]
+        most = [max(values) for values in zip(*self.world.gather((self.waiting, _peak_memory(self.world.device))))]
+        return StepSums(
+            losses=loss, tokens=tokens, flops=flops, failures=failed, storage_retries=retries, waiting=most[0],
+            memory=most[1], critic_loss=None if critic_loss is None else critic,
+            loss_by_level={
+                name: error / weight if weight else math.nan
+                for name, error, weight in zip(self.level_names, errors, weights)
+            },
+        )  # fmt: skip
 
     def write_step(self, step: int, clips: StepClips, update: Update, loss: float, sums: StepSums, failed: int) -> None:
         """A line about the steps since the last one. loss: their mean. failed: clips so far that could not be read."""
         per_second, mfu = sums.tokens / self.seconds, None
         if sums.flops:
             mfu = round(sums.flops / self.seconds / (self.peak * self.world.size), 6)
-        critic = {} if sums.critic_loss is None else {"critic_loss": sums.critic_loss}
+        told: dict[str, Any] = {} if sums.critic_loss is None else {"critic_loss": sums.critic_loss}
+        if sums.loss_by_level:
+            told["loss_by_level"] = sums.loss_by_level
+        if update.limit:
+            told["grad_limit"] = update.limit
         self.progress.show(loss, per_second, mfu)
         self.write(
             "train", step, epoch=clips.epoch, loss=loss, grad_norm=update.norm, lr=update.lr, clips=clips.num_clips,
             failed=failed, storage_retries=int(sums.storage_retries), tokens=int(sums.tokens) // self.steps,
-            step_seconds=round(self.seconds / self.steps, 6), wait_seconds=round(self.waiting / self.steps, 6),
+            step_seconds=round(self.seconds / self.steps, 6), wait_seconds=round(sums.waiting / self.steps, 6),
             cpu_seconds=round(self.cpu_seconds / self.steps, 6),
-            tokens_per_second=round(per_second, 3), mfu=mfu, **critic,
+            tokens_per_second=round(per_second, 3), mfu=mfu, balance=round(clips.balance, 4),
+            memory_gib=round(sums.memory / 2**30, 3), bytes_sent=round(self.traffic.sent / self.steps),
+            collectives=round(self.traffic.calls / self.steps, 1), **told,
         )  # fmt: skip
         self._reset()
 
@@ -213,6 +246,18 @@ class StepLog:
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
+
+
+def _peak_memory(device: torch.device) -> float:
+    """The most bytes that this process had at once, since it began: of the GPU's memory as torch counts it, or of the
+    machine's; 0 if the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _device_name(device: torch.device) -> str:

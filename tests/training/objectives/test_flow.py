@@ -171,7 +171,7 @@ def test_a_shift_by_tokens_goes_into_the_model_folder(tiny: Path, tmp_path: Path
     overrides = ["data.workers=0", *(f"objective.flow.noise_levels.{one}" for one in settings)]
     parts = build(resolve(load_config(tiny / "flow.yaml", overrides)), ALONE)
     weights = {name: p.detach() for name, p in parts.objective.module.named_parameters()}
-    make_pipeline(parts, trained_module(parts, weights, ALONE)).save(tmp_path)
+    make_pipeline(parts, trained_module(parts, weights.items(), ALONE)).save(tmp_path)
     assert FolderSettings.read(tmp_path).shift_tokens == 96
     assert UniPCMultistepScheduler.from_pretrained(tmp_path / "scheduler").config.flow_shift == 2.5
 
@@ -331,7 +331,7 @@ def test_what_trained_samples_along_its_own_path(parts: RunComponents, scheduler
     run = copy.copy(parts)
     run.objective = objective = family(parts, scheduler, **changes)
     weights = {name: p.detach() for name, p in objective.module.named_parameters()}
-    pipeline = make_pipeline(run, trained_module(run, weights, ALONE))
+    pipeline = make_pipeline(run, trained_module(run, weights.items(), ALONE))
     assert pipeline.scheduler == scheduler
     known = {"image": np.full((32, 32, 3), 128, np.uint8)}
     settings = dict(size=(32, 32), frames=5, steps=3, guidance=3.0)
@@ -350,3 +350,20 @@ def test_a_static_shift_follows_the_runs() -> None:
     assert with_static_shift(ltx, 2.0) == {**ltx, "shift": 2.0, "use_dynamic_shifting": False}
     for config, shift in ((DDIM, 2.0), (EDM, 2.0), (ltx, None)):
         assert with_static_shift(config, shift) == config
+
+
+def test_errors_by_noise_level_are_those_of_the_clips(parts: RunComponents) -> None:
+    """Each clip's error and weight count in the quarter of its noise level, known tokens in none, and all add up."""
+    objective, items = parts.objective, parts.plan.step(0)
+    key = StepKey(0, 0, 0, len(items))
+    batch = objective.prepare(parts.loader.fetch(items, 0), items, key)
+    total = float(objective.module(batch))
+    errors, weights = batch.by_level.double()
+    assert float(errors.sum()) == pytest.approx(total, rel=1e-5)
+    assert float(weights.sum()) == pytest.approx(batch.weight, rel=1e-5)
+    expected = torch.zeros(2, 4, dtype=torch.float64)
+    for item in items:
+        alone = objective.prepare(parts.loader.fetch([item], 0), [item], key)
+        expected[:, int(alone.noise_level * 4)] += torch.tensor([float(objective.module(alone)), alone.weight])
+    torch.testing.assert_close(batch.by_level.double(), expected, rtol=1e-5, atol=1e-6)
+    assert (expected[1] > 0).sum() >= 2 and objective.level_names == ["0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1"]

@@ -63,9 +63,9 @@ def test_it_is_the_loss_of_one_training_step_over_these_clips(tiny: Path) -> Non
 
     routing = "objective.flow.routing={share: 0.5, start: 0, end: 2}"
     parts = components(tiny, *shared, "objective.flow.caption_dropout=0.9", "eval.clips=1000", routing)
-    found = held_out.held_out_loss(module, parts)
+    found = held_out.held_out_loss(module, parts, ALONE)
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
-    assert held_out.held_out_loss(module, parts) == found  # bit for bit
+    assert held_out.held_out_loss(module, parts, ALONE) == found  # bit for bit
 
 
 def test_of_a_network_that_says_zero_it_is_the_targets_mean_square(tiny: Path) -> None:
@@ -78,7 +78,7 @@ def test_of_a_network_that_says_zero_it_is_the_targets_mean_square(tiny: Path) -
         x0 = parts.objective.vae.encode(example.video[None])[0]
         noise = clip_noise(x0, SEED, example.clip_id)
         total, count = total + float((noise - x0).square().sum()), count + x0.numel()
-    found = held_out.held_out_loss(parts.objective.fresh(), parts)
+    found = held_out.held_out_loss(parts.objective.fresh(), parts, ALONE)
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert list(found["loss_by_level"]) == ["0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1"]
     assert [*found["loss_by_level"].values()] == pytest.approx([total / count] * 4, rel=1e-5)
@@ -99,7 +99,7 @@ def test_levels_of_each_part_are_stratified_over_the_clips(tiny: Path) -> None:
             return sum(map(len, self.levels.values()))
 
     seen = Seen()
-    found = held_out.held_out_loss(seen, components(tiny, "eval.clips=5", "objective.token_power=0"))
+    found = held_out.held_out_loss(seen, components(tiny, "eval.clips=5", "objective.token_power=0"), ALONE)
     own, *levels = seen.levels.values()
     assert found["loss"] == pytest.approx(sum(own) / 5)
     for part, (name, drawn) in enumerate(zip(found["loss_by_level"], levels, strict=True)):
@@ -118,7 +118,7 @@ def test_one_experts_levels_are_those_that_it_trains() -> None:
 
 def test_a_clip_that_cannot_be_read_leaves_the_others_as_they_were(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = components(tiny, "eval.clips=4", "data.workers=0")
-    whole = {clip.item.position: clip for clip in spread.spread_clips(parts, None, 4)}
+    whole = {clip.item.position: clip for clip in spread.share_clips(parts, None, 4, ALONE, lambda clip: clip)}
     example = Loader._example
 
     def fails(self: Loader, item: PlanItem, epoch: int) -> Example:
@@ -126,7 +126,7 @@ def test_a_clip_that_cannot_be_read_leaves_the_others_as_they_were(tiny: Path, m
         return replace(found, failure="gone", weight=0.0) if item.position == 1 else found
 
     monkeypatch.setattr(Loader, "_example", fails)
-    rest = list(spread.spread_clips(parts, None, 4))
+    rest = spread.share_clips(parts, None, 4, ALONE, lambda clip: clip)
     assert [clip.item.position for clip in rest] == [0, 2, 3] and {clip.total for clip in rest} == {4}
     assert all(clip.item == whole[clip.item.position].item for clip in rest)
 
@@ -157,7 +157,10 @@ def test_a_run_evaluates_the_weights_that_it_exports(
     parts = build(resolve(load_config(tiny / "flow.yaml", settings)), ALONE)
     module = parts.objective.fresh()
     module.transformer, module.text_encoder = exported.transformer, exported.text_encoder
-    assert held_out.held_out_loss(module, parts) == {"loss": last["loss"], "loss_by_level": last["loss_by_level"]}
+    assert held_out.held_out_loss(module, parts, ALONE) == {
+        "loss": last["loss"],
+        "loss_by_level": last["loss_by_level"],
+    }
 
 
 def test_the_numbers_are_said() -> None:
