@@ -40,7 +40,7 @@ ROOMS = {
     ],
     "training": [
         {"engine"}, {"objectives"}, {"config"}, {"setup"}, {"batches"}, {"outputs"},
-        {"bad_clips", "out_of_memory", "resume", "stop_signal"}, {"trainer"}, {"run"},
+        {"bad_clips", "out_of_memory", "resume", "stop_signal", "watch"}, {"trainer"}, {"run"},
     ],
     "evaluation": [{"metrics", "curves"}, {"measures", "toy"}, {"captions", "harness", "report", "vae"}],
     "weights": [

@@ -44,8 +44,8 @@ def train(
     """
     from stdit.training.config import load_config
     from stdit.training.engine.parallel import join_world, leave_world
-    from stdit.training.engine.watch import watched
     from stdit.training.run import run
+    from stdit.training.watch import watched
 
     asked = {"--world-size": world_size, "--gpu": gpu, "--mfu": mfu, "--json": as_json or None}
     if not dry_run and (name := next((name for name, value in asked.items() if value is not None), None)):

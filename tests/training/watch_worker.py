@@ -10,7 +10,7 @@ import torch
 from stdit.cli.main import run_command
 from stdit.heartbeat import HEARTBEAT
 from stdit.training.engine.parallel import join_world, leave_world
-from stdit.training.engine.watch import watched
+from stdit.training.watch import watched
 
 
 def work() -> int:

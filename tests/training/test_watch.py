@@ -13,7 +13,7 @@ from rank_children import start_ranks
 
 from stdit.errors import StditError
 from stdit.training.engine.parallel import TIMEOUT, World
-from stdit.training.engine.watch import watched
+from stdit.training.watch import watched
 
 WORKER = Path(__file__).with_name("watch_worker.py")
 SOON = 120.0  # seconds; it takes 4, on a machine that has time
