@@ -106,7 +106,7 @@ def test_how_a_command_ends(error, status, message, capsys):
         ),
         (
             "data caption m.parquet --model m --out o.parquet",
-            "stdit.data.manifest.read_manifest",
+            "stdit.data.manifests.read_manifests",
             "the same command goes",
         ),
         ("data scan . --out m.parquet", "stdit.data.scan.scan.scan", "when all files are probed"),
