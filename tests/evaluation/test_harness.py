@@ -43,7 +43,8 @@ class OraclePipeline:
     def shape(self, size, frames):
         check_size(*size, self.multiple)
 
-    def __call__(self, prompts, size, frames, steps, guidance, seed, progress):
+    def __call__(self, prompts, size, frames, steps, guidance, seed, progress, indices):
+        assert indices is None  # all prompts at once
         self.calls.append((size, frames, steps, guidance, seed))
         progress(steps, steps)
         return [

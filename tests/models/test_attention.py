@@ -4,8 +4,8 @@ import torch
 from stdit.errors import StditError
 from stdit.models import attention
 from stdit.models.attention import (
+    ATTENTION,
     Call,
-    _attention,
     add_extra_key_grads,
     choose_backend,
     merge_extra_keys,
@@ -112,7 +112,7 @@ def test_merging_log_sum_exps_equals_a_bias(q_lengths, k_lengths):
     q, k, v = (t.detach() for t in (q, k, v))
     ends = (q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host)
     call = Call(q, k, v, multiplicity, *ends)
-    out, lse = merge_extra_keys(call, *_attention(q, k, v, None, *ends, "naive"))
+    out, lse = merge_extra_keys(call, *ATTENTION.compiled(q, k, v, None, *ends, "naive"))
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
 
     segment_of = [torch.arange(len(l)).repeat_interleave(torch.tensor(l)) for l in (q_lengths, k_lengths)]
@@ -134,8 +134,8 @@ def test_merging_log_sum_exps_equals_a_bias(q_lengths, k_lengths):
 def test_opcheck():
     q, k, v, q_segments, k_segments = tensors([4, 9, 4], [3, 2, 3], torch.float32)
     ends = (q_segments.offsets, k_segments.offsets, q_segments.host, k_segments.host)
-    torch.library.opcheck(_attention._opoverload, (q, k, v, counts_for([3, 2, 3]), *ends, "dense"))
-    torch.library.opcheck(_attention._opoverload, (q, k, v, None, *ends, "naive"))
+    torch.library.opcheck(ATTENTION.compiled._opoverload, (q, k, v, counts_for([3, 2, 3]), *ends, "dense"))
+    torch.library.opcheck(ATTENTION.compiled._opoverload, (q, k, v, None, *ends, "naive"))
 
 
 def test_auto_is_dense_on_a_cpu():

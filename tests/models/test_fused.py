@@ -108,10 +108,10 @@ def test_bf16_tokens_are_computed_in_fp32(name):
 def test_opcheck(name):
     (x,), (shift, scale), index = inputs(name, 1, torch.float32)
     parts = (index.level_of, index.run_bounds, index.run_levels)
-    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, 1e-6, False, *parts))
+    torch.library.opcheck(fused.NORM.compiled._opoverload, (x, shift, scale, 1e-6, False, *parts))
     (x, y), (gate,), _ = inputs(name, 2, torch.float32)
-    torch.library.opcheck(fused._modulated_norm._opoverload, (x, shift, scale, 1e-6, True, *parts))
-    torch.library.opcheck(fused._gated_residual._opoverload, (x, y, gate, *parts))
+    torch.library.opcheck(fused.NORM.compiled._opoverload, (x, shift, scale, 1e-6, True, *parts))
+    torch.library.opcheck(fused.RESIDUAL.compiled._opoverload, (x, y, gate, *parts))
 
 
 def test_level_sum_is_a_sum_by_level():

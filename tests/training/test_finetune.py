@@ -300,7 +300,7 @@ def test_training_finds_the_texts_that_encode_wrote(
     (init / "model_index.json").write_text(json.dumps({"_class_name": f"{pipeline}Pipeline", "boundary_ratio": None}))
     settings = ["data.shapes=['32x32']", "data.start=first", "data.crop=centre"]
     started(tiny, tmp_path, init, *settings)  # writes the config
-    encode(str(tiny / "manifest.parquet"), tmp_path / "tune.yaml", str(tmp_path / "cache"), [*settings])
+    encode([str(tiny / "manifest.parquet"), *settings], tmp_path / "tune.yaml", str(tmp_path / "cache"))
     parts = started(tiny, tmp_path, init, *settings, f"data.cache={tmp_path / 'cache'}")
     assert "while training" not in capsys.readouterr().out
     cache = parts.loader.text_cache

@@ -15,6 +15,7 @@ from tiny_runs import losses
 
 from stdit.evaluation.report import read_metrics
 from stdit.training.engine.checkpoint import Checkpoint
+from stdit.training.watch import BEAT
 
 pytest.importorskip("deepspeed")
 WORKER = Path(__file__).with_name("survival_worker.py")
@@ -75,6 +76,7 @@ def survives_a_signal(tiny: Path, folder: Path, number: signal.Signals, rank: in
 def survives_a_death(tiny: Path, folder: Path, rank: int) -> None:
     ranks = start(tiny, folder)
     wait_for_step(folder, ranks, 3)
+    time.sleep(3 * BEAT)  # what a rank does is known as of its last message
     ranks[rank].popen.send_signal(signal.SIGKILL)
     killed = time.monotonic()
     assert ranks[1 - rank].status(LIMIT) == 1, ranks[1 - rank].output
@@ -87,6 +89,7 @@ def survives_a_death(tiny: Path, folder: Path, rank: int) -> None:
 def survives_a_hang(tiny: Path, folder: Path, rank: int) -> None:
     ranks = start(tiny, folder, "parallel.timeout=0.5")
     wait_for_step(folder, ranks, 3)
+    time.sleep(3 * BEAT)
     ranks[rank].popen.send_signal(signal.SIGSTOP)
     assert ranks[1 - rank].status(LIMIT) == 1, ranks[1 - rank].output
     said = rf"error: rank {rank} has not answered for \d+ s \(step \d+/100000\)"
