@@ -99,6 +99,14 @@ def runs(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def runs_of_four(folder: Path, runs: Path) -> Path:
+    engines = [f"half-shared-four-{stage}={folder / f'{stage}.json'}={STEPS}" for stage in STAGES]
+    engines += [f"half-shared4-four-zero2={folder / 'zero2.json'}={STEPS}"]
+    finish_together(start(folder, 4, engines), LIMIT)
+    return folder
+
+
 def seen(runs: Path, name: str) -> dict[str, Any]:
     return json.loads((runs / name / "seen.json").read_text())
 
@@ -133,6 +141,14 @@ def test_two_ranks_that_share_packs_equal_one(runs: Path, stage: str, optimizer:
     check_equals_one_rank(runs, f"half-shared-{stage}", optimizer)
     packs = seen(runs, f"half-shared-{stage}-{optimizer}")["packs"]
     assert packs[0] == packs[1] and any(len(step) > 1 for step in packs[0]) and max(map(max, packs[0])) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", [*(f"half-shared-four-{stage}" for stage in STAGES), "half-shared4-four-zero2"])
+def test_four_ranks_in_two_groups_and_in_one_equal_one(runs_of_four: Path, name: str, optimizer: str) -> None:
+    """Of four ranks that share a pack, one has none of the three heads."""
+    check_equals_one_rank(runs_of_four, name, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
