@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -36,3 +37,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             pass  # of another system
     ran = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
     terminalreporter.write_line(f"{ran}; other than in constraints/tested.txt: {', '.join(differ) or 'nothing'}")
+
+
+@pytest.fixture(autouse=True)
+def retries_of_this_test_alone() -> None:
+    """A process runs one command, which says how often it retried; here it runs many tests."""
+    if (storage := sys.modules.get("stdit.data.remote.storage")) is not None:
+        storage.STORAGE.retries = 0
