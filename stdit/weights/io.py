@@ -34,6 +34,7 @@ from stdit.weights.tensor_files import write_tensors
 
 LAYOUTS = ("diffusers", "original", "comfyui")
 SHARD_BYTES = 5_000_000_000
+Numbers = Callable[[Tensor], Tensor]
 _STEM = "diffusion_pytorch_model"
 _VAE_STEMS = ("Wan2.1_VAE", "Wan2.2_VAE")  # original releases keep it beside the transformer
 
@@ -94,14 +95,24 @@ def vae_on_meta(path: str | os.PathLike[str]) -> Any:
     return on_meta(find("vae", path).config) if other is None else load_diffusers_vae(other, device="meta")
 
 
+def own(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor has."""
+    return tensor
+
+
 def save_transformer(
-    model: STDiT | Experts, folder: str | os.PathLike[str], layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
+    model: STDiT | Experts,
+    folder: str | os.PathLike[str],
+    layout: str = "diffusers",
+    shard_bytes: int = SHARD_BYTES,
+    numbers: Numbers = own,
 ) -> None:
-    """Writes config.json and safetensors into `folder`.
+    """Writes config.json and safetensors into `folder`, one tensor in memory at a time.
 
     layout: "diffusers" opens with from_pretrained(folder) of the family's class (WanTransformer3DModel for what stdit
         trains); "original" is the release's; "comfyui" is the original in one file with ComfyUI's prefix.
     shard_bytes: larger models are written in shards.
+    numbers: gives what is written of a parameter or buffer of the model, which may hold no numbers of its own.
 
     Two experts get a folder each, transformer/ and transformer_2/ or high_noise_model/ and low_noise_model/; the noise
     level between them is written to model_index.json (`Pipeline.save`). Raises StditError, before anything is written,
@@ -112,9 +123,9 @@ def save_transformer(
     """
     if isinstance(model, Experts):
         for name, expert in zip(expert_folders(layout).values(), (model.high, model.low)):
-            _save(expert, Path(folder) / name, layout, shard_bytes)
+            _save(expert, Path(folder) / name, layout, shard_bytes, numbers)
     else:
-        _save(model, Path(folder), layout, shard_bytes)
+        _save(model, Path(folder), layout, shard_bytes, numbers)
 
 
 def save_vae(
@@ -248,9 +259,9 @@ def check_layout(config: Any, layout: str) -> None:
         raise StditError(f"layout {layout!r} has no place for this {family.title}'s tensor {unplaced[0]}.")
 
 
-def _save(model: nn.Module, folder: Path, layout: str, shard_bytes: int) -> None:
-    state = model.state_dict()
-    _write(model.config, state, state.__getitem__, folder, layout, shard_bytes)
+def _save(model: nn.Module, folder: Path, layout: str, shard_bytes: int, numbers: Numbers = own) -> None:
+    state = model.state_dict(keep_vars=True)
+    _write(model.config, state, lambda name: numbers(state[name]).detach(), folder, layout, shard_bytes)
 
 
 def _write(config: Any, like: Mapping[str, Tensor], read: Read, folder: Path, layout: str, shard_bytes: int) -> None:

@@ -79,6 +79,7 @@ def test_settings_are_named_or_given() -> None:
         parse("muno")
 
 
+@pytest.mark.slow
 def test_runs_are_trained_once(tiny: Path, tmp_path: Path) -> None:
     overrides = [f"data.manifest={tiny}/manifest.parquet", f"eval.manifest={tiny}/manifest.parquet"]
     overrides += [f"vae.path={tiny}/vae", "data.cache=null", "data.shapes=[32x32x5,48x32x5,32x32,48x32]"]

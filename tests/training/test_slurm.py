@@ -42,6 +42,7 @@ if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$(dirname "$0")/said
 """
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_after_its_time_is_up(tiny: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "multi-node.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", page, re.DOTALL)

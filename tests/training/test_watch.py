@@ -20,25 +20,30 @@ SOON = 120.0  # seconds; it takes 4, on a machine that has time
 
 
 @pytest.mark.parametrize(
-    ("number", "rank", "minutes", "said"),
+    ("number", "minutes", "said"),
     [
-        (signal.SIGKILL, 2, TIMEOUT, r"error: rank 2 has died \(step \d+\)"),
-        (signal.SIGKILL, 0, TIMEOUT, r"error: rank 0 has died \(step \d+\)"),
-        (signal.SIGSTOP, 1, 0.2, r"error: rank 1 has not answered for \d+ s \(step \d+\)"),
-        (signal.SIGSTOP, 0, 0.2, r"error: rank 0 has not answered for \d+ s \(step \d+\)"),
+        (signal.SIGKILL, TIMEOUT, r"error: rank {rank} has died \(step \d+\)"),
+        (signal.SIGSTOP, 0.2, r"error: rank {rank} has not answered for \d+ s \(step \d+\)"),
     ],
 )
-def test_a_rank_that_is_killed_or_stopped(number: signal.Signals, rank: int, minutes: float, said: str) -> None:
-    ranks = start_ranks([sys.executable, str(WORKER), str(minutes), "-1"], 3)
+def test_a_rank_that_is_killed_or_stopped(number: signal.Signals, minutes: float, said: str) -> None:
+    """Rank 0, which hears all others, and another one: of two groups of three, which run together."""
+    command = [sys.executable, str(WORKER), str(minutes), "-1"]
+    groups = {rank: start_ranks(command, 3) for rank in (0, 2)}
     deadline = time.monotonic() + 600
-    while not all("under way" in child.output for child in ranks):
-        assert time.monotonic() < deadline and all(child.popen.poll() is None for child in ranks)
-        time.sleep(0.05)
-    ranks[rank].popen.send_signal(number)
-    for other, child in enumerate(ranks):
-        assert child.status(SOON) == (-signal.SIGKILL if other == rank else 1), child.output  # a stopped one is ended
-        assert other == rank or re.search(said, child.output), child.output
-        assert "Traceback" not in child.output or other == rank
+    for ranks in groups.values():
+        while not all("under way" in child.output for child in ranks):
+            assert time.monotonic() < deadline and all(child.popen.poll() is None for child in ranks)
+            time.sleep(0.05)
+    for rank, ranks in groups.items():
+        ranks[rank].popen.send_signal(number)
+    for rank, ranks in groups.items():
+        for other, child in enumerate(ranks):
+            assert child.status(SOON) == (-signal.SIGKILL if other == rank else 1), (
+                child.output
+            )  # a stopped one is ended
+            assert other == rank or re.search(said.format(rank=rank), child.output), child.output
+            assert "Traceback" not in child.output or other == rank
 
 
 def test_a_rank_that_fails_is_named_by_the_others() -> None:

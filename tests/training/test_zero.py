@@ -1,7 +1,8 @@
 """Two ranks under ZeRO 1, 2 and 3 against one rank of plain torch, on mixed shapes, in fp32; adapters in bf16 too.
 
 All ranks run in two processes, one after the other under every stage, since starting them costs most of the time. AdamW
-hides errors in the gradients' scale, so gradients before clipping are compared, and SGD is run too.
+hides errors in the gradients' scale, so gradients before clipping are compared, and SGD is run too, on the whole model.
+test_exact_steps.py has all combinations of ranks and stages.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from stdit.weights.sources import find
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("zero_worker.py")
-STEPS = 20
+STEPS = 6
 STAGES = ("zero1", "zero2", "zero3")
 KINDS = ("frozen", "routed", "lora", "lora-bf16")
 VAE_STEPS = 4
@@ -171,17 +172,16 @@ def test_the_held_out_loss_equals_one_ranks(runs: Path, stage: str) -> None:
     assert found["loss_by_level"] == pytest.approx(expected["loss_by_level"], rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_routed_tokens_train_as_on_one_rank(runs: Path, stage: str, optimizer: str) -> None:
+def test_routed_tokens_train_as_on_one_rank(runs: Path, stage: str) -> None:
     """Also where a rank has no clip, and so no token that skips."""
     names = ("routed-one", f"routed-{stage}", "one")
-    places = [runs / f"{name}-{optimizer}" / "gradients.safetensors" for name in names]
+    places = [runs / f"{name}-adamw" / "gradients.safetensors" for name in names]
     expected, found, unrouted = map(load_file, places)
     assert expected.keys() == found.keys() == unrouted.keys()
     assert max(relative(found[name], gradient) for name, gradient in expected.items()) <= 1e-5
     assert min(relative(unrouted[name], gradient) for name, gradient in expected.items()) > 1e-3
-    one, other = (seen(runs, f"{name}-{optimizer}")["losses"] for name in names[:2])
+    one, other = (seen(runs, f"{name}-adamw")["losses"] for name in names[:2])
     assert other == pytest.approx(one, rel=1e-5)
 
 
@@ -201,14 +201,13 @@ def test_only_what_trains_has_gradients_and_is_kept(runs: Path, stage: str) -> N
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_adapters_train_resume_and_are_exported_as_on_one_rank(runs: Path, stage: str) -> None:
-    for optimizer in ("sgd", "adamw"):
-        one, other = runs / f"lora-one-{optimizer}", runs / f"lora-{stage}-{optimizer}"
-        expected, found = (load_file(folder / "gradients.safetensors") for folder in (one, other))
-        assert expected.keys() == found.keys() and len(found) == 2 * 2 * 10
-        assert all(".lora_" in name for name in found)
-        assert all(gradient.any() for gradient in expected.values())
-        assert max(relative(found[name], gradient) for name, gradient in expected.items()) <= 1e-5
-        assert seen(runs, other.name)["losses"] == pytest.approx(seen(runs, one.name)["losses"], rel=1e-5)
+    one, other = runs / "lora-one-adamw", runs / f"lora-{stage}-adamw"
+    expected, found = (load_file(folder / "gradients.safetensors") for folder in (one, other))
+    assert expected.keys() == found.keys() and len(found) == 2 * 2 * 10
+    assert all(".lora_" in name for name in found)
+    assert all(gradient.any() for gradient in expected.values())
+    assert max(relative(found[name], gradient) for name, gradient in expected.items()) <= 1e-5
+    assert seen(runs, other.name)["losses"] == pytest.approx(seen(runs, one.name)["losses"], rel=1e-5)
     config = find("transformer", runs / "init").config
     adapter = read_adapter(other / "model" / "pytorch_lora_weights.safetensors", config)
     kept = Checkpoint.latest(other)
@@ -228,24 +227,22 @@ def test_adapters_train_resume_and_are_exported_as_on_one_rank(runs: Path, stage
 @pytest.mark.parametrize("stage", STAGES)
 def test_adapters_in_bf16_train_as_on_one_rank(runs: Path, stage: str) -> None:
     """As near to one rank in bf16 as that is to fp32: the sums over packs are rounded in another order."""
-    for optimizer in ("sgd", "adamw"):
-        exact, one, other = (f"lora-{name}-{optimizer}" for name in ("one", "bf16-one", f"bf16-{stage}"))
-        wanted, expected, found = (load_file(runs / name / "gradients.safetensors") for name in (exact, one, other))
-        assert expected.keys() == found.keys() == wanted.keys()
-        whole = [torch.cat([one[name].flatten().double() for name in sorted(one)]) for one in (wanted, expected, found)]
-        rounding = relative(whole[1], whole[0])
-        assert 1e-4 < rounding < 3e-2 and relative(whole[2], whole[1]) <= 1.5 * rounding
-        assert seen(runs, other)["losses"] == pytest.approx(seen(runs, one)["losses"], rel=5e-3)
-        kept = Checkpoint.latest(runs / other)
-        assert kept is not None
-        assert not any(torch.equal(weight, weight.bfloat16().float()) for weight in kept.weights().values())
+    exact, one, other = (f"lora-{name}-adamw" for name in ("one", "bf16-one", f"bf16-{stage}"))
+    wanted, expected, found = (load_file(runs / name / "gradients.safetensors") for name in (exact, one, other))
+    assert expected.keys() == found.keys() == wanted.keys()
+    whole = [torch.cat([one[name].flatten().double() for name in sorted(one)]) for one in (wanted, expected, found)]
+    rounding = relative(whole[1], whole[0])
+    assert 1e-4 < rounding < 3e-2 and relative(whole[2], whole[1]) <= 1.5 * rounding
+    assert seen(runs, other)["losses"] == pytest.approx(seen(runs, one)["losses"], rel=5e-3)
+    kept = Checkpoint.latest(runs / other)
+    assert kept is not None
+    assert not any(torch.equal(weight, weight.bfloat16().float()) for weight in kept.weights().values())
 
 
 def test_adapters_go_on_under_another_stage(runs: Path) -> None:
-    for optimizer in ("sgd", "adamw"):
-        expected, found = seen(runs, f"lora-more-{optimizer}"), seen(runs, f"lora-moved-{optimizer}")
-        assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    expected, found = seen(runs, "lora-more-adamw"), seen(runs, "lora-moved-adamw")
+    assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -271,23 +268,21 @@ def test_a_run_goes_on_under_another_stage_and_number_of_ranks(runs: Path, name:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stage", VAE_STAGES)
-def test_a_vae_and_its_discriminator_equal_one_rank(runs: Path, stage: str, optimizer: str) -> None:
-    expected, found = (load_file(runs / f"vae-{name}-{optimizer}" / "gradients.safetensors") for name in ("one", stage))
+def test_a_vae_and_its_discriminator_equal_one_rank(runs: Path, stage: str) -> None:
+    expected, found = (load_file(runs / f"vae-{name}-adamw" / "gradients.safetensors") for name in ("one", stage))
     assert expected.keys() == found.keys()
     assert {name.split(".")[0] for name in found} == {"vae", "discriminator"}
     for name, gradient in expected.items():
         assert gradient.any(), name
         assert relative(found[name], gradient) <= 1e-4, name
-    expected, found = seen(runs, f"vae-one-{optimizer}"), seen(runs, f"vae-{stage}-{optimizer}")
+    expected, found = seen(runs, "vae-one-adamw"), seen(runs, f"vae-{stage}-adamw")
     assert found["ids"] == expected["ids"] and all(len(step) >= 2 for rank in found["packs"] for step in rank)
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_vae_goes_on_with_its_discriminator_on_another_number_of_ranks(runs: Path, optimizer: str) -> None:
-    expected, found = seen(runs, f"vae-more-{optimizer}"), seen(runs, f"vae-alone-{optimizer}")
+def test_a_vae_goes_on_with_its_discriminator_on_another_number_of_ranks(runs: Path) -> None:
+    expected, found = seen(runs, "vae-more-adamw"), seen(runs, "vae-alone-adamw")
     assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
 

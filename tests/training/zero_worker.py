@@ -3,16 +3,15 @@
 Arguments: config, output folder, then NAME=JSON=STEPS (an empty JSON for plain torch). NAME=JSON=STEPS=OTHER goes on
 from the checkpoints of OTHER, made before by whatever engine. A NAME that begins with frozen starts from the model in
 init/ of the output folder and trains some of it; one with lora trains adapters beside all of it, and exports them; with
-lora-bf16, in bf16. One that begins with vae takes vae.yaml beside the config. Optimizers are SGD and AdamW, and Muon
-alone for a NAME with muon. With routed, tokens skip the second block, and blocks are recomputed but for their
-attention; with lora, the first block is recomputed. With shared, two ranks share every pack, with shared4 four. With
-half, it also saves after half of its steps; who goes on from it under as many steps goes on from there.
+lora-bf16, in bf16. One that begins with vae takes vae.yaml beside the config. The optimizer is Muon for a NAME with
+muon, AdamW for one with "-"; others run with SGD, too. With routed, tokens skip the second block, and blocks are
+recomputed but for their attention; with lora, the first block is recomputed. With shared, two ranks share every pack.
+With half, it also saves after half of its steps; who goes on from it under as many steps goes on from there.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,17 +21,16 @@ from safetensors.torch import save_file
 
 from stdit.training import trainer as trainer_module
 from stdit.training.batches import StepLoader
-from stdit.training.config import RunConfig, load_config
+from stdit.training.config import load_config
 from stdit.training.engine.parallel import World, join_world, leave_world
-from stdit.training.engine.start import allocate, fill
 from stdit.training.engine.traffic import TRAFFIC
 from stdit.training.outputs import evaluation, export
-from stdit.training.setup import build
 from stdit.training.setup.resolve import resolve
 from stdit.training.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from gradients import gradients_of
+from random_weights import build_random
 
 
 def main() -> None:
@@ -41,7 +39,8 @@ def main() -> None:
     world = join_world()
     for engine in engines:
         name, path, steps, *source = engine.split("=")
-        for optimizer in ("muon",) if "muon" in name else ("sgd", "adamw"):
+        both = ("adamw",) if "-" in name else ("sgd", "adamw")
+        for optimizer in ("muon",) if "muon" in name else both:
             folder = Path(out) / f"{name}-{optimizer}"
             settings = [f"optimizer.name={optimizer}", f"parallel.deepspeed={path or 'null'}", f"run={folder}"]
             settings += [f"schedule.steps={steps}"] + ["optimizer.lr=0.05"] * (optimizer == "sgd")
@@ -51,8 +50,8 @@ def main() -> None:
                 settings += ["model.trainable=[blocks.*.self_attn.*, blocks.1.ffn.*]"]
             if name.startswith("routed"):
                 settings += ["objective.flow.routing={start: 1, end: 2}", "parallel.recompute=attention"]
-            if shared := re.search(r"shared(\d?)", name):
-                settings += [f"parallel.sequence_parallel={shared[1] or 2}"]
+            if "shared" in name:
+                settings += ["parallel.sequence_parallel=2"]
             if name.startswith("lora"):
                 rank = 4 if "muon" in name else 3  # timm's Muon takes matrices with four rows at least
                 settings += [
@@ -70,18 +69,6 @@ def main() -> None:
                 Path(config).with_name("vae.yaml") if name.startswith("vae") else Path(config), settings, folder, world
             )
     leave_world()
-
-
-def build_random(config: RunConfig, world: World) -> build.RunComponents:
-    """Fresh weights are too kind: a head of zeros lets no gradient through to the rest."""
-    parts = build.build(config, world)
-    if (numbers := parts.objective.numbers) is not None:
-        fill(parts.objective.module, allocate(parts.objective.module, torch.float32), numbers)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parts.objective.module.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return parts
 
 
 def train(config: Path, overrides: list[str], out: Path, world: World) -> None:

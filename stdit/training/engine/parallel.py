@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 TIMEOUT = 10.0  # minutes that a collective may take
 ALIVE = 5.0  # seconds between two messages of rank 0 while the others wait for its work
+_WORKING, _DONE = "", "\0"  # its messages, or the name of what it asks for
+Ask = Callable[[str], Tensor]
 
 
 class SharingStopped(Exception):
@@ -109,27 +112,44 @@ class World:
                 found = find()
         return self.gather(found)[0]
 
-    def after_main(self, work: Callable[[], None]) -> None:
-        """As `from_main`, for work that may take longer than a collective may. Rank 0 works in a thread, and tells the
-        others meanwhile that it is alive."""
+    def after_main(self, work: Callable[[Ask], None], give: Callable[[str], Tensor]) -> None:
+        """As `from_main`, for work that may take longer than a collective may, and that asks for what only all ranks
+        can give together. Rank 0 works in a thread, and tells the others meanwhile that it is alive.
+
+        work: is called with a function that returns give(name). give: is called on all ranks together.
+        """
         if self.size == 1:
-            return work()
+            return work(give)
         errors: list[Exception] = []
+        wanted: SimpleQueue[str] = SimpleQueue()
+        given: SimpleQueue[Tensor] = SimpleQueue()
+
+        def ask(name: str) -> Tensor:
+            wanted.put(name)
+            return given.get()
 
         def run() -> None:
             try:
-                work()
+                work(ask)
             except Exception as error:
                 errors.append(error)
+            finally:
+                wanted.put(_DONE)
 
-        thread = threading.Thread(target=run, name="stdit-main-work")
         if self.is_main:
-            thread.start()
+            threading.Thread(target=run, name="stdit-main-work", daemon=True).start()
         while True:
+            word = _WORKING
             if self.is_main:
-                thread.join(ALIVE)
-            if not self.gather(thread.is_alive())[0]:
+                with suppress(Empty):
+                    word = wanted.get(timeout=ALIVE)
+            word = self.gather(word)[0]
+            if word == _DONE:
                 break
+            if word != _WORKING:
+                found = give(word)
+                if self.is_main:
+                    given.put(found)
         with self.together():
             for error in errors:
                 raise error

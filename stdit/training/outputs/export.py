@@ -22,7 +22,7 @@ from stdit.sampling.model_folder import FolderSettings
 from stdit.sampling.pipeline import Pipeline
 from stdit.training.config import RunConfig
 from stdit.training.engine.engine import Engine
-from stdit.training.engine.parallel import World
+from stdit.training.engine.parallel import Ask, World
 from stdit.training.objectives.two_experts import TransformerObjective
 from stdit.training.objectives.vae import VaeModule
 from stdit.training.outputs.spread import share_clips
@@ -31,7 +31,7 @@ from stdit.training.setup.frozen import check_unchanged
 from stdit.training.setup.lora import export_adapters, merge_lora
 from stdit.vae.autoencoder import CausalVAE, latent_sums, mean_and_deviation
 from stdit.vae.training.trainable_parts import join_split_kernels
-from stdit.weights.io import save_transformer, save_vae
+from stdit.weights.io import Numbers, own, save_transformer, save_vae
 from stdit.weights.sources import expert_folders
 from stdit.weights.tensor_files import read_json
 
@@ -40,20 +40,30 @@ VAE_CLIPS = 256  # to measure the latents' mean and deviation on, at most
 Weights = Iterable[tuple[str, Tensor]]  # all parameters that train by name, whole and in fp32, one at a time
 
 
-def averaged_weights(engine: Engine, world: World) -> Iterator[tuple[str, Tensor]]:
-    """The averaged weights (without an average: the masters) in host memory, on every rank, one parameter at a time.
+class AveragedWeights:
+    """The averaged weights (without an average: the masters) in host memory, on every rank, one parameter at a time:
+    beside its own state, a rank holds one."""
 
-    All ranks iterate together. Beside its own state, a rank holds one parameter.
-    """
-    flats = engine.ema.averages if engine.ema else engine.flat_masters
-    places = {piece.name: (flat, piece) for flat, pieces in zip(flats, engine.pieces) for piece in pieces}
-    for name, shape in engine.shapes.items():
-        whole = torch.zeros(shape)
-        if name in places:
-            flat, piece = places[name]
+    def __init__(self, engine: Engine, world: World) -> None:
+        self.engine, self.world = engine, world
+        flats = engine.ema.averages if engine.ema else engine.flat_masters
+        self._places = {piece.name: (flat, piece) for flat, pieces in zip(flats, engine.pieces) for piece in pieces}
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter in fp32. All ranks ask for the same one together."""
+        found = torch.zeros(self.engine.shapes[name])
+        if name in self._places:
+            flat, piece = self._places[name]
             mine = flat.detach().reshape(-1)[piece.start : piece.start + piece.numel]
-            whole.view(-1)[piece.offset : piece.offset + piece.numel] = mine.to("cpu", torch.float32)
-        yield name, whole if engine.replicated else world.join_(whole)
+            found.view(-1)[piece.offset : piece.offset + piece.numel] = mine.to("cpu", torch.float32)
+        return found if self.engine.replicated else self.world.join_(found)
+
+
+def averaged_weights(engine: Engine, world: World) -> Iterator[tuple[str, Tensor]]:
+    """All of `AveragedWeights` by name. All ranks iterate together."""
+    weights = AveragedWeights(engine, world)
+    for name in engine.shapes:
+        yield name, weights.whole(name)
 
 
 def trained_module(components: RunComponents, weights: Weights, world: World, wanted: bool = True) -> nn.Module | None:
@@ -94,22 +104,51 @@ def folder_settings(components: RunComponents) -> FolderSettings:
 
 
 def export(components: RunComponents, engine: Engine, world: World, step: int, module: nn.Module | None) -> None:
-    """Publishes run/model. All ranks call it together; rank 0 writes.
+    """Publishes run/model. All ranks call it together; rank 0 writes. Where all of a transformer trains, its weights go
+    to the disk parameter by parameter, and no rank holds all of them.
 
     module: of `trained_module` for these weights, if all ranks have made it already.
     """
-    config, is_vae = components.config, components.config.objective.kind == "vae"
+    config, objective = components.config, components.objective
+    is_vae, weights = config.objective.kind == "vae", AveragedWeights(engine, world)
     lora = None if is_vae else config.model.lora
     adapters = {} if lora is None else dict(averaged_weights(engine, world))
-    if module is None and (lora is None or lora.merged):
+    streamed = module is None and isinstance(objective, TransformerObjective) and all_trains(objective)
+    if module is None and not streamed and (lora is None or lora.merged):
         wanted = is_vae or world.is_main
         module = trained_module(components, averaged_weights(engine, world), world, wanted)
     if is_vae:
         assert isinstance(module, VaeModule)
-        write = partial(write_vae, components, measured(module.vae, components, world))
-    else:
-        write = partial(write_model, components, module, adapters)
-    world.after_main(lambda: publish_model(Path(config.run.path), step, write))
+        vae = measured(module.vae, components, world)
+
+    def write(ask: Ask, folder: Path) -> None:
+        if is_vae:
+            write_vae(components, vae, folder)
+        elif streamed:
+            assert isinstance(objective, TransformerObjective)
+            outline = objective.fresh(drawn=False)
+            write_model(components, outline, adapters, folder, asked_for(outline, objective, ask))
+        else:
+            write_model(components, module, adapters, folder)
+
+    run = Path(config.run.path)
+    world.after_main(lambda ask: publish_model(run, step, partial(write, ask)), weights.whole)
+
+
+def all_trains(objective: TransformerObjective) -> bool:
+    """Whether no weights of the transformers are frozen: `fresh` then needs no numbers."""
+    return all(flow.remake is None for flow in objective.flows)
+
+
+@torch.no_grad()
+def asked_for(module: nn.Module, objective: TransformerObjective, ask: Ask) -> Numbers:
+    """What is written in place of the parameters of the module's transformers, which hold no numbers. A text encoder
+    that trains is small and gets its own now."""
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
+    transformer: set[Tensor] = set(objective.networks(module)[0].parameters())
+    for parameter in names.keys() - transformer:
+        parameter.copy_(ask(names[parameter]))
+    return lambda tensor: ask(names[tensor]).to(tensor.dtype) if tensor in transformer else tensor
 
 
 def measured(vae: CausalVAE, components: RunComponents, world: World) -> CausalVAE:
@@ -130,7 +169,11 @@ def write_vae(components: RunComponents, vae: CausalVAE, folder: Path) -> None:
 
 
 def write_model(
-    components: RunComponents, module: nn.Module | None, adapters: Mapping[str, Tensor], folder: Path
+    components: RunComponents,
+    module: nn.Module | None,
+    adapters: Mapping[str, Tensor],
+    folder: Path,
+    numbers: Numbers = own,
 ) -> None:
     """Writes a model folder: a copy of model.init's with the trained transformers, if all else comes from there too.
 
@@ -138,6 +181,7 @@ def write_model(
 
     module: of `trained_module`; None if adapters are written alone.
     adapters: the weights that trained, if they are adapters.
+    numbers: of the transformers; see `save_transformer`.
     """
     config, objective = components.config, components.objective
     assert isinstance(objective, TransformerObjective)
@@ -148,12 +192,12 @@ def write_model(
     assert module is not None
     init = _copied_from(config)
     if init is None:
-        return make_pipeline(components, module).save(folder)
+        return make_pipeline(components, module).save(folder, numbers)
     network, _ = objective.networks(module)
     names = _trained_names(config)
     for path in _copied(init, names):
         copy_folder(path, folder / path.name)
-    save_transformer(network, folder if isinstance(network, Experts) else folder / names[0])
+    save_transformer(network, folder if isinstance(network, Experts) else folder / names[0], numbers=numbers)
     index = read_json(init / "model_index.json")
     if config.model.inflate:
         index[names[0]] = ["stdit", "STDiT"]  # so that no other program takes it for an image model

@@ -10,6 +10,7 @@ from thread_world import ThreadWorld, on_ranks
 
 from stdit.errors import StditError
 from stdit.training.engine import parallel
+from stdit.training.engine.parallel import Ask
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -73,7 +74,7 @@ def test_long_work_of_rank_0_is_waited_for_in_short_collectives(monkeypatch: pyt
             time.sleep(0.3)
             ended[0] = True
 
-        Counted(world.rank, world.size, world.device).after_main(long)
+        Counted(world.rank, world.size, world.device).after_main(lambda ask: long(), torch.tensor)
         return ended[0]
 
     assert on_ranks(2, work) == [True, True]
@@ -82,8 +83,26 @@ def test_long_work_of_rank_0_is_waited_for_in_short_collectives(monkeypatch: pyt
     def fails() -> None:
         raise StditError("no room")
 
-    errors = on_ranks(2, lambda world: world.after_main(fails))
+    errors = on_ranks(2, lambda world: world.after_main(lambda ask: fails(), torch.tensor))
     assert [str(error) for error in errors] == ["no room", "another rank stopped: StditError: no room"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_rank_0_asks_for_what_all_ranks_give_together(ranks: int) -> None:
+    got: list[float] = []
+
+    def work(world: ThreadWorld) -> None:
+        numbers = {"a": 1.0, "b": 10.0}
+
+        def asks(ask: Ask) -> None:
+            for name in ("b", "a", "b"):
+                got.append(float(ask(name)))
+
+        world.after_main(asks, lambda name: world.sum_(torch.tensor(numbers[name] * (1 + world.rank))))
+
+    assert on_ranks(ranks, work) == [None] * ranks
+    each = sum(range(1, ranks + 1))
+    assert got == [10 * each, each, 10 * each]
 
 
 def test_parts_of_numbers_are_put_together_bit_for_bit() -> None:
