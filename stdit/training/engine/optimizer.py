@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -168,6 +168,29 @@ def shardable(config: OptimizerConfig) -> bool:
     if config.name in SHARDED_MUON:
         return config.options.get("algo", "muon") == "muon"
     return config.name in ELEMENTWISE
+
+
+class Kept(NamedTuple):
+    """Numbers that an optimizer keeps beside each number of a parameter."""
+
+    of_matrices: float  # that Muon orthogonalises; else as the others
+    of_others: float
+
+
+def kept_numbers(config: OptimizerConfig) -> Kept:
+    """What the optimizer keeps, found by a step on small parameters. Factored states (Adafactor) count as on them."""
+    parameters = {"a.weight": nn.Parameter(torch.zeros(64, 64)), "a.bias": nn.Parameter(torch.zeros(64))}
+    optimizer = make_optimizer(parameters, config)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+    def share(parameter: nn.Parameter) -> float:
+        state = optimizer.state[parameter].values()
+        return sum(value.numel() for value in state if isinstance(value, Tensor) and value.ndim) / parameter.numel()
+
+    matrix, other = map(share, parameters.values())
+    return Kept(matrix, other if config.name in MUON else matrix)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -16,7 +16,7 @@ from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shapes import VideoShape
 from stdit.training.config import VaeSettings
 from stdit.training.engine.engine import PRECISIONS
-from stdit.training.engine.optimizer import orthogonalised
+from stdit.training.engine.optimizer import kept_numbers, orthogonalised
 from stdit.training.engine.zero import ZeroMemory, zero_memory
 from stdit.training.objectives.conditions import Conditions
 from stdit.training.objectives.flow import FlowObjective
@@ -92,7 +92,7 @@ class Footprint:
     weights: int  # in the precision of the run, frozen ones too
     gradients: int  # in fp32
     masters: int  # the fp32 weights that the optimizer updates, if they are not the weights themselves
-    moments: int  # of the optimizer: two, of Muon's matrices one
+    moments: int  # of the optimizer: AdamW's two, one of Muon's matrices, SGD's momentum
     average: int  # the moving average of the weights
     vae: int  # or LPIPS, if a VAE trains
     text_encoder: int  # a frozen one
@@ -125,11 +125,13 @@ class ModelSizes:
         models = 2 if config.model.expert == "both" else 1
         mine, every = sum(sizes.values()), sum(p.numel() for p in parameters.values())
         averaged = models * mine + trained_text
-        trained = averaged + (_numbers(objective.critic.module) if objective.critic else 0)
+        critic = _numbers(objective.critic.module) if objective.critic else 0
+        trained, kept = averaged + critic, kept_numbers(config.optimizer)
         return cls(
             trained=trained,
             frozen=models * (every - mine),
-            moments=2 * trained - models * matrices,  # Muon keeps one of a matrix
+            moments=round(kept.of_others * (averaged - models * matrices) + kept.of_matrices * models * matrices)
+            + 2 * critic,
             averaged=averaged if config.optimizer.ema.decay > 0 else 0,
             vae=sum(map(_numbers, frozen_networks(objective))),
             text_encoder=_text_numbers(config),
