@@ -236,11 +236,13 @@ class LogSettings:
 
     every: steps between lines of metrics.jsonl.
     tensorboard: also writes TensorBoard files.
+    wandb: a project of Weights & Biases that metrics go to as well; `pip install stdit[wandb]`.
     progress: shows a progress bar.
     """
 
     every: PositiveInt = 10
     tensorboard: bool = True
+    wandb: str | None = None
     progress: bool = True
 
 

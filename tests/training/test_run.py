@@ -20,6 +20,7 @@ from stdit.training.config import load_config
 from stdit.training.engine.checkpoint import remove_strays
 from stdit.training.engine.parallel import World
 from stdit.training.outputs import export
+from stdit.training.outputs.boards import TensorBoard
 from stdit.training.outputs.step_log import MetricsLog
 from stdit.training.run import run
 
@@ -140,7 +141,7 @@ def test_an_export_on_a_full_disk_names_one_file_and_keeps_the_old_one(tmp_path:
 def test_numbers_within_mappings_are_logged_as_the_others(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log = MetricsLog(tmp_path, 0, [TensorBoard(tmp_path, 0)])
     log.write("eval", 3, loss=0.5, toy={"64x64x17": {"shape": 0.25, "colour": float("nan")}}, samples=["a.mp4"])
     log.close()
     (line,) = read_metrics(tmp_path, "eval")
@@ -152,7 +153,7 @@ def test_numbers_within_mappings_are_logged_as_the_others(tmp_path: Path) -> Non
 
 
 def test_metrics_on_a_full_disk_name_their_file_and_go_on_later(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path, 0)
     log.write("train", 1, loss=0.5)
 
     class Full:
@@ -173,7 +174,7 @@ def test_metrics_on_a_full_disk_name_their_file_and_go_on_later(tmp_path: Path) 
     with pytest.raises(StditError, match=r"^\S*/metrics\.jsonl: no space left on the disk"):
         log.write("train", 2, loss=0.25)
     log.close()
-    again = MetricsLog(tmp_path, 1, tensorboard=False)
+    again = MetricsLog(tmp_path, 1)
     again.write("train", 2, loss=0.25)
     again.close()
     assert [line["step"] for line in read_metrics(tmp_path, "train")] == [1, 2]

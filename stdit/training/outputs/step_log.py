@@ -1,4 +1,4 @@
-"""The record of a run's steps: metrics.jsonl and TensorBoard (on rank 0), and progress on the terminal."""
+"""The record of a run's steps: metrics.jsonl and boards (on rank 0), and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from stdit.files import publish_text, writing
 from stdit.heartbeat import HEARTBEAT, SILENCE, rich_bars
 from stdit.machine import spin_settings
 from stdit.training.batches import StepClips
-from stdit.training.config import RunConfig
+from stdit.training.config import RunConfig, to_dict
 from stdit.training.engine.parallel import World
 from stdit.training.engine.traffic import TRAFFIC, Traffic
 from stdit.training.objectives.protocol import StepResult, Update
+from stdit.training.outputs.boards import Board, TensorBoard, WeightsAndBiases
 from stdit.training.setup.build import RunComponents
 
 SCHEMA = Path(__file__).with_name("metrics_schema.json")
@@ -32,22 +33,18 @@ EVERY = SILENCE - 2  # seconds between lines where there is no terminal: the hea
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl of a run folder, and their numbers to TensorBoard.
+    """Appends lines to metrics.jsonl of a run folder, and their numbers to boards.
 
     step: where the run goes on. Lines of later steps, which a killed process wrote, are dropped.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, step: int, boards: Sequence[Board] = ()) -> None:
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             publish_text(path, "".join(line + "\n" for line in kept))
         self._path, self._file = path, path.open("ab", buffering=0)  # unbuffered, so that close cannot fail
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._boards = boards
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends a line. Numbers that are not finite become null."""
@@ -56,16 +53,13 @@ class MetricsLog:
             content = json.dumps(line).encode() + b"\n"
             while content:  # a nearly full disk takes a part before it raises
                 content = content[self._file.write(content) :]
-        if self._writer is not None:
-            with writing(self._path.parent / "tensorboard"):
-                for name, value in _numbers(kind, values):
-                    self._writer.add_scalar(name, value, step)
+        for board in self._boards:
+            board.write(dict(_numbers(kind, values)), step)
 
     def close(self) -> None:
         self._file.close()
-        if self._writer is not None:
-            with writing(self._path.parent / "tensorboard"):
-                self._writer.close()
+        for board in self._boards:
+            board.close()
 
 
 def _finite(value: Any) -> Any:
@@ -89,6 +83,16 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def boards_of(config: RunConfig, step: int) -> list[Board]:
+    """Those that the config asks for. step: where the run goes on."""
+    folder, found = Path(config.run.path), list[Board]()
+    if config.log.tensorboard:
+        found.append(TensorBoard(folder, step))
+    if config.log.wandb is not None:
+        found.append(WeightsAndBiases(folder, config.log.wandb, to_dict(config)))
+    return found
 
 
 class Progress:
@@ -151,7 +155,7 @@ class StepLog:
         self.level_names = level_names
         self.metrics: MetricsLog | None = None
         if world.is_main:
-            self.metrics = MetricsLog(Path(config.run.path), step, config.log.tensorboard)
+            self.metrics = MetricsLog(Path(config.run.path), step, boards_of(config, step))
         self.progress = Progress(step, config.schedule.steps, config.log.progress and world.is_main)
         self._reset()
         self._begun, self._cpu_begun = time.perf_counter(), time.process_time()
