@@ -28,7 +28,7 @@ from stdit.training.engine.engine import PRECISIONS, Engine
 from stdit.training.engine.make import make_engine
 from stdit.training.engine.parallel import SharingStopped, World
 from stdit.training.engine.saver import Saver
-from stdit.training.engine.start import zeros
+from stdit.training.engine.start import frozen_alone
 from stdit.training.objectives.protocol import StepKey, StepResult, Update
 from stdit.training.outputs import evaluation, export
 from stdit.training.outputs.step_log import StepLog, measure_peak
@@ -91,7 +91,7 @@ class Trainer:
     def _make_engines(self) -> None:
         config, critic, numbers = self.config, self.objective.critic, self.objective.numbers
         if self.resumed is not None and numbers is not None:
-            numbers = zeros  # until the checkpoint is read
+            numbers = frozen_alone(self.objective.module, numbers)
         engine_of = partial(make_engine, parallel=config.parallel, precision=config.run.precision, world=self.world)
         self.engine: Engine = engine_of(self.objective.module, config.optimizer, numbers=numbers)
         self.critic: Engine | None = engine_of(critic.module, critic.optimizer) if critic else None

@@ -19,6 +19,7 @@ import torch
 import yaml
 from children import Child, finish_together
 from exact_gradients import state_of
+from random_weights import add_noise
 from tensor_files import load_file
 
 from stdit.models.transformer import STDiT, TransformerConfig
@@ -78,13 +79,16 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engines = [f"{stage}={jsons[stage]}={STEPS}" for stage in STAGES]
     engines += [f"moved={jsons['zero3']}={STEPS + 2}=zero1"]
     engines += [f"{kind}-{stage}={jsons[stage]}=2" for kind in KINDS for stage in STAGES]
-    engines += [f"lora-moved={jsons['zero1']}=4=lora-zero3"]
+    engines += [f"{kind}-moved={jsons['zero1']}=4={kind}-zero3" for kind in ("frozen", "lora")]
     engines += [f"vae-{stage}={jsons[stage]}={VAE_STEPS}" for stage in VAE_STAGES]
     engines += [f"{kind}-{stage}={jsons[stage]}={MUON_STEPS}" for kind, stage in MUON]
     engines += [f"muon-moved={jsons['zero3']}={MUON_STEPS + 1}=muon-zero1"]
     sizes = yaml.safe_load(config)["model"]
     sizes |= {"in_channels": 4, "out_channels": 4, "text_dim": 16, "text_padding": 32}
-    save_transformer(STDiT(TransformerConfig.preset(sizes.pop("preset"), **sizes)), out / "init")
+    init, generator = STDiT(TransformerConfig.preset(sizes.pop("preset"), **sizes)), torch.Generator().manual_seed(1)
+    for parameter in init.parameters():
+        add_noise(parameter, generator)
+    save_transformer(init, out / "init")
     tokenizer = build_word_tokenizer(["a small red circle moves left"])
     TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer).save(
         out / "text" / "text_encoder", out / "text" / "tokenizer"
@@ -95,7 +99,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         start(out, engines, environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"}) for r in (0, 1)
     ]
     alone = [f"one=={STEPS}", f"more=={STEPS + 2}=one", "frozen-one==2", "lora-one==2", "lora-more==4=lora-one"]
-    alone += ["lora-bf16-one==2", "routed-one==2"]
+    alone += ["frozen-more==4=frozen-one", "lora-bf16-one==2", "routed-one==2"]
     alone += [f"{kind}-one=={MUON_STEPS}" for kind in ("muon", "lora-bf16-muon", "vae-muon")]
     alone += [f"muon-more=={MUON_STEPS + 1}=muon-one"]
     alone += [f"vae-one=={VAE_STEPS}", f"vae-more=={VAE_STEPS + 2}=vae-one"]
@@ -239,8 +243,10 @@ def test_adapters_in_bf16_train_as_on_one_rank(runs: Path, stage: str) -> None:
     assert not any(torch.equal(weight, weight.bfloat16().float()) for weight in kept.weights().values())
 
 
-def test_adapters_go_on_under_another_stage(runs: Path) -> None:
-    expected, found = seen(runs, "lora-more-adamw"), seen(runs, "lora-moved-adamw")
+@pytest.mark.parametrize("kind", ["frozen", "lora"])
+def test_what_trains_goes_on_beside_its_frozen_weights_under_another_stage(runs: Path, kind: str) -> None:
+    """No checkpoint holds frozen weights: they are read from model.init again."""
+    expected, found = seen(runs, f"{kind}-more-adamw"), seen(runs, f"{kind}-moved-adamw")
     assert len(found["losses"]) == 2 and found["ids"] == expected["ids"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 

@@ -15,9 +15,14 @@ from stdit.training.engine.parallel import World
 Numbers = Callable[[str, int, int], Tensor]
 
 
-def zeros(name: str, start: int, stop: int) -> Tensor:
-    """Numbers of a parameter that is read later."""
-    return torch.zeros(stop - start)
+def frozen_alone(module: nn.Module, numbers: Numbers) -> Numbers:
+    """`numbers` of the parameters that are frozen; zeros of those that train, which a checkpoint gives later."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+    def numbers_on_resume(name: str, start: int, stop: int) -> Tensor:
+        return torch.zeros(stop - start) if name in trained else numbers(name, start, stop)
+
+    return numbers_on_resume
 
 
 def allocate(module: nn.Module, dtype: torch.dtype) -> list[str]:

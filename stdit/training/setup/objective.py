@@ -201,8 +201,8 @@ def long_captions(config: ResolvedConfig, manifest: Manifest, assignment: Assign
 def make_transformer(config: ResolvedConfig, channels: int, text_dim: int, outlined: bool = False) -> STDiT:
     """The preset with its changes, fitted to the VAE and the text encoder; or the model of `model.init`.
 
-    outlined: on the meta device, if nothing but its starting weights is to be had there (`starting_numbers`): not with
-        adapters, nor inflated.
+    outlined: on the meta device, where `starting_numbers` gives its weights in parts; adapters are on the CPU. Not an
+        inflated model.
     """
     settings = config.model
     if config.initial is None:
@@ -227,8 +227,7 @@ def make_transformer(config: ResolvedConfig, channels: int, text_dim: int, outli
         source = config.initial.sources[settings.expert]
         frozen = settings.lora is not None  # then no master is kept of them
         dtype = PRECISIONS[config.run.precision] if frozen else torch.float32
-        outlined = outlined and not frozen and not settings.inflate
-        model = outline(source) if outlined else load(source, dtype=dtype)
+        model = outline(source) if outlined and not settings.inflate else load(source, dtype=dtype)
         for name, value in (settings.overrides | {"text_dim": text_dim, "latent_channels": channels}).items():
             if (found := getattr(model.config, name)) != value:
                 whose = {"text_dim": "the text encoder's", "latent_channels": "the VAE's"}.get(name, "model's")

@@ -20,7 +20,7 @@ from stdit.shipped import DEEPSPEED
 from stdit.training.engine.make import ParallelConfig, make_engine
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.engine.parallel import World
-from stdit.training.engine.start import allocate, fill
+from stdit.training.engine.start import allocate, fill, frozen_alone
 
 WORKER = Path(__file__).with_name("start_worker.py")
 ALONE = World(0, 1, torch.device("cpu"))
@@ -109,3 +109,17 @@ def test_what_is_there_already_stays() -> None:
     assert module.outer.weight.dtype == torch.bfloat16 and module.outer.weight.tolist() == [[0, 1], [2, 3]]
     assert module.outer.bias.tolist() == [10, 11] and not module.outer.bias.requires_grad
     assert module.outer.zeros.tolist() == [0] * 4
+
+
+def test_of_a_resumed_module_frozen_weights_alone_are_read() -> None:
+    module = nn.Linear(3, 2, device="meta")
+    module.weight.requires_grad_(False)
+    asked = []
+
+    def numbers(name: str, start: int, stop: int) -> Tensor:
+        asked.append((name, start, stop))
+        return torch.arange(start, stop) + 1.0
+
+    fill(module, allocate(module, torch.float32), frozen_alone(module, numbers))
+    assert module.weight.tolist() == [[1, 2, 3], [4, 5, 6]] and module.bias.tolist() == [0, 0]
+    assert asked == [("weight", 0, 6)]

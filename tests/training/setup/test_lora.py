@@ -34,7 +34,9 @@ from stdit.training.engine.engine import TorchEngine
 from stdit.training.engine.optimizer import OptimizerConfig
 from stdit.training.engine.parallel import World
 from stdit.training.run import run
+from stdit.training.setup.build import build
 from stdit.training.setup.lora import adapter_of, add_lora, export_adapters
+from stdit.training.setup.resolve import resolve
 from stdit.weights.families import table_of
 from stdit.weights.lora.adapters import Adapter, Pair, converted, merge
 from stdit.weights.lora.read import read_adapter
@@ -181,6 +183,19 @@ def made(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(made: Path, name: str, *overrides: str) -> Path:
     run(load_config(made / "lora.yaml", [f"run={made / name}", *overrides]), ALONE)
     return made / name
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_under_deepspeed_the_base_is_read_in_parts(made, stage):
+    """It stays on the meta device until the engine asks for what the rank holds."""
+    pytest.importorskip("deepspeed")
+    config = load_config(made / "lora.yaml", [f"run={made / 'parts'}", f"parallel.deepspeed={stage}"])
+    objective = build(resolve(config), ALONE).objective
+    parameters = dict(objective.module.named_parameters())
+    assert all(p.is_meta != p.requires_grad for p in parameters.values())
+    for name, weight in stdit.load_transformer(made / "base").named_parameters():
+        part = objective.numbers(f"transformer.{name}", 3, 11)
+        assert torch.equal(part, weight.detach().flatten()[3:11].float()), name
 
 
 def test_a_run_goes_on_exactly_and_exports_its_adapter(made):
