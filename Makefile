@@ -48,7 +48,7 @@ demo demo-full: install
 		--aspect 2:1 --resolution 48 --duration 2s --out $(DEMO)/samples
 	@echo "Look at $(DEMO)/dit/report.html and $(DEMO)/samples"
 
-test: install  ## run the tests, in about 14 minutes on two cores
+test: install  ## run the tests, in about 12 minutes on two cores
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: install  ## run the tests that take more than a minute each

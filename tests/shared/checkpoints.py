@@ -20,3 +20,11 @@ def save(
     saver.start(step, engines, state or {})
     saver.finish()
     return run / "checkpoints" / step_name(step)
+
+
+def half_written(run: Path) -> list[Path]:
+    """The shards of a checkpoint that is being written; none if it gets its name at this moment."""
+    try:
+        return list(run.glob("checkpoints/.tmp-*/rank-*"))
+    except FileNotFoundError:  # Python 3.11's glob
+        return []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import half_written
 from children import LIMIT, Child
 from tiny_runs import ALONE, losses, make_quick
 
@@ -41,7 +42,7 @@ def test_twenty_kills_change_no_bit(tiny: Path, tmp_path: Path, monkeypatch: pyt
         time.sleep(random.random() * 0.2)
         half: list[Path] = []
         while number % 4 == 0 and not half and child.popen.poll() is None:  # while it writes
-            half = list(folder.glob("checkpoints/.tmp-*/rank-*"))
+            half = half_written(folder)
         child.kill()
         assert child.status() == -signal.SIGKILL, f"it ended before it could be killed: {child.output}"
         writing += bool(half)

@@ -47,7 +47,7 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
         try:
             import wandb
-        except ImportError as error:
+        except Exception as error:  # also what a damaged installation raises
             raise StditError(
                 f"log.wandb={project} needs Weights & Biases: pip install 'stdit[wandb]' ({error})."
             ) from error

@@ -24,6 +24,9 @@ from stdit.training.engine.optimizer import Ema, EmaConfig, OptimizerConfig
 from stdit.training.engine.parallel import World
 from stdit.training.engine.saver import Saver
 
+sys.path.append(str(Path(__file__).parents[2] / "shared"))
+from checkpoints import half_written
+
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -91,7 +94,7 @@ def main() -> None:
             assert time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0), "it has ended by itself"
             time.sleep(0.001)
         time.sleep(random.random() * 0.1)
-        while number % 2 and not (half := list(folder.glob("checkpoints/.tmp-*/rank-*"))) and time.monotonic() < end:
+        while number % 2 and not (half := half_written(folder)) and time.monotonic() < end:
             pass
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
