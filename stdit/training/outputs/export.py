@@ -126,7 +126,7 @@ def export(components: RunComponents, engine: Engine, world: World, step: int, m
             write_vae(components, vae, folder)
         elif streamed:
             assert isinstance(objective, TransformerObjective)
-            outline = objective.fresh(drawn=False)
+            outline = objective.fresh(drawn=False).to(objective.dtype)
             write_model(components, outline, adapters, folder, asked_for(outline, objective, ask))
         else:
             write_model(components, module, adapters, folder)
