@@ -3,7 +3,7 @@
 Every rank is a process of this machine. A phase's memory is the most that its anonymous memory (RssAnon, read every
 10 ms) grows above what the libraries take before the models are built; files that are mapped are not counted. What a
 rank must hold is its share of weights, gradients, masters, optimizer state and average, from `--dry-run`'s forecast,
-without activations. No EMA and SGD without momentum by default, so that 1.3B fits into 24 GB.
+without activations. SGD without momentum and no average, so that 1.3B fits into 24 GB.
 
     python benchmarks/large_start.py --ranks 2 4                    # 1.3B, all blocks: 16 GB of memory, 12 of disk
     python benchmarks/large_start.py --ranks 2 --layers 2           # a trial
@@ -30,13 +30,13 @@ from memory import make_inputs
 from rich.console import Console
 from rich.table import Table as Rows
 
-GOAL = 1.25  # times what a rank must hold
+GOAL = 1.25  # times what a rank must hold, at the most
 LIMIT = 3600.0
 GB = 1e9
 
 
 class Peak:
-    """The most anonymous memory since `since_now`."""
+    """The most anonymous memory since the last call of `take`."""
 
     def __init__(self) -> None:
         self.base = self.most = resident()
@@ -189,7 +189,11 @@ def main() -> None:
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Rows(
-        "ranks", "must hold, GB", *PHASES, "the most", title="GB above the libraries' memory, of the fullest rank"
+        "ranks",
+        "must hold, GB",
+        *PHASES,
+        f"the most (goal: {GOAL})",
+        title="GB above the libraries' memory, of the fullest rank",
     )
     for row in rows:
         held = state_of(row["told"])

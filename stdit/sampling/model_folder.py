@@ -32,7 +32,7 @@ from stdit.vae.families.open_sora import AnyVAE
 from stdit.weights.families import class_of, family_of, pipelines, treatment_of
 from stdit.weights.families.configs import DIFFUSERS_VERSION
 from stdit.weights.families.record import PipelineKind
-from stdit.weights.io import Numbers, load_transformer, load_vae, own, save_transformer, save_vae
+from stdit.weights.io import NumbersOf, load_transformer, load_vae, own, save_transformer, save_vae
 from stdit.weights.lora.adapters import merge
 from stdit.weights.lora.read import read_adapter
 from stdit.weights.sources import expert_adapter_places
@@ -143,7 +143,7 @@ class ModelFolder:
             made.add_loras([(folder, 1.0)])
         return made
 
-    def save(self, folder: str | Path, numbers: Numbers = own) -> None:
+    def save(self, folder: str | Path, numbers: NumbersOf = own) -> None:
         """Writes a model folder, which diffusers' pipeline of its class and `load` open. numbers: of the transformer;
         see `save_transformer`."""
         folder = Path(folder)

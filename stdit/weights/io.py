@@ -34,7 +34,7 @@ from stdit.weights.tensor_files import write_tensors
 
 LAYOUTS = ("diffusers", "original", "comfyui")
 SHARD_BYTES = 5_000_000_000
-Numbers = Callable[[Tensor], Tensor]
+NumbersOf = Callable[[Tensor], Tensor]  # a parameter or buffer of a model to the numbers that are written of it
 _STEM = "diffusion_pytorch_model"
 _VAE_STEMS = ("Wan2.1_VAE", "Wan2.2_VAE")  # original releases keep it beside the transformer
 
@@ -105,7 +105,7 @@ def save_transformer(
     folder: str | os.PathLike[str],
     layout: str = "diffusers",
     shard_bytes: int = SHARD_BYTES,
-    numbers: Numbers = own,
+    numbers: NumbersOf = own,
 ) -> None:
     """Writes config.json and safetensors into `folder`, one tensor in memory at a time.
 
@@ -259,7 +259,7 @@ def check_layout(config: Any, layout: str) -> None:
         raise StditError(f"layout {layout!r} has no place for this {family.title}'s tensor {unplaced[0]}.")
 
 
-def _save(model: nn.Module, folder: Path, layout: str, shard_bytes: int, numbers: Numbers = own) -> None:
+def _save(model: nn.Module, folder: Path, layout: str, shard_bytes: int, numbers: NumbersOf = own) -> None:
     state = model.state_dict(keep_vars=True)
     _write(model.config, state, lambda name: numbers(state[name]).detach(), folder, layout, shard_bytes)
 

@@ -13,13 +13,13 @@ from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.weights.io import save_transformer
 
 
-def save_tiny_model(out: Path) -> None:
-    """Writes init/, a transformer with 3 heads and random weights, and text/."""
-    sizes = dict(dim=24, heads=3, layers=2, ffn_dim=48, frequency_dim=32, in_channels=4, out_channels=4, text_dim=16)
-    model, generator = (
-        STDiT(TransformerConfig.preset("toy", **sizes, text_padding=32)),
-        torch.Generator().manual_seed(1),
+def save_tiny_model(out: Path, heads: int = 3) -> None:
+    """Writes init/, a transformer with random weights, and text/."""
+    sizes = dict(
+        dim=24, heads=heads, layers=2, ffn_dim=48, frequency_dim=32, in_channels=4, out_channels=4, text_dim=16
     )
+    model = STDiT(TransformerConfig.preset("toy", **sizes, text_padding=32))
+    generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         add_noise(parameter, generator)
     save_transformer(model, out / "init")

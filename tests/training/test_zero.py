@@ -19,17 +19,13 @@ import torch
 import yaml
 from children import Child, finish_together
 from exact_gradients import state_of
-from random_weights import add_noise
 from tensor_files import load_file
+from tiny_models import save_tiny_model
 
-from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.shipped import DEEPSPEED
-from stdit.text.encoders import TextEncoder
-from stdit.text.small import build_word_tokenizer, small_umt5
 from stdit.training.config import LoraConfig
 from stdit.training.engine.checkpoint import Checkpoint
 from stdit.training.setup.lora import adapter_of
-from stdit.weights.io import save_transformer
 from stdit.weights.lora.read import read_adapter
 from stdit.weights.sources import find
 
@@ -83,16 +79,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engines += [f"vae-{stage}={jsons[stage]}={VAE_STEPS}" for stage in VAE_STAGES]
     engines += [f"{kind}-{stage}={jsons[stage]}={MUON_STEPS}" for kind, stage in MUON]
     engines += [f"muon-moved={jsons['zero3']}={MUON_STEPS + 1}=muon-zero1"]
-    sizes = yaml.safe_load(config)["model"]
-    sizes |= {"in_channels": 4, "out_channels": 4, "text_dim": 16, "text_padding": 32}
-    init, generator = STDiT(TransformerConfig.preset(sizes.pop("preset"), **sizes)), torch.Generator().manual_seed(1)
-    for parameter in init.parameters():
-        add_noise(parameter, generator)
-    save_transformer(init, out / "init")
-    tokenizer = build_word_tokenizer(["a small red circle moves left"])
-    TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer).save(
-        out / "text" / "text_encoder", out / "text" / "tokenizer"
-    )
+    save_tiny_model(out, heads=2)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment["TORCH_EXTENSIONS_DIR"] = str(out / "compiled")
     ranks = [

@@ -20,7 +20,7 @@ SHARES: dict[str, Callable[[int], float]] = {
     "all_gather_into_tensor": lambda ranks: ranks - 1,
     "reduce_scatter": lambda ranks: (ranks - 1) / ranks,
     "reduce_scatter_tensor": lambda ranks: (ranks - 1) / ranks,
-    "all_to_all_single": lambda ranks: (ranks - 1) / ranks,
+    "all_to_all_single": lambda ranks: (ranks - 1) / ranks,  # of equal splits
 }
 # The argument that counts: its place, and its name.
 ARGUMENTS = {
@@ -65,10 +65,15 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def counted(*arguments: Any, **named: Any) -> Any:
-        ranks = dist.get_world_size(named.get("group"))
+        group = named.get("group")
         value = named[argument] if argument in named else arguments[place]
+        sent = SHARES[name](dist.get_world_size(group)) * _bytes(value)
+        if name == "all_to_all_single":
+            splits = named.get("input_split_sizes", arguments[3] if len(arguments) > 3 else None)
+            if splits is not None:  # all but this rank's own rows
+                sent = value.nbytes - value[: splits[dist.get_rank(group)]].nbytes
         TRAFFIC.calls += 1
-        TRAFFIC.sent += SHARES[name](ranks) * _bytes(value)
+        TRAFFIC.sent += sent
         return function(*arguments, **named)
 
     return counted

@@ -31,7 +31,7 @@ from stdit.training.setup.frozen import check_unchanged
 from stdit.training.setup.lora import export_adapters, merge_lora
 from stdit.vae.autoencoder import CausalVAE, latent_sums, mean_and_deviation
 from stdit.vae.training.trainable_parts import join_split_kernels
-from stdit.weights.io import Numbers, own, save_transformer, save_vae
+from stdit.weights.io import NumbersOf, own, save_transformer, save_vae
 from stdit.weights.sources import expert_folders
 from stdit.weights.tensor_files import read_json
 
@@ -141,7 +141,7 @@ def all_trains(objective: TransformerObjective) -> bool:
 
 
 @torch.no_grad()
-def asked_for(module: nn.Module, objective: TransformerObjective, ask: Ask) -> Numbers:
+def asked_for(module: nn.Module, objective: TransformerObjective, ask: Ask) -> NumbersOf:
     """What is written in place of the parameters of the module's transformers, which hold no numbers. A text encoder
     that trains is small and gets its own now."""
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
@@ -173,7 +173,7 @@ def write_model(
     module: nn.Module | None,
     adapters: Mapping[str, Tensor],
     folder: Path,
-    numbers: Numbers = own,
+    numbers: NumbersOf = own,
 ) -> None:
     """Writes a model folder: a copy of model.init's with the trained transformers, if all else comes from there too.
 
