@@ -178,7 +178,7 @@ def _without_idle_keys(call: Call) -> tuple[Call, Tensor | None]:
     if bool(asks.all()):
         return call, None
     on_host = asks.repeat_interleave(lengths).nonzero().flatten()
-    rows, ends = on_host.to(call.k.device), torch.cat([asks.new_ones(1), asks])
+    rows, ends = on_host.to(call.k.device, non_blocking=True), torch.cat([asks.new_ones(1), asks])
     k_host = F.pad(lengths[asks].cumsum(0), (1, 0))
     return call._replace(
         k=call.k[rows], v=call.v[rows], q_host=call.q_host[ends], k_host=k_host,
@@ -262,7 +262,11 @@ def _groups_of(call: Call, naive: bool) -> tuple[Group, ...]:
 
 def _bias(call: Call) -> Tensor | None:
     """(M,) log n, the bias on the scores of a key that represents n."""
-    return None if call.multiplicity is None else call.multiplicity.to(call.q.device, wide_dtype(call.q)).log()
+    return (
+        None
+        if call.multiplicity is None
+        else call.multiplicity.to(call.q.device, wide_dtype(call.q), non_blocking=True).log()
+    )
 
 
 def _dense_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, naive: bool) -> tuple[Tensor, Tensor]:

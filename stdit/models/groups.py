@@ -30,8 +30,8 @@ class Places:
         rows = starts + torch.arange(length)  # (segments, length)
         padded = any(stop - start < length for start, stop in bounds)
         together = not padded and all(stop == start for (_, stop), (start, _) in pairwise(bounds))
-        real = (rows < stops).flatten().to(device) if padded else None
-        rows = rows.where(rows < stops, starts).flatten().to(device)
+        real = (rows < stops).flatten().to(device, non_blocking=True) if padded else None
+        rows = rows.where(rows < stops, starts).flatten().to(device, non_blocking=True)
         return cls(len(bounds), bounds[0][0] if together else None, rows, real)
 
     def gather(self, x: Tensor, padding: float | None = None) -> Tensor:

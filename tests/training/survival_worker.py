@@ -1,11 +1,12 @@
 """A rank of `stdit train` that a test harms. Arguments: CONFIG OVERRIDE…; STDIT_NAN=RANK:STEP:COUNT turns the latents
-of a rank's clips to nan in COUNT steps from STEP on."""
+of a rank's clips to nan in COUNT steps from STEP on; STDIT_OLDER=RANK hides the newest checkpoint from a rank."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from stdit.cli.main import run_command
 from stdit.cli.train import train
 from stdit.training import run as run_module
 from stdit.training import trainer as trainer_module
+from stdit.training.engine import agreement
 from stdit.training.objectives.flow import FlowObjective
 from stdit.training.objectives.protocol import StepKey
 
@@ -31,7 +33,15 @@ def poisoned(self: FlowObjective, examples: Any, items: Any, key: StepKey) -> An
     return batch
 
 
+def older(run: Path) -> list[Path]:
+    return candidates(run)[:-1]
+
+
+candidates = agreement.candidates
+
 if __name__ == "__main__":
+    if os.environ.get("STDIT_OLDER") == os.environ["RANK"]:
+        agreement.candidates = older
     if "STDIT_NAN" in os.environ:
         FlowObjective.prepare = poisoned  # type: ignore[method-assign]
     sys.exit(run_command(train, sys.argv[1:]))

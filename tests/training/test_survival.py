@@ -64,8 +64,10 @@ def survives_a_signal(tiny: Path, folder: Path, number: signal.Signals, rank: in
     ranks = start(tiny, folder)
     wait_for_step(folder, ranks, 3)
     ranks[rank].popen.send_signal(number)
+    sent = time.monotonic()
     for child in ranks:
         assert child.status(LIMIT) == 75, child.output
+    print(f"saved and ended {time.monotonic() - sent:.1f} s after rank {rank} got {number.name}")
     no_process_is_left(ranks)
     saved = Checkpoint.latest(folder)
     assert saved is not None and saved.step == max(losses(folder))
@@ -94,20 +96,23 @@ def survives_a_hang(tiny: Path, folder: Path, rank: int) -> None:
     wait_for_step(folder, ranks, 3)
     time.sleep(3 * BEAT)
     ranks[rank].popen.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
     assert ranks[1 - rank].status(LIMIT) == 1, ranks[1 - rank].output
+    print(f"ended {time.monotonic() - stopped:.1f} s after rank {rank} was stopped, where 30 s without an answer count")
     said = rf"error: rank {rank} has not answered for \d+ s \(step \d+/100000\)"
     assert re.search(said, ranks[1 - rank].output), ranks[1 - rank].output
     assert ranks[rank].status(LIMIT) == -signal.SIGKILL
     no_process_is_left(ranks)
 
 
-def survives_nan(tiny: Path, folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps in a row update nothing and name the rank's clips; three end the run where two are allowed."""
-    first = 3
+def survives_nan(tiny: Path, folder: Path, rank: int, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps in a row, after step `first`, update nothing and name the rank's clips; three end the run where two are
+    allowed."""
     monkeypatch.setenv("STDIT_NAN", f"{rank}:{first}:2")
-    ranks = start(tiny, folder, "schedule.steps=7", "optimizer.max_skipped_steps=2")
+    ranks = start(tiny, folder, f"schedule.steps={first + 4}", "optimizer.max_skipped_steps=2")
     for child in ranks:
         assert child.status(LIMIT) == 0, child.output
+    no_process_is_left(ranks)
     skipped = read_metrics(folder, "skipped")
     assert [line["step"] for line in skipped] == [first + 1, first + 2] and [x["in_a_row"] for x in skipped] == [1, 2]
     assert all(line["clips"] and {clip["rank"] for clip in line["clips"]} == {rank} for line in skipped)
@@ -121,6 +126,24 @@ def survives_nan(tiny: Path, folder: Path, rank: int, monkeypatch: pytest.Monkey
     no_process_is_left(ranks)
 
 
+def survives_an_old_listing(tiny: Path, folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """folder: of a run with checkpoints, of which one rank does not see the newest: all ranks end and say so."""
+    monkeypatch.setenv("STDIT_OLDER", str(rank))
+    newest = Checkpoint.latest(folder)
+    assert newest is not None
+    ranks = start(tiny, folder, f"schedule.steps={newest.step + 1}")
+    begun = time.monotonic()
+    for child in ranks:
+        assert child.status(LIMIT) == 1 and "Traceback" not in child.output, child.output
+    print(f"ended {time.monotonic() - begun:.1f} s after the start, where rank {rank} had an old listing")
+    said = r"error: .*rank 0 \(on .*\) sees \S+ and rank 1 \(on .*\) sees \S+ as the newest checkpoint"
+    assert all(re.search(said, child.output) for child in ranks), [child.output for child in ranks]
+    monkeypatch.delenv("STDIT_OLDER")
+    no_process_is_left(ranks)
+    again = Checkpoint.latest(folder)
+    assert again is not None and again.sha256 == newest.sha256
+
+
 def test_a_signal_to_one_rank_saves_the_same_step_on_both(tiny: Path, tmp_path: Path) -> None:
     survives_a_signal(tiny, tmp_path / "run", signal.SIGTERM, 1)
 
@@ -128,8 +151,12 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_both(tiny: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("turn", range(20))
 def test_all_of_it_again(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
-    rank, number = turn % 2, (signal.SIGTERM, signal.SIGUSR1)[turn // 2 % 2]
-    survives_a_signal(tiny, tmp_path / "signal", number, rank)
+    """With -s it says how long each took."""
+    rank = turn % 2
+    survives_a_signal(tiny, tmp_path / "signal", signal.SIGTERM, rank)
+    survives_an_old_listing(tiny, tmp_path / "signal", rank, monkeypatch)
     survives_a_death(tiny, tmp_path / "death", rank)
     survives_a_hang(tiny, tmp_path / "hang", rank)
-    survives_nan(tiny, tmp_path / "nan", rank, monkeypatch)
+    survives_nan(tiny, tmp_path / "nan", rank, 1 + turn // 2, monkeypatch)
+    if turn < 2:
+        survives_a_signal(tiny, tmp_path / "requeue", signal.SIGUSR1, rank)

@@ -173,6 +173,11 @@ def read_index(folder: str, storage: Storage) -> Index:
     return Index(table, there, merged)
 
 
+def merge(rows: pa.Table, shards: frozenset[str]) -> Index:
+    """The index of shards whose own indices are these rows, as `write_index` takes it."""
+    return Index(_sorted(rows), shards, frozenset())
+
+
 def _sorted(rows: pa.Table) -> pa.Table:
     """A table of rows by hash. Of equal keys, those with a tensor come before failures, in the order of the rows."""
     hashes = hash_keys(rows.column("key"))

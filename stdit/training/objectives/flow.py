@@ -213,7 +213,7 @@ class FlowObjective(Objective):
             noise_level=max(float(clip.level.max()) for clip in noisy),
             pack=pack,
             target=torch.cat([clip.target for clip in noisy])[mine].float().to(self.device),
-            token_weights=torch.cat([clip.token_weights for clip in noisy])[mine].to(self.device),
+            token_weights=torch.cat([clip.token_weights for clip in noisy])[mine].to(self.device, non_blocking=True),
             clean=None if clean is None else clean[mine],
             text=text,
             text_ids=ids,
@@ -334,7 +334,7 @@ class FlowObjective(Objective):
                 text = self.empty_text
             else:
                 text = self._embedding(caption)
-            texts.append(text.to(self.device, self.dtype))
+            texts.append(text.to(self.device, self.dtype, non_blocking=True))
         return pack_texts(texts, self.text_padding)
 
     # -------------------------------------------------------------------------------- for the planner and the exporter
