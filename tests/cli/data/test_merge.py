@@ -36,6 +36,21 @@ def start(*words):
     return Child([sys.executable, "-c", code, *map(str, words)], environment)
 
 
+def start_and_kill(folder, is_time, *words):
+    """Starts a command that writes to a folder, and kills it once `is_time`; again from nothing if it was faster."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        child, deadline = start(*words), time.monotonic() + LIMIT
+        while child.popen.poll() is None and not is_time():
+            assert time.monotonic() < deadline, child.output
+            time.sleep(0.002)
+        child.kill()
+        if child.status() == -signal.SIGKILL:
+            return
+        assert child.status() == 0, child.output
+    raise AssertionError("it ended ten times before it could be killed")
+
+
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -87,12 +102,8 @@ def test_a_scan_in_parts_is_the_scan_in_one(folder, tmp_path, capsys):
         assert not outs["three"].exists()
 
     log = tmp_path / "killed" / "m.part-2-of-3.probed.jsonl"
-    child, deadline = start(*part("killed", 2)), time.monotonic() + LIMIT
-    while child.popen.poll() is None and time.monotonic() < deadline:
-        if log.is_file() and log.read_bytes().count(b"\n") > 1:  # it has written down a file
-            child.kill()
-        time.sleep(0.01)
-    assert child.status() in (-signal.SIGKILL, 0)  # it may have been too fast
+    some_are_known = lambda: log.is_file() and log.read_bytes().count(b"\n") > 1  # noqa: E731
+    start_and_kill(tmp_path / "killed", some_are_known, *part("killed", 2))
     for number in (1, 2, 3):
         assert run(*part("killed", number)) == 0
     for name in ("three", "killed"):
@@ -134,10 +145,13 @@ def test_an_encoding_in_parts_is_the_encoding_in_one(folder, tmp_path, monkeypat
     config = {"data": {"shapes": shapes, "fps": 8, "max_crop": 0.9}, "vae": {"path": str(tmp_path / "vae")}}
     (tmp_path / "c.yaml").write_text(json.dumps(config))
 
-    def encode(out, *options):
+    def command(out, *options):
         words = [tmp_path / "m.parquet", "--config", tmp_path / "c.yaml", "--out", tmp_path / out, "--batch", 2]
+        return ["data", "encode", *words, *options]
+
+    def encode(out, *options):
         capsys.readouterr()
-        assert run("data", "encode", *words, *options) == 0
+        assert run(*command(out, *options)) == 0
         return capsys.readouterr()
 
     encode("one")
@@ -149,6 +163,10 @@ def test_an_encoding_in_parts_is_the_encoding_in_one(folder, tmp_path, monkeypat
     assert "2 of 3 parts have not finished" in said and f"--out {tmp_path / 'parts'} --batch 2 --part 3/3" in said
     encode("parts", "--part", "3/3")
     encode("parts", "--part", "1/3")
+    a_shard_is_there = lambda: any((tmp_path / "killed").rglob("[!.]*.safetensors"))  # noqa: E731
+    start_and_kill(tmp_path / "killed", a_shard_is_there, *command("killed", "--part", "1/3"))
+    for number in (3, 1, 2):
+        encode("killed", "--part", f"{number}/3")
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -159,7 +177,7 @@ def test_an_encoding_in_parts_is_the_encoding_in_one(folder, tmp_path, monkeypat
         for name, value in (("ID", task), ("MIN", 4), ("MAX", 5), ("COUNT", 2)):
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
         assert f"part {task - 3}/2, chosen by Slurm's SLURM_ARRAY_TASK_ID" in encode("array").err
-    for name in ("parts", "ranks", "array"):
+    for name in ("parts", "killed", "ranks", "array"):
         assert run("data", "merge", tmp_path / name, "--json") == 0
         answer = json.loads(capsys.readouterr().out)
         assert contents(tmp_path / name) == wanted
@@ -174,19 +192,29 @@ def test_captions_in_parts_are_the_captions_in_one(tmp_path, capsys):
     (tmp_path / "4.mp4").unlink()
     tiny_captioners.save("qwen2_vl", tmp_path / "model")
 
-    def caption(out, *more):
+    def command(out, *more):
         words = [tmp_path / "m.parquet", "--model", tmp_path / "model", "--out", tmp_path / out / "m.parquet"]
         words += ["--frames", 2, "--max-new-tokens", 4, "--device", "cpu"]
-        assert run("data", "caption", *words, *more) == 0
+        return ["data", "caption", *words, *more]
+
+    def caption(out, *more):
+        assert run(*command(out, *more)) == 0
 
     caption("one")
-    for number in (2, 1):
-        caption("two", "--part", f"{number}/2")
-        assert not (tmp_path / "two" / "m.parquet").exists()
-    capsys.readouterr()
-    assert run("data", "merge", tmp_path / "two" / "m.parquet") == 0
-    assert "4 of 5 clips have a new caption, of 2 parts" in capsys.readouterr().out
-    assert (tmp_path / "two" / "m.parquet").read_bytes() == (tmp_path / "one" / "m.parquet").read_bytes()
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {"m.parquet", "m.captions.jsonl"}
-    caption("two")  # all is known
-    assert (tmp_path / "two" / "m.parquet").read_bytes() == (tmp_path / "one" / "m.parquet").read_bytes()
+    for number in (2, 3, 1):
+        caption("three", "--part", f"{number}/3")
+        assert not (tmp_path / "three" / "m.parquet").exists()
+    log = tmp_path / "killed" / "m.part-1-of-3.captions.jsonl"
+    one_is_known = lambda: log.is_file() and b"\n" in log.read_bytes()  # noqa: E731
+    start_and_kill(tmp_path / "killed", one_is_known, *command("killed", "--part", "1/3"))
+    for number in (1, 2, 3):
+        caption("killed", "--part", f"{number}/3")
+    wanted = (tmp_path / "one" / "m.parquet").read_bytes()
+    for name in ("three", "killed"):
+        capsys.readouterr()
+        assert run("data", "merge", tmp_path / name / "m.parquet") == 0
+        assert "4 of 5 clips have a new caption, of 3 parts" in capsys.readouterr().out
+        assert (tmp_path / name / "m.parquet").read_bytes() == wanted
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"m.parquet", "m.captions.jsonl"}
+        caption(name)  # all is known
+        assert (tmp_path / name / "m.parquet").read_bytes() == wanted
