@@ -16,10 +16,9 @@ from stdit.diffusion.solvers import Solver, make_solver, named_config, static_sh
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.machine import require_memory
-from stdit.models.packing import pack_texts
 from stdit.models.transformer import Experts
 from stdit.pixels import to_pixels
-from stdit.sampling.denoising import Denoiser
+from stdit.sampling.denoising import Denoiser, PackedClip
 from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder, KnownPixels
 from stdit.sampling.model_folder import FolderSettings, ModelFolder
 from stdit.sampling.request import SampleRequest
@@ -119,41 +118,87 @@ class Pipeline(ModelFolder):
                 raise clip
             yield clip
 
-    @torch.no_grad()
     def sample_clips(
         self, request: SampleRequest, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[Tensor | StditError]:
         """As `sample_latents`, but gives an error in place of a clip whose latents are not finite, and goes on."""
+        return self.sample_together([request], progress)
+
+    @torch.no_grad()
+    def sample_together(
+        self, requests: Sequence[SampleRequest], progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[Tensor | StditError]:
+        """As `sample_clips`, for several requests: clips of different shapes and settings share packs.
+
+        Gives the clips of the first request, then those of the second, and so on. Neighbours share a pack if their
+        solvers take equally many steps; with two experts, if their noise levels are equal. The smallest
+        `tokens_per_pack` holds for all.
+        """
+        for request in requests:  # mistakes in any are errors before the texts are encoded
+            self._check(request)
+        clips = [clip for request in requests for clip in self._clips(request)]
+        packs = self._packs(clips, min(request.tokens_per_pack for request in requests))
+        total, before = sum(pack[0].request.steps for pack in packs), 0
+        for pack in packs:
+
+            def report(steps: int, before: int = before) -> None:
+                if progress is not None:
+                    progress(before + steps, total)
+
+            yield from Denoiser(self.transformer, self._kind, self.text_padding, pack).denoise(report)
+            before += pack[0].request.steps
+
+    def _check(self, request: SampleRequest) -> None:
         if request.guidance_2 is not None and not isinstance(self.transformer, Experts):
             raise StditError(
                 f"guidance_2 {request.guidance_2:g}: is for the second of two experts; this model has one."
             )
         shape = self.shape(request.size, request.frames)
         latent = shape.latent(self.vae.config.stride)
-        tokens = shape.grid(self.vae.config.stride, self.transformer.config.patch).tokens * (1 + request.guided)
-        self._check_memory(shape, latent, tokens, len(request.prompts))
-        self._solver(request, shape)  # wrong steps, shifts and solvers are errors before the texts are encoded
-        noise = self._noise(request, latent)
-        known = self._known(request, shape)
-        conditions = [self.conditions(one, shape, request.fps or self.settings.fps) for one in known]
+        self._check_memory(shape, latent, self._tokens(request), len(request.prompts))
+        self._solver(request, shape)
+
+    def _tokens(self, request: SampleRequest) -> int:
+        """The video tokens of one clip in a pack."""
+        shape = self.shape(request.size, request.frames)
+        return shape.grid(self.vae.config.stride, self.transformer.config.patch).tokens * (1 + request.guided)
+
+    def _clips(self, request: SampleRequest) -> list[PackedClip]:
+        shape = self.shape(request.size, request.frames)
+        noise = self._noise(request, shape.latent(self.vae.config.stride))
         texts = self.encode_texts(request.prompts)
-        negatives = self._negatives(request.negative_prompt, texts) if request.guided else []
+        negatives: Sequence[Tensor | None] = [None] * len(texts)
+        if request.guided:
+            negatives = self._negatives(request.negative_prompt, texts)
+        return [
+            PackedClip(
+                request, index, noise[number : number + 1], known,
+                self.conditions(known, shape, request.fps or self.settings.fps), text, negative,
+                self._solver(request, shape),
+            )
+            for number, (index, known, text, negative) in enumerate(
+                zip(request.clip_indices, self._known(request, shape), texts, negatives)
+            )
+        ]  # fmt: skip
 
-        per_pack = max(1, request.tokens_per_pack // tokens)
-        starts = range(0, len(texts), per_pack)
-        for number, start in enumerate(starts):
-            clips = slice(start, start + per_pack)
-            text = pack_texts([*texts[clips], *negatives[clips]], self.text_padding)
-            denoiser = Denoiser(
-                self.transformer, self._kind, request, noise[clips], known[clips], conditions[clips], text,
-                request.clip_indices[clips],
-            )  # fmt: skip
+    def _packs(self, clips: Sequence[PackedClip], most: int) -> list[list[PackedClip]]:
+        """Neighbours that fit in `most` tokens and can take their steps together."""
+        packs: list[list[PackedClip]] = []
+        room = 0
+        for clip in clips:
+            tokens = self._tokens(clip.request)
+            if not packs or tokens > room or not self._in_step(packs[-1][0], clip):
+                packs.append([])
+                room = most
+            packs[-1].append(clip)
+            room -= tokens
+        return packs
 
-            def report(steps: int, before: int = number * request.steps) -> None:
-                if progress is not None:
-                    progress(before + steps, len(starts) * request.steps)
-
-            yield from denoiser.denoise(self._solver(request, shape), report)
+    def _in_step(self, one: PackedClip, other: PackedClip) -> bool:
+        """Whether two clips can take their steps in one pack."""
+        if isinstance(self.transformer, Experts):
+            return one.solver.levels == other.solver.levels
+        return len(one.solver.levels) == len(other.solver.levels) and one.request.steps == other.request.steps
 
     def shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> VideoShape:
         """The shape to sample, defaults filled in. Raises StditError if strides and patch do not divide it."""

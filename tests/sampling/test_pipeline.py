@@ -186,6 +186,27 @@ def test_one_clip_does_not_depend_on_the_others(ours):
     assert not torch.allclose(together[0], together[1], atol=0.1)  # each prompt has its own noise
 
 
+def test_clips_of_several_shapes_and_settings_share_a_pack(ours, monkeypatch):
+    """Eight prompts of four shapes, with their own seeds, scales and solvers: the frames that each has alone."""
+    shapes = [((48, 32), 5), ((32, 64), 9), ((32, 32), 1), ((64, 48), 5)]
+    others = [{"guidance": 1.0}, {"seed": 3}, {"solver": "euler", "negative_prompt": "blue"}, {"shift": 2.0}]
+    requests = [
+        SampleRequest([*CAPTIONS[:2]], size=size, frames=frames, steps=3, **other)
+        for (size, frames), other in zip(shapes, others)
+    ]
+    alone = [latents for request in requests for latents in ours.sample_latents(request)]
+    forwards: list[int] = []
+    hook = ours.transformer.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0].grids)))
+    together = list(ours.sample_together(requests))
+    hook.remove()
+    assert forwards == [4 * 2 * 2 - 2] * 3  # one forward a step: two segments a clip, but one without guidance
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert np.abs(ours.decode(one).astype(int) - ours.decode(other).astype(int)).max() <= 1
+    in_two = [SampleRequest([CAPTIONS[0]], size=(32, 32), frames=1, steps=steps) for steps in (2, 3)]
+    assert len(list(ours.sample_together(in_two))) == 2  # other steps: another pack
+
+
 def test_known_frames_are_conditions_at_level_0(ours, monkeypatch):
     """What the network sees: known tokens clean and at level 0 at every step; what comes out: the same tokens."""
     rng = np.random.default_rng(0)

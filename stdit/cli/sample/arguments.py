@@ -1,4 +1,4 @@
-"""Reads the arguments of `stdit sample` that are text: sizes, ratios, durations, prompts and LoRAs."""
+"""Reads the arguments of `stdit sample` that are text: sizes, ratios, durations and LoRAs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typer import BadParameter
 
 from stdit.errors import StditError
 from stdit.shapes import LARGEST
-from stdit.text_files import read_lines
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -53,16 +52,3 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not Path(file).exists():
         raise StditError(f"--lora {text}: {file} is not a file.")
     return Path(file), strength
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file, one per line."""
-    if not file.is_file():  # a pipe would block
-        raise StditError(f"{file} is not a file. --prompts takes a text file with one prompt per line.")
-    prompts = [line.strip() for line in read_lines(file)]
-    if not prompts:
-        raise StditError(f"{file} is empty: it should hold one prompt per line.")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise StditError(f"{file}, line {number} is empty. Every line is a prompt: write one there or delete it.")
-    return prompts

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import warnings
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-from typer import BadParameter, Option, echo
+from typer import BadParameter, Context, Option, echo
 
 from stdit import __version__
 from stdit.cli.common.options import (
@@ -25,26 +25,25 @@ from stdit.cli.common.options import (
     when_stopped,
     within,
 )
-from stdit.cli.sample.arguments import parse_lora, parse_ratio, parse_seconds, parse_size, read_prompts
-from stdit.cli.sample.files import ClipFiles, check_text, content_hash, frames_hash
+from stdit.cli.sample.arguments import parse_lora
+from stdit.cli.sample.files import ClipFiles, content_hash, frames_hash
+from stdit.cli.sample.plan import plan_clips, request_of
+from stdit.cli.sample.rows import settings_of
 from stdit.errors import StditError
 from stdit.files import make_folder
 from stdit.heartbeat import HEARTBEAT, named_bars
-from stdit.shapes import LARGEST, frames_for, nearest_frames, size_for
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from stdit.sampling.pipeline import Pipeline
-    from stdit.shapes import VideoShape
+from stdit.shapes import LARGEST
 
 
 @when_stopped("Clips that are written are kept in --out: the same command makes the others.")
 def sample(
+    context: Context,
     model: Annotated[Path, Option(help="Model folder: a run's, or one in diffusers' layout.")],
     out: Annotated[Path, folder_option("Folder to write to.")],
     prompt: Annotated[str | None, Option(help="What to show.")] = None,
-    prompts: Annotated[Path | None, Option(help="A text file with one prompt per line.")] = None,
+    prompts: Annotated[
+        Path | None, Option(help="Text, a prompt a line; or .jsonl or .csv, with any setting of a clip a row.")
+    ] = None,
     negative: Annotated[str, Option(help="What guidance moves away from.")] = "",
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT.")] = None,
     aspect: Annotated[str | None, Option(help="WIDTH:HEIGHT, such as 16:9, with --resolution.")] = None,
@@ -100,50 +99,37 @@ def sample(
     Sizes are width×height; an illegal one is an error that names the nearest, and a duration is rounded to the nearest
     legal number of frames. Each prompt gives NAME.mp4 (H.264), NAME.png (a contact sheet) and NAME.json (all settings,
     and the command that makes this clip alone). NAME has the prompt's number and words, the seed and a hash of all
-    settings: other settings never overwrite a clip, and an existing clip is not made again.
+    settings: other settings never overwrite a clip, and a clip whose files are whole is not made again.
+    In JSONL and CSV files, rows have a prompt and any other setting of a clip by its option's name, such as duration or
+    seed, which counts instead of the command's. Clips of different shapes share packs.
 
     Example: stdit sample --model runs/toy/model --prompt "a red circle moves left" --duration 2s --out clips
     """
-    source = image or video
-    for wrong, message in (
-        ((prompt is None) == (prompts is None), "give either --prompt TEXT or --prompts FILE."),
-        (image and video, "--image and --video both say how the clip begins: give one."),
-        (last and not source, "--last goes with --image or --video: how the clip begins."),
-        (video_frames and not video, "--video-frames says how much of --video to take: give --video."),
-        (size and (aspect or resolution), "--size already says the size: leave out --aspect and --resolution."),
-        (frames and duration, "--frames and --duration say the same thing: give one."),
-    ):
-        if wrong:
-            raise BadParameter(message)
+    if (prompt is None) == (prompts is None):
+        raise BadParameter("give either --prompt TEXT or --prompts FILE.")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise BadParameter(f"--dtype {dtype!r} is not known: float32, bfloat16 or float16.")
-    exact_size = parse_size(size) if size else None
-    ratio = parse_ratio(aspect) if aspect else None
-    seconds = parse_seconds(duration) if duration else None
-    texts = read_prompts(prompts) if prompts is not None else [prompt or ""]
-    for text in texts:
-        check_text(text, "--prompt" if prompts is None else str(prompts))
-    check_text(negative, "--negative")
-    indices = range(len(texts)) if index is None else range(index, index + 1)
+    rows = settings_of(prompts, context)
+    indices = range(len(rows)) if index is None else range(index, index + 1)
     if index is not None and prompts is not None:
-        if index >= len(texts):
-            raise BadParameter(f"--index {index}: {prompts} has {len(texts)} prompts, numbered from 0.")
-        texts = [texts[index]]
+        if index >= len(rows):
+            raise BadParameter(f"--index {index}: {prompts} has {len(rows)} prompts, numbered from 0.")
+        rows = [rows[index]]
     loras, loras_2 = ([parse_lora(text) for text in given or []] for given in (lora, lora_2))
-    for file in (source, last):
-        if file is not None and not file.is_file():
-            raise StditError(f"{file} is not a file.")
     import torch
 
-    from stdit.data.decode.video import probe, read_frames
     from stdit.diffusion.solvers import named_config
     from stdit.sampling.base_weights import BaseWeights
-    from stdit.sampling.pipeline import Pipeline, SampleRequest
+    from stdit.sampling.pipeline import Pipeline
     from stdit.text.lengths import TextLimit
     from stdit.vae.autoencoder import CausalVAE
 
-    if solver is not None:
-        named_config(solver, {})  # an unknown name is an error before minutes of loading
+    for row in rows:
+        if row.solver is not None:
+            try:  # an unknown name is an error before minutes of loading
+                named_config(row.solver, {})
+            except StditError as error:
+                raise StditError(f"{row.where}{error}") from None
     device = pick_device(device)
     HEARTBEAT.doing(f"loading {model}")
     pipeline = Pipeline.load(model, dtype=getattr(torch, dtype) if dtype else None, device=device)
@@ -153,112 +139,62 @@ def sample(
         pipeline.add_loras(loras, loras_2, lora_partly)
     for warning in left_out:
         echo(warning.message, err=True)
-    fps = float(pipeline.settings.fps if fps is None else fps)
-    if ratio is None and exact_size is None and source is not None:
-        probed = probe(str(source))
-        ratio = probed.width / probed.height
-    if seconds is not None:
-        frames = frames_for(seconds, fps, pipeline.vae.config.stride)
-    shape = pipeline.shape(exact_size or _nearest_size(pipeline, ratio, resolution), frames)
-    if memory is not None:  # too little is an error before minutes of sampling
-        assert isinstance(pipeline.vae, CausalVAE)  # setting `memory` raised for any other VAE
-        pipeline.vae.stream_slices(shape.latent(pipeline.vae.config.stride).sizes, memory)
-    known = _known(pipeline, shape, fps, image, video, video_frames)
-    if known is not None and last is not None:
-        known["last"] = read_frames(str(last), 1, (shape.width, shape.height))[0]
-    known_count = 0 if known is None else 1 if "image" in known else len(known["video"])
-    if not as_json:
-        print(_chosen(shape, fps, fps if pipeline.knows_fps else pipeline.settings.fps, len(texts), known_count))
-    options: dict[str, Any] = {  # of the request, and recorded with each clip
-        "frames": shape.frames, "fps": fps, "steps": steps, "guidance": guidance, "guidance_2": guidance_2,
-        "seed": seed, "shift": shift,
-    }  # fmt: skip
+    planned = plan_clips(pipeline, rows)
+    alike = {shape: [clip for clip in planned if clip.shape == shape] for shape in {clip.shape: 0 for clip in planned}}
+    for shape, clips_alike in alike.items():
+        if memory is not None:  # too little is an error before minutes of sampling
+            assert isinstance(pipeline.vae, CausalVAE)  # setting `memory` raised for any other VAE
+            pipeline.vae.stream_slices(shape.latent(pipeline.vae.config.stride).sizes, memory)
+        if not as_json:
+            print(clips_alike[0].describe(pipeline, len(clips_alike)))
     base = BaseWeights.read(model)
     parts = [model, *map(Path, (base.transformer, base.vae, base.text_encoder))]  # an adapter has its base
-    settings = {
-        "model": str(model), "negative": negative, "size": f"{shape.width}x{shape.height}", **options,
-        "solver": solver or pipeline.scheduler, "image": str(image) if image else None,
-        "last": str(last) if last else None, "video": str(video) if video else None,
-        "known_frames": known_count, "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
+    settings = {  # of all clips
+        "model": str(model), "dtype": str(pipeline.transformer.dtype).removeprefix("torch."), "device": device,
         "dtype_option": dtype, "memory": memory,
         "loras": [[str(file), weight] for file, weight in loras],
         "loras_2": [[str(file), weight] for file, weight in loras_2],
         "model_hash": content_hash(parts),
         "lora_hashes": [[content_hash([file]), weight] for file, weight in (*loras, *loras_2)],
-        "known_hash": frames_hash(known), "stdit": __version__,
-        "lora_partly": lora_partly,
+        "stdit": __version__, "lora_partly": lora_partly,
     }  # fmt: skip
-    for text in dict.fromkeys([*texts, negative]):
+    for text in dict.fromkeys(text for row in rows for text in (row.prompt, row.negative)):
         if (long := TextLimit.of_encoder(pipeline.text_encoder, pipeline.text_padding or None).long(text)) is not None:
             echo(f"{text[:40]!r}… has {long}.", err=True)
     make_folder(out)
-    clips = [ClipFiles(out, text, number, settings) for text, number in zip(texts, indices)]
-    missing = [clip for clip in clips if not clip.exist()]
+    clips = [
+        ClipFiles(
+            out, plan.given.prompt, number,
+            {**settings, **plan.recorded(pipeline), "known_hash": frames_hash(plan.known)},
+        )
+        for plan, number in zip(planned, indices)
+    ]  # fmt: skip
+    to_make = [(plan, clip) for plan, clip in zip(planned, clips) if not clip.exist()]
+    missing = [clip for _, clip in to_make]
     new = {clip.index for clip in missing}
     failures: dict[int, str] = {}
     with named_bars(hidden=as_json) as progress:
-        request = SampleRequest(
-            [clip.prompt for clip in missing], indices=[clip.index for clip in missing], negative_prompt=negative,
-            size=(shape.width, shape.height), known=known, solver=solver, **options,
-        ) if missing else None  # fmt: skip
-        made = pipeline.sample_clips(request, partial(progress, "steps")) if request else ()
+        requests = [
+            request_of([plan for plan, _ in pairs], [clip.index for _, clip in pairs])
+            for pairs in (list(group) for _, group in groupby(to_make, lambda pair: pair[0].key))
+        ]
+        made = pipeline.sample_together(requests, partial(progress, "steps")) if requests else ()
         for number, (clip, latents) in enumerate(zip(missing, made), 1):
             try:
                 if isinstance(latents, StditError):
                     raise latents
-                clip.write(chain.from_iterable(pipeline.decode_stream(latents)), fps)
+                clip.write(chain.from_iterable(pipeline.decode_stream(latents)), clip.settings["fps"])
             except StditError as error:  # this clip's: the others go on
                 failures[clip.index] = f"clip {clip.index} ({clip.prompt[:60]}): {error}"
             progress("clips", number, len(missing))
     done = [clip for clip in clips if clip.index not in failures]
     if as_json:
         clips_made = [clip.as_json(made=clip.index in new) for clip in done]
-        print(json.dumps({"clips": clips_made, "settings": settings, "failures": [*failures.values()]}, indent=2))
+        first = clips[0].settings
+        shared = {name: value for name, value in first.items() if all(c.settings[name] == value for c in clips)}
+        print(json.dumps({"clips": clips_made, "settings": shared, "failures": [*failures.values()]}, indent=2))
     else:
         for clip in done:
             print(f"{clip.video or clip.image}  {clip.prompt}" + ("" if clip.index in new else "  (was there already)"))
     if failures:
         raise StditError("\n".join(failures.values()))
-
-
-def _nearest_size(pipeline: Pipeline, ratio: float | None, resolution: int | None) -> tuple[int, int] | None:
-    """The legal size nearest to an aspect ratio and a short side. The model's own fills in the one that is None."""
-    if ratio is None and resolution is None:
-        return None
-    default = pipeline.settings.shape
-    short = min(default.width, default.height) if resolution is None else resolution
-    return size_for(ratio or default.width / default.height, short, pipeline.multiple)
-
-
-def _known(
-    pipeline: Pipeline, shape: VideoShape, fps: float, image: Path | None, video: Path | None, count: int | None
-) -> dict[str, np.ndarray] | None:
-    """The known frames, scaled to cover the clip and cropped at the centre."""
-    from stdit.data.decode.video import probe, read_frames
-
-    size = (shape.width, shape.height)
-    if image is not None:
-        return {"image": read_frames(str(image), 1, size)[0]}
-    if video is None:
-        return None
-    found = probe(str(video))
-    there = max(1, int(found.duration * fps + 1e-6))  # frames at this rate
-    if count is None:  # about half of the clip, if the video is that long
-        count = nearest_frames(min(there, 1 + (shape.frames - 1) // 2), pipeline.vae.config.stride)[0]
-    elif count > there:
-        raise StditError(f"{video} has {there} frames at {fps:g} fps, not the {count} of --video-frames.")
-    start = max(found.start, found.end - 1 / found.fps - (count - 1) / fps)  # the last one is the video's last
-    return {"video": read_frames(str(video), count, size, fps, start)}
-
-
-def _chosen(shape: VideoShape, fps: float, trained: float, clips: int, known: int) -> str:
-    """Describes the clips to sample in one line."""
-    many = f"{clips} clips, " if clips > 1 else ""
-    if shape.frames == 1:
-        return f"{many}{shape.width}x{shape.height}, an image"
-    line = f"{many}{shape.width}x{shape.height}, {shape.frames} frames at {fps:g} fps, {shape.frames / fps:.2f} s"
-    if known:
-        line += f", the first {known} known" if known > 1 else ", the first frame known"
-    if fps != trained:
-        line += f" (trained at {trained:g} fps: motion plays {fps / trained:.2g} times as fast)"
-    return line

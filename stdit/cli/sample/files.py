@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stdit.errors import StditError
-from stdit.files import publish, publish_text
+from stdit.files import publish, publish_text, sha256_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +21,7 @@ SLUG = 80  # bytes of a prompt in a file name: file systems allow 143 (encrypted
 _WEIGHTS = {".safetensors", ".json", ".model", ".txt"}
 _BLOCK, _BLOCKS = 4096, 64
 # Settings that are not options of the command, or follow from others.
+_PATHS = {"model", "image", "last", "video", "loras", "loras_2"}  # where things are, not what they are
 _NO_OPTION = {"dtype", "dtype_option", "model_hash", "lora_hashes", "known_hash", "known_frames", "stdit"}
 
 
@@ -48,9 +48,11 @@ class ClipFiles:
     @property
     def hash(self) -> str:
         """Eight hex digits of all that the frames depend on: the content of models and known frames, not the path."""
-        paths = {"model", "image", "last", "video", "loras", "loras_2"}
-        hashed = {key: value for key, value in self._all_settings().items() if key not in paths}
+        hashed = self._hashed(self._all_settings())
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
+
+    def _hashed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if key not in _PATHS}
 
     def _all_settings(self) -> dict[str, Any]:
         return {"prompt": self.prompt, "index": self.index, **self.settings}
@@ -71,8 +73,21 @@ class ClipFiles:
         return self.out / f"{self.name}.json"
 
     def exist(self) -> bool:
-        """Whether an earlier command made the clip."""
-        return all(path is None or path.is_file() for path in (self.video, self.image, self.note))
+        """Whether an earlier command made the clip: its files are as they were when its settings were written."""
+        try:
+            found = json.loads(self.note.read_text())
+            settings = json.loads(json.dumps(self._all_settings()))  # as they are read: no tuples
+            return self._hashed(settings).items() <= found.items() and found["files"] == self._digests()
+        except (OSError, ValueError, KeyError, AttributeError):
+            return False
+
+    def _digests(self) -> dict[str, str]:
+        """The SHA-256 of each file but the settings. Raises OSError if one is missing."""
+        found = {}
+        for path in filter(None, (self.video, self.image)):
+            with open(path, "rb") as file:
+                found[path.name] = sha256_of(file)
+        return found
 
     def as_json(self, made: bool) -> dict[str, Any]:
         """made: by this command."""
@@ -103,7 +118,7 @@ class ClipFiles:
 
             write_video(self.video, keeping_picks(), fps)
             contact_sheet([np.stack(kept)], self.image)
-        settings = {**self._all_settings(), "command": self.command()}
+        settings = {**self._all_settings(), "command": self.command(), "files": self._digests()}
         publish_text(self.note, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def command(self) -> str:
@@ -168,11 +183,3 @@ def frames_hash(known: Mapping[str, np.ndarray] | None) -> str | None:
         total.update(f"{name}{frames.shape}".encode())
         total.update(frames.tobytes())
     return total.hexdigest()[:16]
-
-
-def check_text(text: str, option: str) -> None:
-    """Raises StditError for bytes that are not valid text, which Python keeps as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise StditError(f"{option}: character {error.start + 1} of {text[:40]!r} is not valid Unicode.") from None

@@ -18,9 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stdit.cli.main import run_command
-from stdit.cli.sample.arguments import read_prompts
 from stdit.cli.sample.command import sample
 from stdit.cli.sample.files import ClipFiles, slug
+from stdit.cli.sample.plan import plan_clips
+from stdit.cli.sample.rows import ClipSettings
 from stdit.data.decode.video import probe, read_frames
 from stdit.data.decode.write import write_video
 from stdit.diffusion.solvers import unipc_config
@@ -84,16 +85,6 @@ def test_prompts_from_a_file_are_the_clips_of_the_pipeline(folder, tmp_path, cap
         assert np.array_equal(read_frames(clip["image"], 1), frames)
 
 
-def test_a_line_of_prompts_ends_at_a_line_feed_and_odd_ones_are_named(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("\ufeffa red\u2028circle\r\na\x0cblue square\n".encode())
-    assert read_prompts(file) == ["a red\u2028circle", "a\x0cblue square"]
-    for content, says in [(b"ok\ncaf\xe9\n", "line 2 is not UTF-8"), (b"a\0b\n", "NUL"), (b"a\rb\r", "CR alone")]:
-        file.write_bytes(content)
-        with pytest.raises(StditError, match=rf"prompts\.txt.*{says}"):
-            read_prompts(file)
-
-
 def test_a_prompt_that_is_cut_is_told_once_with_what_is_dropped(folder, tmp_path, capsys):
     prompt = "a red circle moves left " * 4 + "and stops"
     assert run(folder, tmp_path, "--prompt", prompt, "--frames", 1, "--json") == 0
@@ -116,10 +107,8 @@ def test_a_frame_or_the_end_of_a_video_is_known(folder, tmp_path, capsys):
     settings = json.loads(next((tmp_path / "c").glob("*.json")).read_text())
     assert settings["known_frames"] == 1 and "/000-a-seed0-" in settings["image"]
 
-    from stdit.cli.sample.command import _known
-
-    pipeline = Pipeline.load(folder)
-    known = _known(pipeline, pipeline.shape(), 8, None, tmp_path / "in.mp4", None)["video"]
+    (planned,) = plan_clips(Pipeline.load(folder), [ClipSettings("", "a", size="48x32", video=tmp_path / "in.mp4")])
+    known = planned.known["video"]
     assert known.shape == (5, 32, 48, 3)
     assert np.abs(known[:, 16, 24, 0].astype(int) - np.arange(190, 240, 10)).max() <= 8  # the last five frames
 
@@ -178,7 +167,7 @@ def test_mistakes_are_one_message(folder, tmp_path, capsys, args, status, messag
 
 
 def test_too_small_a_memory_is_said_before_sampling(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Pipeline, "sample_clips", lambda *args, **kwargs: pytest.fail("sampled"))
+    monkeypatch.setattr(Pipeline, "sample_together", lambda *args, **kwargs: pytest.fail("sampled"))
     assert run(folder, tmp_path, "--prompt", "a", "--memory", "1kB") == 1
     assert "memory 1000: " in capsys.readouterr().err
 
@@ -266,6 +255,22 @@ def test_other_weights_and_other_known_frames_make_other_names(folder, tmp_path)
     save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, file, {"format": "pt"})
     assert run(copy, tmp_path / "out", *few) == 0
     assert len(names(tmp_path / "out")) == 4
+
+
+def test_a_clip_whose_files_changed_is_made_again(folder, tmp_path):
+    few = ["--prompt", "a", "--frames", 5, "--size", "16x16"]
+    assert run(folder, tmp_path, *few) == 0
+    (video,), (note,) = tmp_path.glob("*.mp4"), tmp_path.glob("*.json")
+    whole, written = video.read_bytes(), note.read_text()
+    for file, content in (
+        (video, whole[:-9]),
+        (note, "{"),
+        (note, "[]"),
+        (note, written.replace('"steps": 2', '"steps": 3')),
+    ):
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert run(folder, tmp_path, *few) == 0
+        assert video.read_bytes() == whole and note.read_text() == written
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_command import folder, run  # noqa: F401  (a fixture)
+
+from stdit.cli.common.lazy import as_command
+from stdit.cli.sample.command import sample
+from stdit.cli.sample.rows import settings_of
+from stdit.data.decode.video import probe
+from stdit.errors import StditError
+
+
+def rows(file: Path, *options: str):
+    words = ["--model", ".", "--out", str(file.parent / "out"), "--prompts", str(file), *options]
+    return settings_of(file, as_command(sample).make_context("sample", words))
+
+
+def test_a_line_of_prompts_ends_at_a_line_feed_and_odd_ones_are_named(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa red\u2028circle\r\na\x0cblue square\n".encode())
+    assert [row.prompt for row in rows(file)] == ["a red\u2028circle", "a\x0cblue square"]
+    for content, says in [(b"ok\ncaf\xe9\n", "line 2 is not UTF-8"), (b"a\0b\n", "NUL"), (b"a\rb\r", "CR alone")]:
+        file.write_bytes(content)
+        with pytest.raises(StditError, match=rf"prompts\.txt.*{says}"):
+            rows(file)
+
+
+def test_a_row_counts_instead_of_the_command(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a", "duration": "2s", "seed": 7}\n\n{"prompt": "b", "aspect": "1:1", "steps": null}\n')
+    one, two = rows(file, "--frames", "5", "--size", "48x32", "--steps", "3")
+    assert (one.duration, one.frames, one.size, one.seed, one.steps) == ("2s", None, "48x32", 7, 3)
+    assert (two.aspect, two.size, two.frames, two.seed, two.steps) == ("1:1", None, 5, 0, 3)
+    table = tmp_path / "a.csv"
+    table.write_text('prompt,duration,seed,aspect\na,2s,7,\n"b",,,1:1\n')
+    for mine, theirs in zip(rows(table, "--frames", "5", "--size", "48x32", "--steps", "3"), (one, two), strict=True):
+        assert {**vars(mine), "where": ""} == {**vars(theirs), "where": ""}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "fsp": 8}, "'fsp' is no setting; fps is"),
+        ({"prompt": "a", "lora": "x"}, "--lora is for the whole command"),
+        ({"prompt": "a", "steps": 0}, "--steps 0: 0 is not from 1 to 1000"),
+        ({"prompt": "a", "guidance": float("nan")}, "--guidance nan"),
+        ({"prompt": "a", "seed": "x"}, "--seed 'x'"),
+        ({"prompt": "a", "frames": True}, "write a text or a number"),
+        ({"prompt": "a", "size": "wide"}, "'wide': write WIDTHxHEIGHT"),
+        ({"prompt": "a", "frames": 5, "duration": "1s"}, "give one"),
+        ({"prompt": "a", "image": "nowhere.png"}, "nowhere.png is not a file"),
+        ({"prompt": "a\udcffb"}, "is not UTF-8"),
+        ({"prompt": " "}, "no prompt"),
+        ({"seed": 1}, "no prompt"),
+        ([1], "not an object"),
+    ],
+)
+def test_a_bad_row_is_named_with_file_line_value_and_remedy(tmp_path, row, message):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"prompt": "good"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(StditError) as error:
+        rows(file)
+    assert f"{file}, line 2" in str(error.value) and message in str(error.value)
+
+
+def test_rows_of_other_shapes_are_made_in_one_call(folder, tmp_path, capsys):  # noqa: F811
+    file = tmp_path / "a.csv"
+    file.write_text("prompt,size,frames\na red circle,32x32,5\na blue square,48x32,9\na circle,16x16,1\n")
+    assert run(folder, tmp_path / "out", "--prompts", file, "--json") == 0
+    clips = json.loads(capsys.readouterr().out)["clips"]
+    found = [probe(clip["video"]) for clip in clips[:2]]
+    assert [(one.width, one.height, one.frames) for one in found] == [(32, 32, 5), (48, 32, 9)]
+    assert clips[2]["video"] is None
+    file.write_text("prompt,size,frames\na red circle,32x32,5\na blue square,48x32,8\n")
+    assert run(folder, tmp_path / "none", "--prompts", file) == 1
+    assert f"{file}, line 3: " in capsys.readouterr().err and not list((tmp_path / "none").glob("*.mp4"))
