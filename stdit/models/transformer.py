@@ -8,7 +8,7 @@ families of open weights need is in variants.py; each agrees with its own refere
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain
 from typing import Any, cast
 
@@ -118,10 +118,13 @@ class STDiT(nn.Module):
             if isinstance(module, Attention):
                 module.backend = name
 
-    def forward(self, pack: TokenPack, text: TextPack, routing: Routing | None = None) -> Tensor:
+    def forward(
+        self, pack: TokenPack, text: TextPack, routing: Routing | None = None, skip: Collection[int] = ()
+    ) -> Tensor:
         """Returns (N, pt·ph·pw·C_out) in the activations' dtype; `unpack_clips` cuts it into clips.
 
         routing: while training, which tokens skip some of the blocks.
+        skip: the numbers of blocks that do not run (skip-layer guidance).
         """
         if len(pack.segments.lengths) != len(text.segments.lengths):
             raise StditError(f"{len(pack.segments.lengths)} clips came with {len(text.segments.lengths)} texts.")
@@ -139,6 +142,8 @@ class STDiT(nn.Module):
         for number, (block, inputs) in enumerate(zip(self.blocks_in_order(), steps)):
             if routing is not None and number == routing.blocks[0]:
                 before, x = x, x.index_select(0, routing.kept)  # (N, D), (N', D)
+            if number in skip:
+                continue
             x = self.recompute.run(number, block, x, modulation, y, inputs)  # (N, D), or (N', D) of those that stay
             if routing is not None and number == routing.blocks[-1]:
                 x = before.index_copy(0, routing.kept, x)  # (N, D)
@@ -256,7 +261,7 @@ class Experts(nn.Module):
         """The expert for a noise level."""
         return self.high if level >= self.boundary else self.low
 
-    def forward(self, pack: TokenPack, text: TextPack) -> Tensor:
+    def forward(self, pack: TokenPack, text: TextPack, skip: Collection[int] = ()) -> Tensor:
         """Like STDiT.forward, for clips on one side of the boundary."""
         of_token = pack.levels[pack.level_of].split(pack.segments.lengths)
         levels = [float(clip.max()) for clip in of_token]
@@ -266,7 +271,7 @@ class Experts(nn.Module):
                 f"a pack has clips at noise levels {min(levels):g} to {max(levels):g}, on both sides of the experts' "
                 f"boundary {self.boundary:g}: pack the clips of each expert separately."
             )
-        return chosen.pop()(pack, text)
+        return chosen.pop()(pack, text, skip=skip)
 
     def predict(
         self, latents: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, **conditions: Any

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stdit.diffusion.guidance import guide
+from stdit.diffusion.guidance import Branch, Guide
 from stdit.diffusion.solvers import Solver
 from stdit.diffusion.tasks import frame_levels
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.models.config import TransformerConfig
-from stdit.models.packing import TextPack, pack_clips, pack_texts, unpack_clips
+from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import Experts, STDiT
 from stdit.sampling.known_frames import KnownFrames, known_level
 from stdit.sampling.request import SampleRequest
+from stdit.sampling.reuse import Reuse
 from stdit.weights.families.record import PipelineKind
 
 
@@ -29,9 +30,11 @@ class PackedClip:
     request: of which it is a clip.
     index: its number, which keys its random numbers.
     noise: (1, C, T', H', W') fp32.
+    init: latents like the noise that the clip starts from, partly noised; None: it starts from noise.
+    first: the solver's step that the clip starts with.
     conditions: as `pack_clips` takes them.
     text, negative: (L, D); negative is None without guidance.
-    solver: a new one, of this clip alone.
+    solver, guide, reuse: new ones, of this clip alone.
     """
 
     request: SampleRequest
@@ -42,6 +45,21 @@ class PackedClip:
     text: Tensor
     negative: Tensor | None
     solver: Solver
+    guide: Guide
+    reuse: Reuse
+    init: Tensor | None = None
+    first: int = 0
+
+    @property
+    def levels(self) -> list[float]:
+        """Of its steps."""
+        return self.solver.levels[self.first :]
+
+    def start(self) -> Tensor:
+        """The first sample."""
+        if self.init is None:
+            return self.solver.start(self.noise)
+        return self.solver.begin(self.first, self.init, self.noise)
 
     def network_input(self, step: int, x: Tensor, known_noise: float) -> tuple[Tensor, Tensor | None]:
         """The clip (C, T', H', W') as the network sees it in a step, and its known tokens there: with so much noise."""
@@ -49,17 +67,17 @@ class PackedClip:
         if tokens is not None and known_noise:
             generator = keyed_generator(self.request.seed, "known noise", self.index, step)
             tokens = tokens + known_noise * torch.randn(tokens.shape, generator=generator).to(tokens)
-        return _with_known(self.solver.network_input(step, x)[0], tokens), tokens
+        return _with_known(self.solver.network_input(self.first + step, x)[0], tokens), tokens
 
     def after(self, step: int, output: Tensor, x: Tensor) -> Tensor:
         """The sample (1, C, T', H', W') after a step. output: guided, of x's shape."""
         draws = [keyed_generator(self.request.seed, "sample step", self.index, step)] if self.solver.draws else []
-        return self.solver.step(step, output, x, draws)
+        return self.solver.step(self.first + step, output, x, draws)
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Samples clips that go through the network in one pack. Their solvers have equally many levels.
+    """Samples clips that go through the network in one pack. Their solvers have equally many levels left.
 
     kind: of the family's pipeline.
     text_padding: as `pack_texts` takes it.
@@ -75,20 +93,18 @@ class Denoiser:
 
         report: is called with the number of steps done.
         """
-        guided = [clip.negative for clip in self.clips if clip.negative is not None]
-        text = pack_texts([*(clip.text for clip in self.clips), *guided], self.text_padding)
-        samples = [clip.solver.start(clip.noise) for clip in self.clips]
+        samples = [clip.start() for clip in self.clips]
         tokens: list[Tensor | None] = []
         failures: dict[int, StditError] = {}
         report(0)
-        for step in range(len(self.clips[0].solver.levels)):
-            levels = [clip.solver.levels[step] for clip in self.clips]
+        for step in range(len(self.clips[0].levels)):
+            levels = [clip.levels[step] for clip in self.clips]
             seen = [
                 clip.network_input(step, x, self.kind.known_noise * t**2)
                 for clip, x, t in zip(self.clips, samples, levels)
             ]
             tokens = [known for _, known in seen]
-            outputs = self._guided_outputs([x for x, _ in seen], levels, text)
+            outputs = self._outputs_of_step(step, [x for x, _ in seen], levels)
             samples = [clip.after(step, *both) for clip, *both in zip(self.clips, outputs, samples)]
             finite = torch.stack([torch.isfinite(x).all() for x in samples]).tolist()  # one wait for a GPU
             for number, (is_finite, t) in enumerate(zip(finite, levels)):
@@ -102,28 +118,69 @@ class Denoiser:
         ]
         return [failures.get(number, latents) for number, latents in enumerate(finished)]
 
-    def _guided_outputs(self, x: list[Tensor], levels: Sequence[float], text: TextPack) -> list[Tensor]:
-        """The network's outputs (1, C, T', H', W') fp32 for clips x at their noise levels, without variances.
+    def _outputs_of_step(self, step: int, x: list[Tensor], levels: Sequence[float]) -> list[Tensor]:
+        """The network's outputs (1, C, T', H', W') fp32 for clips x at their noise levels, without variances, guided:
+        predicted where `Reuse` does, and the others from one run of the network."""
+        wanted: dict[int, tuple[Branch, ...]] = {}
+        found: dict[int, Tensor] = {}
+        for number, (clip, t) in enumerate(zip(self.clips, levels)):
+            branches = clip.guide.branches(step, t)
+            kind = (branches, self._is_low(t))
+            predicted = clip.reuse.predict(step, len(clip.levels), t, x[number], kind)
+            if predicted is None:
+                wanted[number] = branches
+            else:
+                found[number] = predicted
+        for number, output in self._guided(wanted, x, levels).items():
+            self.clips[number].reuse.note(levels[number], x[number], output)
+            found[number] = output
+        return [found[number] for number in range(len(self.clips))]
 
-        A clip under guidance is two segments of the pack.
+    def _guided(
+        self, wanted: Mapping[int, Sequence[Branch]], x: list[Tensor], levels: Sequence[float]
+    ) -> dict[int, Tensor]:
+        """The guided outputs of some of the clips. wanted: the branches of each.
+
+        Each branch is a segment of the pack, but for branches without some of the blocks, which are a pack of their
+        own.
         """
-        transformer, config = self.transformer, self.transformer.config
-        guided = [number for number, clip in enumerate(self.clips) if clip.negative is not None]
-        order = [*range(len(x)), *guided]
-        of_clips = [_levels(clip.known, one.shape[1], t, config) for clip, one, t in zip(self.clips, x, levels)]
-        conditions = [self.clips[number].conditions for number in order]
-        pack = pack_clips([x[n] for n in order], [of_clips[n] for n in order], config.patch, conditions)
-        unpacked = [
-            one[None, : self.clips[number].noise.shape[1]].float()
-            for number, one in zip(order, unpack_clips(transformer(pack, text), pack, config.patch))
-        ]
-        outputs = unpacked[: len(x)]
-        for number, unconditional in zip(guided, unpacked[len(x) :]):
-            high, low = self.clips[number].request.scales
-            is_low = isinstance(transformer, Experts) and transformer.at(levels[number]) is transformer.low
-            scale = low if is_low else high
-            outputs[number] = guide(outputs[number], unconditional, scale, self.kind.guides_beyond)
-        return outputs
+        both: tuple[Branch, ...] = ("text", "negative")
+        order = [(number, branch) for branch in both for number, of in wanted.items() if branch in of]
+        outputs = self._outputs(order, x, levels)
+        by_layers: dict[tuple[int, ...], list[tuple[int, Branch]]] = {}
+        for number, of in wanted.items():
+            if "skipped" in of:
+                layers = self.clips[number].guide.options.skip_layers
+                by_layers.setdefault(layers, []).append((number, "skipped"))
+        for layers, alike in by_layers.items():
+            outputs |= self._outputs(alike, x, levels, layers)
+        guided = {}
+        for number, of in wanted.items():
+            clip, given = self.clips[number], {branch: outputs[number, branch] for branch in of}
+            scale = clip.request.scales[self._is_low(levels[number])]
+            still = torch.zeros_like(clip.noise)
+            guided[number] = clip.guide.combine(**given, scale=scale) if given else still
+        return guided
+
+    def _outputs(
+        self, order: Sequence[tuple[int, Branch]], x: list[Tensor], levels: Sequence[float], skip: Collection[int] = ()
+    ) -> dict[tuple[int, Branch], Tensor]:
+        """The network's outputs for branches of clips, in one pack."""
+        if not order:
+            return {}
+        config, numbers = self.transformer.config, [number for number, _ in order]
+        clips = [self.clips[number] for number in numbers]
+        of_clips = [_levels(clip.known, x[n].shape[1], levels[n], config) for n, clip in zip(numbers, clips)]
+        pack = pack_clips([x[n] for n in numbers], of_clips, config.patch, [clip.conditions for clip in clips])
+        texts = [clip.negative if branch == "negative" else clip.text for clip, (_, branch) in zip(clips, order)]
+        text = pack_texts([one for one in texts if one is not None], self.text_padding)
+        unpacked = unpack_clips(self.transformer(pack, text, skip=skip), pack, config.patch)
+        return {key: one[None, : clip.noise.shape[1]].float() for key, clip, one in zip(order, clips, unpacked)}
+
+    def _is_low(self, level: float) -> bool:
+        """Whether the low-noise expert of two has a level."""
+        transformer = self.transformer
+        return isinstance(transformer, Experts) and transformer.at(level) is transformer.low
 
 
 def _levels(known: KnownFrames, frames: int, t: float, config: TransformerConfig) -> Tensor:

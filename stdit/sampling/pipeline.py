@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stdit.diffusion.guidance import PLAIN, GuidanceOptions, Guide, check_skipped
 from stdit.diffusion.noise_levels import shift_by_tokens
-from stdit.diffusion.solvers import Solver, make_solver, named_config, static_shift
+from stdit.diffusion.solvers import Solver, make_solver, named_config, path_of, static_shift
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.machine import require_memory
 from stdit.models.transformer import Experts
-from stdit.pixels import to_pixels
+from stdit.pixels import to_pixels, to_video
 from stdit.sampling.denoising import Denoiser, PackedClip
 from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncoder, KnownPixels
 from stdit.sampling.model_folder import FolderSettings, ModelFolder
 from stdit.sampling.request import SampleRequest
+from stdit.sampling.reuse import Reuse
 from stdit.shapes import LatentShape, VideoShape
 from stdit.weights.families import guided_by_null_text, pipelines
 from stdit.weights.families.record import PipelineKind
@@ -81,13 +83,18 @@ class Pipeline(ModelFolder):
         steps: int = 30,
         guidance: float = 5.0,
         guidance_2: float | None = None,
+        guidance_options: GuidanceOptions = PLAIN,
         negative_prompt: str = "",
         seed: int = 0,
         indices: Sequence[int] | None = None,
         noise: Tensor | None = None,
+        init: np.ndarray | Sequence[np.ndarray | None] | None = None,
+        strength: float = 0.8,
         known: KnownPixels | Sequence[KnownPixels | None] | None = None,
         solver: str | Mapping[str, Any] | None = None,
         shift: float | None = None,
+        levels: Sequence[float] | None = None,
+        reuse: float = 0.0,
         tokens_per_pack: int = 65_536,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray | list[np.ndarray]:
@@ -98,8 +105,10 @@ class Pipeline(ModelFolder):
         """
         request = SampleRequest(
             [prompt] if isinstance(prompt, str) else list(prompt), size=size, frames=frames, fps=fps, steps=steps,
-            guidance=guidance, guidance_2=guidance_2, negative_prompt=negative_prompt, seed=seed, indices=indices,
-            noise=noise, known=known, solver=solver, shift=shift, tokens_per_pack=tokens_per_pack,
+            guidance=guidance, guidance_2=guidance_2, guidance_options=guidance_options,
+            negative_prompt=negative_prompt, seed=seed, indices=indices, noise=noise, init=init,
+            strength=strength, known=known, solver=solver,
+            shift=shift, levels=levels, reuse=reuse, tokens_per_pack=tokens_per_pack,
         )  # fmt: skip
         if request.fps not in (None, self.settings.fps) and not self.knows_fps:
             raise StditError(
@@ -138,7 +147,7 @@ class Pipeline(ModelFolder):
             self._check(request)
         clips = [clip for request in requests for clip in self._clips(request)]
         packs = self._packs(clips, min(request.tokens_per_pack for request in requests))
-        total, before = sum(pack[0].request.steps for pack in packs), 0
+        total, before = sum(len(pack[0].levels) for pack in packs), 0
         for pack in packs:
 
             def report(steps: int, before: int = before) -> None:
@@ -146,13 +155,22 @@ class Pipeline(ModelFolder):
                     progress(before + steps, total)
 
             yield from Denoiser(self.transformer, self._kind, self.text_padding, pack).denoise(report)
-            before += pack[0].request.steps
+            before += len(pack[0].levels)
 
     def _check(self, request: SampleRequest) -> None:
         if request.guidance_2 is not None and not isinstance(self.transformer, Experts):
             raise StditError(
                 f"guidance_2 {request.guidance_2:g}: is for the second of two experts; this model has one."
             )
+        options, config = request.guidance_options, self.transformer.config
+        check_skipped(
+            options.skip_layers, config.layers * (2 if config.attention.startswith("spatial_temporal") else 1)
+        )
+        steps = request.steps if request.levels is None else len(request.levels)
+        if request.is_changed and int(steps * request.strength) < 1:
+            raise StditError(f"strength {request.strength:g} of {steps} steps is none: raise one of them.")
+        if options.zero_steps and path_of(self.scheduler).name != "flow":
+            raise StditError(f"guidance zero_steps {options.zero_steps}: only a flow can stand still; leave it out.")
         shape = self.shape(request.size, request.frames)
         latent = shape.latent(self.vae.config.stride)
         self._check_memory(shape, latent, self._tokens(request), len(request.prompts))
@@ -170,16 +188,37 @@ class Pipeline(ModelFolder):
         negatives: Sequence[Tensor | None] = [None] * len(texts)
         if request.guided:
             negatives = self._negatives(request.negative_prompt, texts)
-        return [
-            PackedClip(
-                request, index, noise[number : number + 1], known,
-                self.conditions(known, shape, request.fps or self.settings.fps), text, negative,
-                self._solver(request, shape),
-            )
-            for number, (index, known, text, negative) in enumerate(
-                zip(request.clip_indices, self._known(request, shape), texts, negatives)
-            )
-        ]  # fmt: skip
+        each = zip(request.clip_indices, self._known(request, shape), self._init(request, shape), texts, negatives)
+        found = []
+        for number, (index, known, init, text, negative) in enumerate(each):
+            conditions = self.conditions(known, shape, request.fps or self.settings.fps)
+            guide = Guide(request.guidance_options, request.guided, self._kind.guides_beyond)
+            solver, first = self._solver(request, shape), 0
+            if init is not None:
+                steps = request.steps if request.levels is None else len(request.levels)
+                first = (steps - int(steps * request.strength)) * solver.per_step
+            found.append(
+                PackedClip(
+                    request, index, noise[number : number + 1], known, conditions, text, negative, solver, guide,
+                    Reuse(request.reuse), init, first,
+                )
+            )  # fmt: skip
+        return found
+
+    def _init(self, request: SampleRequest, shape: VideoShape) -> list[Tensor | None]:
+        """The latents (1, C, T', H', W') that each clip starts from; those that several clips share are encoded
+        once."""
+        size = (shape.frames, shape.height, shape.width, 3)
+        encoded: dict[int, Tensor] = {}
+        for video in request.init_of_clips:
+            if video is None or id(video) in encoded:
+                continue
+            frames = torch.as_tensor(video)
+            if frames.dtype != torch.uint8 or tuple(frames.shape) != size:
+                raise StditError(f"init must be uint8 {size}, not {frames.dtype} {tuple(frames.shape)}.")
+            latents = self.vae.encode(to_video(frames)[None].to(next(self.vae.parameters())))
+            encoded[id(video)] = latents.float().to(self.device)
+        return [None if video is None else encoded[id(video)] for video in request.init_of_clips]
 
     def _packs(self, clips: Sequence[PackedClip], most: int) -> list[list[PackedClip]]:
         """Neighbours that fit in `most` tokens and can take their steps together."""
@@ -197,8 +236,8 @@ class Pipeline(ModelFolder):
     def _in_step(self, one: PackedClip, other: PackedClip) -> bool:
         """Whether two clips can take their steps in one pack."""
         if isinstance(self.transformer, Experts):
-            return one.solver.levels == other.solver.levels
-        return len(one.solver.levels) == len(other.solver.levels) and one.request.steps == other.request.steps
+            return one.levels == other.levels
+        return len(one.levels) == len(other.levels)
 
     def shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> VideoShape:
         """The shape to sample, defaults filled in. Raises StditError if strides and patch do not divide it."""
@@ -228,10 +267,14 @@ class Pipeline(ModelFolder):
             config: Mapping[str, Any] = solver
         else:
             config = named_config(solver, self.scheduler) if solver else self.scheduler
-            if shift is None and self.settings.shift_tokens is not None:
+            if shift is None and request.levels is None and self.settings.shift_tokens is not None:
                 tokens = shape.grid(self.vae.config.stride, self.transformer.config.patch).tokens
                 shift = static_shift(self.scheduler) * shift_by_tokens(tokens, self.settings.shift_tokens)
-        return make_solver(config, request.steps, shift, shape=shape, latent=shape.latent(self.vae.config.stride))
+        steps, latent = (
+            request.steps if request.levels is None else len(request.levels),
+            shape.latent(self.vae.config.stride),
+        )
+        return make_solver(config, steps, shift, levels=request.levels, shape=shape, latent=latent)
 
     def _noise(self, request: SampleRequest, latent: LatentShape) -> Tensor:
         """The first noise (clips, C, T', H', W'), fp32."""

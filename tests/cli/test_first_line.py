@@ -25,7 +25,7 @@ sys.argv = {args}
 from stdit.cli.main import main
 main()
 """
-MORE = {("sample",): ["--prompt", "a dog"]}  # what is wanted, though it has a default
+MORE = {("sample",): ["--model", "x", "--out", "y", "--prompt", "a dog"]}  # what is wanted, though it has a default
 
 
 def arguments(command) -> list[str]:

@@ -14,13 +14,11 @@ from stdit.errors import StditError
 
 UNIPC = solvers.unipc_config(3.0)
 BASES: dict[str, dict[str, Any]] = {
-    "FlowMatchEulerDiscreteScheduler": solvers.euler_config(3.0),
-    "UniPCMultistepScheduler": UNIPC,
-    "DPMSolverMultistepScheduler": {},
+    **{name: {} for name in solvers.SCHEDULERS if name != "RFLOW"},
     "DDIMScheduler": {"clip_sample": False},
-    "EulerAncestralDiscreteScheduler": {},
-    "EDMEulerScheduler": {},
+    "DDPMScheduler": {"clip_sample": False},
 }
+BASES |= {"FlowMatchEulerDiscreteScheduler": solvers.euler_config(3.0), "UniPCMultistepScheduler": UNIPC}
 # Legal values other than the default; of what is true or false, the other one is tried.
 VALUES: dict[str, tuple[Any, ...]] = {
     "num_train_timesteps": (500, 2000), "shift": (2.0, 0.5), "flow_shift": (2.0,), "base_shift": (0.3,),
@@ -34,6 +32,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "timestep_spacing": ("leading", "trailing", "linspace"), "steps_offset": (1,),
     "final_sigmas_type": ("sigma_min", "zero"), "disable_corrector": ([0, 2],), "solver_p": (), "sigma_min": (0.01,),
     "sigma_max": (0.9,), "sigma_data": (1.0,), "sigma_schedule": ("exponential",), "rho": (5.0,),
+    "corrector_order": (1, 3), "predictor_order": (1, 3), "interpolation_type": ("log_linear",),
+    "original_inference_steps": (25,), "timestep_scaling": (5.0,), "timestep_type": ("continuous",),
+    "upscale_mode": ("bilinear",),
 }  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def assert_agrees(config: dict[str, Any], steps: int) -> None:
         output, before = field(ours.levels[index], scale(x, t)), x
         assert (ours.network_input(index, y) - scale(x, t)).norm() <= 1e-5 * scale(x, t).norm()
         drawn = {"generator": generators(index)} if ours.draws else {}
+        drawn |= {"eta": 0.0} if "eta" in inspect.signature(theirs.step).parameters else {}  # as pipelines do
         x = theirs.step(output, t, x, return_dict=False, **drawn)[0]
         y = ours.step(index, output, y, generators(index))
         assert (y - x).norm() <= 1e-5 * max(x.norm(), before.norm())
@@ -90,8 +92,44 @@ def test_an_option_is_obeyed_or_refused_by_name(name, option, value):
     except StditError as error:
         assert option in str(error)
         return
-    for steps in (3, 20):
+    for steps in (5 if name == "PNDMScheduler" else 3, 20):  # its Runge-Kutta needs four
         assert_agrees(config, steps)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["heun", "lcm", "dpm++", *sorted(solvers.FLOWS_BY_OPTION)])
+@pytest.mark.parametrize("model", [solvers.euler_config(3.0), solvers.unipc_config(5.0)])
+def test_a_flow_by_another_of_diffusers_schedulers(name, model):
+    config = solvers.named_config(name, model)
+    assert solvers.static_shift(config) == solvers.static_shift(model)
+    for steps in (4, 20):
+        assert_agrees(config, steps)
+    if "flow_shift" in config:
+        for more in ({"solver_order": 1}, {"final_sigmas_type": "sigma_min"}, {"algorithm_type": "sde-dpmsolver++"}):
+            try:
+                solvers.make_solver({**config, **more}, 8)
+            except StditError as error:
+                assert next(iter(more)) in str(error)
+                continue
+            assert_agrees({**config, **more}, 8)
+
+
+@pytest.mark.parametrize("name", [*solvers.NAMES, *solvers.SCHEDULERS])
+def test_a_solver_by_name_is_for_such_weights_or_is_refused_by_name(name):
+    models = {"flow": solvers.euler_config(3.0), "ddpm": {"_class_name": "DDIMScheduler", "beta_end": 0.012}}
+    models["edm"] = {"_class_name": "EDMEulerScheduler"}
+    taken = []
+    for kind, model in models.items():
+        try:
+            config = solvers.named_config(name, model)
+        except StditError as error:
+            assert name in str(error)
+            continue
+        taken.append(kind)
+        paths = [solvers.path_of(one) for one in (config, model)]
+        assert paths[0].name == paths[1].name == kind and solvers.make_solver(config, 8).levels
+        assert kind != "ddpm" or torch.equal(paths[0].betas, paths[1].betas)
+    assert taken or name in ("RFLOW", "EDMEulerScheduler"), name
 
 
 @pytest.mark.parametrize("limits", [{}, {"sigma_min": 0.01, "sigma_max": 0.98}, {"sigma_min": 0.05}])

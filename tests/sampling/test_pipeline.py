@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from dataclasses import fields, replace
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from PIL import Image
+from step_noise import same_noise
 
 from stdit.diffusion import solvers
+from stdit.diffusion.guidance import GuidanceOptions
 from stdit.errors import StditError
+from stdit.models.packing import pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import STDiT, TransformerConfig
 from stdit.sampling.pipeline import FolderSettings, Pipeline, SampleRequest
 from stdit.text.encoders import TextEncoder
@@ -114,6 +119,70 @@ def test_agrees_with_wan_pipeline(ours, theirs, size, frames, solver, guidance):
     assert_same(ours, theirs, CAPTIONS[:1], size, frames, guidance, solver)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("solver", "more"),
+    [
+        *((name, {}) for name in ("heun", "lcm", *sorted(solvers.FLOWS_BY_OPTION))),
+        ("dpm++", {"algorithm_type": "sde-dpmsolver++"}),
+        ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_agrees_with_wan_pipeline_by_another_scheduler(ours, theirs, solver, more, monkeypatch):
+    """Swapped in as its users do. Noise of a step is the same for both."""
+    config = solvers.named_config(solver, ours.scheduler) | more
+    kind = getattr(diffusers, config["_class_name"])
+    again = same_noise(monkeypatch, kind)
+    theirs.scheduler = kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    noise = noise_for(ours, (48, 32), 9, 1)
+    (expected,) = theirs(
+        prompt=CAPTIONS[0], height=32, width=48, num_frames=9, num_inference_steps=4, guidance_scale=5.0,
+        max_sequence_length=PADDING, latents=noise.clone(), output_type="latent",
+    ).frames  # fmt: skip
+    again()
+    request = SampleRequest(
+        CAPTIONS[:1], size=(48, 32), frames=9, steps=4, guidance=5.0, noise=noise, solver=config if more else solver
+    )
+    (found,) = ours.sample_latents(request)
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_steps_at_given_levels(ours, theirs):
+    """As few-step weights are run: in diffusers, by flow Euler or LCM over sigmas without a shift."""
+    levels = (1.0, 0.9375, 0.8, 0.5)
+    noise = noise_for(ours, (48, 32), 9, 1)
+    settings = dict(size=(48, 32), frames=9, guidance=1.0, noise=noise, steps=30, levels=levels)
+    text = ours.encode_texts(CAPTIONS[:1])
+    for solver in ("euler", "unipc"):
+        (found,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], solver=solver, **settings))
+        if solver == "euler":
+            x, ends = noise, (*levels[1:], 0.0)
+            for level, end in zip(levels, ends):
+                out = theirs.transformer(x, torch.tensor([1000 * level]), padded(text), return_dict=False)[0]
+                x = x + (end - level) * out
+            torch.testing.assert_close(found, x[0], rtol=1e-4, atol=1e-4)
+            euler = found
+    assert 0.01 < (found - euler).norm() / euler.norm() < 0.5  # UniPC is of a higher order over the same levels
+    lcm = SampleRequest(CAPTIONS[:1], solver="lcm", **settings)
+    assert ours._solver(lcm, ours.shape((48, 32), 9)).levels == pytest.approx(levels)
+    for wrong, says in (
+        ((0.5, 0.8), "must fall"),
+        ((1.2, 0.5), "from 1 at most"),
+        ((1.0, 0.0), "above 0"),
+    ):
+        with pytest.raises(StditError, match=says):
+            list(ours.sample_latents(SampleRequest(CAPTIONS[:1], solver="euler", **settings | {"levels": wrong})))
+    with pytest.raises(StditError, match="DEISMultistepScheduler has noise levels of its own"):
+        list(ours.sample_latents(SampleRequest(CAPTIONS[:1], solver="DEISMultistepScheduler", **settings)))
+    with pytest.raises(StditError, match="nothing shifts them"):
+        list(ours.sample_latents(SampleRequest(CAPTIONS[:1], solver="euler", shift=3.0, **settings)))
+
+
+def padded(texts):
+    """(1, PADDING, D), as WanPipeline pads."""
+    return torch.nn.functional.pad(torch.stack(texts), (0, 0, 0, PADDING - texts[0].shape[0]))
+
+
 def test_agrees_with_wan_pipeline_on_several_prompts_and_a_negative(ours, theirs):
     theirs.scheduler = UniPCMultistepScheduler.from_config(SCHEDULERS["unipc"])
     assert_same(ours, theirs, CAPTIONS, (48, 32), 5, 4.0, None, negative="a circle")
@@ -207,6 +276,120 @@ def test_clips_of_several_shapes_and_settings_share_a_pack(ours, monkeypatch):
     assert len(list(ours.sample_together(in_two))) == 2  # other steps: another pack
 
 
+def test_skipped_blocks_are_those_that_diffusers_skips(ours, theirs):
+    from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+
+    generator = torch.Generator().manual_seed(0)
+    latents, text = (torch.randn(*size, generator=generator) for size in ((1, 4, 3, 4, 6), (1, 24, 16)))
+    transformer = copy.deepcopy(theirs.transformer)
+    apply_layer_skip(transformer, LayerSkipConfig([1], fqn="blocks"))
+    wanted = transformer(latents, torch.tensor([700.0]), text, return_dict=False)[0]
+    pack = pack_clips([latents[0]], [torch.tensor(0.7)], ours.transformer.config.patch)
+    found = ours.transformer(pack, pack_texts([text[0]], padding=0), skip=(1,))
+    torch.testing.assert_close(unpack_clips(found, pack, ours.transformer.config.patch)[0], wanted[0])
+    assert not torch.allclose(wanted, theirs.transformer(latents, torch.tensor([700.0]), text, return_dict=False)[0])
+
+
+def test_guidance_acts_where_it_is_asked_to(ours, monkeypatch):
+    """Outside an interval the network runs once a clip; branches without some blocks are a pack of their own."""
+    segments = []
+    forward = type(ours.transformer).forward
+
+    def counted(self, pack, text, **options):
+        segments.append((len(pack.grids), tuple(options["skip"])))
+        return forward(self, pack, text, **options)
+
+    def latents(options=None, guidance=3.0):
+        segments.clear()
+        request = SampleRequest(
+            CAPTIONS, size=(48, 32), frames=9, steps=4, guidance=guidance, solver="euler",
+            guidance_options=options or GuidanceOptions(),
+        )  # fmt: skip
+        return torch.stack(list(ours.sample_latents(request)))
+
+    monkeypatch.setattr(type(ours.transformer), "forward", counted)
+    plain, unguided = latents(), latents(guidance=1.0)
+    assert torch.equal(latents(GuidanceOptions(interval=(0.0, 1.0))), plain) and segments == [(4, ())] * 4
+    levels = solvers.make_solver(solvers.named_config("euler", ours.scheduler), 4).levels
+    between = GuidanceOptions(interval=(levels[2], levels[1]))
+    assert not torch.allclose(latents(between), plain)
+    assert segments == [(2, ()), (4, ()), (4, ()), (2, ())]
+    nowhere = GuidanceOptions(interval=((levels[1] + levels[2]) / 2,) * 2)
+    torch.testing.assert_close(latents(nowhere), unguided)
+    skipping = GuidanceOptions(skip_layers=(1,), skip_interval=(levels[1], 1.0))
+    assert not torch.allclose(latents(skipping), plain)
+    assert segments == [(4, ()), (2, (1,))] * 2 + [(4, ())] * 2
+    torch.testing.assert_close(latents(replace(skipping, skip_scale=0.0)), plain)
+    latents(GuidanceOptions(zero_star=True, zero_steps=1))
+    assert segments == [(4, ())] * 3
+    with pytest.raises(StditError, match="blocks 0 to 1"):
+        latents(GuidanceOptions(skip_layers=(2,)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+@pytest.mark.parametrize("solver", ["euler", "unipc", "heun", "dpm++", "SASolverScheduler"])
+def test_a_clip_from_another_agrees_with_wan_video_to_video(ours, theirs, solver, strength, monkeypatch):
+    config = solvers.named_config(solver, ours.scheduler)
+    kind = getattr(diffusers, config["_class_name"])
+    scheduler = kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    again = same_noise(monkeypatch, kind)
+    pipe = diffusers.WanVideoToVideoPipeline(
+        theirs.tokenizer, theirs.text_encoder, theirs.transformer, theirs.vae, scheduler
+    )
+    pipe.set_progress_bar_config(disable=True)
+    video = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
+    noise = noise_for(ours, (48, 32), 9, 1)
+    monkeypatch.setattr("diffusers.pipelines.wan.pipeline_wan_video2video.randn_tensor", lambda *_, **__: noise.clone())
+    (expected,) = pipe(
+        video=[Image.fromarray(frame) for frame in video], prompt=CAPTIONS[0], height=32, width=48, strength=strength,
+        num_inference_steps=8, guidance_scale=4.0, max_sequence_length=PADDING, output_type="latent",
+    ).frames  # fmt: skip
+    again()
+    request = SampleRequest(
+        CAPTIONS[:1], size=(48, 32), frames=9, steps=8, guidance=4.0, noise=noise, solver=solver, init=video,
+        strength=strength,
+    )  # fmt: skip
+    (found,) = ours.sample_latents(request)
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_start_that_does_not_fit_is_named(ours):
+    video = np.zeros((9, 32, 48, 3), np.uint8)
+    settings = dict(size=(48, 32), frames=9, steps=4, guidance=1.0, init=video)
+    for wrong, says in (
+        ({"strength": 0.0}, "strength is 0.0"), ({"strength": 0.2}, "of 4 steps is none"),
+        ({"init": video[:5]}, "init must be uint8"), ({"init": [video, None]}, "2 init for 1 prompts"),
+    ):  # fmt: skip
+        with pytest.raises(StditError, match=says):
+            list(ours.sample_latents(SampleRequest(CAPTIONS[:1], **settings | wrong)))
+
+
+def test_reuse_spares_runs_of_each_clip_alone(ours, monkeypatch):
+    clips = []
+    forward = type(ours.transformer).forward
+
+    def counted(self, pack, text, **options):
+        clips.append(len(pack.grids))
+        return forward(self, pack, text, **options)
+
+    monkeypatch.setattr(type(ours.transformer), "forward", counted)
+    settings = dict(size=(48, 32), frames=9, steps=60, guidance=1.0, solver="euler")
+    full = list(ours.sample_latents(SampleRequest(CAPTIONS, **settings)))
+    assert clips == [2] * 60
+    clips.clear()
+    spared = list(ours.sample_latents(SampleRequest(CAPTIONS, reuse=0.5, **settings)))
+    together = sum(clips)
+    assert 8 < together < 100
+    for mine, whole in zip(spared, full):
+        assert 0 < (mine - whole).norm() < 0.5 * whole.norm()
+    clips.clear()
+    for index, caption in enumerate(CAPTIONS):
+        (alone,) = ours.sample_latents(SampleRequest([caption], indices=[index], reuse=0.5, **settings))
+        torch.testing.assert_close(alone, spared[index], rtol=1e-4, atol=1e-4)
+    assert sum(clips) == together
+
+
 def test_known_frames_are_conditions_at_level_0(ours, monkeypatch):
     """What the network sees: known tokens clean and at level 0 at every step; what comes out: the same tokens."""
     rng = np.random.default_rng(0)
@@ -215,7 +398,7 @@ def test_known_frames_are_conditions_at_level_0(ours, monkeypatch):
     seen = []
     forward = type(ours.transformer).forward
 
-    def spy(self, pack, text):
+    def spy(self, pack, text, **options):
         seen.append(pack)
         return forward(self, pack, text)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from references import randomise, small_reason
+from step_noise import same_noise
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, T5Config, T5EncoderModel
 
 from stdit.diffusion.solvers import euler_config, unipc_config
@@ -386,3 +387,40 @@ def test_what_is_not_built_is_refused_by_name(name, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(StditError, match=f"{name} is not supported: "):
         Pipeline.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+        "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+        "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)  # fmt: skip
+def test_latte_by_another_scheduler_of_diffusers(name, tmp_path, monkeypatch):
+    """Swapped in as its users do: by from_config of the folder's own, and by its name."""
+    case = CASES["Latte"]
+    theirs = case.make()
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = getattr(d, name).from_config(theirs.scheduler.config, variance_type=None)
+    again = same_noise(monkeypatch, type(theirs.scheduler))
+    theirs.save_pretrained(tmp_path)
+    ours, steps = Pipeline.load(tmp_path), 6
+    latent = case.shape.latent(ours.vae.config.stride)
+    noise = torch.randn(
+        1, ours.vae.config.z_dim, *latent.sizes, generator=torch.Generator().manual_seed(SEED)
+    )  # fmt: skip
+    expected = theirs(
+        prompt=PROMPT, negative_prompt=NEGATIVE, height=case.shape.height, width=case.shape.width,
+        video_length=case.shape.frames, num_inference_steps=steps, guidance_scale=case.guidance, clean_caption=False,
+        latents=noise.clone(), output_type="latent", **case.call,
+    )[0][0]  # fmt: skip
+    request = SampleRequest(
+        [PROMPT], size=(case.shape.width, case.shape.height), frames=case.shape.frames, steps=steps,
+        guidance=case.guidance, negative_prompt=NEGATIVE, noise=noise, **case.more,
+    )  # fmt: skip
+    again()
+    (found,) = ours.sample_latents(request)
+    assert (found - expected).norm() <= 1e-4 * expected.norm()

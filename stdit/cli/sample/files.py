@@ -21,7 +21,8 @@ SLUG = 80  # bytes of a prompt in a file name: file systems allow 143 (encrypted
 _WEIGHTS = {".safetensors", ".json", ".model", ".txt"}
 _BLOCK, _BLOCKS = 4096, 64
 # Settings that are not options of the command, or follow from others.
-_PATHS = {"model", "image", "last", "video", "loras", "loras_2"}  # where things are, not what they are
+# where things are, not what they are; and how they are written
+_PATHS = {"model", "image", "last", "video", "init", "loras", "loras_2", "format"}
 _NO_OPTION = {"dtype", "dtype_option", "model_hash", "lora_hashes", "known_hash", "known_frames", "stdit"}
 
 
@@ -59,8 +60,11 @@ class ClipFiles:
 
     @property
     def video(self) -> Path | None:
-        """None for an image."""
-        return None if self.settings["frames"] == 1 else self.out / f"{self.name}.mp4"
+        """None for an image. A folder of pictures, if that is the format."""
+        if self.settings["frames"] == 1:
+            return None
+        kind = self.settings["format"]
+        return self.out / (self.name if kind == "png" else f"{self.name}.{kind}")
 
     @property
     def image(self) -> Path:
@@ -72,12 +76,16 @@ class ClipFiles:
         """The settings. They are written last."""
         return self.out / f"{self.name}.json"
 
+    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """The names of settings that the frames depend on and that a sidecar says otherwise."""
+        mine = self._hashed(json.loads(json.dumps(self._all_settings())))
+        return [name for name, value in mine.items() if settings.get(name) != value]
+
     def exist(self) -> bool:
         """Whether an earlier command made the clip: its files are as they were when its settings were written."""
         try:
             found = json.loads(self.note.read_text())
-            settings = json.loads(json.dumps(self._all_settings()))  # as they are read: no tuples
-            return self._hashed(settings).items() <= found.items() and found["files"] == self._digests()
+            return not self.differences(found) and found["files"] == self._digests()
         except (OSError, ValueError, KeyError, AttributeError):
             return False
 
@@ -85,8 +93,9 @@ class ClipFiles:
         """The SHA-256 of each file but the settings. Raises OSError if one is missing."""
         found = {}
         for path in filter(None, (self.video, self.image)):
-            with open(path, "rb") as file:
-                found[path.name] = sha256_of(file)
+            for one in sorted(path.iterdir()) if self.settings["format"] == "png" and path == self.video else [path]:
+                with open(one, "rb") as file:
+                    found[one.relative_to(self.out).as_posix()] = sha256_of(file)
         return found
 
     def as_json(self, made: bool) -> dict[str, Any]:
@@ -100,13 +109,15 @@ class ClipFiles:
         """Writes the files. Frames are written as they arrive; only those of the contact sheet stay in memory."""
         import numpy as np
 
-        from stdit.data.decode.write import contact_sheet, sheet_frames, write_video
+        from stdit.data.decode.write import contact_sheet, picture_comment, sheet_frames, write_video
 
+        settings = {**self._all_settings(), "command": self.command()}
+        about = json.dumps({"made_by": "stdit", **settings}, ensure_ascii=False)
         if self.video is None:
             from PIL import Image
 
             with publish(self.image) as part:
-                Image.fromarray(next(frames)).save(part, format="PNG")
+                Image.fromarray(next(frames)).save(part, format="PNG", pnginfo=picture_comment(about))
         else:
             picks, kept = set(sheet_frames(self.settings["frames"])), []
 
@@ -116,9 +127,9 @@ class ClipFiles:
                         kept.append(frame.copy())  # a view would keep its whole chunk in memory
                     yield frame
 
-            write_video(self.video, keeping_picks(), fps)
+            write_video(self.video, keeping_picks(), fps, about=about)
             contact_sheet([np.stack(kept)], self.image)
-        settings = {**self._all_settings(), "command": self.command(), "files": self._digests()}
+        settings["files"] = self._digests()
         publish_text(self.note, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def command(self) -> str:
@@ -174,9 +185,9 @@ def content_hash(places: Iterable[Path]) -> str:
     return total.hexdigest()[:16]
 
 
-def frames_hash(known: Mapping[str, np.ndarray] | None) -> str | None:
+def frames_hash(known: Mapping[str, np.ndarray]) -> str | None:
     """Sixteen hex digits of known frames."""
-    if known is None:
+    if not known:
         return None
     total = hashlib.sha256()
     for name, frames in sorted(known.items()):

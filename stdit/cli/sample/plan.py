@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stdit.cli.sample.files import frames_hash
 from stdit.cli.sample.rows import ClipSettings
 from stdit.errors import StditError
 from stdit.shapes import frames_for, nearest_frames, size_for
@@ -18,20 +19,31 @@ if TYPE_CHECKING:
     from stdit.shapes import VideoShape
 
 Known = dict[str, "np.ndarray"]
+GUIDES = ("guidance_interval", "guidance_rescale", "zero_star", "apg", "skip_layers")  # how guidance acts
 
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """A clip whose settings are legal for a model. known: its known frames, as `SampleRequest` takes them."""
+    """A clip whose settings are legal for a model.
+
+    known: its known frames, as `SampleRequest` takes them.
+    init: {"init": the frames that it starts from}.
+    """
 
     given: ClipSettings
     shape: VideoShape
     fps: float
     known: Known | None
+    init: Known | None = None
 
     @property
     def known_count(self) -> int:
         return 0 if self.known is None else 1 if "image" in self.known else len(self.known["video"])
+
+    @property
+    def content_hash(self) -> str | None:
+        """Of the frames that are known or that it starts from."""
+        return frames_hash({**(self.known or {}), **(self.init or {})})
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -39,18 +51,23 @@ class PlannedClip:
         return {
             "frames": self.shape.frames, "fps": self.fps, "steps": self.given.steps, "guidance": self.given.guidance,
             "guidance_2": self.given.guidance_2, "seed": self.given.seed, "shift": self.given.shift,
+            "reuse": self.given.reuse,
         }  # fmt: skip
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for clips that fit in one request."""
-        return (self.shape, self.given.solver, self.given.negative, *self.shared.values())
+        given = self.given
+        own = (given.solver, given.negative, given.guidance_options, given.levels, given.strength)
+        return (self.shape, *own, *self.shared.values())
 
     def recorded(self, pipeline: Pipeline) -> dict[str, Any]:
         """The clip's own settings, for its sidecar."""
-        paths = {name: getattr(self.given, name) for name in ("image", "last", "video")}
+        paths = {name: getattr(self.given, name) for name in ("image", "last", "video", "init")}
         return {
             "negative": self.given.negative, "size": f"{self.shape.width}x{self.shape.height}", **self.shared,
+            **({"strength": self.given.strength} if self.init else {}),
+            **{name: value for name in (*GUIDES, "levels") if (value := getattr(self.given, name)) is not None},
             "solver": self.given.solver or pipeline.scheduler,
             **{name: str(path) if path else None for name, path in paths.items()}, "known_frames": self.known_count,
         }  # fmt: skip
@@ -88,26 +105,38 @@ def request_of(clips: Sequence[PlannedClip], indices: Sequence[int]) -> SampleRe
     first = clips[0]
     return SampleRequest(
         [clip.given.prompt for clip in clips], indices=indices, negative_prompt=first.given.negative,
-        size=(first.shape.width, first.shape.height), known=[clip.known for clip in clips], solver=first.given.solver,
+        guidance_options=first.given.guidance_options, levels=first.given.noise_levels,
+        size=(first.shape.width, first.shape.height), known=[clip.known for clip in clips],
+        init=[clip.init["init"] if clip.init else None for clip in clips], strength=first.given.strength,
+        solver=first.given.solver,
         **first.shared,
     )  # fmt: skip
 
 
 def _plan(pipeline: Pipeline, clip: ClipSettings, read: dict[tuple[object, ...], Known | None]) -> PlannedClip:
-    from stdit.data.decode.video import probe
+    from stdit.data.decode.video import probe, read_frames
 
     fps = float(pipeline.settings.fps if clip.fps is None else clip.fps)
     ratio, frames = clip.ratio, clip.frames
-    if ratio is None and clip.exact_size is None and clip.source is not None:
-        probed = probe(str(clip.source))
+    model_for = clip.source or clip.init
+    if ratio is None and clip.exact_size is None and model_for is not None:
+        probed = probe(str(model_for))
         ratio = probed.width / probed.height
+    if clip.init is not None and frames is None:
+        there = max(1, int(probe(str(clip.init)).duration * fps + 1e-6))  # frames at this rate
+        frames = nearest_frames(there, pipeline.vae.config.stride)[0]
     if clip.seconds is not None:
         frames = frames_for(clip.seconds, fps, pipeline.vae.config.stride)
     shape = pipeline.shape(clip.exact_size or _nearest_size(pipeline, ratio, clip.resolution), frames)
     key = (clip.image, clip.last, clip.video, clip.video_frames, shape, fps)
     if key not in read:
         read[key] = _known(pipeline, shape, fps, clip)
-    return PlannedClip(clip, shape, fps, read[key])
+    of_init = (clip.init, shape, fps)
+    if of_init not in read:
+        size = (shape.width, shape.height)
+        init = clip.init
+        read[of_init] = None if init is None else {"init": read_frames(str(init), shape.frames, size, fps)}
+    return PlannedClip(clip, shape, fps, read[key], read[of_init])
 
 
 def _nearest_size(pipeline: Pipeline, ratio: float | None, resolution: int | None) -> tuple[int, int] | None:

@@ -6,13 +6,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typer import BadParameter, Context
 
-from stdit.cli.sample.arguments import parse_ratio, parse_seconds, parse_size
+from stdit.cli.sample.arguments import (
+    parse_interval,
+    parse_levels,
+    parse_projection,
+    parse_ratio,
+    parse_seconds,
+    parse_size,
+    parse_skip,
+)
 from stdit.errors import StditError
 from stdit.text_files import csv_rows, fault_in, json_rows, read_lines, shortened
+
+if TYPE_CHECKING:
+    from stdit.diffusion.guidance import GuidanceOptions
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,18 @@ class ClipSettings:
     steps: int = 30
     guidance: float = 5.0
     guidance_2: float | None = None
+    guidance_interval: str | None = None
+    guidance_rescale: float = 0.0
+    zero_star: int | None = None
+    apg: str | None = None
+    skip_layers: str | None = None
     seed: int = 0
     solver: str | None = None
     shift: float | None = None
+    levels: str | None = None
+    reuse: float = 0.0
+    init: Path | None = None
+    strength: float = 0.8
     image: Path | None = None
     last: Path | None = None
     video: Path | None = None
@@ -53,10 +73,10 @@ class ClipSettings:
         ):
             if wrong:
                 raise BadParameter(message)
-        self.exact_size, self.ratio, self.seconds  # noqa: B018  (each raises BadParameter for a bad text)
+        self.exact_size, self.ratio, self.seconds, self.noise_levels, self.guidance_options  # noqa: B018  (each raises BadParameter for a bad text)
         for name, text in (("--prompt", self.prompt), ("--negative", self.negative)):
             _check_text(text, name)
-        for file in (self.source, self.last):
+        for file in (self.source, self.last, self.init):
             if file is not None and not file.is_file():
                 raise StditError(f"{file} is not a file.")
 
@@ -74,13 +94,33 @@ class ClipSettings:
         return parse_ratio(self.aspect) if self.aspect else None
 
     @property
+    def noise_levels(self) -> tuple[float, ...] | None:
+        return parse_levels(self.levels) if self.levels else None
+
+    @property
+    def guidance_options(self) -> GuidanceOptions:
+        """Raises StditError for values out of range."""
+        from stdit.diffusion.guidance import GuidanceOptions
+
+        options: dict[str, Any] = {"rescale": self.guidance_rescale}
+        if self.guidance_interval is not None:
+            options["interval"] = parse_interval(self.guidance_interval, "--guidance-interval")
+        if self.zero_star is not None:
+            options |= {"zero_star": True, "zero_steps": self.zero_star}
+        if self.apg is not None:
+            options |= parse_projection(self.apg)
+        if self.skip_layers is not None:
+            options |= parse_skip(self.skip_layers)
+        return GuidanceOptions(**options)
+
+    @property
     def seconds(self) -> float | None:
         return parse_seconds(self.duration) if self.duration else None
 
 
 NAMES = [name for name in ClipSettings.__dataclass_fields__ if name != "where"]
 # Settings of the command that contradict one of a row, whose place they leave to it.
-_REPLACES = {
+REPLACES = {
     "size": {"aspect", "resolution"}, "aspect": {"size"}, "resolution": {"size"}, "frames": {"duration"},
     "duration": {"frames"}, "image": {"video", "video_frames"}, "video": {"image"},
 }  # fmt: skip
@@ -104,7 +144,7 @@ def settings_of(prompts: Path | None, context: Context) -> list[ClipSettings]:
             own = {name: _value(name, value, context) for name, value in row.items() if value not in (None, "")}
             if not str(own.get("prompt", "")).strip():
                 raise StditError("there is no prompt: write one, or delete the line.")
-            replaced = {other for name in own for other in _REPLACES.get(name, ())}
+            replaced = {other for name in own for other in REPLACES.get(name, ())}
             kept = {name: value for name, value in options.items() if name not in replaced}
             found.append(ClipSettings(f"{where}: ", **{**kept, **own}))
         except BadParameter as error:

@@ -5,6 +5,10 @@
 from stdit.diffusion.solvers.base import Solver
 from stdit.diffusion.solvers.euler import dynamic_shift
 from stdit.diffusion.solvers.schedulers import (
+    FLOWS_BY_OPTION,
+    NAMES,
+    SCHEDULERS,
+    check_levels,
     euler_config,
     make_solver,
     named_config,

@@ -48,21 +48,28 @@ class Schedule:
     shape: VideoShape | None
     latent: LatentShape | None
     where: str
+    levels: Sequence[float] | None = None
 
 
 class Solver(ABC):
-    """Takes len(levels) steps, in order and once.
+    """Takes len(levels) steps, in order and once; or, after `begin` in place of `start`, those from an index on.
 
     levels: the noise level in [0, 1] that the network is told at each step.
     draws: whether a step needs generators, for fresh noise.
+    per_step: how many levels make one step of those that are asked for.
     """
 
     levels: list[float]
     draws = False
+    per_step = 1
 
     def start(self, noise: Tensor) -> Tensor:
         """The first sample, from N(0, 1) noise (B, …)."""
         return noise
+
+    @abstractmethod
+    def begin(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """The first sample where steps begin at `index`, from normalised latents (B, …) that are partly noised."""
 
     def network_input(self, index: int, x: Tensor) -> Tensor:
         """The network's input at step `index`."""

@@ -39,6 +39,9 @@ class Euler(Solver):
     lengths: list[float]
 
     def __init__(self, config: Config, schedule: Schedule) -> None:
+        if schedule.levels is not None:
+            self._set(np.array(schedule.levels))
+            return
         shift = float(config.get("shift", 1.0)) if schedule.shift is None else schedule.shift
         dynamic = config.get("use_dynamic_shifting")
         if dynamic and schedule.shift is None:
@@ -53,10 +56,17 @@ class Euler(Solver):
         if config.get("use_karras_sigmas"):
             low, high = config.get("sigma_min", float(sigmas[-1])), config.get("sigma_max", float(sigmas[0]))
             sigmas = karras_sigmas(len(sigmas), low, high)
+        self._set(sigmas)
+
+    def _set(self, sigmas: np.ndarray) -> None:
         self.sigmas = [*sigmas.astype(np.float32).tolist(), 0.0]
         # diffusers' timesteps are fp32(σ)·1000 in fp32; the division turns them back into noise levels.
         self.levels = [float(np.float32(sigma) * np.float32(1000)) / 1000 for sigma in self.sigmas[:-1]]
         self.lengths = [end - start for start, end in pairwise(self.sigmas)]
+
+    def begin(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        level = self.levels[index]
+        return (1 - level) * latents + level * noise
 
     def step(self, index: int, output: Tensor, x: Tensor, generators: Sequence[Generator] = ()) -> Tensor:
         return x + self.lengths[index] * output
@@ -91,6 +101,8 @@ class OpenSoraEuler(Euler):
     """Open-Sora 1.2's RFLOW: over 1, (S−1)/S, …, 1/S, shifted once; the network's output is x_0 − ε."""
 
     def __init__(self, config: Config, schedule: Schedule) -> None:
+        if schedule.levels is not None:
+            raise StditError(f"{schedule.where}: RFLOW has noise levels of its own; leave levels out.")
         shift = 1.0 if schedule.shift is None else schedule.shift
         if schedule.shift is None and config.get("use_timestep_transform", False):
             if schedule.shape is None:
@@ -119,6 +131,9 @@ class CosmosEuler(Solver):
     def start(self, noise: Tensor) -> Tensor:
         return noise * self.start_scale
 
+    def begin(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        return latents + self.sigmas[index] * noise
+
     def network_input(self, index: int, x: Tensor) -> Tensor:
         return x * (1 - self.levels[index])
 
@@ -129,6 +144,8 @@ class CosmosEuler(Solver):
 
 def flow_euler(config: Config, schedule: Schedule) -> Solver:
     """The solver of a FlowMatchEulerDiscreteScheduler, as the pipeline around it runs it."""
+    if schedule.levels is not None:
+        return Euler(config, schedule)
     if config.get("use_karras_sigmas") and in_cosmos_coordinates(config):
         return CosmosEuler(config, schedule)
     return (LtxConditionEuler if caller_of(config) == "ltx condition" else Euler)(config, schedule)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,27 @@ _FLOW = {
     "use_karras_sigmas": (False, None, True), "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None),
     "num_train_timesteps": (1000,),  # the networks' own
 }  # fmt: skip
+_STATIC: dict[str, tuple[Any, ...]] = {"num_train_timesteps": (1000,), "use_dynamic_shifting": (False,)}
 # What the path of the weights depends on. The rest is diffusers' to obey or refuse.
 _DDPM: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"), "beta_schedule": ("linear", "scaled_linear"),
     "num_train_timesteps": (1000,), "rescale_betas_zero_snr": (False,),
 }  # fmt: skip
 _BETAS = {"beta_start": (0.0, 1.0), "beta_end": (0.0, 1.0)}
+_BY_DIFFUSERS = Scheduler(DdpmPath.of, DiffusersSolver, _DDPM, _BETAS)
+# Of flows: schedulers that integrate over flow levels if use_flow_sigmas says so, and those that only do flows.
+_AS_FLOW = Scheduler(
+    lambda config: FlowPath(),
+    DiffusersSolver,
+    {"prediction_type": ("flow_prediction",), "use_flow_sigmas": (True,), **_STATIC},
+    {"flow_shift": _POSITIVE},
+    absent={"prediction_type": "epsilon", "use_flow_sigmas": False},
+    shift="flow_shift",
+)
+_FLOW_MATCH = Scheduler(
+    lambda config: FlowPath(), DiffusersSolver, {**_STATIC, "invert_sigmas": (False,)}, {"shift": _POSITIVE},
+    shift="shift",
+)  # fmt: skip
 SCHEDULERS: dict[str, Scheduler] = {
     "FlowMatchEulerDiscreteScheduler": Scheduler(
         lambda config: FlowPath(),
@@ -92,15 +108,26 @@ SCHEDULERS: dict[str, Scheduler] = {
         absent={"prediction_type": "epsilon", "use_flow_sigmas": False},
         shift="flow_shift",
     ),
-    "DPMSolverMultistepScheduler": Scheduler(
-        DdpmPath.of,
-        DiffusersSolver,
-        # with another variance_type, diffusers would keep three channels of the network's
-        {**_DDPM, "use_flow_sigmas": (False,), "use_dynamic_shifting": (False,), "variance_type": (None,)},
-        _BETAS,
+    **dict.fromkeys(
+        (
+            "DDIMScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+            "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+            "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler",
+        ),
+        _BY_DIFFUSERS,
     ),
-    "DDIMScheduler": Scheduler(DdpmPath.of, DiffusersSolver, _DDPM, _BETAS),
-    "EulerAncestralDiscreteScheduler": Scheduler(DdpmPath.of, DiffusersSolver, _DDPM, _BETAS),
+    # diffusers would take a learned variance from the network's output, where there is none any more
+    "DDPMScheduler": replace(
+        _BY_DIFFUSERS,
+        allowed={**_DDPM, "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")},
+    ),
+    # with another variance_type, diffusers would keep three channels of the network's
+    **dict.fromkeys(
+        ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "SASolverScheduler"),
+        replace(_BY_DIFFUSERS, allowed={**_DDPM, "use_dynamic_shifting": (False,), "variance_type": (None,)}),
+    ),
+    "FlowMatchHeunDiscreteScheduler": _FLOW_MATCH,
+    "FlowMatchLCMScheduler": _FLOW_MATCH,
     "EDMEulerScheduler": Scheduler(
         _edm_path,
         DiffusersSolver,
@@ -114,6 +141,13 @@ SCHEDULERS: dict[str, Scheduler] = {
         {},
     ),
 }  # fmt: skip
+# Those that do either, by their options. UniPC of a flow is in the table.
+FLOWS_BY_OPTION = {
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+}
 # All options of these schedulers. One that belongs to another scheduler is ignored, as by diffusers: from_config keeps
 # them when it makes one scheduler from another's config.
 _KNOWN = {key for scheduler in SCHEDULERS.values() for key in (*scheduler.allowed, *scheduler.numbers)}
@@ -121,8 +155,31 @@ _KNOWN |= {
     "algorithm_type", "clip_sample", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio",
     "euler_at_final", "interpolation_type", "lambda_min_clipped", "sample_max_value", "set_alpha_to_one",
     "sigma_schedule", "skip_prk_steps", "steps_offset", "timestep_spacing", "timestep_type", "trained_betas",
-    "use_lu_lambdas", "num_sampling_steps", "cfg_scale", "sample_method", "loc", "scale", "transform_scale",
+    "use_lu_lambdas", "predictor_order", "corrector_order", "tau_func", "original_inference_steps",
+    "timestep_scaling", "scale_factors", "upscale_mode", "num_sampling_steps", "cfg_scale", "sample_method",
+    "loc", "scale", "transform_scale",
 }  # fmt: skip
+
+
+# Solvers by a short name: the class for flows, and for DDPMs; "" where there is none.
+NAMES: dict[str, tuple[str, str]] = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler"),
+    "unipc": ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+    "dpm++": ("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
+    "heun": ("FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler"),
+    "lcm": ("FlowMatchLCMScheduler", "LCMScheduler"),
+    "ddim": ("", "DDIMScheduler"),
+    "ancestral": ("", "EulerAncestralDiscreteScheduler"),
+}
+
+
+def scheduler_of(config: Config) -> Scheduler:
+    """How a config is read, by its class and by whether it is a flow's. Raises KeyError for an unknown class."""
+    name = config["_class_name"]
+    of_flow = bool(config.get("use_flow_sigmas"))
+    if name == "UniPCMultistepScheduler" and not of_flow:
+        return SCHEDULERS["DEISMultistepScheduler"]
+    return _AS_FLOW if name in FLOWS_BY_OPTION and of_flow else SCHEDULERS[name]
 
 
 def check_scheduler(config: Config, where: str = "scheduler") -> Config:
@@ -137,7 +194,7 @@ def check_scheduler(config: Config, where: str = "scheduler") -> Config:
             f"{where}: the scheduler {name!r} is not supported. Supported: {', '.join(SCHEDULERS)}."
             f"{nearest_name(name, SCHEDULERS)}"
         )
-    scheduler = SCHEDULERS[name]
+    scheduler = scheduler_of(config)
     for key, allowed in scheduler.allowed.items():
         value = config.get(key, scheduler.absent.get(key, allowed[0]))
         if value in allowed:
@@ -148,7 +205,8 @@ def check_scheduler(config: Config, where: str = "scheduler") -> Config:
                 f"pass either. Set it to false and give a static {scheduler.shift or 'shift'}."
             )
         runs = " or ".join(map(repr, allowed))
-        raise StditError(f"{where}: {name} with {key} = {value!r} is not supported; only {runs}.")
+        of_flow = " of a flow (use_flow_sigmas)" if scheduler is _AS_FLOW else ""
+        raise StditError(f"{where}: {name}{of_flow} with {key} = {value!r} is not supported; only {runs}.")
     for key, (low, high) in scheduler.numbers.items():
         value = config.get(key)
         if value is not None and not (type(value) in (int, float) and low < value < high):
@@ -176,7 +234,7 @@ def check_scheduler(config: Config, where: str = "scheduler") -> Config:
 def path_of(config: Config, where: str = "scheduler") -> paths.Path:
     """The path of the weights beside this scheduler config."""
     config = check_scheduler(config, where)
-    return SCHEDULERS[config["_class_name"]].path(config)
+    return scheduler_of(config).path(config)
 
 
 def make_solver(
@@ -185,6 +243,7 @@ def make_solver(
     shift: float | None = None,
     where: str = "scheduler",
     *,
+    levels: Sequence[float] | None = None,
     shape: VideoShape | None = None,
     latent: LatentShape | None = None,
 ) -> Solver:
@@ -192,18 +251,34 @@ def make_solver(
 
     shift: replaces the config's static shift, or the one that the config computes for the clip.
     where: names the config in errors.
+    levels: the noise levels of the steps, in place of those that the config makes; `steps` is their number.
     shape, latent: the clip's, in pixels and latents; needed where the levels depend on them.
     """
     config = check_scheduler(config, where)
     name = config["_class_name"]
-    path = SCHEDULERS[name].path(config)
-    if not 1 <= steps <= 1000:
+    scheduler = scheduler_of(config)
+    path = scheduler.path(config)
+    if levels is not None:
+        check_levels(levels)
+    elif not 1 <= steps <= 1000:
         raise StditError(f"steps must be between 1 and 1000, not {steps}.")
     if shift is not None and shift <= 0:
         raise StditError(f"shift must be positive, not {shift}.")
     if shift is not None and (path.name != "flow" or config.get("use_karras_sigmas")):
         raise StditError(f"{where}: {name} knows no shift of the noise levels; leave shift out.")
-    return SCHEDULERS[name].solver(config, Schedule(steps, shift, shape, latent, where))
+    if levels is not None:
+        if shift is not None:
+            raise StditError(f"shift {shift:g}: the levels are given, and nothing shifts them. Leave one of them out.")
+        config = {**config, "use_dynamic_shifting": False} | ({scheduler.shift: 1.0} if scheduler.shift else {})
+    return scheduler.solver(config, Schedule(steps, shift, shape, latent, where, levels))
+
+
+def check_levels(levels: Sequence[float]) -> None:
+    """Raises StditError unless noise levels fall from 1 at most, and stay above 0."""
+    falling = all(before > after for before, after in pairwise(levels))
+    if not levels or not falling or not 0 < levels[-1] <= levels[0] <= 1:
+        told = ", ".join(f"{level:g}" for level in levels)
+        raise StditError(f"noise levels {told}: they must fall, from 1 at most, and end above 0.")
 
 
 def euler_config(shift: float = 1.0) -> dict[str, Any]:
@@ -226,26 +301,28 @@ def unipc_config(shift: float = 1.0) -> dict[str, Any]:
 
 
 def named_config(name: str, config: Config) -> dict[str, Any]:
-    """The config of a solver by its short name, with the static shift or the betas of the model's config.
-
-    An empty config only checks the name: "euler" or "unipc" for flows; "dpm++", "ddim" or "ancestral" for DDPMs.
+    """The config of a solver by a name of `NAMES` or by its class in diffusers, with the static shift or the betas of
+    the model's config. An empty config only checks the name.
     """
-    flows = {"euler": euler_config, "unipc": unipc_config}
-    names = {
-        "dpm++": "DPMSolverMultistepScheduler",
-        "ddim": "DDIMScheduler",
-        "ancestral": "EulerAncestralDiscreteScheduler",
-    }
-    if name not in flows and name not in names:
-        known = (*flows, *names)
-        raise StditError(f"solver {name!r} is not known: {', '.join(known)}.{nearest_name(name, known)}")
-    if config and path_of(config).name != ("flow" if name in flows else "ddpm"):
+    if name not in NAMES and name not in SCHEDULERS:
+        raise StditError(
+            f"solver {name!r} is not known: {', '.join(NAMES)}, or a class of diffusers' schedulers: "
+            f"{', '.join(sorted(SCHEDULERS))}.{nearest_name(name, [*NAMES, *SCHEDULERS])}"
+        )
+    if not config:
+        return {}
+    kind = path_of(config).name
+    made: dict[str, Any] = {"_class_name": NAMES[name][kind != "flow"] if name in NAMES else name}
+    if kind == "flow" and made["_class_name"] in (*FLOWS_BY_OPTION, "UniPCMultistepScheduler"):
+        made |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    if kind == "edm" or not made["_class_name"] or scheduler_of(made).path(made).name != kind or name == "RFLOW":
         raise StditError(f"solver {name!r} is for other weights: this model's scheduler is {config['_class_name']}.")
-    if name in flows:
-        return flows[name](static_shift(config))
+    if kind == "flow":
+        if made["_class_name"] == "UniPCMultistepScheduler":
+            return unipc_config(static_shift(config))
+        return {**made, "num_train_timesteps": 1000, scheduler_of(made).shift: static_shift(config)}
     kept = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    made = {"_class_name": names[name], **{key: config[key] for key in kept if key in config}}
-    return made | ({"clip_sample": False} if name == "ddim" else {})
+    return {**made, **{key: config[key] for key in kept if key in config}, "clip_sample": False}
 
 
 def with_static_shift(config: Config, shift: float | None) -> dict[str, Any]:
@@ -253,7 +330,7 @@ def with_static_shift(config: Config, shift: float | None) -> dict[str, Any]:
 
     Unchanged if shift is None or the scheduler uses no shift.
     """
-    scheduler, dynamic = SCHEDULERS[config["_class_name"]], bool(config.get("use_dynamic_shifting"))
+    scheduler, dynamic = scheduler_of(config), bool(config.get("use_dynamic_shifting"))
     if shift is None or not scheduler.shift or config.get("use_karras_sigmas"):
         return dict(config)
     if not dynamic and static_shift(config) == shift:
@@ -263,8 +340,8 @@ def with_static_shift(config: Config, shift: float | None) -> dict[str, Any]:
 
 def static_shift(config: Config) -> float:
     """The shift that a scheduler config holds for all clips alike; 1 if it holds none."""
-    scheduler = SCHEDULERS.get(config.get("_class_name", ""))
-    return float(config.get(scheduler.shift, 1.0)) if scheduler and scheduler.shift else 1.0
+    option = scheduler_of(config).shift if config.get("_class_name") in SCHEDULERS else ""
+    return float(config.get(option, 1.0)) if option else 1.0
 
 
 def read_scheduler(folder: str | Path, pipeline: str = "", caller: str = "") -> dict[str, Any]:

@@ -30,7 +30,10 @@ class UniPC(Solver):
 
     def __init__(self, config: Config, schedule: Schedule) -> None:
         by_karras = config.get("use_karras_sigmas")
-        if by_karras:  # as Cosmos-Predict2.5's pipelines take them: t = σ/(σ + 1) of Karras' σ
+        if schedule.levels is not None:
+            told = np.minimum(schedule.levels, 1 - 1e-6)  # λ is −∞ at σ = 1
+            sigmas = told.astype(np.float32)
+        elif by_karras:  # as Cosmos-Predict2.5's pipelines take them: t = σ/(σ + 1) of Karras' σ
             karras = karras_sigmas(schedule.steps, config["sigma_min"], config["sigma_max"])
             told = sigmas = (karras / (karras + 1)).astype(np.float32)
         else:  # as WanPipeline takes them
@@ -47,6 +50,10 @@ class UniPC(Solver):
         self.clean: list[Tensor] = []  # the last `order` predictions of x_0, newest last
         self.before: Tensor | None = None  # the sample the last predictor step started from
         self.last_order = 0
+
+    def begin(self, index: int, latents: Tensor, noise: Tensor) -> Tensor:
+        sigma = self.sigmas[index]
+        return (1 - sigma) * latents + sigma * noise
 
     def step(self, index: int, output: Tensor, x: Tensor, generators: Sequence[Generator] = ()) -> Tensor:
         if index == 0:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sample_runs import PROMPTS, run
 
 from stdit.cli.main import run_command
 from stdit.cli.sample.command import sample
@@ -24,38 +25,13 @@ from stdit.cli.sample.plan import plan_clips
 from stdit.cli.sample.rows import ClipSettings
 from stdit.data.decode.video import probe, read_frames
 from stdit.data.decode.write import write_video
-from stdit.diffusion.solvers import unipc_config
 from stdit.errors import StditError
-from stdit.models.transformer import Experts, STDiT, TransformerConfig
-from stdit.sampling.pipeline import FolderSettings, Pipeline
-from stdit.text.encoders import TextEncoder
-from stdit.text.small import build_word_tokenizer, small_umt5
-from stdit.vae.autoencoder import CausalVAE, VaeConfig
+from stdit.models.transformer import Experts, STDiT
+from stdit.sampling.pipeline import Pipeline
 from stdit.weights.lora.adapters import Adapter, Pair
 from stdit.weights.lora.write import write_adapter
 
 ROOT = Path(__file__).parents[3]
-PROMPTS = ["a red circle moves left", "A blue square!"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = build_word_tokenizer(PROMPTS)
-    config = TransformerConfig(dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
-    sizes = VaeConfig(base_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True), z_dim=4)
-    encoder = TextEncoder(small_umt5(len(tokenizer), 16, 1, 2), tokenizer)
-    settings = FolderSettings(fps=8, shapes=("48x32x9",), text_padding=16)
-    path = tmp_path_factory.mktemp("model")
-    transformer = STDiT(config)
-    torch.nn.init.normal_(transformer.head.head.weight, std=0.3)  # a fresh one is 0, and no other weight would matter
-    Pipeline(transformer, CausalVAE(sizes), encoder, unipc_config(), settings).save(path)
-    return path
-
-
-def run(folder: Path, out: Path, *args: object) -> int:
-    words = ["--model", folder, "--out", out, "--steps", 2, "--guidance", 2, "--device", "cpu", *args]
-    return run_command(sample, [str(word) for word in words], prog="sample.py")
 
 
 def test_writes_a_video_that_plays_a_sheet_and_the_settings(folder, tmp_path, capsys):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_command import folder, run  # noqa: F401  (a fixture)
+from sample_runs import run
 
 from stdit.cli.common.lazy import as_command
 from stdit.cli.sample.command import sample
@@ -66,7 +66,7 @@ def test_a_bad_row_is_named_with_file_line_value_and_remedy(tmp_path, row, messa
     assert f"{file}, line 2" in str(error.value) and message in str(error.value)
 
 
-def test_rows_of_other_shapes_are_made_in_one_call(folder, tmp_path, capsys):  # noqa: F811
+def test_rows_of_other_shapes_are_made_in_one_call(folder, tmp_path, capsys):
     file = tmp_path / "a.csv"
     file.write_text("prompt,size,frames\na red circle,32x32,5\na blue square,48x32,9\na circle,16x16,1\n")
     assert run(folder, tmp_path / "out", "--prompts", file, "--json") == 0
@@ -77,3 +77,38 @@ def test_rows_of_other_shapes_are_made_in_one_call(folder, tmp_path, capsys):  #
     file.write_text("prompt,size,frames\na red circle,32x32,5\na blue square,48x32,8\n")
     assert run(folder, tmp_path / "none", "--prompts", file) == 1
     assert f"{file}, line 3: " in capsys.readouterr().err and not list((tmp_path / "none").glob("*.mp4"))
+
+
+def test_parts_make_all_clips_between_them(folder, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\na circle\n")
+    assert run(folder, tmp_path / "whole", "--prompts", file, "--frames", 5) == 0
+    assert run(folder, tmp_path / "parts", "--prompts", file, "--frames", 5, "--part", "2/2") == 0
+    assert "1 of 3 clips" in capsys.readouterr().err and len([*(tmp_path / "parts").glob("*.mp4")]) == 1
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(folder, tmp_path / "parts", "--prompts", file, "--frames", 5) == 0
+    assert "chosen by torchrun's RANK" in capsys.readouterr().err
+    names = [{path.name for path in (tmp_path / place).iterdir()} for place in ("whole", "parts")]
+    assert names[0] == names[1]
+    monkeypatch.setenv("RANK", "1")
+    assert run(folder, tmp_path / "none", "--prompt", "a red circle") == 0 and not (tmp_path / "none").exists()
+
+
+def test_what_filters_refuse_is_not_made(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "words.txt").write_text("square\n")
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\n")
+    words = ["--prompts", file, "--frames", 5]
+    assert run(folder, tmp_path / "out", *words, "--prompt-filter", tmp_path / "words.txt") == 1
+    said = capsys.readouterr().err
+    assert f"{file}, line 2: the prompt 'a blue square' is refused: {tmp_path / 'words.txt'} does not" in said
+    assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "second_only.py").write_text(
+        "seen = []\n\ndef refuse(frames):\n    seen.append(len(frames))\n    return sum(seen) > 5 and 'enough'\n"
+    )
+    assert run(folder, tmp_path / "out", *words, "--frame-filter", "second_only:refuse") == 1
+    assert "its frames are refused: enough" in capsys.readouterr().err
+    (video,) = (tmp_path / "out").glob("*.mp4")
+    assert video.name.startswith("000-a-red-circle")

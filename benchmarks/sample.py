@@ -1,0 +1,152 @@
+"""How fast sampling is, and what speed costs.
+
+python benchmarks/sample.py --model demo/dit/model                 # packs, then fewer runs of the network
+python benchmarks/sample.py --model demo/dit/model --only packs
+
+packs: eight prompts of four shapes in one call, in one call a shape, and one by one; and the largest difference of a
+    frame's value, of 255.
+reuse: `--reuse`, fewer steps, and diffusers' first-block cache. Each row is compared with the same program's own run
+    without it, at the same noise: PSNR of the frames, decoded by one VAE, the mean over prompts; and seconds of
+    denoising. diffusers runs WanPipeline on the same folder.
+
+Medians of `--times` runs on one thread: a second core that is busy would decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.hooks import FirstBlockCacheConfig
+
+from stdit import Pipeline, SampleRequest
+from stdit.shapes import VideoShape
+
+PROMPTS = (
+    "a large green circle moving right on a black background",
+    "a small yellow square moving down on a black background",
+    "a small magenta triangle moving left on a grey background",
+)
+SHAPES = ("64x64x17", "96x48x17", "48x96x9", "64x64x25")
+TOLERANCES = (0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+def decibels(ours: list[np.ndarray], full: list[np.ndarray]) -> float:
+    errors = [((a.astype(float) - b.astype(float)) ** 2).mean() for a, b in zip(ours, full)]
+    return float(np.mean([10 * np.log10(255**2 / max(error, 1e-6)) for error in errors]))
+
+
+def timed(run: Callable[[], list[torch.Tensor]], times: int) -> tuple[list[torch.Tensor], float]:
+    seconds = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        found = run()
+        seconds.append(time.perf_counter() - begun)
+    return found, statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompt", action="append")
+    parser.add_argument("--shape", default="64x64x17")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--solver", action="append", choices=("euler", "unipc"))
+    parser.add_argument("--only", choices=("packs", "reuse"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.only != "reuse":
+        packs(Pipeline.load(args.model), args.steps, args.guidance, args.times)
+    if args.only != "packs":
+        reuse(args)
+
+
+def packs(pipeline: Pipeline, steps: int, guidance: float, times: int) -> None:
+    """Eight prompts of four shapes, sampled together and apart."""
+
+    def requests(number: int) -> list[SampleRequest]:
+        shape = VideoShape.parse(SHAPES[number // 2])
+        return [
+            SampleRequest(
+                [PROMPTS[number % len(PROMPTS)]], size=(shape.width, shape.height), frames=shape.frames, steps=steps,
+                guidance=guidance, indices=[number],
+            )
+        ]  # fmt: skip
+
+    def sampled(calls: list[list[SampleRequest]]) -> list[torch.Tensor]:
+        return [clip for call in calls for clip in pipeline.sample_together(call)]
+
+    apart = [requests(number) for number in range(8)]
+    by_shape = [[*apart[number], *apart[number + 1]] for number in range(0, 8, 2)]
+    together = [[request for call in apart for request in call]]
+    print(f"eight prompts, {', '.join(SHAPES)}, {steps} steps, guidance {guidance:g}, one thread")
+    alone, whole = timed(partial(sampled, apart), times)
+    frames = [pipeline.decode(clip).astype(int) for clip in alone]
+    print(f"  one by one        {whole:6.2f} s")
+    for what, calls in (("two of a shape", by_shape), ("all in one call", together)):
+        clips, seconds = timed(partial(sampled, calls), times)
+        off = max(int(np.abs(pipeline.decode(a).astype(int) - b).max()) for a, b in zip(clips, frames))
+        print(f"  {what:16}  {seconds:6.2f} s  {whole / seconds:5.2f} ×  frames differ by {off} of 255", flush=True)
+
+
+def reuse(args: argparse.Namespace) -> None:
+    prompts, shape = args.prompt or list(PROMPTS), VideoShape.parse(args.shape)
+    ours = Pipeline.load(args.model)
+    latent = shape.latent(ours.vae.config.stride)
+    noise = torch.randn(
+        len(prompts), ours.vae.config.z_dim, *latent.sizes, generator=torch.Generator().manual_seed(0)
+    )  # fmt: skip
+    theirs = diffusers.WanPipeline.from_pretrained(args.model)
+    theirs.set_progress_bar_config(disable=True)
+
+    def decode(latents: list[torch.Tensor]) -> list[np.ndarray]:
+        return [ours.decode(one) for one in latents]
+
+    def mine(solver: str, steps: int, reuse: float) -> list[torch.Tensor]:
+        request = SampleRequest(
+            prompts, size=(shape.width, shape.height), frames=shape.frames, steps=steps, guidance=args.guidance,
+            noise=noise, solver=solver, reuse=reuse,
+        )  # fmt: skip
+        return list(ours.sample_latents(request))
+
+    def diffusers_latents() -> list[torch.Tensor]:
+        found = theirs(
+            prompt=prompts, height=shape.height, width=shape.width, num_frames=shape.frames,
+            guidance_scale=args.guidance, num_inference_steps=args.steps, latents=noise.clone(), output_type="latent",
+            max_sequence_length=ours.text_padding or 512,
+        ).frames  # fmt: skip
+        return list(found)
+
+    print(f"{len(prompts)} prompts, {shape}, {args.steps} steps, guidance {args.guidance:g}, one thread")
+    for solver in args.solver or ("unipc", "euler"):
+        full, whole = timed(partial(mine, solver, args.steps, 0.0), args.times)
+        frames = decode(full)
+        print(f"{solver}: every step {whole:.2f} s", flush=True)
+        for reuse in TOLERANCES:
+            found, seconds = timed(partial(mine, solver, args.steps, reuse), args.times)
+            print(f"  reuse {reuse:<5g} {whole / seconds:5.2f} × {decibels(decode(found), frames):6.1f} dB", flush=True)
+        for share in (0.8, 2 / 3, 0.5, 0.4, 1 / 3):
+            steps = round(share * args.steps)
+            found, seconds = timed(partial(mine, solver, steps, 0.0), args.times)
+            print(f"  {steps} steps    {whole / seconds:5.2f} × {decibels(decode(found), frames):6.1f} dB", flush=True)
+    full, whole = timed(diffusers_latents, args.times)
+    frames = decode(full)
+    print(f"WanPipeline, its folder's solver: every step {whole:.2f} s")
+    for threshold in (0.02, 0.05, 0.1, 0.2, 0.4):
+        theirs.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        found, seconds = timed(diffusers_latents, args.times)
+        what = f"first-block cache {threshold:g}"
+        print(f"  {what:22} {whole / seconds:5.2f} × {decibels(decode(found), frames):6.1f} dB", flush=True)
+        theirs.transformer.disable_cache()
+
+
+if __name__ == "__main__":
+    main()
