@@ -1,8 +1,12 @@
 """How fast sampling is, and what speed costs.
 
-python benchmarks/sample.py --model demo/dit/model                 # packs, then fewer runs of the network
+python benchmarks/sample.py --model demo/dit/model                 # all three
 python benchmarks/sample.py --model demo/dit/model --only packs
+python benchmarks/sample.py --only peer --width 1536               # random weights of Wan 1.3B's width, two blocks
 
+peer: the same folder, noise, steps and guidance here and in diffusers' WanPipeline, from the prompt to frames, in
+    alternating pairs: CPU seconds of ours over theirs, by shape; how far apart latents and frames are. Exit status 1
+    where latents differ by more than 1e-4, relative, or frames by more than 2 of 255.
 packs: eight prompts of four shapes in one call, in one call a shape, and one by one; and the largest difference of a
     frame's value, of 255.
 reuse: `--reuse`, fewer steps, and diffusers' first-block cache. Each row is compared with the same program's own run
@@ -16,17 +20,23 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from diffusers.hooks import FirstBlockCacheConfig
+from timing import alternate, interval, relative
 
 from stdit import Pipeline, SampleRequest
+from stdit.diffusion.solvers import unipc_config
 from stdit.shapes import VideoShape
+from stdit.text.small import build_word_tokenizer, small_umt5
 
 PROMPTS = (
     "a large green circle moving right on a black background",
@@ -34,6 +44,7 @@ PROMPTS = (
     "a small magenta triangle moving left on a grey background",
 )
 SHAPES = ("64x64x17", "96x48x17", "48x96x9", "64x64x25")
+PEER_SHAPES = ("64x64x17", "64x64x65", "128x128x17", "128x128x65")
 TOLERANCES = (0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
@@ -53,20 +64,87 @@ def timed(run: Callable[[], list[torch.Tensor]], times: int) -> tuple[list[torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="a folder; default: random weights (peer only)")
+    parser.add_argument("--width", type=int, default=1536, help="of random weights, a multiple of 128")
     parser.add_argument("--prompt", action="append")
-    parser.add_argument("--shape", default="64x64x17")
+    parser.add_argument("--shape", action="append", help="repeatable for peer")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--solver", action="append", choices=("euler", "unipc"))
-    parser.add_argument("--only", choices=("packs", "reuse"))
+    parser.add_argument("--only", choices=("peer", "packs", "reuse"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.only != "reuse":
+    parts = [args.only] if args.only else ["peer", "packs", "reuse"]
+    if "peer" in parts:
+        with tempfile.TemporaryDirectory() as temporary:
+            if not args.model:
+                save_random(args.width, temporary)
+            far = peer(args.model or temporary, args.shape or list(PEER_SHAPES), args)
+        if far:
+            sys.exit(1)
+    if "packs" in parts:
         packs(Pipeline.load(args.model), args.steps, args.guidance, args.times)
-    if args.only != "packs":
+    if "reuse" in parts:
         reuse(args)
+
+
+def save_random(width: int, folder: str) -> None:
+    """A model folder of diffusers: Wan's transformer with two blocks, Wan's autoencoder, and a small text encoder."""
+    torch.manual_seed(0)
+    tokenizer = build_word_tokenizer(list(PROMPTS))
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=width // 128, attention_head_dim=128, text_dim=64, ffn_dim=width * 35 // 6, num_layers=2
+    )
+    text = small_umt5(len(tokenizer), 64, 1, 2).eval()
+    scheduler = diffusers.UniPCMultistepScheduler.from_config(unipc_config(3.0))
+    diffusers.WanPipeline(tokenizer, text, diffusers.AutoencoderKLWan(), scheduler, transformer).save_pretrained(folder)
+
+
+def peer(folder: str, shapes: list[str], args: argparse.Namespace) -> bool:
+    """Prints a row a shape. Returns whether any is too far apart."""
+    ours, theirs = Pipeline.load(folder), diffusers.WanPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    steps, prompt, far = args.steps, (args.prompt or PROMPTS)[0], False
+    print(f"{steps} steps, guidance {args.guidance:g}, one thread: CPU seconds from the prompt to frames")
+    for name in shapes:
+        shape = VideoShape.parse(name)
+        size = (1, ours.vae.config.z_dim, *shape.latent(ours.vae.config.stride).sizes)
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        settings = dict(
+            size=(shape.width, shape.height), frames=shape.frames, steps=steps, guidance=args.guidance, noise=noise
+        )
+        asked = dict(
+            prompt=prompt, height=shape.height, width=shape.width, num_frames=shape.frames,
+            guidance_scale=args.guidance, num_inference_steps=steps, max_sequence_length=ours.text_padding or 512,
+        )  # fmt: skip
+
+        def run_ours(settings: dict[str, Any] = settings, **more: Any) -> np.ndarray:
+            return ours(prompt, **settings, **more)
+
+        def run_theirs(
+            asked: dict[str, Any] = asked, noise: torch.Tensor = noise, output_type: str = "np"
+        ) -> np.ndarray:
+            return theirs(latents=noise.clone(), output_type=output_type, **asked).frames[0]
+
+        frames, images = run_ours().astype(int), (run_theirs() * 255).round().astype(int)
+        latents, wanted = (
+            next(ours.sample_latents(SampleRequest([prompt], **settings))),
+            run_theirs(output_type="latent"),
+        )
+        apart, off = relative(latents, wanted), int(np.abs(frames - images).max())
+        far |= apart > 1e-4 or off > 2
+        mine, others = alternate(run_ours, run_theirs, args.times, torch.device("cpu"), "cpu")
+        ratios = [a / b for a, b in zip(mine, others)]
+        low, high = interval(ratios)
+        spared, _ = alternate(partial(run_ours, reuse=0.2), run_theirs, 1, torch.device("cpu"), "cpu")
+        print(
+            f"  {name:>12}  {statistics.median(mine):7.2f} s of {statistics.median(others):7.2f} s: "
+            f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}); with --reuse 0.2 "
+            f"{spared[0] / statistics.median(others):.2f}; latents {apart:.1e}, frames {off} of 255",
+            flush=True,
+        )
+    return far
 
 
 def packs(pipeline: Pipeline, steps: int, guidance: float, times: int) -> None:
@@ -98,7 +176,7 @@ def packs(pipeline: Pipeline, steps: int, guidance: float, times: int) -> None:
 
 
 def reuse(args: argparse.Namespace) -> None:
-    prompts, shape = args.prompt or list(PROMPTS), VideoShape.parse(args.shape)
+    prompts, shape = args.prompt or list(PROMPTS), VideoShape.parse((args.shape or SHAPES)[0])
     ours = Pipeline.load(args.model)
     latent = shape.latent(ours.vae.config.stride)
     noise = torch.randn(
