@@ -101,7 +101,10 @@ def _function(given: str, what: str) -> Callable[[Any], str | None]:
         raise StditError(f"{given} is {type(found).__name__}; it must be a function.")
 
     def refuse(value: Any) -> str | None:
-        reason = found(value)
+        try:
+            reason = found(value)
+        except Exception as error:  # somebody else's code: a filter that fails lets nothing pass
+            raise StditError(f"{given} failed: {error!r}.") from error
         return str(reason) if reason else None
 
     return refuse

@@ -37,6 +37,8 @@ def test_functions(functions):
     assert filters.prompt_filter(f"{functions}:refuse")("abcdef") == "too long"
     assert filters.prompt_filter(f"{functions}:refuse")("abc") is None
     assert filters.frame_filter(f"{functions}:refuse")(FRAMES) == "too long"
+    with pytest.raises(StditError, match=r"my_filters:refuse failed: TypeError"):
+        filters.prompt_filter(f"{functions}:refuse")(3)
     for given, says in (
         ("nowhere", "not MODULE:FUNCTION"), ("nowhere:f", "No module named"), (f"{functions}:gone", "no attribute"),
         (f"{functions}:nothing", "must be a function"),

@@ -64,6 +64,21 @@ WORDS += [
     "-1s",
     "1e300s",
 ]
+WORDS += [
+    "1,0.9,0.5",
+    "0.5,0.9",
+    "0.2:0.9",
+    "0:15:-0.5",
+    "0:1",
+    "0,0:1:0:1",
+    "7:1",
+    "dpm++",
+    "heun",
+    "LCMScheduler",
+    "webm",
+    "gif",
+]
+WORDS += ["png", "1/2", "3/2", "math:sqrt", "json:loads", "nowhere:f", "a:"]
 WORDS += ["s3://nowhere.invalid/a", "https://nowhere.invalid/a.parquet", "http://[::1", "file:///nowhere", "memory://a"]
 WORDS += ["unknown://a", "s3://", "gs://a/b", "zip://a::b", "cuda", "cuda:99", "meta", "cpu:7", "mps", "tpu", "float64"]
 # What lies in the folder that a case runs in: of the right kind here, of the wrong kind there.
