@@ -12,6 +12,9 @@ packs: eight prompts of four shapes in one call, in one call a shape, and one by
 reuse: `--reuse`, fewer steps, and diffusers' first-block cache. Each row is compared with the same program's own run
     without it, at the same noise: PSNR of the frames, decoded by one VAE, the mean over prompts; and seconds of
     denoising. diffusers runs WanPipeline on the same folder.
+long: held-out captions of the toy set at 1, 2, 4 and 8 times a length that the model was trained at, whole and in
+    windows of it: the share of clips that show what the caption says, read from the pixels of all frames; how far the mean
+    colour of the first and the last quarter of the frames are apart (of 255); seconds a clip.
 
 Medians of `--times` runs on one thread: a second core that is busy would decide.
 """
@@ -34,7 +37,9 @@ from diffusers.hooks import FirstBlockCacheConfig
 from timing import alternate, interval, relative
 
 from stdit import Pipeline, SampleRequest
+from stdit.data.toy import held_out_prompts
 from stdit.diffusion.solvers import unipc_config
+from stdit.evaluation.toy import read_clip, score_readings
 from stdit.shapes import VideoShape
 from stdit.text.small import build_word_tokenizer, small_umt5
 
@@ -45,6 +50,7 @@ PROMPTS = (
 )
 SHAPES = ("64x64x17", "96x48x17", "48x96x9", "64x64x25")
 PEER_SHAPES = ("64x64x17", "64x64x65", "128x128x17", "128x128x65")
+CAPTIONS = 24
 TOLERANCES = (0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
@@ -72,10 +78,10 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--solver", action="append", choices=("euler", "unipc"))
-    parser.add_argument("--only", choices=("peer", "packs", "reuse"))
+    parser.add_argument("--only", choices=("peer", "packs", "reuse", "long"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    parts = [args.only] if args.only else ["peer", "packs", "reuse"]
+    parts = [args.only] if args.only else ["peer", "packs", "reuse", "long"]
     if "peer" in parts:
         with tempfile.TemporaryDirectory() as temporary:
             if not args.model:
@@ -87,6 +93,30 @@ def main() -> None:
         packs(Pipeline.load(args.model), args.steps, args.guidance, args.times)
     if "reuse" in parts:
         reuse(args)
+    if "long" in parts:
+        long(Pipeline.load(args.model), VideoShape.parse((args.shape or SHAPES)[0]), args.steps, args.guidance)
+
+
+def long(pipeline: Pipeline, shape: VideoShape, steps: int, guidance: float) -> None:
+    """Clips of several lengths, whole and in windows."""
+    prompts = held_out_prompts(CAPTIONS, 0)
+    print(f"{CAPTIONS} held-out captions, {steps} steps, guidance {guidance:g}, UniPC, one thread")
+    for times in (1, 2, 4, 8):
+        frames = times * (shape.frames - 1) + 1
+        for window in (None, shape.frames) if times > 1 else (None,):
+            begun = time.perf_counter()
+            clips = pipeline(
+                prompts, size=(shape.width, shape.height), frames=frames, steps=steps, guidance=guidance,
+                solver="unipc", window=window, tokens_per_pack=4096,
+            )  # fmt: skip
+            seconds = (time.perf_counter() - begun) / len(prompts)
+            scores = score_readings(prompts, [read_clip(clip) for clip in clips])
+            quarter = max(1, frames // 4)
+            ends = [[part.mean((0, 1, 2)) for part in (clip[:quarter], clip[-quarter:])] for clip in clips]
+            drift = float(np.mean([np.abs(first - last).mean() for first, last in ends]))
+            shares = ", ".join(f"{name} {100 * score.share:.0f}" for name, score in scores.items())
+            what = "whole" if window is None else f"in windows of {window}"
+            print(f"  {frames:4d} frames {what:16}: {shares} %; drift {drift:.1f}; {seconds:.2f} s", flush=True)
 
 
 def save_random(width: int, folder: str) -> None:

@@ -20,6 +20,7 @@ from stdit.models.transformer import Experts, STDiT
 from stdit.sampling.known_frames import KnownFrames, known_level
 from stdit.sampling.request import SampleRequest
 from stdit.sampling.reuse import Reuse
+from stdit.sampling.windows import Windows
 from stdit.weights.families.record import PipelineKind
 
 
@@ -35,6 +36,7 @@ class PackedClip:
     conditions: as `pack_clips` takes them.
     text, negative: (L, D); negative is None without guidance.
     solver, guide, reuse: new ones, of this clip alone.
+    windows: in which the network sees it.
     """
 
     request: SampleRequest
@@ -47,6 +49,7 @@ class PackedClip:
     solver: Solver
     guide: Guide
     reuse: Reuse
+    windows: Windows
     init: Tensor | None = None
     first: int = 0
 
@@ -165,17 +168,32 @@ class Denoiser:
     def _outputs(
         self, order: Sequence[tuple[int, Branch]], x: list[Tensor], levels: Sequence[float], skip: Collection[int] = ()
     ) -> dict[tuple[int, Branch], Tensor]:
-        """The network's outputs for branches of clips, in one pack."""
+        """The network's outputs for branches of clips, in one pack. Each window of a clip is a segment."""
         if not order:
             return {}
-        config, numbers = self.transformer.config, [number for number, _ in order]
-        clips = [self.clips[number] for number in numbers]
-        of_clips = [_levels(clip.known, x[n].shape[1], levels[n], config) for n, clip in zip(numbers, clips)]
-        pack = pack_clips([x[n] for n in numbers], of_clips, config.patch, [clip.conditions for clip in clips])
-        texts = [clip.negative if branch == "negative" else clip.text for clip, (_, branch) in zip(clips, order)]
-        text = pack_texts([one for one in texts if one is not None], self.text_padding)
-        unpacked = unpack_clips(self.transformer(pack, text, skip=skip), pack, config.patch)
-        return {key: one[None, : clip.noise.shape[1]].float() for key, clip, one in zip(order, clips, unpacked)}
+        patch = self.transformer.config.patch
+        parts = [(key, *span) for key in order for span in self.clips[key[0]].windows.spans]
+        seen, levels_of, conditions, texts = [], [], [], []
+        for (number, branch), start, stop in parts:
+            clip = self.clips[number]
+            seen.append(x[number][:, start:stop])
+            level = _levels(clip.known, x[number].shape[1], levels[number], self.transformer.config)
+            levels_of.append(level[start // patch[0] : stop // patch[0]] if level.ndim else level)
+            conditions.append(
+                {
+                    name: value[:, start:stop] if name == "image" and value is not None else value
+                    for name, value in clip.conditions.items()
+                }
+            )
+            text = clip.negative if branch == "negative" else clip.text
+            assert text is not None
+            texts.append(text)
+        pack = pack_clips(seen, levels_of, patch, conditions)
+        unpacked = unpack_clips(self.transformer(pack, pack_texts(texts, self.text_padding), skip=skip), pack, patch)
+        by_branch: dict[tuple[int, Branch], list[Tensor]] = {key: [] for key in order}
+        for (key, _, _), one in zip(parts, unpacked):
+            by_branch[key].append(one[: self.clips[key[0]].noise.shape[1]].float())
+        return {key: self.clips[key[0]].windows.mix(outputs)[None] for key, outputs in by_branch.items()}
 
     def _is_low(self, level: float) -> bool:
         """Whether the low-noise expert of two has a level."""

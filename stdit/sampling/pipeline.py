@@ -24,6 +24,7 @@ from stdit.sampling.known_frames import IMAGE_FPS, KnownFrames, KnownFramesEncod
 from stdit.sampling.model_folder import FolderSettings, ModelFolder
 from stdit.sampling.request import SampleRequest
 from stdit.sampling.reuse import Reuse
+from stdit.sampling.windows import Windows
 from stdit.shapes import LatentShape, VideoShape
 from stdit.weights.families import guided_by_null_text, pipelines
 from stdit.weights.families.record import PipelineKind
@@ -95,6 +96,7 @@ class Pipeline(ModelFolder):
         shift: float | None = None,
         levels: Sequence[float] | None = None,
         reuse: float = 0.0,
+        window: int | None = None,
         tokens_per_pack: int = 65_536,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray | list[np.ndarray]:
@@ -108,7 +110,8 @@ class Pipeline(ModelFolder):
             guidance=guidance, guidance_2=guidance_2, guidance_options=guidance_options,
             negative_prompt=negative_prompt, seed=seed, indices=indices, noise=noise, init=init,
             strength=strength, known=known, solver=solver,
-            shift=shift, levels=levels, reuse=reuse, tokens_per_pack=tokens_per_pack,
+            shift=shift, levels=levels, reuse=reuse, window=window,
+            tokens_per_pack=tokens_per_pack,
         )  # fmt: skip
         if request.fps not in (None, self.settings.fps) and not self.knows_fps:
             raise StditError(
@@ -178,8 +181,20 @@ class Pipeline(ModelFolder):
 
     def _tokens(self, request: SampleRequest) -> int:
         """The video tokens of one clip in a pack."""
-        shape = self.shape(request.size, request.frames)
-        return shape.grid(self.vae.config.stride, self.transformer.config.patch).tokens * (1 + request.guided)
+        shape, patch = self.shape(request.size, request.frames), self.transformer.config.patch
+        tokens = shape.grid(self.vae.config.stride, patch).tokens
+        windows = self._windows(request, shape)
+        return tokens * sum(stop - start for start, stop in windows.spans) // windows.frames * (1 + request.guided)
+
+    def _windows(self, request: SampleRequest, shape: VideoShape) -> Windows:
+        stride, patch = self.vae.config.stride, self.transformer.config.patch
+        frames = shape.latent(stride).frames
+        if request.window is None or request.window >= shape.frames:
+            return Windows(frames, frames, patch[0])
+        seen = self.shape(request.size, request.window).latent(stride).frames
+        if seen < 2 * patch[0]:
+            raise StditError(f"window {request.window}: it must be long enough that two overlap; take more frames.")
+        return Windows(frames, seen, patch[0])
 
     def _clips(self, request: SampleRequest) -> list[PackedClip]:
         shape = self.shape(request.size, request.frames)
@@ -200,7 +215,7 @@ class Pipeline(ModelFolder):
             found.append(
                 PackedClip(
                     request, index, noise[number : number + 1], known, conditions, text, negative, solver, guide,
-                    Reuse(request.reuse), init, first,
+                    Reuse(request.reuse), self._windows(request, shape), init, first,
                 )
             )  # fmt: skip
         return found

@@ -42,6 +42,8 @@ class SampleRequest:
         They say the steps too.
     reuse: how far the network's output may have changed since it ran last, as a share, for a step to go without it
         (`Reuse`); 0: every step runs it. At 0.1 about half of 30 steps do.
+    window: frames that the network sees at once: a longer clip is denoised in windows that overlap by half (`Windows`).
+        None: all.
     tokens_per_pack: the most video tokens in one forward (but never less than a clip).
     """
 
@@ -65,6 +67,7 @@ class SampleRequest:
     shift: float | None = None
     levels: Sequence[float] | None = None
     reuse: float = 0.0
+    window: int | None = None
     tokens_per_pack: int = 65_536
 
     def __post_init__(self) -> None:

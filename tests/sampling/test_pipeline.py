@@ -365,6 +365,31 @@ def test_a_start_that_does_not_fit_is_named(ours):
             list(ours.sample_latents(SampleRequest(CAPTIONS[:1], **settings | wrong)))
 
 
+def test_a_clip_in_windows_is_what_its_windows_are(ours, monkeypatch):
+    """The first latent frames see only the first window, so one step of them is that window's own."""
+    grids = []
+    forward = type(ours.transformer).forward
+
+    def spy(self, pack, text, **options):
+        grids.append([grid.frames for grid in pack.grids])
+        return forward(self, pack, text, **options)
+
+    monkeypatch.setattr(type(ours.transformer), "forward", spy)
+    noise = noise_for(ours, (48, 32), 25, 1)  # 7 latent frames
+    settings = dict(size=(48, 32), steps=1, guidance=3.0, solver="euler")
+    (whole,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], frames=25, window=13, noise=noise, **settings))
+    assert grids == [[4, 4, 4, 4, 4, 4]]  # of 4: at 0, 2 and 3, with the prompt and without
+    (first,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], frames=13, noise=noise[:, :, :4], **settings))
+    torch.testing.assert_close(whole[:, :2], first[:, :2])
+    (last,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], frames=13, noise=noise[:, :, 3:], **settings))
+    torch.testing.assert_close(whole[:, 6:], last[:, 3:])
+    (plain,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], frames=25, noise=noise, **settings))
+    (wide,) = ours.sample_latents(SampleRequest(CAPTIONS[:1], frames=25, noise=noise, window=25, **settings))
+    assert torch.equal(plain, wide) and not torch.allclose(plain, whole)
+    with pytest.raises(StditError, match="window 1: it must be long enough"):
+        list(ours.sample_latents(SampleRequest(CAPTIONS[:1], frames=25, window=1, **settings)))
+
+
 def test_reuse_spares_runs_of_each_clip_alone(ours, monkeypatch):
     clips = []
     forward = type(ours.transformer).forward

@@ -107,6 +107,10 @@ def sample(
             callback=within(0, 0.99), help="Skip runs of the network while its output changes by less; 0.1 is good."
         ),
     ] = 0.0,
+    window: Annotated[
+        int | None,
+        Option(callback=within(1, LARGEST), help="Frames that the network sees at once; longer clips in windows."),
+    ] = None,
     init: Annotated[
         Path | None, Option(help="Video or image to change: the clip starts from it, partly noised.")
     ] = None,

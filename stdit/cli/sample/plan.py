@@ -51,7 +51,7 @@ class PlannedClip:
         return {
             "frames": self.shape.frames, "fps": self.fps, "steps": self.given.steps, "guidance": self.given.guidance,
             "guidance_2": self.given.guidance_2, "seed": self.given.seed, "shift": self.given.shift,
-            "reuse": self.given.reuse,
+            "reuse": self.given.reuse, "window": self.given.window,
         }  # fmt: skip
 
     @property

@@ -52,6 +52,7 @@ class ClipSettings:
     shift: float | None = None
     levels: str | None = None
     reuse: float = 0.0
+    window: int | None = None
     init: Path | None = None
     strength: float = 0.8
     image: Path | None = None
