@@ -13,8 +13,8 @@ reuse: `--reuse`, fewer steps, and diffusers' first-block cache. Each row is com
     without it, at the same noise: PSNR of the frames, decoded by one VAE, the mean over prompts; and seconds of
     denoising. diffusers runs WanPipeline on the same folder.
 long: held-out captions of the toy set at 1, 2, 4 and 8 times a length that the model was trained at, whole and in
-    windows of it: the share of clips that show what the caption says, read from the pixels of all frames; how far the mean
-    colour of the first and the last quarter of the frames are apart (of 255); seconds a clip.
+    windows of it: the share of clips that show what the caption says, read from the pixels of all frames; how far the
+    mean colour of the first and the last quarter of the frames are apart (of 255); seconds a clip.
 
 Medians of `--times` runs on one thread: a second core that is busy would decide.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from functools import partial
 from itertools import chain, groupby
@@ -188,7 +189,9 @@ def sample(
         if index >= len(rows):
             raise BadParameter(f"--index {index}: {prompts} has {len(rows)} prompts, numbered from 0.")
         rows = [rows[index]]
-    mine = choose_part(part)
+    # a lone prompt in a Slurm array is that task's own, and no part of anything
+    kept = {} if prompts else {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    mine = choose_part(part, kept or os.environ)
     if not mine.is_whole:
         places = [place for place in range(len(rows)) if mine.has_place(place)]
         echo(f"part {mine}, chosen by {mine.chosen_by}: {len(places)} of {len(rows)} clips", err=True)
@@ -280,7 +283,7 @@ def sample(
     if as_json:
         clips_made = [clip.as_json(made=clip.index in new) for clip in done]
         first = clips[0].settings
-        shared = {name: value for name, value in first.items() if all(c.settings[name] == value for c in clips)}
+        shared = {name: value for name, value in first.items() if all(c.settings.get(name) == value for c in clips)}
         print(json.dumps({"clips": clips_made, "settings": shared, "failures": [*failures.values()]}, indent=2))
     else:
         for clip in done:

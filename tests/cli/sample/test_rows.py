@@ -93,6 +93,23 @@ def test_parts_make_all_clips_between_them(folder, tmp_path, monkeypatch, capsys
     assert names[0] == names[1]
     monkeypatch.setenv("RANK", "1")
     assert run(folder, tmp_path / "none", "--prompt", "a red circle") == 0 and not (tmp_path / "none").exists()
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    for name, value in (("ID", 2), ("MIN", 1), ("MAX", 2), ("COUNT", 2)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert run(folder, tmp_path / "own", "--prompt", "a red circle", "--frames", 5) == 0  # not a part of anything
+    assert len([*(tmp_path / "own").glob("*.mp4")]) == 1
+    assert run(folder, tmp_path / "array", "--prompts", file, "--frames", 5) == 0
+    assert [path.name[:3] for path in (tmp_path / "array").glob("*.mp4")] == ["001"]
+
+
+def test_rows_with_and_without_a_setting_have_what_they_share_in_common(folder, tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    rows = [{"prompt": "a red circle", "levels": "1,0.5", "solver": "euler", "apg": "0"}, {"prompt": "a blue square"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert run(folder, tmp_path / "out", "--prompts", file, "--frames", 5, "--json") == 0
+    shared = json.loads(capsys.readouterr().out)["settings"]
+    assert shared["frames"] == 5 and not {"levels", "apg", "solver"} & shared.keys()
 
 
 def test_what_filters_refuse_is_not_made(folder, tmp_path, monkeypatch, capsys):
