@@ -171,7 +171,7 @@ class Denoiser:
         """The network's outputs for branches of clips, in one pack. Each window of a clip is a segment."""
         if not order:
             return {}
-        patch = self.transformer.config.patch
+        patch, more = self.transformer.config.patch, {"skip": skip} if skip else {}
         parts = [(key, *span) for key in order for span in self.clips[key[0]].windows.spans]
         seen, levels_of, conditions, texts = [], [], [], []
         for (number, branch), start, stop in parts:
@@ -189,7 +189,7 @@ class Denoiser:
             assert text is not None
             texts.append(text)
         pack = pack_clips(seen, levels_of, patch, conditions)
-        unpacked = unpack_clips(self.transformer(pack, pack_texts(texts, self.text_padding), skip=skip), pack, patch)
+        unpacked = unpack_clips(self.transformer(pack, pack_texts(texts, self.text_padding), **more), pack, patch)
         by_branch: dict[tuple[int, Branch], list[Tensor]] = {key: [] for key in order}
         for (key, _, _), one in zip(parts, unpacked):
             by_branch[key].append(one[: self.clips[key[0]].noise.shape[1]].float())

@@ -296,7 +296,7 @@ def test_guidance_acts_where_it_is_asked_to(ours, monkeypatch):
     forward = type(ours.transformer).forward
 
     def counted(self, pack, text, **options):
-        segments.append((len(pack.grids), tuple(options["skip"])))
+        segments.append((len(pack.grids), tuple(options.get("skip", ()))))
         return forward(self, pack, text, **options)
 
     def latents(options=None, guidance=3.0):
