@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from stdit.diffusion.tasks import frame_levels
 from stdit.errors import StditError
 from stdit.keyed import keyed_generator
 from stdit.models.config import TransformerConfig
-from stdit.models.packing import pack_clips, pack_texts, unpack_clips
+from stdit.models.packing import TextPack, pack_clips, pack_texts, unpack_clips
 from stdit.models.transformer import Experts, STDiT
 from stdit.sampling.known_frames import KnownFrames, known_level
 from stdit.sampling.request import SampleRequest
@@ -90,6 +90,7 @@ class Denoiser:
     kind: PipelineKind
     text_padding: int
     clips: Sequence[PackedClip]
+    _texts: dict[Any, TextPack] = field(default_factory=dict, init=False, repr=False)  # packed, by whose they are
 
     def denoise(self, report: Callable[[int], None]) -> list[Tensor | StditError]:
         """Each clip's normalised latents (C, T', H', W') fp32, or an error if they became infinite or NaN.
@@ -173,8 +174,8 @@ class Denoiser:
             return {}
         patch, more = self.transformer.config.patch, {"skip": skip} if skip else {}
         parts = [(key, *span) for key in order for span in self.clips[key[0]].windows.spans]
-        seen, levels_of, conditions, texts = [], [], [], []
-        for (number, branch), start, stop in parts:
+        seen, levels_of, conditions = [], [], []
+        for (number, _), start, stop in parts:
             clip = self.clips[number]
             seen.append(x[number][:, start:stop])
             level = _levels(clip.known, x[number].shape[1], levels[number], self.transformer.config)
@@ -185,15 +186,20 @@ class Denoiser:
                     for name, value in clip.conditions.items()
                 }
             )
-            text = clip.negative if branch == "negative" else clip.text
-            assert text is not None
-            texts.append(text)
         pack = pack_clips(seen, levels_of, patch, conditions)
-        unpacked = unpack_clips(self.transformer(pack, pack_texts(texts, self.text_padding), **more), pack, patch)
+        unpacked = unpack_clips(self.transformer(pack, self._text(parts), **more), pack, patch)
         by_branch: dict[tuple[int, Branch], list[Tensor]] = {key: [] for key in order}
         for (key, _, _), one in zip(parts, unpacked):
             by_branch[key].append(one[: self.clips[key[0]].noise.shape[1]].float())
         return {key: self.clips[key[0]].windows.mix(outputs)[None] for key, outputs in by_branch.items()}
+
+    def _text(self, parts: Sequence[tuple[tuple[int, Branch], int, int]]) -> TextPack:
+        """The texts of segments, packed once for all steps that have the same ones."""
+        key = tuple((number, branch == "negative") for (number, branch), _, _ in parts)
+        if key not in self._texts:
+            texts = [self.clips[number].negative if negative else self.clips[number].text for number, negative in key]
+            self._texts[key] = pack_texts([text for text in texts if text is not None], self.text_padding)
+        return self._texts[key]
 
     def _is_low(self, level: float) -> bool:
         """Whether the low-noise expert of two has a level."""
