@@ -18,7 +18,7 @@ docs: install  ## write docs/settings.md, the list of all settings, from the cod
 	python docs/settings.py
 
 # The whole job on moving shapes. Each line is a command of its own and continues where it was interrupted.
-demo:  ## train a small text-to-video model on a CPU and sample it, 10 to 15 minutes
+demo:  ## train a small text-to-video model on a CPU and sample it, 10 to 16 minutes
 demo-full:  ## the same with more clips and steps
 demo: DEMO = demo
 demo: CLIPS = 1000
@@ -48,7 +48,7 @@ demo demo-full: install
 		--aspect 2:1 --resolution 48 --duration 2s --out $(DEMO)/samples
 	@echo "Look at $(DEMO)/dit/report.html and $(DEMO)/samples"
 
-test: install  ## run the tests, in about 12 minutes on two cores
+test: install  ## run the tests, in about 13 minutes on two cores
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: install  ## run the tests that take more than a minute each
